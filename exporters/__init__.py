@@ -1,0 +1,1 @@
+"""Export of rewritten models to ONNX, and what is done with the exports."""

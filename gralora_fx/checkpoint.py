@@ -1,0 +1,156 @@
+"""PEFT-format adapter files: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gralora_fx.config import CONFIG_NAME, GraloraConfig
+from gralora_fx.errors import CheckpointError
+from gralora_fx.installed import InstalledAdapter
+from gralora_fx.module_tree import ModuleTree
+from gralora_fx.sources import resolve_directory
+from gralora_fx.store import CHECKPOINT_SUFFIX, FACTOR_NAMES
+from gralora_fx.targets import resolve_targets
+from gralora_fx.tracing.traced import TracedModel
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLE_NAME = "adapter_model.bin"
+_PREFIX = "base_model.model."
+
+
+def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[GraloraConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of a saved adapter.
+
+    Args:
+        directory: Local directory or hub id.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: The configuration is missing or invalid.
+        CheckpointError: The tensors are missing, a pickle, or cannot be read.
+    """
+    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    config = GraloraConfig.from_pretrained(path)
+    return config, read_tensors(path / WEIGHTS_NAME)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: There is no such file, or it is truncated or no safetensors file.
+    """
+    if not path.is_file():
+        if (path.parent / _PICKLE_NAME).is_file():
+            raise CheckpointError(
+                f"{path.parent} holds {_PICKLE_NAME}, a pickle, which can run code when it is read; "
+                f"save the adapter again with PEFT to get {WEIGHTS_NAME}"
+            )
+        raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); it is truncated or no safetensors file, so copy or save it again"
+        ) from error
+
+
+def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
+    """Copy a checkpoint's tensors into an adapter's, all or none.
+
+    Args:
+        adapter: The adapter to fill.
+        tensors: Tensors by PEFT's keys.
+        tree: The modules of the base model.
+        origin: Where the tensors come from, for messages.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected, shapes differ, or values are not finite; all are named.
+    """
+    wanted = checkpoint_parameters(adapter)
+    problems = [f"missing {key}" for key in wanted if key not in tensors]
+    for key, tensor in tensors.items():
+        target = wanted.get(key)
+        if target is None:
+            if not _repeats_base(key, tensor, tree):
+                problems.append(f"unexpected {key}")
+        elif tensor.shape != target.shape:
+            problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(target.shape)}")
+        elif not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{key} holds values that are not finite")
+    if problems:
+        shown = "\n".join(f"- {problem}" for problem in problems[:20])
+        more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"{origin} does not fit the adapter {adapter.name!r}; check its configuration and base model:\n{shown}{more}"
+        )
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+
+
+def write_adapter(adapter: InstalledAdapter, directory: Path, traced: TracedModel) -> None:
+    """Write an adapter so that PEFT loads it with the same meaning.
+
+    Shorthands are written out as PEFT writes them: `all-linear` becomes the list of adapted layers.
+
+    Args:
+        adapter: The adapter.
+        directory: Where to write; made if it does not exist.
+        traced: The base model.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: p.detach().cpu().contiguous() for key, p in checkpoint_parameters(adapter).items()}
+    with tempfile.TemporaryDirectory(dir=directory) as staging:  # so that a failure leaves an older adapter whole
+        save_file(dict(sorted(tensors.items())), Path(staging) / WEIGHTS_NAME, metadata={"format": "pt"})
+        saved_config(adapter, traced).save_pretrained(staging)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(Path(staging) / name, directory / name)
+
+
+def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfig:
+    """An adapter's configuration as it is saved, its shorthands written out."""
+    config = adapter.config
+    source = config.base_model_name_or_path or traced.tokenizer_source
+    changes: dict[str, object] = {
+        "fan_in_fan_out": any(planned.site.kind == "conv1d" for planned in adapter.plan.selected),
+        "base_model_name_or_path": source,
+        "inference_mode": True,
+    }
+    if config.adapts_all_linear:
+        changes["target_modules"] = {planned.site.path for planned in adapter.plan.selected}
+        changes |= {"layers_to_transform": None, "layers_pattern": None}
+    elif config.target_modules is None:
+        rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
+        changes["target_modules"] = rule.pattern or set(rule.names)
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, nn.Parameter]:
+    """An adapter's trainable tensors by the keys of PEFT's file."""
+    found: dict[str, nn.Parameter] = {}
+    for site_path, factors in adapter.factors.items():
+        for field, tensor in factors._asdict().items():
+            if tensor is not None:
+                found[f"{_PREFIX}{site_path}.{FACTOR_NAMES[field]}{CHECKPOINT_SUFFIX[field]}"] = tensor
+    for module, owned in adapter.copies.items():
+        for base, parameter in owned.items():
+            name = f"{module}.base_layer.bias" if module in adapter.factors else base
+            found[f"{_PREFIX}{name}"] = parameter
+    return found
+
+
+def _repeats_base(key: str, tensor: Tensor, tree: ModuleTree) -> bool:
+    """Whether a key only repeats a base parameter, as PEFT's does for an adapted embedding or head."""
+    base = tree.parameters.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
+    return base is not None and base.shape == tensor.shape and bool(torch.equal(base.detach().cpu().to(tensor), tensor))

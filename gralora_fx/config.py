@@ -1,0 +1,320 @@
+"""`GraloraConfig`: what to adapt and how, read from and written to PEFT's `adapter_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.errors import ConfigError
+from gralora_fx.sources import resolve_directory
+
+CONFIG_NAME = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+BIAS_MODES = ("none", "all", "gralora_only")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# What PEFT adds to `modules_to_save` for a task: the head that such a model trains.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class GraloraConfig:
+    """A GraLoRA adapter: its sizes, its scale and the linear call sites it stands at.
+
+    Field names, defaults and meanings are those of `peft.GraloraConfig`. An adapter of a layer with `in` inputs and
+    `out` outputs has `A [k, in/k, r]` and `B [k, r, out/k]`, and with `hybrid_r > 0` a plain LoRA pair
+    `A_general [hybrid_r, in]`, `B_general [out, hybrid_r]` beside it.
+
+    Args:
+        r: Rank of each block row; the parameters are those of a LoRA of rank `r`, the rank of the update up to `k * r`.
+        hybrid_r: Rank of the additional plain LoRA; 0 leaves it out.
+        target_modules: Module names (exact, or the end of a path after a dot), a regular expression that must match a
+            whole path, `"all-linear"`, or None for PEFT's choice for the model's type.
+        alpha: Numerator of the scale `alpha / (r + hybrid_r)`.
+        gralora_dropout: Probability with which an adapter input is zeroed in training, in `[0, 1)`.
+        gralora_k: Number of blocks in each direction; divides `r` and the widths of every target.
+        fan_in_fan_out: Whether the weights are stored `[in, out]`, as in `Conv1D`. Read from the layers themselves;
+            kept for the sake of PEFT's file format.
+        bias: Which biases train: `"none"`, `"all"`, or `"gralora_only"` for those of the adapted layers.
+        modules_to_save: Modules that train as a whole, each adapter with its own copy.
+        init_weights: True starts with `B` zero, so that nothing changes; False draws `B` at random too.
+        layers_to_transform: Layer index or indices to adapt; None or an empty list adapts all.
+        layers_pattern: Name or names of the container whose children `layers_to_transform` counts.
+        task_type: PEFT's task type. It adds the task's head to `modules_to_save`, as PEFT does.
+        base_model_name_or_path: The model that the adapter belongs to.
+        revision: Revision of that model.
+        inference_mode: Whether the adapter was saved for inference.
+
+    Raises:
+        ConfigError: A field has an invalid value, or two fields contradict each other.
+
+    Example:
+        >>> config = GraloraConfig(r=32, hybrid_r=8, alpha=80, target_modules=["q_proj", "v_proj"])
+        >>> config.scale
+        2.0
+    """
+
+    r: int = 32
+    hybrid_r: int = 0
+    target_modules: set[str] | str | None = None
+    alpha: float = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        """Normalise `target_modules` to a set, then check every field."""
+        if isinstance(self.target_modules, (list, tuple, set, frozenset)):
+            _check_names("target_modules", self.target_modules)
+            object.__setattr__(self, "target_modules", set(self.target_modules))
+        if isinstance(self.modules_to_save, (tuple, set, frozenset)):
+            object.__setattr__(self, "modules_to_save", sorted(self.modules_to_save))
+        self._check_sizes()
+        self._check_choices()
+        self._check_targets()
+        self._check_layers()
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method."""
+        return "GRALORA"
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapter's output, `alpha / (r + hybrid_r)`."""
+        return self.alpha / (self.r + self.hybrid_r)
+
+    @property
+    def adapts_all_linear(self) -> bool:
+        """Whether `target_modules` is the shorthand for every linear layer."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    @property
+    def layer_indices(self) -> frozenset[int] | None:
+        """The indices of `layers_to_transform`, or None where it is off."""
+        if self.layers_to_transform is None or self.layers_to_transform == []:
+            return None
+        given = self.layers_to_transform
+        return frozenset([given] if isinstance(given, int) else given)
+
+    @property
+    def layer_patterns(self) -> tuple[str, ...]:
+        """The names of `layers_pattern`; empty where any container counts."""
+        given = self.layers_pattern
+        return (given,) if isinstance(given, str) and given else tuple(given or ())
+
+    @property
+    def saved_module_names(self) -> tuple[str, ...]:
+        """`modules_to_save` with the heads that `task_type` adds, as PEFT adds them."""
+        names = [*(self.modules_to_save or ()), *_TASK_HEADS.get(self.task_type or "", ())]
+        return tuple(dict.fromkeys(names))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `adapter_config.json` in PEFT's format, keys and sets sorted.
+
+        Args:
+            directory: Where to write; made if it does not exist.
+        """
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["peft_type"] = self.peft_type
+        if isinstance(self.target_modules, set):
+            fields["target_modules"] = sorted(self.target_modules)
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, revision: str | None = None) -> GraloraConfig:
+        """Read `adapter_config.json` from a directory or a hub repository.
+
+        A file that PEFT wrote keeps PEFT's meaning; a combination that PEFT ignores is dropped with a warning. A file
+        of the paper's own code (`gralora_alpha`, an `r` that includes `hybrid_r`) is converted with a warning.
+
+        Args:
+            directory: Local directory or hub id.
+            revision: Revision of the hub repository.
+
+        Raises:
+            ConfigError: There is no such file, it is no JSON object, or it is not a GraLoRA configuration.
+        """
+        path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME]) / CONFIG_NAME
+        if not path.is_file():
+            raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the directory of a saved adapter")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid JSON ({error}); save the adapter again") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path} holds a {type(fields).__name__}, not an object; save the adapter again")
+        return cls._from_fields(fields, str(path))
+
+    @classmethod
+    def from_peft(cls, peft_config: Any) -> GraloraConfig:
+        """Convert a live `peft.GraloraConfig`, without importing peft.
+
+        Args:
+            peft_config: The object that PEFT made.
+
+        Raises:
+            ConfigError: It is not a GraLoRA configuration.
+        """
+        fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items()}
+        return cls._from_fields(fields, f"the given {type(peft_config).__name__}")
+
+    @classmethod
+    def _from_fields(cls, fields: Mapping[str, Any], origin: str) -> GraloraConfig:
+        """The configuration that PEFT (or the paper's code) means by `fields`, read from `origin`."""
+        peft_type = fields.get("peft_type")
+        if str(peft_type).upper() != "GRALORA":
+            raise ConfigError(f"{origin}: peft_type is {peft_type!r}, not 'GRALORA'; give a GraLoRA adapter")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in fields.items() if name in known}
+        if "gralora_alpha" in fields and "alpha" not in fields:
+            values = _from_paper(values, fields["gralora_alpha"], origin)
+        kept, dropped = _as_peft_reads(values)
+        for what in dropped:
+            warnings.warn(f"{origin}: {what}", stacklevel=4)
+        dropout = kept.pop("gralora_dropout", 0.0)
+        if dropout != 1.0:
+            return cls(**kept, gralora_dropout=dropout)
+        config = cls(**kept)
+        object.__setattr__(config, "gralora_dropout", 1.0)  # valid in PEFT, though nothing trains with it
+        return config
+
+    def _check_sizes(self) -> None:
+        _check_integer("r", self.r, 1)
+        _check_integer("gralora_k", self.gralora_k, 1)
+        _check_integer("hybrid_r", self.hybrid_r, 0)
+        if self.r % self.gralora_k:
+            raise ConfigError(
+                f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}; "
+                f"take r={max(1, round(self.r / self.gralora_k)) * self.gralora_k} or another gralora_k"
+            )
+        _check_number("alpha", self.alpha)
+        _check_number("gralora_dropout", self.gralora_dropout)
+        if not 0 <= self.gralora_dropout < 1:
+            raise ConfigError(f"gralora_dropout must be in [0, 1), but got {self.gralora_dropout}; take 0 for none")
+
+    def _check_choices(self) -> None:
+        if self.bias not in BIAS_MODES:
+            raise ConfigError(f"bias must be one of {', '.join(BIAS_MODES)}, but got {self.bias!r}")
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ConfigError(f"task_type must be one of {', '.join(TASK_TYPES)} or None, but got {self.task_type!r}")
+        for name in ("fan_in_fan_out", "init_weights", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, but got {getattr(self, name)!r}")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name} must be a string or None, but got {getattr(self, name)!r}")
+
+    def _check_targets(self) -> None:
+        targets = self.target_modules
+        if isinstance(targets, str) and not self.adapts_all_linear:
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ConfigError(
+                    f"target_modules {targets!r} is not a valid regular expression ({error}); "
+                    "give a list to match by name"
+                ) from error
+        elif targets is not None and not isinstance(targets, (str, set)):
+            raise ConfigError(f"target_modules must be a list of names, a string or None, but got {targets!r}")
+        if self.modules_to_save is not None:
+            if not isinstance(self.modules_to_save, list):
+                raise ConfigError(f"modules_to_save must be a list of names or None, but got {self.modules_to_save!r}")
+            _check_names("modules_to_save", self.modules_to_save)
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is not None:
+            if isinstance(layers, bool) or not isinstance(layers, (int, list)):
+                raise ConfigError(f"layers_to_transform must be an index, a list of them or None, but got {layers!r}")
+            for index in [layers] if isinstance(layers, int) else layers:
+                _check_integer("layers_to_transform", index, 0)
+        pattern = self.layers_pattern
+        if isinstance(pattern, list):
+            _check_names("layers_pattern", pattern)
+        elif pattern is not None and not isinstance(pattern, str):
+            raise ConfigError(f"layers_pattern must be a name, a list of names or None, but got {pattern!r}")
+        if self.layer_patterns and self.layer_indices is None:
+            raise ConfigError(
+                f"layers_pattern={pattern!r} has no effect without layers_to_transform; give the layer indices too"
+            )
+        is_regex = isinstance(self.target_modules, str) and not self.adapts_all_linear
+        if is_regex and self.layer_indices is not None:
+            raise ConfigError(
+                f"layers_to_transform={layers!r} does not go with target_modules={self.target_modules!r}: a regular "
+                "expression selects layers itself; write the indices into it, or give a list of names"
+            )
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least else "a non-negative integer"
+        raise ConfigError(f"{name} must be {kind}, but got {value!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, but got {value!r}")
+
+
+def _check_names(name: str, values: Iterable[object]) -> None:
+    for value in values:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(
+                f"{name} must hold non-empty strings, but it holds {value!r}; name modules as in the model"
+            )
+
+
+def _from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> dict[str, Any]:
+    """The paper's own fields in PEFT's terms: its `r` counts `hybrid_r` in, its scale is `gralora_alpha / r`."""
+    total, hybrid = int(values.get("r", 32)), int(values.get("hybrid_r") or 0)
+    warnings.warn(
+        f"{origin} is in the format of the paper's own code: read as r={total - hybrid}, hybrid_r={hybrid}, "
+        f"alpha={gralora_alpha}, so that the scale is {gralora_alpha}/{total}",
+        stacklevel=5,
+    )
+    return {**values, "r": total - hybrid, "hybrid_r": hybrid, "alpha": gralora_alpha}
+
+
+def _as_peft_reads(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`values` without what PEFT ignores at run time, and a sentence for each thing left out."""
+    kept, dropped = dict(values), []
+    targets, layers, pattern = (kept.get(name) for name in ("target_modules", "layers_to_transform", "layers_pattern"))
+    is_regex = isinstance(targets, str) and targets.lower() != ALL_LINEAR
+    if is_regex and layers not in (None, []):
+        dropped.append(f"layers_to_transform={layers!r} is ignored, as PEFT ignores it beside a regular expression")
+        kept["layers_to_transform"] = None
+    if pattern and kept.get("layers_to_transform") in (None, []):
+        dropped.append(f"layers_pattern={pattern!r} is ignored, as PEFT ignores it without layers_to_transform")
+        kept["layers_pattern"] = None
+    dropout = kept.get("gralora_dropout", 0.0)
+    if isinstance(dropout, (int, float)) and dropout < 0:
+        dropped.append(f"gralora_dropout={dropout!r} is read as 0, as PEFT reads it")
+        kept["gralora_dropout"] = 0.0
+    return kept, dropped

@@ -1,0 +1,37 @@
+"""Errors of gralora-fx: each message says what is wrong, where, and what to do."""
+
+
+class GraloraError(Exception):
+    """Base of every error that gralora-fx raises on purpose."""
+
+
+class ConfigError(GraloraError, ValueError):
+    """A configuration field, or the file that holds it, is invalid."""
+
+
+class TraceError(GraloraError, ValueError):
+    """A model cannot be traced, or a trace was called with inputs it does not take."""
+
+
+class TargetError(GraloraError, ValueError):
+    """A configuration cannot be met by the linear call sites of a model."""
+
+
+class RewriteError(GraloraError, ValueError):
+    """A graph cannot be rewritten as asked; the graph is as it was."""
+
+
+class MergeError(GraloraError):
+    """Adapters cannot be folded into the weights; the weights are as they were."""
+
+
+class CheckpointError(GraloraError):
+    """Adapter files are missing, damaged, or do not fit the model."""
+
+
+class ExportError(GraloraError):
+    """A model cannot be exported, or an export directory cannot be read or written."""
+
+
+class ServingError(GraloraError):
+    """An exported model cannot be loaded or run as asked."""

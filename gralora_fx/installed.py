@@ -1,0 +1,135 @@
+"""One adapter in a rewritten graph: where its tensors are, and how its parts go in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from gralora_fx.adapter import Factors, Rank, Update, initial_factors
+from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import RewriteError
+from gralora_fx.module_tree import ModuleTree
+from gralora_fx.passes.insert import insert_adapter
+from gralora_fx.passes.own import own_parameters, release_parameters
+from gralora_fx.passes.remove import remove_adapter
+from gralora_fx.planning import PlannedSite, RewritePlan
+from gralora_fx.store import as_parameters, copy_path, drop, factor_paths, put
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class InstalledAdapter:
+    """An adapter whose tensors stand in a graph module.
+
+    Attributes:
+        name: The adapter's name.
+        plan: What it adapts.
+        factors: Its trainable tensors, by site path.
+        copies: Its own copies of base parameters (of `modules_to_save`, and trained biases), by module path, then by
+            the full name of the base's parameter.
+    """
+
+    name: str
+    plan: RewritePlan
+    factors: dict[str, Factors] = field(default_factory=dict)
+    copies: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, graph_module: fx.GraphModule, name: str, plan: RewritePlan, tree: ModuleTree) -> InstalledAdapter:
+        """Draw initial tensors and store them; the graph does not call them yet.
+
+        Adapters of a half-precision layer are float32, as PEFT's are.
+        """
+        adapter = cls(name, plan)
+        for planned in plan.selected:
+            site = planned.site
+            dtype = torch.float32 if site.weight.dtype in _HALF else site.weight.dtype
+            factors = initial_factors(
+                site.in_features,
+                site.out_features,
+                planned.rank,
+                zero_update=plan.config.init_weights,
+                device=site.weight.device,
+                dtype=dtype,
+            )
+            adapter.factors[site.path] = as_parameters(factors)
+        for module in plan.saved_modules:
+            names = [base for base in tree.parameters if base.startswith(f"{module}.")]
+            adapter.copies[module] = {base: nn.Parameter(tree.parameters[base].detach().clone()) for base in names}
+        for bias in plan.trained_biases:
+            owned = adapter.copies.setdefault(bias.rpartition(".")[0], {})
+            owned.setdefault(bias, nn.Parameter(tree.parameters[bias].detach().clone()))
+        for path, parameter in adapter.named_parameters():
+            put(graph_module, path, parameter)
+        return adapter
+
+    @property
+    def config(self) -> GraloraConfig:
+        """The adapter's configuration."""
+        return self.plan.config
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trainable parameter by its attribute path in the graph module."""
+        for site_path, factors in self.factors.items():
+            for field_name, path in factor_paths(self.name, site_path, factors).items():
+                yield path, getattr(factors, field_name)
+        for owned in self.copies.values():
+            for base, parameter in owned.items():
+                yield copy_path(self.name, base), parameter
+
+    def update(self, site_path: str) -> Update:
+        """The weight update at a site."""
+        return Update(self.factors[site_path], self.config.scale)
+
+    def planned(self) -> dict[str, PlannedSite]:
+        """The adapted sites by path."""
+        return {planned.site.path: planned for planned in self.plan.selected}
+
+    def attach(self, graph_module: fx.GraphModule) -> None:
+        """Insert the adapter's subgraphs."""
+        config = self.config
+        for planned in self.plan.selected:
+            site, factors = planned.site, self.factors[planned.site.path]
+            differs = factors.A.dtype != site.weight.dtype
+            insert_adapter(
+                graph_module,
+                site,
+                self.name,
+                factor_paths(self.name, site.path, factors),
+                rank=Rank(planned.r, planned.k, planned.hybrid_r),
+                scale=config.scale,
+                dropout=config.gralora_dropout,
+                dtypes=(factors.A.dtype, site.weight.dtype) if differs else None,
+            )
+
+    def detach(self, graph_module: fx.GraphModule) -> None:
+        """Take the adapter's subgraphs out."""
+        remove_adapter(graph_module, self.name)
+
+    def own(self, graph_module: fx.GraphModule, tree: ModuleTree) -> None:
+        """Let the graph read the adapter's copies of base parameters."""
+        for module, owned in self.copies.items():
+            paths = {base: copy_path(self.name, base) for base in owned}
+            is_used = own_parameters(graph_module, tree, module, self.name, paths)
+            if not is_used and any(str(node.target) == module for node in graph_module.graph.nodes):
+                raise RewriteError(
+                    f"modules_to_save: {module} is a module call in this graph, whose parameters cannot be replaced; "
+                    "trace the model from its nn.Module instead"
+                )
+
+    def release(self, graph_module: fx.GraphModule) -> None:
+        """Let the graph read the base's parameters again."""
+        release_parameters(graph_module, self.name)
+
+    def drop(self, graph_module: fx.GraphModule) -> None:
+        """Remove the adapter's tensors."""
+        drop(graph_module, self.name)
+
+    def requires_grad_(self, requires_grad: bool) -> None:
+        """Let the adapter's tensors train or not."""
+        for _, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad)

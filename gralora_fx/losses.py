@@ -1,0 +1,88 @@
+"""The loss that a transformers model returns when it is called with labels, outside the graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gralora_fx.errors import RewriteError
+
+LABELS = ("labels", "start_positions", "end_positions")
+
+
+def split_labels(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Inputs without labels, and the labels."""
+    labels = {name: inputs[name] for name in LABELS if inputs.get(name) is not None}
+    return {name: value for name, value in inputs.items() if name not in LABELS}, labels
+
+
+def decoder_inputs(labels: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Labels shifted right behind the start token, as encoder-decoders feed their decoder in training.
+
+    Args:
+        labels: `[batch, length]`, -100 where no loss is taken.
+        config: The model's configuration.
+    """
+    start = config.decoder_start_token_id
+    if start is None:
+        start = config.bos_token_id
+    shifted = labels.new_full(labels.shape, int(start))
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill(shifted == -100, int(config.pad_token_id or 0))
+
+
+def model_loss(
+    outputs: Any,
+    labels: Mapping[str, Tensor],
+    loss_function: Callable[..., Tensor] | None,
+    config: PreTrainedConfig | None,
+) -> Tensor:
+    """The loss of a model's outputs, by transformers' own function for the model's class.
+
+    Args:
+        outputs: What the graph returned.
+        labels: The labels given, by name.
+        loss_function: transformers' loss function of the model's class.
+        config: The model's configuration.
+
+    Raises:
+        RewriteError: The model has no loss function, or its outputs do not fit it.
+    """
+    if loss_function is None or config is None:
+        raise RewriteError("labels were given, but the traced model has no loss function; compute the loss outside")
+    if config.is_encoder_decoder and hasattr(outputs, "logits"):
+        # encoder-decoders take the labels where they stand: the decoder's inputs are shifted instead
+        logits = outputs.logits
+        return torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), labels["labels"].reshape(-1), ignore_index=-100
+        )
+    logits = getattr(outputs, "logits", None)
+    offered = {
+        **labels,
+        "logits": logits,
+        "pooled_logits": logits,
+        "start_logits": getattr(outputs, "start_logits", None),
+        "end_logits": getattr(outputs, "end_logits", None),
+        "config": config,
+        "vocab_size": getattr(config.get_text_config(), "vocab_size", None),
+    }
+    wanted = inspect.signature(loss_function).parameters
+    given = {name: value for name, value in offered.items() if name in wanted and value is not None}
+    absent = [
+        name
+        for name, parameter in wanted.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in given
+    ]
+    if absent:
+        raise RewriteError(
+            f"the loss {getattr(loss_function, '__name__', loss_function)} needs {', '.join(absent)}, which neither "
+            f"the labels ({', '.join(labels)}) nor the outputs give; compute the loss outside"
+        )
+    return loss_function(**given)

@@ -1,0 +1,99 @@
+"""The modules of a source model by path: what a flat graph no longer shows, and a configuration names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+LINEAR_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class ModuleTree:
+    """Module paths and parameters of the model that a graph was traced from.
+
+    Attributes:
+        types: Class of each module by path, in the order of `named_modules()`; the root is `""`.
+        linear: Paths of the modules that are linear layers (`nn.Linear` or `Conv1D`).
+        aliases: Other paths of a module that is registered more than once, to the first one.
+        parameters: Parameters by every name that reaches them, aliases included.
+        output_embedding: Path of the language-model head, where transformers names one.
+    """
+
+    types: Mapping[str, str]
+    linear: frozenset[str]
+    aliases: Mapping[str, str]
+    parameters: Mapping[str, nn.Parameter]
+    output_embedding: str | None = None
+
+    @classmethod
+    def of_module(cls, model: nn.Module) -> ModuleTree:
+        """The tree of a live module."""
+        first_path = {id(module): path for path, module in model.named_modules()}
+        aliases = {
+            path: first_path[id(module)]
+            for path, module in model.named_modules(remove_duplicate=False)
+            if path != first_path[id(module)]
+        }
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        return cls(
+            types={path: _qualified_name(type(module)) for path, module in model.named_modules()},
+            linear=frozenset(path for path, module in model.named_modules() if isinstance(module, LINEAR_TYPES)),
+            aliases=aliases,
+            parameters=dict(model.named_parameters(remove_duplicate=False)),
+            output_embedding=None if head is None else first_path.get(id(head)),
+        )
+
+    @classmethod
+    def of_graph(cls, graph_module: fx.GraphModule) -> ModuleTree:
+        """The tree as far as the nodes of an exported graph recorded it."""
+        types: dict[str, str] = {"": _qualified_name(type(graph_module))}
+        linear: set[str] = set()
+        for node in graph_module.graph.nodes:
+            for path, kind in module_stack(node):
+                if path not in types:
+                    types[path] = kind if isinstance(kind, str) else _qualified_name(kind)
+                    if _is_linear_type(kind):
+                        linear.add(path)
+        return cls(
+            types=types,
+            linear=frozenset(linear),
+            aliases={},
+            parameters=dict(graph_module.named_parameters(remove_duplicate=False)),
+        )
+
+    def canonical(self, path: str) -> str:
+        """The first path of the module that `path` reaches."""
+        return self.aliases.get(path, path)
+
+    def names_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
+        """Every name under which the model holds this very parameter."""
+        return tuple(name for name, other in self.parameters.items() if other is parameter)
+
+
+def module_stack(node: fx.Node) -> Iterator[tuple[str, type | str]]:
+    """The modules that a node was traced in, outermost first, as path and class (or its qualified name)."""
+    for entry in node.meta.get("nn_module_stack", {}).values():
+        if isinstance(entry, tuple) and not entry[0].startswith("_empty_nn_module_stack"):
+            yield entry[0].removeprefix("L['self'].").split("@")[0], entry[1]
+
+
+def _qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_linear_type(kind: type | str) -> bool:
+    """Whether a class is a linear layer; a name is looked up among the imported modules, else judged as it reads."""
+    if isinstance(kind, str):
+        module_name, _, class_name = kind.rpartition(".")
+        found = getattr(sys.modules.get(module_name), class_name, None)
+        if not isinstance(found, type):
+            return class_name.endswith("Linear") or class_name == "Conv1D"
+        kind = found
+    return issubclass(kind, LINEAR_TYPES)

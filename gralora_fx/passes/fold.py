@@ -1,0 +1,99 @@
+"""Fold weight updates into the weights of a graph; the graph itself keeps every node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.adapter import Update, fold
+from gralora_fx.errors import MergeError
+from gralora_fx.sites import LinearSite, match_linear_call
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """The updates to fold into one site's weight."""
+
+    site: LinearSite
+    updates: tuple[Update, ...]
+
+
+def folded_weights(
+    work: Iterable[SiteUpdate], *, spare: Mapping[str, Tensor] | None = None, safe: bool = False
+) -> dict[str, nn.Parameter]:
+    """New weights by site path; nothing is changed.
+
+    Args:
+        work: Sites and their updates.
+        spare: Buffers to reuse, by site path.
+        safe: Whether to check that every weight is finite.
+
+    Raises:
+        MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
+    """
+    work = list(work)
+    _refuse_tied(entry.site for entry in work)
+    weights: dict[str, nn.Parameter] = {}
+    with torch.no_grad():
+        for entry in work:
+            site, out = entry.site, (spare or {}).get(entry.site.path)
+            weight = fold(site.weight, entry.updates, transposed=site.kind == "conv1d", out=out)
+            weights[site.path] = nn.Parameter(weight, requires_grad=False)
+    if safe:
+        _refuse_non_finite(weights)
+    return weights
+
+
+def fold_in_place(work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
+    """Fold into the weights themselves; no copy is kept.
+
+    Args:
+        work: Sites and their updates.
+        safe: Whether to check first, one site at a time, that every result is finite.
+
+    Raises:
+        MergeError: A weight would not be finite (`safe`), or is tied to another layer. No weight has changed then.
+    """
+    work = list(work)
+    _refuse_tied(entry.site for entry in work)
+    with torch.no_grad():
+        if safe:
+            for entry in work:
+                result = fold(entry.site.weight, entry.updates, transposed=entry.site.kind == "conv1d")
+                _refuse_non_finite({entry.site.path: result})
+        for entry in work:
+            weight = entry.site.weight
+            fold(weight.data, entry.updates, transposed=entry.site.kind == "conv1d", out=weight.data)
+
+
+def set_weights(graph_module: fx.GraphModule, sites: Sequence[LinearSite], weights: Mapping[str, nn.Parameter]) -> None:
+    """Let the calls of sites read other weights, by site path; no node changes."""
+    by_name = {node.name: node for node in graph_module.graph.nodes}
+    for site in sites:
+        if site.path not in weights:
+            continue
+        for name in site.calls:
+            call = match_linear_call(by_name[name])
+            if call is not None:
+                owner, _, attribute = str(call.weight.target).rpartition(".")
+                graph_module.get_submodule(owner)._parameters[attribute] = weights[site.path]
+
+
+def _refuse_tied(sites: Iterable[LinearSite]) -> None:
+    tied = [f"{site.path} (tied with {', '.join(site.tied_with)})" for site in sites if site.tied_with]
+    if tied:
+        raise MergeError(
+            f"the weight of {'; '.join(tied)} is shared, so folding into it would change the other layer too; "
+            "leave the layer out of target_modules or untie the model's weights before tracing"
+        )
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
+    bad = [path for path, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+    if bad:
+        raise MergeError(
+            f"the merged weight of {', '.join(bad)} is not finite; the adapter is damaged, nothing was changed"
+        )

@@ -1,0 +1,95 @@
+"""Insert an adapter's subgraph at every call of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from gralora_fx.adapter import Factors, Rank, add_output
+from gralora_fx.errors import RewriteError
+from gralora_fx.passes.marks import mark
+from gralora_fx.sites import LinearCall, LinearSite, match_linear_call
+
+
+def insert_adapter(
+    graph_module: fx.GraphModule,
+    site: LinearSite,
+    adapter: str,
+    names: Mapping[str, str],
+    *,
+    rank: Rank,
+    scale: float,
+    dropout: float = 0.0,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> tuple[fx.Node, ...]:
+    """Add an adapter's output to a site's, at each of its calls.
+
+    Before: `y = linear(x, w, b); z = relu(y)`
+    After:  `y = linear(x, w, b); ...; y_1 = reshape_as(baddbmm_(blocks of y, ...), y); z = relu(y_1)`
+
+    The nodes are those that `adapter.add_output` makes when it runs on the graph's own proxies.
+
+    Args:
+        graph_module: The graph; it must be recompiled afterwards.
+        site: The site, found in this graph or one it was copied from.
+        adapter: Name of the adapter.
+        names: Attribute paths of the adapter's tensors in `graph_module`, by field of `adapter.Factors`.
+        rank: The adapter's sizes.
+        scale: Factor of its output.
+        dropout: Dropout probability of its input.
+        dtypes: Dtypes of the adapter and the layer where they differ.
+
+    Returns:
+        The nodes inserted.
+
+    Raises:
+        RewriteError: A call of the site is no longer in the graph, or no linear call any more.
+    """
+    graph = graph_module.graph
+    by_name = {node.name: node for node in graph.nodes}
+    inserted: list[fx.Node] = []
+    for name in site.calls:
+        node = by_name.get(name)
+        call = None if node is None else match_linear_call(node)
+        if node is None or call is None:
+            raise RewriteError(
+                f"{site.path}: node {name!r} is no linear call of this graph any more; trace the model again"
+            )
+        inserted += _insert_at(
+            graph,
+            call,
+            site.path,
+            adapter,
+            names,
+            scale=scale,
+            features=(site.in_features, site.out_features),
+            rank=rank,
+            dropout=dropout,
+            dtypes=dtypes,
+        )
+    return tuple(inserted)
+
+
+def _insert_at(
+    graph: fx.Graph, call: LinearCall, path: str, adapter: str, names: Mapping[str, str], **options: Any
+) -> list[fx.Node]:
+    node, before, tracer = call.node, set(graph.nodes), GraphAppendingTracer(graph)
+    with graph.inserting_before(node.next):
+        tensors = {field: _proxy(graph.get_attr(attribute), tracer) for field, attribute in names.items()}
+        result: Any = add_output(_proxy(call.input, tracer), _proxy(node, tracer), Factors(**tensors), **options)
+    made = [candidate for candidate in graph.nodes if candidate not in before]
+    members = set(made)
+    node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
+    for candidate in made:
+        mark(candidate, site=path, adapter=adapter, call=node.name)
+        if "nn_module_stack" in node.meta:
+            candidate.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    return made
+
+
+def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:
+    return fx.Proxy(node, tracer)  # type: ignore[return-value]  # a proxy stands for a tensor

@@ -1,0 +1,89 @@
+"""Let parts of a graph read an adapter's own copies of parameters instead of the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from gralora_fx.module_tree import ModuleTree, module_stack
+from gralora_fx.passes.marks import mark, mark_of, marked_nodes, unmark
+
+
+def own_parameters(
+    graph_module: fx.GraphModule, tree: ModuleTree, module: str, adapter: str, names: Mapping[str, str]
+) -> bool:
+    """Point the uses of a module's parameters inside that module at an adapter's copies.
+
+    Before: `w = self.classifier.weight; y = linear(x, w)`
+    After:  `w = self.gralora.default.classifier.weight; y = linear(x, w)`
+
+    A parameter that other modules use too (a tied head) keeps its node for them, and gains a second one.
+
+    Args:
+        graph_module: The graph; it must be recompiled afterwards.
+        tree: The modules of the source model.
+        module: Path of the module.
+        adapter: Name of the adapter.
+        names: Attribute paths of the copies in `graph_module`, by the full name of the base's parameter.
+
+    Returns:
+        Whether any use was found.
+    """
+    graph = graph_module.graph
+    copies = {id(tree.parameters[name]): path for name, path in names.items()}
+    base_names = {id(tree.parameters[name]): name for name in names}
+    has_changed = False
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        parameter = _parameter(graph_module, str(node.target))
+        path = copies.get(id(parameter))
+        if path is None or path == node.target:
+            continue
+        inside = [user for user in node.users if _is_inside(user, module, tree)]
+        if not inside:
+            continue
+        if len(inside) == len(node.users):
+            mark(node, site=module, adapter=adapter, owns=str(node.target))
+            node.target = path
+        else:
+            with graph.inserting_after(node):
+                own = graph.get_attr(path)
+            mark(own, site=module, adapter=adapter, owns=base_names[id(parameter)], beside=node.name)
+            for user in inside:
+                user.replace_input_with(node, own)
+        has_changed = True
+    return has_changed
+
+
+def release_parameters(graph_module: fx.GraphModule, adapter: str) -> bool:
+    """Point everything that reads an adapter's copies at the base's parameters again.
+
+    Args:
+        graph_module: The graph; it must be recompiled afterwards.
+        adapter: Name of the adapter.
+
+    Returns:
+        Whether the graph changed.
+    """
+    graph = graph_module.graph
+    by_name = {node.name: node for node in graph.nodes}
+    owned = [node for node in marked_nodes(graph, adapter) if "owns" in (mark_of(node) or {})]
+    for node in owned:
+        found = mark_of(node) or {}
+        if "beside" in found:
+            node.replace_all_uses_with(by_name[found["beside"]])
+            graph.erase_node(node)
+        else:
+            node.target = found["owns"]
+            unmark(node)
+    return bool(owned)
+
+
+def _parameter(graph_module: fx.GraphModule, target: str) -> nn.Parameter | None:
+    owner, _, name = target.rpartition(".")
+    return graph_module.get_submodule(owner)._parameters.get(name)
+
+
+def _is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:
+    paths = [tree.canonical(path) for path, _ in module_stack(node)]
+    return any(path == module or path.startswith(f"{module}.") for path in paths)

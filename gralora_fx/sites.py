@@ -1,0 +1,212 @@
+"""Linear call sites: where a graph multiplies an activation by a weight parameter."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from gralora_fx.module_tree import ModuleTree, module_stack
+
+Kind = Literal["linear", "conv1d", "functional"]
+
+_aten = torch.ops.aten
+_LINEAR = {_aten.linear.default, torch.nn.functional.linear}
+_ADDMM = {_aten.addmm.default, torch.addmm}
+_MATMUL = {_aten.matmul.default, _aten.mm.default, torch.matmul, torch.mm, operator.matmul}
+_TRANSPOSE = {_aten.numpy_T.default, _aten.t.default}
+_SWAP_AXES = {_aten.transpose.int, torch.transpose}
+_PERMUTE = {_aten.permute.default, torch.permute}
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear layer of the model, with every place in the graph that calls it.
+
+    Attributes:
+        path: Innermost module path of the calls, such as `model.layers.0.self_attn.q_proj`.
+        kind: `"linear"` (weight `[out, in]`), `"conv1d"` (weight `[in, out]`), or `"functional"` for a call whose
+            weight no linear layer owns (weight `[out, in]`).
+        in_features: Width of the input.
+        out_features: Width of the output.
+        weight: The parameter itself.
+        bias: The bias parameter, or None.
+        calls: Names of the nodes that compute `x @ weight`; empty if the traced forward never calls the layer.
+        tied_with: Other names under which the model holds the same weight.
+    """
+
+    path: str
+    kind: Kind
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    calls: tuple[str, ...]
+    tied_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One node that multiplies an input by a weight.
+
+    Attributes:
+        node: The node whose value is `input @ weight` (with the bias, if the operator adds it).
+        input: The activation, `[..., in]`.
+        weight: The `get_attr` node of the weight.
+        bias: The `get_attr` node of the bias, or None.
+        stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    stored_transposed: bool
+
+
+def match_linear_call(node: fx.Node) -> LinearCall | None:
+    """Recognise `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, with `w` a parameter or its transpose.
+
+    Args:
+        node: Any node of a graph.
+
+    Returns:
+        The call, or None where the node is no linear call on a parameter.
+    """
+    if node.op != "call_function":
+        return None
+    operands = [*node.args, *node.kwargs.values()]
+    if node.target in _LINEAR and len(operands) >= 2:
+        x, weight, bias = operands[0], operands[1], operands[2] if len(operands) > 2 else None
+        is_transposed = False
+    elif node.target in _ADDMM and len(operands) == 3:
+        bias, x, weight = operands
+        weight, is_transposed = _strip_transpose(weight)
+        is_transposed = not is_transposed
+    elif node.target in _MATMUL and len(operands) == 2:
+        x, weight, bias = *operands, None
+        weight, is_transposed = _strip_transpose(weight)
+        is_transposed = not is_transposed
+    else:
+        return None
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
+        bias = None
+    return LinearCall(node, x, weight, bias, is_transposed)
+
+
+def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
+    """Every linear layer of the model, in the order of its modules, with the calls that the graph makes to it.
+
+    A layer called several times is one site; one that the traced forward never calls is a site without calls, so that
+    adapters and checkpoints cover the same layers as in the module world.
+
+    Args:
+        graph_module: The traced graph.
+        tree: The modules of the model it was traced from.
+    """
+    tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
+    calls: dict[tuple[str, int], list[LinearCall]] = {}
+    owners: dict[int, set[str]] = {}
+    for call in _calls(graph_module):
+        weight = tensors.get(str(call.weight.target))
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+            path = _owner(call, weight, tree)
+            calls.setdefault((path, id(weight)), []).append(call)
+            owners.setdefault(id(weight), set()).add(path)
+    found: dict[str, LinearSite] = {}
+    shared_paths = [path for path, _ in calls]
+    for (path, _), group in calls.items():
+        weight = tensors[str(group[0].weight.target)]
+        bias_name = group[0].bias.target if group[0].bias is not None else f"{path}.bias"
+        name = path
+        if path not in tree.linear and (not path or shared_paths.count(path) > 1):
+            name = _weight_name(path, weight, tree)
+        found[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
+    for path in tree.linear - set(found):
+        weight, bias = tree.parameters.get(f"{path}.weight"), tree.parameters.get(f"{path}.bias")
+        if weight is not None and weight.ndim == 2:
+            found[path] = _site(path, weight, bias, [], tree)
+    order = {path: index for index, path in enumerate(tree.types)}
+    ranked = sorted(found, key=lambda path: order.get(path, order.get(path.rpartition(".")[0], len(order))))
+    return tuple(found[path] for path in ranked)
+
+
+def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
+    for node in graph_module.graph.nodes:
+        if (call := match_linear_call(node)) is not None:
+            yield call
+
+
+def _site(
+    path: str, weight: nn.Parameter, bias: nn.Parameter | None, calls: list[LinearCall], tree: ModuleTree
+) -> LinearSite:
+    if calls:
+        is_transposed = calls[0].stored_transposed
+    else:
+        is_transposed = tree.types[path].endswith("Conv1D")
+    kind: Kind = "conv1d" if is_transposed else "linear" if path in tree.linear else "functional"
+    rows, columns = weight.shape
+    return LinearSite(
+        path=path,
+        kind=kind,
+        in_features=rows if is_transposed else columns,
+        out_features=columns if is_transposed else rows,
+        weight=weight,
+        bias=bias,
+        calls=tuple(call.node.name for call in calls),
+        tied_with=tuple(name for name in tree.names_of(weight) if not _is_own_name(name, path, tree)),
+    )
+
+
+def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree) -> str:
+    """Path of the linear layer that a call belongs to, or of the module around a functional call."""
+    stack = [path for path, _ in module_stack(call.node)]
+    innermost = tree.canonical(stack[-1]) if stack else str(call.weight.target).rpartition(".")[0]
+    if innermost in tree.linear:
+        return innermost
+    prefix = f"{innermost}." if innermost else ""
+    for name in tree.names_of(weight):  # a child used by its weight only, as MultiheadAttention uses its out_proj
+        path = tree.canonical(name.removesuffix(".weight"))
+        if name.endswith(".weight") and name.startswith(prefix) and path in tree.linear:
+            return path
+    return innermost
+
+
+def _weight_name(path: str, weight: nn.Parameter, tree: ModuleTree) -> str:
+    """A name for a functional site whose module makes several such calls: the weight's own."""
+    names = tree.names_of(weight)
+    return next((name for name in names if name.rpartition(".")[0] == path), names[0] if names else path)
+
+
+def _is_own_name(name: str, path: str, tree: ModuleTree) -> bool:
+    owner = tree.canonical(name.rpartition(".")[0])
+    return owner == path or name == path or (path not in tree.linear and owner == path.rpartition(".")[0])
+
+
+def _strip_transpose(value: object) -> tuple[object, bool]:
+    """What `value` is the 2-D transpose of, and whether it is one."""
+    if not isinstance(value, fx.Node):
+        return value, False
+    if value.op == "call_function":
+        rest = list(value.args[1:])
+        if (
+            value.target in _TRANSPOSE
+            or (value.target in _SWAP_AXES and rest in ([0, 1], [1, 0], [-1, -2], [-2, -1]))
+            or (value.target in _PERMUTE and [list(r) if isinstance(r, (list, tuple)) else r for r in rest] == [[1, 0]])
+        ):
+            return value.args[0], True
+    if (
+        value.op == "call_method"
+        and value.target in {"t", "transpose"}
+        and list(value.args[1:]) in ([], [0, 1], [1, 0])
+    ):
+        return value.args[0], True
+    if value.op == "call_function" and value.target is getattr and value.args[1:] == ("T",):
+        return value.args[0], True
+    return value, False

@@ -1,0 +1,44 @@
+"""Where models and adapters come from: a local directory, or a repository on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gralora_fx.errors import GraloraError
+
+
+def resolve_directory(
+    name_or_path: str | Path,
+    error: type[GraloraError],
+    *,
+    revision: str | None = None,
+    patterns: Sequence[str] | None = None,
+) -> Path:
+    """The local directory that holds what `name_or_path` names, downloaded from the hub if it is a hub id.
+
+    Args:
+        name_or_path: A local directory, or a hub id such as `owner/name`.
+        error: The error type to raise.
+        revision: Revision of the hub repository.
+        patterns: Files to download, as glob patterns; None for all.
+
+    Raises:
+        GraloraError: Of the given type, when there is no such directory and no such repository can be reached.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise error(f"{path} is a file; give the directory that holds it")
+    name = str(name_or_path)
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise error(f"no directory {path}; give an existing directory or a hub id")
+    from huggingface_hub import snapshot_download  # the hub client is slow to import and seldom needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns and list(patterns)))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise error(f"no directory {name}, and no such repository can be reached on the hub ({reason})") from failure

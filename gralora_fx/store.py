@@ -1,0 +1,63 @@
+"""Where adapters keep their tensors in a graph module: `gralora.<adapter>.<site path>.gralora_A` and its kin."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from gralora_fx.adapter import Factors
+from gralora_fx.errors import ConfigError
+
+ROOT = "gralora"
+
+# field of `Factors`: the tensor's name below its site, and the rest of its key in a PEFT checkpoint
+FACTOR_NAMES = {"A": "gralora_A", "B": "gralora_B", "A_general": "gralora_A_general", "B_general": "gralora_B_general"}
+CHECKPOINT_SUFFIX = {"A": "", "B": "", "A_general": ".weight", "B_general": ".weight"}
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse a name that cannot be part of an attribute path.
+
+    Raises:
+        ConfigError: It is no string, is empty, has a dot, or is an attribute of every module.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.Module, name):
+        raise ConfigError(
+            f"{name!r} cannot name an adapter; take a string without dots that is no attribute of nn.Module"
+        )
+
+
+def put(graph_module: fx.GraphModule, path: str, parameter: nn.Parameter) -> None:
+    """Register a parameter at a dotted path, making the modules on the way."""
+    *owners, attribute = path.split(".")
+    module: nn.Module = graph_module
+    for owner in owners:
+        if owner not in module._modules:
+            module.add_module(owner, nn.Module())
+        module = module.get_submodule(owner)
+    module.register_parameter(attribute, parameter)
+
+
+def drop(graph_module: fx.GraphModule, adapter: str) -> None:
+    """Remove everything an adapter stored."""
+    root = graph_module._modules.get(ROOT)
+    if root is not None:
+        root._modules.pop(adapter, None)
+        if not root._modules:
+            del graph_module._modules[ROOT]
+
+
+def factor_paths(adapter: str, site_path: str, factors: Factors) -> dict[str, str]:
+    """Attribute paths of an adapter's tensors at one site, by field of `Factors`."""
+    present = {field for field, tensor in factors._asdict().items() if tensor is not None}
+    return {field: f"{ROOT}.{adapter}.{site_path}.{name}" for field, name in FACTOR_NAMES.items() if field in present}
+
+
+def copy_path(adapter: str, name: str) -> str:
+    """Attribute path of an adapter's own copy of the base's parameter `name`."""
+    return f"{ROOT}.{adapter}.{name}"
+
+
+def as_parameters(factors: Factors) -> Factors:
+    """The same tensors as trainable parameters."""
+    tensors: list[Tensor | None] = [None if t is None else nn.Parameter(t) for t in factors]
+    return Factors(*tensors)  # type: ignore[arg-type]

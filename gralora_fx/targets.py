@@ -1,0 +1,187 @@
+"""Which modules a configuration names: PEFT's rules, to the letter, over module paths alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import TargetError
+from gralora_fx.module_tree import ModuleTree
+
+_SEQ_CLS_HEADS = ("score", "classifier")  # the order in which PEFT looks for a head
+
+# PEFT's choice where `target_modules` is None, by transformers' model type.
+_Q_AND_V = ("q_proj", "v_proj")
+_DEFAULTS: Mapping[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("bart", "opt", "gpt_neo", "gptj", "stablelm"), _Q_AND_V),
+    **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3"), _Q_AND_V),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _Q_AND_V),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    **dict.fromkeys(("bloom", "chatglm", "falcon", "gpt_neox", "RefinedWeb", "RefinedWebModel"), ("query_key_value",)),
+    "blip-2": ("q", "v", *_Q_AND_V),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": (*_Q_AND_V, "fc1", "fc2"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """A configuration's choice of modules, resolved for one model.
+
+    Attributes:
+        names: Names to match exactly or as the end of a path; empty if a pattern or `all-linear` decides.
+        pattern: Regular expression that a whole path must match, or None.
+        all_linear: Whether every linear layer is taken.
+        left_out: Paths that `all-linear` leaves out, with the reason.
+        saved: Names of `modules_to_save`, which are never adapted.
+        indices: Layer indices to take, or None for all.
+        layer_patterns: Containers whose children are counted; empty for any.
+    """
+
+    names: frozenset[str] = frozenset()
+    pattern: str | None = None
+    all_linear: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+    indices: frozenset[int] | None = None
+    layer_patterns: tuple[str, ...] = ()
+
+    def rejection(self, path: str, *, is_linear_layer: bool = True) -> str | None:
+        """Why the module at `path` is not taken, or None if it is.
+
+        Args:
+            path: A module path.
+            is_linear_layer: Whether a linear layer stands there, rather than a container or a functional call.
+        """
+        for name in self.saved:
+            if re.match(rf"(^|.*\.){name}($|\..*)", path):
+                return f"it belongs to modules_to_save ({name})"
+        if not self.is_named(path):
+            return "target_modules does not name it"
+        if self.all_linear:
+            if path in self.left_out:
+                return self.left_out[path]
+            if not is_linear_layer:
+                return "it is a functional call, which all-linear leaves out; name it to adapt it"
+        if self.indices is None or not self._is_counted(path):
+            return None
+        index = self.layer_index(path)
+        if index is None:
+            return "its path has no layer index, and layers_to_transform is set"
+        return None if index in self.indices else f"layer {index} is not in layers_to_transform"
+
+    def is_named(self, path: str) -> bool:
+        """Whether the names, the pattern or `all-linear` cover a path, whatever its layer."""
+        if self.all_linear:
+            return True
+        if self.pattern is not None:
+            return re.fullmatch(self.pattern, path) is not None
+        return any(_ends_with(path, name) for name in self.names)
+
+    def layer_index(self, path: str) -> int | None:
+        """The layer that a path lies in: its first number below a (matching) container."""
+        for container in self.layer_patterns or (None,):
+            expression = r".*?\.[^.]*" if container is None else rf"(?:^|.*?\.){container}"
+            if found := re.match(rf"{expression}\.(?P<index>\d+)\.", path):
+                return int(found["index"])
+        return None
+
+    def _is_counted(self, path: str) -> bool:
+        """Whether the layer filter applies: PEFT takes a path that is named in full whatever its layer."""
+        return self.all_linear or path not in self.names
+
+
+def resolve_targets(config: GraloraConfig, tree: ModuleTree, model_type: str | None) -> TargetRule:
+    """The rule that a configuration means for one model.
+
+    Args:
+        config: The configuration.
+        tree: The model's modules.
+        model_type: transformers' type of the model, for `target_modules=None`.
+
+    Raises:
+        TargetError: `target_modules` is None and nothing is known of the model's type.
+    """
+    targets = config.target_modules
+    if targets is None:
+        default = _DEFAULTS.get(model_type or "")
+        if default is None:
+            raise TargetError(
+                f"target_modules is None and no default is known for model type {model_type!r}; name the modules, "
+                f"for example {_examples(tree)}, or take 'all-linear'"
+            )
+        targets = default if isinstance(default, str) else set(default)
+    common = {
+        "saved": config.saved_module_names,
+        "indices": config.layer_indices,
+        "layer_patterns": config.layer_patterns,
+    }
+    if config.adapts_all_linear:
+        return TargetRule(all_linear=True, left_out=_left_out(config, tree), **common)
+    if isinstance(targets, str):
+        return TargetRule(pattern=targets, saved=config.saved_module_names)
+    return TargetRule(names=frozenset(targets), **common)
+
+
+def unmatched_names(rule: TargetRule, paths: Iterable[str]) -> list[str]:
+    """The entries of a list of targets that no path matches, sorted."""
+    remaining = list(paths)
+    return sorted(name for name in rule.names if not any(_ends_with(path, name) for path in remaining))
+
+
+def nearest_names(name: str, paths: Iterable[str]) -> list[str]:
+    """Up to three module names close to a misspelt one."""
+    candidates: dict[str, None] = {}
+    for path in paths:
+        candidates.setdefault(path.rpartition(".")[2])
+        if "." in name:
+            candidates.setdefault(path)
+    return difflib.get_close_matches(name, [c for c in candidates if not c.isdigit()], n=3, cutoff=0.4)
+
+
+def numbered_containers(paths: Iterable[str]) -> list[str]:
+    """Names of the containers whose children are numbered, sorted."""
+    found = {match[1] for path in paths if (match := re.match(r"(?:.*?\.)?([^.]+)\.\d+(?:\.|$)", path))}
+    return sorted(found)
+
+
+def saved_modules(config: GraloraConfig, tree: ModuleTree) -> tuple[str, ...]:
+    """Paths of the modules that `modules_to_save` selects, by PEFT's bare `endswith`, outermost first."""
+    found: list[str] = []
+    for path in tree.types:
+        if path and any(path.endswith(name) for name in config.saved_module_names):
+            if not any(path.startswith(f"{outer}.") for outer in found):
+                found.append(path)
+    return tuple(found)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _left_out(config: GraloraConfig, tree: ModuleTree) -> dict[str, str]:
+    if tree.output_embedding is not None:
+        return {tree.output_embedding: "it is the output embedding, which all-linear leaves out; name it to adapt it"}
+    if config.task_type == "SEQ_CLS":
+        for head in _SEQ_CLS_HEADS:
+            if head in tree.types:
+                return {head: "it is the classification head, which all-linear leaves out; name it to adapt it"}
+    return {}
+
+
+def _examples(tree: ModuleTree) -> str:
+    names = dict.fromkeys(path.rpartition(".")[2] for path in tree.types if path in tree.linear)
+    return str([name for name in names if not name.isdigit()][:4])

@@ -1,0 +1,1 @@
+"""Model to `TracedModel`: tracing, example inputs, and the mode of a traced graph."""

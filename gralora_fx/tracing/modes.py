@@ -1,0 +1,118 @@
+"""Training and evaluation mode of a traced graph: the arguments that a trace bakes in, made switchable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+_KEY = "gralora_mode"
+_aten = torch.ops.aten
+
+# operator: position of its `train` flag
+_FLAGS: dict[Any, int] = {
+    _aten.dropout.default: 2,
+    _aten.feature_dropout.default: 2,
+    _aten.alpha_dropout.default: 2,
+    _aten.feature_alpha_dropout.default: 2,
+    _aten.dropout_.default: 2,
+    _aten.native_dropout.default: 2,
+    _aten.rrelu.default: 3,
+    _aten.batch_norm.default: 5,
+    _aten.lstm.input: 6,
+    _aten.gru.input: 6,
+    _aten.rnn_tanh.input: 6,
+    _aten.rnn_relu.input: 6,
+}
+_SDPA = _aten.scaled_dot_product_attention.default
+_SDPA_DROPOUT = 4
+_FUNCTIONAL = {
+    torch.nn.functional.dropout,
+    torch.nn.functional.alpha_dropout,
+    torch.nn.functional.batch_norm,
+    torch.nn.functional.rrelu,
+}
+
+
+def record_switches(graph: fx.Graph) -> bool:
+    """Note at every node whose behaviour depends on the mode what it takes in training and in evaluation.
+
+    The note stands in `node.meta["custom"]`, which copies and re-exports keep. An attention node records its dropout
+    only in a graph traced in training mode: a trace in evaluation mode has lost it.
+
+    Args:
+        graph: A traced graph; its nodes gain the notes.
+
+    Returns:
+        Whether the graph stands in training mode, as far as its nodes tell.
+    """
+    is_training = False
+    for node in graph.nodes:
+        switch = _switch_of(node)
+        if switch is not None:
+            argument, in_training, in_evaluation = switch
+            is_training |= _read(node, argument) == in_training
+            node.meta.setdefault("custom", {})[_KEY] = {
+                "argument": argument,
+                "train": in_training,
+                "eval": in_evaluation,
+            }
+    return is_training
+
+
+def set_mode(graph: fx.Graph, training: bool) -> bool:
+    """Switch every recorded argument.
+
+    Before (training):  `dropout(x, 0.1, True)`
+    After (evaluation): `dropout(x, 0.1, False)`
+
+    Args:
+        graph: A graph that `record_switches` has seen.
+        training: The mode to set.
+
+    Returns:
+        Whether any node changed, so that the module must be recompiled.
+    """
+    has_changed = False
+    for node in graph.nodes:
+        switch = node.meta.get("custom", {}).get(_KEY)
+        if switch is not None:
+            value = switch["train" if training else "eval"]
+            if _read(node, switch["argument"]) != value:
+                _write(node, switch["argument"], value)
+                has_changed = True
+    return has_changed
+
+
+def _switch_of(node: fx.Node) -> tuple[int | str, Any, Any] | None:
+    """The mode-dependent argument of a node with its values in training and in evaluation."""
+    if node.op != "call_function":
+        return None
+    if node.target in _FLAGS:
+        return _FLAGS[node.target], True, False
+    if node.target in _FUNCTIONAL and "training" in node.kwargs:
+        return "training", True, False
+    if node.target is _SDPA:
+        probability = _read(node, _SDPA_DROPOUT)
+        return (_SDPA_DROPOUT, probability, 0.0) if probability else None
+    if node.target is _aten.add_.Tensor and isinstance(counter := node.args[0], fx.Node):
+        # BatchNorm counts its training batches in place
+        if counter.op == "get_attr" and str(counter.target).endswith("num_batches_tracked"):
+            return 1, 1, 0
+    return None
+
+
+def _read(node: fx.Node, argument: int | str) -> Any:
+    if isinstance(argument, str):
+        return node.kwargs.get(argument)
+    return node.args[argument] if argument < len(node.args) else node.kwargs.get("dropout_p")
+
+
+def _write(node: fx.Node, argument: int | str, value: Any) -> None:
+    if isinstance(argument, str):
+        node.update_kwarg(argument, value)
+    elif argument < len(node.args):
+        node.update_arg(argument, value)
+    else:
+        node.update_kwarg("dropout_p", value)

@@ -1,0 +1,22 @@
+"""Silence for the progress notes of exporters; their errors still raise."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what the libraries underneath print, log and warn about while the block runs."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # some of their loggers are named by file, outside every hierarchy
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,194 @@
+"""Example inputs for a trace: made for a task, or a user's own widened so that no axis is fixed by chance."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+
+from gralora_fx.errors import TraceError
+
+TASKS = (
+    "feature-extraction",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "text-generation",
+    "text-generation-with-past",
+    "text2text-generation",
+    "text2text-generation-with-past",
+    "automatic-speech-recognition",
+    "automatic-speech-recognition-with-past",
+    "image-classification",
+)
+_HEADS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForConditionalGeneration": "text2text-generation",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+_MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
+_BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
+
+
+def infer_task(model: PreTrainedModel) -> str:
+    """The task that a model's class name tells; `feature-extraction` for a bare model."""
+    name = type(model).__name__
+    task = next((task for head, task in _HEADS.items() if name.endswith(head)), "feature-extraction")
+    if task == "text2text-generation" and model.main_input_name == "input_features":
+        return "automatic-speech-recognition"
+    return task
+
+
+def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, torch.Tensor]:
+    """Random inputs of the shapes that a task needs, read from the model's configuration.
+
+    Args:
+        model: The model to run.
+        task: One of `TASKS`.
+
+    Raises:
+        TraceError: The task is unknown, needs a cache, or does not fit the model.
+    """
+    if task not in TASKS:
+        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
+    if task.endswith("-with-past"):
+        raise TraceError(
+            f"task {task!r} needs a cache, which is not supported yet; take {task[: -len('-with-past')]!r}"
+        )
+    main = model.main_input_name
+    expected = {"image-classification": "pixel_values", "automatic-speech-recognition": "input_features"}
+    if task in expected and main != expected[task]:
+        raise TraceError(
+            f"task {task!r} takes {expected[task]}, but {type(model).__name__} takes {main}; give its task"
+        )
+    generator = torch.Generator().manual_seed(0)
+    inputs = {main: _main_input(model, main, generator)}
+    accepted = inspect.signature(model.forward).parameters
+    if main == "input_ids":
+        inputs["attention_mask"] = torch.ones_like(inputs[main])
+        if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0):
+            inputs["token_type_ids"] = torch.zeros_like(inputs[main])
+    if "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
+    return inputs
+
+
+def keyword_inputs(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
+    """Example inputs by name, in the order of the forward's parameters.
+
+    Raises:
+        TraceError: They do not fit the forward's signature.
+    """
+    signature = inspect.signature(model.forward)
+    given = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    positional = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    try:
+        bound = signature.bind(*positional, **given).arguments
+    except TypeError as error:
+        names = ", ".join(signature.parameters)
+        raise TraceError(
+            f"the example inputs do not fit {type(model).__name__}.forward({names}): {error}; "
+            "give a dict of its keyword arguments or a tuple of its arguments"
+        ) from error
+    inputs: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise TraceError(f"{type(model).__name__}.forward takes *{name}; trace a module with named arguments")
+        inputs.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(inputs)):
+        raise TraceError(f"the example inputs of {type(model).__name__} hold no tensor; give at least one")
+    return inputs
+
+
+def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs with at least two rows, three positions and one padded row, so that none of it is fixed.
+
+    `torch.export` takes an axis of size 1 as a constant, and drops a mask that masks nothing.
+
+    Args:
+        model: The model to run.
+        inputs: A user's inputs, a single text included.
+    """
+    sample = {name: value for name, value in inputs.items() if value is not None}
+    if isinstance(model, PreTrainedModel):
+        accepted = inspect.signature(model.forward).parameters
+        for mask, ids in _MASKS.items():
+            if mask == "attention_mask" and ids in sample and mask in accepted and mask not in sample:
+                sample[mask] = torch.ones_like(sample[ids])
+        for group in (_TEXT_INPUTS, _DECODER_INPUTS):
+            sample = _with_positions(sample, group)
+    tensors = [leaf for leaf in tree_leaves(sample) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
+    if tensors and all(leaf.shape[0] == 1 for leaf in tensors):
+        sample = tree_map(_with_two_rows, sample)
+    for name, value in sample.items():
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 1:
+            warnings.warn(
+                f"axis 1 of the example input {name!r} has size 1 and stays fixed; give a longer example to let it vary",
+                stacklevel=4,
+            )
+    return _padded(sample)
+
+
+def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor:
+    config = model.config
+    if name == "input_ids":
+        return _token_ids(model, _LENGTH, generator)
+    if name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return torch.randn(_BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+    if name == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 64)
+        return torch.randn(_BATCH, config.num_mel_bins, frames, generator=generator)
+    raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
+
+
+def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) -> torch.Tensor:
+    text_config = model.config.get_text_config()
+    size = getattr(text_config, "vocab_size", 100)
+    ids = torch.randint(min(3, size - 1), size, (_BATCH, length), generator=generator)
+    for special in ("pad_token_id", "eos_token_id"):
+        token = getattr(text_config, special, None)
+        if isinstance(token, int):
+            ids[ids == token] = 1 if token != 1 else 2
+    end = getattr(text_config, "eos_token_id", None)
+    if isinstance(end, int) and end < size:  # models that pool at the end token need one in every row
+        ids[:, -1] = end
+    return ids
+
+
+def _with_positions(sample: dict[str, Any], group: tuple[str, ...]) -> dict[str, Any]:
+    present = [name for name in group if isinstance(sample.get(name), torch.Tensor) and sample[name].ndim >= 2]
+    if not present or any(sample[name].shape[1] >= 3 for name in present):
+        return sample
+    return {name: torch.cat([value] * 4, dim=1) if name in present else value for name, value in sample.items()}
+
+
+def _with_two_rows(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _padded(sample: dict[str, Any]) -> dict[str, Any]:
+    for mask in _MASKS:
+        value = sample.get(mask)
+        if isinstance(value, torch.Tensor) and value.ndim == 2 and bool(value.all()) and value.shape[1] > 1:
+            value = value.clone()
+            value[-1, -1] = 0
+            sample[mask] = value
+    return sample

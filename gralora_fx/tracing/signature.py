@@ -1,0 +1,58 @@
+"""How a traced graph is called: inputs by name or position, with the defaults that the model itself has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gralora_fx.errors import TraceError
+
+_OUTPUT_FLAGS = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")
+
+
+def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of one call by name, in the trace's order.
+
+    A mask that was traced but not given is all ones, token types are zeros, positions count from zero: what the model
+    takes when it is not told.
+
+    Args:
+        names: Inputs of the trace.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        TraceError: An input is missing, given twice, or was not part of the trace.
+    """
+    if len(args) > len(names):
+        raise TraceError(f"the trace takes {len(names)} inputs ({', '.join(names)}), but got {len(args)}")
+    inputs = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name in inputs:
+            raise TraceError(f"input {name!r} was given twice, by position and by name")
+        if name in names:
+            inputs[name] = value
+        elif not (value is None or value is False or name in _OUTPUT_FLAGS):
+            raise TraceError(
+                f"input {name!r} was not part of the trace, which takes {', '.join(names)}; "
+                "trace again with it among the example inputs"
+            )
+    for name in names:
+        if inputs.get(name) is None:
+            inputs[name] = _default(name, inputs)
+    return {name: inputs[name] for name in names}
+
+
+def _default(name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """What the model takes for an input that it is not given."""
+    ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
+    if isinstance(ids, torch.Tensor):
+        if name in ("attention_mask", "decoder_attention_mask"):
+            return torch.ones_like(ids)
+        if name == "token_type_ids":
+            return torch.zeros_like(ids)
+        if name == "position_ids":
+            return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    raise TraceError(f"input {name!r} is missing; it was part of the trace")

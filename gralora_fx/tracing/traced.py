@@ -1,0 +1,111 @@
+"""`TracedModel`: a graph over a model's own parameters, with what is known of the model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import PreTrainedConfig
+
+from gralora_fx.module_tree import ModuleTree
+from gralora_fx.sites import LinearSite, find_sites
+from gralora_fx.tracing.modes import set_mode
+from gralora_fx.tracing.signature import bind
+
+
+class TracedModel:
+    """A traced model: callable like the model, its graph open to passes.
+
+    It shares the source model's parameters and copies none.
+
+    Attributes:
+        graph_module: The graph; calling it takes every traced input by name.
+        tree: Module paths and parameters of the source model.
+        example_inputs: The inputs it was traced with, by name.
+        task: The task it was traced for, or None.
+        config: The model's transformers configuration, or None.
+        tokenizer_source: Where the model's tokenizer can be loaded from, or None.
+        loss_function: transformers' loss of the model's class, or None.
+        training: Whether the graph stands in training mode.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        *,
+        tree: ModuleTree,
+        example_inputs: Mapping[str, Any],
+        input_names: tuple[str, ...],
+        task: str | None = None,
+        config: PreTrainedConfig | None = None,
+        tokenizer_source: str | None = None,
+        loss_function: Callable[..., torch.Tensor] | None = None,
+        training: bool = False,
+    ) -> None:
+        """Wrap a cleaned graph; `trace` is the public way to make one."""
+        self.graph_module = graph_module
+        self.tree = tree
+        self.example_inputs = dict(example_inputs)
+        self.input_names = input_names
+        self.task = task
+        self.config = config
+        self.tokenizer_source = tokenizer_source
+        self.loss_function = loss_function
+        self.training = training
+        self._sites = find_sites(graph_module, tree)
+
+    @property
+    def sites(self) -> tuple[LinearSite, ...]:
+        """Every linear layer of the model, in the order of its modules."""
+        return self._sites
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph as the model would run.
+
+        Args:
+            *args: Inputs by position, in the order of the model's forward.
+            **kwargs: Inputs by name. A mask, token types or positions that were traced may be left out.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            TraceError: An input is missing or was not part of the trace.
+        """
+        return self.graph_module(**bind(self.input_names, args, kwargs))
+
+    def train(self, mode: bool = True) -> TracedModel:
+        """Switch dropout, attention dropout and batch statistics as the source model's `train()` does."""
+        self.graph_module.train(mode)
+        if set_mode(self.graph_module.graph, mode):
+            self.graph_module.recompile()
+        self.training = mode
+        return self
+
+    def eval(self) -> TracedModel:
+        """Switch to evaluation mode."""
+        return self.train(False)
+
+    def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
+        """The same model with another graph, such as one with folded weights."""
+        return TracedModel(
+            graph_module,
+            tree=tree,
+            example_inputs=self.example_inputs,
+            input_names=self.input_names,
+            task=self.task,
+            config=self.config,
+            tokenizer_source=self.tokenizer_source,
+            loss_function=self.loss_function,
+            training=self.training,
+        )
+
+    def __repr__(self) -> str:
+        """One line: what was traced, and how large it is."""
+        name = type(self.config).__name__.removesuffix("Config") if self.config is not None else "module"
+        return (
+            f"TracedModel({name}, task={self.task!r}, {len(self.graph_module.graph.nodes)} nodes, "
+            f"{len(self.sites)} linear sites)"
+        )
