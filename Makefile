@@ -15,7 +15,9 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	rm -rf build/typed && mkdir -p build/typed
+	cp -r gralora_fx build/typed/ && cp -r exporters build/typed/gralora_fx/  # as installed: mypy cannot map folders
+	$(BIN)/mypy build/typed/gralora_fx
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

@@ -92,7 +92,8 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
         shown = "\n".join(f"- {problem}" for problem in problems[:20])
         more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(
-            f"{origin} does not fit the adapter {adapter.name!r}; check its configuration and base model:\n{shown}{more}"
+            f"{origin} does not fit the adapter {adapter.name!r}; check its configuration and base model:\n"
+            f"{shown}{more}"
         )
     with torch.no_grad():
         for key, parameter in wanted.items():

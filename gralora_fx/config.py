@@ -197,7 +197,7 @@ class GraloraConfig:
             values = _from_paper(values, fields["gralora_alpha"], origin)
         kept, dropped = _as_peft_reads(values)
         for what in dropped:
-            warnings.warn(f"{origin}: {what}", stacklevel=4)
+            warnings.warn(f"{origin}: {what}", stacklevel=3)
         dropout = kept.pop("gralora_dropout", 0.0)
         if dropout != 1.0:
             return cls(**kept, gralora_dropout=dropout)
@@ -293,11 +293,13 @@ def _check_names(name: str, values: Iterable[object]) -> None:
 
 def _from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> dict[str, Any]:
     """The paper's own fields in PEFT's terms: its `r` counts `hybrid_r` in, its scale is `gralora_alpha / r`."""
-    total, hybrid = int(values.get("r", 32)), int(values.get("hybrid_r") or 0)
+    total, hybrid = values.get("r", 32), values.get("hybrid_r") or 0
+    _check_integer("r", total, 1)
+    _check_integer("hybrid_r", hybrid, 0)
     warnings.warn(
         f"{origin} is in the format of the paper's own code: read as r={total - hybrid}, hybrid_r={hybrid}, "
         f"alpha={gralora_alpha}, so that the scale is {gralora_alpha}/{total}",
-        stacklevel=5,
+        stacklevel=4,
     )
     return {**values, "r": total - hybrid, "hybrid_r": hybrid, "alpha": gralora_alpha}
 

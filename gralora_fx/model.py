@@ -21,7 +21,6 @@ from gralora_fx.sites import LinearSite
 from gralora_fx.store import check_adapter_name
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import record_switches, set_mode
-from gralora_fx.tracing.signature import bind
 from gralora_fx.tracing.traced import TracedModel
 
 
@@ -94,8 +93,10 @@ class GraloraModel(nn.Module):
             CheckpointError: The tensors do not fit the model.
         """
         config, tensors = read_adapter(directory, revision=revision)
-        model = rewrite(traced, config, adapter_name=adapter_name)
+        model = cls(traced)
+        model.add_adapter(adapter_name, config)
         load_tensors(model._adapters[adapter_name], tensors, traced.tree, str(directory))
+        model.freeze_base()
         return model
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -162,13 +163,16 @@ class GraloraModel(nn.Module):
             TraceError: An input is missing or was not part of the trace.
             RewriteError: Labels were given, and the model has no loss for them.
         """
-        names = self._traced.input_names
         if not any(kwargs.get(name) is not None for name in LABELS):
-            return self.graph_module(**bind(names, args, {k: v for k, v in kwargs.items() if k not in LABELS}))
+            return self.graph_module(**self._traced.bind(args, {k: v for k, v in kwargs.items() if k not in LABELS}))
         inputs, labels = split_labels(kwargs)
-        if "decoder_input_ids" in names and inputs.get("decoder_input_ids") is None and "labels" in labels:
+        if (
+            "decoder_input_ids" in self._traced.input_names
+            and inputs.get("decoder_input_ids") is None
+            and "labels" in labels
+        ):
             inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config)
-        outputs = self.graph_module(**bind(names, args, inputs))
+        outputs = self.graph_module(**self._traced.bind(args, inputs))
         loss = model_loss(outputs, labels, self._traced.loss_function, self.config)
         return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
 
@@ -280,7 +284,7 @@ class GraloraModel(nn.Module):
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path, adapter_names: Sequence[str] | None = None) -> None:
-        """Write adapters in PEFT's format: the adapter named `default` in `directory`, others in a folder of their name.
+        """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
 
         Args:
             directory: Where to write; made if it does not exist.

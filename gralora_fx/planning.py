@@ -136,20 +136,20 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
     """
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
     sites = {site.path: site for site in traced.sites}
+    saved = saved_modules(config, traced.tree)
     rejected = [
         RejectedSite(site, reason)
         for path, site in sites.items()
-        if (reason := rule.rejection(path, is_linear_layer=site.kind != "functional")) is not None
+        if (reason := rule.rejection(path, is_linear_layer=site.kind != "functional") or _trains_whole(path, saved))
     ]
     left = {entry.site.path for entry in rejected}
     rank = Rank(config.r, config.gralora_k, config.hybrid_r)
     selected = tuple(PlannedSite(site, *rank) for path, site in sites.items() if path not in left)
-    problems = [*_missing(rule, traced, sites), *_unsupported(rule, traced, sites), *_indivisible(selected)]
+    problems = [*_missing(rule, traced, sites, saved), *_unsupported(rule, traced, sites), *_indivisible(selected)]
     if problems:
         raise TargetError(_joined(problems))
     _warn_of_gaps(rule, config, traced, sites)
     rejected += [RejectedSite(site, _EXPERTS) for site in _expert_weights(traced)]
-    saved = saved_modules(config, traced.tree)
     biases = _trained_biases(config, traced, selected)
     parameters = {id(p): p for p in traced.tree.parameters.values()}
     return RewritePlan(
@@ -167,7 +167,13 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
 _EXPERTS = "its weight has 3 dimensions, one matrix for each expert; GraLoRA adapts linear layers of 2"
 
 
-def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]) -> list[str]:
+def _trains_whole(path: str, saved: Iterable[str]) -> str | None:
+    """Why a site inside a saved module gets no adapter: `modules_to_save` selects by the end of a name."""
+    module = next((module for module in saved if path == module or path.startswith(f"{module}.")), None)
+    return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
+
+
+def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]) -> list[str]:
     """Problems of a rule that reaches no module at all."""
     paths = [path for path in dict.fromkeys([*traced.tree.types, *sites]) if path]
     named = [path for path in paths if rule.is_named(path)]
@@ -179,11 +185,11 @@ def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]
                 f"{', '.join(names) or 'nothing: the model has none'}"
             ]
         return [_no_match(name, paths) for name in sorted(rule.names)] or ["the model has no linear layer to adapt"]
-    if all(rule.rejection(path) is not None for path in named):
+    reasons = {rule.rejection(path) or _trains_whole(path, saved) for path in named}
+    if None not in reasons:
         if rule.indices is not None and not rule.indices & _existing_layers(rule, named):
             return [_no_layer(rule, named)]
-        reasons = sorted({reason for path in named if (reason := rule.rejection(path))})
-        return [f"every module that target_modules names is left out: {'; '.join(reasons)}"]
+        return [f"every module that target_modules names is left out: {'; '.join(sorted(filter(None, reasons)))}"]
     return []
 
 

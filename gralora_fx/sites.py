@@ -79,25 +79,26 @@ def match_linear_call(node: fx.Node) -> LinearCall | None:
     """
     if node.op != "call_function":
         return None
-    operands = [*node.args, *node.kwargs.values()]
-    if node.target in _LINEAR and len(operands) >= 2:
-        x, weight, bias = operands[0], operands[1], operands[2] if len(operands) > 2 else None
-        is_transposed = False
+    operands: list[object] = [*node.args, *node.kwargs.values()]
+    bias: object = None
+    if node.target in _LINEAR and len(operands) in (2, 3):
+        x, operand, bias = operands if len(operands) == 3 else (*operands, None)
+        multiplies_transpose = True
     elif node.target in _ADDMM and len(operands) == 3:
-        bias, x, weight = operands
-        weight, is_transposed = _strip_transpose(weight)
-        is_transposed = not is_transposed
+        bias, x, operand = operands
+        multiplies_transpose = False
     elif node.target in _MATMUL and len(operands) == 2:
-        x, weight, bias = *operands, None
-        weight, is_transposed = _strip_transpose(weight)
-        is_transposed = not is_transposed
+        x, operand = operands
+        multiplies_transpose = False
     else:
         return None
+    weight, is_transposed = _strip_transpose(operand)
+    stored_transposed = multiplies_transpose == is_transposed
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
         bias = None
-    return LinearCall(node, x, weight, bias, is_transposed)
+    return LinearCall(node, x, weight, bias, stored_transposed)
 
 
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
@@ -123,7 +124,8 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     shared_paths = [path for path, _ in calls]
     for (path, _), group in calls.items():
         weight = tensors[str(group[0].weight.target)]
-        bias_name = group[0].bias.target if group[0].bias is not None else f"{path}.bias"
+        own_bias = f"{path}.bias" if path in tree.linear else ""  # added after the product, as Falcon's layers do
+        bias_name = group[0].bias.target if group[0].bias is not None else own_bias
         name = path
         if path not in tree.linear and (not path or shared_paths.count(path) > 1):
             name = _weight_name(path, weight, tree)
@@ -146,10 +148,7 @@ def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
 def _site(
     path: str, weight: nn.Parameter, bias: nn.Parameter | None, calls: list[LinearCall], tree: ModuleTree
 ) -> LinearSite:
-    if calls:
-        is_transposed = calls[0].stored_transposed
-    else:
-        is_transposed = tree.types[path].endswith("Conv1D")
+    is_transposed = calls[0].stored_transposed if calls else tree.types[path].endswith("Conv1D")
     kind: Kind = "conv1d" if is_transposed else "linear" if path in tree.linear else "functional"
     rows, columns = weight.shape
     return LinearSite(

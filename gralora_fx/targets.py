@@ -124,16 +124,16 @@ def resolve_targets(config: GraloraConfig, tree: ModuleTree, model_type: str | N
                 f"for example {_examples(tree)}, or take 'all-linear'"
             )
         targets = default if isinstance(default, str) else set(default)
-    common = {
-        "saved": config.saved_module_names,
-        "indices": config.layer_indices,
-        "layer_patterns": config.layer_patterns,
-    }
-    if config.adapts_all_linear:
-        return TargetRule(all_linear=True, left_out=_left_out(config, tree), **common)
-    if isinstance(targets, str):
-        return TargetRule(pattern=targets, saved=config.saved_module_names)
-    return TargetRule(names=frozenset(targets), **common)
+    is_pattern = isinstance(targets, str) and not config.adapts_all_linear
+    return TargetRule(
+        names=frozenset() if isinstance(targets, str) else frozenset(targets),
+        pattern=str(targets) if is_pattern else None,
+        all_linear=config.adapts_all_linear,
+        left_out=_left_out(config, tree) if config.adapts_all_linear else {},
+        saved=config.saved_module_names,
+        indices=None if is_pattern else config.layer_indices,
+        layer_patterns=config.layer_patterns,
+    )
 
 
 def unmatched_names(rule: TargetRule, paths: Iterable[str]) -> list[str]:

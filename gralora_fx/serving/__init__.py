@@ -1,1 +1,6 @@
 """ONNX Runtime sessions over an export directory."""
+
+from gralora_fx.serving.model import OrtModel, load
+from gralora_fx.serving.outputs import Outputs
+
+__all__ = ["OrtModel", "Outputs", "load"]

@@ -38,7 +38,8 @@ def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
 def copy_graph(graph_module: fx.GraphModule) -> fx.Graph:
     """A copy of a graph with the node names, metadata and calling convention of the original."""
     copy = fx.Graph(tracer_cls=getattr(graph_module, "_tracer_cls", None))
-    output = copy.graph_copy(graph_module.graph, val_map := {})
+    val_map: dict[fx.Node, fx.Node] = {}
+    output = copy.graph_copy(graph_module.graph, val_map)
     original_output = next(iter(reversed(graph_module.graph.nodes)))
     node = copy.output(output, type_expr=original_output.type)
     node.meta = dict(original_output.meta)

@@ -81,7 +81,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, torch.Tensor
     accepted = inspect.signature(model.forward).parameters
     if main == "input_ids":
         inputs["attention_mask"] = torch.ones_like(inputs[main])
-        if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0):
+        if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", None):
             inputs["token_type_ids"] = torch.zeros_like(inputs[main])
     if "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
@@ -139,7 +139,7 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sample.items():
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 1:
             warnings.warn(
-                f"axis 1 of the example input {name!r} has size 1 and stays fixed; give a longer example to let it vary",
+                f"axis 1 of the example input {name!r} has size 1 and stays fixed; a longer example lets it vary",
                 stacklevel=4,
             )
     return _padded(sample)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from gralora_fx.errors import TraceError
 _OUTPUT_FLAGS = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")
 
 
-def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], *, optional: Collection[str] = ()
+) -> dict[str, Any]:
     """The inputs of one call by name, in the trace's order.
 
     A mask that was traced but not given is all ones, token types are zeros, positions count from zero: what the model
@@ -22,6 +24,7 @@ def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -
         names: Inputs of the trace.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
+        optional: Inputs for which the graph has a default of its own; left out where they are not given.
 
     Raises:
         TraceError: An input is missing, given twice, or was not part of the trace.
@@ -39,20 +42,29 @@ def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -
                 f"input {name!r} was not part of the trace, which takes {', '.join(names)}; "
                 "trace again with it among the example inputs"
             )
-    for name in names:
+    given = [name for name in names if name in inputs or name not in optional]
+    for name in given:
         if inputs.get(name) is None:
-            inputs[name] = _default(name, inputs)
-    return {name: inputs[name] for name in names}
+            inputs[name] = default_input(name, inputs)
+            if inputs[name] is None:
+                raise TraceError(f"input {name!r} is missing; it was part of the trace")
+    return {name: inputs[name] for name in given}
 
 
-def _default(name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """What the model takes for an input that it is not given."""
+def default_input(name: str, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a model takes for an input that it is not given, or None where it needs it.
+
+    Args:
+        name: Name of the input.
+        inputs: The inputs that are given; their token ids tell the shape.
+    """
     ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
-    if isinstance(ids, torch.Tensor):
-        if name in ("attention_mask", "decoder_attention_mask"):
-            return torch.ones_like(ids)
-        if name == "token_type_ids":
-            return torch.zeros_like(ids)
-        if name == "position_ids":
-            return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-    raise TraceError(f"input {name!r} is missing; it was part of the trace")
+    if not isinstance(ids, torch.Tensor):
+        return None
+    if name in ("attention_mask", "decoder_attention_mask"):
+        return torch.ones_like(ids)
+    if name == "token_type_ids":
+        return torch.zeros_like(ids)
+    if name == "position_ids":
+        return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    return None

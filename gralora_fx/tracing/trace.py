@@ -212,14 +212,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     if checkpointed:
         warnings.warn("gradient checkpointing is not part of a trace; train with smaller batches instead", stacklevel=5)
     for module in checkpointed:
-        module.gradient_checkpointing = False
+        setattr(module, "gradient_checkpointing", False)  # noqa: B010  # a name mypy cannot see on nn.Module
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
         for module in checkpointed:
-            module.gradient_checkpointing = True
+            setattr(module, "gradient_checkpointing", True)  # noqa: B010
 
 
 @contextmanager

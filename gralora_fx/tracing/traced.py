@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,16 @@ class TracedModel:
         Raises:
             TraceError: An input is missing or was not part of the trace.
         """
-        return self.graph_module(**bind(self.input_names, args, kwargs))
+        return self.graph_module(**self.bind(args, kwargs))
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of one call by name, with the defaults that the model itself has.
+
+        Raises:
+            TraceError: An input is missing, given twice, or was not part of the trace.
+        """
+        placeholders = [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+        return bind(self.input_names, args, kwargs, optional={str(node.target) for node in placeholders if node.args})
 
     def train(self, mode: bool = True) -> TracedModel:
         """Switch dropout, attention dropout and batch statistics as the source model's `train()` does."""

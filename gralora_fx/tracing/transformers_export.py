@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import onnx_ir as ir
 import torch
+from torch import fx, nn
 from transformers import PreTrainedModel
-from transformers.exporters import DynamoConfig, DynamoExporter
+from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 
+from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.quiet import quiet
 
 
@@ -30,7 +33,9 @@ def export_transformers_model(
         A program over the model's own parameters.
     """
     with quiet(), _without_cache(model):
-        return DynamoExporter().export(model, dict(inputs), DynamoConfig(dynamic=dynamic)).program
+        exported = DynamoExporter().export(model, dict(inputs), DynamoConfig(dynamic=dynamic))
+    program: torch.export.ExportedProgram = exported.program
+    return program
 
 
 def dynamic_axes(inputs: Any) -> Any:
@@ -50,3 +55,48 @@ def _without_cache(model: PreTrainedModel) -> Iterator[None]:
         model.__dict__.pop("forward", None)
         if own is not None:
             model.forward = own
+
+
+def convert_to_onnx(graph_module: fx.GraphModule, inputs: Mapping[str, Any], config: Any, *, dynamic: bool) -> ir.Model:
+    """Convert a traced graph to ONNX.
+
+    Args:
+        graph_module: A graph over parameters, in evaluation mode.
+        inputs: Its inputs by name.
+        config: The source model's configuration, or None.
+        dynamic: Whether axes may vary.
+
+    Returns:
+        The ONNX model, its weights shared with the graph's parameters where their layout allows.
+    """
+    module = _Callable(_with_real_copies(graph_module), config)
+    with quiet():
+        exported = OnnxExporter().export(module, dict(inputs), OnnxConfig(dynamic=dynamic))
+    program: ir.Model = exported.program
+    return program
+
+
+class _Callable(nn.Module):
+    """A graph as the module with a keyword forward that the exporter takes; handed over bare, it is refused."""
+
+    def __init__(self, graph_module: fx.GraphModule, config: Any) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.config = config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.graph_module(**inputs)
+
+
+def _with_real_copies(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with `clone` in place of `contiguous`.
+
+    Tracing again drops a `contiguous` that its own attention kernel makes needless; the kernel chosen for ONNX then
+    returns another layout, which the `view` behind it cannot take. A `clone` is never dropped, and free in ONNX.
+    """
+    graph = copy_graph(graph_module)
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.contiguous.default:
+            node.target = torch.ops.aten.clone.default
+            node.kwargs = {"memory_format": torch.contiguous_format}
+    return fx.GraphModule(graph_module, graph)

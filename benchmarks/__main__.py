@@ -1,0 +1,43 @@
+"""`python -m benchmarks [NAME ...]`: run all benchmarks or some, print their tables, write benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+NAMES = ("merge", "forward", "tracing", "training")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run benchmarks by name, all of them where none is named.
+
+    Args:
+        arguments: Names of modules in this package, and `--threads N`. On a machine that others use too, one thread
+            measures best: with more, each parallel region waits until the busy core comes round.
+
+    Returns:
+        The exit status: 2 for an unknown name, else 0; a promise that did not hold stands in the table.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure gralora-fx beside PEFT.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; none for all")
+    parser.add_argument("--threads", type=int, help="threads of torch; its own choice if left out")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in NAMES]
+    if unknown:
+        print(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    if options.threads is not None:
+        importlib.import_module("torch").set_num_threads(options.threads)
+    for name in options.names or NAMES:
+        report = importlib.import_module(f"benchmarks.{name}").run()
+        report.show()
+        report.write(RESULTS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

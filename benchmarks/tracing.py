@@ -1,0 +1,62 @@
+"""How long it takes until a model has adapters: `trace` and `rewrite`, beside PEFT's wrapping.
+
+PEFT replaces modules and traces nothing; transformers' exporter alone shows how much of ours is the tracing itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+from transformers import PreTrainedModel
+
+from benchmarks.harness import Case, Report, Table, measure, progress
+from benchmarks.models import minilm, small_llama
+from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.tracing.transformers_export import export_transformers_model
+
+OPTIONS: dict[str, Any] = {"r": 8, "gralora_k": 2, "target_modules": "all-linear"}
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "MiniLM, 6 layers": (minilm, "feature-extraction"),
+    "Llama, 12 layers": (small_llama, "text-generation"),
+}
+
+
+def run(iterations: int = 3) -> Report:
+    """Measure tracing and rewriting of two models."""
+    report = Report("tracing", "tracing: from a model to one with adapters, all linear layers, r=8 k=2")
+    for label, (load, task) in MODELS.items():
+        progress(f"tracing, {label}")
+        report.tables.append(_compare(label, load(), task, iterations))
+    report.notes.append(
+        "exporter alone: transformers' DynamoExporter on the same inputs; trace runs it once and checks the graph "
+        "against the model"
+    )
+    return report
+
+
+def _compare(label: str, model: PreTrainedModel, task: str, iterations: int) -> Table:
+    traced = trace(model, task=task)
+    wrapped = copy.deepcopy(model)
+
+    def unwrap(_: Any = None) -> PreTrainedModel:
+        nonlocal wrapped
+        wrapped = copy.deepcopy(model)
+        return wrapped
+
+    cases = [
+        Case.of("exporter alone", lambda: export_transformers_model(model, traced.example_inputs, dynamic=True)),
+        Case.of("ours trace", lambda: trace(model, task=task)),
+        Case.of("ours rewrite", lambda: rewrite(traced, GraloraConfig(**OPTIONS))),
+        Case(
+            "PEFT get_peft_model",
+            lambda fresh: peft.get_peft_model(fresh, peft.GraloraConfig(**OPTIONS)),
+            unwrap,
+            unwrap,
+        ),
+    ]
+    timings = measure(cases, iterations=iterations, warmup=1)
+    rows = [timings.row(case.name, "exporter alone") for case in cases]
+    return Table(f"{label}, {len(traced.graph_module.graph.nodes)} nodes, {len(traced.sites)} linear sites", rows)

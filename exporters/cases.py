@@ -1,0 +1,109 @@
+"""Fresh inputs for verification: other sizes than the trace's, padded on either side, a single row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.exporters.naming import AXES
+from gralora_fx.tracing.traced import TracedModel
+
+_LENGTHS = (1, 6, 11, 24)
+
+
+def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Named inputs to compare on.
+
+    Args:
+        model: A traced model with example inputs.
+        seed: Seed of the random values.
+
+    Yields:
+        A description, and inputs by name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sample = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
+    if not any(AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",)) for name in sample):
+        for batch in (1, 3):
+            yield f"batch {batch}", {name: _like(value, batch, None, generator) for name, value in sample.items()}
+        return
+    limit = _longest(model)
+    for batch, length, padding in ((1, _LENGTHS[0], None), (1, _LENGTHS[3], None), (3, 11, "right"), (4, 6, "left")):
+        size = min(length, limit)
+        case = {name: _text_like(name, value, model, batch, size, generator) for name, value in sample.items()}
+        if padding and size > 1:
+            _pad(case, padding)
+        yield f"{batch} x {size}" + (f" padded {padding}" if padding else ""), case
+
+
+def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs without the positions that the mask hides, whose values no one defines.
+
+    Args:
+        outputs: Output tensors by name.
+        inputs: The inputs they were computed from.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or bool(mask.all()):
+        return dict(outputs)
+    kept = mask.bool()
+    if "decoder_input_ids" in inputs:
+        aligned = {name for name in outputs if name.startswith("encoder")}
+    else:
+        aligned = {name for name, value in outputs.items() if value.shape[:2] == mask.shape}
+    return {name: value[kept] if name in aligned else value for name, value in outputs.items()}
+
+
+def _longest(model: TracedModel) -> int:
+    config = None if model.config is None else model.config.get_text_config()
+    names = ("max_position_embeddings", "max_target_positions", "n_positions")
+    limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int)]
+    return max(1, min(limits) - 2) if limits else max(_LENGTHS)
+
+
+def _text_like(
+    name: str, value: Tensor, model: TracedModel, batch: int, length: int, generator: torch.Generator
+) -> Tensor:
+    if AXES.get(name, ("", ""))[1:2] not in (("sequence_length",), ("decoder_sequence_length",)):
+        return _like(value, batch, None, generator)
+    if name.endswith("attention_mask"):
+        return torch.ones(batch, length, dtype=value.dtype)
+    if name == "position_ids":
+        return torch.arange(length, dtype=value.dtype).expand(batch, length).contiguous()
+    if name == "token_type_ids":
+        return torch.zeros(batch, length, dtype=value.dtype)
+    return _like(value, batch, length, generator, _vocabulary(model))
+
+
+def _vocabulary(model: TracedModel) -> int | None:
+    config = None if model.config is None else model.config.get_text_config()
+    return getattr(config, "vocab_size", None)
+
+
+def _like(
+    value: Tensor, batch: int, length: int | None, generator: torch.Generator, vocabulary: int | None = None
+) -> Tensor:
+    """Random values of the same kind, with another batch and, if given, another length."""
+    if value.ndim == 0:
+        return value
+    shape = [batch, *value.shape[1:]]
+    if length is not None and value.ndim > 1:
+        shape[1] = length
+    if value.is_floating_point():
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    if value.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    low, high = min(3, (vocabulary or 4) - 1), vocabulary or int(value.max().item()) + 1
+    return torch.randint(min(low, max(high - 1, 0)), max(high, 1), shape, generator=generator).to(value.dtype)
+
+
+def _pad(case: dict[str, Any], side: str) -> None:
+    """Hide a different number of positions in every row but the first."""
+    for name, mask in case.items():
+        if name == "attention_mask":
+            for row in range(1, mask.shape[0]):
+                hidden = min(row, mask.shape[1] - 1)
+                mask[row, slice(0, hidden) if side == "left" else slice(mask.shape[1] - hidden, None)] = 0

@@ -1,0 +1,98 @@
+"""`gralora_export.json`: what an export directory holds, and what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from safetensors.torch import save
+
+from gralora_fx.checkpoint import checkpoint_parameters, saved_config
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.directory import MANIFEST_NAME
+from gralora_fx.exporters.fingerprint import base_fingerprint
+from gralora_fx.exporters.reports import VerifyReport
+from gralora_fx.model import GraloraModel
+from gralora_fx.tracing.traced import TracedModel
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+def describe(model: TracedModel | GraloraModel, graph: ir.Graph, *, adapters: str, precision: str) -> dict[str, Any]:
+    """The manifest of an export, without its verification.
+
+    Args:
+        model: What was exported.
+        graph: The ONNX graph.
+        adapters: How adapters are held: `"merged"`.
+        precision: Precision of the weights.
+    """
+    traced = model.traced if isinstance(model, GraloraModel) else model
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": traced.task,
+        "precision": precision,
+        "adapters_mode": adapters,
+        "adapters": _describe_adapters(model) if isinstance(model, GraloraModel) else {},
+        "base_fingerprint": base_fingerprint(traced.tree.parameters),
+        "sites": [
+            {
+                "path": site.path,
+                "kind": site.kind,
+                "in_features": site.in_features,
+                "out_features": site.out_features,
+            }
+            for site in traced.sites
+        ],
+        "inputs": {str(value.name): _shape(value) for value in graph.inputs},
+        "outputs": {str(value.name): _shape(value) for value in graph.outputs},
+        "packages": {name: version(name) for name in ("gralora-fx", *_PACKAGES)},
+    }
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any], verification: VerifyReport | None) -> None:
+    """Write a manifest with what verification found."""
+    found = None if verification is None else verification.to_dict()
+    text = json.dumps({**manifest, "verification": found}, indent=2, sort_keys=True)
+    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of an export directory.
+
+    Raises:
+        ExportError: There is none, it cannot be read, or it is of a newer schema.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExportError(f"no {MANIFEST_NAME} in {directory}; give the directory of an export") from error
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read ({error}); export the model again") from error
+    if manifest.get("schema_version", 0) > SCHEMA_VERSION:
+        raise ExportError(
+            f"{path} has schema {manifest['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx"
+        )
+    return manifest
+
+
+def _describe_adapters(model: GraloraModel) -> dict[str, Any]:
+    described = {}
+    for name in model.active_adapters:
+        adapter = model.installed(name)
+        tensors = {key: p.detach().cpu().contiguous() for key, p in sorted(checkpoint_parameters(adapter).items())}
+        described[name] = {
+            "config": json.loads(saved_config(adapter, model.traced).to_json()),
+            "sha256": hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest(),
+        }
+    return described
+
+
+def _shape(value: ir.Value) -> list[int | str | None]:
+    return [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]

@@ -1,0 +1,169 @@
+"""`export_onnx`: a traced or rewritten model to a directory that ONNX Runtime serves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import DeduplicateInitializersPass
+from torch import fx
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.directory import check_output, staged
+from gralora_fx.exporters.manifest import describe, write_manifest
+from gralora_fx.exporters.naming import name_axes, name_outputs
+from gralora_fx.exporters.reports import ExportReport, VerifyReport
+from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
+from gralora_fx.exporters.verify import as_traced, verify_onnx
+from gralora_fx.model import GraloraModel
+from gralora_fx.tokenizers import load_tokenizer
+from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.modes import set_mode
+from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.transformers_export import convert_to_onnx
+
+_log = logging.getLogger(__name__)
+
+
+def export_onnx(
+    model: TracedModel | GraloraModel,
+    output_dir: str | Path,
+    *,
+    adapters: Literal["merged", "swappable", "batched"] = "merged",
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    quantize: Literal["int8", "int4"] | None = None,
+    block_size: int = 32,
+    accuracy_level: int = 4,
+    logits: Literal["last", "all"] = "last",
+    tokenizer: Any = None,
+    verify: bool = True,
+) -> ExportReport:
+    """Export a model to `model.onnx` with its weights in `model.onnx_data`, and check it against PyTorch.
+
+    The directory is written whole or not at all: an earlier export at the same place is replaced, after an error it
+    is as it was. The model keeps its state.
+
+    Args:
+        model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
+        output_dir: Where to write: new, empty, or an earlier export.
+        adapters: How adapters are held; `"merged"` folds them.
+        precision: Precision of weights and activations; `"fp32"`.
+        quantize: Weight-only quantization; None.
+        block_size: Block size of the quantization.
+        accuracy_level: Accuracy level of the quantized operators.
+        logits: For generation with a cache, whether the last position's logits are given or all.
+        tokenizer: A tokenizer, or the directory of one, to save beside the model.
+        verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place.
+
+    Returns:
+        Files, seconds of each stage, and what verification found.
+
+    Raises:
+        ExportError: The output may not be written, the model cannot be exported, or the export does not compute what
+            the model does.
+        MergeError: An adapter cannot be folded.
+    """
+    _refuse_unavailable(adapters, precision, quantize)
+    check_output(output_dir)
+    seconds: dict[str, float] = {}
+    with _stage("fold", seconds):
+        traced = as_traced(model)
+        _refuse_unfit(traced)
+    with _stage("convert", seconds):
+        onnx_model = _convert(traced)
+    report: VerifyReport | None = None
+    with staged(output_dir) as stage:
+        with _stage("write", seconds):
+            ir.save(onnx_model, stage / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024)
+            _write_companions(stage, traced, tokenizer)
+            manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision)
+        if verify:
+            with _stage("verify", seconds):
+                report = verify_onnx(stage, traced)
+            if not report.passed:
+                raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
+        write_manifest(stage, manifest, report)
+    path = Path(output_dir)
+    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+    return ExportReport(path, files, seconds, report)
+
+
+def _convert(traced: TracedModel) -> ir.Model:
+    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
+    set_mode(graph_module.graph, False)
+    graph_module.recompile()
+    graph_module.train(False)
+    sample = dict(traced.example_inputs)
+    try:
+        with torch.no_grad():
+            model = convert_to_onnx(graph_module, sample, traced.config, dynamic=True)
+    except Exception as error:  # torch.onnx raises errors of every type
+        raise ExportError(f"the graph cannot be converted to ONNX: {_reason(error)}") from error
+    DeduplicateInitializersPass()(model)
+    name_outputs(model)
+    name_axes(model)
+    return model
+
+
+def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
+    """Write `config.json` and the tokenizer's files."""
+    if traced.config is not None:
+        traced.config.save_pretrained(stage)
+        path = stage / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["transformers.js_config"] = {"use_external_data_format": True}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if tokenizer is None:
+        return
+    if isinstance(tokenizer, (str, Path)):
+        loaded = load_tokenizer(tokenizer)
+        if loaded is None:
+            raise ExportError(f"no tokenizer can be loaded from {tokenizer}; give its directory")
+        tokenizer = loaded
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")
+    tokenizer.save_pretrained(stage)
+
+
+def _refuse_unavailable(adapters: str, precision: str, quantize: str | None) -> None:
+    choices = {
+        "adapters": (adapters, ("merged",)),
+        "precision": (precision, ("fp32",)),
+        "quantize": (quantize, (None,)),
+    }
+    for name, (given, available) in choices.items():
+        if given not in available:
+            raise ExportError(f"{name}={given!r} is not available; take {' or '.join(map(repr, available))}")
+
+
+def _refuse_unfit(traced: TracedModel) -> None:
+    if not traced.example_inputs:
+        raise ExportError("the trace has no example inputs, which the export runs with; give them to trace()")
+    dtypes = {p.dtype for p in traced.tree.parameters.values() if p.is_floating_point()}
+    if dtypes - {torch.float32}:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ExportError(f"the model holds {found} weights, and a trace keeps its dtype; cast it to float32 and trace")
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    _log.info("%s ...", name)
+    begin = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - begin
+    _log.info("%s: %.1f s", name, seconds[name])
+
+
+def _reason(error: BaseException) -> str:
+    """The sentence in an exporter's long report that says what went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,143 @@
+"""`verify_onnx`: an export held against the PyTorch model on fresh inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.cases import attended, fresh_cases
+from gralora_fx.exporters.reports import TensorCheck, VerifyReport
+from gralora_fx.exporters.session import open_session
+from gralora_fx.merging import merge
+from gralora_fx.model import GraloraModel
+from gralora_fx.tracing.traced import TracedModel
+
+TOLERANCE = 1e-4
+
+
+def verify_onnx(
+    output_dir: str | Path,
+    model: TracedModel | GraloraModel,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> VerifyReport:
+    """Compare an export with the model on inputs that neither has seen: other sizes, padded rows, a single row.
+
+    Args:
+        output_dir: The export directory.
+        model: The model it was exported from; the active adapters of a `GraloraModel` count as folded.
+        inputs: A user's own inputs, compared in addition.
+        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
+        seed: Seed of the fresh inputs.
+
+    Returns:
+        Differences and argmax agreement for every output.
+
+    Raises:
+        ExportError: The directory is no export, its inputs or outputs are not the model's, or a case cannot run.
+    """
+    traced = as_traced(model)
+    session = open_session(output_dir)
+    names = [value.name for value in session.get_inputs()]
+    cases = list(fresh_cases(traced, seed))
+    if inputs is not None:
+        cases.append(("given inputs", dict(inputs)))
+    was_training = traced.training
+    traced.eval()
+    differences: dict[str, list[tuple[float, float, float | None]]] = {}
+    passed = True
+    try:
+        for description, case in cases:
+            for name, expected, actual in _compare(session, names, traced, case, description):
+                absolute, relative, agreement = _difference(name, expected, actual)
+                differences.setdefault(name, []).append((absolute, relative, agreement))
+                largest = float(expected.abs().max()) if expected.numel() else 0.0
+                passed &= absolute <= tolerance * max(1.0, largest)
+    finally:
+        traced.train(was_training)
+    tensors = tuple(_summary(name, found) for name, found in differences.items())
+    return VerifyReport(passed, tolerance, tuple(description for description, _ in cases), tensors)
+
+
+def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
+    """The adapter-free model: a traced model itself, or a rewritten one with its active adapters folded."""
+    if isinstance(model, TracedModel):
+        return model
+    if not isinstance(model, GraloraModel):
+        raise ExportError(
+            f"cannot export a {type(model).__name__}; trace it first, or give a TracedModel or GraloraModel"
+        )
+    return merge(model) if model.active_adapters else model.traced
+
+
+def _compare(
+    session: Any, names: list[str], traced: TracedModel, case: Mapping[str, Tensor], description: str
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    missing = [name for name in names if name not in case]
+    if missing:
+        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
+    with torch.no_grad():
+        expected = named_outputs(traced(**case))
+    try:
+        actual = session.run(None, {name: case[name].numpy() for name in names})
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise ExportError(f"ONNX Runtime fails on {description}: {str(error).splitlines()[0]}") from error
+    outputs = zip(session.get_outputs(), actual, strict=True)
+    found = {value.name: torch.from_numpy(np.asarray(array)) for value, array in outputs}
+    if len(expected) != len(found):
+        raise ExportError(f"the export gives {', '.join(found)}, the model {', '.join(expected)}; export it again")
+    if set(expected) != set(found):
+        expected = dict(zip(found, expected.values(), strict=True))
+    kept_expected, kept_actual = attended(expected, case), attended(found, case)
+    for name, value in kept_expected.items():
+        if value.shape != kept_actual[name].shape:
+            raise ExportError(
+                f"{name} has shape {list(kept_actual[name].shape)} in the export and {list(value.shape)} in the model"
+                f" on {description}; it is an export of another model"
+            )
+        yield name, value.float(), kept_actual[name].float()
+
+
+def named_outputs(outputs: Any) -> dict[str, Tensor]:
+    """The tensors of a model's return value by name, nested ones by their path."""
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        if isinstance(value, Tensor):
+            found[str(key)] = value
+        elif isinstance(value, (Mapping, tuple, list)):
+            found |= {f"{key}.{name}": tensor for name, tensor in named_outputs(value).items()}
+    return found
+
+
+def _difference(name: str, expected: Tensor, actual: Tensor) -> tuple[float, float, float | None]:
+    if not expected.numel():
+        return 0.0, 0.0, None
+    both_missing = expected.isnan() & actual.isnan()
+    gap = (expected - actual).abs().masked_fill(both_missing, 0.0)
+    absolute = float(gap.max()) if bool(torch.isfinite(gap).all()) else float("inf")
+    largest = float(expected.nan_to_num().abs().max())
+    agreement = None
+    if "logits" in name:
+        agreement = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
+    return absolute, absolute / largest if largest else absolute, agreement
+
+
+def _summary(name: str, found: list[tuple[float, float, float | None]]) -> TensorCheck:
+    agreements = [agreement for _, _, agreement in found if agreement is not None]
+    return TensorCheck(
+        name=name,
+        max_abs_error=max(absolute for absolute, _, _ in found),
+        max_rel_error=max(relative for _, relative, _ in found),
+        argmax_agreement=min(agreements) if agreements else None,
+    )

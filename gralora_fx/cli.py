@@ -1,0 +1,124 @@
+"""The command line: `gralora-fx inspect | export | verify | demo`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gralora_fx.errors import GraloraError
+
+app = typer.Typer(
+    name="gralora-fx",
+    help="Rewrite traced models with GraLoRA adapters, export them to ONNX and check the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[str | None, typer.Option(help="Base model: a local directory or a hub id.")]
+Adapter = Annotated[str | None, typer.Option(help="PEFT-format GraLoRA adapter: a local directory or a hub id.")]
+Task = Annotated[str | None, typer.Option(help="Task, by optimum's names, such as text-classification.")]
+Output = Annotated[Path, typer.Option(help="The export directory.")]
+
+
+@app.command()
+def inspect(model: Model = None, adapter: Adapter = None, task: Task = None) -> None:
+    """Trace a model and print its linear call sites, or what an adapter does with each of them."""
+    from gralora_fx.loading import load_traced
+    from gralora_fx.model import GraloraModel
+
+    with _notes.status("loading and tracing"):
+        loaded = load_traced(model, adapter, task)
+    if isinstance(loaded, GraloraModel):
+        print(loaded.plans["default"])
+        return
+    print(loaded)
+    for site in loaded.sites:
+        tied = f"  tied with {', '.join(site.tied_with)}" if site.tied_with else ""
+        print(f"{site.path}  {site.kind}  {site.in_features} -> {site.out_features}  calls={len(site.calls)}{tied}")
+
+
+@app.command()
+def export(
+    output: Output,
+    model: Model = None,
+    adapter: Adapter = None,
+    task: Task = None,
+    precision: Annotated[str, typer.Option(help="Precision of the weights: fp32.")] = "fp32",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")] = False,
+) -> None:
+    """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch."""
+    from gralora_fx.exporters import export_onnx
+    from gralora_fx.exporters.directory import check_output
+    from gralora_fx.loading import load_traced
+    from gralora_fx.model import GraloraModel
+    from gralora_fx.tokenizers import load_tokenizer
+
+    check_output(output)
+    with _notes.status("loading and tracing"):
+        loaded = load_traced(model, adapter, task)
+    traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
+    tokenizer = load_tokenizer(model or traced.tokenizer_source or "")
+    with _notes.status("exporting"):
+        report = export_onnx(
+            loaded,
+            output,
+            precision=precision,  # type: ignore[arg-type]  # export_onnx refuses others with a clear error
+            tokenizer=tokenizer,
+            verify=not no_verify,
+        )
+    print(report)
+
+
+@app.command()
+def verify(output: Output, model: Model = None, adapter: Adapter = None, task: Task = None) -> None:
+    """Compare an export with the PyTorch model on fresh inputs."""
+    from gralora_fx.exporters import verify_onnx
+    from gralora_fx.exporters.manifest import read_manifest
+    from gralora_fx.loading import load_traced
+
+    manifest = read_manifest(output)
+    with _notes.status("loading and tracing"):
+        loaded = load_traced(model, adapter, task or manifest.get("task"))
+    with _notes.status("comparing"):
+        report = verify_onnx(output, loaded)
+    print(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the initial values and the batches.")] = 0,
+) -> None:
+    """Train MiniLM to sort BBC news with GraLoRA, merge, export, verify and classify on ONNX Runtime."""
+    from gralora_fx.demo import run
+
+    run(output, epochs=epochs, seed=seed)
+
+
+def main() -> None:
+    """Run the command line; errors of gralora-fx end it with one line and status 1."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("gralora_fx")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        app()
+    except GraloraError as error:
+        _notes.print(f"error: {'; '.join(str(error).splitlines())}", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Training and scoring of a text classifier, in PyTorch and on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+
+from gralora_fx.model import GraloraModel
+
+LENGTH = 64
+_BATCH = 16
+_LEARNING_RATE = 2e-3
+
+Examples = Sequence[tuple[str, int]]
+
+
+def batches(examples: Examples, tokenizer: PreTrainedTokenizerBase, size: int = _BATCH) -> Iterator[dict[str, Any]]:
+    """Padded batches of token ids, masks and labels, in order."""
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        encoded = tokenizer([text for text, _ in part], padding=True, truncation=True, max_length=LENGTH)
+        inputs = {name: torch.tensor(values) for name, values in encoded.items()}
+        yield {**inputs, "labels": torch.tensor([label for _, label in part])}
+
+
+def train(
+    model: GraloraModel, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, epochs: int, seed: int
+) -> list[float]:
+    """Train the adapter with AdamW and a linear schedule, showing the progress.
+
+    Returns:
+        The loss of every step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * -(-len(examples) // _BATCH)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    losses: list[float] = []
+    model.train()
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=steps, loss=float("nan"))
+        for _ in range(epochs):
+            order = torch.randperm(len(examples), generator=generator).tolist()
+            for batch in batches([examples[index] for index in order], tokenizer):
+                loss = model(**batch).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+                progress.update(bar, advance=1, loss=sum(losses[-20:]) / len(losses[-20:]))
+    model.eval()
+    return losses
+
+
+def logits_of(model: Callable[..., Any], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float32]:
+    """Logits of every text, `[texts, classes]`, from a PyTorch or an ONNX Runtime model."""
+    found = []
+    with torch.no_grad():
+        for batch in batches(examples, tokenizer, size=32):
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            found.append(model(**inputs).logits.numpy())
+    return np.concatenate(found)
+
+
+def accuracy(logits: NDArray[np.float32], examples: Examples) -> float:
+    """Share of texts whose largest logit is their label's."""
+    return float((logits.argmax(-1) == np.array([label for _, label in examples])).mean())

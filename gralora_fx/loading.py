@@ -1,0 +1,94 @@
+"""Base models and adapters by name, as the command line takes them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from gralora_fx.checkpoint import read_adapter
+from gralora_fx.errors import ConfigError, TraceError
+from gralora_fx.model import GraloraModel
+from gralora_fx.tracing.quiet import quiet
+from gralora_fx.tracing.samples import TASKS
+from gralora_fx.tracing.trace import trace
+from gralora_fx.tracing.traced import TracedModel
+
+_AUTO_CLASSES = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "image-classification": "AutoModelForImageClassification",
+}
+_PEFT_TASKS = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
+
+
+def load_model(name: str | Path, task: str | None = None, *, num_labels: int | None = None) -> PreTrainedModel:
+    """A transformers model in float32 and evaluation mode.
+
+    Args:
+        name: Local directory or hub id.
+        task: One of optimum's task names; None for the class that the model's configuration names.
+        num_labels: Number of classes of a classification head; None for the configuration's.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be loaded.
+    """
+    if task is not None and task not in TASKS:
+        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(name)
+            architecture = (config.architectures or [None])[0]
+            class_name = _AUTO_CLASSES.get((task or "").removesuffix("-with-past"), architecture or "AutoModel")
+            model_class = getattr(transformers, class_name, transformers.AutoModel)
+            model: PreTrainedModel = model_class.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise TraceError(f"no model can be loaded from {name} ({str(error).splitlines()[0]})") from error
+    return model.eval()
+
+
+def load_traced(model: str | None, adapter: str | None, task: str | None) -> TracedModel | GraloraModel:
+    """A traced model, rewritten with an adapter if one is given.
+
+    Args:
+        model: Local directory or hub id of the base; None for the one that the adapter names.
+        adapter: PEFT-format adapter, or None.
+        task: Task name; None for the adapter's or the model's own.
+
+    Raises:
+        ConfigError: Neither names a base model.
+        TraceError: The base cannot be loaded or traced.
+        TargetError: The adapter's configuration does not fit the base.
+        CheckpointError: The adapter's tensors do not fit the base.
+    """
+    if adapter is None:
+        if model is None:
+            raise ConfigError("no model was named; give --model, or --adapter with a base_model_name_or_path")
+        return trace(load_model(model, task), task=task)
+    config, tensors = read_adapter(adapter)
+    base = model or config.base_model_name_or_path
+    if base is None:
+        raise ConfigError(f"{adapter} names no base model; give --model")
+    task = task or _PEFT_TASKS.get(config.task_type or "")
+    heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
+    loaded = load_model(base, task, num_labels=heads[-1] if heads else None)
+    return GraloraModel.from_pretrained(trace(loaded, task=task), adapter)

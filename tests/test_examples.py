@@ -1,0 +1,26 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "4 of 14 sites adapted" in output
+    assert "merged and unmerged differ by" in output
+
+
+def test_peft_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["peft_to_onnx.py", "--output", str(tmp_path / "onnx")])
+    runpy.run_path(str(EXAMPLES / "peft_to_onnx.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "passed: 4 cases" in output
+    assert "ONNX Runtime and PyTorch differ by" in output

@@ -1,0 +1,78 @@
+"""Traces of the tiny models, made once a process: tests that share them must leave them as they are."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny_models import TINY, text_batch, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gralora_fx import TracedModel, trace
+
+ENCODER_DECODERS = ("t5", "bart", "whisper")
+TEXT_MODELS = tuple(name for name in TINY if name not in ("vit", "whisper"))
+
+
+@functools.cache
+def source(name: str) -> PreTrainedModel:
+    """The model that `traced(name)` was made from."""
+    return tiny_model(name)
+
+
+@functools.cache
+def traced(name: str) -> TracedModel:
+    """A trace of a tiny model in evaluation mode, to be read only; making it warns of nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return trace(source(name))
+
+
+def fresh(name: str, **overrides: Any) -> tuple[PreTrainedModel, TracedModel]:
+    """A tiny model and its trace, for a test to change."""
+    model = tiny_model(name, **overrides)
+    return model, trace(model)
+
+
+def inputs_of(name: str, batch: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
+    """Inputs of a tiny model, of other sizes than it was traced with."""
+    generator = torch.Generator().manual_seed(17)
+    if name == "vit":
+        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+    decoder_ids = torch.randint(3, 100, (batch, max(1, length - 2)), generator=generator)
+    if name == "whisper":
+        return {"input_features": torch.randn(batch, 8, 40, generator=generator), "decoder_input_ids": decoder_ids}
+    inputs = text_batch(batch, length, padding)
+    return {**inputs, "decoder_input_ids": decoder_ids} if name in ENCODER_DECODERS else inputs
+
+
+def main_output(outputs: Any) -> Tensor:
+    """The tensor that a model is run for: its logits, or the first output of a bare model."""
+    for name in ("logits", "text_embeds", "last_hidden_state"):
+        if getattr(outputs, name, None) is not None:
+            tensor: Tensor = getattr(outputs, name)
+            return tensor
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def run(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+    """A model's main output, without gradients."""
+    with torch.no_grad():
+        return main_output(model(**inputs))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def real_positions(outputs: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """The rows of per-token outputs whose token is no padding; other outputs as they are."""
+    mask = inputs.get("attention_mask")
+    is_per_token = mask is not None and outputs.ndim == 3 and outputs.shape[:2] == mask.shape
+    return outputs[mask.bool()] if is_per_token and "decoder_input_ids" not in inputs else outputs
