@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if options.threads is not None:
         importlib.import_module("torch").set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT reads an old attribute
     for name in options.names or NAMES:
         report = importlib.import_module(f"benchmarks.{name}").run()
         report.show()

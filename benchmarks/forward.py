@@ -1,6 +1,6 @@
 """What an adapter adds to a forward without gradients, beside PEFT's: one linear layer at 512 tokens, and MiniLM.
 
-PEFT makes three tensors of the output's size, ours none. What they cost depends on the allocator, so the layer is
+PEFT makes tensors of the output's size on the way, ours none. What they cost depends on the allocator, so it is
 measured in two states of it that glibc reaches by itself: in a process that has freed nothing larger than the layer's
 output, which gives PEFT's memory back after every call and faults it in at the next, and in one that has freed 32 MiB
 at once, which keeps it.

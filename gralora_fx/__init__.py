@@ -2,8 +2,9 @@
 
 from gralora_fx.config import GraloraConfig
 from gralora_fx.merging import merge
-from gralora_fx.model import GraloraModel, rewrite
+from gralora_fx.model import GraloraModel
 from gralora_fx.planning import RewritePlan, plan
+from gralora_fx.rewriting import rewrite
 from gralora_fx.sites import LinearSite
 from gralora_fx.tracing.trace import trace
 from gralora_fx.tracing.traced import TracedModel

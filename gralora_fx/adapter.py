@@ -168,6 +168,7 @@ def add_output(
     return y
 
 
+@torch.no_grad()
 def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False, out: Tensor | None = None) -> Tensor:
     """Fold updates into a weight, block by block, without a tensor of the weight's size beside the result.
 
@@ -201,6 +202,7 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
     return result
 
 
+@torch.no_grad()
 def delta_weight(update: Update, *, transposed: bool = False) -> Tensor:
     """The whole update as a dense matrix, `[out, in]` or `[in, out]` if `transposed`."""
     k, in_block, _ = update.factors.A.shape

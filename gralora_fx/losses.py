@@ -27,10 +27,17 @@ def decoder_inputs(labels: Tensor, config: PreTrainedConfig) -> Tensor:
     Args:
         labels: `[batch, length]`, -100 where no loss is taken.
         config: The model's configuration.
+
+    Raises:
+        RewriteError: The configuration names no start token.
     """
-    start = config.decoder_start_token_id
+    start = getattr(config, "decoder_start_token_id", None)
     if start is None:
-        start = config.bos_token_id
+        start = getattr(config, "bos_token_id", None)
+    if start is None:
+        raise RewriteError(
+            f"{type(config).__name__} has no decoder_start_token_id, so give decoder_input_ids beside the labels"
+        )
     shifted = labels.new_full(labels.shape, int(start))
     shifted[:, 1:] = labels[:, :-1]
     return shifted.masked_fill(shifted == -100, int(config.pad_token_id or 0))

@@ -36,7 +36,7 @@ def merge(model: GraloraModel, adapter_names: Sequence[str] | None = None, *, sa
     if not work:
         raise MergeError("no adapter is active, so there is nothing to merge; set one or name it")
     traced = model.traced
-    weights = folded_weights(work, safe=safe)
+    weights = folded_weights(traced.graph_module, work, safe=safe)
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
     set_weights(graph_module, model.sites, weights)
     replaced = {id(entry.site.weight): weights[entry.site.path] for entry in work}

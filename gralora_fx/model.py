@@ -7,49 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from gralora_fx.adapter_graph import AdapterGraph
 from gralora_fx.checkpoint import load_tensors, read_adapter, write_adapter
 from gralora_fx.config import GraloraConfig
-from gralora_fx.errors import CheckpointError, ConfigError, MergeError, RewriteError
+from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.installed import InstalledAdapter
 from gralora_fx.losses import LABELS, decoder_inputs, model_loss, split_labels
-from gralora_fx.passes.fold import SiteUpdate, fold_in_place, folded_weights, set_weights
+from gralora_fx.passes.fold import SiteUpdate
 from gralora_fx.planning import RewritePlan, plan
 from gralora_fx.sites import LinearSite
 from gralora_fx.store import check_adapter_name
-from gralora_fx.tracing.clean import copy_graph
-from gralora_fx.tracing.modes import record_switches, set_mode
 from gralora_fx.tracing.traced import TracedModel
-
-
-def rewrite(
-    traced: TracedModel, config_or_plan: GraloraConfig | RewritePlan, *, adapter_name: str = "default"
-) -> GraloraModel:
-    """Substitute the targeted linear call sites of a traced model with GraLoRA subgraphs.
-
-    The traced model keeps its graph; the result has a copy of it over the same parameters, which stop requiring
-    gradients.
-
-    Args:
-        traced: A traced model.
-        config_or_plan: What to adapt, or the plan already made of it.
-        adapter_name: Name of the adapter.
-
-    Returns:
-        The rewritten model, its adapter active, in the mode of `traced`.
-
-    Raises:
-        TargetError: The configuration cannot be met.
-        ConfigError: The adapter's name is invalid.
-        RewriteError: The graph is not the one that was planned for. `traced` is as it was, after any error.
-    """
-    check_adapter_name(adapter_name)
-    model = GraloraModel(traced)
-    model.add_adapter(adapter_name, config_or_plan)
-    model.freeze_base()
-    return model
 
 
 class GraloraModel(nn.Module):
@@ -65,13 +35,8 @@ class GraloraModel(nn.Module):
     def __init__(self, traced: TracedModel) -> None:
         """Copy a traced model's graph, without an adapter; `rewrite` is the public way to make one."""
         super().__init__()
-        self._traced = traced
-        self.graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "GraloraGraph")
-        self._adapters: dict[str, InstalledAdapter] = {}
-        self._active: list[str] = []
-        self._merged: list[str] = []
-        self._merged_weights: dict[str, nn.Parameter] = {}
-        self._spare: dict[str, Tensor] = {}
+        self._state = AdapterGraph(traced)
+        self.graph_module = self._state.graph_module
         self._was_trainable = [p for p in traced.tree.parameters.values() if p.requires_grad]
         super().train(traced.training)
 
@@ -95,7 +60,7 @@ class GraloraModel(nn.Module):
         config, tensors = read_adapter(directory, revision=revision)
         model = cls(traced)
         model.add_adapter(adapter_name, config)
-        load_tensors(model._adapters[adapter_name], tensors, traced.tree, str(directory))
+        load_tensors(model.installed(adapter_name), tensors, traced.tree, str(directory))
         model.freeze_base()
         return model
 
@@ -104,37 +69,37 @@ class GraloraModel(nn.Module):
     @property
     def sites(self) -> tuple[LinearSite, ...]:
         """Every linear layer of the base model."""
-        return self._traced.sites
+        return self.traced.sites
 
     @property
     def configs(self) -> dict[str, GraloraConfig]:
         """The configuration of each adapter, by name."""
-        return {name: adapter.config for name, adapter in self._adapters.items()}
+        return {name: adapter.config for name, adapter in self._state.adapters.items()}
 
     @property
     def plans(self) -> dict[str, RewritePlan]:
         """What each adapter adapts, by name."""
-        return {name: adapter.plan for name, adapter in self._adapters.items()}
+        return {name: adapter.plan for name, adapter in self._state.adapters.items()}
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters whose outputs are added, merged ones included."""
-        return list(self._active)
+        return list(self._state.active)
 
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that stand folded in the weights."""
-        return list(self._merged)
+        return list(self._state.merged)
 
     @property
     def traced(self) -> TracedModel:
         """The base model as it was traced."""
-        return self._traced
+        return self._state.traced
 
     @property
     def config(self) -> Any:
         """The base model's transformers configuration, or None."""
-        return self._traced.config
+        return self.traced.config
 
     def installed(self, adapter_name: str) -> InstalledAdapter:
         """An adapter's plan and tensors.
@@ -142,9 +107,7 @@ class GraloraModel(nn.Module):
         Raises:
             RewriteError: There is no such adapter.
         """
-        if adapter_name not in self._adapters:
-            raise RewriteError(f"no adapter {adapter_name!r}; there are {', '.join(self._adapters) or 'none'}")
-        return self._adapters[adapter_name]
+        return self._state[adapter_name]
 
     # -- running and training ---------------------------------------------------------------------------------------
 
@@ -164,29 +127,28 @@ class GraloraModel(nn.Module):
             RewriteError: Labels were given, and the model has no loss for them.
         """
         if not any(kwargs.get(name) is not None for name in LABELS):
-            return self.graph_module(**self._traced.bind(args, {k: v for k, v in kwargs.items() if k not in LABELS}))
+            return self.graph_module(**self.traced.bind(args, {k: v for k, v in kwargs.items() if k not in LABELS}))
         inputs, labels = split_labels(kwargs)
         if (
-            "decoder_input_ids" in self._traced.input_names
+            "decoder_input_ids" in self.traced.input_names
             and inputs.get("decoder_input_ids") is None
             and "labels" in labels
         ):
             inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config)
-        outputs = self.graph_module(**self._traced.bind(args, inputs))
-        loss = model_loss(outputs, labels, self._traced.loss_function, self.config)
+        outputs = self.graph_module(**self.traced.bind(args, inputs))
+        loss = model_loss(outputs, labels, self.traced.loss_function, self.config)
         return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
 
     def train(self, mode: bool = True) -> GraloraModel:
         """Switch dropout, attention dropout, adapter dropout and batch statistics."""
         super().train(mode)
-        if set_mode(self.graph_module.graph, mode):
-            self.graph_module.recompile()
+        self._state.set_mode(mode)
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Number of values that train, and of all values."""
         counted = {id(parameter): parameter for parameter in self.parameters()}
-        counted |= {id(parameter): parameter for parameter in self._traced.tree.parameters.values()}
+        counted |= {id(parameter): parameter for parameter in self.traced.tree.parameters.values()}
         trainable = sum(p.numel() for p in counted.values() if p.requires_grad)
         return trainable, sum(p.numel() for p in counted.values())
 
@@ -197,7 +159,7 @@ class GraloraModel(nn.Module):
 
     def freeze_base(self) -> None:
         """Stop the base model's parameters from requiring gradients."""
-        for parameter in self._traced.tree.parameters.values():
+        for parameter in self.traced.tree.parameters.values():
             parameter.requires_grad_(False)
 
     # -- adapters ---------------------------------------------------------------------------------------------------
@@ -215,24 +177,7 @@ class GraloraModel(nn.Module):
             RewriteError: The plan is not one of this model. Nothing has changed, after any error.
         """
         check_adapter_name(adapter_name)
-        if adapter_name in self._adapters:
-            raise ConfigError(f"adapter {adapter_name!r} exists already; delete it first or take another name")
-        planned = self._plan(config_or_plan)
-        self._refuse_second_bias(planned.config)
-        self._refuse_merged("add an adapter")
-        tree = self._traced.tree
-        adapter = InstalledAdapter.create(self.graph_module, adapter_name, planned, tree)
-        is_first = not self._adapters
-        adapter.requires_grad_(is_first)
-        self._adapters[adapter_name] = adapter
-        if is_first:
-            try:
-                self._activate([adapter_name])
-            except RewriteError:
-                self._deactivate([adapter_name])
-                del self._adapters[adapter_name]
-                adapter.drop(self.graph_module)
-                raise
+        self._state.add(adapter_name, self._plan(config_or_plan))
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter active, or several that sum; the others leave the graph and stop training.
@@ -245,29 +190,16 @@ class GraloraModel(nn.Module):
             MergeError: Adapters are merged; unmerge first.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
-        for name in names:
-            self.installed(name)
-        self._refuse_merged("switch adapters")
-        self._refuse_shared_copies(names)
-        if names != self._active:
-            self._deactivate(self._active)
-            self._activate(names)
-        for name, adapter in self._adapters.items():
-            adapter.requires_grad_(name in names)
+        self._state.switch(names)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base model while the block lasts: its graph, node for node, over its own parameters."""
-        merged, active = list(self._merged), list(self._active)
-        if merged:
-            self.unmerge_adapter()
-        self._deactivate(active)
+        state = self._state.disable()
         try:
             yield
         finally:
-            self._activate(active)
-            if merged:
-                self.merge_adapter(merged)
+            self._state.restore(state)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.
@@ -275,11 +207,10 @@ class GraloraModel(nn.Module):
         Raises:
             RewriteError: There is no such adapter, or it is active.
         """
-        adapter = self.installed(adapter_name)
-        if adapter_name in self._active:
+        self.installed(adapter_name)
+        if adapter_name in self._state.active:
             raise RewriteError(f"adapter {adapter_name!r} is active; set another one before deleting it")
-        adapter.drop(self.graph_module)
-        del self._adapters[adapter_name]
+        self._state.remove(adapter_name)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -293,11 +224,11 @@ class GraloraModel(nn.Module):
         Raises:
             RewriteError: There is no such adapter.
         """
-        names = list(self._adapters) if adapter_names is None else list(adapter_names)
+        names = list(self._state.adapters) if adapter_names is None else list(adapter_names)
         adapters = [self.installed(name) for name in names]
         for adapter in adapters:
             target = Path(directory) if adapter.name == "default" else Path(directory) / adapter.name
-            write_adapter(adapter, target, self._traced)
+            write_adapter(adapter, target, self.traced)
 
     def load_adapter(
         self, directory: str | Path, adapter_name: str = "default", *, revision: str | None = None
@@ -315,18 +246,16 @@ class GraloraModel(nn.Module):
             CheckpointError: The tensors do not fit. Nothing has changed, after any error.
         """
         config, tensors = read_adapter(directory, revision=revision)
-        if adapter_name in self._adapters:
-            self._refuse_merged("load tensors")
-            _refuse_other_config(self._adapters[adapter_name], self._plan(config), adapter_name)
-            load_tensors(self._adapters[adapter_name], tensors, self._traced.tree, str(directory))
+        if adapter_name in self._state.adapters:
+            self._state.refuse_merged("load tensors")
+            _refuse_other_config(self.installed(adapter_name), self._plan(config), adapter_name)
+            load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
             return
         self.add_adapter(adapter_name, config)
         try:
-            load_tensors(self._adapters[adapter_name], tensors, self._traced.tree, str(directory))
+            load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
         except CheckpointError:
-            if adapter_name in self._active:
-                self._deactivate([adapter_name])
-            self.delete_adapter(adapter_name)
+            self._state.remove(adapter_name)
             raise
 
     # -- merging ----------------------------------------------------------------------------------------------------
@@ -345,15 +274,7 @@ class GraloraModel(nn.Module):
             MergeError: Nothing to merge, an adapter is not active or merged already, a weight is tied or would not be
                 finite. Nothing has changed, after any error.
         """
-        names = self._mergeable(adapter_names)
-        weights = folded_weights(self._work([*self._merged, *names]), spare=self._spare, safe=safe_merge)
-        self._spare = {}
-        self._merged_weights = weights
-        set_weights(self.graph_module, self.sites, weights)
-        for name in names:
-            self._adapters[name].detach(self.graph_module)
-        self._merged += names
-        self.graph_module.recompile()
+        self._state.merge(self._state.mergeable(adapter_names), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
@@ -361,15 +282,7 @@ class GraloraModel(nn.Module):
         Raises:
             MergeError: Nothing is merged.
         """
-        if not self._merged:
-            raise MergeError("nothing is merged, so there is nothing to unmerge")
-        base = {site.path: site.weight for site in self.sites if site.path in self._merged_weights}
-        set_weights(self.graph_module, self.sites, base)
-        self._spare = {path: weight.data for path, weight in self._merged_weights.items()}
-        merged, self._merged, self._merged_weights = self._merged, [], {}
-        for name in merged:
-            self._adapters[name].attach(self.graph_module)
-        self._compile()
+        self._state.unmerge()
 
     def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> TracedModel:
         """Fold active adapters into the base's weights themselves, and give the base model back.
@@ -387,15 +300,9 @@ class GraloraModel(nn.Module):
         Raises:
             MergeError: Nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
         """
-        if self._merged:
-            self.unmerge_adapter()
-        names = self._mergeable(adapter_names)
-        fold_in_place(self._work(names), safe=safe_merge)
-        with torch.no_grad():
-            for name in names:
-                for owned in self._adapters[name].copies.values():
-                    for base, parameter in owned.items():
-                        self._traced.tree.parameters[base].copy_(parameter)
+        if self._state.merged:
+            self._state.unmerge()
+        self._state.fold_into_base(self._state.mergeable(adapter_names), safe=safe_merge)
         return self.unload()
 
     def unload(self) -> TracedModel:
@@ -403,28 +310,18 @@ class GraloraModel(nn.Module):
 
         The model is empty afterwards; parameters that required gradients before the rewrite do so again.
         """
-        if self._merged:
-            self.unmerge_adapter()
-        self._deactivate(self._active)
-        for adapter in self._adapters.values():
-            adapter.drop(self.graph_module)
-        self._adapters, self._active, self._spare = {}, [], {}
+        self._state.clear()
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
-        return self._traced.with_graph(self.graph_module, self._traced.tree).train(self.training)
+        return self.traced.with_graph(self.graph_module, self.traced.tree).train(self.training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
         """The weight updates of adapters, site by site; None for the active ones."""
-        names = self._active if adapter_names is None else list(adapter_names)
-        for name in names:
-            self.installed(name)
-        return self._work(names)
-
-    # -- within -----------------------------------------------------------------------------------------------------
+        return self._state.updates(self._state.active if adapter_names is None else adapter_names)
 
     def _plan(self, config_or_plan: GraloraConfig | RewritePlan) -> RewritePlan:
         if isinstance(config_or_plan, GraloraConfig):
-            return plan(self._traced, config_or_plan)
+            return plan(self.traced, config_or_plan)
         if not isinstance(config_or_plan, RewritePlan):
             raise ConfigError(
                 f"expected a GraloraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
@@ -435,69 +332,6 @@ class GraloraModel(nn.Module):
             if known.get(planned.site.path) is not planned.site.weight:
                 raise RewriteError(f"{planned.site.path} of the plan is no site of this model; plan it again")
         return config_or_plan
-
-    def _work(self, names: Sequence[str]) -> list[SiteUpdate]:
-        chosen = [self._adapters[name] for name in names]
-        return [
-            SiteUpdate(site, updates)
-            for site in self.sites
-            if (updates := tuple(a.update(site.path) for a in chosen if site.path in a.factors))
-        ]
-
-    def _activate(self, names: Sequence[str]) -> None:
-        for name in names:
-            adapter = self._adapters[name]
-            self._active.append(name)
-            adapter.attach(self.graph_module)
-            adapter.own(self.graph_module, self._traced.tree)
-        self._compile()
-
-    def _deactivate(self, names: Sequence[str]) -> None:
-        for name in list(names):
-            self._adapters[name].detach(self.graph_module)
-            self._adapters[name].release(self.graph_module)
-            self._active.remove(name)
-        self.graph_module.recompile()
-
-    def _compile(self) -> None:
-        """Set the mode of fresh nodes, check the graph and compile it."""
-        record_switches(self.graph_module.graph)
-        set_mode(self.graph_module.graph, self.training)
-        self.graph_module.graph.lint()
-        self.graph_module.recompile()
-
-    def _mergeable(self, adapter_names: Sequence[str] | None) -> list[str]:
-        names = [n for n in self._active if n not in self._merged] if adapter_names is None else list(adapter_names)
-        for name in names:
-            self.installed(name)
-            if name in self._merged:
-                raise MergeError(f"adapter {name!r} is merged already; unmerge first")
-            if name not in self._active:
-                raise MergeError(f"adapter {name!r} is not active, so merging it would change the output; set it first")
-        if not names:
-            raise MergeError("there is no active adapter left to merge")
-        return names
-
-    def _refuse_merged(self, what: str) -> None:
-        if self._merged:
-            raise MergeError(f"cannot {what} while {', '.join(self._merged)} is merged; call unmerge_adapter() first")
-
-    def _refuse_second_bias(self, config: GraloraConfig) -> None:
-        with_bias = [name for name, adapter in self._adapters.items() if adapter.config.bias != "none"]
-        if config.bias != "none" and with_bias:
-            raise ConfigError(
-                f"adapter {with_bias[0]!r} trains biases already, and only one adapter may; set bias='none'"
-            )
-
-    def _refuse_shared_copies(self, names: Sequence[str]) -> None:
-        seen: dict[str, str] = {}
-        for name in names:
-            for module in self._adapters[name].copies:
-                if module in seen:
-                    raise RewriteError(
-                        f"adapters {seen[module]!r} and {name!r} both train a copy of {module}; set one of them"
-                    )
-                seen[module] = name
 
 
 def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:

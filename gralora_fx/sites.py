@@ -139,6 +139,28 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     return tuple(found[path] for path in ranked)
 
 
+def other_readers(graph_module: fx.GraphModule, site: LinearSite) -> tuple[str, ...]:
+    """Names of the nodes that read a site's weight other than by calling the layer, such as a tied embedding.
+
+    Args:
+        graph_module: The graph that the site was found in.
+        site: The site.
+    """
+    readers: list[str] = []
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and _tensor_at(graph_module, str(node.target)) is site.weight:
+            for user in node.users:
+                is_transpose = _strip_transpose(user)[1]
+                readers += [reader.name for reader in (user.users if is_transpose else (user,))]
+    return tuple(name for name in readers if name not in site.calls)
+
+
+def _tensor_at(graph_module: fx.GraphModule, target: str) -> torch.Tensor | None:
+    owner, _, name = target.rpartition(".")
+    found = getattr(graph_module.get_submodule(owner), name, None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
 def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
     for node in graph_module.graph.nodes:
         if (call := match_linear_call(node)) is not None:

@@ -21,8 +21,8 @@ from gralora_fx.errors import GraloraError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading import load_model
 from gralora_fx.merging import merge
-from gralora_fx.model import rewrite
 from gralora_fx.planning import plan
+from gralora_fx.rewriting import rewrite
 from gralora_fx.serving import load
 from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.trace import trace

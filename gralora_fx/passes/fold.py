@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.adapter import Update, fold
 from gralora_fx.errors import MergeError
-from gralora_fx.sites import LinearSite, match_linear_call
+from gralora_fx.sites import LinearSite, match_linear_call, other_readers
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,16 @@ class SiteUpdate:
 
 
 def folded_weights(
-    work: Iterable[SiteUpdate], *, spare: Mapping[str, Tensor] | None = None, safe: bool = False
+    graph_module: fx.GraphModule,
+    work: Iterable[SiteUpdate],
+    *,
+    spare: Mapping[str, Tensor] | None = None,
+    safe: bool = False,
 ) -> dict[str, nn.Parameter]:
     """New weights by site path; nothing is changed.
 
     Args:
+        graph_module: The graph of the sites, over their weights.
         work: Sites and their updates.
         spare: Buffers to reuse, by site path.
         safe: Whether to check that every weight is finite.
@@ -35,7 +40,7 @@ def folded_weights(
         MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
     """
     work = list(work)
-    _refuse_tied(entry.site for entry in work)
+    _refuse_shared(graph_module, [entry.site for entry in work])
     weights: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for entry in work:
@@ -47,10 +52,11 @@ def folded_weights(
     return weights
 
 
-def fold_in_place(work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
+def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
     """Fold into the weights themselves; no copy is kept.
 
     Args:
+        graph_module: The graph of the sites, over their weights.
         work: Sites and their updates.
         safe: Whether to check first, one site at a time, that every result is finite.
 
@@ -58,7 +64,7 @@ def fold_in_place(work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
         MergeError: A weight would not be finite (`safe`), or is tied to another layer. No weight has changed then.
     """
     work = list(work)
-    _refuse_tied(entry.site for entry in work)
+    _refuse_shared(graph_module, [entry.site for entry in work])
     with torch.no_grad():
         if safe:
             for entry in work:
@@ -82,12 +88,19 @@ def set_weights(graph_module: fx.GraphModule, sites: Sequence[LinearSite], weigh
                 graph_module.get_submodule(owner)._parameters[attribute] = weights[site.path]
 
 
-def _refuse_tied(sites: Iterable[LinearSite]) -> None:
-    tied = [f"{site.path} (tied with {', '.join(site.tied_with)})" for site in sites if site.tied_with]
-    if tied:
+def _refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+    """Refuse weights that something else reads too: folding would change what that computes."""
+    shared = []
+    for site in sites:
+        readers = other_readers(graph_module, site)
+        if site.tied_with:
+            shared.append(f"{site.path} (tied with {', '.join(site.tied_with)})")
+        elif readers:
+            shared.append(f"{site.path} (read by {', '.join(readers)} outside a linear call)")
+    if shared:
         raise MergeError(
-            f"the weight of {'; '.join(tied)} is shared, so folding into it would change the other layer too; "
-            "leave the layer out of target_modules or untie the model's weights before tracing"
+            f"the weight of {'; '.join(shared)} is shared, so folding into it would change more than the layer; "
+            "leave the layer out of target_modules, or untie the model's weights before tracing"
         )
 
 

@@ -23,7 +23,10 @@ def mark_of(node: fx.Node) -> dict[str, Any] | None:
 
 def unmark(node: fx.Node) -> None:
     """Take a node's mark away."""
-    node.meta.get("custom", {}).pop(_KEY, None)
+    notes = node.meta.get("custom", {})
+    notes.pop(_KEY, None)
+    if not notes:
+        node.meta.pop("custom", None)
 
 
 def marked_nodes(graph: fx.Graph, adapter: str) -> Iterator[fx.Node]:

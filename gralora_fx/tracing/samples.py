@@ -43,6 +43,7 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids",
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
+_SAMPLES = 4000  # a quarter of a second of speech
 
 
 def infer_task(model: PreTrainedModel) -> str:
@@ -83,7 +84,8 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, torch.Tensor
         inputs["attention_mask"] = torch.ones_like(inputs[main])
         if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", None):
             inputs["token_type_ids"] = torch.zeros_like(inputs[main])
-    if "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
+    feeds_decoder = task.startswith(("text2text", "automatic-speech")) or task == "feature-extraction"
+    if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
     return inputs
 
@@ -156,6 +158,8 @@ def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -
     if name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 64)
         return torch.randn(_BATCH, config.num_mel_bins, frames, generator=generator)
+    if name == "input_values":
+        return torch.randn(_BATCH, _SAMPLES, generator=generator)
     raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
 
 

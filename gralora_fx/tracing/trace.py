@@ -224,17 +224,21 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_random_depth(model: nn.Module) -> Iterator[None]:
-    """Set layerdrop to zero: which layers a step drops is no part of a graph."""
+    """Set layerdrop and stochastic depth to zero: which layers a step drops is no part of a graph."""
     changed: list[tuple[Any, str, float]] = []
     holders: list[Any] = [*model.modules(), getattr(model, "config", None)]
     for holder in holders:
-        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        drops_paths = type(holder).__name__.endswith("DropPath")
+        for name in ("drop_prob",) if drops_paths else ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
             value = getattr(holder, name, None)
             if isinstance(value, float) and value > 0:
                 changed.append((holder, name, value))
                 setattr(holder, name, 0.0)
     if changed:
-        warnings.warn("layerdrop is not part of a trace; training runs every layer in every step", stacklevel=6)
+        warnings.warn(
+            "layerdrop and stochastic depth are not part of a trace; training runs every layer in every step",
+            stacklevel=6,
+        )
     try:
         yield
     finally:

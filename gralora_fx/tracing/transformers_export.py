@@ -32,15 +32,22 @@ def export_transformers_model(
     Returns:
         A program over the model's own parameters.
     """
+    shapes = dynamic_axes(inputs) if dynamic else None
     with quiet(), _without_cache(model):
-        exported = DynamoExporter().export(model, dict(inputs), DynamoConfig(dynamic=dynamic))
+        exported = DynamoExporter().export(model, dict(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
 
 
-def dynamic_axes(inputs: Any) -> Any:
-    """`dynamic_shapes` for `torch.export` that leave every axis of every tensor in `inputs` free to vary."""
-    return get_auto_dynamic_shapes(inputs)
+def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`dynamic_shapes` for `torch.export`: every axis may vary, of images the batch only.
+
+    Vision models are made for one size of image; with free height and width some cannot be traced.
+    """
+    shapes: dict[str, Any] = get_auto_dynamic_shapes(dict(inputs))
+    if "pixel_values" in shapes:
+        shapes["pixel_values"] = {0: torch.export.Dim.AUTO}
+    return shapes
 
 
 @contextmanager
@@ -70,8 +77,9 @@ def convert_to_onnx(graph_module: fx.GraphModule, inputs: Mapping[str, Any], con
         The ONNX model, its weights shared with the graph's parameters where their layout allows.
     """
     module = _Callable(_with_real_copies(graph_module), config)
+    shapes = dynamic_axes(inputs) if dynamic else None
     with quiet():
-        exported = OnnxExporter().export(module, dict(inputs), OnnxConfig(dynamic=dynamic))
+        exported = OnnxExporter().export(module, dict(inputs), OnnxConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: ir.Model = exported.program
     return program
 

@@ -437,7 +437,7 @@ def test_gradient_checkpointing_is_said_to_vanish() -> None:
 
 def test_layerdrop_is_said_to_vanish_and_comes_back() -> None:
     model = tiny_model("opt", layerdrop=0.5)
-    with pytest.warns(UserWarning, match="layerdrop is not part of a trace"):
+    with pytest.warns(UserWarning, match=r"layerdrop .*not part of a trace"):
         result = trace(model.train())
     assert model.config.layerdrop == 0.5
     inputs = text_batch(2, 6)

@@ -1,0 +1,272 @@
+"""Each graph pass on a literal graph: before, after, and back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
+from gralora_fx.adapter import Factors, Rank, Update, initial_factors
+from gralora_fx.errors import MergeError, RewriteError
+from gralora_fx.passes.fold import SiteUpdate, fold_in_place, folded_weights, set_weights
+from gralora_fx.passes.insert import insert_adapter
+from gralora_fx.passes.marks import mark, mark_of, marked_nodes, unmark
+from gralora_fx.passes.own import own_parameters, release_parameters
+from gralora_fx.passes.remove import remove_adapter
+from gralora_fx.store import put
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+BASE = """\
+graph():
+    %up_weight : [num_users=1] = get_attr[target=up.weight]
+    %up_bias : [num_users=1] = get_attr[target=up.bias]
+    %down_weight : [num_users=1] = get_attr[target=down.weight]
+    %down_bias : [num_users=1] = get_attr[target=down.bias]
+    %x : [num_users=1] = placeholder[target=x]
+    %linear : [num_users=1] = call_function[target=torch.ops.aten.linear.default]\
+(args = (%x, %up_weight, %up_bias), kwargs = {})
+    %relu : [num_users=1] = call_function[target=torch.ops.aten.relu.default](args = (%linear,), kwargs = {})
+    %linear_1 : [num_users=1] = call_function[target=torch.ops.aten.linear.default]\
+(args = (%relu, %down_weight, %down_bias), kwargs = {})
+    return (linear_1,)"""
+
+A, B = "gralora_default_up_gralora_a", "gralora_default_up_gralora_b"
+ADAPTED = f"""\
+graph():
+    %up_weight : [num_users=1] = get_attr[target=up.weight]
+    %up_bias : [num_users=1] = get_attr[target=up.bias]
+    %down_weight : [num_users=1] = get_attr[target=down.weight]
+    %down_bias : [num_users=1] = get_attr[target=down.bias]
+    %x : [num_users=2] = placeholder[target=x]
+    %linear : [num_users=2] = call_function[target=torch.ops.aten.linear.default]\
+(args = (%x, %up_weight, %up_bias), kwargs = {{}})
+    %{A} : [num_users=1] = get_attr[target=gralora.default.up.gralora_A]
+    %{B} : [num_users=1] = get_attr[target=gralora.default.up.gralora_B]
+    %reshape : [num_users=1] = call_method[target=reshape](args = (%x, -1, 2, 2), kwargs = {{}})
+    %transpose : [num_users=1] = call_method[target=transpose](args = (%reshape, 0, 1), kwargs = {{}})
+    %bmm : [num_users=1] = call_function[target=torch.bmm](args = (%transpose, %{A}), kwargs = {{}})
+    %view : [num_users=1] = call_method[target=view](args = (%bmm, 2, -1, 2, 1), kwargs = {{}})
+    %permute : [num_users=1] = call_method[target=permute](args = (%view, 2, 1, 0, 3), kwargs = {{}})
+    %reshape_1 : [num_users=1] = call_method[target=reshape](args = (%permute, 2, -1, 2), kwargs = {{}})
+    %view_1 : [num_users=1] = call_method[target=view](args = (%linear, -1, 2, 3), kwargs = {{}})
+    %transpose_1 : [num_users=1] = call_method[target=transpose](args = (%view_1, 0, 1), kwargs = {{}})
+    %baddbmm_ : [num_users=1] = call_method[target=baddbmm_]\
+(args = (%transpose_1, %reshape_1, %{B}), kwargs = {{alpha: 2.0}})
+    %transpose_2 : [num_users=1] = call_method[target=transpose](args = (%baddbmm_, 0, 1), kwargs = {{}})
+    %reshape_as : [num_users=1] = call_method[target=reshape_as](args = (%transpose_2, %linear), kwargs = {{}})
+    %relu : [num_users=1] = call_function[target=torch.ops.aten.relu.default](args = (%reshape_as,), kwargs = {{}})
+    %linear_1 : [num_users=1] = call_function[target=torch.ops.aten.linear.default]\
+(args = (%relu, %down_weight, %down_bias), kwargs = {{}})
+    return (linear_1,)"""
+
+
+@pytest.fixture(scope="module")
+def base() -> TracedModel:
+    torch.manual_seed(0)
+    return trace(Mlp().eval(), (torch.ones(2, 4),))
+
+
+def adapted(base: TracedModel, **fields: Any) -> GraloraModel:
+    torch.manual_seed(1)
+    config = {"r": 2, "alpha": 4, "target_modules": {"up"}, "init_weights": False, **fields}
+    return rewrite(base, GraloraConfig(**config))
+
+
+# -- insert and remove --------------------------------------------------------------------------------------------
+
+
+def test_the_graph_before_and_after(base: TracedModel) -> None:
+    assert str(base.graph_module.graph) == BASE
+    model = adapted(base)
+    assert str(model.graph_module.graph) == ADAPTED
+    assert str(model.unload().graph_module.graph) == BASE
+
+
+@pytest.mark.parametrize(
+    ("fields", "added"),
+    [
+        ({}, 13),
+        ({"hybrid_r": 1, "alpha": 6}, 22),
+        ({"gralora_dropout": 0.1}, 14),
+        ({"gralora_dropout": 0.1, "hybrid_r": 1}, 24),
+        ({"target_modules": ["up", "down"]}, 26),
+        ({"gralora_k": 1}, 13),
+    ],
+    ids=str,
+)
+def test_the_number_of_nodes_added(base: TracedModel, fields: dict[str, Any], added: int) -> None:
+    model = adapted(base, **fields)
+    assert len(model.graph_module.graph.nodes) - len(base.graph_module.graph.nodes) == added
+    marked = list(marked_nodes(model.graph_module.graph, "default"))
+    assert len(marked) == added
+
+
+def test_marks_name_site_adapter_and_call(base: TracedModel) -> None:
+    nodes = list(marked_nodes(adapted(base).graph_module.graph, "default"))
+    assert {tuple(sorted(node.meta["custom"]["gralora"].items())) for node in nodes} == {
+        (("adapter", "default"), ("call", "linear"), ("site", "up"))
+    }
+
+
+def test_marks_survive_a_copy(base: TracedModel) -> None:
+    copied = copy.deepcopy(adapted(base)).graph_module
+    assert len(list(marked_nodes(copied.graph, "default"))) == 13
+
+
+def test_removing_what_is_not_there_changes_nothing(base: TracedModel) -> None:
+    model = adapted(base)
+    before = str(model.graph_module.graph)
+    assert remove_adapter(model.graph_module, "absent") is False
+    assert str(model.graph_module.graph) == before
+    assert remove_adapter(model.graph_module, "default") is True
+    assert str(model.graph_module.graph) == BASE
+
+
+@pytest.mark.parametrize("order", [["default", "b", "c"], ["c", "default", "b"], ["b", "c", "default"]])
+def test_stacked_adapters_go_in_any_order(base: TracedModel, order: list[str]) -> None:
+    model = adapted(base)
+    for name in ("b", "c"):
+        model.add_adapter(name, GraloraConfig(r=2, target_modules={"up", "down"}, init_weights=False))
+    model.set_adapter(["default", "b", "c"])
+    graph = model.graph_module.graph
+    for name in order:
+        assert remove_adapter(model.graph_module, name)
+        graph.lint()
+        assert not list(marked_nodes(graph, name))
+    assert str(graph) == BASE
+
+
+def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
+    graph_module = copy.deepcopy(base.graph_module)
+    node = next(node for node in graph_module.graph.nodes if node.name == "linear")
+    with graph_module.graph.inserting_before(node):
+        other = graph_module.graph.call_function(torch.ops.aten.linear.default, node.args)
+    node.replace_all_uses_with(other)
+    graph_module.graph.erase_node(node)
+    before = str(graph_module.graph)
+    names = {"A": "a", "B": "b"}
+    with pytest.raises(RewriteError, match="up: node 'linear' is no linear call of this graph any more; trace the"):
+        insert_adapter(graph_module, base.sites[0], "default", names, rank=Rank(2, 2), scale=1.0)
+    assert str(graph_module.graph) == before
+
+
+# -- own and release ----------------------------------------------------------------------------------------------
+
+
+def test_owned_parameters_are_read_and_released(base: TracedModel) -> None:
+    graph_module = copy.deepcopy(base.graph_module)
+    tree = base.tree
+    parameters = dict(graph_module.named_parameters())
+    tree = type(tree)(tree.types, tree.linear, tree.aliases, parameters)
+    names = {f"down.{name}": f"mine.down.{name}" for name in ("weight", "bias")}
+    for own in names.values():
+        put(graph_module, own, nn.Parameter(torch.zeros(2, 6) if own.endswith("weight") else torch.ones(2)))
+    assert own_parameters(graph_module, tree, "down", "mine", names) is True
+    targets = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
+    assert targets == ["up.weight", "up.bias", "mine.down.weight", "mine.down.bias"]
+    graph_module.recompile()
+    assert torch.equal(graph_module(torch.randn(3, 4)), torch.ones(3, 2))
+    assert own_parameters(graph_module, tree, "down", "mine", names) is False
+    assert release_parameters(graph_module, "mine") is True
+    assert str(graph_module.graph) == BASE
+    assert release_parameters(graph_module, "mine") is False
+    assert not any(mark_of(node) for node in graph_module.graph.nodes)
+
+
+# -- fold ---------------------------------------------------------------------------------------------------------
+
+
+def update_of(seed: int = 0) -> Update:
+    torch.manual_seed(seed)
+    return Update(initial_factors(4, 6, Rank(4, 2), zero_update=False), 0.5)
+
+
+def test_folded_weights_are_new_and_reuse_a_buffer(base: TracedModel) -> None:
+    site, before = base.sites[0], base.sites[0].weight.detach().clone()
+    spare = torch.empty_like(before)
+    weights = folded_weights(base.graph_module, [SiteUpdate(site, (update_of(),))], spare={"up": spare})
+    assert weights["up"].data_ptr() == spare.data_ptr()
+    assert not torch.equal(weights["up"], before)
+    assert torch.equal(site.weight, before)
+
+
+def test_weights_go_in_and_out_without_a_node_changing(base: TracedModel) -> None:
+    graph_module = copy.deepcopy(base.graph_module)
+    weight = nn.Parameter(torch.zeros(6, 4))
+    set_weights(graph_module, base.sites, {"up": weight})
+    assert graph_module.up.weight is weight
+    assert graph_module.down.weight is not base.graph_module.down.weight
+    assert str(graph_module.graph) == BASE
+
+
+def broken() -> Update:
+    factors = update_of().factors
+    return Update(Factors(factors.A * float("nan"), factors.B), 1.0)
+
+
+def test_folding_in_place_checks_every_site_first() -> None:
+    traced = trace(Mlp(), (torch.ones(2, 4),))
+    up, down = traced.sites
+    torch.manual_seed(0)
+    second = Update(initial_factors(6, 2, Rank(2, 2), zero_update=False), float("inf"))
+    before = [site.weight.detach().clone() for site in (up, down)]
+    with pytest.raises(MergeError, match="the merged weight of down is not finite"):
+        fold_in_place(traced.graph_module, [SiteUpdate(up, (update_of(),)), SiteUpdate(down, (second,))], safe=True)
+    assert all(torch.equal(site.weight, value) for site, value in zip((up, down), before, strict=True))
+    fold_in_place(traced.graph_module, [SiteUpdate(up, (update_of(),))], safe=True)
+    assert not torch.equal(up.weight, before[0])
+
+
+def test_an_unsafe_fold_does_not_look(base: TracedModel) -> None:
+    weights = folded_weights(base.graph_module, [SiteUpdate(base.sites[0], (broken(),))])
+    assert not torch.isfinite(weights["up"]).any()
+    with pytest.raises(MergeError, match="the merged weight of up is not finite"):
+        folded_weights(base.graph_module, [SiteUpdate(base.sites[0], (broken(),))], safe=True)
+
+
+class ReadTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.fc.weight.sum()
+
+
+def test_a_weight_that_something_else_reads_is_not_folded() -> None:
+    traced = trace(ReadTwice(), (torch.ones(2, 4),))
+    with pytest.raises(MergeError, match=r"the weight of fc \(read by sum_1 outside a linear call\) is shared"):
+        folded_weights(traced.graph_module, [SiteUpdate(traced.sites[0], (update_of(),))])
+
+
+# -- marks --------------------------------------------------------------------------------------------------------
+
+
+def test_marks() -> None:
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    assert mark_of(node) is None
+    mark(node, adapter="a", site="s")
+    assert mark_of(node) == {"adapter": "a", "site": "s"}
+    assert list(marked_nodes(graph, "a")) == [node]
+    assert list(marked_nodes(graph, "b")) == []
+    node.meta["custom"]["other"] = 1
+    unmark(node)
+    assert node.meta["custom"] == {"other": 1}
+    del node.meta["custom"]["other"]
+    unmark(node)
+    assert "custom" not in node.meta
