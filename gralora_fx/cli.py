@@ -97,7 +97,7 @@ def verify(output: Output, model: Model = None, adapter: Adapter = None, task: T
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the split, the initial values and the batches.")] = 0,
 ) -> None:
     """Train MiniLM to sort BBC news with GraLoRA, merge, export, verify and classify on ONNX Runtime."""

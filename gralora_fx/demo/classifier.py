@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 
 from gralora_fx.model import GraloraModel
 
-LENGTH = 64
+LENGTH = 96
 _BATCH = 16
 _LEARNING_RATE = 2e-3
 
