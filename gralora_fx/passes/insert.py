@@ -13,6 +13,9 @@ from gralora_fx.adapter import Factors, Rank, add_output
 from gralora_fx.errors import RewriteError
 from gralora_fx.passes.marks import mark
 from gralora_fx.sites import LinearCall, LinearSite, match_linear_call
+from gralora_fx.tracing.modes import TARGET, note_switch
+
+_IN_PLACE = ("baddbmm_", "addmm_")
 
 
 def insert_adapter(
@@ -31,7 +34,8 @@ def insert_adapter(
     Before: `y = linear(x, w, b); z = relu(y)`
     After:  `y = linear(x, w, b); ...; y_1 = reshape_as(baddbmm_(blocks of y, ...), y); z = relu(y_1)`
 
-    The nodes are those that `adapter.add_output` makes when it runs on the graph's own proxies.
+    The nodes are those that `adapter.add_output` makes when it runs on the graph's own proxies; in training the
+    accumulation makes a new tensor (`baddbmm`), as `tracing.modes` switches it.
 
     Args:
         graph_module: The graph; it must be recompiled afterwards.
@@ -85,6 +89,9 @@ def _insert_at(
     members = set(made)
     node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
     for candidate in made:
+        if candidate.op == "call_method" and candidate.target in _IN_PLACE:
+            # writing into a view costs autograd a copy of the whole gradient, so training makes a new tensor
+            note_switch(candidate, TARGET, str(candidate.target).rstrip("_"), candidate.target)
         mark(candidate, site=path, adapter=adapter, call=node.name)
         if "nn_module_stack" in node.meta:
             candidate.meta["nn_module_stack"] = node.meta["nn_module_stack"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+TARGET = "target"  # in place of an argument: the operator itself differs between the modes
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
 
@@ -53,12 +54,21 @@ def record_switches(graph: fx.Graph) -> bool:
         if switch is not None:
             argument, in_training, in_evaluation = switch
             is_training |= _read(node, argument) == in_training
-            node.meta.setdefault("custom", {})[_KEY] = {
-                "argument": argument,
-                "train": in_training,
-                "eval": in_evaluation,
-            }
+            note_switch(node, argument, in_training, in_evaluation)
     return is_training
+
+
+def note_switch(node: fx.Node, argument: int | str, in_training: Any, in_evaluation: Any) -> None:
+    """Note what a node takes in each mode.
+
+    Args:
+        node: The node.
+        argument: Position or keyword of the argument, or `TARGET` for the operator itself.
+        in_training: Its value in training.
+        in_evaluation: Its value in evaluation.
+    """
+    note = {"argument": argument, "train": in_training, "eval": in_evaluation}
+    node.meta.setdefault("custom", {})[_KEY] = note
 
 
 def set_mode(graph: fx.Graph, training: bool) -> bool:
@@ -104,13 +114,17 @@ def _switch_of(node: fx.Node) -> tuple[int | str, Any, Any] | None:
 
 
 def _read(node: fx.Node, argument: int | str) -> Any:
+    if argument == TARGET:
+        return node.target
     if isinstance(argument, str):
         return node.kwargs.get(argument)
     return node.args[argument] if argument < len(node.args) else node.kwargs.get("dropout_p")
 
 
 def _write(node: fx.Node, argument: int | str, value: Any) -> None:
-    if isinstance(argument, str):
+    if argument == TARGET:
+        node.target = value
+    elif isinstance(argument, str):
         node.update_kwarg(argument, value)
     elif argument < len(node.args):
         node.update_arg(argument, value)
