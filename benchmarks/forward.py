@@ -29,8 +29,8 @@ RANKS = ((32, 2, 0), (64, 4, 0), (32, 2, 16))
 def run() -> Report:
     """Compare the overhead over the bare layer for several widths and ranks, and over a whole model."""
     report = Report("forward", f"forward: overhead over the bare layer, {TOKENS} tokens, fp32, no gradients")
-    with torch.no_grad():
-        for state, largest_freed in STATES.items():  # before all else: freed memory is reused
+    with torch.no_grad():  # layers first: memory that was freed before them would be reused
+        for state, largest_freed in STATES.items():
             report.tables.append(Table(f"one layer, {state}; ms", _layers(report, state, largest_freed)))
         report.tables.append(_model())
     report.notes.append(
