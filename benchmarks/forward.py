@@ -35,8 +35,8 @@ def run() -> Report:
         report.tables.append(_model())
     report.notes.append(
         "overheads (+) are medians of the differences within an iteration; floor: the two multiplications alone, "
-        f"[{TOKENS}, in] x [in, rank] and in place [{TOKENS}, rank] x [rank, out], dense. Where memory is returned, the "
-        "first of our two sides after PEFT's (the graph) also faults in again what PEFT's call made the heap give back"
+        f"[{TOKENS}, in] x [in, rank] and in place [{TOKENS}, rank] x [rank, out], dense. Where memory is returned, "
+        "the first of our two sides after PEFT's (the graph) also faults in again what the heap gave back then"
     )
     return report
 
