@@ -1,13 +1,17 @@
 """Rewrite traced models with GraLoRA adapters; train, merge, export to ONNX and serve them."""
 
-from gralora_fx.config import GraloraConfig
-from gralora_fx.merging import merge
-from gralora_fx.model import GraloraModel
-from gralora_fx.planning import RewritePlan, plan
-from gralora_fx.rewriting import rewrite
-from gralora_fx.sites import LinearSite
-from gralora_fx.tracing.trace import trace
-from gralora_fx.tracing.traced import TracedModel
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gralora_fx.config import GraloraConfig
+    from gralora_fx.merging import merge
+    from gralora_fx.model import GraloraModel
+    from gralora_fx.planning import RewritePlan, plan
+    from gralora_fx.rewriting import rewrite
+    from gralora_fx.sites import LinearSite
+    from gralora_fx.tracing.trace import trace
+    from gralora_fx.tracing.traced import TracedModel
 
 __all__ = [
     "GraloraConfig",
@@ -20,3 +24,31 @@ __all__ = [
     "rewrite",
     "trace",
 ]
+
+# Where each name lives. They are imported on first use: torch and transformers take seconds, which a command line that
+# only shows its help, or refuses its options, should not wait for.
+_HOMES = {
+    "GraloraConfig": "config",
+    "GraloraModel": "model",
+    "LinearSite": "sites",
+    "RewritePlan": "planning",
+    "TracedModel": "tracing.traced",
+    "merge": "merging",
+    "plan": "planning",
+    "rewrite": "rewriting",
+    "trace": "tracing.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gralora_fx' has no attribute {name!r}")
+    value = getattr(import_module(f"gralora_fx.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

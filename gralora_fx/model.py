@@ -109,6 +109,18 @@ class GraloraModel(nn.Module):
         """
         return self._state[adapter_name]
 
+    def __repr__(self) -> str:
+        """One line for the base model and one for each adapter."""
+        lines = [f"GraloraModel({self.traced!r})"]
+        for name, adapter in self._state.adapters.items():
+            state = (
+                "merged" if name in self.merged_adapters else "active" if name in self.active_adapters else "waiting"
+            )
+            config, count = adapter.config, len(adapter.plan.selected)
+            hybrid = f" hybrid_r={config.hybrid_r}" if config.hybrid_r else ""
+            lines.append(f"  {name} ({state}): r={config.r} k={config.gralora_k}{hybrid}, {count} sites")
+        return "\n".join(lines)
+
     # -- running and training ---------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

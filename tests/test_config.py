@@ -164,8 +164,9 @@ def test_an_unknown_field_is_no_argument() -> None:
     ids=str,
 )
 def test_values_at_the_border_are_taken(fields: dict[str, Any]) -> None:
-    GraloraConfig(**fields)
-    theirs(**fields)
+    mine, peers = GraloraConfig(**fields), theirs(**fields)
+    for name in fields:
+        assert getattr(mine, name) == getattr(peers, name)
 
 
 # -- files --------------------------------------------------------------------------------------------------------
