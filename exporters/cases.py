@@ -75,7 +75,12 @@ def _text_like(
         return torch.arange(length, dtype=value.dtype).expand(batch, length).contiguous()
     if name == "token_type_ids":
         return torch.zeros(batch, length, dtype=value.dtype)
-    return _like(value, batch, length, generator, _vocabulary(model))
+    ids = _like(value, batch, length, generator, _vocabulary(model))
+    end = getattr(model.config, "eos_token_id", None)
+    if name.endswith("input_ids") and isinstance(end, int) and 0 <= end < (_vocabulary(model) or 0):
+        ids[ids == end] = 1 if end != 1 else 0  # models that pool at the end token need one in every row
+        ids[:, -1] = end
+    return ids
 
 
 def _vocabulary(model: TracedModel) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,14 +21,31 @@ def check_output(directory: str | Path) -> Path:
         ExportError: It is a file, or a directory that holds something else.
     """
     path = Path(directory)
+    try:
+        path.exists()
+        is_current = path.resolve() == Path.cwd()
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{str(directory)[:80]!r} is no usable path ({error}); give another output directory"
+        ) from error
+    if is_current:
+        raise ExportError("the output is the current directory, which cannot be replaced; give another one")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ExportError(f"{path} is not a directory; give another output directory")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST_NAME).is_file():
+    if path.is_dir() and any(path.iterdir()) and not _is_export(path):
         raise ExportError(
             f"{path} is not empty and holds no {MANIFEST_NAME}, so it is no earlier export; "
             "give another output directory or empty this one"
         )
     return path
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "schema_version" in manifest
 
 
 @contextmanager

@@ -70,16 +70,18 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST_NAME
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ExportError(f"no {MANIFEST_NAME} in {directory}; give the directory of an export") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read ({error}); export the model again") from error
-    if manifest.get("schema_version", 0) > SCHEMA_VERSION:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema_version"), int):
+        raise ExportError(f"{path} is no manifest of an export; export the model again")
+    if manifest["schema_version"] > SCHEMA_VERSION:
         raise ExportError(
             f"{path} has schema {manifest['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx"
         )
-    return manifest
+    return dict(manifest)
 
 
 def _describe_adapters(model: GraloraModel) -> dict[str, Any]:

@@ -84,9 +84,10 @@ def export_onnx(
             ir.save(onnx_model, stage / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024)
             _write_companions(stage, traced, tokenizer)
             manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision)
+            write_manifest(stage, manifest, None)
         if verify:
             with _stage("verify", seconds):
-                report = verify_onnx(stage, traced)
+                report = verify_onnx(stage, model)
             if not report.passed:
                 raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
         write_manifest(stage, manifest, report)

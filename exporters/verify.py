@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.cases import attended, fresh_cases
+from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
 from gralora_fx.exporters.session import open_session
 from gralora_fx.merging import merge
@@ -33,7 +34,8 @@ def verify_onnx(
 
     Args:
         output_dir: The export directory.
-        model: The model it was exported from; the active adapters of a `GraloraModel` count as folded.
+        model: The model it was exported from; a `GraloraModel` runs with its active adapters as they stand, so that a
+            wrong fold would show.
         inputs: A user's own inputs, compared in addition.
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
         seed: Seed of the fresh inputs.
@@ -44,25 +46,28 @@ def verify_onnx(
     Raises:
         ExportError: The directory is no export, its inputs or outputs are not the model's, or a case cannot run.
     """
-    traced = as_traced(model)
+    read_manifest(output_dir)
+    if not isinstance(model, (TracedModel, GraloraModel)):
+        raise ExportError(f"cannot run a {type(model).__name__}; give a TracedModel or GraloraModel")
     session = open_session(output_dir)
     names = [value.name for value in session.get_inputs()]
+    traced = model.traced if isinstance(model, GraloraModel) else model
     cases = list(fresh_cases(traced, seed))
     if inputs is not None:
         cases.append(("given inputs", dict(inputs)))
-    was_training = traced.training
-    traced.eval()
+    was_training = model.training
+    model.eval()
     differences: dict[str, list[tuple[float, float, float | None]]] = {}
     passed = True
     try:
         for description, case in cases:
-            for name, expected, actual in _compare(session, names, traced, case, description):
+            for name, expected, actual in _compare(session, names, model, case, description):
                 absolute, relative, agreement = _difference(name, expected, actual)
                 differences.setdefault(name, []).append((absolute, relative, agreement))
                 largest = float(expected.abs().max()) if expected.numel() else 0.0
                 passed &= absolute <= tolerance * max(1.0, largest)
     finally:
-        traced.train(was_training)
+        model.train(was_training)
     tensors = tuple(_summary(name, found) for name, found in differences.items())
     return VerifyReport(passed, tolerance, tuple(description for description, _ in cases), tensors)
 
@@ -79,13 +84,16 @@ def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
 
 
 def _compare(
-    session: Any, names: list[str], traced: TracedModel, case: Mapping[str, Tensor], description: str
+    session: Any, names: list[str], model: TracedModel | GraloraModel, case: Mapping[str, Tensor], description: str
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     missing = [name for name in names if name not in case]
     if missing:
         raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
-    with torch.no_grad():
-        expected = named_outputs(traced(**case))
+    try:
+        with torch.no_grad():
+            expected = named_outputs(model(**case))
+    except Exception as error:  # a model raises what it likes
+        raise ExportError(f"the model itself fails on {description}: {str(error).splitlines()[0]}") from error
     try:
         actual = session.run(None, {name: case[name].numpy() for name in names})
     except Exception as error:  # ONNX Runtime raises types of its own

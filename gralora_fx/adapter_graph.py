@@ -164,6 +164,16 @@ class AdapterGraph:
 
     def fold_into_base(self, names: Sequence[str], *, safe: bool = False) -> None:
         """Fold adapters and their copies of parameters into the base's own parameters."""
+        tree = self.traced.tree
+        for name in names:
+            for module, owned in self.adapters[name].copies.items():
+                for base in owned:
+                    outside = [n for n in tree.names_of(tree.parameters[base]) if n not in owned]
+                    if outside:
+                        raise MergeError(
+                            f"{base} of {module} is tied with {', '.join(outside)}, which would change too; "
+                            "use gralora_fx.merge, which leaves the base as it is"
+                        )
         fold_in_place(self.traced.graph_module, self.updates(names), safe=safe)
         with torch.no_grad():
             for name in names:

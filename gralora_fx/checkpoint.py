@@ -86,7 +86,9 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
                 problems.append(f"unexpected {key}")
         elif tensor.shape != target.shape:
             problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(target.shape)}")
-        elif not bool(torch.isfinite(tensor).all()):
+        elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            problems.append(f"{key} is {tensor.dtype}, not a float tensor")
+        elif not bool(torch.isfinite(tensor.to(target.dtype)).all()):
             problems.append(f"{key} holds values that are not finite")
     if problems:
         shown = "\n".join(f"- {problem}" for problem in problems[:20])
@@ -109,12 +111,23 @@ def write_adapter(adapter: InstalledAdapter, directory: Path, traced: TracedMode
         adapter: The adapter.
         directory: Where to write; made if it does not exist.
         traced: The base model.
+
+    Raises:
+        CheckpointError: The directory cannot be written.
     """
+    # a parameter with two names is written under both
+    tensors = {key: p.detach().cpu().clone() for key, p in checkpoint_parameters(adapter).items()}
+    try:
+        _write(tensors, saved_config(adapter, traced), directory)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {directory} ({error.strerror}); give another directory") from error
+
+
+def _write(tensors: Mapping[str, Tensor], config: GraloraConfig, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {key: p.detach().cpu().contiguous() for key, p in checkpoint_parameters(adapter).items()}
     with tempfile.TemporaryDirectory(dir=directory) as staging:  # so that a failure leaves an older adapter whole
         save_file(dict(sorted(tensors.items())), Path(staging) / WEIGHTS_NAME, metadata={"format": "pt"})
-        saved_config(adapter, traced).save_pretrained(staging)
+        config.save_pretrained(staging)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(Path(staging) / name, directory / name)
 
@@ -152,6 +165,8 @@ def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, nn.Parameter]:
 
 
 def _repeats_base(key: str, tensor: Tensor, tree: ModuleTree) -> bool:
-    """Whether a key only repeats a base parameter, as PEFT's does for an adapted embedding or head."""
+    """Whether a key only repeats a parameter, as PEFT's does for an adapted head, or a bias of a saved module."""
+    if ".original_module." in key or ".modules_to_save." in key:
+        return True
     base = tree.parameters.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
     return base is not None and base.shape == tensor.shape and bool(torch.equal(base.detach().cpu().to(tensor), tensor))

@@ -17,6 +17,7 @@ from gralora_fx.sources import resolve_directory
 
 CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
+_LARGEST = 2**24  # no layer is as wide
 BIAS_MODES = ("none", "all", "gralora_only")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -134,10 +135,16 @@ class GraloraConfig:
 
         Args:
             directory: Where to write; made if it does not exist.
+
+        Raises:
+            ConfigError: It cannot be written.
         """
         path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path} ({error.strerror}); give another directory") from error
 
     def to_json(self) -> str:
         """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
@@ -166,7 +173,7 @@ class GraloraConfig:
             raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the directory of a saved adapter")
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON ({error}); save the adapter again") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"{path} holds a {type(fields).__name__}, not an object; save the adapter again")
@@ -182,6 +189,8 @@ class GraloraConfig:
         Raises:
             ConfigError: It is not a GraLoRA configuration.
         """
+        if not hasattr(peft_config, "peft_type") or not hasattr(peft_config, "__dict__"):
+            raise ConfigError(f"{peft_config!r} is no PEFT configuration; give a peft.GraloraConfig")
         fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items()}
         return cls._from_fields(fields, f"the given {type(peft_config).__name__}")
 
@@ -247,6 +256,7 @@ class GraloraConfig:
             if not isinstance(self.modules_to_save, list):
                 raise ConfigError(f"modules_to_save must be a list of names or None, but got {self.modules_to_save!r}")
             _check_names("modules_to_save", self.modules_to_save)
+            _check_expressions("modules_to_save", self.modules_to_save)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -260,6 +270,7 @@ class GraloraConfig:
             _check_names("layers_pattern", pattern)
         elif pattern is not None and not isinstance(pattern, str):
             raise ConfigError(f"layers_pattern must be a name, a list of names or None, but got {pattern!r}")
+        _check_expressions("layers_pattern", self.layer_patterns)
         if self.layer_patterns and self.layer_indices is None:
             raise ConfigError(
                 f"layers_pattern={pattern!r} has no effect without layers_to_transform; give the layer indices too"
@@ -273,13 +284,16 @@ class GraloraConfig:
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, int) and value > _LARGEST:
+        raise ConfigError(f"{name} must be at most {_LARGEST}, but got {value}")
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         kind = "a positive integer" if least else "a non-negative integer"
         raise ConfigError(f"{name} must be {kind}, but got {value!r}")
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or abs(value) > 1e300 or not math.isfinite(value):  # type: ignore[arg-type]
         raise ConfigError(f"{name} must be a finite number, but got {value!r}")
 
 
@@ -289,6 +303,15 @@ def _check_names(name: str, values: Iterable[object]) -> None:
             raise ConfigError(
                 f"{name} must hold non-empty strings, but it holds {value!r}; name modules as in the model"
             )
+
+
+def _check_expressions(name: str, values: Iterable[str]) -> None:
+    """PEFT puts these names into regular expressions as they are."""
+    for value in values:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ConfigError(f"{name} holds {value!r}, which is no valid name ({error}); name modules") from error
 
 
 def _from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> dict[str, Any]:

@@ -57,12 +57,17 @@ class InstalledAdapter:
                 dtype=dtype,
             )
             adapter.factors[site.path] = as_parameters(factors)
+        made: dict[int, nn.Parameter] = {}  # one copy of a parameter with two names
+
+        def copy_of(base: str) -> nn.Parameter:
+            original = tree.parameters[base]
+            return made.setdefault(id(original), nn.Parameter(original.detach().clone()))
+
         for module in plan.saved_modules:
             names = [base for base in tree.parameters if base.startswith(f"{module}.")]
-            adapter.copies[module] = {base: nn.Parameter(tree.parameters[base].detach().clone()) for base in names}
+            adapter.copies[module] = {base: copy_of(base) for base in names}
         for bias in plan.trained_biases:
-            owned = adapter.copies.setdefault(bias.rpartition(".")[0], {})
-            owned.setdefault(bias, nn.Parameter(tree.parameters[bias].detach().clone()))
+            adapter.copies.setdefault(bias.rpartition(".")[0], {}).setdefault(bias, copy_of(bias))
         for path, parameter in adapter.named_parameters():
             put(graph_module, path, parameter)
         return adapter

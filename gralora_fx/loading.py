@@ -53,7 +53,7 @@ def load_model(name: str | Path, task: str | None = None, *, num_labels: int | N
     """
     if task is not None and task not in TASKS:
         raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
-    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name)
@@ -61,8 +61,9 @@ def load_model(name: str | Path, task: str | None = None, *, num_labels: int | N
             class_name = _AUTO_CLASSES.get((task or "").removesuffix("-with-past"), architecture or "AutoModel")
             model_class = getattr(transformers, class_name, transformers.AutoModel)
             model: PreTrainedModel = model_class.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise TraceError(f"no model can be loaded from {name} ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # transformers, safetensors and pickle raise types of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TraceError(f"no model can be loaded from {name} ({reason})") from error
     return model.eval()
 
 

@@ -62,7 +62,10 @@ def model_loss(
     """
     if loss_function is None or config is None:
         raise RewriteError("labels were given, but the traced model has no loss function; compute the loss outside")
-    if config.is_encoder_decoder and hasattr(outputs, "logits"):
+    if getattr(config, "output_router_logits", False):
+        raise RewriteError("the router's auxiliary loss is not part of the trace; compute the loss outside")
+    is_generation = hasattr(outputs, "logits") and outputs.logits.ndim == 3
+    if config.is_encoder_decoder and is_generation:
         # encoder-decoders take the labels where they stand: the decoder's inputs are shifted instead
         logits = outputs.logits
         return torch.nn.functional.cross_entropy(
@@ -92,4 +95,7 @@ def model_loss(
             f"the loss {getattr(loss_function, '__name__', loss_function)} needs {', '.join(absent)}, which neither "
             f"the labels ({', '.join(labels)}) nor the outputs give; compute the loss outside"
         )
-    return loss_function(**given)
+    try:
+        return loss_function(**given)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise RewriteError(f"the loss cannot be computed from these labels and outputs: {error}") from error

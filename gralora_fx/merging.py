@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from torch import fx, nn
 
 from gralora_fx.errors import MergeError
+from gralora_fx.installed import InstalledAdapter
 from gralora_fx.model import GraloraModel
 from gralora_fx.passes.fold import folded_weights, set_weights
+from gralora_fx.passes.marks import mark_of, marked_nodes, unmark
+from gralora_fx.store import copy_path, put
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.traced import TracedModel
 
 
-def merge(model: GraloraModel, adapter_names: Sequence[str] | None = None, *, safe: bool = True) -> TracedModel:
+def merge(model: GraloraModel, adapter_names: Sequence[str] | str | None = None, *, safe: bool = True) -> TracedModel:
     """The base model, node for node, with adapters folded into its weights.
 
     The given model and the base's weights stay as they are; only the folded weights are new. Updates are accumulated
@@ -32,6 +35,10 @@ def merge(model: GraloraModel, adapter_names: Sequence[str] | None = None, *, sa
         RewriteError: There is no such adapter.
         MergeError: There is nothing to fold, a weight is tied to another layer, or would not be finite.
     """
+    if not isinstance(model, GraloraModel):
+        raise MergeError(f"cannot merge a {type(model).__name__}; give what rewrite() returned")
+    if isinstance(adapter_names, str):
+        adapter_names = [adapter_names]
     work = model.updates(adapter_names)
     if not work:
         raise MergeError("no adapter is active, so there is nothing to merge; set one or name it")
@@ -39,16 +46,33 @@ def merge(model: GraloraModel, adapter_names: Sequence[str] | None = None, *, sa
     weights = folded_weights(traced.graph_module, work, safe=safe)
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
     set_weights(graph_module, model.sites, weights)
-    replaced = {id(entry.site.weight): weights[entry.site.path] for entry in work}
-    names = model.active_adapters if adapter_names is None else adapter_names
-    for name in names:
-        for owned in model.installed(name).copies.values():
-            for base, parameter in owned.items():
-                replaced[id(traced.tree.parameters[base])] = nn.Parameter(parameter.detach().clone(), False)
-    for name, parameter in graph_module.named_parameters(remove_duplicate=False):
-        if id(parameter) in replaced:
-            owner, _, attribute = name.rpartition(".")
-            graph_module.get_submodule(owner)._parameters[attribute] = replaced[id(parameter)]
-    parameters = {name: replaced.get(id(p), p) for name, p in traced.tree.parameters.items()}
+    folded = {id(entry.site.weight): weights[entry.site.path] for entry in work}
+    parameters = {name: folded.get(id(p), p) for name, p in traced.tree.parameters.items()}
+    for name in model.active_adapters if adapter_names is None else adapter_names:
+        parameters |= _settle_copies(graph_module, model.installed(name), traced)
+    graph_module = fx.GraphModule(graph_module, graph_module.graph, "MergedGraph")  # without what it no longer reads
     tree = dataclasses.replace(traced.tree, parameters=parameters)
     return traced.with_graph(graph_module, tree).train(model.training)
+
+
+def _settle_copies(
+    graph_module: fx.GraphModule, adapter: InstalledAdapter, traced: TracedModel
+) -> dict[str, nn.Parameter]:
+    """Put an adapter's copies of base parameters in the base's place, by name.
+
+    A parameter that other modules read too (a tied head) keeps its place for them; the module reads its own beside it.
+    """
+    settled: dict[str, nn.Parameter] = {}
+    for owned in adapter.copies.values():
+        settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
+    for base, parameter in settled.items():
+        put(graph_module, copy_path(adapter.name, base), parameter)
+    adapter.own(graph_module, traced.tree)
+    for node in list(marked_nodes(graph_module.graph, adapter.name)):
+        found = mark_of(node) or {}
+        if "beside" not in found:
+            owner, _, attribute = found["owns"].rpartition(".")
+            graph_module.get_submodule(owner)._parameters[attribute] = graph_module.get_parameter(str(node.target))
+            node.target = found["owns"]
+        unmark(node)
+    return settled

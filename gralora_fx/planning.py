@@ -134,6 +134,10 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
         TargetError: The configuration cannot be met: nothing matches, a named module is no linear layer, widths are
             not divisible by `gralora_k`, or no layer of `layers_to_transform` exists. Every problem is listed.
     """
+    if not isinstance(traced, TracedModel):
+        raise TargetError(f"cannot plan for a {type(traced).__name__}; give what trace() returned")
+    if not isinstance(config, GraloraConfig):
+        raise TargetError(f"expected a GraloraConfig, but got a {type(config).__name__}; see GraloraConfig.from_peft")
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
     sites = {site.path: site for site in traced.sites}
     saved = saved_modules(config, traced.tree)
@@ -152,14 +156,16 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
     rejected += [RejectedSite(site, _EXPERTS) for site in _expert_weights(traced)]
     biases = _trained_biases(config, traced, selected)
     parameters = {id(p): p for p in traced.tree.parameters.values()}
+    copied = {id(p): p for path in saved for p in _parameters_under(traced, path).values()}
+    trained = {id(p): p for name in biases if (p := traced.tree.parameters[name]) is not None}
     return RewritePlan(
         config=config,
         selected=selected,
         rejected=tuple(rejected),
         saved_modules=saved,
-        saved_parameters=sum(p.numel() for path in saved for p in _parameters_under(traced, path).values()),
+        saved_parameters=sum(p.numel() for p in copied.values()),
         trained_biases=biases,
-        bias_parameters=sum(traced.tree.parameters[name].numel() for name in biases),
+        bias_parameters=sum(p.numel() for key, p in trained.items() if key not in copied),
         base_parameters=sum(p.numel() for p in parameters.values()),
     )
 
@@ -216,6 +222,8 @@ def _existing_layers(rule: TargetRule, named: Iterable[str]) -> set[int]:
 
 
 def _ranges(indices: list[int]) -> str:
+    if not indices:
+        return "none"
     return f"{indices[0]} to {indices[-1]}" if indices == list(range(indices[0], indices[-1] + 1)) else str(indices)
 
 

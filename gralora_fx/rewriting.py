@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import RewriteError
 from gralora_fx.model import GraloraModel
 from gralora_fx.planning import RewritePlan
 from gralora_fx.store import check_adapter_name
@@ -31,6 +32,8 @@ def rewrite(
         RewriteError: The graph is not the one that was planned for. `traced` is as it was, after any error.
     """
     check_adapter_name(adapter_name)
+    if not isinstance(traced, TracedModel):
+        raise RewriteError(f"cannot rewrite a {type(traced).__name__}; give what trace() returned")
     model = GraloraModel(traced)
     model.add_adapter(adapter_name, config_or_plan)
     model.freeze_base()

@@ -20,7 +20,7 @@ def check_adapter_name(name: object) -> None:
     Raises:
         ConfigError: It is no string, is empty, has a dot, or is an attribute of every module.
     """
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.Module, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.Module(), name):
         raise ConfigError(
             f"{name!r} cannot name an adapter; take a string without dots that is no attribute of nn.Module"
         )

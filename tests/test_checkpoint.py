@@ -375,3 +375,35 @@ def test_perturbing_the_oracle_moves_it() -> None:
     before = run(wrapped, inputs_of("bert"))
     perturb_saved_modules(wrapped)
     assert relative_error(run(wrapped, inputs_of("bert")), before) > 1e-2
+
+
+def test_pefts_repeated_biases_of_a_saved_head_are_taken(tmp_path: Path) -> None:
+    fields = {"r": 4, "hybrid_r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", "bias": "all"}
+    theirs = saved_by_peft("bert", tmp_path, **fields)
+    ours = GraloraModel.from_pretrained(fresh("bert")[1], tmp_path)
+    assert relative_error(run(ours, inputs_of("bert")), run(theirs, inputs_of("bert"))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.int32), "is torch.int32, not a float tensor"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, not a float tensor"),
+        (lambda t: torch.full_like(t, 1e300, dtype=torch.float64), "holds values that are not finite"),
+    ],
+    ids=["integer", "float8", "overflow"],
+)
+def test_tensors_of_another_kind_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    saved_by_peft("bert", tmp_path, r=4, target_modules=["query"])
+    tensors = load((tmp_path / WEIGHTS_NAME).read_bytes())
+    key = sorted(tensors)[0]
+    save_file({**tensors, key: change(tensors[key])}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match=message):
+        GraloraModel.from_pretrained(fresh("bert")[1], tmp_path)
+
+
+def test_an_adapter_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    model = rewrite(fresh("bert")[1], GraloraConfig(r=4, target_modules=["query"]))
+    with pytest.raises(CheckpointError, match=r"cannot write .*file"):
+        model.save_pretrained(tmp_path / "file")

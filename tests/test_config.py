@@ -333,3 +333,18 @@ def test_the_module_does_not_import_peft() -> None:
     code = "import sys, gralora_fx.config; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["("]},
+        {"layers_to_transform": [0], "layers_pattern": "("},
+        {"alpha": 10**400},
+        {"r": 2**40},
+    ],
+    ids=str,
+)
+def test_values_that_would_fail_later_are_refused_now(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(reversed(fields))):
+        GraloraConfig(**fields)

@@ -147,3 +147,54 @@ def test_half_precision_weights_are_rounded_once(dtype: torch.dtype) -> None:
         assert result.dtype == dtype
         # the nearest value of the dtype, but for ties that fp32 accumulation may decide otherwise
         assert (result.double() - exact).abs().max() <= 0.501 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "sizes"),
+    [
+        ("gpt2", "lm_head", {}),
+        ("gpt2", "wte", {}),
+        ("llama", "lm_head", {"tie_word_embeddings": True}),
+        ("llama", "embed_tokens", {"tie_word_embeddings": True}),
+        ("bert", "classifier", {}),
+    ],
+)
+def test_a_trained_copy_of_a_tied_module_stays_its_own(name: str, module: str, sizes: dict[str, Any]) -> None:
+    targets = {"gpt2": ["c_attn"], "llama": ["q_proj"], "bert": ["query"]}[name]
+    config = GraloraConfig(r=4, target_modules=targets, modules_to_save=[module], init_weights=False)
+    model = rewrite(trace(tiny_model(name, **sizes)), config)
+    with torch.no_grad():
+        for owned in model.installed("default").copies.values():
+            for parameter in owned.values():
+                parameter += 0.3 * torch.randn(parameter.shape)
+    inputs = inputs_of(name)
+    expected = run(model, inputs)
+    assert relative_error(run(merge(model), inputs), expected) < 1e-5
+    model.merge_adapter()
+    assert relative_error(run(model, inputs), expected) < 1e-5
+
+
+def test_folding_a_tied_copy_into_the_base_itself_is_refused() -> None:
+    config = GraloraConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head"])
+    model = rewrite(trace(tiny_model("gpt2")), config)
+    with pytest.raises(MergeError, match=r"lm_head.weight of lm_head is tied with transformer.wte.weight"):
+        model.merge_and_unload()
+
+
+def test_a_weight_read_outside_a_linear_call_is_refused() -> None:
+    class Reads(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.fc.weight.sum()
+
+    model = rewrite(trace(Reads(), (torch.randn(2, 8),)), GraloraConfig(r=4, target_modules=["fc"]))
+    with pytest.raises(MergeError, match=r"fc \(read by sum_1 outside a linear call\) is shared"):
+        merge(model)
+
+
+def test_only_rewritten_models_merge() -> None:
+    with pytest.raises(MergeError, match="cannot merge a TracedModel"):
+        merge(traced("bert"))  # type: ignore[arg-type]

@@ -275,3 +275,27 @@ def test_modules_to_save_that_match_nothing_are_pefts_business() -> None:
     """PEFT takes names that no module has: a task type adds both `classifier` and `score`."""
     assert planned("bert", target_modules=["query"], modules_to_save=["nowhere"]).saved_modules == ()
     peft_model(tiny_model("bert"), target_modules=["query"], modules_to_save=["nowhere"])
+
+
+def test_layers_of_a_target_outside_all_layers() -> None:
+    config = GraloraConfig(r=4, target_modules=["classifier", "query"], layers_to_transform=[0])
+    assert {p.site.path for p in plan(traced("bert"), config).selected} == {
+        "bert.encoder.layer.0.attention.self.query",
+        "classifier",
+    }
+
+
+@pytest.mark.parametrize(("model", "config"), [(None, GraloraConfig()), (nn.Linear(2, 2), GraloraConfig())])
+def test_only_traced_models_are_planned(model: Any, config: GraloraConfig) -> None:
+    with pytest.raises(TargetError, match="give what trace\\(\\) returned"):
+        plan(model, config)
+
+
+def test_a_parameter_with_two_names_trains_once() -> None:
+    import transformers
+
+    model = transformers.BertForMaskedLM(tiny_model("bert").config)
+    config = GraloraConfig(r=4, target_modules=["query"], bias="all")
+    wrapped = peft_model(transformers.BertForMaskedLM(model.config), r=4, target_modules=["query"], bias="all")
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert plan(trace(model), config).trainable_parameters == trainable

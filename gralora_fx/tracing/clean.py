@@ -10,7 +10,12 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
+_ASSERTIONS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
 
 
 def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -145,6 +145,40 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
                 stacklevel=4,
             )
     return _padded(sample)
+
+
+def other_sizes(sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same inputs with one row, with one more, and with longer sequences, to hold a trace against.
+
+    Args:
+        sample: What a model was traced with.
+    """
+    tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
+    if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
+        yield "one row", tree_map(lambda value: _rows(value, slice(0, 1)), dict(sample))
+        yield "another row", tree_map(_with_another_row, dict(sample))
+    text = [name for name in _TEXT_INPUTS if _is_sequence(sample.get(name))]
+    if text:
+        longer = {name: torch.cat([v, v[:, :3]], dim=1) if name in text else v for name, v in sample.items()}
+        yield "a longer sequence", longer
+    elif all(leaf.ndim == 3 for leaf in tensors) and len({leaf.shape[1] for leaf in tensors}) == 1:
+        yield "a longer sequence", tree_map(_with_another_position, dict(sample))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim >= 2
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_row(value: Any) -> Any:
+    return torch.cat([value, value[:1]]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_position(value: Any) -> Any:
+    return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
 
 
 def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,20 +9,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError
 from gralora_fx.module_tree import ModuleTree
+from gralora_fx.tracing.check import difference, first_line, refuse_fixed_sizes, where
 from gralora_fx.tracing.clean import inline_linear_modules, without_guards
-from gralora_fx.tracing.modes import record_switches, set_mode
+from gralora_fx.tracing.modes import record_switches
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import infer_task, inputs_for_task, keyword_inputs, widen
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.transformers_export import dynamic_axes, export_transformers_model
-
-# Largest difference from the eager model, relative to its largest output, by the dtype of that output.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def trace(
@@ -63,6 +58,8 @@ def trace(
         if not isinstance(model, PreTrainedModel):
             raise TraceError(f"example_inputs are missing; {type(model).__name__} is no transformers model to ask")
         example_inputs = inputs_for_task(model, task or "")
+    if not isinstance(example_inputs, (Mapping, tuple)):
+        raise TraceError(f"example_inputs are a {type(example_inputs).__name__}; give a dict or a tuple of arguments")
     sample = keyword_inputs(model, example_inputs)
     sample = widen(model, sample) if dynamic else sample
     graph_module = _trace_both_modes(model, sample, dynamic)
@@ -93,17 +90,21 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
             with _without_random_depth(model):
                 graph_module = _export(model, sample, dynamic)
             record_switches(graph_module.graph)
-            reason = _difference(model, graph_module, sample)
+            reason = difference(model, graph_module, sample)
         except TraceError as error:
             reason = str(error)
         if reason is None:
+            if dynamic:
+                refuse_fixed_sizes(model, graph_module, sample)
             return graph_module
         model.eval()
         graph_module = _export(model, sample, dynamic)
         record_switches(graph_module.graph)
-        difference = _difference(model, graph_module, sample)
-        if difference is not None:
-            raise TraceError(f"the trace of {type(model).__name__} does not compute what the model does: {difference}")
+        found = difference(model, graph_module, sample)
+        if found is not None:
+            raise TraceError(f"the trace of {type(model).__name__} does not compute what the model does: {found}")
+        if dynamic:
+            refuse_fixed_sizes(model, graph_module, sample)
         warnings.warn(
             f"{type(model).__name__} was traced in evaluation mode, so training runs without its attention dropout: "
             f"{reason}",
@@ -121,7 +122,7 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
                 shapes = dynamic_axes(dict(sample)) if dynamic else None
                 program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type
-        raise TraceError(f"cannot trace {type(model).__name__}{_where(model, error)}: {_first_line(error)}") from error
+        raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {first_line(error)}") from error
     return without_guards(program.module(check_guards=False))
 
 
@@ -167,47 +168,11 @@ def _is_exported(graph_module: fx.GraphModule) -> bool:
     return hasattr(graph_module.graph._codegen, "pytree_info")
 
 
-def _difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> str | None:
-    """How the graph differs from the eager model in evaluation mode, or None where it does not."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return None
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    set_mode(graph_module.graph, False)
-    graph_module.recompile()
-    try:
-        with torch.no_grad(), quiet():
-            expected = tree_leaves(_call_eager(model, sample))
-            actual = tree_leaves(graph_module(**sample))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    expected, actual = ([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] for leaves in (expected, actual))
-    if len(expected) != len(actual):
-        return f"it returns {len(actual)} tensors, the model {len(expected)}"
-    for index, (want, got) in enumerate(zip(expected, actual, strict=True)):
-        if want.shape != got.shape:
-            return f"output {index} has shape {tuple(got.shape)}, the model's {tuple(want.shape)}"
-        if not want.numel() or not want.is_floating_point():
-            continue
-        largest = want.abs().nan_to_num().max().item()
-        error = (want - got).abs().nan_to_num().max().item()
-        if error > _TOLERANCE.get(want.dtype, 1e-4) * max(largest, 1e-6):
-            return f"output {index} differs by {error:.3g} where the largest value is {largest:.3g}"
-    return None
-
-
-def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
-    inputs = dict(sample)
-    if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    return model(**inputs)
-
-
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the mode of every module and gradient checkpointing when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     if checkpointed:
         warnings.warn("gradient checkpointing is not part of a trace; train with smaller batches instead", stacklevel=5)
@@ -216,6 +181,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
         for module in checkpointed:
@@ -244,21 +212,3 @@ def _without_random_depth(model: nn.Module) -> Iterator[None]:
     finally:
         for holder, name, value in changed:
             setattr(holder, name, value)
-
-
-def _where(model: nn.Module, error: BaseException) -> str:
-    """The innermost module and line of the model that an error passed through."""
-    paths = {id(module): path or "the root module" for path, module in model.named_modules()}
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in paths and frame.f_code.co_name != "_wrapped_call_impl":
-            file = frame.f_code.co_filename
-            if "/torch/" not in file:
-                place = f" at {paths[id(owner)]} ({file.rsplit('/', 1)[-1]}:{line})"
-    return place
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

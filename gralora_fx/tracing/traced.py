@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from transformers import PreTrainedConfig
 
+from gralora_fx.errors import TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.sites import LinearSite, find_sites
 from gralora_fx.tracing.modes import set_mode
@@ -55,6 +56,10 @@ class TracedModel:
         self.loss_function = loss_function
         self.training = training
         self._sites = find_sites(graph_module, tree)
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        self._optional = {str(node.target) for node in placeholders if node.args}
+        scalars = (bool, int, float, str)
+        self._constants = {name: value for name, value in example_inputs.items() if isinstance(value, scalars)}
 
     @property
     def sites(self) -> tuple[LinearSite, ...]:
@@ -82,8 +87,14 @@ class TracedModel:
         Raises:
             TraceError: An input is missing, given twice, or was not part of the trace.
         """
-        placeholders = [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
-        return bind(self.input_names, args, kwargs, optional={str(node.target) for node in placeholders if node.args})
+        inputs = bind(self.input_names, args, kwargs, optional=self._optional)
+        for name, value in self._constants.items():
+            if name in inputs and inputs[name] != value:
+                raise TraceError(
+                    f"input {name!r} was {value!r} when the model was traced and is part of the graph, so it cannot be "
+                    f"{inputs[name]!r}; trace again with that value"
+                )
+        return inputs
 
     def train(self, mode: bool = True) -> TracedModel:
         """Switch dropout, attention dropout and batch statistics as the source model's `train()` does."""

@@ -257,3 +257,25 @@ def test_merged_model_exports_like_the_adapted_one(bert: GraloraModel, bert_expo
     merged: TracedModel = merge(bert)
     export_onnx(merged, tmp_path / "onnx", verify=False)
     assert (tmp_path / "onnx" / "model.onnx_data").read_bytes() == (bert_export / "model.onnx_data").read_bytes()
+
+
+def test_the_current_directory_is_refused(bert: GraloraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match="is the current directory"):
+        export_onnx(bert, ".")
+
+
+def test_a_foreign_manifest_is_no_export(bert: GraloraModel, tmp_path: Path) -> None:
+    (tmp_path / "gralora_export.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match="is no earlier export"):
+        export_onnx(bert, tmp_path)
+    with pytest.raises(ExportError, match="is no manifest of an export"):
+        verify_onnx(tmp_path, bert)
+    assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
+def test_an_unusable_path_is_named(bert: GraloraModel, path: str) -> None:
+    with pytest.raises(ExportError, match="is no usable path"):
+        export_onnx(bert, path)

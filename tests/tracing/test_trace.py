@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import TINY, text_batch, tiny_model
 from torch import Tensor, fx, nn
 from traces import (
@@ -450,3 +451,78 @@ def test_a_trace_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     trace(model)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+# -- what a trace cannot hold -----------------------------------------------------------------------------------------
+
+
+class BranchesOnRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.shape[0] > 2 else 2 * self.fc(x)
+
+
+class LoopsOverPositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.fc(x[:, position]) for position in range(x.shape[1])], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(BranchesOnRows(), (2, 8)), (LoopsOverPositions(), (2, 4, 8))], ids=["branch", "loop"]
+)
+def test_a_size_that_the_forward_branches_on_is_refused(model: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    with pytest.raises(TraceError, match=r"holds for the example's sizes only.*dynamic=False"):
+        trace(model, (x,))
+    fixed = trace(model, (x,), dynamic=False)
+    assert torch.allclose(fixed(x), model(x), atol=1e-6)
+
+
+class TakesFactor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, factor: float = 2.0) -> Tensor:
+        self.calls += 1
+        return factor * self.fc(x)
+
+
+def test_a_scalar_argument_is_part_of_the_trace() -> None:
+    model, x = TakesFactor(), torch.randn(2, 8)
+    scaled = trace(model, (x, 3.0))
+    assert torch.allclose(scaled(x, 3.0), 3 * model.fc(x), atol=1e-6)
+    with pytest.raises(TraceError, match=r"input 'factor' was 3.0 when the model was traced.*cannot be 5.0"):
+        scaled(x, 5.0)
+
+
+def test_tracing_leaves_buffers_as_they_are() -> None:
+    model = TakesFactor()
+    trace(model, (torch.randn(2, 8),))
+    assert model.calls.item() == 0
+
+
+@pytest.mark.parametrize("given", [5, [1, 2], "text"])
+def test_example_inputs_of_another_kind_are_refused(given: object) -> None:
+    with pytest.raises(TraceError, match="give a dict or a tuple of arguments"):
+        trace(nn.Linear(2, 2), given)  # type: ignore[arg-type]
+
+
+def test_example_inputs_that_the_model_refuses_are_named() -> None:
+    with pytest.raises(TraceError, match=r"cannot trace|itself fails on the example inputs"):
+        trace(tiny_model("bert"), {"input_ids": torch.full((2, 5), 5000)})
+
+
+def test_one_row_of_a_sequence_classifier_of_an_encoder_decoder() -> None:
+    model = transformers.BartForSequenceClassification(tiny_model("bart").config).eval()
+    traced_model = trace(model)
+    ids = torch.tensor([[5, 6, 7, 2]])
+    assert relative_error(run(traced_model, {"input_ids": ids}), run(model, {"input_ids": ids})) < 1e-5
