@@ -21,12 +21,13 @@ def split_labels(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, T
     return {name: value for name, value in inputs.items() if name not in LABELS}, labels
 
 
-def decoder_inputs(labels: Tensor, config: PreTrainedConfig) -> Tensor:
-    """Labels shifted right behind the start token, as encoder-decoders feed their decoder in training.
+def decoder_inputs(labels: Tensor, config: PreTrainedConfig, shift: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Labels shifted right, as encoder-decoders feed their decoder in training.
 
     Args:
         labels: `[batch, length]`, -100 where no loss is taken.
         config: The model's configuration.
+        shift: The model's own way; None puts them behind the start token.
 
     Raises:
         RewriteError: The configuration names no start token.
@@ -38,6 +39,8 @@ def decoder_inputs(labels: Tensor, config: PreTrainedConfig) -> Tensor:
         raise RewriteError(
             f"{type(config).__name__} has no decoder_start_token_id, so give decoder_input_ids beside the labels"
         )
+    if shift is not None:
+        return shift(labels)
     shifted = labels.new_full(labels.shape, int(start))
     shifted[:, 1:] = labels[:, :-1]
     return shifted.masked_fill(shifted == -100, int(config.pad_token_id or 0))

@@ -146,7 +146,7 @@ class GraloraModel(nn.Module):
             and inputs.get("decoder_input_ids") is None
             and "labels" in labels
         ):
-            inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config)
+            inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, self.traced.shift_labels)
         outputs = self.graph_module(**self.traced.bind(args, inputs))
         loss = model_loss(outputs, labels, self.traced.loss_function, self.config)
         return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})

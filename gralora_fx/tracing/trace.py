@@ -73,6 +73,7 @@ def trace(
         config=config,
         tokenizer_source=getattr(config, "_name_or_path", None) or None,
         loss_function=getattr(model, "loss_function", None) if config is not None else None,
+        shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
         training=True,
     )
     return traced.train(model.training)

@@ -29,6 +29,7 @@ class TracedModel:
         config: The model's transformers configuration, or None.
         tokenizer_source: Where the model's tokenizer can be loaded from, or None.
         loss_function: transformers' loss of the model's class, or None.
+        shift_labels: The model's own way from labels to decoder inputs, or None.
         training: Whether the graph stands in training mode.
     """
 
@@ -43,6 +44,7 @@ class TracedModel:
         config: PreTrainedConfig | None = None,
         tokenizer_source: str | None = None,
         loss_function: Callable[..., torch.Tensor] | None = None,
+        shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None,
         training: bool = False,
     ) -> None:
         """Wrap a cleaned graph; `trace` is the public way to make one."""
@@ -54,6 +56,7 @@ class TracedModel:
         self.config = config
         self.tokenizer_source = tokenizer_source
         self.loss_function = loss_function
+        self.shift_labels = shift_labels
         self.training = training
         self._sites = find_sites(graph_module, tree)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
@@ -119,6 +122,7 @@ class TracedModel:
             config=self.config,
             tokenizer_source=self.tokenizer_source,
             loss_function=self.loss_function,
+            shift_labels=self.shift_labels,
             training=self.training,
         )
 
