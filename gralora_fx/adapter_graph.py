@@ -11,7 +11,6 @@ from gralora_fx.errors import ConfigError, MergeError, RewriteError
 from gralora_fx.installed import InstalledAdapter
 from gralora_fx.passes.fold import SiteUpdate, fold_in_place, folded_weights, set_weights
 from gralora_fx.planning import RewritePlan
-from gralora_fx.store import check_adapter_name
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import record_switches, set_mode
 from gralora_fx.tracing.traced import TracedModel
@@ -56,7 +55,6 @@ class AdapterGraph:
 
     def add(self, name: str, planned: RewritePlan) -> None:
         """Store a new adapter; the first one becomes active."""
-        check_adapter_name(name)
         if name in self.adapters:
             raise ConfigError(f"adapter {name!r} exists already; delete it first or take another name")
         with_bias = [other for other, adapter in self.adapters.items() if adapter.config.bias != "none"]

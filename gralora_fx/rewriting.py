@@ -6,7 +6,6 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.model import GraloraModel
 from gralora_fx.planning import RewritePlan
-from gralora_fx.store import check_adapter_name
 from gralora_fx.tracing.traced import TracedModel
 
 
@@ -31,7 +30,6 @@ def rewrite(
         ConfigError: The adapter's name is invalid.
         RewriteError: The graph is not the one that was planned for. `traced` is as it was, after any error.
     """
-    check_adapter_name(adapter_name)
     if not isinstance(traced, TracedModel):
         raise RewriteError(f"cannot rewrite a {type(traced).__name__}; give what trace() returned")
     model = GraloraModel(traced)

@@ -148,14 +148,15 @@ def other_readers(graph_module: fx.GraphModule, site: LinearSite) -> tuple[str, 
     """
     readers: list[str] = []
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and _tensor_at(graph_module, str(node.target)) is site.weight:
+        if node.op == "get_attr" and tensor_at(graph_module, str(node.target)) is site.weight:
             for user in node.users:
                 is_transpose = _strip_transpose(user)[1]
                 readers += [reader.name for reader in (user.users if is_transpose else (user,))]
     return tuple(name for name in readers if name not in site.calls)
 
 
-def _tensor_at(graph_module: fx.GraphModule, target: str) -> torch.Tensor | None:
+def tensor_at(graph_module: fx.GraphModule, target: str) -> torch.Tensor | None:
+    """The parameter or buffer that a `get_attr` node of this target reads."""
     owner, _, name = target.rpartition(".")
     found = getattr(graph_module.get_submodule(owner), name, None)
     return found if isinstance(found, torch.Tensor) else None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import fx, nn
+from torch import fx
 
 from gralora_fx.module_tree import ModuleTree, module_stack
 from gralora_fx.passes.marks import mark, mark_of, marked_nodes, unmark
+from gralora_fx.sites import tensor_at
 
 
 def own_parameters(
@@ -35,7 +36,7 @@ def own_parameters(
     base_names = {id(tree.parameters[name]): name for name in names}
     has_changed = False
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
-        parameter = _parameter(graph_module, str(node.target))
+        parameter = tensor_at(graph_module, str(node.target))
         path = copies.get(id(parameter))
         if path is None or path == node.target:
             continue
@@ -77,11 +78,6 @@ def release_parameters(graph_module: fx.GraphModule, adapter: str) -> bool:
             node.target = found["owns"]
             unmark(node)
     return bool(owned)
-
-
-def _parameter(graph_module: fx.GraphModule, target: str) -> nn.Parameter | None:
-    owner, _, name = target.rpartition(".")
-    return graph_module.get_submodule(owner)._parameters.get(name)
 
 
 def _is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:
