@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from gralora_fx.config import GraloraConfig
     from gralora_fx.merging import merge
     from gralora_fx.model import GraloraModel
-    from gralora_fx.planning import RewritePlan, plan
+    from gralora_fx.planning import plan
+    from gralora_fx.rewrite_plan import RewritePlan
     from gralora_fx.rewriting import rewrite
     from gralora_fx.sites import LinearSite
     from gralora_fx.tracing.trace import trace
@@ -31,7 +32,7 @@ _HOMES = {
     "GraloraConfig": "config",
     "GraloraModel": "model",
     "LinearSite": "sites",
-    "RewritePlan": "planning",
+    "RewritePlan": "rewrite_plan",
     "TracedModel": "tracing.traced",
     "merge": "merging",
     "plan": "planning",

@@ -18,10 +18,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 class Rank(NamedTuple):
@@ -127,45 +128,86 @@ def add_output(
     features: tuple[int, int],
     rank: Rank,
     dropout: float = 0.0,
-    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+    dtype: torch.dtype | None = None,
+    rows: tuple[int, int] | None = None,
+    in_place: bool = True,
 ) -> Tensor:
-    """Add an adapter's output to a layer's own; in place where adapter and layer have one dtype.
+    """Add an adapter's output to a layer's own.
 
-    The update is accumulated straight into the blocks of `y`, so no tensor of its size is made: beyond the
-    multiplications only `[T, k*r]` values are moved.
+    Without gradients the update is accumulated straight into the blocks of `y`, so no tensor of its size is made:
+    beyond the multiplications only `[T, k*r]` values are moved.
 
     It runs on `torch.fx` proxies as on tensors, which is how a graph receives its nodes.
 
     Args:
         x: The layer's input, `[..., in]`; any number of leading axes, zero rows included.
-        y: The layer's output, `[..., out]`, contiguous; it is overwritten.
+        y: The layer's output, `[..., out]`, contiguous; see `accumulate` for when it is overwritten.
         factors: The adapter's tensors.
         scale: Factor of the adapter's output.
         features: Widths `in` and `out` of the layer.
         rank: The adapter's sizes.
         dropout: Probability with which input values are zeroed (training).
-        dtypes: Dtypes of the adapter and of the layer where they differ: the input is cast to the first, the adapter's
-            output to the second.
+        dtype: Dtype of the adapter where it differs from the layer's: the input is cast to it, the adapter's output
+            back to that of `y`.
+        rows: First output feature of `y` and the one after its last, where `y` is a part of the layer's output only.
+        in_place: Whether `y` may be overwritten at all.
 
     Returns:
         `y + scale * adapter(x)`, of the shape and dtype of `y`.
     """
-    if dtypes is not None:
-        zero = torch.zeros_like(y, dtype=dtypes[0])
-        output = add_output(x.to(dtypes[0]), zero, factors, 1.0, features=features, rank=rank, dropout=dropout)
-        return torch.add(y, output.to(dtypes[1]), alpha=scale)
     r, k, _ = rank
     in_features, out_features = features
+    if dtype is not None:
+        zero = torch.zeros_like(y, dtype=dtype)
+        options: dict[str, Any] = {"features": features, "rank": rank, "dropout": dropout, "rows": rows}
+        return torch.add(y, add_output(x.to(dtype), zero, factors, 1.0, **options).type_as(y), alpha=scale)
     blocks = _dropped(x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
     hidden = torch.bmm(blocks, factors.A)  # [k (input block), T, r]
     hidden = hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [k (output block), T, r]
-    into = y.view(-1, k, out_features // k).transpose(0, 1)  # [k, T, out/k]
-    y = into.baddbmm_(hidden, factors.B, alpha=scale).transpose(0, 1).reshape_as(y)
+    how = {} if in_place else {"in_place": False}
+    width = out_features
+    if rows is None:
+        into = y.view(-1, k, out_features // k).transpose(0, 1)  # [k, T, out/k]
+        y = accumulate(into, hidden, factors.B, scale, **how).transpose(0, 1).reshape_as(y)
+    else:
+        width = rows[1] - rows[0]
+        output = torch.bmm(hidden, factors.B).transpose(0, 1).reshape(-1, out_features)[:, slice(*rows)]
+        y = torch.add(y, output.reshape_as(y), alpha=scale)
     if factors.A_general is not None and factors.B_general is not None:
-        rows = _dropped(x, dropout).reshape(-1, in_features)
-        hidden = torch.mm(rows, factors.A_general.t())  # [T, hybrid_r]
-        y = y.view(-1, out_features).addmm_(hidden, factors.B_general.t(), alpha=scale).view_as(y)
+        flat = _dropped(x, dropout).reshape(-1, in_features)
+        hidden = torch.mm(flat, factors.A_general.t())  # [T, hybrid_r]
+        general = factors.B_general if rows is None else factors.B_general[slice(*rows)]
+        y = accumulate(y.view(-1, width), hidden, general.t(), scale, **how).view_as(y)
     return y
+
+
+def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
+    """`into + scale * left @ right`, written into `into` itself where that is right and fast.
+
+    In training it makes a new tensor, since writing into a view costs autograd a copy of the whole gradient; under
+    `torch.compile` and `torch.export` too, which cannot undo the write; and under autocast, which gives the result its
+    own dtype. A graph calls it as one node.
+
+    Args:
+        into: `[n, m]`, or `[k, n, m]`; overwritten where no gradient is recorded.
+        left: `[n, r]`, or `[k, n, r]`.
+        right: `[r, m]`, or `[k, r, m]`.
+        scale: Factor of the product.
+        in_place: False never overwrites, for an `into` that something else reads too.
+
+    Returns:
+        The sum, of the shape of `into`.
+    """
+    operands = (into, left, right)
+    if has_torch_function(operands):  # so that running on the proxies of a graph makes a node of the call
+        given: dict[str, Any] = {} if in_place else {"in_place": False}
+        result: Tensor = handle_torch_function(accumulate, operands, *operands, scale, **given)
+        return result
+    batched = into.ndim == 3
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
+    if in_place and not records and into.dtype == left.dtype == right.dtype and not torch.compiler.is_compiling():
+        return into.baddbmm_(left, right, alpha=scale) if batched else into.addmm_(left, right, alpha=scale)
+    return (torch.baddbmm if batched else torch.addmm)(into, left, right, alpha=scale)
 
 
 @torch.no_grad()
@@ -210,28 +252,6 @@ def delta_weight(update: Update, *, transposed: bool = False) -> Tensor:
     shape = (in_features, out_features) if transposed else (out_features, in_features)
     zero = torch.zeros(shape, dtype=update.factors.A.dtype, device=update.factors.A.device)
     return fold(zero, [update], transposed=transposed, out=zero)
-
-
-def lora_factors(factors: Factors) -> tuple[Tensor, Tensor]:
-    """The same update as a plain LoRA pair of rank `k*r + hybrid_r` with block-sparse factors, exactly.
-
-    Row `n*r + j*s + i` of the result's `A` is column `j*s + i` of `A[n]`, placed on input block n; the matching column
-    of `B` is row `n*s + i` of `B[j]`, placed on output block j.
-
-    Returns:
-        `A [k*r + hybrid_r, in]` and `B [out, k*r + hybrid_r]`, with `B @ A` the unscaled update.
-    """
-    r, k, _ = factors.rank
-    s, in_block, out_block = r // k, factors.A.shape[1], factors.B.shape[2]
-    A = factors.A.new_zeros(k * r, k * in_block)
-    B = factors.B.new_zeros(k * out_block, k * r)
-    for n, j in product(range(k), range(k)):
-        rows = slice(n * r + j * s, n * r + (j + 1) * s)
-        A[rows, n * in_block : (n + 1) * in_block] = factors.A[n][:, j * s : (j + 1) * s].t()
-        B[j * out_block : (j + 1) * out_block, rows] = factors.B[j][n * s : (n + 1) * s].t()
-    if factors.A_general is None or factors.B_general is None:
-        return A, B
-    return torch.cat([A, factors.A_general]), torch.cat([B, factors.B_general], dim=1)
 
 
 def _dropped(x: Tensor, probability: float) -> Tensor:

@@ -137,7 +137,6 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfi
     config = adapter.config
     source = config.base_model_name_or_path or traced.tokenizer_source
     changes: dict[str, object] = {
-        "fan_in_fan_out": any(planned.site.kind == "conv1d" for planned in adapter.plan.selected),
         "base_model_name_or_path": source,
         "inference_mode": True,
     }

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gralora_fx.config_checks import check_expressions, check_integer, check_names, check_number, check_pattern
+from gralora_fx.config_reading import ALL_LINEAR, as_peft_reads, from_paper
 from gralora_fx.errors import ConfigError
 from gralora_fx.sources import resolve_directory
 
 CONFIG_NAME = "adapter_config.json"
-ALL_LINEAR = "all-linear"
-_LARGEST = 2**24  # no layer is as wide
 BIAS_MODES = ("none", "all", "gralora_only")
+_BEYOND_PEFT = ("exclude_modules", "rank_pattern", "alpha_pattern", "gralora_k_pattern")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # What PEFT adds to `modules_to_save` for a task: the head that such a model trains.
@@ -56,6 +56,14 @@ class GraloraConfig:
         base_model_name_or_path: The model that the adapter belongs to.
         revision: Revision of that model.
         inference_mode: Whether the adapter was saved for inference.
+        exclude_modules: Modules to leave out of `target_modules`: names as there, or a regular expression.
+        rank_pattern: `r` of the layers that a key names, where it differs: by whole path, by the end of a path after a
+            dot, or by a regular expression for such an end. The first key that matches counts.
+        alpha_pattern: `alpha` of such layers.
+        gralora_k_pattern: `gralora_k` of such layers, for widths that `gralora_k` does not divide.
+
+    The last four go beyond PEFT's GraLoRA: they stand in the saved file only where they are used, and PEFT warns there
+    that it ignores them.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.
@@ -82,18 +90,29 @@ class GraloraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    exclude_modules: set[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    gralora_k_pattern: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Normalise `target_modules` to a set, then check every field."""
-        if isinstance(self.target_modules, (list, tuple, set, frozenset)):
-            _check_names("target_modules", self.target_modules)
-            object.__setattr__(self, "target_modules", set(self.target_modules))
+        """Turn collections into those of PEFT's file, then check every field."""
+        for name in ("target_modules", "exclude_modules"):
+            given = getattr(self, name)
+            if isinstance(given, (list, tuple, set, frozenset)):
+                check_names(name, given)
+                object.__setattr__(self, name, set(given))
+        if isinstance(self.layers_to_transform, (tuple, range, set, frozenset)):
+            object.__setattr__(self, "layers_to_transform", list(self.layers_to_transform))
+        if isinstance(self.layers_pattern, tuple):
+            object.__setattr__(self, "layers_pattern", list(self.layers_pattern))
         if isinstance(self.modules_to_save, (tuple, set, frozenset)):
             object.__setattr__(self, "modules_to_save", sorted(self.modules_to_save))
         self._check_sizes()
         self._check_choices()
         self._check_targets()
         self._check_layers()
+        self._check_patterns()
 
     @property
     def peft_type(self) -> str:
@@ -102,7 +121,7 @@ class GraloraConfig:
 
     @property
     def scale(self) -> float:
-        """Factor of the adapter's output, `alpha / (r + hybrid_r)`."""
+        """Factor of the adapter's output, `alpha / (r + hybrid_r)`, where no pattern says otherwise."""
         return self.alpha / (self.r + self.hybrid_r)
 
     @property
@@ -127,8 +146,12 @@ class GraloraConfig:
     @property
     def saved_module_names(self) -> tuple[str, ...]:
         """`modules_to_save` with the heads that `task_type` adds, as PEFT adds them."""
-        names = [*(self.modules_to_save or ()), *_TASK_HEADS.get(self.task_type or "", ())]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*(self.modules_to_save or ()), *self.task_heads]))
+
+    @property
+    def task_heads(self) -> tuple[str, ...]:
+        """The names that PEFT adds to `modules_to_save` for the task type; a model has one of them."""
+        return _TASK_HEADS.get(self.task_type or "", ())
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `adapter_config.json` in PEFT's format, keys and sets sorted.
@@ -148,10 +171,12 @@ class GraloraConfig:
 
     def to_json(self) -> str:
         """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
-        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        fields = {name: value for name, value in values.items() if value or name not in _BEYOND_PEFT}
         fields["peft_type"] = self.peft_type
-        if isinstance(self.target_modules, set):
-            fields["target_modules"] = sorted(self.target_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(fields.get(name), set):
+                fields[name] = sorted(fields[name])
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -200,11 +225,12 @@ class GraloraConfig:
         peft_type = fields.get("peft_type")
         if str(peft_type).upper() != "GRALORA":
             raise ConfigError(f"{origin}: peft_type is {peft_type!r}, not 'GRALORA'; give a GraLoRA adapter")
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in fields.items() if name in known}
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        absent = {name for name in _BEYOND_PEFT if fields.get(name) is None}
+        values = {name: value for name, value in fields.items() if name in known - absent}
         if "gralora_alpha" in fields and "alpha" not in fields:
-            values = _from_paper(values, fields["gralora_alpha"], origin)
-        kept, dropped = _as_peft_reads(values)
+            values = from_paper(values, fields["gralora_alpha"], origin)
+        kept, dropped = as_peft_reads(values)
         for what in dropped:
             warnings.warn(f"{origin}: {what}", stacklevel=3)
         dropout = kept.pop("gralora_dropout", 0.0)
@@ -215,16 +241,16 @@ class GraloraConfig:
         return config
 
     def _check_sizes(self) -> None:
-        _check_integer("r", self.r, 1)
-        _check_integer("gralora_k", self.gralora_k, 1)
-        _check_integer("hybrid_r", self.hybrid_r, 0)
+        check_integer("r", self.r, 1)
+        check_integer("gralora_k", self.gralora_k, 1)
+        check_integer("hybrid_r", self.hybrid_r, 0)
         if self.r % self.gralora_k:
             raise ConfigError(
                 f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}; "
                 f"take r={max(1, round(self.r / self.gralora_k)) * self.gralora_k} or another gralora_k"
             )
-        _check_number("alpha", self.alpha)
-        _check_number("gralora_dropout", self.gralora_dropout)
+        check_number("alpha", self.alpha)
+        check_number("gralora_dropout", self.gralora_dropout)
         if not 0 <= self.gralora_dropout < 1:
             raise ConfigError(f"gralora_dropout must be in [0, 1), but got {self.gralora_dropout}; take 0 for none")
 
@@ -241,22 +267,22 @@ class GraloraConfig:
                 raise ConfigError(f"{name} must be a string or None, but got {getattr(self, name)!r}")
 
     def _check_targets(self) -> None:
-        targets = self.target_modules
-        if isinstance(targets, str) and not self.adapts_all_linear:
-            try:
-                re.compile(targets)
-            except re.error as error:
-                raise ConfigError(
-                    f"target_modules {targets!r} is not a valid regular expression ({error}); "
-                    "give a list to match by name"
-                ) from error
-        elif targets is not None and not isinstance(targets, (str, set)):
-            raise ConfigError(f"target_modules must be a list of names, a string or None, but got {targets!r}")
+        for name in ("target_modules", "exclude_modules"):
+            given = getattr(self, name)
+            if isinstance(given, str) and not (name == "target_modules" and self.adapts_all_linear):
+                try:
+                    re.compile(given)
+                except re.error as error:
+                    raise ConfigError(
+                        f"{name} {given!r} is not a valid regular expression ({error}); give a list to match by name"
+                    ) from error
+            elif given is not None and not isinstance(given, (str, set)):
+                raise ConfigError(f"{name} must be a list of names, a string or None, but got {given!r}")
         if self.modules_to_save is not None:
             if not isinstance(self.modules_to_save, list):
                 raise ConfigError(f"modules_to_save must be a list of names or None, but got {self.modules_to_save!r}")
-            _check_names("modules_to_save", self.modules_to_save)
-            _check_expressions("modules_to_save", self.modules_to_save)
+            check_names("modules_to_save", self.modules_to_save)
+            check_expressions("modules_to_save", self.modules_to_save)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -264,13 +290,13 @@ class GraloraConfig:
             if isinstance(layers, bool) or not isinstance(layers, (int, list)):
                 raise ConfigError(f"layers_to_transform must be an index, a list of them or None, but got {layers!r}")
             for index in [layers] if isinstance(layers, int) else layers:
-                _check_integer("layers_to_transform", index, 0)
+                check_integer("layers_to_transform", index, 0)
         pattern = self.layers_pattern
         if isinstance(pattern, list):
-            _check_names("layers_pattern", pattern)
+            check_names("layers_pattern", pattern)
         elif pattern is not None and not isinstance(pattern, str):
             raise ConfigError(f"layers_pattern must be a name, a list of names or None, but got {pattern!r}")
-        _check_expressions("layers_pattern", self.layer_patterns)
+        check_expressions("layers_pattern", self.layer_patterns)
         if self.layer_patterns and self.layer_indices is None:
             raise ConfigError(
                 f"layers_pattern={pattern!r} has no effect without layers_to_transform; give the layer indices too"
@@ -282,64 +308,7 @@ class GraloraConfig:
                 "expression selects layers itself; write the indices into it, or give a list of names"
             )
 
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, int) and value > _LARGEST:
-        raise ConfigError(f"{name} must be at most {_LARGEST}, but got {value}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        kind = "a positive integer" if least else "a non-negative integer"
-        raise ConfigError(f"{name} must be {kind}, but got {value!r}")
-
-
-def _check_number(name: str, value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or abs(value) > 1e300 or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ConfigError(f"{name} must be a finite number, but got {value!r}")
-
-
-def _check_names(name: str, values: Iterable[object]) -> None:
-    for value in values:
-        if not isinstance(value, str) or not value:
-            raise ConfigError(
-                f"{name} must hold non-empty strings, but it holds {value!r}; name modules as in the model"
-            )
-
-
-def _check_expressions(name: str, values: Iterable[str]) -> None:
-    """PEFT puts these names into regular expressions as they are."""
-    for value in values:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ConfigError(f"{name} holds {value!r}, which is no valid name ({error}); name modules") from error
-
-
-def _from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> dict[str, Any]:
-    """The paper's own fields in PEFT's terms: its `r` counts `hybrid_r` in, its scale is `gralora_alpha / r`."""
-    total, hybrid = values.get("r", 32), values.get("hybrid_r") or 0
-    _check_integer("r", total, 1)
-    _check_integer("hybrid_r", hybrid, 0)
-    warnings.warn(
-        f"{origin} is in the format of the paper's own code: read as r={total - hybrid}, hybrid_r={hybrid}, "
-        f"alpha={gralora_alpha}, so that the scale is {gralora_alpha}/{total}",
-        stacklevel=4,
-    )
-    return {**values, "r": total - hybrid, "hybrid_r": hybrid, "alpha": gralora_alpha}
-
-
-def _as_peft_reads(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`values` without what PEFT ignores at run time, and a sentence for each thing left out."""
-    kept, dropped = dict(values), []
-    targets, layers, pattern = (kept.get(name) for name in ("target_modules", "layers_to_transform", "layers_pattern"))
-    is_regex = isinstance(targets, str) and targets.lower() != ALL_LINEAR
-    if is_regex and layers not in (None, []):
-        dropped.append(f"layers_to_transform={layers!r} is ignored, as PEFT ignores it beside a regular expression")
-        kept["layers_to_transform"] = None
-    if pattern and kept.get("layers_to_transform") in (None, []):
-        dropped.append(f"layers_pattern={pattern!r} is ignored, as PEFT ignores it without layers_to_transform")
-        kept["layers_pattern"] = None
-    dropout = kept.get("gralora_dropout", 0.0)
-    if isinstance(dropout, (int, float)) and dropout < 0:
-        dropped.append(f"gralora_dropout={dropout!r} is read as 0, as PEFT reads it")
-        kept["gralora_dropout"] = 0.0
-    return kept, dropped
+    def _check_patterns(self) -> None:
+        check_pattern("rank_pattern", self.rank_pattern, lambda name, value: check_integer(name, value, 1))
+        check_pattern("alpha_pattern", self.alpha_pattern, check_number)
+        check_pattern("gralora_k_pattern", self.gralora_k_pattern, lambda name, value: check_integer(name, value, 1))

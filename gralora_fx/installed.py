@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
-from gralora_fx.adapter import Factors, Rank, Update, initial_factors
+from gralora_fx.adapter import Factors, Update, initial_factors
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.passes.insert import insert_adapter
 from gralora_fx.passes.own import own_parameters, release_parameters
 from gralora_fx.passes.remove import remove_adapter
-from gralora_fx.planning import PlannedSite, RewritePlan
+from gralora_fx.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.store import as_parameters, copy_path, drop, factor_paths, put
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -39,24 +39,22 @@ class InstalledAdapter:
     copies: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, graph_module: fx.GraphModule, name: str, plan: RewritePlan, tree: ModuleTree) -> InstalledAdapter:
-        """Draw initial tensors and store them; the graph does not call them yet.
+    def create(
+        cls,
+        graph_module: fx.GraphModule,
+        name: str,
+        plan: RewritePlan,
+        tree: ModuleTree,
+        given: Mapping[str, Factors] | None = None,
+    ) -> InstalledAdapter:
+        """Store tensors, those given by site path or freshly drawn ones; the graph does not call them yet.
 
         Adapters of a half-precision layer are float32, as PEFT's are.
         """
         adapter = cls(name, plan)
         for planned in plan.selected:
-            site = planned.site
-            dtype = torch.float32 if site.weight.dtype in _HALF else site.weight.dtype
-            factors = initial_factors(
-                site.in_features,
-                site.out_features,
-                planned.rank,
-                zero_update=plan.config.init_weights,
-                device=site.weight.device,
-                dtype=dtype,
-            )
-            adapter.factors[site.path] = as_parameters(factors)
+            factors = _initial(planned, plan.config) if given is None else given[planned.site.path]
+            adapter.factors[planned.site.path] = as_parameters(factors)
         made: dict[int, nn.Parameter] = {}  # one copy of a parameter with two names
 
         def copy_of(base: str) -> nn.Parameter:
@@ -88,7 +86,7 @@ class InstalledAdapter:
 
     def update(self, site_path: str) -> Update:
         """The weight update at a site."""
-        return Update(self.factors[site_path], self.config.scale)
+        return Update(self.factors[site_path], self.planned()[site_path].scale)
 
     def planned(self) -> dict[str, PlannedSite]:
         """The adapted sites by path."""
@@ -105,10 +103,10 @@ class InstalledAdapter:
                 site,
                 self.name,
                 factor_paths(self.name, site.path, factors),
-                rank=Rank(planned.r, planned.k, planned.hybrid_r),
-                scale=config.scale,
+                rank=planned.rank,
+                scale=planned.scale,
                 dropout=config.gralora_dropout,
-                dtypes=(factors.A.dtype, site.weight.dtype) if differs else None,
+                dtype=factors.A.dtype if differs else None,
             )
 
     def detach(self, graph_module: fx.GraphModule) -> None:
@@ -138,3 +136,15 @@ class InstalledAdapter:
         """Let the adapter's tensors train or not."""
         for _, parameter in self.named_parameters():
             parameter.requires_grad_(requires_grad)
+
+
+def _initial(planned: PlannedSite, config: GraloraConfig) -> Factors:
+    site = planned.site
+    return initial_factors(
+        site.in_features,
+        site.out_features,
+        planned.rank,
+        zero_update=config.init_weights,
+        device=site.weight.device,
+        dtype=torch.float32 if site.weight.dtype in _HALF else site.weight.dtype,
+    )

@@ -10,14 +10,21 @@ from torch import fx, nn
 from gralora_fx.errors import MergeError
 from gralora_fx.installed import InstalledAdapter
 from gralora_fx.model import GraloraModel
-from gralora_fx.passes.fold import folded_weights, set_weights
+from gralora_fx.passes.fold import folded_weights
 from gralora_fx.passes.marks import mark_of, marked_nodes, unmark
+from gralora_fx.reweighted import with_weights
 from gralora_fx.store import copy_path, put
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.traced import TracedModel
 
 
-def merge(model: GraloraModel, adapter_names: Sequence[str] | str | None = None, *, safe: bool = True) -> TracedModel:
+def merge(
+    model: GraloraModel,
+    adapter_names: Sequence[str] | str | None = None,
+    *,
+    safe: bool = True,
+    untie: bool = False,
+) -> TracedModel:
     """The base model, node for node, with adapters folded into its weights.
 
     The given model and the base's weights stay as they are; only the folded weights are new. Updates are accumulated
@@ -27,6 +34,7 @@ def merge(model: GraloraModel, adapter_names: Sequence[str] | str | None = None,
         model: A rewritten model.
         adapter_names: Which adapters to fold; None for the active ones.
         safe: Whether to check that every folded weight is finite.
+        untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused.
 
     Returns:
         A traced model in the mode of `model`.
@@ -43,31 +51,27 @@ def merge(model: GraloraModel, adapter_names: Sequence[str] | str | None = None,
     if not work:
         raise MergeError("no adapter is active, so there is nothing to merge; set one or name it")
     traced = model.traced
-    weights = folded_weights(traced.graph_module, work, safe=safe)
-    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
-    set_weights(graph_module, model.sites, weights)
-    folded = {id(entry.site.weight): weights[entry.site.path] for entry in work}
-    parameters = {name: folded.get(id(p), p) for name, p in traced.tree.parameters.items()}
+    weights = folded_weights(traced.graph_module, work, safe=safe, untie=untie)
+    merged = with_weights(traced, weights)
     for name in model.active_adapters if adapter_names is None else adapter_names:
-        parameters |= _settle_copies(graph_module, model.installed(name), traced)
-    graph_module = fx.GraphModule(graph_module, graph_module.graph, "MergedGraph")  # without what it no longer reads
-    tree = dataclasses.replace(traced.tree, parameters=parameters)
-    return traced.with_graph(graph_module, tree).train(model.training)
+        merged = _settle_copies(merged, model.installed(name))
+    return merged.train(model.training)
 
 
-def _settle_copies(
-    graph_module: fx.GraphModule, adapter: InstalledAdapter, traced: TracedModel
-) -> dict[str, nn.Parameter]:
+def _settle_copies(merged: TracedModel, adapter: InstalledAdapter) -> TracedModel:
     """Put an adapter's copies of base parameters in the base's place, by name.
 
     A parameter that other modules read too (a tied head) keeps its place for them; the module reads its own beside it.
     """
+    if not adapter.copies:
+        return merged
+    graph_module = fx.GraphModule(merged.graph_module, copy_graph(merged.graph_module), "MergedGraph")
     settled: dict[str, nn.Parameter] = {}
     for owned in adapter.copies.values():
         settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
     for base, parameter in settled.items():
         put(graph_module, copy_path(adapter.name, base), parameter)
-    adapter.own(graph_module, traced.tree)
+    adapter.own(graph_module, merged.tree)
     for node in list(marked_nodes(graph_module.graph, adapter.name)):
         found = mark_of(node) or {}
         if "beside" not in found:
@@ -75,4 +79,6 @@ def _settle_copies(
             graph_module.get_submodule(owner)._parameters[attribute] = graph_module.get_parameter(str(node.target))
             node.target = found["owns"]
         unmark(node)
-    return settled
+    graph_module = fx.GraphModule(graph_module, graph_module.graph, "MergedGraph")  # without what it no longer reads
+    tree = dataclasses.replace(merged.tree, parameters={**merged.tree.parameters, **settled})
+    return merged.with_graph(graph_module, tree)

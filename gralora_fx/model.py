@@ -16,13 +16,17 @@ from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.installed import InstalledAdapter
 from gralora_fx.losses import LABELS, decoder_inputs, model_loss, split_labels
 from gralora_fx.passes.fold import SiteUpdate
-from gralora_fx.planning import RewritePlan, plan
-from gralora_fx.sites import LinearSite
+from gralora_fx.planning import plan
+from gralora_fx.queries import AdapterQueries
+from gralora_fx.reweighted import with_weights
+from gralora_fx.rewrite_plan import RewritePlan
 from gralora_fx.store import check_adapter_name
 from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.user_pass import GraphPass
+from gralora_fx.weighted import weighted_sum
 
 
-class GraloraModel(nn.Module):
+class GraloraModel(AdapterQueries, nn.Module):
     """A traced model with GraLoRA adapters in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
@@ -63,63 +67,6 @@ class GraloraModel(nn.Module):
         load_tensors(model.installed(adapter_name), tensors, traced.tree, str(directory))
         model.freeze_base()
         return model
-
-    # -- what it is -------------------------------------------------------------------------------------------------
-
-    @property
-    def sites(self) -> tuple[LinearSite, ...]:
-        """Every linear layer of the base model."""
-        return self.traced.sites
-
-    @property
-    def configs(self) -> dict[str, GraloraConfig]:
-        """The configuration of each adapter, by name."""
-        return {name: adapter.config for name, adapter in self._state.adapters.items()}
-
-    @property
-    def plans(self) -> dict[str, RewritePlan]:
-        """What each adapter adapts, by name."""
-        return {name: adapter.plan for name, adapter in self._state.adapters.items()}
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters whose outputs are added, merged ones included."""
-        return list(self._state.active)
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters that stand folded in the weights."""
-        return list(self._state.merged)
-
-    @property
-    def traced(self) -> TracedModel:
-        """The base model as it was traced."""
-        return self._state.traced
-
-    @property
-    def config(self) -> Any:
-        """The base model's transformers configuration, or None."""
-        return self.traced.config
-
-    def installed(self, adapter_name: str) -> InstalledAdapter:
-        """An adapter's plan and tensors.
-
-        Raises:
-            RewriteError: There is no such adapter.
-        """
-        return self._state[adapter_name]
-
-    def __repr__(self) -> str:
-        """One line for the base model and one for each adapter."""
-        lines = [f"GraloraModel({self.traced!r})"]
-        for name, adapter in self._state.adapters.items():
-            state = (
-                "merged" if name in self.merged_adapters else "active" if name in self.active_adapters else "waiting"
-            )
-            config, count = adapter.config, len(adapter.plan.selected)
-            hybrid = f" hybrid_r={config.hybrid_r}" if config.hybrid_r else ""
-            lines.append(f"  {name} ({state}): r={config.r} k={config.gralora_k}{hybrid}, {count} sites")
-        return "\n".join(lines)
 
     # -- running and training ---------------------------------------------------------------------------------------
 
@@ -224,6 +171,37 @@ class GraloraModel(nn.Module):
             raise RewriteError(f"adapter {adapter_name!r} is active; set another one before deleting it")
         self._state.remove(adapter_name)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter whose weight update is the weighted sum of others; it waits for `set_adapter`.
+
+        The sum is exact. Adapters of the same `gralora_k` give one of that `k` whose rank is the sum of theirs; where
+        different `k` meet at a site, it gets the exact LoRA form (`k = 1`, rank `sum of k*r`).
+
+        Args:
+            adapters: Names of the adapters to combine; sizes, scales and targets may differ.
+            weights: A factor for each, negative ones included.
+            adapter_name: A new name.
+            combination_type: `"linear"`, the only one.
+
+        Raises:
+            ConfigError: The name is taken or invalid, counts differ, a weight is not finite, or the type is another.
+            RewriteError: There is no such adapter, or one trains biases or whole modules.
+            MergeError: Adapters are merged; unmerge first.
+        """
+        check_adapter_name(adapter_name)
+        if combination_type != "linear":
+            raise ConfigError(f"combination_type must be 'linear', but got {combination_type!r}")
+        if isinstance(adapters, str):
+            raise ConfigError(f"adapters must be a list of names, but got {adapters!r}; give [{adapters!r}]")
+        config, factors = weighted_sum([self.installed(name) for name in adapters], list(weights))
+        self._state.add(adapter_name, self._plan(config), factors=factors)
+
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path, adapter_names: Sequence[str] | None = None) -> None:
@@ -270,9 +248,40 @@ class GraloraModel(nn.Module):
             self._state.remove(adapter_name)
             raise
 
+    # -- passes of the user -----------------------------------------------------------------------------------------
+
+    def add_pass(self, graph_pass: GraphPass) -> None:
+        """Run a pass of your own over the rewritten graph, now and again after every change of adapters.
+
+        It gets a copy of the graph, so that adapters go in and out as if it were not there, and `remove_pass` undoes
+        it. It holds for running and training: `merge`, `unload` and exports give the base's graph, over which
+        `TracedModel.with_pass` runs one.
+
+        Args:
+            graph_pass: Takes the `GraphModule` and edits it in place. `nodes` finds what serves a site or an adapter.
+
+        Raises:
+            RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is as
+                it was.
+        """
+        self._state.set_passes([*self._state.passes, graph_pass])
+
+    def remove_pass(self, graph_pass: GraphPass) -> None:
+        """Take back a pass that was added.
+
+        Raises:
+            RewriteError: It was not added.
+        """
+        if graph_pass not in self._state.passes:
+            raise RewriteError(f"{graph_pass!r} is no pass of this model; there are {list(self._state.passes)}")
+        index = self._state.passes.index(graph_pass)
+        self._state.set_passes([*self._state.passes[:index], *self._state.passes[index + 1 :]])
+
     # -- merging ----------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
+    ) -> None:
         """Fold active adapters into the weights; their nodes leave the graph, the output stays.
 
         The base's own weights are kept for `unmerge_adapter`, so the adapted layers stand in memory twice; the buffers
@@ -281,12 +290,14 @@ class GraloraModel(nn.Module):
         Args:
             adapter_names: Which active adapters; None for all.
             safe_merge: Whether to check that every merged weight is finite.
+            untie: Whether a layer with a tied weight gets one of its own, instead of being refused.
 
         Raises:
             MergeError: Nothing to merge, an adapter is not active or merged already, a weight is tied or would not be
                 finite. Nothing has changed, after any error.
         """
-        self._state.merge(self._state.mergeable(adapter_names), safe=safe_merge)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._state.merge(self._state.mergeable(names), safe=safe_merge, untie=untie)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
@@ -296,7 +307,9 @@ class GraloraModel(nn.Module):
         """
         self._state.unmerge()
 
-    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> TracedModel:
+    def merge_and_unload(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
+    ) -> TracedModel:
         """Fold active adapters into the base's weights themselves, and give the base model back.
 
         As in PEFT the base changes and no copy is kept; `gralora_fx.merge` keeps it instead. The model is empty
@@ -305,6 +318,8 @@ class GraloraModel(nn.Module):
         Args:
             safe_merge: Whether to check first that every merged weight is finite.
             adapter_names: Which active adapters; None for all.
+            untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused; the
+                base keeps the tied weight as it is.
 
         Returns:
             The base model, node for node, with folded weights.
@@ -314,8 +329,9 @@ class GraloraModel(nn.Module):
         """
         if self._state.merged:
             self._state.unmerge()
-        self._state.fold_into_base(self._state.mergeable(adapter_names), safe=safe_merge)
-        return self.unload()
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        own = self._state.fold_into_base(self._state.mergeable(names), safe=safe_merge, untie=untie)
+        return with_weights(self.unload(), own)
 
     def unload(self) -> TracedModel:
         """Take every adapter out and give the base model back: its graph node for node, its weights as they are.
@@ -347,10 +363,11 @@ class GraloraModel(nn.Module):
 
 
 def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
-    mine = {planned.site.path: planned.rank for planned in adapter.plan.selected}
-    theirs = {planned.site.path: planned.rank for planned in other.selected}
-    same = mine == theirs and adapter.plan.saved_modules == other.saved_modules
-    if not same or adapter.config.scale != other.config.scale:
+    mine, theirs = (
+        {planned.site.path: (planned.rank, planned.scale) for planned in chosen.selected}
+        for chosen in (adapter.plan, other)
+    )
+    if mine != theirs or adapter.plan.saved_modules != other.saved_modules:
         raise ConfigError(
             f"adapter {name!r} exists with another configuration; delete it first or load under another name"
         )

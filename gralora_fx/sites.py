@@ -11,16 +11,14 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.module_tree import ModuleTree, module_stack
+from gralora_fx.weight_views import origin_of, readers, tensor_at
 
 Kind = Literal["linear", "conv1d", "functional"]
 
 _aten = torch.ops.aten
 _LINEAR = {_aten.linear.default, torch.nn.functional.linear}
 _ADDMM = {_aten.addmm.default, torch.addmm}
-_MATMUL = {_aten.matmul.default, _aten.mm.default, torch.matmul, torch.mm, operator.matmul}
-_TRANSPOSE = {_aten.numpy_T.default, _aten.t.default}
-_SWAP_AXES = {_aten.transpose.int, torch.transpose}
-_PERMUTE = {_aten.permute.default, torch.permute}
+_MATMUL = {_aten.matmul.default, _aten.mm.default, torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,8 @@ class LinearCall:
         weight: The `get_attr` node of the weight.
         bias: The `get_attr` node of the bias, or None.
         stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
+        rows: First output feature of the call and the one after its last, where it uses a part of the weight only, as
+            `nn.MultiheadAttention` does with its `in_proj_weight`; None where it uses the whole.
     """
 
     node: fx.Node
@@ -66,10 +66,11 @@ class LinearCall:
     weight: fx.Node
     bias: fx.Node | None
     stored_transposed: bool
+    rows: tuple[int, int] | None = None
 
 
 def match_linear_call(node: fx.Node) -> LinearCall | None:
-    """Recognise `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, with `w` a parameter or its transpose.
+    """Recognise `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, with `w` a parameter, its transpose or some rows.
 
     Args:
         node: Any node of a graph.
@@ -77,7 +78,7 @@ def match_linear_call(node: fx.Node) -> LinearCall | None:
     Returns:
         The call, or None where the node is no linear call on a parameter.
     """
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return None
     operands: list[object] = [*node.args, *node.kwargs.values()]
     bias: object = None
@@ -92,13 +93,15 @@ def match_linear_call(node: fx.Node) -> LinearCall | None:
         multiplies_transpose = False
     else:
         return None
-    weight, is_transposed = _strip_transpose(operand)
-    stored_transposed = multiplies_transpose == is_transposed
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    weight = origin_of(operand)
+    if not isinstance(x, fx.Node) or weight is None:
         return None
-    if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
-        bias = None
-    return LinearCall(node, x, weight, bias, stored_transposed)
+    stored_transposed = multiplies_transpose == weight.is_transposed
+    if weight.rows is not None and stored_transposed:
+        return None
+    bias_origin = origin_of(bias)
+    bias_node = None if bias_origin is None else bias_origin.node
+    return LinearCall(node, x, weight.node, bias_node, stored_transposed, weight.rows)
 
 
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
@@ -139,6 +142,12 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     return tuple(found[path] for path in ranked)
 
 
+def names_of_site(site: LinearSite, tree: ModuleTree) -> tuple[str, ...]:
+    """The names by which a configuration can name a site: its path, and a functional call's weight too."""
+    weights = tree.names_of(site.weight) if site.kind == "functional" else ()
+    return tuple(dict.fromkeys((site.path, *weights)))
+
+
 def other_readers(graph_module: fx.GraphModule, site: LinearSite) -> tuple[str, ...]:
     """Names of the nodes that read a site's weight other than by calling the layer, such as a tied embedding.
 
@@ -146,20 +155,9 @@ def other_readers(graph_module: fx.GraphModule, site: LinearSite) -> tuple[str, 
         graph_module: The graph that the site was found in.
         site: The site.
     """
-    readers: list[str] = []
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and tensor_at(graph_module, str(node.target)) is site.weight:
-            for user in node.users:
-                is_transpose = _strip_transpose(user)[1]
-                readers += [reader.name for reader in (user.users if is_transpose else (user,))]
-    return tuple(name for name in readers if name not in site.calls)
-
-
-def tensor_at(graph_module: fx.GraphModule, target: str) -> torch.Tensor | None:
-    """The parameter or buffer that a `get_attr` node of this target reads."""
-    owner, _, name = target.rpartition(".")
-    found = getattr(graph_module.get_submodule(owner), name, None)
-    return found if isinstance(found, torch.Tensor) else None
+    nodes = graph_module.graph.find_nodes(op="get_attr")
+    sources = [node for node in nodes if tensor_at(graph_module, str(node.target)) is site.weight]
+    return tuple(reader.name for source in sources for reader in readers(source) if reader.name not in site.calls)
 
 
 def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
@@ -209,26 +207,3 @@ def _weight_name(path: str, weight: nn.Parameter, tree: ModuleTree) -> str:
 def _is_own_name(name: str, path: str, tree: ModuleTree) -> bool:
     owner = tree.canonical(name.rpartition(".")[0])
     return owner == path or name == path or (path not in tree.linear and owner == path.rpartition(".")[0])
-
-
-def _strip_transpose(value: object) -> tuple[object, bool]:
-    """What `value` is the 2-D transpose of, and whether it is one."""
-    if not isinstance(value, fx.Node):
-        return value, False
-    if value.op == "call_function":
-        rest = list(value.args[1:])
-        if (
-            value.target in _TRANSPOSE
-            or (value.target in _SWAP_AXES and rest in ([0, 1], [1, 0], [-1, -2], [-2, -1]))
-            or (value.target in _PERMUTE and [list(r) if isinstance(r, (list, tuple)) else r for r in rest] == [[1, 0]])
-        ):
-            return value.args[0], True
-    if (
-        value.op == "call_method"
-        and value.target in {"t", "transpose"}
-        and list(value.args[1:]) in ([], [0, 1], [1, 0])
-    ):
-        return value.args[0], True
-    if value.op == "call_function" and value.target is getattr and value.args[1:] == ("T",):
-        return value.args[0], True
-    return value, False

@@ -46,6 +46,8 @@ class TargetRule:
         pattern: Regular expression that a whole path must match, or None.
         all_linear: Whether every linear layer is taken.
         left_out: Paths that `all-linear` leaves out, with the reason.
+        excluded: Names of `exclude_modules`, matched like `names`.
+        excluded_pattern: Regular expression of `exclude_modules`, or None.
         saved: Names of `modules_to_save`, which are never adapted.
         indices: Layer indices to take, or None for all.
         layer_patterns: Containers whose children are counted; empty for any.
@@ -55,6 +57,8 @@ class TargetRule:
     pattern: str | None = None
     all_linear: bool = False
     left_out: Mapping[str, str] = field(default_factory=dict)
+    excluded: frozenset[str] = frozenset()
+    excluded_pattern: str | None = None
     saved: tuple[str, ...] = ()
     indices: frozenset[int] | None = None
     layer_patterns: tuple[str, ...] = ()
@@ -66,6 +70,8 @@ class TargetRule:
             path: A module path.
             is_linear_layer: Whether a linear layer stands there, rather than a container or a functional call.
         """
+        if self.is_excluded(path):
+            return "exclude_modules names it"
         for name in self.saved:
             if re.match(rf"(^|.*\.){name}($|\..*)", path):
                 return f"it belongs to modules_to_save ({name})"
@@ -90,6 +96,12 @@ class TargetRule:
         if self.pattern is not None:
             return re.fullmatch(self.pattern, path) is not None
         return any(_ends_with(path, name) for name in self.names)
+
+    def is_excluded(self, path: str) -> bool:
+        """Whether `exclude_modules` covers a path."""
+        if self.excluded_pattern is not None:
+            return re.fullmatch(self.excluded_pattern, path) is not None
+        return any(_ends_with(path, name) for name in self.excluded)
 
     def layer_index(self, path: str) -> int | None:
         """The layer that a path lies in: its first number below a (matching) container."""
@@ -125,21 +137,35 @@ def resolve_targets(config: GraloraConfig, tree: ModuleTree, model_type: str | N
             )
         targets = default if isinstance(default, str) else set(default)
     is_pattern = isinstance(targets, str) and not config.adapts_all_linear
+    excluded = config.exclude_modules
     return TargetRule(
         names=frozenset() if isinstance(targets, str) else frozenset(targets),
         pattern=str(targets) if is_pattern else None,
         all_linear=config.adapts_all_linear,
         left_out=_left_out(config, tree) if config.adapts_all_linear else {},
+        excluded=frozenset() if isinstance(excluded, str) else frozenset(excluded or ()),
+        excluded_pattern=excluded if isinstance(excluded, str) else None,
         saved=config.saved_module_names,
         indices=None if is_pattern else config.layer_indices,
         layer_patterns=config.layer_patterns,
     )
 
 
-def unmatched_names(rule: TargetRule, paths: Iterable[str]) -> list[str]:
-    """The entries of a list of targets that no path matches, sorted."""
+def unmatched_names(names: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The entries of a list of names that no path matches, sorted."""
     remaining = list(paths)
-    return sorted(name for name in rule.names if not any(_ends_with(path, name) for path in remaining))
+    return sorted(name for name in names if not any(_ends_with(path, name) for path in remaining))
+
+
+def pattern_key(keys: Iterable[str], path: str) -> str | None:
+    """The key of `rank_pattern` and its kin that counts for a path: the path itself, else the first that matches.
+
+    A key matches as in PEFT's LoRA: as a regular expression for a path, or for its end after a dot.
+    """
+    keys = list(keys)
+    if path in keys:
+        return path
+    return next((key for key in keys if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)), None)
 
 
 def nearest_names(name: str, paths: Iterable[str]) -> list[str]:

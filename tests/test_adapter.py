@@ -16,14 +16,15 @@ from gralora_fx.adapter import (
     Factors,
     Rank,
     Update,
+    accumulate,
     add_output,
     delta_weight,
     factor_shapes,
     fold,
     initial_factors,
-    lora_factors,
     parameter_count,
 )
+from gralora_fx.adapter_forms import lora_factors
 
 IN, OUT = 24, 48
 RANKS = [Rank(4, 1), Rank(4, 2), Rank(8, 4), Rank(12, 3, 5), Rank(4, 4, 1), Rank(6, 2, 6)]
@@ -121,13 +122,40 @@ def test_any_number_of_leading_axes(rank: Rank, shape: tuple[int, ...]) -> None:
     assert torch.allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", RANKS, ids=str)
+@pytest.mark.parametrize("rows", [(0, 16), (16, 48), (5, 6)], ids=str)
+def test_a_part_of_the_layers_output(rank: Rank, rows: tuple[int, int]) -> None:
+    """`nn.MultiheadAttention` computes keys and values from some rows of its weight."""
+    factors, x, y = factors_of(rank), torch.randn(2, 5, IN), torch.randn(2, 5, OUT)
+    whole = add_output(x, y.clone(), factors, SCALE, features=(IN, OUT), rank=rank)
+    part = y[..., slice(*rows)].clone()
+    actual = add_output(x, part, factors, SCALE, features=(IN, OUT), rank=rank, rows=rows)
+    assert torch.allclose(actual, whole[..., slice(*rows)], atol=1e-5)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_accumulating_writes_into_its_target_only_without_gradients(batched: bool) -> None:
+    shape = (2,) if batched else ()
+    into, left, right = torch.randn(*shape, 3, 4), torch.randn(*shape, 3, 2), torch.randn(*shape, 2, 4)
+    expected = into + 0.5 * left @ right
+    assert torch.allclose(accumulate(into, left, right, 0.5, in_place=False), expected)
+    right.requires_grad_()
+    result = accumulate(into, left, right, 0.5)
+    assert torch.allclose(result, expected)
+    assert result.requires_grad
+    assert not torch.allclose(into, expected)
+    with torch.no_grad():
+        assert accumulate(into, left, right, 0.5).data_ptr() == into.data_ptr()
+    assert torch.allclose(into, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_layer_gets_a_float32_adapter(dtype: torch.dtype) -> None:
     rank = Rank(6, 2, 3)
     factors = factors_of(rank)
     x, y = torch.randn(3, IN).to(dtype), torch.randn(3, OUT).to(dtype)
     adapter = x.float() @ delta_weight(Update(factors, 1.0)).T
-    actual = add_output(x, y, factors, SCALE, features=(IN, OUT), rank=rank, dtypes=(torch.float32, dtype))
+    actual = add_output(x, y, factors, SCALE, features=(IN, OUT), rank=rank, dtype=torch.float32)
     assert actual.dtype == dtype
     expected = y.float() + SCALE * adapter
     assert torch.allclose(actual.float(), expected, atol=4 * torch.finfo(dtype).eps * float(expected.abs().max()))
@@ -212,16 +240,7 @@ def test_float64_weights_are_folded_in_float64() -> None:
     assert torch.allclose(fold(weight, [Update(factors, SCALE)]), expected, atol=1e-13)
 
 
-# -- other forms --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", RANKS, ids=str)
-def test_the_plain_lora_form_is_exact(rank: Rank) -> None:
-    factors = Factors(*(None if t is None else t.double() for t in factors_of(rank)))
-    A, B = lora_factors(factors)
-    assert tuple(A.shape) == (rank.k * rank.r + rank.hybrid_r, IN)
-    assert tuple(B.shape) == (OUT, rank.k * rank.r + rank.hybrid_r)
-    assert torch.allclose(B @ A, delta_weight(Update(factors, 1.0)), atol=1e-14)
+# -- the update ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [Rank(4, 1), Rank(4, 2), Rank(8, 4)], ids=str)

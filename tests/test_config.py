@@ -16,7 +16,8 @@ import pytest
 from gralora_fx import GraloraConfig
 from gralora_fx.errors import ConfigError, GraloraError
 
-SHARED = [field.name for field in dataclasses.fields(GraloraConfig)]
+BEYOND_PEFT = {"exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {}, "gralora_k_pattern": {}}
+SHARED = [field.name for field in dataclasses.fields(GraloraConfig) if field.name not in BEYOND_PEFT]
 
 
 def theirs(**fields: Any) -> peft.GraloraConfig:
@@ -36,6 +37,7 @@ def test_defaults_are_pefts() -> None:
     ours, peers = GraloraConfig(), theirs()
     assert {name: getattr(ours, name) for name in SHARED} == {name: getattr(peers, name) for name in SHARED}
     assert ours.peft_type == peers.peft_type.value == "GRALORA"
+    assert {name: getattr(ours, name) for name in BEYOND_PEFT} == BEYOND_PEFT
 
 
 def test_every_gralora_field_of_peft_is_ours() -> None:
@@ -130,6 +132,16 @@ BAD = [
         r"layers_to_transform=\[0\] does not go with target_modules='q\.\*': a regular",
     ),
     ({"target_modules": "q.*", "layers_to_transform": [0], "layers_pattern": "h"}, "does not go with target_modules"),
+    ({"exclude_modules": "(q"}, r"exclude_modules '\(q' is not a valid regular expression.*give a list"),
+    ({"exclude_modules": ["q", ""]}, "exclude_modules must hold non-empty strings, but it holds ''"),
+    ({"exclude_modules": 3}, "exclude_modules must be a list of names, a string or None, but got 3"),
+    ({"rank_pattern": [("q", 4)]}, "rank_pattern must be a dict from module names to values, but got .*'q', 4"),
+    ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be a positive integer, but got 0"),
+    ({"rank_pattern": {"": 4}}, "rank_pattern must hold non-empty strings, but it holds ''"),
+    ({"rank_pattern": {"(q": 4}}, r"rank_pattern holds '\(q', which is no valid name"),
+    ({"rank_pattern": None}, "rank_pattern must be a dict from module names to values, but got None"),
+    ({"alpha_pattern": {"q": "high"}}, r"alpha_pattern\['q'\] must be a finite number, but got 'high'"),
+    ({"gralora_k_pattern": {"q": 1.5}}, r"gralora_k_pattern\['q'\] must be a positive integer, but got 1\.5"),
 ]
 
 
@@ -208,6 +220,35 @@ def test_our_file_reads_in_peft(fields: dict[str, Any], tmp_path: Path) -> None:
         name: plain(getattr(peers, name)) for name in SHARED
     }
     assert GraloraConfig.from_pretrained(tmp_path) == ours
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"exclude_modules": ["b", "a"]}, ["a", "b"]),
+        ({"exclude_modules": r".*\.0\..*"}, r".*\.0\..*"),
+        ({"rank_pattern": {"fc": 4}}, {"fc": 4}),
+        ({"alpha_pattern": {"fc": 4.5}}, {"fc": 4.5}),
+        ({"gralora_k_pattern": {"fc": 1}}, {"fc": 1}),
+    ],
+    ids=str,
+)
+def test_fields_beyond_pefts_stand_in_the_file_only_where_used(
+    fields: dict[str, Any], text: Any, tmp_path: Path
+) -> None:
+    assert not set(json.loads(GraloraConfig().to_json())) & set(BEYOND_PEFT)
+    config = GraloraConfig(target_modules=["q"], **fields)
+    written = json.loads(config.to_json())
+    assert {name: written[name] for name in set(BEYOND_PEFT) & set(written)} == {next(iter(fields)): text}
+    config.save_pretrained(tmp_path)
+    assert GraloraConfig.from_pretrained(tmp_path) == config
+    with pytest.warns(UserWarning, match=next(iter(fields))):  # PEFT says that it ignores the field
+        peft.GraloraConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("layers", [(0, 1), range(2), {0, 1}], ids=str)
+def test_any_collection_of_layer_indices_is_a_list(layers: Any) -> None:
+    assert GraloraConfig(target_modules=["q"], layers_to_transform=layers).layers_to_transform == [0, 1]
 
 
 def test_the_file_is_sorted_for_a_clean_diff(tmp_path: Path) -> None:

@@ -125,6 +125,71 @@ def test_a_tied_weight_is_refused() -> None:
     assert model.merged_adapters == []
 
 
+TIED = {
+    "opt": {"vocab_size": 102},
+    "llama": {"tie_word_embeddings": True, "vocab_size": 102},
+    "gpt2": {"vocab_size": 102},
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_weight_is_untied_on_request(name: str) -> None:
+    source = tiny_model(name, **TIED[name])
+    model = rewrite(trace(source), GraloraConfig(r=8, target_modules=["lm_head"], init_weights=False))
+    inputs, base_text = inputs_of(name), str(model.traced.graph_module.graph)
+    with model.disable_adapter():
+        plain = run(model, inputs)
+    adapted, before = run(model, inputs), source.lm_head.weight.detach().clone()
+    result = merge(model, untie=True)
+    assert 0 <= len(result.graph_module.graph.nodes) - len(model.traced.graph_module.graph.nodes) <= 1
+    assert relative_error(run(result, inputs), adapted) < 1e-5
+    site = next(site for site in result.sites if site.path == "lm_head")
+    assert site.tied_with == ()
+    model.merge_adapter(untie=True)
+    assert relative_error(run(model, inputs), adapted) < 1e-5
+    with model.disable_adapter():
+        assert torch.equal(run(model, inputs), plain)
+    assert model.merged_adapters == ["default"]
+    model.unmerge_adapter()
+    assert torch.equal(run(model, inputs), adapted)
+    unloaded = model.merge_and_unload(untie=True)
+    assert str(model.graph_module.graph) == base_text
+    assert relative_error(run(unloaded, inputs), adapted) < 1e-5
+    assert torch.equal(source.lm_head.weight, before)
+    assert source.lm_head.weight is source.get_input_embeddings().weight
+
+
+class SharedTable(torch.nn.Module):
+    """One parameter that is looked up in and multiplied by: one node reads it for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = torch.nn.functional.embedding(ids, self.table)
+        return torch.nn.functional.linear(rows.relu(), self.table)
+
+
+def test_one_parameter_of_two_uses_is_untied_by_a_node_of_its_own() -> None:
+    source, inputs = SharedTable(), {"ids": torch.tensor([[1, 2, 9]])}
+    model = rewrite(trace(source, inputs), GraloraConfig(r=2, target_modules=["table"], init_weights=False))
+    base_text, adapted = str(model.traced.graph_module.graph), run(model, inputs)
+    with pytest.raises(MergeError, match=r"read by embedding outside a linear call.*merge with untie=True"):
+        merge(model)
+    result = merge(model, untie=True)
+    assert len(result.graph_module.graph.nodes) == len(model.traced.graph_module.graph.nodes) + 1
+    assert relative_error(run(result, inputs), adapted) < 1e-5
+    assert [(site.path, site.tied_with) for site in result.sites] == [("separated.table.weight", ())]
+    model.merge_adapter(untie=True)
+    assert relative_error(run(model, inputs), adapted) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(run(model, inputs), adapted)
+    unloaded = model.unload()
+    assert str(unloaded.graph_module.graph) == base_text
+    assert not [name for name, _ in unloaded.graph_module.named_parameters() if name != "table"]
+
+
 def test_nothing_to_merge() -> None:
     model = adapted("bert")
     with pytest.raises(RewriteError, match="no adapter 'absent'; there are default"):

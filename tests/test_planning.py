@@ -169,7 +169,7 @@ def test_widths_that_k_does_not_divide_name_every_site() -> None:
     for site in traced("vit").sites:
         assert (
             f"- {site.path}: in_features={site.in_features}, out_features={site.out_features} must both be divisible "
-            "by gralora_k=5; take another gralora_k or leave the layer out"
+            "by gralora_k=5; take another gralora_k or gralora_k_pattern, or leave the layer out"
         ) in text
 
 
@@ -177,7 +177,7 @@ def test_one_width_is_enough() -> None:
     text = problem("bert", target_modules=["query", "classifier"], r=8, gralora_k=4)
     assert text == (
         "classifier: in_features=32, out_features=2 must both be divisible by gralora_k=4; "
-        "take another gralora_k or leave the layer out"
+        "take another gralora_k or gralora_k_pattern, or leave the layer out"
     )
 
 

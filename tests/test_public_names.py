@@ -52,7 +52,7 @@ def test_signatures() -> None:
     assert names(gralora_fx.trace) == ["model", "example_inputs", "task", "dynamic"]
     assert names(gralora_fx.plan) == ["traced", "config"]
     assert names(gralora_fx.rewrite) == ["traced", "config_or_plan", "adapter_name"]
-    assert names(gralora_fx.merge) == ["model", "adapter_names", "safe"]
+    assert names(gralora_fx.merge) == ["model", "adapter_names", "safe", "untie"]
 
 
 def test_fields() -> None:
@@ -88,6 +88,10 @@ def test_fields() -> None:
         "base_model_name_or_path",
         "revision",
         "inference_mode",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "gralora_k_pattern",
     ]
 
 

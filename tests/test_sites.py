@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, fx, nn
 from traces import source, traced
 from transformers.pytorch_utils import Conv1D
 
-from gralora_fx import LinearSite, TracedModel, trace
+from gralora_fx import GraloraConfig, LinearSite, TracedModel, merge, rewrite, trace
+from gralora_fx.adapter import delta_weight
 from gralora_fx.sites import match_linear_call
 
 
@@ -267,3 +269,113 @@ def test_sites_are_in_the_order_of_the_modules() -> None:
     order = [path for path, _ in tiny_model("llama").named_modules()]
     paths = [site.path for site in traced("llama").sites]
     assert paths == sorted(paths, key=order.index)
+
+
+# -- parts of a weight --------------------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """Attention to itself (one product), to another sequence (two), or to one of another width (three weights)."""
+
+    def __init__(self, kdim: int | None = None) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, kdim=kdim, vdim=kdim, batch_first=True)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, values: Tensor | None = None) -> Tensor:
+        memory = x if memory is None else memory
+        result: Tensor = self.attn(x, memory, memory if values is None else values, need_weights=False)[0]
+        return result
+
+
+X, MEMORY = torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ((X,), [None]),
+        ((X, MEMORY), [(0, 16), (16, 48)]),
+        ((X, MEMORY, MEMORY * 2), [(0, 16), (16, 32), (32, 48)]),
+    ],
+    ids=["self", "cross", "three inputs"],
+)
+@pytest.mark.parametrize("rank", [{"r": 8, "gralora_k": 4}, {"r": 4, "hybrid_r": 3}], ids=str)
+def test_attention_multiplies_by_parts_of_one_weight(
+    arguments: tuple[Tensor, ...], rows: list[Any], rank: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    source = Attends().eval()
+    result = trace(source, arguments)
+    site = by_path(result)["attn"]
+    assert (site.kind, site.in_features, site.out_features) == ("functional", 16, 48)
+    assert site.weight is source.attn.in_proj_weight
+    assert site.bias is source.attn.in_proj_bias
+    nodes = {node.name: node for node in result.graph_module.graph.nodes}
+    assert [call.rows for name in site.calls if (call := match_linear_call(nodes[name]))] == rows
+    # the adapter is an update of the whole weight, whichever rows a call uses
+    model = rewrite(result, GraloraConfig(**rank, target_modules=["in_proj_weight"], init_weights=False))
+    expected = copy.deepcopy(source)
+    with torch.no_grad():
+        expected.attn.in_proj_weight += delta_weight(model.installed("default").update("attn"))
+        assert torch.allclose(model(*arguments), expected(*arguments), atol=1e-5)
+        assert not torch.allclose(source(*arguments), expected(*arguments), atol=1e-3)
+        assert torch.allclose(merge(model)(*arguments), expected(*arguments), atol=1e-5)
+    model(*arguments).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_attention_of_another_width_has_a_site_for_each_weight() -> None:
+    arguments = (X, torch.randn(2, 5, 12))
+    source = Attends(kdim=12).eval()
+    sites = by_path(trace(source, arguments))
+    assert [path for path, site in sites.items() if site.kind == "functional"] == [
+        f"attn.{name}_proj_weight" for name in "qkv"
+    ]
+    assert sites["attn.k_proj_weight"].in_features == 12
+
+
+class Parts(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.weight = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "slice":
+            first, second = self.weight[:4], self.weight[4:]
+        elif self.how == "narrow":
+            first, second = self.weight.narrow(0, 0, 5), self.weight.narrow(0, 5, 7)
+        elif self.how == "chunk":
+            first, second = self.weight.chunk(2)
+        elif self.how == "method":
+            return x.matmul(self.weight.t())
+        else:
+            first, second = self.weight.split(6)
+        return torch.cat([nn.functional.linear(x, first), x @ second.T], dim=-1)
+
+
+@pytest.mark.parametrize("how", ["slice", "narrow", "chunk", "split", "method"])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_ways_to_take_rows(how: str, symbolic: bool) -> None:
+    torch.manual_seed(0)
+    source, x = Parts(how).eval(), torch.randn(3, 8)
+    result = trace(fx.symbolic_trace(source) if symbolic else source, (x,))
+    (site,) = result.sites
+    assert (site.in_features, site.out_features, len(site.calls)) == (8, 12, 1 if how == "method" else 2)
+    model = rewrite(result, GraloraConfig(r=4, target_modules=["weight"], init_weights=False))
+    with torch.no_grad():
+        expected = x @ (source.weight + delta_weight(model.installed("default").update(site.path))).T
+        assert torch.allclose(model(x), expected, atol=1e-5)
+        assert torch.allclose(merge(model)(x), expected, atol=1e-5)
+
+
+def test_rows_that_the_graph_computes_are_no_site() -> None:
+    class Gathers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight[::2]) + nn.functional.linear(x, self.weight[:, [3, 2, 1, 0]][:3])
+
+    assert trace(Gathers(), (torch.randn(2, 4),)).sites == ()

@@ -27,6 +27,7 @@ def folded_weights(
     *,
     spare: Mapping[str, Tensor] | None = None,
     safe: bool = False,
+    untie: bool = False,
 ) -> dict[str, nn.Parameter]:
     """New weights by site path; nothing is changed.
 
@@ -35,12 +36,14 @@ def folded_weights(
         work: Sites and their updates.
         spare: Buffers to reuse, by site path.
         safe: Whether to check that every weight is finite.
+        untie: Whether a tied weight is taken too, its layer to read the result alone (see `passes.separate`).
 
     Raises:
         MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
     """
     work = list(work)
-    _refuse_shared(graph_module, [entry.site for entry in work])
+    if not untie:
+        _refuse_shared(graph_module, [entry.site for entry in work])
     weights: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for entry in work:
@@ -88,19 +91,25 @@ def set_weights(graph_module: fx.GraphModule, sites: Sequence[LinearSite], weigh
                 graph_module.get_submodule(owner)._parameters[attribute] = weights[site.path]
 
 
-def _refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
-    """Refuse weights that something else reads too: folding would change what that computes."""
-    shared = []
+def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
+    """What else reads the weights of sites, in words, by path of the sites that share theirs."""
+    found: dict[str, str] = {}
     for site in sites:
         readers = other_readers(graph_module, site)
         if site.tied_with:
-            shared.append(f"{site.path} (tied with {', '.join(site.tied_with)})")
+            found[site.path] = f"tied with {', '.join(site.tied_with)}"
         elif readers:
-            shared.append(f"{site.path} (read by {', '.join(readers)} outside a linear call)")
+            found[site.path] = f"read by {', '.join(readers)} outside a linear call"
+    return found
+
+
+def _refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+    """Refuse weights that something else reads too: folding would change what that computes."""
+    shared = [f"{path} ({why})" for path, why in shared_sites(graph_module, sites).items()]
     if shared:
         raise MergeError(
             f"the weight of {'; '.join(shared)} is shared, so folding into it would change more than the layer; "
-            "leave the layer out of target_modules, or untie the model's weights before tracing"
+            "merge with untie=True to give the layer a weight of its own, or leave it out of target_modules"
         )
 
 

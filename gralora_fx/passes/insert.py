@@ -13,9 +13,6 @@ from gralora_fx.adapter import Factors, Rank, add_output
 from gralora_fx.errors import RewriteError
 from gralora_fx.passes.marks import mark
 from gralora_fx.sites import LinearCall, LinearSite, match_linear_call
-from gralora_fx.tracing.modes import TARGET, note_switch
-
-_IN_PLACE = ("baddbmm_", "addmm_")
 
 
 def insert_adapter(
@@ -27,15 +24,14 @@ def insert_adapter(
     rank: Rank,
     scale: float,
     dropout: float = 0.0,
-    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[fx.Node, ...]:
     """Add an adapter's output to a site's, at each of its calls.
 
     Before: `y = linear(x, w, b); z = relu(y)`
-    After:  `y = linear(x, w, b); ...; y_1 = reshape_as(baddbmm_(blocks of y, ...), y); z = relu(y_1)`
+    After:  `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
 
-    The nodes are those that `adapter.add_output` makes when it runs on the graph's own proxies; in training the
-    accumulation makes a new tensor (`baddbmm`), as `tracing.modes` switches it.
+    The nodes are those that `adapter.add_output` makes when it runs on the graph's own proxies.
 
     Args:
         graph_module: The graph; it must be recompiled afterwards.
@@ -45,7 +41,7 @@ def insert_adapter(
         rank: The adapter's sizes.
         scale: Factor of its output.
         dropout: Dropout probability of its input.
-        dtypes: Dtypes of the adapter and the layer where they differ.
+        dtype: The adapter's dtype where it differs from the layer's.
 
     Returns:
         The nodes inserted.
@@ -73,7 +69,7 @@ def insert_adapter(
             features=(site.in_features, site.out_features),
             rank=rank,
             dropout=dropout,
-            dtypes=dtypes,
+            dtype=dtype,
         )
     return tuple(inserted)
 
@@ -84,14 +80,12 @@ def _insert_at(
     node, before, tracer = call.node, set(graph.nodes), GraphAppendingTracer(graph)
     with graph.inserting_before(node.next):
         tensors = {field: _proxy(graph.get_attr(attribute), tracer) for field, attribute in names.items()}
-        result: Any = add_output(_proxy(call.input, tracer), _proxy(node, tracer), Factors(**tensors), **options)
+        x, y = _proxy(call.input, tracer), _proxy(node, tracer)
+        result: Any = add_output(x, y, Factors(**tensors), rows=call.rows, **options)
     made = [candidate for candidate in graph.nodes if candidate not in before]
     members = set(made)
     node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
     for candidate in made:
-        if candidate.op == "call_method" and candidate.target in _IN_PLACE:
-            # writing into a view costs autograd a copy of the whole gradient, so training makes a new tensor
-            note_switch(candidate, TARGET, str(candidate.target).rstrip("_"), candidate.target)
         mark(candidate, site=path, adapter=adapter, call=node.name)
         if "nn_module_stack" in node.meta:
             candidate.meta["nn_module_stack"] = node.meta["nn_module_stack"]

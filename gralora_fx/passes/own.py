@@ -8,7 +8,7 @@ from torch import fx
 
 from gralora_fx.module_tree import ModuleTree, module_stack
 from gralora_fx.passes.marks import mark, mark_of, marked_nodes, unmark
-from gralora_fx.sites import tensor_at
+from gralora_fx.weight_views import tensor_at
 
 
 def own_parameters(

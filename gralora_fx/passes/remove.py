@@ -10,7 +10,7 @@ from gralora_fx.passes.marks import mark_of, marked_nodes
 def remove_adapter(graph_module: fx.GraphModule, adapter: str) -> bool:
     """Undo what `insert_adapter` did for an adapter; other adapters stay.
 
-    Before: `y = linear(x, w, b); ...; y_1 = reshape_as(baddbmm_(blocks of y, ...), y); z = relu(y_1)`
+    Before: `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
     After:  `y = linear(x, w, b); z = relu(y)`
 
     Args:

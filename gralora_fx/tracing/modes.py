@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import fx
 
-TARGET = "target"  # in place of an argument: the operator itself differs between the modes
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
 
@@ -63,7 +62,7 @@ def note_switch(node: fx.Node, argument: int | str, in_training: Any, in_evaluat
 
     Args:
         node: The node.
-        argument: Position or keyword of the argument, or `TARGET` for the operator itself.
+        argument: Position or keyword of the argument.
         in_training: Its value in training.
         in_evaluation: Its value in evaluation.
     """
@@ -114,17 +113,13 @@ def _switch_of(node: fx.Node) -> tuple[int | str, Any, Any] | None:
 
 
 def _read(node: fx.Node, argument: int | str) -> Any:
-    if argument == TARGET:
-        return node.target
     if isinstance(argument, str):
         return node.kwargs.get(argument)
     return node.args[argument] if argument < len(node.args) else node.kwargs.get("dropout_p")
 
 
 def _write(node: fx.Node, argument: int | str, value: Any) -> None:
-    if argument == TARGET:
-        node.target = value
-    elif isinstance(argument, str):
+    if isinstance(argument, str):
         node.update_kwarg(argument, value)
     elif argument < len(node.args):
         node.update_arg(argument, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import fx
 from transformers import PreTrainedConfig
 
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.sites import LinearSite, find_sites
+from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.signature import bind
+from gralora_fx.tracing.user_pass import GraphPass, run_pass
 
 
 class TracedModel:
@@ -68,6 +71,32 @@ class TracedModel:
     def sites(self) -> tuple[LinearSite, ...]:
         """Every linear layer of the model, in the order of its modules."""
         return self._sites
+
+    def site(self, path: str) -> LinearSite:
+        """The linear layer at a module path.
+
+        Raises:
+            TargetError: There is none.
+        """
+        found = next((site for site in self._sites if site.path == path), None)
+        if found is None:
+            near = ", ".join(difflib.get_close_matches(path, [site.path for site in self._sites], n=3, cutoff=0.4))
+            raise TargetError(f"there is no linear layer at {path!r}; nearest: {near or 'none'}")
+        return found
+
+    def with_pass(self, graph_pass: GraphPass) -> TracedModel:
+        """A copy of the traced model, over the same parameters, whose graph a pass has edited.
+
+        Args:
+            graph_pass: Takes the copy's `GraphModule` and edits it in place. Linear layers are looked up again
+                afterwards.
+
+        Raises:
+            RewriteError: The pass failed, or left a graph that does not lint. This model is as it was.
+        """
+        graph_module = fx.GraphModule(self.graph_module, copy_graph(self.graph_module), "TracedGraph")
+        run_pass(graph_module, graph_pass)
+        return self.with_graph(graph_module, self.tree)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph as the model would run.

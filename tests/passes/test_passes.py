@@ -64,9 +64,9 @@ graph():
     %reshape_1 : [num_users=1] = call_method[target=reshape](args = (%permute, 2, -1, 2), kwargs = {{}})
     %view_1 : [num_users=1] = call_method[target=view](args = (%linear, -1, 2, 3), kwargs = {{}})
     %transpose_1 : [num_users=1] = call_method[target=transpose](args = (%view_1, 0, 1), kwargs = {{}})
-    %baddbmm_ : [num_users=1] = call_method[target=baddbmm_]\
-(args = (%transpose_1, %reshape_1, %{B}), kwargs = {{alpha: 2.0}})
-    %transpose_2 : [num_users=1] = call_method[target=transpose](args = (%baddbmm_, 0, 1), kwargs = {{}})
+    %accumulate : [num_users=1] = call_function[target=gralora_fx.adapter.accumulate]\
+(args = (%transpose_1, %reshape_1, %{B}, 2.0), kwargs = {{}})
+    %transpose_2 : [num_users=1] = call_method[target=transpose](args = (%accumulate, 0, 1), kwargs = {{}})
     %reshape_as : [num_users=1] = call_method[target=reshape_as](args = (%transpose_2, %linear), kwargs = {{}})
     %relu : [num_users=1] = call_function[target=torch.ops.aten.relu.default](args = (%reshape_as,), kwargs = {{}})
     %linear_1 : [num_users=1] = call_function[target=torch.ops.aten.linear.default]\

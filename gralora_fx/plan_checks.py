@@ -1,0 +1,195 @@
+"""What cannot be met of a configuration, in words: every problem at every site, and what is worth a warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+from gralora_fx.config import GraloraConfig
+from gralora_fx.rewrite_plan import PlannedSite
+from gralora_fx.sites import LinearSite, names_of_site
+from gralora_fx.targets import (
+    TargetRule,
+    nearest_names,
+    numbered_containers,
+    pattern_key,
+    unmatched_names,
+)
+from gralora_fx.tracing.traced import TracedModel
+
+
+def trains_whole(path: str, saved: Iterable[str]) -> str | None:
+    """Why a site inside a saved module gets no adapter: `modules_to_save` selects by the end of a name."""
+    module = next((module for module in saved if path == module or path.startswith(f"{module}.")), None)
+    return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
+
+
+def problems_of(
+    rule: TargetRule,
+    config: GraloraConfig,
+    traced: TracedModel,
+    saved: Iterable[str],
+    selected: Sequence[PlannedSite],
+) -> list[str]:
+    """Every reason why a configuration cannot be met; empty if it can.
+
+    Args:
+        rule: The configuration's choice of modules.
+        config: The configuration.
+        traced: The model.
+        saved: Paths of the modules that train as a whole.
+        selected: The sites that the rule takes, with their ranks.
+    """
+    sites = {site.path: site for site in traced.sites}
+    return [
+        *_missing(rule, traced, sites, saved),
+        *_unsupported(rule, traced, sites),
+        *_unused_exclusions(rule, traced),
+        *_unused_keys(config, traced, selected),
+        *_indivisible(selected),
+    ]
+
+
+def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]) -> list[str]:
+    """Problems of a rule that reaches no module at all."""
+    paths = _paths(traced)
+    named = [path for path in paths if rule.is_named(path)]
+    if not named or (rule.all_linear and not sites):
+        if rule.pattern is not None:
+            names = dict.fromkeys(path.rpartition(".")[2] for path in sites)
+            return [
+                f"target_modules {rule.pattern!r} matches no whole module path; the linear layers are called "
+                f"{', '.join(names) or 'nothing: the model has none'}"
+            ]
+        return [_no_match(name, paths) for name in sorted(rule.names)] or ["the model has no linear layer to adapt"]
+    reasons = {rule.rejection(path) or trains_whole(path, saved) for path in named}
+    if None not in reasons:
+        if rule.indices is not None and not rule.indices & _existing_layers(rule, named):
+            return [_no_layer(rule, named)]
+        return [f"every module that target_modules names is left out: {'; '.join(sorted(filter(None, reasons)))}"]
+    return []
+
+
+def _paths(traced: TracedModel) -> list[str]:
+    """Everything that a configuration can name: modules, and functional calls by their weights."""
+    functional = [name for site in traced.sites for name in names_of_site(site, traced.tree)]
+    return [path for path in dict.fromkeys([*traced.tree.types, *functional]) if path]
+
+
+def _no_match(name: str, paths: Iterable[str], field: str = "target_modules") -> str:
+    near = nearest_names(name, paths)
+    hint = f"nearest names: {', '.join(near)}" if near else "print(traced.sites) lists the linear layers"
+    return f"{field} {name!r} matches no module; {hint}"
+
+
+def _no_layer(rule: TargetRule, named: list[str]) -> str:
+    existing = sorted(_existing_layers(rule, named))
+    asked = sorted(rule.indices or ())
+    if existing:
+        return f"layers_to_transform {asked} names no layer that exists; there are {_ranges(existing)}"
+    containers = ", ".join(numbered_containers(named)) or "none"
+    return (
+        f"layers_to_transform {asked} with layers_pattern {list(rule.layer_patterns) or None} finds no numbered "
+        f"layers; the containers with numbered children are: {containers}"
+    )
+
+
+def _existing_layers(rule: TargetRule, named: Iterable[str]) -> set[int]:
+    return {index for path in named if (index := rule.layer_index(path)) is not None}
+
+
+def _ranges(indices: list[int]) -> str:
+    if not indices:
+        return "none"
+    return f"{indices[0]} to {indices[-1]}" if indices == list(range(indices[0], indices[-1] + 1)) else str(indices)
+
+
+def _unsupported(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]) -> list[str]:
+    """Modules that are named, in full or by their end, and are no linear layer."""
+    if rule.all_linear:
+        return []
+    problems = []
+    for path, kind in traced.tree.types.items():
+        if path and path not in sites and rule.rejection(path) is None:
+            inside = dict.fromkeys(site.removeprefix(f"{path}.") for site in sites if site.startswith(f"{path}."))
+            remedy = f"name its linear layers, such as {', '.join(list(inside)[:3])}" if inside else "leave it out"
+            problems.append(f"{path} is a {kind.rpartition('.')[2]}, not a linear layer; {remedy}")
+    return problems
+
+
+def _unused_exclusions(rule: TargetRule, traced: TracedModel) -> list[str]:
+    """Parts of `exclude_modules` that leave nothing out."""
+    paths = _paths(traced)
+    if rule.excluded_pattern is not None and not any(rule.is_excluded(path) for path in paths):
+        return [f"exclude_modules {rule.excluded_pattern!r} matches no whole module path; correct it or leave it out"]
+    return [_no_match(name, paths, "exclude_modules") for name in unmatched_names(rule.excluded, paths)]
+
+
+def _unused_keys(config: GraloraConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> list[str]:
+    """Keys of `rank_pattern` and its kin that count for no adapted layer."""
+    paths = [name for planned in selected for name in names_of_site(planned.site, traced.tree)]
+    problems = []
+    for name in ("rank_pattern", "alpha_pattern", "gralora_k_pattern"):
+        keys = getattr(config, name)
+        used = {pattern_key(keys, path) for path in paths}
+        for key in keys:
+            if key not in used:
+                near = ", ".join(nearest_names(key, paths)) or "none"
+                problems.append(f"{name} key {key!r} counts for no adapted layer; nearest names: {near}")
+    return problems
+
+
+def _indivisible(selected: Sequence[PlannedSite]) -> list[str]:
+    """Sites whose `k` divides neither their rank nor their widths."""
+    problems = []
+    for planned in selected:
+        site, r, k = planned.site, planned.r, planned.k
+        if r % k:
+            problems.append(
+                f"{site.path}: r should be divisible by gralora_k, but got {r} and {k}; change rank_pattern or "
+                "gralora_k_pattern"
+            )
+        if site.in_features % k or site.out_features % k:
+            problems.append(
+                f"{site.path}: in_features={site.in_features}, out_features={site.out_features} must both be divisible "
+                f"by gralora_k={k}; take another gralora_k or gralora_k_pattern, or leave the layer out"
+            )
+    return problems
+
+
+def warn_of_gaps(rule: TargetRule, config: GraloraConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> None:
+    """Warn of names and layer indices that match nothing while others do, and of a corrected `fan_in_fan_out`.
+
+    Args:
+        rule: The configuration's choice of modules.
+        config: The configuration as it was given.
+        traced: The model.
+        selected: The sites that the rule takes.
+    """
+    paths = _paths(traced)
+    gaps = []
+    if config.target_modules is not None:
+        gaps += [_no_match(name, paths) for name in unmatched_names(rule.names, paths)]
+    if rule.indices is not None:
+        existing = _existing_layers(rule, [path for path in paths if rule.is_named(path)])
+        if missing := sorted(rule.indices - existing):
+            gaps.append(
+                f"layers_to_transform {missing} does not exist and is skipped; there are {_ranges(sorted(existing))}"
+            )
+    gaps += [
+        _no_match(name, paths, "modules_to_save")
+        for name in config.modules_to_save or ()
+        if name not in config.task_heads and not any(path.endswith(name) for path in paths)
+    ]
+    if config.fan_in_fan_out != (corrected := stores_transposed(selected)):
+        kind = "Conv1D" if corrected else "Linear"
+        gaps.append(
+            f"fan_in_fan_out is {config.fan_in_fan_out}, but the adapted layers are {kind}; it is read as {corrected}"
+        )
+    for gap in gaps:
+        warnings.warn(gap, stacklevel=4)
+
+
+def stores_transposed(selected: Sequence[PlannedSite]) -> bool:
+    """`fan_in_fan_out` as it is for the adapted layers: whether any of them stores `[in, out]`."""
+    return any(planned.site.kind == "conv1d" for planned in selected)
