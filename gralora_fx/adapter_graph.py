@@ -118,7 +118,8 @@ class AdapterGraph:
         del self.adapters[name]
 
     def clear(self) -> None:
-        """Remove every adapter: the graph is the base's again, node for node."""
+        """Remove every adapter and every pass: the graph is the base's again, node for node."""
+        self.set_passes([])
         self.disable()
         for name in list(self.adapters):
             self.remove(name)

@@ -29,13 +29,25 @@ Output = Annotated[Path, typer.Option(help="The export directory.")]
 
 
 @app.command()
-def inspect(model: Model = None, adapter: Adapter = None, task: Task = None) -> None:
+def inspect(
+    model: Model = None,
+    adapter: Adapter = None,
+    task: Task = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the graph's picture and heat maps.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write the picture alone.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Draw layers that look alike one by one.")] = False,
+) -> None:
     """Trace a model and print its linear call sites, or what an adapter does with each of them."""
     from gralora_fx.loading import load_traced
     from gralora_fx.model import GraloraModel
+    from gralora_fx.picture import html_of, save, svg_of
 
     with _notes.status("loading and tracing"):
         loaded = load_traced(model, adapter, task)
+    with _notes.status("drawing"):
+        drawn = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
+    for path in drawn:
+        _notes.print(f"wrote {path}")
     if isinstance(loaded, GraloraModel):
         print(loaded.plans["default"])
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from gralora_fx.config_checks import check_expressions, check_integer, check_names, check_number, check_pattern
 from gralora_fx.config_reading import ALL_LINEAR, as_peft_reads, from_paper
-from gralora_fx.errors import ConfigError
+from gralora_fx.errors import ConfigError, warn_caller
 from gralora_fx.sources import resolve_directory
 
 CONFIG_NAME = "adapter_config.json"
@@ -232,7 +231,7 @@ class GraloraConfig:
             values = from_paper(values, fields["gralora_alpha"], origin)
         kept, dropped = as_peft_reads(values)
         for what in dropped:
-            warnings.warn(f"{origin}: {what}", stacklevel=3)
+            warn_caller(f"{origin}: {what}")
         dropout = kept.pop("gralora_dropout", 0.0)
         if dropout != 1.0:
             return cls(**kept, gralora_dropout=dropout)

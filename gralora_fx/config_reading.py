@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from gralora_fx.config_checks import check_integer
+from gralora_fx.errors import warn_caller
 
 ALL_LINEAR = "all-linear"
 
@@ -16,10 +16,9 @@ def from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> 
     total, hybrid = values.get("r", 32), values.get("hybrid_r") or 0
     check_integer("r", total, 1)
     check_integer("hybrid_r", hybrid, 0)
-    warnings.warn(
+    warn_caller(
         f"{origin} is in the format of the paper's own code: read as r={total - hybrid}, hybrid_r={hybrid}, "
-        f"alpha={gralora_alpha}, so that the scale is {gralora_alpha}/{total}",
-        stacklevel=4,
+        f"alpha={gralora_alpha}, so that the scale is {gralora_alpha}/{total}"
     )
     return {**values, "r": total - hybrid, "hybrid_r": hybrid, "alpha": gralora_alpha}
 

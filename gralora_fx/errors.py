@@ -1,4 +1,7 @@
-"""Errors of gralora-fx: each message says what is wrong, where, and what to do."""
+"""Errors and warnings of gralora-fx: each message says what is wrong, where, and what to do."""
+
+import sys
+import warnings
 
 
 class GraloraError(Exception):
@@ -35,3 +38,12 @@ class ExportError(GraloraError):
 
 class ServingError(GraloraError):
     """An exported model cannot be loaded or run as asked."""
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line outside this package that led here, however deep the call."""
+    level, frame = 1, sys._getframe()
+    within = (__package__, "contextlib")
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in within:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

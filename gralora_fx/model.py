@@ -16,6 +16,7 @@ from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.installed import InstalledAdapter
 from gralora_fx.losses import LABELS, decoder_inputs, model_loss, split_labels
 from gralora_fx.passes.fold import SiteUpdate
+from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning import plan
 from gralora_fx.queries import AdapterQueries
 from gralora_fx.reweighted import with_weights
@@ -67,6 +68,32 @@ class GraloraModel(AdapterQueries, nn.Module):
         load_tensors(model.installed(adapter_name), tensors, traced.tree, str(directory))
         model.freeze_base()
         return model
+
+    # -- pictures ---------------------------------------------------------------------------------------------------
+
+    def to_svg(self, path: str | Path, *, full: bool = False) -> None:
+        """Draw the graph by block: what is adapted, what is left and why, how large each block of an update is.
+
+        Args:
+            path: The file to write.
+            full: Whether layers that look alike are all drawn, rather than one for each run of three or more.
+
+        Raises:
+            RewriteError: It cannot be drawn or written.
+        """
+        save(svg_of(self, full=full), path)
+
+    def to_html(self, path: str | Path, *, full: bool = False) -> None:
+        """Write the picture with its numbers, every site and every heat map on one page that fetches nothing.
+
+        Args:
+            path: The file to write.
+            full: Whether layers that look alike are all drawn.
+
+        Raises:
+            RewriteError: It cannot be drawn or written.
+        """
+        save(html_of(self, full=full), path)
 
     # -- running and training ---------------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import warn_caller
 from gralora_fx.rewrite_plan import PlannedSite
 from gralora_fx.sites import LinearSite, names_of_site
 from gralora_fx.targets import (
@@ -187,7 +187,7 @@ def warn_of_gaps(rule: TargetRule, config: GraloraConfig, traced: TracedModel, s
             f"fan_in_fan_out is {config.fan_in_fan_out}, but the adapted layers are {kind}; it is read as {corrected}"
         )
     for gap in gaps:
-        warnings.warn(gap, stacklevel=4)
+        warn_caller(gap)
 
 
 def stores_transposed(selected: Sequence[PlannedSite]) -> bool:

@@ -49,6 +49,18 @@ def test_inspect_lists_sites_or_the_plan(checkpoint: Path) -> None:
     assert "4 of 14 sites adapted" in planned
 
 
+def test_inspect_draws(checkpoint: Path, tmp_path: Path) -> None:
+    given = ("--model", checkpoint / "classifier", "--adapter", checkpoint / "adapter")
+    result = run("inspect", *given, "--html", tmp_path / "out.html", "--svg", tmp_path / "out.svg")
+    assert f"wrote {tmp_path / 'out.html'}" in result.stderr
+    assert "4 of 14 sites adapted" in result.stdout
+    page, svg = (tmp_path / "out.html").read_text(), (tmp_path / "out.svg").read_text()
+    assert page.startswith("<!doctype html>")
+    assert svg.startswith("<")
+    assert "default: r=8 k=2" in page
+    assert "error: cannot write" in run("inspect", *given, "--html", tmp_path, expect=1).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -623,3 +624,50 @@ def test_adapters_of_a_half_precision_model_are_float32(dtype: torch.dtype) -> N
     assert output.dtype == dtype
     output.float().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# -- autocast and compilation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_under_autocast_the_dtype_is_that_of_pefts_lora(base: torch.dtype, dtype: torch.dtype, mode: bool) -> None:
+    """PEFT's GraLoRA gives float32 there."""
+    torch.manual_seed(0)
+    source, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).to(base), torch.randn(2, 3, 16).to(base)
+    config = GraloraConfig(r=4, hybrid_r=2, target_modules=["0", "2"], init_weights=False)
+    model = rewrite(trace(source, (x,)), config).train(mode)
+    lora = peft.get_peft_model(copy.deepcopy(source), peft.LoraConfig(r=4, target_modules=["0", "2"])).train(mode)
+    expected = model(x)
+    with torch.autocast("cpu", dtype=dtype):
+        recorded = model(x)
+        with torch.no_grad():
+            plain = model(x)
+        assert recorded.dtype == plain.dtype == lora(x).dtype == dtype
+    assert torch.equal(recorded, plain)
+    assert relative_error(recorded.float(), expected.float()) < 0.05
+    recorded.float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_transformers_model_under_autocast() -> None:
+    model, inputs = adapted("llama"), inputs_of("llama")
+    expected = run(model, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(model, inputs)
+    assert actual.dtype == torch.bfloat16
+    assert relative_error(actual.float(), expected) < 0.05
+
+
+@pytest.mark.parametrize("fields", [{}, {"hybrid_r": 2}], ids=str)
+def test_it_compiles_in_both_modes(fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    source, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), torch.randn(2, 3, 16)
+    model = rewrite(trace(source, (x,)), GraloraConfig(r=4, target_modules=["0", "2"], init_weights=False, **fields))
+    for mode in (False, True):
+        model.train(mode)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert torch.allclose(compiled(x), model(x), atol=1e-6)
+        compiled(x).sum().backward()

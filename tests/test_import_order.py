@@ -32,6 +32,7 @@ ORDER = [
     "weighted",
     "adapter_graph",
     "queries",
+    "picture",
     "losses",
     "checkpoint",
     "model",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft_oracle import peft_model
@@ -299,3 +301,132 @@ def test_a_parameter_with_two_names_trains_once() -> None:
     wrapped = peft_model(transformers.BertForMaskedLM(model.config), r=4, target_modules=["query"], bias="all")
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert plan(trace(model), config).trainable_parameters == trainable
+
+
+# -- beyond PEFT's GraLoRA ----------------------------------------------------------------------------------------
+
+ALL = ["query", "key", "value", "dense"]
+
+
+def sizes(result: RewritePlan) -> dict[str, tuple[int, int, int, float]]:
+    return {entry.site.path: (entry.r, entry.k, entry.hybrid_r, entry.scale) for entry in result.selected}
+
+
+def test_patterns_set_the_sizes_of_the_layers_they_name() -> None:
+    found = sizes(
+        planned(
+            "bert",
+            target_modules=ALL,
+            hybrid_r=2,
+            alpha=20,
+            rank_pattern={"query": 4, "bert.encoder.layer.0.attention.self.query": 6, r"layer\.1\..*\.key": 12},
+            alpha_pattern={"value": 5, "intermediate.dense": 30},
+            gralora_k_pattern={r"1\.attention\.self\.(key|value)": 4},
+        )
+    )
+    attention = "bert.encoder.layer.{}.attention.self.{}".format
+    assert found[attention(0, "query")] == (6, 2, 2, 20 / 8)  # the whole path counts before the end of one
+    assert found[attention(1, "query")] == (4, 2, 2, 20 / 6)
+    assert found[attention(0, "key")] == (8, 2, 2, 2.0)
+    assert found[attention(1, "key")] == (12, 4, 2, 20 / 14)
+    assert found[attention(0, "value")] == (8, 2, 2, 0.5)
+    assert found[attention(1, "value")] == (8, 4, 2, 0.5)
+    assert found["bert.encoder.layer.1.intermediate.dense"] == (8, 2, 2, 3.0)
+    assert found["bert.encoder.layer.1.output.dense"] == (8, 2, 2, 2.0)
+
+
+def test_a_width_that_k_does_not_divide_gets_its_own_k() -> None:
+    found = sizes(
+        planned("bert", target_modules=["query", "classifier"], gralora_k=4, gralora_k_pattern={"classifier": 2})
+    )
+    assert found["classifier"] == (8, 2, 0, 8.0)
+    assert found["bert.encoder.layer.0.attention.self.query"][1] == 4
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "gralora_k_pattern"])
+def test_a_key_that_counts_for_nothing_is_named(field: str) -> None:
+    text = problem("bert", target_modules=["query"], **{field: {"qeury": 4, "key": 4, "query": 4}})
+    assert f"{field} key 'qeury' counts for no adapted layer; nearest names: query" in text
+    assert f"{field} key 'key' counts for no adapted layer" in text
+    assert "key 'query'" not in text
+
+
+def test_ranks_that_a_k_does_not_divide_name_every_site() -> None:
+    text = problem("bert", target_modules=["query"], rank_pattern={"0.attention.self.query": 5})
+    assert "bert.encoder.layer.0.attention.self.query: r should be divisible by gralora_k, but got 5 and 2" in text
+    text = problem("bert", target_modules=["query", "key"], gralora_k_pattern={"query": 3})
+    assert text.count("r should be divisible by gralora_k, but got 8 and 3") == 2
+    assert text.count("must both be divisible by gralora_k=3") == 2
+
+
+@pytest.mark.parametrize(
+    ("excluded", "taken"),
+    [
+        (["query"], ["key"]),
+        (["layer.0.attention.self.key", "query"], ["key"]),
+        (r".*\.query", ["key"]),
+        (r".*layer\.1.*", ["query", "key"]),
+    ],
+    ids=str,
+)
+def test_excluded_modules_are_left_out_with_that_reason(excluded: Any, taken: list[str]) -> None:
+    result = planned("bert", target_modules=["query", "key"], exclude_modules=excluded)
+    assert {entry.site.path.rpartition(".")[2] for entry in result.selected} == set(taken)
+    reasons = {entry.site.path: entry.reason for entry in result.rejected}
+    left = {path for path, reason in reasons.items() if reason == "exclude_modules names it"}
+    assert left | {entry.site.path for entry in result.selected} >= {
+        f"bert.encoder.layer.{index}.attention.self.{name}" for index in (0, 1) for name in ("query", "key")
+    }
+    reference = peft_model(tiny_model("bert"), target_modules=["query", "key"], r=8)
+    assert len(result.selected) < sum("gralora_A" in name for name, _ in reference.named_parameters())
+
+
+def test_excluded_modules_are_those_of_pefts_lora() -> None:
+    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=["dense", "layer.0.attention.self.query"])
+    theirs = peft.get_peft_model(tiny_model("bert"), config)
+    result = planned("bert", target_modules="all-linear", exclude_modules=config.exclude_modules)
+    assert {f"base_model.model.{entry.site.path}" for entry in result.selected} == {
+        name.removesuffix(".lora_A.default") for name, _ in theirs.named_modules() if name.endswith("lora_A.default")
+    }
+
+
+@pytest.mark.parametrize(
+    ("excluded", "message"),
+    [
+        (["qeury"], "exclude_modules 'qeury' matches no module; nearest names: query"),
+        ("qeury.*", r"exclude_modules 'qeury.*' matches no whole module path; correct it or leave it out"),
+        (["query"], "every module that target_modules names is left out: exclude_modules names it"),
+    ],
+    ids=str,
+)
+def test_exclusions_that_cannot_be_meant(excluded: Any, message: str) -> None:
+    assert message in problem("bert", target_modules=["query"], exclude_modules=excluded)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "given", "message"),
+    [
+        ("gpt2", ["c_attn"], False, "fan_in_fan_out is False, but the adapted layers are Conv1D; it is read as True"),
+        ("bert", ["query"], True, "fan_in_fan_out is True, but the adapted layers are Linear; it is read as False"),
+    ],
+)
+def test_fan_in_fan_out_is_corrected_as_peft_corrects_it(
+    name: str, targets: list[str], given: bool, message: str
+) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        result = planned(name, target_modules=targets, fan_in_fan_out=given)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=f"fan_in_fan_out is set to {given} but the target module is"):
+        theirs = peft.get_peft_model(tiny_model(name), peft.GraloraConfig(target_modules=targets, fan_in_fan_out=given))
+    assert result.config.fan_in_fan_out == theirs.peft_config["default"].fan_in_fan_out == (not given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned(name, target_modules=targets, fan_in_fan_out=not given)
+
+
+def test_a_saved_module_that_does_not_exist_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match="modules_to_save 'clasifier' matches no module; nearest names: classifier"):
+        planned("bert", target_modules=["query"], modules_to_save=["clasifier"])
+    with warnings.catch_warnings():  # PEFT adds both heads for the task, and a model has one
+        warnings.simplefilter("error")
+        planned("bert", target_modules=["query"], modules_to_save=["classifier", "score"], task_type="SEQ_CLS")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, warn_caller
 
 TASKS = (
     "feature-extraction",
@@ -140,9 +139,8 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         sample = tree_map(_with_two_rows, sample)
     for name, value in sample.items():
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 1:
-            warnings.warn(
-                f"axis 1 of the example input {name!r} has size 1 and stays fixed; a longer example lets it vary",
-                stacklevel=4,
+            warn_caller(
+                f"axis 1 of the example input {name!r} has size 1 and stays fixed; a longer example lets it vary"
             )
     return _padded(sample)
 

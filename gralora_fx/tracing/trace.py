@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.check import difference, first_line, refuse_fixed_sizes, where
 from gralora_fx.tracing.clean import inline_linear_modules, without_guards
@@ -106,10 +105,9 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
             raise TraceError(f"the trace of {type(model).__name__} does not compute what the model does: {found}")
         if dynamic:
             refuse_fixed_sizes(model, graph_module, sample)
-        warnings.warn(
+        warn_caller(
             f"{type(model).__name__} was traced in evaluation mode, so training runs without its attention dropout: "
-            f"{reason}",
-            stacklevel=4,
+            f"{reason}"
         )
         return graph_module
 
@@ -176,7 +174,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     if checkpointed:
-        warnings.warn("gradient checkpointing is not part of a trace; train with smaller batches instead", stacklevel=5)
+        warn_caller("gradient checkpointing is not part of a trace; train with smaller batches instead")
     for module in checkpointed:
         setattr(module, "gradient_checkpointing", False)  # noqa: B010  # a name mypy cannot see on nn.Module
     try:
@@ -204,10 +202,7 @@ def _without_random_depth(model: nn.Module) -> Iterator[None]:
                 changed.append((holder, name, value))
                 setattr(holder, name, 0.0)
     if changed:
-        warnings.warn(
-            "layerdrop and stochastic depth are not part of a trace; training runs every layer in every step",
-            stacklevel=6,
-        )
+        warn_caller("layerdrop and stochastic depth are not part of a trace; training runs every layer in every step")
     try:
         yield
     finally:

@@ -1,0 +1,85 @@
+"""Boxes of the picture: measured for Graphviz, which places them, and drawn where it did.
+
+Graphviz sees sizes only. Its WebAssembly build has no tables in labels, and so no name of a model ever stands in its
+source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from xml.etree.ElementTree import Element, SubElement
+
+from gralora_fx.picture.colours import PAINTS
+from gralora_fx.picture.heat import draw_grid, grid_size
+from gralora_fx.picture.labels import Line, Row
+from gralora_fx.picture.text import FONT, printable, text_width
+
+_PADDING = 8.0
+_GAP = 4.0  # above and below a heat map
+
+
+class Box(NamedTuple):
+    """A box with its rows, top to bottom."""
+
+    status: str
+    rows: Sequence[Row]
+
+    @property
+    def width(self) -> float:
+        """Width in points."""
+        return 2 * _PADDING + max(_size_of(row)[0] for row in self.rows)
+
+    @property
+    def height(self) -> float:
+        """Height in points."""
+        return _PADDING + sum(_size_of(row)[1] for row in self.rows)
+
+
+def draw_box(box: Box, middle: float, centre: float, largest_norm: float) -> list[Element]:
+    """The box, its lines and its heat maps.
+
+    Args:
+        box: The box.
+        middle: Where it is, from left to right.
+        centre: Where it is, from top to bottom.
+        largest_norm: End of the scale of the heat maps.
+    """
+    paint, top = PAINTS[box.status], centre - box.height / 2
+    place = {"x": middle - box.width / 2, "y": top, "width": box.width, "height": box.height}
+    frame = Element("rect", {name: f"{value:.2f}" for name, value in place.items()})
+    frame.attrib |= {"rx": "10" if box.status == "end" else "4", "fill": paint.fill, "stroke": paint.border}
+    if paint.dashed:
+        frame.set("stroke-dasharray", "4 2")
+    drawn, y = [frame], top + _PADDING / 2
+    for row in box.rows:
+        width, height = _size_of(row)
+        if isinstance(row, Line):
+            drawn.append(draw_line(row, middle, y + 0.78 * height, paint.text))
+        else:
+            left, inner = middle - width / 2, height - 2 * _GAP
+            drawn.append(draw_grid(row, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
+        y += height
+    return drawn
+
+
+def draw_line(line: Line, x: float, baseline: float, colour: str, *, anchor: str = "middle") -> Element:
+    """A line of text."""
+    text = Element("text", {"x": f"{x:.2f}", "y": f"{baseline:.2f}", "text-anchor": anchor, "fill": colour})
+    text.attrib |= {"font-family": FONT, "font-size": f"{line.size:g}"}
+    if line.style:
+        text.set("font-weight" if line.style == "bold" else "font-style", line.style)
+    text.text = printable(line.text)
+    return text
+
+
+def titled(group: Element, title: str) -> None:
+    """Give a group its tooltip, which must come first."""
+    SubElement(group, "title").text = printable(title)
+
+
+def _size_of(row: Row) -> tuple[float, float]:
+    if isinstance(row, Line):
+        return text_width(row.text, row.size, bold=row.style == "bold"), row.size * 1.35
+    width, height = grid_size(len(row))
+    return width, height + 2 * _GAP

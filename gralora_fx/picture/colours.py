@@ -1,0 +1,77 @@
+"""Colours of the picture: one for each state of a site, and a scale for the heat maps."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Paint(NamedTuple):
+    """How a box is drawn: its fill, its border, its text, and whether the border is dashed."""
+
+    fill: str
+    border: str
+    text: str = "#1b1f24"
+    dashed: bool = False
+
+
+# Fills are light, so that text keeps a contrast above 7; hues are those of Okabe and Ito, told apart by colour-blind
+# readers, and every state is written in the box as well.
+PAINTS: dict[str, Paint] = {
+    "active": Paint("#d7e9f7", "#0072b2"),
+    "merged": Paint("#d5f0e6", "#00785a"),
+    "waiting": Paint("#ffffff", "#0072b2", dashed=True),
+    "planned": Paint("#e9f2fa", "#0072b2", dashed=True),
+    "saved": Paint("#fdebc8", "#b36b00"),
+    "rejected": Paint("#ececec", "#9a9a9a", text="#4a4a4a"),
+    "base": Paint("#ffffff", "#8c959f"),
+    "part": Paint("#fafafa", "#c4c9cf", text="#4a4a4a"),
+    "end": Paint("#ffffff", "#57606a"),
+}
+
+MEANINGS: dict[str, str] = {
+    "active": "adapter active",
+    "merged": "adapter merged into the weight",
+    "waiting": "adapter waiting",
+    "planned": "adapter planned",
+    "saved": "trains whole, as a copy",
+    "rejected": "no adapter, with the reason",
+    "base": "linear site",
+    "part": "other part of the model",
+    "end": "input or output",
+    "again": "back to a layer that is called again",
+}
+
+ZERO = "#ffffff"
+NOT_FINITE = "#d1007a"
+
+# Nine samples of matplotlib's viridis (van der Walt and Smith, CC0), from light to dark: more ink is a larger update.
+_VIRIDIS = ("#fde725", "#addc30", "#5ec962", "#28ae80", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154")
+
+
+def heat_colour(value: float, largest: float) -> str:
+    """Colour of a norm on the scale from 0 to the largest one; zero and values that are not finite have their own."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    if value == 0:
+        return ZERO
+    place = min(value / largest, 1.0) * (len(_VIRIDIS) - 1)
+    index = min(int(place), len(_VIRIDIS) - 2)
+    low, high = _channels(_VIRIDIS[index]), _channels(_VIRIDIS[index + 1])
+    share = place - index
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(low, high, strict=True))
+
+
+def text_on(colour: str) -> str:
+    """Black or white, whichever reads better on a colour."""
+    red, green, blue = (_linear(channel / 255) for channel in _channels(colour))
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # of WCAG 2; the two contrasts are equal at 0.179
+    return "#000000" if luminance > 0.179 else "#ffffff"
+
+
+def _channels(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def _linear(channel: float) -> float:
+    return channel / 12.92 if channel <= 0.04045 else float(((channel + 0.055) / 1.055) ** 2.4)

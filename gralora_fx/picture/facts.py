@@ -1,0 +1,248 @@
+"""What a picture shows of a model: its sites, adapters and counts, read once and free of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gralora_fx.adapter import Rank
+from gralora_fx.adapter_forms import block_norms
+from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import RewriteError
+from gralora_fx.installed import InstalledAdapter
+from gralora_fx.rewrite_plan import RewritePlan
+from gralora_fx.sites import LinearSite, other_readers
+from gralora_fx.tracing.traced import TracedModel
+
+PLANNED = "planned"  # name and state of the adapter of a plan that no rewrite has carried out
+_STATES = ("active", "merged", "waiting", PLANNED)  # the first one present paints the site
+
+
+class AdaptedModel(Protocol):
+    """What a picture reads of a `GraloraModel`; named here so that the model may import its picture."""
+
+    @property
+    def traced(self) -> TracedModel:
+        """The base model."""
+
+    @property
+    def plans(self) -> dict[str, RewritePlan]:
+        """What each adapter adapts."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Adapters whose outputs are added."""
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters that stand in the weights."""
+
+    def installed(self, adapter_name: str) -> InstalledAdapter:
+        """An adapter's tensors."""
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Values that train, and all values."""
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter: its state, its configuration, and how many values it trains."""
+
+    name: str
+    state: str
+    config: GraloraConfig
+    parameters: int
+
+
+@dataclass(frozen=True)
+class SiteAdapter:
+    """An adapter at a site.
+
+    Attributes:
+        name: The adapter's name.
+        state: `"active"`, `"merged"`, `"waiting"` or `"planned"`.
+        rank: Its sizes.
+        scale: Factor of its update.
+        norms: Frobenius norms of the update's blocks, rows for output blocks; None for a plan.
+    """
+
+    name: str
+    state: str
+    rank: Rank
+    scale: float
+    norms: tuple[tuple[float, ...], ...] | None
+
+    @property
+    def update_norm(self) -> float | None:
+        """Frobenius norm of the whole update."""
+        return None if self.norms is None else math.hypot(*(value for row in self.norms for value in row))
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """A linear site as a picture shows it.
+
+    Attributes:
+        site: The site.
+        calls: Number of nodes that read the weight as a layer.
+        status: The state of its adapters, or `"saved"`, `"rejected"`, `"base"`.
+        adapters: The adapters that it has.
+        reasons: Why it has none, by adapter name.
+        saved_by: Adapters that train a copy of it, or of a module around it.
+        notes: What else is true of it.
+    """
+
+    site: LinearSite
+    calls: int
+    status: str
+    adapters: tuple[SiteAdapter, ...] = ()
+    reasons: Mapping[str, str] | None = None
+    saved_by: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why it has no adapter; adapters that disagree are named."""
+        reasons = self.reasons or {}
+        if len(set(reasons.values())) == 1:
+            return next(iter(reasons.values()))
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as a picture shows it.
+
+    Attributes:
+        name: What to call it.
+        traced: The base model.
+        sites: Its sites by path.
+        adapters: Its adapters.
+        trained_whole: Names of the adapters that train a copy of a module, by its path.
+        trainable: Number of values that train; None where nothing was planned.
+        total: Number of all values.
+    """
+
+    name: str
+    traced: TracedModel
+    sites: dict[str, SiteFacts]
+    adapters: tuple[AdapterFacts, ...]
+    trained_whole: dict[str, tuple[str, ...]]
+    trainable: int | None
+    total: int
+
+    @property
+    def largest_norm(self) -> float | None:
+        """The largest finite block norm of all sites, or None where no adapter has tensors."""
+        grids = [a.norms for facts in self.sites.values() for a in facts.adapters if a.norms is not None]
+        values = [value for grid in grids for row in grid for value in row if math.isfinite(value)]
+        return max(values, default=0.0) if grids else None
+
+
+def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = None) -> ModelFacts:
+    """Everything that a picture shows of a model.
+
+    Args:
+        model: A rewritten model, or a traced one.
+        plan: What a rewrite of the traced model would do.
+
+    Raises:
+        RewriteError: The model is neither, a plan was given with a rewritten model, or it is one of another model.
+    """
+    if isinstance(model, TracedModel):
+        traced, plans, states = model, {} if plan is None else {PLANNED: plan}, {PLANNED: PLANNED}
+        _check_plan(traced, plan)
+    elif not hasattr(model, "installed"):
+        raise RewriteError(f"cannot draw a {type(model).__name__}; give what trace() or rewrite() returned")
+    elif plan is not None:
+        raise RewriteError("a rewritten model has plans of its own; leave plan out, or give the traced model with it")
+    else:
+        traced, plans = model.traced, model.plans
+        states = {name: "active" if name in model.active_adapters else "waiting" for name in plans}
+        states |= dict.fromkeys(model.merged_adapters, "merged")
+    base = sum({id(p): p.numel() for p in traced.tree.parameters.values()}.values())
+    counts: tuple[int | None, int] = (None, base)
+    if plan is not None:
+        counts = (plan.trainable_parameters, plan.total_parameters)
+    elif not isinstance(model, TracedModel):
+        counts = model.get_nb_trainable_parameters()
+    whole = [(path, name) for name, entry in plans.items() for path in entry.saved_modules]
+    return ModelFacts(
+        name=_name_of(traced),
+        traced=traced,
+        sites=_sites(traced, plans, states, None if isinstance(model, TracedModel) else model),
+        adapters=tuple(
+            AdapterFacts(name, states[name], entry.config, entry.trainable_parameters) for name, entry in plans.items()
+        ),
+        trained_whole={path: tuple(name for other, name in whole if other == path) for path, _ in whole},
+        trainable=counts[0],
+        total=counts[1],
+    )
+
+
+def _sites(
+    traced: TracedModel, plans: Mapping[str, RewritePlan], states: Mapping[str, str], model: AdaptedModel | None
+) -> dict[str, SiteFacts]:
+    found = {site.path: (site, len(site.calls)) for site in traced.sites}
+    adapters: dict[str, list[SiteAdapter]] = {}
+    reasons: dict[str, dict[str, str]] = {}
+    notes: dict[str, list[str]] = {}
+    for name, plan in plans.items():
+        for planned in plan.selected:
+            path, scale = planned.site.path, planned.scale
+            norms = None
+            if model is not None:
+                grid = block_norms(model.installed(name).factors[path], scale).tolist()
+                norms = tuple(tuple(row) for row in grid)
+            adapters.setdefault(path, []).append(SiteAdapter(name, states[name], planned.rank, scale, norms))
+        for rejected in plan.rejected:
+            site = rejected.site
+            if site.path not in found:  # stacked expert matrices, which are no sites of the graph
+                found[site.path] = site, len(other_readers(traced.graph_module, site))
+            reasons.setdefault(site.path, {})[name] = rejected.reason
+        for path in {bias.rpartition(".")[0] for bias in plan.trained_biases} & set(found):
+            notes.setdefault(path, []).append(f"bias trains ({name})")
+    saved_by = {
+        path: tuple(name for name, plan in plans.items() if any(_in(path, module) for module in plan.saved_modules))
+        for path in found
+    }
+    return {
+        path: SiteFacts(
+            site=site,
+            calls=calls,
+            status=_status(adapters.get(path, []), is_saved=bool(saved_by[path]), is_rejected=path in reasons),
+            adapters=tuple(adapters.get(path, [])),
+            reasons=reasons.get(path),
+            saved_by=saved_by[path],
+            notes=tuple(notes.get(path, [])),
+        )
+        for path, (site, calls) in found.items()
+    }
+
+
+def _status(adapters: list[SiteAdapter], *, is_saved: bool, is_rejected: bool) -> str:
+    states = {adapter.state for adapter in adapters}
+    if states:
+        return next(state for state in _STATES if state in states)
+    return "saved" if is_saved else "rejected" if is_rejected else "base"
+
+
+def _in(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def _name_of(traced: TracedModel) -> str:
+    kind = traced.tree.types.get("", "").rpartition(".")[2] or "model"
+    source = getattr(traced.config, "name_or_path", "") or ""
+    return f"{kind} ({source})" if source else kind
+
+
+def _check_plan(traced: TracedModel, plan: RewritePlan | None) -> None:
+    if plan is None:
+        return
+    known = {site.path: site.weight for site in traced.sites}
+    for planned in plan.selected:
+        if known.get(planned.site.path) is not planned.site.weight:
+            raise RewriteError(f"{planned.site.path} of the plan is no site of this model; plan it again")

@@ -1,0 +1,153 @@
+"""Data flow between the sites of a graph: what is left of it when every other node is looked through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from gralora_fx.module_tree import module_stack
+from gralora_fx.picture.blocks import BlockMap
+from gralora_fx.picture.facts import ModelFacts
+from gralora_fx.sites import other_readers
+from gralora_fx.weight_views import tensor_at
+
+_SHAPES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, getattr}
+
+
+class Item(NamedTuple):
+    """Something that is drawn: a site, another part with parameters, an input, or the output."""
+
+    kind: Literal["site", "part", "input", "output"]
+    path: str
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Condensed data flow.
+
+    Attributes:
+        items: Everything drawn, in the order in which it first computes.
+        edges: Pairs between which a value passes with no other drawn item between them. Pairs that a longer way joins
+            too, such as those of a residual connection, are left out; one against the order of `items` is a layer
+            called again.
+    """
+
+    items: tuple[Item, ...]
+    edges: tuple[tuple[Item, Item], ...]
+
+
+def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
+    """Look through every node that draws nothing.
+
+    Before: `q = linear(x, wq); k = linear(x, wk); a = sdpa(q, k, v); o = linear(a, wo)`
+    After:  `q -> o, k -> o`
+
+    Args:
+        facts: The model.
+        blocks: Its blocks; parts within a numbered layer are not drawn, unless they train as a whole.
+    """
+    owners = _Owners(facts, blocks)
+    events: list[Item] = []  # every time that an item computes; the bits of the masks below count these
+    nearest: dict[fx.Node, int] = {}  # the last events that a node's value comes from
+    earlier: list[int] = []  # by event: all events before it
+    edges: dict[tuple[Item, Item], None] = {}
+    for node in facts.traced.graph_module.graph.nodes:
+        sources = 0
+        if node.op != "get_attr" and not _is_shape(node):
+            for source in node.all_input_nodes:
+                sources |= nearest[source]
+        item = owners.item_of(node)
+        if item is not None:
+            before = 0
+            for event in _bits_downwards(sources):
+                if not before >> event & 1:  # else a longer way leads there
+                    edges.setdefault((events[event], item))
+                    before |= earlier[event] | 1 << event
+            nearest[node] = 1 << len(events)
+            events.append(item)
+            earlier.append(before)
+        else:
+            nearest[node] = sources
+    uncalled = [Item("site", path) for path in facts.sites]
+    uncalled += [Item("part", path) for path in facts.trained_whole if not owners.holds_sites(path)]
+    joined = tuple((a, b) for a, b in edges if a != b)
+    used = {item for edge in joined for item in edge}
+    items = dict.fromkeys(item for item in [*events, *uncalled] if item in used or item.kind in ("site", "part"))
+    return Flow(tuple(items), joined)
+
+
+class _Owners:
+    """Which item a node belongs to."""
+
+    def __init__(self, facts: ModelFacts, blocks: BlockMap) -> None:
+        self._tree, self._blocks = facts.traced.tree, blocks
+        self._graph_module = facts.traced.graph_module
+        self._site_paths, self._whole = set(facts.sites), list(facts.trained_whole)
+        self._calls: dict[str, str] = {}
+        for path, entry in facts.sites.items():
+            names = entry.site.calls
+            if not names and entry.site.weight.ndim > 2:
+                names = other_readers(self._graph_module, entry.site)
+            self._calls |= dict.fromkeys(names, path)
+
+    def item_of(self, node: fx.Node) -> Item | None:
+        if node.op == "placeholder":
+            return Item("input", str(node.target)) if node.users else None
+        if node.op == "output":
+            return Item("output", "output")
+        if node.name in self._calls:
+            return Item("site", self._calls[node.name])
+        path = self._owner_of_parameters(node)
+        return None if path is None else self._part(path)
+
+    def holds_sites(self, path: str) -> bool:
+        """Whether a module is a site, or holds one."""
+        return any(site == path or site.startswith(f"{path}.") for site in self._site_paths)
+
+    def _owner_of_parameters(self, node: fx.Node) -> str | None:
+        """The module whose parameters a node applies to a value."""
+        if node.op == "call_module":
+            module = self._graph_module.get_submodule(str(node.target))
+            return str(node.target) if any(True for _ in module.parameters()) else None
+        read = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        if len(read) == len(node.all_input_nodes):
+            return None
+        names = [str(source.target) for source in read]
+        own = [name for name in names if isinstance(tensor_at(self._graph_module, name), nn.Parameter)]
+        if not own:
+            return None
+        stack = [path for path, _ in module_stack(node)]
+        return self._tree.canonical(stack[-1]) if stack else own[0].rpartition(".")[0]
+
+    def _part(self, path: str) -> Item | None:
+        """The largest module around a path that holds neither sites nor layers."""
+        if self.holds_sites(path):
+            return None
+        for module in self._whole:
+            if path == module or path.startswith(f"{module}."):
+                return Item("part", module)
+        if not path or self._blocks.layer_of(path) is not None:
+            return None
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            above = ".".join(parts[:length])
+            if not self.holds_sites(above) and not self._blocks.has_frames_in(above):
+                return Item("part", above)
+        return None
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a node reads a size only, which is no data flow."""
+    return node.target in _SHAPES if node.op == "call_function" else node.op == "call_method" and node.target == "size"
+
+
+def _bits_downwards(mask: int) -> Iterator[int]:
+    """Places of the bits that are set, the highest first."""
+    while mask:
+        place = mask.bit_length() - 1
+        yield place
+        mask ^= 1 << place

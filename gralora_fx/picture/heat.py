@@ -1,0 +1,125 @@
+"""Heat maps of block norms as SVG: a grid of coloured cells with their values, and the scale that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from xml.etree.ElementTree import Element, SubElement
+
+from gralora_fx.picture.colours import ZERO, heat_colour, text_on
+from gralora_fx.picture.text import FONT
+
+Grid = Sequence[Sequence[float]]
+
+_LINE = "#8c959f"
+_LARGEST_TEXT_GRID = 4  # blocks a side up to which the cells of a grid hold their values
+_LARGEST_GRID = 16  # blocks a side of the grids in boxes; larger ones are drawn coarser
+
+
+def draw_grid(
+    norms: Grid, largest: float, *, left: float, top: float, width: float, height: float, coarse: bool = True
+) -> Element:
+    """A grid as a group of cells, each with its value as a tooltip and, where there are few, as text.
+
+    A zero block is a white cell with a small dot, so that a zero update is seen to be one; the scale begins above.
+
+    Args:
+        norms: Norms, rows for output blocks.
+        largest: The value at the end of the scale.
+        left: Place of the grid.
+        top: Place of the grid.
+        width: Size of the grid.
+        height: Size of the grid.
+        coarse: Whether large grids are drawn with fewer cells.
+    """
+    k = len(norms)
+    shown = coarser(norms, _grid_blocks(k)) if coarse else norms
+    side, step = len(shown), k // len(shown)
+    is_zero = all(value == 0 for row in shown for value in row)
+    group = Element("g", {"class": "heat zero" if is_zero else "heat"})
+    cell_width, cell_height = width / side, height / side
+    for j, row in enumerate(shown):
+        for n, value in enumerate(row):
+            x, y, colour = left + n * cell_width, top + j * cell_height, heat_colour(value, largest)
+            cell = SubElement(group, "g")
+            SubElement(cell, "title").text = f"output {_span(j, step)}, input {_span(n, step)}: {value:.4g}"
+            SubElement(cell, "rect", _box(x, y, cell_width, cell_height) | {"fill": colour, "stroke": _LINE})
+            if value == 0:
+                place = {"cx": f"{x + cell_width / 2:.2f}", "cy": f"{y + cell_height / 2:.2f}"}
+                SubElement(cell, "circle", place | {"r": f"{min(cell_height / 6, 1.5):.2f}", "fill": _LINE})
+            elif k <= _LARGEST_TEXT_GRID:
+                size = min(cell_height * 0.55, cell_width * 0.27)
+                middle = (x + cell_width / 2, y + cell_height / 2 + size * 0.35)
+                _text(cell, short_number(value), *middle, size, text_on(colour))
+    return group
+
+
+def draw_scale(largest: float, *, left: float, top: float) -> Element:
+    """The scale of all grids with its numbers, and the mark of a zero block."""
+    group = Element("g", {"class": "scale"})
+    if largest == 0:
+        _text(group, "every update is still zero", left + 28, top + 10, 10, anchor="start")
+    height, step, steps = 12, 5, 40
+    _text(group, "norm of a block of the update (rows: outputs, columns: inputs)", left, top - 5, 10, anchor="start")
+    for index in range(steps if largest else 0):
+        colour = heat_colour((index + 0.5) / steps, 1.0)
+        SubElement(group, "rect", _box(left + 40 + index * step, top, step + 0.3, height) | {"fill": colour})
+    zero = _box(left, top, 18, height) | {"fill": ZERO, "stroke": _LINE}
+    SubElement(group, "rect", zero)
+    SubElement(group, "circle", {"cx": str(left + 9), "cy": str(top + height / 2), "r": "1.5", "fill": _LINE})
+    _text(group, "zero", left + 9, top + height + 11, 9)
+    for share in (0.0, 0.5, 1.0) if largest else ():
+        label = "> 0" if share == 0 else short_number(share * largest)
+        _text(group, label, left + 40 + share * steps * step, top + height + 11, 9)
+    return group
+
+
+def grid_size(k: int) -> tuple[float, float]:
+    """Width and height in points of the heat map of `k x k` blocks in a box."""
+    if k <= _LARGEST_TEXT_GRID:
+        return 34.0 * k, 17.0 * k
+    side = _grid_blocks(k)
+    cell = max(6.0, 112 // side)
+    return cell * side, cell * side
+
+
+def coarser(norms: Grid, side: int) -> list[list[float]]:
+    """The norms of fewer, larger blocks, exactly: the root of the sum of their blocks' squares."""
+    step = len(norms) // side
+    return [
+        [
+            math.hypot(*(value for row in norms[j * step : (j + 1) * step] for value in row[n * step : (n + 1) * step]))
+            for n in range(side)
+        ]
+        for j in range(side)
+    ]
+
+
+def short_number(value: float) -> str:
+    """A norm in at most six characters."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 0.01 <= value < 1000:
+        return f"{value:#.2g}" if value < 10 else f"{value:.0f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _grid_blocks(k: int) -> int:
+    """Blocks a side that are drawn in a box: `k`, or fewer where each drawn one stands for several."""
+    return next(side for side in range(min(k, _LARGEST_GRID), 0, -1) if k % side == 0)
+
+
+def _span(index: int, step: int) -> str:
+    return f"block {index}" if step == 1 else f"blocks {index * step} to {(index + 1) * step - 1}"
+
+
+def _box(x: float, y: float, width: float, height: float) -> dict[str, str]:
+    return {"x": f"{x:.2f}", "y": f"{y:.2f}", "width": f"{width:.2f}", "height": f"{height:.2f}", "stroke-width": "0.4"}
+
+
+def _text(
+    parent: Element, content: str, x: float, y: float, size: float, fill: str = "#1b1f24", anchor: str = "middle"
+) -> None:
+    place = {"x": f"{x:.2f}", "y": f"{y:.2f}", "text-anchor": anchor, "font-size": f"{size:.2f}", "fill": fill}
+    SubElement(parent, "text", place | {"font-family": FONT}).text = content

@@ -1,0 +1,111 @@
+"""What the picture says of each item: short lines in its box, everything in its tooltip."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from gralora_fx.picture.facts import ModelFacts, SiteAdapter, SiteFacts
+from gralora_fx.picture.flow import Item
+from gralora_fx.picture.text import clipped
+
+_LONGEST_REASON = 42
+
+Norms = tuple[tuple[float, ...], ...]
+
+
+class Line(NamedTuple):
+    """A line of a box."""
+
+    text: str
+    size: float = 10
+    style: str = ""  # "bold", "italic" or ""
+
+
+Row = Line | Norms  # norms stand for their heat map
+
+
+def rows_of(item: Item, facts: ModelFacts, within: str) -> tuple[str, list[Row]]:
+    """How the box of an item is painted, and its rows.
+
+    Args:
+        item: The item.
+        facts: The model.
+        within: Path of the frame it stands in, which its name leaves out.
+    """
+    name = clipped(item.path.removeprefix(f"{within}.") if within else item.path)
+    if item.kind == "site":
+        entry = facts.sites[item.path]
+        return entry.status, [Line(name, 12, "bold"), *_site_rows(entry)]
+    if item.kind == "part":
+        if trained_by := facts.trained_whole.get(item.path):
+            return "saved", [Line(name, 11), Line(f"trains whole: {clipped(', '.join(trained_by), 24)}")]
+        return "part", [Line(name, 11)]
+    return "end", [Line(name, 11)]
+
+
+def tooltip_of(item: Item, facts: ModelFacts) -> str:
+    """Everything about an item, a line each."""
+    if item.kind == "site":
+        return _site_tooltip(facts.sites[item.path])
+    if trained_by := facts.trained_whole.get(item.path, ()):
+        return f"{item.path}\ntrains whole, as a copy of {', '.join(trained_by)}"
+    return item.path if item.kind in ("part", "output") else f"{item.kind} {item.path}"
+
+
+def adapter_line(adapter: SiteAdapter) -> str:
+    """An adapter's name, its state where it is not simply active, its sizes and its scale."""
+    rank = adapter.rank
+    state = f" ({adapter.state})" if adapter.state not in ("active", adapter.name) else ""
+    hybrid = f" hybrid_r={rank.hybrid_r}" if rank.hybrid_r else ""
+    return f"{clipped(adapter.name, 24)}{state}: r={rank.r} k={rank.k}{hybrid} scale={adapter.scale:.4g}"
+
+
+def short_reason(reason: str) -> str:
+    """The first clause of a reason, shortened to fit a box."""
+    clause = re.split(r"[,;]", reason, maxsplit=1)[0]
+    return clause if len(clause) <= _LONGEST_REASON else f"{clause[: _LONGEST_REASON - 1]}…"
+
+
+def _site_rows(entry: SiteFacts) -> list[Row]:
+    rows: list[Row] = [Line(_shape(entry))]
+    for adapter in entry.adapters:
+        rows.append(Line(adapter_line(adapter)))
+        if adapter.norms is not None:
+            rows.append(adapter.norms)
+    if entry.saved_by:
+        rows.append(Line(f"trains whole: {clipped(', '.join(entry.saved_by), 24)}"))
+    elif not entry.adapters and entry.reasons:
+        rows.append(Line(short_reason(entry.reason), style="italic"))
+    return [*rows, *(Line(clipped(note)) for note in (*entry.notes, *_tied(entry)))]
+
+
+def _site_tooltip(entry: SiteFacts) -> str:
+    site = entry.site
+    lines = [site.path, f"{site.kind}, {_shape(entry)}"]
+    lines += [f"adapter {adapter_line(adapter)}{_norm(adapter)}" for adapter in entry.adapters]
+    if entry.saved_by:
+        lines.append(f"trains whole, as a copy of {', '.join(entry.saved_by)}")
+    elif not entry.adapters and entry.reasons:
+        lines.append(f"no adapter: {entry.reason}")
+    lines += [f"its weight is also {name}" for name in site.tied_with]
+    return "\n".join([*lines, *entry.notes])
+
+
+def _shape(entry: SiteFacts) -> str:
+    site = entry.site
+    kind = "" if site.kind == "linear" else f", {site.kind}"
+    calls = "" if entry.calls == 1 else f", {entry.calls} calls" if entry.calls else ", not called"
+    return f"{site.in_features} → {site.out_features}{kind}{calls}"
+
+
+def _tied(entry: SiteFacts) -> list[str]:
+    names = entry.site.tied_with
+    if not names:
+        return []
+    return [f"tied: {names[0].removesuffix('.weight')}" + (f" + {len(names) - 1}" if len(names) > 1 else "")]
+
+
+def _norm(adapter: SiteAdapter) -> str:
+    norm = adapter.update_norm
+    return "" if norm is None else ", zero update" if norm == 0 else f", update norm {norm:.4g}"

@@ -1,0 +1,70 @@
+"""Update norms at one glance: a row for each layer, a column for each site that the layers have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gralora_fx.picture.blocks import BlockMap
+from gralora_fx.picture.colours import heat_colour, text_on
+from gralora_fx.picture.facts import ModelFacts
+from gralora_fx.picture.heat import short_number
+
+_FEWEST_LAYERS = 3  # below, the heat maps themselves are the overview
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A norm with the colours it is shown in."""
+
+    text: str
+    fill: str
+    ink: str
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A table of one adapter's update norms in the layers of one container.
+
+    Attributes:
+        title: The adapter and the container.
+        columns: Paths of the sites within a layer.
+        rows: Paths of the layers, with a cell for each column; None where the layer has no such adapter.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+
+def overviews(facts: ModelFacts, blocks: BlockMap) -> list[Overview]:
+    """A table for each adapter and each container of three or more adapted layers.
+
+    Args:
+        facts: The model.
+        blocks: Its layers.
+    """
+    norms: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for path, entry in facts.sites.items():
+        layer = blocks.layer_of(path)
+        for adapter in entry.adapters:
+            norm = adapter.update_norm
+            if layer is not None and norm is not None:
+                table = norms.setdefault((adapter.name, layer.rpartition(".")[0]), {})
+                table.setdefault(layer, {})[path.removeprefix(f"{layer}.")] = norm
+    found = []
+    for (adapter_name, container), table in norms.items():
+        if len(table) >= _FEWEST_LAYERS:
+            columns = tuple(dict.fromkeys(column for row in table.values() for column in row))
+            largest = max((norm for row in table.values() for norm in row.values()), default=0.0)
+            rows = tuple(
+                (layer, tuple(_cell(row.get(column), largest) for column in columns)) for layer, row in table.items()
+            )
+            found.append(Overview(f"{adapter_name}: {container or 'layers'}", columns, rows))
+    return found
+
+
+def _cell(norm: float | None, largest: float) -> Cell | None:
+    if norm is None:
+        return None
+    fill = heat_colour(norm, largest)
+    return Cell("0" if norm == 0 else short_number(norm), fill, text_on(fill))

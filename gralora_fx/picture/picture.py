@@ -1,0 +1,40 @@
+"""`svg_of`: the picture of a model's graph."""
+
+from __future__ import annotations
+
+from gralora_fx.picture.blocks import BlockMap
+from gralora_fx.picture.dot import dot_source
+from gralora_fx.picture.drawing import finish
+from gralora_fx.picture.facts import AdaptedModel, ModelFacts, read_facts
+from gralora_fx.picture.flow import condense
+from gralora_fx.picture.folding import Folding
+from gralora_fx.picture.layout import lay_out
+from gralora_fx.rewrite_plan import RewritePlan
+from gralora_fx.tracing.traced import TracedModel
+
+
+def svg_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = None, full: bool = False) -> str:
+    """Draw a model's graph: its linear sites by block, what is adapted, and how large each update is.
+
+    Args:
+        model: A `GraloraModel`, or a `TracedModel`.
+        plan: What a rewrite of the traced model would do.
+        full: Whether layers that look alike are all drawn, rather than one for each run of three or more.
+
+    Returns:
+        An SVG document, readable by itself.
+
+    Raises:
+        RewriteError: The model or the plan is not one that can be drawn, or (as `PictureError`) Graphviz cannot.
+    """
+    return draw(read_facts(model, plan), full=full)
+
+
+def draw(facts: ModelFacts, *, full: bool) -> str:
+    """Draw what was read of a model."""
+    blocks = BlockMap(facts.sites)
+    flow = condense(facts, blocks)
+    root = blocks.tree(item.path for item in flow.items if item.kind in ("site", "part"))
+    folding = Folding(root, facts, flow, full=full)
+    source = dot_source(facts, flow, blocks, root, folding)
+    return finish(lay_out(source.text), facts, source)

@@ -1,0 +1,34 @@
+"""A picture or page as a file, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from gralora_fx.picture.layout import PictureError
+
+
+def save(text: str, path: str | Path) -> Path:
+    """Write a drawn picture; the folders on the way are made, an older file stays until the new one is whole.
+
+    Args:
+        text: What `svg_of` or `html_of` returned.
+        path: The file.
+
+    Returns:
+        The file.
+
+    Raises:
+        PictureError: It cannot be written.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            draft = Path(folder) / "draft"
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, target)
+    except OSError as error:
+        raise PictureError(f"cannot write {target} ({error.strerror}); give the path of a file") from error
+    return target

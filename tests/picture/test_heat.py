@@ -1,0 +1,58 @@
+"""The colour scale and the coarser grids."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from gralora_fx.picture.colours import NOT_FINITE, PAINTS, ZERO, heat_colour, text_on
+from gralora_fx.picture.heat import coarser, short_number
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_larger_is_darker() -> None:
+    scale = [luminance(heat_colour(value / 100, 1.0)) for value in range(1, 101)]
+    assert all(left >= right for left, right in pairwise(scale))
+    assert scale[0] - scale[-1] > 0.6
+
+
+def test_zero_and_not_finite_are_off_the_scale() -> None:
+    assert heat_colour(0.0, 1.0) == ZERO == heat_colour(0.0, 0.0)
+    assert heat_colour(math.nan, 1.0) == heat_colour(math.inf, 1.0) == NOT_FINITE
+    assert ZERO not in {heat_colour(value / 100, 1.0) for value in range(1, 101)}
+
+
+def test_text_can_be_read_on_every_colour() -> None:
+    for value in range(1, 101):
+        colour = heat_colour(value / 100, 1.0)
+        assert contrast(colour, text_on(colour)) >= 4.5
+    assert all(contrast(paint.fill, paint.text) >= 7 for paint in PAINTS.values())
+    assert all(
+        contrast(paint.border, "#ffffff") >= 3 for status, paint in PAINTS.items() if status in ("active", "merged")
+    )
+
+
+def test_coarser_grids_keep_the_norm() -> None:
+    norms = [[float(4 * j + n) for n in range(4)] for j in range(4)]
+    assert coarser(norms, 2)[0][1] == pytest.approx(math.hypot(2, 3, 6, 7))
+    assert coarser(norms, 4) == norms
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0"), (0.123456, "0.12"), (1.0, "1.0"), (123.4, "123"), (0.00123, "1.2e-3"), (12345.0, "1.2e4")],
+)
+def test_short_numbers(value: float, text: str) -> None:
+    assert short_number(value) == text
