@@ -19,7 +19,9 @@ def own_parameters(
     Before: `w = self.classifier.weight; y = linear(x, w)`
     After:  `w = self.gralora.default.classifier.weight; y = linear(x, w)`
 
-    A parameter that other modules use too (a tied head) keeps its node for them, and gains a second one.
+    A parameter that another module holds too (a tied head) keeps its node for that one's uses, and gains a second one.
+    One that only this module holds is replaced wherever it is used, as `nn.MultiheadAttention` uses the weight of its
+    `out_proj` without calling the layer.
 
     Args:
         graph_module: The graph; it must be recompiled afterwards.
@@ -40,7 +42,11 @@ def own_parameters(
         path = copies.get(id(parameter))
         if path is None or path == node.target:
             continue
-        inside = [user for user in node.users if _is_inside(user, module, tree)]
+        holders = [
+            tree.canonical(n.rpartition(".")[0]) for n in tree.names_of(tree.parameters[base_names[id(parameter)]])
+        ]
+        is_tied = not all(f"{holder}.".startswith(f"{module}.") for holder in holders)
+        inside = [user for user in node.users if not is_tied or _is_inside(user, module, tree)]
         if not inside:
             continue
         if len(inside) == len(node.users):

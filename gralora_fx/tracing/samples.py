@@ -77,7 +77,8 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, torch.Tensor
             f"task {task!r} takes {expected[task]}, but {type(model).__name__} takes {main}; give its task"
         )
     generator = torch.Generator().manual_seed(0)
-    inputs = {main: _main_input(model, main, generator)}
+    example = _main_input(model, main, generator)
+    inputs = {main: example.to(model.dtype) if example.is_floating_point() else example}
     accepted = inspect.signature(model.forward).parameters
     if main == "input_ids":
         inputs["attention_mask"] = torch.ones_like(inputs[main])

@@ -526,3 +526,14 @@ def test_one_row_of_a_sequence_classifier_of_an_encoder_decoder() -> None:
     traced_model = trace(model)
     ids = torch.tensor([[5, 6, 7, 2]])
     assert relative_error(run(traced_model, {"input_ids": ids}), run(model, {"input_ids": ids})) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("vit", torch.bfloat16), ("vit", torch.float64), ("whisper", torch.bfloat16), ("whisper", torch.float16)],
+    ids=str,
+)
+def test_inputs_made_from_a_configuration_have_the_models_data_type(name: str, dtype: torch.dtype) -> None:
+    base = trace(tiny_model(name).to(dtype))
+    features = {t.dtype for t in base.example_inputs.values() if t.is_floating_point()}
+    assert features == {dtype}

@@ -1,0 +1,157 @@
+"""The grid: every architecture under every kind of configuration that PEFT accepts for it, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, Architecture
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration at one architecture.
+
+    Attributes:
+        architecture: Name in `ARCHITECTURES`.
+        name: What is special about it.
+        fields: Fields of the configuration, PEFT's and ours alike.
+        dtype: Data type of the base.
+        rank: Number of dimensions of a plain model's input.
+        optimizer: Name of the optimizer whose step is compared.
+    """
+
+    architecture: str
+    name: str
+    fields: Mapping[str, Any] = field(hash=False)
+    dtype: torch.dtype = torch.float32
+    rank: int = 3
+    optimizer: str = "SGD"
+
+    def __str__(self) -> str:
+        """The id of the case."""
+        return f"{self.architecture}-{self.name}"
+
+
+SMALL = {"r": 8, "gralora_k": 2, "alpha": 16}
+HYBRID = {"r": 8, "gralora_k": 2, "hybrid_r": 4, "alpha": 24}
+
+
+def _sizes(arch: Architecture) -> dict[str, dict[str, Any]]:
+    """Ranks, blocks, scales, starting values and dropout."""
+    two, all_named = list(arch.attention), [*arch.attention, *arch.others]
+    return {
+        "defaults": {"target_modules": two},
+        "k1": {"target_modules": two, "r": 4, "gralora_k": 1, "alpha": 8},
+        "k2": {"target_modules": all_named, **SMALL},
+        "k4": {"target_modules": all_named, "r": 8, "gralora_k": 4, "alpha": 4},
+        "r16-k4": {"target_modules": two, "r": 16, "gralora_k": 4, "alpha": 16},
+        "hybrid": {"target_modules": all_named, **HYBRID},
+        "hybrid-k1": {"target_modules": two, "r": 3, "gralora_k": 1, "hybrid_r": 5, "alpha": 3},
+        "hybrid-k4": {"target_modules": two, "r": 4, "gralora_k": 4, "hybrid_r": 1, "alpha": 7},
+        "zero-start": {"target_modules": two, **SMALL, "init_weights": True},
+        "zero-start-hybrid": {"target_modules": all_named, **HYBRID, "init_weights": True},
+        "dropout": {"target_modules": two, **SMALL, "gralora_dropout": 0.1},
+        "dropout-hybrid": {"target_modules": two, **HYBRID, "gralora_dropout": 0.5},
+    }
+
+
+def _targets(arch: Architecture) -> dict[str, dict[str, Any]]:
+    """The ways to name modules and layers."""
+    two, last = list(arch.attention), arch.layers - 1
+    found: dict[str, dict[str, Any]] = {
+        "paths": {"target_modules": list(arch.paths), **SMALL},
+        "regex": {"target_modules": arch.pattern, **SMALL},
+        "all-linear": {"target_modules": "all-linear", **SMALL},
+        "ALL-LINEAR": {"target_modules": "ALL-LINEAR", **HYBRID},
+        "layer": {"target_modules": two, **SMALL, "layers_to_transform": last},
+        "layer-list": {"target_modules": two, **SMALL, "layers_to_transform": [last]},
+        "no-layers": {"target_modules": two, **SMALL, "layers_to_transform": []},
+        "pattern": {"target_modules": two, **SMALL, "layers_to_transform": [0], "layers_pattern": arch.container},
+        "patterns": {
+            "target_modules": two,
+            **HYBRID,
+            "layers_to_transform": last,
+            "layers_pattern": ["absent", arch.container],
+        },
+    }
+    if arch.has_default:
+        found["none"] = {"target_modules": None, **SMALL}
+    return found
+
+
+def _trained(arch: Architecture) -> dict[str, dict[str, Any]]:
+    """Biases and whole modules that train beside the adapters."""
+    two = list(arch.attention)
+    found: dict[str, dict[str, Any]] = {}
+    if arch.has_biases:
+        found["bias-all"] = {"target_modules": two, **SMALL, "bias": "all"}
+        found["bias-gralora-only"] = {"target_modules": two, **HYBRID, "bias": "gralora_only"}
+    if arch.norm:
+        found["saved-norm"] = {"target_modules": two, **SMALL, "modules_to_save": [arch.norm]}
+    if arch.head:
+        found["saved-head"] = {"target_modules": two, **HYBRID, "modules_to_save": [arch.head]}
+    if arch.is_classifier:
+        found["seq-cls"] = {"target_modules": two, **SMALL, "task_type": "SEQ_CLS"}
+    return found
+
+
+TRANSPOSED = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+# whole modules that are neither a head nor a norm, and modules that hold others
+SAVED = {
+    "bert": {"saved-pooler": ["pooler"], "saved-layer": ["layer.1"]},
+    "llama": {"saved-embedding": ["embed_tokens"], "saved-attention": ["layers.0.self_attn"]},
+    "whisper": {"saved-convolution": ["conv1"]},
+    "vit": {"saved-patches": ["patch_embeddings.projection"]},
+    "multihead": {
+        "saved-attention": ["0.attention"],
+        "saved-out-proj": ["1.attention.out_proj"],
+        "saved-two": ["head", "first"],
+    },
+}
+UNTRACEABLE = {
+    ("mixtral", "fp64"),  # torch's grouped matrix product of the experts takes no float64
+    ("bart", "fp16"),  # its encoder asks in Python whether a float16 value has overflowed
+}
+
+
+def _cases(name: str, arch: Architecture) -> Iterator[Case]:
+    for kind, fields in {**_sizes(arch), **_targets(arch), **_trained(arch)}.items():
+        yield Case(name, kind, fields, optimizer="AdamW" if "hybrid" in kind else "SGD")
+    for kind, dtype in DTYPES.items():
+        if (name, kind) in UNTRACEABLE:
+            continue
+        yield Case(name, kind, {"target_modules": list(arch.attention), **HYBRID}, dtype=dtype)
+    if name == "gpt2":
+        yield Case(name, "fan-in-fan-out", {**TRANSPOSED, **SMALL})
+        yield Case(name, "fan-in-fan-out-hybrid", {**TRANSPOSED, **HYBRID}, optimizer="AdamW")
+        yield Case(name, "fan-in-fan-out-bf16", {**TRANSPOSED, **SMALL}, dtype=torch.bfloat16)
+    for kind, modules in SAVED.get(name, {}).items():
+        yield Case(name, kind, {"target_modules": list(arch.attention), **SMALL, "modules_to_save": modules})
+    if name == "mlp":
+        for kind in ("k2", "hybrid", "k4"):
+            yield Case(name, f"2d-{kind}", _sizes(arch)[kind], rank=2)
+        yield Case(name, "2d-all-linear", _targets(arch)["all-linear"], rank=2)
+    if arch.is_classifier and name != "distilbert":  # there PEFT takes pre_classifier for a head too, and then fails
+        yield Case(name, "seq-cls-all-linear", {"target_modules": "all-linear", **HYBRID, "task_type": "SEQ_CLS"})
+
+
+GRID: tuple[Case, ...] = tuple(case for name, arch in ARCHITECTURES.items() for case in _cases(name, arch))
+
+GROUPS = {
+    "encoders": ("bert", "roberta", "distilbert", "albert", "mpnet"),
+    "decoders": ("gpt2", "opt", "llama", "qwen3"),
+    "more_decoders": ("gemma3", "phi3", "mistral", "mixtral"),
+    "encoder_decoders": ("t5", "bart", "whisper"),
+    "vision_and_plain": ("vit", "clip_text", "mlp", "multihead"),
+}
+
+
+def cases_of(group: str) -> list[Any]:
+    """The cases of a group as parameters of a test."""
+    return [pytest.param(case, id=str(case)) for case in GRID if case.architecture in GROUPS[group]]
