@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from gralora_fx.merging import merge
     from gralora_fx.model import GraloraModel
     from gralora_fx.planning import plan
-    from gralora_fx.rewrite_plan import RewritePlan
+    from gralora_fx.planning.rewrite_plan import RewritePlan
     from gralora_fx.rewriting import rewrite
     from gralora_fx.sites import LinearSite
     from gralora_fx.tracing.trace import trace
@@ -32,7 +32,7 @@ _HOMES = {
     "GraloraConfig": "config",
     "GraloraModel": "model",
     "LinearSite": "sites",
-    "RewritePlan": "rewrite_plan",
+    "RewritePlan": "planning",
     "TracedModel": "tracing.traced",
     "merge": "merging",
     "plan": "planning",

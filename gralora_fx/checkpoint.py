@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import CONFIG_NAME, GraloraConfig
 from gralora_fx.errors import CheckpointError
-from gralora_fx.installed import InstalledAdapter
 from gralora_fx.module_tree import ModuleTree
+from gralora_fx.planning.targets import resolve_targets
 from gralora_fx.sources import resolve_directory
 from gralora_fx.store import CHECKPOINT_SUFFIX, FACTOR_NAMES
-from gralora_fx.targets import resolve_targets
 from gralora_fx.tracing.traced import TracedModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
+from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import MergeError
-from gralora_fx.installed import InstalledAdapter
 from gralora_fx.model import GraloraModel
 from gralora_fx.passes.fold import folded_weights
 from gralora_fx.passes.marks import mark_of, marked_nodes, unmark

@@ -9,22 +9,22 @@ from typing import Any
 
 from torch import fx, nn
 
-from gralora_fx.adapter_graph import AdapterGraph
+from gralora_fx.adapters.graph import AdapterGraph
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.checkpoint import load_tensors, read_adapter, write_adapter
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
-from gralora_fx.installed import InstalledAdapter
 from gralora_fx.losses import LABELS, decoder_inputs, model_loss, split_labels
 from gralora_fx.passes.fold import SiteUpdate
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning import plan
+from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.queries import AdapterQueries
 from gralora_fx.reweighted import with_weights
-from gralora_fx.rewrite_plan import RewritePlan
 from gralora_fx.store import check_adapter_name
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.user_pass import GraphPass
-from gralora_fx.weighted import weighted_sum
 
 
 class GraloraModel(AdapterQueries, nn.Module):

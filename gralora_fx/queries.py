@@ -8,12 +8,12 @@ from torch import Tensor, fx
 
 from gralora_fx.adapter import Factors, Update, delta_weight
 from gralora_fx.adapter_forms import block_norms, summed
-from gralora_fx.adapter_graph import AdapterGraph
+from gralora_fx.adapters.graph import AdapterGraph
+from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
-from gralora_fx.installed import InstalledAdapter
 from gralora_fx.passes.marks import mark_of
-from gralora_fx.rewrite_plan import PlannedSite, RewritePlan
+from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.sites import LinearSite
 from gralora_fx.tracing.traced import TracedModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.model import GraloraModel
-from gralora_fx.rewrite_plan import RewritePlan
+from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced import TracedModel
 
 

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from gralora_fx.adapter import Rank
 from gralora_fx.adapter_forms import block_norms
+from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
-from gralora_fx.installed import InstalledAdapter
-from gralora_fx.rewrite_plan import RewritePlan
+from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.sites import LinearSite, other_readers
 from gralora_fx.tracing.traced import TracedModel
 

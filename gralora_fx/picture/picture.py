@@ -9,7 +9,7 @@ from gralora_fx.picture.facts import AdaptedModel, ModelFacts, read_facts
 from gralora_fx.picture.flow import condense
 from gralora_fx.picture.folding import Folding
 from gralora_fx.picture.layout import lay_out
-from gralora_fx.rewrite_plan import RewritePlan
+from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced import TracedModel
 
 

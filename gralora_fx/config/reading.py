@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gralora_fx.config_checks import check_integer
+from gralora_fx.config.checks import check_integer
 from gralora_fx.errors import warn_caller
 
 ALL_LINEAR = "all-linear"

@@ -9,9 +9,9 @@ from typing import Any
 
 from gralora_fx.adapter import Factors, Update
 from gralora_fx.adapter_forms import summed
+from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ConfigError, RewriteError
-from gralora_fx.installed import InstalledAdapter
 
 
 def weighted_sum(

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.config_checks import check_expressions, check_integer, check_names, check_number, check_pattern
-from gralora_fx.config_reading import ALL_LINEAR, as_peft_reads, from_paper
+from gralora_fx.config.checks import check_expressions, check_integer, check_names, check_number, check_pattern
+from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, from_paper
 from gralora_fx.errors import ConfigError, warn_caller
 from gralora_fx.sources import resolve_directory
 

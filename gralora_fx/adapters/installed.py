@@ -15,7 +15,7 @@ from gralora_fx.module_tree import ModuleTree
 from gralora_fx.passes.insert import insert_adapter
 from gralora_fx.passes.own import own_parameters, release_parameters
 from gralora_fx.passes.remove import remove_adapter
-from gralora_fx.rewrite_plan import PlannedSite, RewritePlan
+from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.store import as_parameters, copy_path, drop, factor_paths, put
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.adapter import Factors
+from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
-from gralora_fx.installed import InstalledAdapter
 from gralora_fx.passes.fold import SiteUpdate, fold_in_place, folded_weights, set_weights, shared_sites
 from gralora_fx.passes.protect import protect_outputs
 from gralora_fx.passes.separate import rejoin_weights, separate_weights
-from gralora_fx.rewrite_plan import RewritePlan
+from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import record_switches, set_mode
 from gralora_fx.tracing.traced import TracedModel

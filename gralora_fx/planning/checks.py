@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import warn_caller
-from gralora_fx.rewrite_plan import PlannedSite
-from gralora_fx.sites import LinearSite, names_of_site
-from gralora_fx.targets import (
+from gralora_fx.planning.rewrite_plan import PlannedSite
+from gralora_fx.planning.targets import (
     TargetRule,
     nearest_names,
     numbered_containers,
     pattern_key,
     unmatched_names,
 )
+from gralora_fx.sites import LinearSite, names_of_site
 from gralora_fx.tracing.traced import TracedModel
 
 
