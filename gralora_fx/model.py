@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,18 @@ from torch import fx, nn
 
 from gralora_fx.adapters.graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.checkpoint import load_tensors, read_adapter, write_adapter
-from gralora_fx.config import GraloraConfig
-from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
+from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.losses import LABELS, decoder_inputs, model_loss, split_labels
 from gralora_fx.passes.fold import SiteUpdate
 from gralora_fx.picture import html_of, save, svg_of
-from gralora_fx.planning import plan
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.queries import AdapterQueries
 from gralora_fx.reweighted import with_weights
-from gralora_fx.store import check_adapter_name
+from gralora_fx.switching import AdapterSwitching
 from gralora_fx.tracing.traced import TracedModel
-from gralora_fx.tracing.user_pass import GraphPass
 
 
-class GraloraModel(AdapterQueries, nn.Module):
+class GraloraModel(AdapterSwitching, nn.Module):
     """A traced model with GraLoRA adapters in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
@@ -148,87 +142,6 @@ class GraloraModel(AdapterQueries, nn.Module):
         for parameter in self.traced.tree.parameters.values():
             parameter.requires_grad_(False)
 
-    # -- adapters ---------------------------------------------------------------------------------------------------
-
-    def add_adapter(self, adapter_name: str, config_or_plan: GraloraConfig | RewritePlan) -> None:
-        """Add an adapter; the first one becomes active, later ones wait for `set_adapter`.
-
-        Args:
-            adapter_name: A new name.
-            config_or_plan: What to adapt, or the plan already made of it.
-
-        Raises:
-            ConfigError: The name is taken or invalid, or a second adapter would train biases.
-            TargetError: The configuration cannot be met.
-            RewriteError: The plan is not one of this model. Nothing has changed, after any error.
-        """
-        check_adapter_name(adapter_name)
-        self._state.add(adapter_name, self._plan(config_or_plan))
-
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter active, or several that sum; the others leave the graph and stop training.
-
-        Args:
-            adapter_name: Name or names of existing adapters.
-
-        Raises:
-            RewriteError: There is no such adapter, or two of them train copies of the same module.
-            MergeError: Adapters are merged; unmerge first.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
-        self._state.switch(names)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the base model while the block lasts: its graph, node for node, over its own parameters."""
-        state = self._state.disable()
-        try:
-            yield
-        finally:
-            self._state.restore(state)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors.
-
-        Raises:
-            RewriteError: There is no such adapter, or it is active.
-        """
-        self.installed(adapter_name)
-        if adapter_name in self._state.active:
-            raise RewriteError(f"adapter {adapter_name!r} is active; set another one before deleting it")
-        self._state.remove(adapter_name)
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-    ) -> None:
-        """Add an adapter whose weight update is the weighted sum of others; it waits for `set_adapter`.
-
-        The sum is exact. Adapters of the same `gralora_k` give one of that `k` whose rank is the sum of theirs; where
-        different `k` meet at a site, it gets the exact LoRA form (`k = 1`, rank `sum of k*r`).
-
-        Args:
-            adapters: Names of the adapters to combine; sizes, scales and targets may differ.
-            weights: A factor for each, negative ones included.
-            adapter_name: A new name.
-            combination_type: `"linear"`, the only one.
-
-        Raises:
-            ConfigError: The name is taken or invalid, counts differ, a weight is not finite, or the type is another.
-            RewriteError: There is no such adapter, or one trains biases or whole modules.
-            MergeError: Adapters are merged; unmerge first.
-        """
-        check_adapter_name(adapter_name)
-        if combination_type != "linear":
-            raise ConfigError(f"combination_type must be 'linear', but got {combination_type!r}")
-        if isinstance(adapters, str):
-            raise ConfigError(f"adapters must be a list of names, but got {adapters!r}; give [{adapters!r}]")
-        config, factors = weighted_sum([self.installed(name) for name in adapters], list(weights))
-        self._state.add(adapter_name, self._plan(config), factors=factors)
-
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path, adapter_names: Sequence[str] | None = None) -> None:
@@ -274,35 +187,6 @@ class GraloraModel(AdapterQueries, nn.Module):
         except CheckpointError:
             self._state.remove(adapter_name)
             raise
-
-    # -- passes of the user -----------------------------------------------------------------------------------------
-
-    def add_pass(self, graph_pass: GraphPass) -> None:
-        """Run a pass of your own over the rewritten graph, now and again after every change of adapters.
-
-        It gets a copy of the graph, so that adapters go in and out as if it were not there, and `remove_pass` undoes
-        it. It holds for running and training: `merge`, `unload` and exports give the base's graph, over which
-        `TracedModel.with_pass` runs one.
-
-        Args:
-            graph_pass: Takes the `GraphModule` and edits it in place. `nodes` finds what serves a site or an adapter.
-
-        Raises:
-            RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is as
-                it was.
-        """
-        self._state.set_passes([*self._state.passes, graph_pass])
-
-    def remove_pass(self, graph_pass: GraphPass) -> None:
-        """Take back a pass that was added.
-
-        Raises:
-            RewriteError: It was not added.
-        """
-        if graph_pass not in self._state.passes:
-            raise RewriteError(f"{graph_pass!r} is no pass of this model; there are {list(self._state.passes)}")
-        index = self._state.passes.index(graph_pass)
-        self._state.set_passes([*self._state.passes[:index], *self._state.passes[index + 1 :]])
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -373,20 +257,6 @@ class GraloraModel(AdapterQueries, nn.Module):
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
         """The weight updates of adapters, site by site; None for the active ones."""
         return self._state.updates(self._state.active if adapter_names is None else adapter_names)
-
-    def _plan(self, config_or_plan: GraloraConfig | RewritePlan) -> RewritePlan:
-        if isinstance(config_or_plan, GraloraConfig):
-            return plan(self.traced, config_or_plan)
-        if not isinstance(config_or_plan, RewritePlan):
-            raise ConfigError(
-                f"expected a GraloraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
-                "convert a live PEFT configuration with GraloraConfig.from_peft"
-            )
-        known = {site.path: site.weight for site in self.sites}
-        for planned in config_or_plan.selected:
-            if known.get(planned.site.path) is not planned.site.weight:
-                raise RewriteError(f"{planned.site.path} of the plan is no site of this model; plan it again")
-        return config_or_plan
 
 
 def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:

@@ -24,3 +24,11 @@ def test_peft_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     output = capsys.readouterr().out
     assert "passed: 4 cases" in output
     assert "ONNX Runtime and PyTorch differ by" in output
+
+
+def test_several_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["several_adapters.py", "--picture", str(tmp_path / "model.html")])
+    runpy.run_path(str(EXAMPLES / "several_adapters.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "formal, brief, mixed" in output
+    assert "<svg" in (tmp_path / "model.html").read_text()

@@ -548,6 +548,16 @@ def test_merging_one_of_two_keeps_the_output(pair: GraloraModel) -> None:
     assert torch.equal(run(pair, inputs), both)
 
 
+def test_unmerging_one_of_two_gives_every_bit_of_the_output_back(pair: GraloraModel) -> None:
+    inputs = inputs_of("bert")
+    pair.set_adapter(["default", "other"])
+    expected, before = run(pair, inputs), structure(pair)
+    pair.merge_adapter("default")
+    pair.unmerge_adapter()
+    assert structure(pair) == before
+    assert torch.equal(run(pair, inputs), expected)
+
+
 def test_what_goes_wrong_around_merging(pair: GraloraModel) -> None:
     with pytest.raises(MergeError, match="nothing is merged, so there is nothing to unmerge"):
         pair.unmerge_adapter()

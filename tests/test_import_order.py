@@ -25,6 +25,7 @@ ORDER = [
     "adapters",
     "reweighted",
     "queries",
+    "switching",
     "picture",
     "losses",
     "checkpoint",

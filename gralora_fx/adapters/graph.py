@@ -103,8 +103,8 @@ class AdapterGraph:
         return state
 
     def restore(self, state: tuple[list[str], list[str]]) -> None:
-        """Undo `disable`."""
-        active, merged = state
+        """Undo `disable`, for the adapters that are still there."""
+        active, merged = ([name for name in names if name in self.adapters] for names in state)
         self._set_active(active)
         if merged:
             self.merge(merged, untie=self._unties)
@@ -168,8 +168,7 @@ class AdapterGraph:
         rejoin_weights(self.graph_module)
         self._spare = {path: weight.data for path, weight in self._merged_weights.items()}
         merged, self.merged, self._merged_weights = self.merged, [], {}
-        for name in merged:
-            self.adapters[name].attach(self.graph_module)
+        self._attach(list(self.active))  # all of them, so that they add up in their order again
         try:
             self._settle()
         except RewriteError:
