@@ -9,6 +9,7 @@ from gralora_fx.errors import warn_caller
 from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.planning.targets import (
     TargetRule,
+    counts_below,
     nearest_names,
     numbered_containers,
     pattern_key,
@@ -176,6 +177,13 @@ def warn_of_gaps(rule: TargetRule, config: GraloraConfig, traced: TracedModel, s
             gaps.append(
                 f"layers_to_transform {missing} does not exist and is skipped; there are {_ranges(sorted(existing))}"
             )
+    if len(rule.layer_patterns) > 1:
+        containers = ", ".join(numbered_containers(paths)) or "none"
+        gaps += [
+            f"layers_pattern {name!r} finds no numbered layers; the containers with numbered children are: {containers}"
+            for name in rule.layer_patterns
+            if not any(counts_below(name, path) for path in paths)
+        ]
     gaps += [
         _no_match(name, paths, "modules_to_save")
         for name in config.modules_to_save or ()

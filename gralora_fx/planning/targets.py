@@ -106,14 +106,20 @@ class TargetRule:
     def layer_index(self, path: str) -> int | None:
         """The layer that a path lies in: its first number below a (matching) container."""
         for container in self.layer_patterns or (None,):
-            expression = r".*?\.[^.]*" if container is None else rf"(?:^|.*?\.){container}"
-            if found := re.match(rf"{expression}\.(?P<index>\d+)\.", path):
-                return int(found["index"])
+            if (index := counts_below(container, path)) is not None:
+                return index
         return None
 
     def _is_counted(self, path: str) -> bool:
         """Whether the layer filter applies: PEFT takes a path that is named in full whatever its layer."""
         return self.all_linear or path not in self.names
+
+
+def counts_below(container: str | None, path: str) -> int | None:
+    """The number of the layer of a container that a path lies in, by PEFT's expressions; None for any container."""
+    expression = r".*?\.[^.]*" if container is None else rf"(?:^|.*?\.){container}"
+    found = re.match(rf"{expression}\.(?P<index>\d+)\.", path)
+    return None if found is None else int(found["index"])
 
 
 def resolve_targets(config: GraloraConfig, tree: ModuleTree, model_type: str | None) -> TargetRule:

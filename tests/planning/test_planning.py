@@ -430,3 +430,10 @@ def test_a_saved_module_that_does_not_exist_is_a_warning() -> None:
     with warnings.catch_warnings():  # PEFT adds both heads for the task, and a model has one
         warnings.simplefilter("error")
         planned("bert", target_modules=["query"], modules_to_save=["classifier", "score"], task_type="SEQ_CLS")
+
+
+def test_one_of_several_layer_patterns_that_finds_nothing_is_a_warning() -> None:
+    with pytest.warns(
+        UserWarning, match="layers_pattern 'layers' finds no numbered layers; the containers .* are: layer"
+    ):
+        planned("bert", target_modules=["query"], layers_to_transform=[0], layers_pattern=["layers", "layer"])
