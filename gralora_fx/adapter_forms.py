@@ -68,6 +68,7 @@ def summed(updates: Sequence[Update], *, hybrid_r: int = 0) -> Factors:
     if missing > 0:
         ins, outs = A.shape[0] * A.shape[1], B.shape[0] * B.shape[2]
         generals.append((A.new_zeros(missing, ins), B.new_zeros(outs, missing)))
+    A, B = A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
     if not generals:
         return Factors(A, B)
     return Factors(A, B, torch.cat([a for a, _ in generals]), torch.cat([b for _, b in generals], dim=1))  # type: ignore[misc]

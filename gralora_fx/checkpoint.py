@@ -17,7 +17,7 @@ from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import CONFIG_NAME, GraloraConfig
 from gralora_fx.errors import CheckpointError
 from gralora_fx.module_tree import ModuleTree
-from gralora_fx.planning.targets import resolve_targets
+from gralora_fx.planning.targets import exact_targets, resolve_targets
 from gralora_fx.sources import resolve_directory
 from gralora_fx.store import CHECKPOINT_SUFFIX, FACTOR_NAMES
 from gralora_fx.tracing.traced import TracedModel
@@ -116,7 +116,8 @@ def write_adapter(adapter: InstalledAdapter, directory: Path, traced: TracedMode
         CheckpointError: The directory cannot be written.
     """
     # a parameter with two names is written under both
-    tensors = {key: p.detach().cpu().clone() for key, p in checkpoint_parameters(adapter).items()}
+    parameters = checkpoint_parameters(adapter)
+    tensors = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in parameters.items()}
     try:
         _write(tensors, saved_config(adapter, traced), directory)
     except OSError as error:
@@ -141,7 +142,7 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfi
         "inference_mode": True,
     }
     if config.adapts_all_linear:
-        changes["target_modules"] = {planned.site.path for planned in adapter.plan.selected}
+        changes["target_modules"] = exact_targets((p.site.path for p in adapter.plan.selected), traced.tree)
         changes |= {"layers_to_transform": None, "layers_pattern": None}
     elif config.target_modules is None:
         rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
@@ -158,7 +159,8 @@ def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, nn.Parameter]:
                 found[f"{_PREFIX}{site_path}.{FACTOR_NAMES[field]}{CHECKPOINT_SUFFIX[field]}"] = tensor
     for module, owned in adapter.copies.items():
         for base, parameter in owned.items():
-            name = f"{module}.base_layer.bias" if module in adapter.factors else base
+            is_layers_own = module in adapter.factors and base == f"{module}.bias"
+            name = f"{module}.base_layer.bias" if is_layers_own else base
             found[f"{_PREFIX}{name}"] = parameter
     return found
 

@@ -13,6 +13,7 @@ from gralora_fx.model import GraloraModel
 from gralora_fx.passes.fold import folded_weights
 from gralora_fx.passes.marks import mark_of, marked_nodes, unmark
 from gralora_fx.reweighted import with_weights
+from gralora_fx.store import adapter_names as as_names
 from gralora_fx.store import copy_path, put
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.traced import TracedModel
@@ -40,20 +41,21 @@ def merge(
         A traced model in the mode of `model`.
 
     Raises:
-        RewriteError: There is no such adapter.
+        RewriteError: There is no such adapter, or two of them have no common result (see `set_adapter`).
         MergeError: There is nothing to fold, a weight is tied to another layer, or would not be finite.
     """
     if not isinstance(model, GraloraModel):
         raise MergeError(f"cannot merge a {type(model).__name__}; give what rewrite() returned")
-    if isinstance(adapter_names, str):
-        adapter_names = [adapter_names]
-    work = model.updates(adapter_names)
+    names = model.active_adapters if adapter_names is None else as_names(adapter_names)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise MergeError(f"adapter {twice[0]!r} is named twice, and would be folded twice; name it once")
+    work = model.updates(names)
     if not work:
         raise MergeError("no adapter is active, so there is nothing to merge; set one or name it")
     traced = model.traced
     weights = folded_weights(traced.graph_module, work, safe=safe, untie=untie)
     merged = with_weights(traced, weights)
-    for name in model.active_adapters if adapter_names is None else adapter_names:
+    for name in names:
         merged = _settle_copies(merged, model.installed(name))
     return merged.train(model.training)
 

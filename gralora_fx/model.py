@@ -17,6 +17,7 @@ from gralora_fx.passes.fold import SiteUpdate
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.reweighted import with_weights
+from gralora_fx.store import adapter_names as as_names
 from gralora_fx.switching import AdapterSwitching
 from gralora_fx.tracing.traced import TracedModel
 
@@ -106,6 +107,7 @@ class GraloraModel(AdapterSwitching, nn.Module):
             TraceError: An input is missing or was not part of the trace.
             RewriteError: Labels were given, and the model has no loss for them.
         """
+        assert self._state.version  # read here, so that torch.compile looks again when the graph has changed
         if not any(kwargs.get(name) is not None for name in LABELS):
             return self.graph_module(**self.traced.bind(args, {k: v for k, v in kwargs.items() if k not in LABELS}))
         inputs, labels = split_labels(kwargs)
@@ -127,8 +129,8 @@ class GraloraModel(AdapterSwitching, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Number of values that train, and of all values."""
-        counted = {id(parameter): parameter for parameter in self.parameters()}
-        counted |= {id(parameter): parameter for parameter in self.traced.tree.parameters.values()}
+        adapters = [p for adapter in self._state.adapters.values() for _, p in adapter.named_parameters()]
+        counted = {id(parameter): parameter for parameter in (*self.traced.tree.parameters.values(), *adapters)}
         trainable = sum(p.numel() for p in counted.values() if p.requires_grad)
         return trainable, sum(p.numel() for p in counted.values())
 
@@ -144,7 +146,7 @@ class GraloraModel(AdapterSwitching, nn.Module):
 
     # -- files ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | Path, adapter_names: Sequence[str] | None = None) -> None:
+    def save_pretrained(self, directory: str | Path, adapter_names: Sequence[str] | str | None = None) -> None:
         """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
 
         Args:
@@ -154,7 +156,7 @@ class GraloraModel(AdapterSwitching, nn.Module):
         Raises:
             RewriteError: There is no such adapter.
         """
-        names = list(self._state.adapters) if adapter_names is None else list(adapter_names)
+        names = list(self._state.adapters) if adapter_names is None else as_names(adapter_names)
         adapters = [self.installed(name) for name in names]
         for adapter in adapters:
             target = Path(directory) if adapter.name == "default" else Path(directory) / adapter.name
@@ -207,7 +209,7 @@ class GraloraModel(AdapterSwitching, nn.Module):
             MergeError: Nothing to merge, an adapter is not active or merged already, a weight is tied or would not be
                 finite. Nothing has changed, after any error.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = None if adapter_names is None else as_names(adapter_names)
         self._state.merge(self._state.mergeable(names), safe=safe_merge, untie=untie)
 
     def unmerge_adapter(self) -> None:
@@ -238,10 +240,8 @@ class GraloraModel(AdapterSwitching, nn.Module):
         Raises:
             MergeError: Nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
         """
-        if self._state.merged:
-            self._state.unmerge()
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        own = self._state.fold_into_base(self._state.mergeable(names), safe=safe_merge, untie=untie)
+        names = None if adapter_names is None else as_names(adapter_names)
+        own = self._state.fold_into_base(self._state.mergeable(names, again=True), safe=safe_merge, untie=untie)
         return with_weights(self.unload(), own)
 
     def unload(self) -> TracedModel:
@@ -255,8 +255,15 @@ class GraloraModel(AdapterSwitching, nn.Module):
         return self.traced.with_graph(self.graph_module, self.traced.tree).train(self.training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
-        """The weight updates of adapters, site by site; None for the active ones."""
-        return self._state.updates(self._state.active if adapter_names is None else adapter_names)
+        """The weight updates of adapters, site by site; None for the active ones.
+
+        Raises:
+            RewriteError: There is no such adapter, or two of them cannot be active together.
+        """
+        names = self._state.active if adapter_names is None else adapter_names
+        found = self._state.updates(names)
+        self._state.refuse_shared_copies(names)
+        return found
 
 
 def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:

@@ -122,10 +122,13 @@ class AdapterQueries:
             adapter_name: Name of an adapter; None for all.
 
         Raises:
+            TargetError: There is no such site.
             RewriteError: There is no such adapter.
         """
         if adapter_name is not None:
             self.installed(adapter_name)
+        if path is not None and not any(path in adapter.copies for adapter in self._state.adapters.values()):
+            self.site(path)
         found = []
         for node in self._state.graph_module.graph.nodes:
             mark = mark_of(node)

@@ -115,28 +115,28 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
         tree: The modules of the model it was traced from.
     """
     tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
-    calls: dict[tuple[str, int], list[LinearCall]] = {}
-    owners: dict[int, set[str]] = {}
-    for call in _calls(graph_module):
-        weight = tensors.get(str(call.weight.target))
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-            path = _owner(call, weight, tree)
-            calls.setdefault((path, id(weight)), []).append(call)
-            owners.setdefault(id(weight), set()).add(path)
+    weights = {call: tensors.get(str(call.weight.target)) for call in _calls(graph_module)}
+    calls = {call: w for call, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
+    called = {path for call in calls if (path := _innermost(call, tree)) in tree.linear}
+    groups: dict[tuple[str, int, bool], list[LinearCall]] = {}
+    for call, weight in calls.items():
+        groups.setdefault((_owner(call, weight, tree, called), id(weight), call.stored_transposed), []).append(call)
     found: dict[str, LinearSite] = {}
-    shared_paths = [path for path, _ in calls]
-    for (path, _), group in calls.items():
-        weight = tensors[str(group[0].weight.target)]
+    shared_paths = [path for path, _, _ in groups]
+    for (path, _, _), group in groups.items():
+        weight = calls[group[0]]
         own_bias = f"{path}.bias" if path in tree.linear else ""  # added after the product, as Falcon's layers do
         bias_name = group[0].bias.target if group[0].bias is not None else own_bias
         name = path
         if path not in tree.linear and (not path or shared_paths.count(path) > 1):
             name = _weight_name(path, weight, tree)
+        if name in found:  # one weight used both ways round
+            name = f"{name}.T"
         found[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
     for path in tree.linear - set(found):
-        weight, bias = tree.parameters.get(f"{path}.weight"), tree.parameters.get(f"{path}.bias")
-        if weight is not None and weight.ndim == 2:
-            found[path] = _site(path, weight, bias, [], tree)
+        uncalled, bias = tree.parameters.get(f"{path}.weight"), tree.parameters.get(f"{path}.bias")
+        if uncalled is not None and uncalled.ndim == 2:
+            found[path] = _site(path, uncalled, bias, [], tree)
     order = {path: index for index, path in enumerate(tree.types)}
     ranked = sorted(found, key=lambda path: order.get(path, order.get(path.rpartition(".")[0], len(order))))
     return tuple(found[path] for path in ranked)
@@ -184,16 +184,26 @@ def _site(
     )
 
 
-def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree) -> str:
-    """Path of the linear layer that a call belongs to, or of the module around a functional call."""
+def _innermost(call: LinearCall, tree: ModuleTree) -> str:
+    """Path of the innermost module that a call was traced in."""
     stack = [path for path, _ in module_stack(call.node)]
-    innermost = tree.canonical(stack[-1]) if stack else str(call.weight.target).rpartition(".")[0]
+    return tree.canonical(stack[-1]) if stack else str(call.weight.target).rpartition(".")[0]
+
+
+def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree, called: set[str]) -> str:
+    """Path of the linear layer that a call belongs to, or of the module around a functional call.
+
+    A layer that is never called itself, and whose weight is used the way it would use it, is called by that use, as
+    `nn.MultiheadAttention` uses its `out_proj`.
+    """
+    innermost = _innermost(call, tree)
     if innermost in tree.linear:
         return innermost
     prefix = f"{innermost}." if innermost else ""
-    for name in tree.names_of(weight):  # a child used by its weight only, as MultiheadAttention uses its out_proj
+    for name in tree.names_of(weight):
         path = tree.canonical(name.removesuffix(".weight"))
-        if name.endswith(".weight") and name.startswith(prefix) and path in tree.linear:
+        is_child = name.endswith(".weight") and name.startswith(prefix) and path in tree.linear
+        if is_child and path not in called and call.stored_transposed == tree.types[path].endswith("Conv1D"):
             return path
     return innermost
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import keyword
+
 from torch import Tensor, fx, nn
 
 from gralora_fx.adapter import Factors
-from gralora_fx.errors import ConfigError
+from gralora_fx.errors import ConfigError, RewriteError
 
 ROOT = "gralora"
 
@@ -15,15 +17,37 @@ CHECKPOINT_SUFFIX = {"A": "", "B": "", "A_general": ".weight", "B_general": ".we
 
 
 def check_adapter_name(name: object) -> None:
-    """Refuse a name that cannot be part of an attribute path.
+    """Refuse a name that cannot be part of an attribute path, of code and of a file's path.
 
     Raises:
-        ConfigError: It is no string, is empty, has a dot, or is an attribute of every module.
+        ConfigError: It is no string, is empty, is an attribute of every module or a word of Python, or holds a dot, a
+            slash, a quote or a character that cannot be printed.
     """
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.Module(), name):
+    is_fit = (
+        isinstance(name, str)
+        and bool(name)
+        and name.isprintable()
+        and not set(name) & set("./\\'\"")
+        and not keyword.iskeyword(name)
+        and not hasattr(nn.Module(), name)
+    )
+    if not is_fit:
         raise ConfigError(
-            f"{name!r} cannot name an adapter; take a string without dots that is no attribute of nn.Module"
+            f"{name!r} cannot name an adapter; take letters, digits, _ and -, no attribute of nn.Module, no dots "
+            "and no word of Python"
         )
+
+
+def adapter_names(names: object) -> list[str]:
+    """One adapter's name, or several, as a list.
+
+    Raises:
+        RewriteError: It is neither a string nor a list of strings.
+    """
+    given = [names] if isinstance(names, str) else names
+    if not isinstance(given, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in given):
+        raise RewriteError(f"expected the name of an adapter or a list of names, but got {names!r}")
+    return list(given)
 
 
 def put(graph_module: fx.GraphModule, path: str, parameter: nn.Parameter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,8 +10,9 @@ from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.planning import RewritePlan, plan
+from gralora_fx.planning.targets import exact_targets
 from gralora_fx.queries import AdapterQueries
-from gralora_fx.store import check_adapter_name
+from gralora_fx.store import adapter_names, check_adapter_name
 from gralora_fx.tracing.user_pass import GraphPass
 
 
@@ -39,20 +41,17 @@ class AdapterSwitching(AdapterQueries):
             adapter_name: Name or names of existing adapters.
 
         Raises:
-            RewriteError: There is no such adapter, or two of them train copies of the same module.
+            RewriteError: There is no such adapter, two of them train copies of the same module, one adapts what another
+                trains as a copy, or the block of `disable_adapter` is not left yet.
             MergeError: Adapters are merged; unmerge first.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
-        self._state.switch(names)
+        self._state.switch(list(dict.fromkeys(adapter_names(adapter_name))))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base model while the block lasts: its graph, node for node, over its own parameters."""
-        state = self._state.disable()
-        try:
+        with self._state.disabled():
             yield
-        finally:
-            self._state.restore(state)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.
@@ -93,7 +92,10 @@ class AdapterSwitching(AdapterQueries):
             raise ConfigError(f"combination_type must be 'linear', but got {combination_type!r}")
         if isinstance(adapters, str):
             raise ConfigError(f"adapters must be a list of names, but got {adapters!r}; give [{adapters!r}]")
-        config, factors = weighted_sum([self.installed(name) for name in adapters], list(weights))
+        if not isinstance(weights, (list, tuple)):
+            raise ConfigError(f"weights must be a list of numbers, but got {weights!r}")
+        config, factors = weighted_sum([self.installed(name) for name in adapter_names(adapters)], weights)
+        config = dataclasses.replace(config, target_modules=exact_targets(factors, self.traced.tree))
         self._state.add(adapter_name, self._plan(config), factors=factors)
 
     # -- passes of the user -----------------------------------------------------------------------------------------

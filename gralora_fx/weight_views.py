@@ -122,7 +122,9 @@ def _row_range(node: fx.Node) -> tuple[object, int, int] | None:
         return _sliced(source, slice(*(*rest[1:], None, None, None)[:3]))
     if node.target in _NARROW and _axis(node, 1) == 0:
         first, length = rest[1:3]
-        if isinstance(first, int) and isinstance(length, int):
+        height = _height(source)
+        if isinstance(first, int) and isinstance(length, int) and height is not None:
+            first += height if first < 0 else 0
             return _sliced(source, slice(first, first + length))
     return None
 

@@ -105,7 +105,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["", "a.b", "forward", 3, "train"])
 def test_bad_adapter_names(name: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name!r} cannot name an adapter; take a string without dots"):
+    with pytest.raises(ConfigError, match=f"{name!r} cannot name an adapter; take letters, digits"):
         rewrite(traced("bert"), GraloraConfig(**QUERY), adapter_name=name)
 
 
@@ -667,7 +667,7 @@ def test_a_transformers_model_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run(model, inputs)
     assert actual.dtype == torch.bfloat16
-    assert relative_error(actual.float(), expected) < 0.05
+    assert relative_error(actual.float(), expected) < 0.1
 
 
 @pytest.mark.parametrize("fields", [{}, {"hybrid_r": 2}], ids=str)

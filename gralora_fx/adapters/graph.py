@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,9 +11,16 @@ from torch import Tensor, fx, nn
 from gralora_fx.adapter import Factors
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
-from gralora_fx.passes.fold import SiteUpdate, fold_in_place, folded_weights, set_weights, shared_sites
+from gralora_fx.passes.fold import (
+    SiteUpdate,
+    fold_in_place,
+    folded_weights,
+    refuse_shared,
+    set_weights,
+    shared_sites,
+)
 from gralora_fx.passes.protect import protect_outputs
-from gralora_fx.passes.separate import rejoin_weights, separate_weights
+from gralora_fx.passes.separate import drop_separated, separate_weights
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import record_switches, set_mode
@@ -29,7 +37,9 @@ class AdapterGraph:
         adapters: Adapters by name.
         active: Names of those whose outputs are added, merged ones included.
         merged: Names of those that stand folded in the weights.
+        passes: The user's passes, which run over the graph whenever it is made.
         training: The graph's mode.
+        version: Changes with the graph, so that a model compiled by `torch.compile` is compiled again.
     """
 
     def __init__(self, traced: TracedModel) -> None:
@@ -39,26 +49,25 @@ class AdapterGraph:
         self.adapters: dict[str, InstalledAdapter] = {}
         self.active: list[str] = []
         self.merged: list[str] = []
+        self.passes: tuple[GraphPass, ...] = ()
         self.training = traced.training
+        self.version = "0"
         self._merged_weights: dict[str, nn.Parameter] = {}
         self._spare: dict[str, Tensor] = {}
         self._unties = False
-        self._passes: list[GraphPass] = []
-        self._plain: fx.Graph | None = None  # the graph as passes have not seen it, where there are any
+        self._is_disabled = False
 
     def __getitem__(self, name: str) -> InstalledAdapter:
         """An adapter by name; a `RewriteError` where there is none."""
-        if name not in self.adapters:
+        if not isinstance(name, str) or name not in self.adapters:
             raise RewriteError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
         return self.adapters[name]
 
     def set_mode(self, training: bool) -> None:
         """Switch everything in the graph that depends on the mode."""
         self.training = training
-        if self._plain is not None:
-            set_mode(self._plain, training)
         if set_mode(self.graph_module.graph, training):
-            self.graph_module.recompile()
+            self._compile()
 
     # -- adding and switching ---------------------------------------------------------------------------------------
 
@@ -78,7 +87,7 @@ class AdapterGraph:
         self.adapters[name] = adapter
         if is_first:
             try:
-                self._set_active([name])
+                self._make(active=[name])
             except RewriteError:
                 self.remove(name)
                 raise
@@ -88,51 +97,57 @@ class AdapterGraph:
         for name in names:
             self[name]
         self.refuse_merged("switch adapters")
-        self._refuse_shared_copies(names)
+        if self._is_disabled:
+            raise RewriteError("cannot switch adapters within disable_adapter(), which sets those before it again")
+        self.refuse_shared_copies(names)
         if list(names) != self.active:
-            self._set_active(names)
+            self._make(active=names)
         for name, adapter in self.adapters.items():
             adapter.requires_grad_(name in names)
 
-    def disable(self) -> tuple[list[str], list[str]]:
-        """Make the graph the base's; the result is what `restore` takes."""
-        state = list(self.active), list(self.merged)
-        if self.merged:
-            self.unmerge()
-        self._set_active([])
-        return state
-
-    def restore(self, state: tuple[list[str], list[str]]) -> None:
-        """Undo `disable`, for the adapters that are still there."""
-        active, merged = ([name for name in names if name in self.adapters] for names in state)
-        self._set_active(active)
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base's graph while the block lasts."""
+        before, active, merged, unties = self._is_disabled, list(self.active), list(self.merged), self._unties
         if merged:
-            self.merge(merged, untie=self._unties)
+            self.unmerge()
+        self._make(active=[])
+        self._is_disabled = True
+        try:
+            yield
+        finally:
+            self._is_disabled = before
+            active, merged = ([name for name in names if name in self.adapters] for names in (active, merged))
+            self._make(active=active)
+            if merged:
+                self.merge(merged, untie=unties)
 
     def remove(self, name: str) -> None:
         """Remove an adapter and its tensors, active or not."""
         adapter = self[name]
         if name in self.active:
-            self._set_active([other for other in self.active if other != name])
+            self._make(active=[other for other in self.active if other != name])
         adapter.drop(self.graph_module)
         del self.adapters[name]
 
     def clear(self) -> None:
         """Remove every adapter and every pass: the graph is the base's again, node for node."""
-        self.set_passes([])
-        self.disable()
+        self._make(active=[], merged=[], weights={}, passes=())
         for name in list(self.adapters):
             self.remove(name)
         self._spare = {}
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
-    def mergeable(self, names: Sequence[str] | None) -> list[str]:
-        """The adapters to merge: those named, or the active ones that are not merged."""
-        chosen = [n for n in self.active if n not in self.merged] if names is None else list(names)
+    def mergeable(self, names: Sequence[str] | None, *, again: bool = False) -> list[str]:
+        """The adapters to merge: those named, or the active ones; without those merged, or with them (`again`)."""
+        done = [] if again else self.merged
+        chosen = [name for name in self.active if name not in done] if names is None else list(names)
         for name in chosen:
             self[name]
-            if name in self.merged:
+            if chosen.count(name) > 1:
+                raise MergeError(f"adapter {name!r} is named twice, and would be folded twice; name it once")
+            if name in done:
                 raise MergeError(f"adapter {name!r} is merged already; unmerge first")
             if name not in self.active:
                 raise MergeError(f"adapter {name!r} is not active, so merging it would change the output; set it first")
@@ -143,37 +158,19 @@ class AdapterGraph:
     def merge(self, names: Sequence[str], *, safe: bool = False, untie: bool = False) -> None:
         """Fold active adapters into copies of the weights; their nodes leave the graph."""
         work = self.updates([*self.merged, *names])
-        weights = folded_weights(self.traced.graph_module, work, spare=self._spare, safe=safe, untie=untie)
-        self._open()
-        if untie:
-            separate_weights(self.graph_module, [entry.site for entry in work])
-        set_weights(self.graph_module, self.traced.sites, weights)
-        for name in names:
-            self.adapters[name].detach(self.graph_module)
-        self._spare, self._merged_weights, self._unties = {}, weights, untie
-        self.merged += names
-        try:
-            self._settle()
-        except RewriteError:
-            self.unmerge()
-            raise
+        if not untie:
+            refuse_shared(self.traced.graph_module, [w.site for w in work if w.site.path not in self._merged_weights])
+        weights = folded_weights(self.traced.graph_module, work, spare=self._spare, safe=safe, untie=True)
+        self._make(merged=[*self.merged, *names], weights=weights)
+        self._spare, self._unties = {}, untie or self._unties
 
     def unmerge(self) -> None:
         """Put the base's own weights back and the adapters' nodes into the graph; the buffers wait for a next merge."""
         if not self.merged:
             raise MergeError("nothing is merged, so there is nothing to unmerge")
-        self._open()
-        base = {site.path: site.weight for site in self.traced.sites if site.path in self._merged_weights}
-        set_weights(self.graph_module, self.traced.sites, base)
-        rejoin_weights(self.graph_module)
-        self._spare = {path: weight.data for path, weight in self._merged_weights.items()}
-        merged, self.merged, self._merged_weights = self.merged, [], {}
-        self._attach(list(self.active))  # all of them, so that they add up in their order again
-        try:
-            self._settle()
-        except RewriteError:
-            self.merge(merged, untie=self._unties)
-            raise
+        weights = self._merged_weights
+        self._make(merged=[], weights={})
+        self._spare, self._unties = {path: weight.data for path, weight in weights.items()}, False
 
     def fold_into_base(
         self, names: Sequence[str], *, safe: bool = False, untie: bool = False
@@ -219,81 +216,96 @@ class AdapterGraph:
         if self.merged:
             raise MergeError(f"cannot {what} while {', '.join(self.merged)} is merged; call unmerge_adapter() first")
 
-    # -- passes of the user -----------------------------------------------------------------------------------------
-
-    @property
-    def passes(self) -> tuple[GraphPass, ...]:
-        """The user's passes, in the order they run in."""
-        return tuple(self._passes)
+    def refuse_shared_copies(self, names: Sequence[str]) -> None:
+        """Refuse adapters of which two train copies of one parameter, or one adapts what another trains as a copy."""
+        owners: dict[int, tuple[str, str]] = {}
+        for name in names:
+            for module, owned in self.adapters[name].copies.items():
+                for base in owned:
+                    parameter = id(self.traced.tree.parameters[base])
+                    other, _ = owners.setdefault(parameter, (name, module))
+                    if other != name:
+                        raise RewriteError(
+                            f"adapters {other!r} and {name!r} both train a copy of {module}; set one of them"
+                        )
+        for name in names:
+            for planned in self.adapters[name].plan.selected:
+                other, module = owners.get(id(planned.site.weight), (name, ""))
+                if other != name:
+                    raise RewriteError(
+                        f"adapter {name!r} adapts {planned.site.path}, of which adapter {other!r} trains a copy; "
+                        "set one of them"
+                    )
 
     def set_passes(self, passes: Sequence[GraphPass]) -> None:
-        """Run these passes over the graph, now and after every change of it, and no others."""
-        previous, self._passes = self._passes, list(passes)
-        self._open()
-        try:
-            self._settle()
-        except RewriteError:
-            self._passes = previous
-            self._settle()
-            raise
+        """Run these passes over the graph, now and whenever it is made, and no others."""
+        self._make(passes=tuple(passes))
 
     # -- within -----------------------------------------------------------------------------------------------------
 
-    def _set_active(self, names: Sequence[str]) -> None:
-        """Attach these adapters and no others."""
-        previous = list(self.active)
-        self._open()
+    def _make(
+        self,
+        *,
+        active: Sequence[str] | None = None,
+        merged: Sequence[str] | None = None,
+        weights: Mapping[str, nn.Parameter] | None = None,
+        passes: tuple[GraphPass, ...] | None = None,
+    ) -> None:
+        """Make the graph anew from the base's, in another state; an error leaves the graph and the state before it.
+
+        Args:
+            active: The active adapters; None for those before.
+            merged: Those of them that stand in `weights`; None for those before.
+            weights: Folded weights by site path; None for those before.
+            passes: The user's passes; None for those before.
+        """
+        before = self.active, self.merged, self._merged_weights, self.passes, self.graph_module.graph
+        self._put_base_weights()
+        self.active = list(self.active if active is None else active)
+        self.merged = list(self.merged if merged is None else merged)
+        self._merged_weights = dict(self._merged_weights if weights is None else weights)
+        self.passes = self.passes if passes is None else passes
         try:
-            self._attach(names)
-            self._settle()
-        except RewriteError:
-            self._attach(previous)
-            self._settle()
+            self.graph_module.graph = copy_graph(self.traced.graph_module)
+            self._fill()
+        except BaseException:
+            self._put_base_weights()
+            self.active, self.merged, self._merged_weights, self.passes, self.graph_module.graph = before
+            self._put_weights()
             raise
+        self._compile()
 
-    def _attach(self, names: Sequence[str]) -> None:
-        for name in list(self.active):
-            self.adapters[name].detach(self.graph_module)
-            self.adapters[name].release(self.graph_module)
-            self.active.remove(name)
-        for name in names:
-            self.active.append(name)
-            self.adapters[name].attach(self.graph_module)
-            self.adapters[name].own(self.graph_module, self.traced.tree)
+    def _fill(self) -> None:
+        """Give a copy of the base's graph the weights and adapters of the state, then run the passes."""
+        graph_module = self.graph_module
+        separate_weights(graph_module, [site for site in self.traced.sites if site.path in self._merged_weights])
+        self._put_weights()
+        for name in self.active:
+            if name not in self.merged:
+                self.adapters[name].attach(graph_module)
+            self.adapters[name].own(graph_module, self.traced.tree)
+        self._set_fresh_modes()
+        graph_module.graph.lint()
+        for graph_pass in self.passes:
+            run_pass(graph_module, graph_pass)
+        if self.passes:
+            protect_outputs(graph_module.graph)
+            self._set_fresh_modes()
 
-    def _open(self) -> None:
-        """Bring back the graph as passes have not seen it, to edit it."""
-        if self._plain is not None:
-            self.graph_module.graph, self._plain = self._plain, None
+    def _set_fresh_modes(self) -> None:
+        record_switches(self.graph_module.graph)
+        set_mode(self.graph_module.graph, self.training)
 
-    def _settle(self) -> None:
-        """Set the mode of fresh nodes, check the graph, run the passes over a copy of it and compile."""
-        plain = self.graph_module.graph
-        self._check(plain)
-        if self._passes:
-            self.graph_module.graph = copy_graph(self.graph_module)
-            try:
-                for graph_pass in self._passes:
-                    run_pass(self.graph_module, graph_pass)
-            except RewriteError:
-                self.graph_module.graph = plain
-                raise
-            protect_outputs(self.graph_module.graph)
-            self._check(self.graph_module.graph)
-            self._plain = plain
+    def _put_weights(self) -> None:
+        set_weights(self.graph_module, self.traced.sites, self._merged_weights)
+
+    def _put_base_weights(self) -> None:
+        """Let the graph's attributes be the base's own parameters again."""
+        drop_separated(self.graph_module)
+        for name, parameter in self.traced.graph_module.named_parameters(remove_duplicate=False):
+            owner, _, attribute = name.rpartition(".")
+            self.graph_module.get_submodule(owner)._parameters[attribute] = parameter
+
+    def _compile(self) -> None:
         self.graph_module.recompile()
-
-    def _check(self, graph: fx.Graph) -> None:
-        record_switches(graph)
-        set_mode(graph, self.training)
-        graph.lint()
-
-    def _refuse_shared_copies(self, names: Sequence[str]) -> None:
-        seen: dict[str, str] = {}
-        for name in names:
-            for module in self.adapters[name].copies:
-                if module in seen:
-                    raise RewriteError(
-                        f"adapters {seen[module]!r} and {name!r} both train a copy of {module}; set one of them"
-                    )
-                seen[module] = name
+        self.version = str(int(self.version) + 1)

@@ -13,8 +13,7 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.passes.insert import insert_adapter
-from gralora_fx.passes.own import own_parameters, release_parameters
-from gralora_fx.passes.remove import remove_adapter
+from gralora_fx.passes.own import own_parameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.store import as_parameters, copy_path, drop, factor_paths, put
 
@@ -109,10 +108,6 @@ class InstalledAdapter:
                 dtype=factors.A.dtype if differs else None,
             )
 
-    def detach(self, graph_module: fx.GraphModule) -> None:
-        """Take the adapter's subgraphs out."""
-        remove_adapter(graph_module, self.name)
-
     def own(self, graph_module: fx.GraphModule, tree: ModuleTree) -> None:
         """Let the graph read the adapter's copies of base parameters."""
         for module, owned in self.copies.items():
@@ -123,10 +118,6 @@ class InstalledAdapter:
                     f"modules_to_save: {module} is a module call in this graph, whose parameters cannot be replaced; "
                     "trace the model from its nn.Module instead"
                 )
-
-    def release(self, graph_module: fx.GraphModule) -> None:
-        """Let the graph read the base's parameters again."""
-        release_parameters(graph_module, self.name)
 
     def drop(self, graph_module: fx.GraphModule) -> None:
         """Remove the adapter's tensors."""

@@ -52,6 +52,11 @@ def weighted_sum(
             updates.setdefault(path, []).append(Update(update.factors, update.scale * weight))
     hybrid_r = max(sum(update.factors.rank.hybrid_r for update in given) for given in updates.values())
     factors = {path: summed(given, hybrid_r=hybrid_r) for path, given in updates.items()}
+    overflown = [
+        path for path, sums in factors.items() if not all(bool(t.isfinite().all()) for t in sums if t is not None)
+    ]
+    if overflown:
+        raise ConfigError(f"the sum is not finite at {', '.join(overflown)}; the weights {list(weights)} are too large")
     return _config_of(adapters[0].config, factors, hybrid_r), factors
 
 
@@ -75,6 +80,7 @@ def _config_of(first: GraloraConfig, factors: dict[str, Factors], hybrid_r: int)
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        bias="none",
         modules_to_save=None,
         **patterns,
     )

@@ -43,7 +43,7 @@ def folded_weights(
     """
     work = list(work)
     if not untie:
-        _refuse_shared(graph_module, [entry.site for entry in work])
+        refuse_shared(graph_module, [entry.site for entry in work])
     weights: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for entry in work:
@@ -67,7 +67,7 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
         MergeError: A weight would not be finite (`safe`), or is tied to another layer. No weight has changed then.
     """
     work = list(work)
-    _refuse_shared(graph_module, [entry.site for entry in work])
+    refuse_shared(graph_module, [entry.site for entry in work])
     with torch.no_grad():
         if safe:
             for entry in work:
@@ -103,7 +103,7 @@ def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> d
     return found
 
 
-def _refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+def refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
     """Refuse weights that something else reads too: folding would change what that computes."""
     shared = [f"{path} ({why})" for path, why in shared_sites(graph_module, sites).items()]
     if shared:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from gralora_fx.module_tree import ModuleTree, module_stack
-from gralora_fx.passes.marks import mark, mark_of, marked_nodes, unmark
+from gralora_fx.passes.marks import mark
 from gralora_fx.weight_views import tensor_at
 
 
@@ -60,30 +60,6 @@ def own_parameters(
                 user.replace_input_with(node, own)
         has_changed = True
     return has_changed
-
-
-def release_parameters(graph_module: fx.GraphModule, adapter: str) -> bool:
-    """Point everything that reads an adapter's copies at the base's parameters again.
-
-    Args:
-        graph_module: The graph; it must be recompiled afterwards.
-        adapter: Name of the adapter.
-
-    Returns:
-        Whether the graph changed.
-    """
-    graph = graph_module.graph
-    by_name = {node.name: node for node in graph.nodes}
-    owned = [node for node in marked_nodes(graph, adapter) if "owns" in (mark_of(node) or {})]
-    for node in owned:
-        found = mark_of(node) or {}
-        if "beside" in found:
-            node.replace_all_uses_with(by_name[found["beside"]])
-            graph.erase_node(node)
-        else:
-            node.target = found["owns"]
-            unmark(node)
-    return bool(owned)
 
 
 def _is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:

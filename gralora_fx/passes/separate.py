@@ -59,27 +59,17 @@ def separate_weights(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) 
     return made
 
 
-def rejoin_weights(graph_module: fx.GraphModule) -> bool:
-    """Undo `separate_weights`.
+def drop_separated(graph_module: fx.GraphModule) -> None:
+    """Remove the attributes that `separate_weights` made; the graph that reads them must be discarded.
 
     Args:
-        graph_module: The graph; it must be recompiled afterwards.
-
-    Returns:
-        Whether the graph changed.
+        graph_module: The module of such a graph.
     """
-    graph = graph_module.graph
-    by_name = {node.name: node for node in graph.nodes}
-    separated = [node for node in graph.nodes if _KEY in (mark_of(node) or {})]
-    for node in separated:
-        found = mark_of(node) or {}
-        node.replace_all_uses_with(by_name[found[_KEY]])
-        graph.erase_node(node)
-        if found["made"]:
+    for node in graph_module.graph.nodes:
+        if (mark_of(node) or {}).get("made"):
             owner, _, attribute = str(node.target).rpartition(".")
             graph_module.get_submodule(owner)._parameters.pop(attribute, None)
     graph_module._modules.pop(_KEY, None)
-    return bool(separated)
 
 
 def _split_readers(

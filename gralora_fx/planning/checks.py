@@ -62,6 +62,8 @@ def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]
                 f"target_modules {rule.pattern!r} matches no whole module path; the linear layers are called "
                 f"{', '.join(names) or 'nothing: the model has none'}"
             ]
+        if not rule.all_linear and not rule.names:
+            return ["target_modules is empty; name modules, or take 'all-linear'"]
         return [_no_match(name, paths) for name in sorted(rule.names)] or ["the model has no linear layer to adapt"]
     reasons = {rule.rejection(path) or trains_whole(path, saved) for path in named}
     if None not in reasons:

@@ -108,7 +108,8 @@ def _trained_biases(config: GraloraConfig, traced: TracedModel, selected: Iterab
     if config.bias == "all":
         return tuple(name for name in traced.tree.parameters if name.rpartition(".")[2] == "bias")
     if config.bias == "gralora_only":
-        return tuple(f"{p.site.path}.bias" for p in selected if p.site.bias is not None)
+        names = (traced.tree.names_of(planned.site.bias) for planned in selected if planned.site.bias is not None)
+        return tuple(dict.fromkeys(found[0] for found in names if found))
     return ()
 
 

@@ -157,6 +157,14 @@ def resolve_targets(config: GraloraConfig, tree: ModuleTree, model_type: str | N
     )
 
 
+def exact_targets(paths: Iterable[str], tree: ModuleTree) -> set[str] | str:
+    """`target_modules` for exactly these paths: their names, or an expression where a name also ends another path."""
+    wanted = set(paths)
+    if any(_ends_with(other, path) for path in wanted for other in tree.types if other not in wanted):
+        return "|".join(re.escape(path) for path in sorted(wanted))
+    return wanted
+
+
 def unmatched_names(names: Iterable[str], paths: Iterable[str]) -> list[str]:
     """The entries of a list of names that no path matches, sorted."""
     remaining = list(paths)

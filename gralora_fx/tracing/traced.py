@@ -80,7 +80,7 @@ class TracedModel:
         """
         found = next((site for site in self._sites if site.path == path), None)
         if found is None:
-            near = ", ".join(difflib.get_close_matches(path, [site.path for site in self._sites], n=3, cutoff=0.4))
+            near = ", ".join(difflib.get_close_matches(str(path), [site.path for site in self._sites], n=3, cutoff=0.4))
             raise TargetError(f"there is no linear layer at {path!r}; nearest: {near or 'none'}")
         return found
 

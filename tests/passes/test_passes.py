@@ -15,8 +15,7 @@ from gralora_fx.errors import MergeError, RewriteError
 from gralora_fx.passes.fold import SiteUpdate, fold_in_place, folded_weights, set_weights
 from gralora_fx.passes.insert import insert_adapter
 from gralora_fx.passes.marks import mark, mark_of, marked_nodes, unmark
-from gralora_fx.passes.own import own_parameters, release_parameters
-from gralora_fx.passes.remove import remove_adapter
+from gralora_fx.passes.own import own_parameters
 from gralora_fx.store import put
 
 
@@ -127,27 +126,21 @@ def test_marks_survive_a_copy(base: TracedModel) -> None:
     assert len(list(marked_nodes(copied.graph, "default"))) == 13
 
 
-def test_removing_what_is_not_there_changes_nothing(base: TracedModel) -> None:
-    model = adapted(base)
-    before = str(model.graph_module.graph)
-    assert remove_adapter(model.graph_module, "absent") is False
-    assert str(model.graph_module.graph) == before
-    assert remove_adapter(model.graph_module, "default") is True
-    assert str(model.graph_module.graph) == BASE
-
-
 @pytest.mark.parametrize("order", [["default", "b", "c"], ["c", "default", "b"], ["b", "c", "default"]])
-def test_stacked_adapters_go_in_any_order(base: TracedModel, order: list[str]) -> None:
+def test_the_graph_depends_on_the_active_adapters_only(base: TracedModel, order: list[str]) -> None:
     model = adapted(base)
     for name in ("b", "c"):
         model.add_adapter(name, GraloraConfig(r=2, target_modules={"up", "down"}, init_weights=False))
-    model.set_adapter(["default", "b", "c"])
-    graph = model.graph_module.graph
-    for name in order:
-        assert remove_adapter(model.graph_module, name)
-        graph.lint()
-        assert not list(marked_nodes(graph, name))
-    assert str(graph) == BASE
+    model.set_adapter(order)
+    expected = str(model.graph_module.graph)
+    for names in (["c"], ["b", "default"], order):
+        model.set_adapter(names)
+        assert {found["adapter"] for n in model.graph_module.graph.nodes if (found := mark_of(n))} == set(names)
+    assert str(model.graph_module.graph) == expected
+    model.set_adapter("default")
+    assert str(model.graph_module.graph) == ADAPTED
+    with model.disable_adapter():
+        assert str(model.graph_module.graph) == BASE
 
 
 def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
@@ -164,10 +157,10 @@ def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
     assert str(graph_module.graph) == before
 
 
-# -- own and release ----------------------------------------------------------------------------------------------
+# -- own ----------------------------------------------------------------------------------------------------------
 
 
-def test_owned_parameters_are_read_and_released(base: TracedModel) -> None:
+def test_owned_parameters_are_read(base: TracedModel) -> None:
     graph_module = copy.deepcopy(base.graph_module)
     tree = base.tree
     parameters = dict(graph_module.named_parameters())
@@ -181,10 +174,6 @@ def test_owned_parameters_are_read_and_released(base: TracedModel) -> None:
     graph_module.recompile()
     assert torch.equal(graph_module(torch.randn(3, 4)), torch.ones(3, 2))
     assert own_parameters(graph_module, tree, "down", "mine", names) is False
-    assert release_parameters(graph_module, "mine") is True
-    assert str(graph_module.graph) == BASE
-    assert release_parameters(graph_module, "mine") is False
-    assert not any(mark_of(node) for node in graph_module.graph.nodes)
 
 
 # -- fold ---------------------------------------------------------------------------------------------------------
