@@ -176,7 +176,8 @@ class GraloraConfig:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(fields.get(name), set):
                 fields[name] = sorted(fields[name])
-        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        # the keys of a pattern keep their order, for the first that matches counts
+        return json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, revision: str | None = None) -> GraloraConfig:

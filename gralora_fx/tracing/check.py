@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError
+from gralora_fx.tracing.cached import PAST, copied, other_cached_sizes
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import other_sizes
@@ -39,7 +40,7 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
                     f"{first_line(error)}"
                 ) from error
             try:
-                actual = tree_leaves(graph_module(**sample))
+                actual = tree_leaves(graph_module(**copied(sample)))
             except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
                 return f"it fails with {type(error).__name__}: {first_line(error)}"
     finally:
@@ -62,7 +63,8 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
 
 def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
     """Compare on other sizes that the model takes: a branch or a loop over a size is baked into a trace."""
-    for what, other in other_sizes(sample):
+    others = other_cached_sizes(model) if PAST in sample and isinstance(model, PreTrainedModel) else other_sizes(sample)
+    for what, other in others:
         try:
             found = difference(model, graph_module, other)
         except TraceError:  # the model itself does not take this size
@@ -75,9 +77,9 @@ def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: M
 
 
 def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
-    inputs = dict(sample)
+    inputs = copied(sample)
     if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
+        inputs["use_cache"] = PAST in sample
     return model(**inputs)
 
 

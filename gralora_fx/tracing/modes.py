@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
+
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
 
@@ -25,8 +27,11 @@ _FLAGS: dict[Any, int] = {
     _aten.rnn_tanh.input: 6,
     _aten.rnn_relu.input: 6,
 }
-_SDPA = _aten.scaled_dot_product_attention.default
-_SDPA_DROPOUT = 4
+# operator: position of its dropout probability, which evaluation sets to zero
+_PROBABILITIES: dict[Any, int] = {
+    _aten.scaled_dot_product_attention.default: 4,
+    torch.ops.gralora.attention.default: 8,
+}
 _FUNCTIONAL = {
     torch.nn.functional.dropout,
     torch.nn.functional.alpha_dropout,
@@ -102,9 +107,10 @@ def _switch_of(node: fx.Node) -> tuple[int | str, Any, Any] | None:
         return _FLAGS[node.target], True, False
     if node.target in _FUNCTIONAL and "training" in node.kwargs:
         return "training", True, False
-    if node.target is _SDPA:
-        probability = _read(node, _SDPA_DROPOUT)
-        return (_SDPA_DROPOUT, probability, 0.0) if probability else None
+    if node.target in _PROBABILITIES:
+        position = _PROBABILITIES[node.target]
+        probability = _read(node, position)
+        return (position, probability, 0.0) if probability else None
     if node.target is _aten.add_.Tensor and isinstance(counter := node.args[0], fx.Node):
         # BatchNorm counts its training batches in place
         if counter.op == "get_attr" and str(counter.target).endswith("num_batches_tracked"):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.tracing.cached import PAST, cached_inputs
 
 TASKS = (
     "feature-extraction",
@@ -54,7 +55,7 @@ def infer_task(model: PreTrainedModel) -> str:
     return task
 
 
-def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, torch.Tensor]:
+def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     """Random inputs of the shapes that a task needs, read from the model's configuration.
 
     Args:
@@ -66,6 +67,8 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, torch.Tensor
     """
     if task not in TASKS:
         raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
+    if task == "text-generation-with-past" and model.main_input_name == "input_ids":
+        return cached_inputs(model)
     if task.endswith("-with-past"):
         raise TraceError(
             f"task {task!r} needs a cache, which is not supported yet; take {task[: -len('-with-past')]!r}"
@@ -128,6 +131,8 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs: A user's inputs, a single text included.
     """
     sample = {name: value for name, value in inputs.items() if value is not None}
+    if PAST in sample and isinstance(model, PreTrainedModel):
+        return cached_inputs(model)  # the values do not matter, and the sizes would have to grow together
     if isinstance(model, PreTrainedModel):
         accepted = inspect.signature(model.forward).parameters
         for mask, ids in _MASKS.items():

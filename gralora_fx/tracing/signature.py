@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from gralora_fx.errors import TraceError
+from gralora_fx.tracing.cached import PAST, positions
 
 _OUTPUT_FLAGS = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")
 
@@ -61,6 +63,11 @@ def default_input(name: str, inputs: Mapping[str, Any]) -> torch.Tensor | None:
     ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
     if not isinstance(ids, torch.Tensor):
         return None
+    if isinstance(cache := inputs.get(PAST), DynamicCache):
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = ids.new_ones(ids.shape[0], cache.get_seq_length() + ids.shape[1])
+        return {"attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}.get(name)
     if name in ("attention_mask", "decoder_attention_mask"):
         return torch.ones_like(ids)
     if name == "token_type_ids":

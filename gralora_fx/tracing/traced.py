@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from gralora_fx.errors import TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.sites import LinearSite, find_sites
+from gralora_fx.tracing.cached import PAST, batch_of, empty_cache
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.signature import bind
@@ -103,7 +104,7 @@ class TracedModel:
 
         Args:
             *args: Inputs by position, in the order of the model's forward.
-            **kwargs: Inputs by name. A mask, token types or positions that were traced may be left out.
+            **kwargs: Inputs by name. A mask, token types, positions or a cache that were traced may be left out.
 
         Returns:
             What the model returns.
@@ -119,6 +120,9 @@ class TracedModel:
         Raises:
             TraceError: An input is missing, given twice, or was not part of the trace.
         """
+        example = self.example_inputs.get(PAST)
+        if isinstance(example, DynamicCache) and kwargs.get(PAST) is None and len(args) <= self.input_names.index(PAST):
+            kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
         inputs = bind(self.input_names, args, kwargs, optional=self._optional)
         for name, value in self._constants.items():
             if name in inputs and inputs[name] != value:

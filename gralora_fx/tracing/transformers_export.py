@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import onnx_ir as ir
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 
+from gralora_fx.tracing.attention import fused_attention
+from gralora_fx.tracing.cached import PAST, copied
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.quiet import quiet
 
@@ -22,40 +24,43 @@ from gralora_fx.tracing.quiet import quiet
 def export_transformers_model(
     model: PreTrainedModel, inputs: Mapping[str, Any], *, dynamic: bool
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model in the mode it stands in, without a cache.
+    """Export a transformers model in the mode it stands in, with a cache if one is given: attention is one node then.
 
     Args:
         model: The model; its modules and parameters are left as they are.
-        inputs: Keyword inputs of its forward.
+        inputs: Keyword inputs of its forward; past keys and values among them mean a step with a cache.
         dynamic: Whether every axis of every input that may vary does.
 
     Returns:
         A program over the model's own parameters.
     """
     shapes = dynamic_axes(inputs) if dynamic else None
-    with quiet(), _without_cache(model):
-        exported = DynamoExporter().export(model, dict(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
+    has_cache = PAST in inputs
+    with quiet(), _calling(model, use_cache=has_cache), fused_attention(model) if has_cache else nullcontext():
+        exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
 
 
 def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`dynamic_shapes` for `torch.export`: every axis may vary, of images the batch only.
+    """`dynamic_shapes` for `torch.export`: every axis may vary, of images the batch only, of a cache batch and length.
 
     Vision models are made for one size of image; with free height and width some cannot be traced.
     """
     shapes: dict[str, Any] = get_auto_dynamic_shapes(dict(inputs))
     if "pixel_values" in shapes:
         shapes["pixel_values"] = {0: torch.export.Dim.AUTO}
+    if PAST in shapes:
+        shapes[PAST] = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO} for _ in shapes[PAST]]
     return shapes
 
 
 @contextmanager
-def _without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Call the model with `use_cache=False`, whether its config or only its forward knows the flag."""
+def _calling(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
+    """Call the model with this `use_cache`, whether its config or only its forward knows the flag."""
     own = model.__dict__.get("forward")  # an override on the instance; the exporter leaves one behind
     if "use_cache" in inspect.signature(model.forward).parameters:
-        model.forward = functools.partial(model.forward, use_cache=False)
+        model.forward = functools.partial(model.forward, use_cache=use_cache)
     try:
         yield
     finally:

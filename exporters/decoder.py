@@ -1,0 +1,115 @@
+"""A decoder with a cache as one ONNX graph for prompts and for single steps."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import optimizer
+from torch import fx
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.attention import fuse_attention
+from gralora_fx.exporters.conversion import translate
+
+# operators between the last projection and the logits that a model may have, such as a soft cap or a factor
+_ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
+
+
+def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> ir.Model:
+    """The ONNX model of a traced decoder step.
+
+    Before: `logits, keys and values = forward(input_ids, attention_mask, position_ids, past keys and values)`
+    After:  the same with `past_key_values.N.key|value` in and `present.N.key|value` out, attention fused, and logits of
+            the last position only unless all are asked for
+
+    Args:
+        graph_module: A graph traced with a cache, without adapters, in evaluation mode.
+        logits: `"last"` or `"all"`.
+
+    Raises:
+        ExportError: The graph has no ONNX form.
+    """
+    model = translate(graph_module)
+    fuse_attention(model)
+    _name_cache(model)
+    if logits == "last":
+        _keep_last_position(model)
+    optimizer.fold_constants(model)
+    store_as_used(model)
+    optimizer.remove_unused_nodes(model)
+    return model
+
+
+def store_as_used(model: ir.Model) -> None:
+    """Store weights that are only read transposed the way they are used.
+
+    Before: `y = MatMul(x, Transpose(w))`
+    After:  `y = MatMul(x, w)`, with `w` stored `[in, out]`
+
+    A weight that something else reads too, such as a tied embedding, stays as it is: it is stored once.
+
+    Args:
+        model: The model; it is changed in place.
+    """
+    for value in list(model.graph.initializers.values()):
+        users = [usage.node for usage in value.uses()]
+        tensor = value.const_value
+        is_matrix = tensor is not None and len(tensor.shape) == 2
+        if not is_matrix or len(users) != 1 or users[0].op_type != "Transpose" or value.is_graph_output():
+            continue
+        (node,) = users
+        turned = node.outputs[0]
+        assert tensor is not None
+        source, shape = tensor, ir.Shape(list(reversed(tensor.shape.numpy())))
+        lazy = ir.LazyTensor(lambda source=source: ir.tensor(source.numpy().T.copy()), dtype=tensor.dtype, shape=shape)  # type: ignore[misc]
+        value.const_value, value.shape = lazy, shape
+        lazy.name = value.name
+        ir.convenience.replace_all_uses_with(turned, value)
+        model.graph.remove(node, safe=True)
+
+
+def _name_cache(model: ir.Model) -> None:
+    """Give inputs and outputs the ecosystem's names."""
+    pasts = [value for value in model.graph.inputs if str(value.name).startswith("past_key_values")]
+    logits, *presents = model.graph.outputs
+    if len(pasts) != len(presents) or len(pasts) % 2:
+        raise ExportError(f"the trace takes {len(pasts)} cached tensors and returns {len(presents)}; trace it again")
+    logits.name = "logits"
+    for index, (past, present) in enumerate(zip(pasts, presents, strict=True)):
+        part = f"{index // 2}.{'value' if index % 2 else 'key'}"
+        past.name, present.name = f"past_key_values.{part}", f"present.{part}"
+
+
+def _keep_last_position(model: ir.Model) -> None:
+    """Compute logits for the last position of a row only: a prompt needs no others."""
+    logits = model.graph.outputs[0]
+    value, chain = logits, [logits]
+    node = value.producer()
+    while node is not None and node.op_type in _ELEMENTWISE:
+        varying = [v for v in node.inputs if v is not None and v.producer() is not None and v.const_value is None]
+        if len(varying) != 1:
+            varying = [v for v in varying if v.shape is not None and len(v.shape) == 3]
+        if len(varying) != 1:
+            break
+        value, node = varying[0], varying[0].producer()
+        chain.append(value)
+    if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
+        raise ExportError(
+            "no projection leads to the logits, so the last position cannot be cut out; take logits='all'"
+        )
+    hidden = node.inputs[0]
+    bounds = {}
+    for name, number in (("from", -1), ("to", 2**31 - 1), ("axis", 1)):
+        tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=f"logits.{name}")
+        bounds[name] = ir.Value(
+            name=tensor.name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+        )
+        model.graph.initializers[f"logits.{name}"] = bounds[name]
+    cut = ir.node("Slice", [hidden, bounds["from"], bounds["to"], bounds["axis"]])
+    if hidden.shape is not None:
+        cut.outputs[0].shape = ir.Shape([hidden.shape[0], 1, *hidden.shape[2:]])
+    cut.outputs[0].type = hidden.type
+    model.graph.insert_before(node, cut)
+    node.replace_input_with(0, cut.outputs[0])
+    for member in chain:
+        if member.shape is not None and len(member.shape) == 3:
+            member.shape = ir.Shape([member.shape[0], 1, member.shape[2]])

@@ -1,0 +1,121 @@
+"""Decoders traced with a cache: one graph for prompts and steps, padded or not, attention one node a layer."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+from traces import relative_error
+from transformers import DynamicCache, PreTrainedModel
+
+from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
+from gralora_fx.errors import TraceError
+from gralora_fx.tracing.cached import PAST, cached_inputs, copied
+
+DECODERS = ("llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral", "gpt2", "opt")
+TASK = "text-generation-with-past"
+
+
+@functools.cache
+def source(name: str) -> PreTrainedModel:
+    sizes = {"sliding_window": 4} if name == "gemma3" else {}
+    return tiny_model(name, **sizes)
+
+
+@functools.cache
+def traced(name: str) -> TracedModel:
+    return trace(source(name), task=TASK)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_attention_is_one_node_a_layer(name: str) -> None:
+    nodes = traced(name).graph_module.graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default)
+    assert len(nodes) == 2
+    assert source(name).config._attn_implementation != "gralora"
+    assert traced(name).input_names[-1] == PAST
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("batch", "past", "length"), [(1, 0, 1), (1, 9, 1), (3, 0, 6), (2, 5, 4), (4, 7, 1)])
+def test_steps_of_every_size_equal_the_eager_model(name: str, batch: int, past: int, length: int) -> None:
+    inputs = cached_inputs(source(name), batch=batch, past=past, length=length)
+    with torch.no_grad():
+        expected, actual = source(name)(**copied(inputs), use_cache=True), traced(name)(**copied(inputs))
+    real = inputs["attention_mask"][:, past:].bool()
+    assert relative_error(actual.logits[real], expected.logits[real]) < 1e-5
+    for ours, theirs in zip(actual[PAST].layers, expected[PAST].layers, strict=True):
+        assert torch.allclose(ours.keys, theirs.keys, atol=1e-5)
+        assert ours.values.shape[2] == past + length
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_steps_one_by_one_are_the_whole_text_at_once(name: str) -> None:
+    inputs = cached_inputs(source(name), batch=3, past=0, length=8)
+    inputs["attention_mask"][1, :3] = 0
+    with torch.no_grad():
+        whole = traced(name)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        cache, found = None, []
+        for end in range(1, 9):
+            ids, mask = inputs["input_ids"][:, end - 1 : end], inputs["attention_mask"][:, :end]
+            result = traced(name)(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            cache = result[PAST]
+            found.append(result.logits)
+    real = inputs["attention_mask"].bool()
+    assert relative_error(torch.cat(found, dim=1)[real], whole[real]) < 1e-5
+
+
+def test_what_is_left_out_is_an_empty_cache_and_a_mask_of_ones() -> None:
+    ids = torch.tensor([[5, 9, 12], [7, 3, 4]])
+    with torch.no_grad():
+        assert relative_error(traced("llama")(ids).logits, source("llama")(ids).logits) < 1e-5
+
+
+def test_greedy_tokens_are_the_eager_models() -> None:
+    ids = torch.tensor([[5, 9, 12, 40], [7, 3, 4, 8]])
+    expected = source("llama").generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    tokens, cache, mask = [ids], None, torch.ones_like(ids)
+    for _ in range(8):
+        with torch.no_grad():
+            result = traced("llama")(input_ids=tokens[-1], attention_mask=mask, past_key_values=cache)
+        cache = result[PAST]
+        tokens.append(result.logits[:, -1:].argmax(-1))
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_it_is_rewritten_and_merged_like_any_trace(name: str) -> None:
+    torch.manual_seed(0)
+    fields = {"target_modules": "all-linear", "fan_in_fan_out": name == "gpt2"}
+    model = rewrite(traced(name), GraloraConfig(r=4, init_weights=False, **fields))
+    inputs = cached_inputs(source(name), batch=2, past=4, length=2)
+    with torch.no_grad():
+        adapted: Tensor = model(**copied(inputs)).logits
+        assert relative_error(merge(model)(**copied(inputs)).logits, adapted) < 1e-5
+        assert relative_error(adapted, traced(name)(**copied(inputs)).logits) > 1e-2
+
+
+def test_training_keeps_attention_dropout() -> None:
+    model = trace(tiny_model("llama", attention_dropout=0.5), task=TASK)
+    inputs = cached_inputs(source("llama"))
+    torch.manual_seed(0)
+    first, second = (model.train()(**copied(inputs)).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(*(model.eval()(**copied(inputs)).logits for _ in range(2)))
+
+
+def test_a_model_without_such_a_cache_is_refused() -> None:
+    with pytest.raises(TraceError, match="BertForSequenceClassification keeps no cache of keys and values"):
+        trace(tiny_model("bert"), task=TASK)
+    with pytest.raises(TraceError, match="needs a cache, which is not supported yet"):
+        trace(tiny_model("t5"), task="text2text-generation-with-past")
+
+
+def test_a_cache_of_ones_own_size_may_be_the_example() -> None:
+    model = source("llama")
+    traced_here = trace(model, cached_inputs(model, batch=1, past=3, length=1), task=TASK)
+    assert isinstance(traced_here.example_inputs[PAST], DynamicCache)
+    assert traced_here(torch.tensor([[4]])).logits.shape == (1, 1, 101)
