@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from gralora_fx.exporters.naming import AXES
+from gralora_fx.tracing.cached import PAST, cache_of, positions
 from gralora_fx.tracing.traced import TracedModel
 
 _LENGTHS = (1, 6, 11, 24)
 
 
-def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Named inputs to compare on.
 
     Args:
@@ -25,6 +27,9 @@ def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, 
         A description, and inputs by name.
     """
     generator = torch.Generator().manual_seed(seed)
+    if PAST in model.example_inputs:
+        yield from _cached_cases(model, generator)
+        return
     sample = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
     if not any(AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",)) for name in sample):
         for batch in (1, 3):
@@ -39,7 +44,7 @@ def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, 
         yield f"{batch} x {size}" + (f" padded {padding}" if padding else ""), case
 
 
-def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Outputs without the positions that the mask hides, whose values no one defines.
 
     Args:
@@ -50,11 +55,51 @@ def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dic
     if mask is None or mask.ndim != 2 or bool(mask.all()):
         return dict(outputs)
     kept = mask.bool()
+    if PAST in inputs:  # [batch, heads, total, size]; the last position of a row is never padding
+        return {n: v.transpose(1, 2)[kept] if n.startswith("present.") else v[:, -1] for n, v in outputs.items()}
     if "decoder_input_ids" in inputs:
         aligned = {name for name in outputs if name.startswith("encoder")}
     else:
         aligned = {name for name, value in outputs.items() if value.shape[:2] == mask.shape}
     return {name: value[kept] if name in aligned else value for name, value in outputs.items()}
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs or outputs by the names of an exported graph, a cache by its layers."""
+    found: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if isinstance(value, DynamicCache):
+            prefix = "past_key_values" if "input_ids" in values else "present"
+            for index, layer in enumerate(value.layers):
+                found |= {f"{prefix}.{index}.key": layer.keys, f"{prefix}.{index}.value": layer.values}
+        elif isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
+def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prompts after an empty cache, and steps after a long one, padded on the left."""
+    example = model.example_inputs[PAST]
+    limit = _longest(model)
+    sizes = ((1, 0, 1, 0), (1, 0, 24, 0), (3, 0, 11, 2), (1, 24, 1, 0), (4, 9, 1, 2), (1, 6, 5, 0))
+    for batch, past, length, padding in sizes:
+        if past + length > limit:
+            continue
+        case = {
+            name: _text_like(name, value, model, batch, length, generator)
+            for name, value in model.example_inputs.items()
+            if isinstance(value, Tensor)
+        }
+        mask = torch.ones(batch, past + length, dtype=torch.long)
+        for row in range(1, batch):
+            mask[row, : min(padding * row, past + length - 1)] = 0
+        case["attention_mask"] = mask
+        if "position_ids" in case:
+            case["position_ids"] = positions(mask, length)
+        shapes = [[(batch, t.shape[1], past, t.shape[3]) for t in (c.keys, c.values)] for c in example.layers]
+        cache = cache_of([[torch.randn(shape, generator=generator) for shape in pair] for pair in shapes])
+        name = f"{batch} x {length}" + (f" after {past}" if past else "") + (" padded left" if padding else "")
+        yield name, {**case, PAST: cache}
 
 
 def _longest(model: TracedModel) -> int:

@@ -23,7 +23,9 @@ SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
-def describe(model: TracedModel | GraloraModel, graph: ir.Graph, *, adapters: str, precision: str) -> dict[str, Any]:
+def describe(
+    model: TracedModel | GraloraModel, graph: ir.Graph, *, adapters: str, precision: str, logits: str
+) -> dict[str, Any]:
     """The manifest of an export, without its verification.
 
     Args:
@@ -31,6 +33,7 @@ def describe(model: TracedModel | GraloraModel, graph: ir.Graph, *, adapters: st
         graph: The ONNX graph.
         adapters: How adapters are held: `"merged"`.
         precision: Precision of the weights.
+        logits: Which positions' logits the graph gives: `"last"` or `"all"`.
     """
     traced = model.traced if isinstance(model, GraloraModel) else model
     return {
@@ -38,6 +41,7 @@ def describe(model: TracedModel | GraloraModel, graph: ir.Graph, *, adapters: st
         "task": traced.task,
         "precision": precision,
         "adapters_mode": adapters,
+        "logits": logits,
         "adapters": _describe_adapters(model) if isinstance(model, GraloraModel) else {},
         "base_fingerprint": base_fingerprint(traced.tree.parameters),
         "sites": [

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")
+_PAST = ("batch_size", "num_key_value_heads", "past_sequence_length", "head_size")
 AXES: Mapping[str, tuple[str, ...]] = {
     "input_ids": _TEXT,
     "attention_mask": _TEXT,
@@ -31,10 +32,11 @@ def name_axes(model: ir.Model) -> None:
         model: The model; its values are renamed in place.
     """
     names: dict[str, str] = {}
+    has_cache = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
     for value in model.graph.inputs:
         for axis, symbol in enumerate(_symbols(value)):
             if symbol is not None and not symbol.isdigit():
-                names.setdefault(symbol, _axis_name(str(value.name), axis))
+                names.setdefault(symbol, _axis_name(str(value.name), axis, has_cache=has_cache))
     inner = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
     for found in (*model.graph.inputs, *inner, *model.graph.outputs):
         _rename(found, names)
@@ -48,7 +50,11 @@ def name_outputs(model: ir.Model) -> None:
             value.name = "output" if len(outputs) == 1 else f"output_{index}"
 
 
-def _axis_name(name: str, axis: int) -> str:
+def _axis_name(name: str, axis: int, *, has_cache: bool = False) -> str:
+    if name.startswith("past_key_values."):
+        return _PAST[axis]
+    if has_cache and name == "attention_mask" and axis == 1:
+        return "total_sequence_length"
     known = AXES.get(name, ("batch_size",))
     return known[axis] if axis < len(known) else f"{name}_axis_{axis}"
 

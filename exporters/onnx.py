@@ -16,7 +16,9 @@ from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, staged
+from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
 from gralora_fx.exporters.reports import ExportReport, VerifyReport
@@ -24,6 +26,7 @@ from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
 from gralora_fx.exporters.verify import as_traced, verify_onnx
 from gralora_fx.model import GraloraModel
 from gralora_fx.tokenizers import load_tokenizer
+from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.traced import TracedModel
@@ -70,20 +73,24 @@ def export_onnx(
             the model does.
         MergeError: An adapter cannot be folded.
     """
-    _refuse_unavailable(adapters, precision, quantize)
+    _refuse_unavailable(adapters, precision, quantize, logits)
     check_output(output_dir)
     seconds: dict[str, float] = {}
     with _stage("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced)
     with _stage("convert", seconds):
-        onnx_model = _convert(traced)
+        onnx_model = _convert(traced, logits)
+        has_cache = PAST in traced.example_inputs
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with _stage("write", seconds):
             ir.save(onnx_model, stage / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024)
             _write_companions(stage, traced, tokenizer)
-            manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision)
+            if has_cache:
+                write_genai_config(stage, traced.config, onnx_model)
+            positions = logits if has_cache else "all"
+            manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision, logits=positions)
             write_manifest(stage, manifest, None)
         if verify:
             with _stage("verify", seconds):
@@ -96,11 +103,15 @@ def export_onnx(
     return ExportReport(path, files, seconds, report)
 
 
-def _convert(traced: TracedModel) -> ir.Model:
+def _convert(traced: TracedModel, logits: str) -> ir.Model:
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     graph_module.recompile()
     graph_module.train(False)
+    if PAST in traced.example_inputs:
+        model = decoder_model(graph_module, logits=logits)
+        name_axes(model)
+        return model
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():
@@ -133,11 +144,12 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     tokenizer.save_pretrained(stage)
 
 
-def _refuse_unavailable(adapters: str, precision: str, quantize: str | None) -> None:
+def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, logits: str) -> None:
     choices = {
         "adapters": (adapters, ("merged",)),
         "precision": (precision, ("fp32",)),
         "quantize": (quantize, (None,)),
+        "logits": (logits, ("last", "all")),
     }
     for name, (given, available) in choices.items():
         if given not in available:

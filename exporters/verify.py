@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.cases import attended, fresh_cases
+from gralora_fx.exporters.cases import attended, flat, fresh_cases
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
 from gralora_fx.exporters.session import open_session
 from gralora_fx.merging import merge
 from gralora_fx.model import GraloraModel
+from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.traced import TracedModel
 
 TOLERANCE = 1e-4
@@ -46,7 +48,7 @@ def verify_onnx(
     Raises:
         ExportError: The directory is no export, its inputs or outputs are not the model's, or a case cannot run.
     """
-    read_manifest(output_dir)
+    last_only = read_manifest(output_dir).get("logits") == "last"
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; give a TracedModel or GraloraModel")
     session = open_session(output_dir)
@@ -61,7 +63,7 @@ def verify_onnx(
     passed = True
     try:
         for description, case in cases:
-            for name, expected, actual in _compare(session, names, model, case, description):
+            for name, expected, actual in _compare(session, names, model, case, description, last_only):
                 absolute, relative, agreement = _difference(name, expected, actual)
                 differences.setdefault(name, []).append((absolute, relative, agreement))
                 largest = float(expected.abs().max()) if expected.numel() else 0.0
@@ -84,18 +86,26 @@ def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
 
 
 def _compare(
-    session: Any, names: list[str], model: TracedModel | GraloraModel, case: Mapping[str, Tensor], description: str
+    session: Any,
+    names: list[str],
+    model: TracedModel | GraloraModel,
+    case: Mapping[str, Any],
+    description: str,
+    last_only: bool,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    missing = [name for name in names if name not in case]
+    feed = flat(case)
+    missing = [name for name in names if name not in feed]
     if missing:
         raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
     try:
         with torch.no_grad():
             expected = named_outputs(model(**case))
+        if last_only:
+            expected["logits"] = expected["logits"][:, -1:]
     except Exception as error:  # a model raises what it likes
         raise ExportError(f"the model itself fails on {description}: {str(error).splitlines()[0]}") from error
     try:
-        actual = session.run(None, {name: case[name].numpy() for name in names})
+        actual = session.run(None, {name: feed[name].numpy() for name in names})
     except Exception as error:  # ONNX Runtime raises types of its own
         raise ExportError(f"ONNX Runtime fails on {description}: {str(error).splitlines()[0]}") from error
     outputs = zip(session.get_outputs(), actual, strict=True)
@@ -118,6 +128,8 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
     """The tensors of a model's return value by name, nested ones by their path."""
     if isinstance(outputs, Tensor):
         return {"output": outputs}
+    if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), DynamicCache):
+        return flat(outputs)
     items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     found: dict[str, Tensor] = {}
     for key, value in items:
