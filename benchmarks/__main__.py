@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("merge", "forward", "tracing", "training")
+NAMES = ("merge", "forward", "switching", "tracing", "training")
 RESULTS = Path(__file__).parent / "results"
 
 
