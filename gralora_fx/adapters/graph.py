@@ -266,7 +266,9 @@ class AdapterGraph:
         self._merged_weights = dict(self._merged_weights if weights is None else weights)
         self.passes = self.passes if passes is None else passes
         try:
-            self.graph_module.graph = copy_graph(self.traced.graph_module)
+            fresh = copy_graph(self.traced.graph_module)
+            fresh.owning_module = self.graph_module
+            self.graph_module._graph = fresh  # the public setter would compile it before it is complete
             self._fill()
         except BaseException:
             self._put_base_weights()
