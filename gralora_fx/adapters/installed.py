@@ -115,8 +115,8 @@ class InstalledAdapter:
             is_used = own_parameters(graph_module, tree, module, self.name, paths)
             if not is_used and any(str(node.target) == module for node in graph_module.graph.nodes):
                 raise RewriteError(
-                    f"modules_to_save: {module} is a module call in this graph, whose parameters cannot be replaced; "
-                    "trace the model from its nn.Module instead"
+                    f"{module} is a module call in this graph, so modules_to_save and bias cannot replace its "
+                    "parameters; trace the model from its nn.Module instead"
                 )
 
     def drop(self, graph_module: fx.GraphModule) -> None:

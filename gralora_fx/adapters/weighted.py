@@ -57,7 +57,9 @@ def weighted_sum(
     ]
     if overflown:
         raise ConfigError(f"the sum is not finite at {', '.join(overflown)}; the weights {list(weights)} are too large")
-    return _config_of(adapters[0].config, factors, hybrid_r), factors
+    transposed = any(adapter.config.fan_in_fan_out for adapter in adapters)
+    first = dataclasses.replace(adapters[0].config, fan_in_fan_out=transposed)
+    return _config_of(first, factors, hybrid_r), factors
 
 
 def _config_of(first: GraloraConfig, factors: dict[str, Factors], hybrid_r: int) -> GraloraConfig:
