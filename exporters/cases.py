@@ -55,7 +55,7 @@ def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[s
     if mask is None or mask.ndim != 2 or bool(mask.all()):
         return dict(outputs)
     kept = mask.bool()
-    if PAST in inputs:  # [batch, heads, total, size]; the last position of a row is never padding
+    if PAST in inputs:  # [batch, heads, total, size]; logits of the last real position
         return {n: v.transpose(1, 2)[kept] if n.startswith("present.") else v[:, -1] for n, v in outputs.items()}
     if "decoder_input_ids" in inputs:
         aligned = {name for name in outputs if name.startswith("encoder")}
@@ -77,12 +77,24 @@ def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the last position of each row that is no padding, `[batch, 1, vocabulary]`.
+
+    Args:
+        logits: `[batch, length, vocabulary]`.
+        mask: `[batch, past + length]`.
+    """
+    window = mask[:, mask.shape[1] - logits.shape[1] :]
+    last = window.shape[1] - 1 - window.flip(1).argmax(1)
+    return logits[torch.arange(logits.shape[0]), last].unsqueeze(1)
+
+
 def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
     """Prompts after an empty cache, and steps after a long one, padded on the left."""
     example = model.example_inputs[PAST]
     limit = _longest(model)
-    sizes = ((1, 0, 1, 0), (1, 0, 24, 0), (3, 0, 11, 2), (1, 24, 1, 0), (4, 9, 1, 2), (1, 6, 5, 0))
-    for batch, past, length, padding in sizes:
+    sizes = ((1, 0, 1, ""), (1, 0, 24, ""), (3, 0, 11, "left"), (3, 0, 9, "right"), (1, 24, 1, ""), (4, 9, 1, "left"))
+    for batch, past, length, side in (*sizes, (1, 6, 5, "")):
         if past + length > limit:
             continue
         case = {
@@ -91,14 +103,15 @@ def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tu
             if isinstance(value, Tensor)
         }
         mask = torch.ones(batch, past + length, dtype=torch.long)
-        for row in range(1, batch):
-            mask[row, : min(padding * row, past + length - 1)] = 0
+        for row in range(1, batch) if side else ():
+            count = min(2 * row, past + length - 1)
+            mask[row, slice(count) if side == "left" else slice(-count, None)] = 0
         case["attention_mask"] = mask
         if "position_ids" in case:
             case["position_ids"] = positions(mask, length)
         shapes = [[(batch, t.shape[1], past, t.shape[3]) for t in (c.keys, c.values)] for c in example.layers]
         cache = cache_of([[torch.randn(shape, generator=generator) for shape in pair] for pair in shapes])
-        name = f"{batch} x {length}" + (f" after {past}" if past else "") + (" padded left" if padding else "")
+        name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
         yield name, {**case, PAST: cache}
 
 

@@ -80,7 +80,7 @@ def _name_cache(model: ir.Model) -> None:
 
 
 def _keep_last_position(model: ir.Model) -> None:
-    """Compute logits for the last position of a row only: a prompt needs no others."""
+    """Compute logits for the last position of each row only, the last that is no padding: a prompt needs no others."""
     logits = model.graph.outputs[0]
     value, chain = logits, [logits]
     node = value.producer()
@@ -97,19 +97,41 @@ def _keep_last_position(model: ir.Model) -> None:
             "no projection leads to the logits, so the last position cannot be cut out; take logits='all'"
         )
     hidden = node.inputs[0]
-    bounds = {}
-    for name, number in (("from", -1), ("to", 2**31 - 1), ("axis", 1)):
-        tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=f"logits.{name}")
-        bounds[name] = ir.Value(
-            name=tensor.name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+    ids, mask = (_input(model, name) for name in ("input_ids", "attention_mask"))
+    made: list[ir.Node] = []
+
+    def op(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        made.append(ir.node(op_type, list(inputs), attributes=attributes or None))
+        return made[-1].outputs[0]
+
+    def constant(name: str, numbers: list[int]) -> ir.Value:
+        tensor = ir.tensor(numbers, dtype=ir.DataType.INT64, name=f"logits.{name}")
+        value = ir.Value(
+            name=tensor.name,
+            shape=ir.Shape([len(numbers)]),
+            type=ir.TensorType(ir.DataType.INT64),
+            const_value=tensor,
         )
-        model.graph.initializers[f"logits.{name}"] = bounds[name]
-    cut = ir.node("Slice", [hidden, bounds["from"], bounds["to"], bounds["axis"]])
+        model.graph.initializers[f"logits.{name}"] = value
+        return value
+
+    one, end = constant("one", [1]), constant("end", [2**31 - 1])
+    length = op("Shape", ids, start=1, end=2)
+    window = op("Slice", mask, op("Neg", length), end, one)  # [batch, length], the mask of the new positions
+    last = op("ArgMax", window, axis=1, keepdims=1, select_last_index=1)  # [batch, 1]
+    cut = op("GatherND", hidden, op("Unsqueeze", last, constant("axis", [2])), batch_dims=1)  # [batch, 1, size]
     if hidden.shape is not None:
-        cut.outputs[0].shape = ir.Shape([hidden.shape[0], 1, *hidden.shape[2:]])
-    cut.outputs[0].type = hidden.type
-    model.graph.insert_before(node, cut)
-    node.replace_input_with(0, cut.outputs[0])
+        cut.shape = ir.Shape([hidden.shape[0], 1, *hidden.shape[2:]])
+    cut.type = hidden.type
+    model.graph.insert_before(node, made)
+    node.replace_input_with(0, cut)
     for member in chain:
         if member.shape is not None and len(member.shape) == 3:
             member.shape = ir.Shape([member.shape[0], 1, member.shape[2]])
+
+
+def _input(model: ir.Model, name: str) -> ir.Value:
+    found = next((value for value in model.graph.inputs if value.name == name), None)
+    if found is None:
+        raise ExportError(f"the trace takes no {name}, so the last position cannot be cut out; take logits='all'")
+    return found

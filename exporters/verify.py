@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.cases import attended, flat, fresh_cases
+from gralora_fx.exporters.cases import attended, flat, fresh_cases, last_logits
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
 from gralora_fx.exporters.session import open_session
@@ -101,7 +101,7 @@ def _compare(
         with torch.no_grad():
             expected = named_outputs(model(**case))
         if last_only:
-            expected["logits"] = expected["logits"][:, -1:]
+            expected["logits"] = last_logits(expected["logits"], feed["attention_mask"])
     except Exception as error:  # a model raises what it likes
         raise ExportError(f"the model itself fails on {description}: {str(error).splitlines()[0]}") from error
     try:

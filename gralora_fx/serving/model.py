@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.session import open_session
+from gralora_fx.serving.generation import Answers, Generator, Sampling
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.signature import default_input
@@ -115,13 +116,41 @@ class OrtModel:
         found = zip(self.output_names, results, strict=True)
         return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in found})
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate text; needs an export with a cache.
+    def generate(self, prompts: Any, *, stop: str | Sequence[str] = (), stream: bool = False, **sampling: Any) -> Any:
+        """Answer prompts; onnxruntime-genai keeps the cache and chooses the tokens.
+
+        Args:
+            prompts: A text, a chat as a list of messages (`{"role": ..., "content": ...}`, by the tokenizer's
+                template), a list of token ids, or a list of any of them, which run together.
+            stop: Strings that end an answer, which does not hold them.
+            stream: Whether to give pieces of text (token ids, for prompts of ids) as they come.
+            **sampling: `max_new_tokens=None` (64, or what the context leaves), `do_sample=False`, `top_k=50`,
+                `top_p=1.0`, `temperature=1.0`, `seed=None`.
+
+        Returns:
+            The answer to one prompt, a list for a list of prompts: texts, or token ids for prompts of ids. With
+            `stream` an iterator over pieces, of lists of pieces for a list of prompts.
 
         Raises:
-            ServingError: This export has none.
+            ServingError: The export has no cache, onnxruntime-genai is not installed, a prompt is empty, too long or
+                holds ids out of range, or an option is invalid.
         """
-        raise ServingError(f"this export (task {self.task!r}) has no cache, so it cannot generate")
+        if not any(name.startswith("past_key_values.") for name in self.input_names):
+            raise ServingError(f"this export (task {self.task!r}) has no cache, so it cannot generate")
+        unknown = [name for name in sampling if name not in Sampling.__dataclass_fields__]
+        if unknown:
+            known = ", ".join(Sampling.__dataclass_fields__)
+            raise ServingError(f"unknown option {', '.join(unknown)}; there are {known}")
+        found = Answers(self._generator, prompts, self._tokenizer_or_none, Sampling(**sampling), stop)
+        return found if stream else found.result()
+
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.directory)
+
+    @cached_property
+    def _tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
+        return load_tokenizer(self.directory)
 
     def _feed(self, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
         unknown = [name for name in inputs if name not in self._inputs]

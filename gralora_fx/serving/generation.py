@@ -1,0 +1,280 @@
+"""Text from an exported decoder: onnxruntime-genai keeps the cache, samples and streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.errors import ServingError
+
+_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: How many tokens to add at most; None for 64, or fewer where the context ends before.
+        do_sample: Whether to draw; False takes the likeliest.
+        top_k: How many of the likeliest to draw from; 0 for all.
+        top_p: Share of the probability to draw from, in `(0, 1]`.
+        temperature: Divisor of the logits, above 0.
+        seed: Seed of the draws; None for another one in every call.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool = False
+    top_k: int = 50
+    top_p: float = 1.0
+    temperature: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        whole = [
+            ("max_new_tokens", 1 if self.max_new_tokens is None else self.max_new_tokens, 1),
+            ("top_k", self.top_k, 0),
+        ]
+        for name, value, least in whole:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ServingError(f"{name} must be a whole number from {least} on, but got {value!r}")
+        if not 0 < self.top_p <= 1:
+            raise ServingError(f"top_p must be in (0, 1], but got {self.top_p!r}; take 1 for no limit")
+        if not self.temperature > 0:
+            raise ServingError(f"temperature must be above 0, but got {self.temperature!r}; take do_sample=False")
+
+    def options(self, length: int, batch: int, context: int) -> dict[str, Any]:
+        """onnxruntime-genai's search options for prompts of a length."""
+        new = min(_NEW_TOKENS, context - length) if self.max_new_tokens is None else self.max_new_tokens
+        options: dict[str, Any] = {"max_length": length + new, "batch_size": batch}
+        options["do_sample"] = self.do_sample
+        if self.do_sample:
+            options |= {"top_k": self.top_k, "top_p": self.top_p, "temperature": self.temperature}
+            if self.seed is not None:
+                options["random_seed"] = self.seed
+        return options
+
+
+class Generator:
+    """A decoder of an export directory, run by onnxruntime-genai.
+
+    Attributes:
+        ends: Ids of the tokens that end a text.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Load the model.
+
+        Args:
+            directory: An export with a cache.
+
+        Raises:
+            ServingError: onnxruntime-genai is not installed or cannot load the model.
+        """
+        try:
+            import onnxruntime_genai
+        except ImportError as error:
+            raise ServingError(
+                f"generation needs onnxruntime-genai ({error}); pip install 'gralora-fx[genai]'"
+            ) from error
+        self._genai: Any = onnxruntime_genai
+        try:
+            config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
+            self._model = onnxruntime_genai.Model(str(directory))
+        except Exception as error:  # onnxruntime-genai raises types of its own
+            raise ServingError(f"onnxruntime-genai cannot load {directory} ({_line(error)})") from error
+        ends = config["eos_token_id"]
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self._padding, self._vocabulary, self._context = (
+            config[name] for name in ("pad_token_id", "vocab_size", "context_length")
+        )
+
+    def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+        """One new token a row in every step, until every row has ended or is full.
+
+        Rows of unequal length are padded on the right, as onnxruntime-genai takes them, and run together.
+
+        Args:
+            prompts: Token ids by row, checked.
+            sampling: How tokens are chosen.
+
+        Raises:
+            ServingError: onnxruntime-genai fails.
+        """
+        longest = max(len(row) for row in prompts)
+        rows = np.full((len(prompts), longest), self._padding, dtype=np.int32)
+        for index, row in enumerate(prompts):
+            rows[index, : len(row)] = row
+        parameters = self._genai.GeneratorParams(self._model)
+        try:
+            parameters.set_search_options(**sampling.options(longest, len(prompts), self._context))
+            generator = self._genai.Generator(self._model, parameters)
+            generator.append_tokens(rows)
+            while not generator.is_done():
+                generator.generate_next_token()
+                yield [int(token) for token in generator.get_next_tokens()]
+        except Exception as error:  # onnxruntime-genai raises types of its own
+            raise ServingError(f"onnxruntime-genai fails: {_line(error)}") from error
+
+    def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Refuse prompts that the model cannot take.
+
+        Raises:
+            ServingError: A prompt is empty, too long, or holds ids out of range.
+        """
+        if not prompts:
+            raise ServingError("there is no prompt; give at least one")
+        for index, row in enumerate(prompts):
+            if len(row) == 0:
+                raise ServingError(f"prompt {index} is empty; give at least one token")
+            wrong = [token for token in row if not 0 <= token < self._vocabulary]
+            if wrong:
+                raise ServingError(
+                    f"prompt {index} holds token {wrong[0]}, outside the vocabulary of {self._vocabulary} tokens"
+                )
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        length, new = len(prompts[longest]), sampling.max_new_tokens
+        if length + (new or 1) > self._context:
+            asked = "" if new is None else f" and max_new_tokens={new}"
+            raise ServingError(
+                f"prompt {longest} has {length} tokens{asked}, more than the context of {self._context}; shorten it"
+            )
+
+
+class Answer:
+    """The tokens of one row and the text they make, cut before a stop string or an end token.
+
+    Attributes:
+        ids: The new tokens.
+        text: Their text; empty without a tokenizer.
+        has_ended: Whether nothing more is taken.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int], stop: Sequence[str]) -> None:
+        """Begin an empty answer.
+
+        Args:
+            tokenizer: Makes text of tokens; None for tokens alone.
+            ends: Ids of the tokens that end an answer.
+            stop: Strings that end an answer.
+        """
+        self._tokenizer, self._ends, self._stop = tokenizer, ends, tuple(stop)
+        self.ids: list[int] = []
+        self.text = ""
+        self.has_ended = False
+
+    def take(self, token: int) -> str:
+        """Take a token; the result is the text that it adds, which waits where a character is not complete yet."""
+        if self.has_ended:
+            return ""
+        if token in self._ends:
+            self.has_ended = True
+            return ""
+        self.ids.append(token)
+        if self._tokenizer is None:
+            return ""
+        whole = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        found = [place for string in self._stop if (place := whole.find(string)) >= 0]
+        if found:
+            self.has_ended, whole = True, whole[: min(found)]
+        elif whole.endswith("\ufffd"):  # a character of several tokens
+            return ""
+        piece, self.text = whole[len(self.text) :], whole
+        return piece
+
+
+class Answers(Iterator[Any]):
+    """The answers to prompts, piece by piece, or all at once."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+    ) -> None:
+        """Check the prompts and begin.
+
+        Args:
+            generator: The model.
+            prompts: One prompt, or a list of them, as `as_ids` takes them.
+            tokenizer: For texts and chats.
+            sampling: How tokens are chosen.
+            stop: Strings that end an answer.
+
+        Raises:
+            ServingError: A prompt cannot be taken, or stop strings are given without a tokenizer.
+        """
+        self._is_single = _is_one(prompts)
+        given = [prompts] if self._is_single else list(prompts)
+        rows = [as_ids(prompt, tokenizer) for prompt in given]
+        generator.check(rows, sampling)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops and tokenizer is None:
+            raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
+        self._gives_text = not any(_is_ids(prompt) for prompt in given)
+        self._answers = [Answer(tokenizer, generator.ends, stops) for _ in rows]
+        self._steps = generator.tokens(rows, sampling)
+
+    def __next__(self) -> Any:
+        """What the next step adds: a text or ids, for a list of prompts a list of them."""
+        if all(answer.has_ended for answer in self._answers):
+            raise StopIteration
+        found: list[Any] = []
+        for answer, token in zip(self._answers, next(self._steps), strict=True):
+            before = len(answer.ids)
+            text = answer.take(token)
+            found.append(text if self._gives_text else answer.ids[before:])
+        return found[0] if self._is_single else found
+
+    def result(self) -> Any:
+        """The whole answers."""
+        for _ in self:
+            pass
+        whole = [answer.text if self._gives_text else answer.ids for answer in self._answers]
+        return whole[0] if self._is_single else whole
+
+
+def _is_ids(prompt: Any) -> bool:
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        return prompt.ndim == 1
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(token, int) for token in prompt)
+
+
+def _is_one(prompts: Any) -> bool:
+    is_chat = isinstance(prompts, (list, tuple)) and bool(prompts) and all(isinstance(part, dict) for part in prompts)
+    return isinstance(prompts, str) or is_chat or _is_ids(prompts)
+
+
+def as_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """The token ids of a prompt: text, a chat as a list of messages, or ids as they are.
+
+    Raises:
+        ServingError: It needs a tokenizer and there is none, or it is none of these.
+    """
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        prompt = prompt.tolist()
+    is_chat = isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
+    if isinstance(prompt, str) or is_chat:
+        if tokenizer is None:
+            raise ServingError("the export holds no tokenizer; give token ids, or export with tokenizer=...")
+        if isinstance(prompt, str):
+            return list(tokenizer(prompt)["input_ids"])
+        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if isinstance(prompt, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+        return list(prompt)
+    raise ServingError(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

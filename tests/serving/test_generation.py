@@ -1,0 +1,178 @@
+"""Text from exported decoders: onnxruntime-genai's greedy tokens are those of the PyTorch model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
+
+from gralora_fx import GraloraConfig, merge, rewrite, trace
+from gralora_fx.errors import ExportError, ServingError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.serving import load
+from gralora_fx.serving.generation import Answer
+from gralora_fx.serving.model import OrtModel
+
+PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]
+SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+
+
+def decoder(name: str) -> PreTrainedModel:
+    return tiny_model(name, **SIZES)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "opt", "gemma3", "phi3", "qwen3", "mistral"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, OrtModel]:
+    """A merged model in PyTorch, and its export."""
+    name = request.param
+    torch.manual_seed(0)
+    traced = trace(decoder(name), task="text-generation-with-past")
+    fields = {"target_modules": "all-linear", "fan_in_fan_out": name == "gpt2"}
+    model = rewrite(traced, GraloraConfig(r=4, alpha=4, init_weights=False, **fields))
+    path = tmp_path_factory.mktemp(name) / "onnx"
+    report = export_onnx(model, path)
+    assert report.verification is not None
+    assert report.verification.passed
+    return merge(model), load(path)
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Tokens of the PyTorch model, one step at a time."""
+    ids, cache, found = torch.tensor([prompt]), None, []
+    for _ in range(count):
+        with torch.no_grad():
+            result = model(input_ids=ids, past_key_values=cache)
+        cache, token = result.past_key_values, int(result.logits[0, -1].argmax())
+        if token == 2:
+            break
+        found.append(token)
+        ids = torch.tensor([[token]])
+    return found
+
+
+def test_greedy_tokens_are_pytorchs(served: tuple[Any, OrtModel]) -> None:
+    model, ort = served
+    expected = [greedy(model, prompt, 16) for prompt in PROMPTS]
+    assert [ort.generate(prompt, max_new_tokens=16) for prompt in PROMPTS] == expected
+    assert ort.generate(PROMPTS, max_new_tokens=16) == expected  # rows of unequal length, padded and run together
+
+
+def test_the_graph_has_the_ecosystems_names_and_one_attention_a_layer(served: tuple[Any, OrtModel]) -> None:
+    import onnx
+
+    _, ort = served
+    names = list(ort.input_names)
+    assert names[:2] == ["input_ids", "attention_mask"]
+    assert names[-4:] == [f"past_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
+    assert list(ort.output_names) == ["logits", *(f"present.{n}.{kind}" for n in (0, 1) for kind in ("key", "value"))]
+    graph = onnx.load(str(ort.directory / "model.onnx"), load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count("GroupQueryAttention") == 2
+    axes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert axes["input_ids"] == ["batch_size", "sequence_length"]
+    assert axes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert axes["past_key_values.0.key"][0] == "batch_size"
+    assert axes["past_key_values.0.key"][2] == "past_sequence_length"
+    assert axes["present.0.key"][2] == "total_sequence_length"
+    assert axes["logits"][1] == 1
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
+    path = tmp_path_factory.mktemp("llama") / "onnx"
+    export_onnx(trace(decoder("llama"), task="text-generation-with-past"), path, logits="all")
+    return load(path)
+
+
+def test_sampling_follows_its_seed(llama: OrtModel) -> None:
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "top_k": 0}
+    first, again, other = (llama.generate(PROMPTS[0], seed=seed, **options) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert llama.generate(PROMPTS[0], **{**options, "top_k": 1}) == llama.generate(PROMPTS[0], max_new_tokens=12)
+
+
+def test_streaming_gives_the_same_tokens_piece_by_piece(llama: OrtModel) -> None:
+    whole = llama.generate(PROMPTS[0], max_new_tokens=9)
+    pieces = list(llama.generate(PROMPTS[0], max_new_tokens=9, stream=True))
+    assert [token for piece in pieces for token in piece] == whole
+    assert len(pieces) >= len(whole)
+
+
+def test_all_logits_are_given_on_request(llama: OrtModel) -> None:
+    model, ids = decoder("llama"), torch.tensor([PROMPTS[0]])
+    cache = {name: torch.zeros(1, 2, 0, 8) for name in llama.input_names if name.startswith("past")}
+    outputs = llama(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(5)[None], **cache)
+    with torch.no_grad():
+        assert torch.allclose(outputs.logits, model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([5, 101], {}, "prompt 0 holds token 101, outside the vocabulary of 101 tokens"),
+        ([[5], [-1]], {}, "prompt 1 holds token -1"),
+        ([[5], []], {}, "prompt 1 is empty; give at least one token"),
+        ([], {}, "there is no prompt; give at least one"),
+        (
+            [5] * 60,
+            {"max_new_tokens": 5},
+            "prompt 0 has 60 tokens and max_new_tokens=5, more than the context of 64",
+        ),
+        ([[5], [5] * 64], {}, "prompt 1 has 64 tokens, more than the context of 64; shorten it"),
+        ("a text", {}, "the export holds no tokenizer; give token ids"),
+        ([5], {"stop": "."}, "stop strings need a tokenizer"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 on, but got 0"),
+        ([5], {"top_p": 0}, r"top_p must be in \(0, 1\], but got 0"),
+        ([5], {"temperature": 0}, "temperature must be above 0, but got 0; take do_sample=False"),
+        ([5], {"beams": 2}, "unknown option beams; there are max_new_tokens"),
+        ([5.5], {}, "a prompt is text, a list of messages or a list of token ids, but got 5.5"),
+    ],
+)
+def test_bad_input_is_named(llama: OrtModel, prompts: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ServingError, match=message):
+        llama.generate(prompts, **options)
+
+
+def test_an_export_without_a_cache_cannot_generate(tmp_path: Path) -> None:
+    export_onnx(trace(decoder("llama")), tmp_path / "onnx")
+    with pytest.raises(ServingError, match=r"this export \(task 'text-generation'\) has no cache"):
+        load(tmp_path / "onnx").generate([5])
+
+
+def test_an_attention_that_cannot_be_fused_is_named(tmp_path: Path) -> None:
+    traced = trace(decoder("llama"), task="text-generation-with-past")
+
+    def scale_the_keys(graph_module: torch.fx.GraphModule) -> None:
+        node = graph_module.graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default)[0]
+        with graph_module.graph.inserting_before(node):
+            scaled = graph_module.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], 2.0))
+        scaled.meta["val"] = node.args[1].meta["val"]
+        node.update_arg(1, scaled)
+
+    with pytest.raises(ExportError, match=r"attention has no fused operator in .* at .*self_attn: its keys are"):
+        export_onnx(traced.with_pass(scale_the_keys), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+class Letters:
+    """A tokenizer of one letter a token, in which 9 is the first half of a character."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join("\ufffd" if token == 9 else chr(97 + token) for token in ids).replace("\ufffdk", "é")
+
+
+def test_answers_end_before_a_stop_string_and_wait_for_whole_characters() -> None:
+    answer = Answer(Letters(), frozenset({25}), ["de"])  # type: ignore[arg-type]
+    assert [answer.take(token) for token in (0, 9, 10, 1)] == ["a", "", "é", "b"]
+    assert [answer.take(token) for token in (3, 4, 5)] == ["d", "", ""]
+    assert (answer.has_ended, answer.text) == (True, "aéb")
+    ended = Answer(None, frozenset({25}), [])
+    assert [ended.take(token) for token in (1, 25, 2)] == ["", "", ""]
+    assert ended.ids == [1]
