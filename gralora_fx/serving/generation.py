@@ -181,7 +181,7 @@ class Answer:
         self.ids.append(token)
         if self._tokenizer is None:
             return ""
-        whole = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        whole = str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
         found = [place for string in self._stop if (place := whole.find(string)) >= 0]
         if found:
             self.has_ended, whole = True, whole[: min(found)]
