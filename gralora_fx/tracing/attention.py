@@ -17,6 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "gralora"
 
+# Models that are being traced: only the result's shape matters then, and working out the rest takes most of the time.
+_TRACED: set[int] = set()
+
 _library: Any = torch.library.Library(NAME, "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scale, int window, "
@@ -51,6 +54,8 @@ def attention(
     Returns:
         `[batch, length, heads, value size]`.
     """
+    if _TRACED:
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     length, total, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     rows = torch.arange(length, device=query.device).unsqueeze(1) + (total - length)
     columns = torch.arange(total, device=query.device).unsqueeze(0)
@@ -108,7 +113,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 @contextmanager
 def fused_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model call `gralora::attention` while the block lasts."""
+    """Let a model call `gralora::attention` while the block lasts, for its shape only: the values are not computed."""
     parts = {
         id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
@@ -116,7 +121,9 @@ def fused_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         for config in parts.values():
             config._attn_implementation = NAME
+        _TRACED.add(id(model))
         yield
     finally:
+        _TRACED.discard(id(model))
         for key, config in parts.items():
             config._attn_implementation = before[key]
