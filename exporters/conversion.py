@@ -25,6 +25,17 @@ OPSET = 18
 IR_VERSION = 10
 
 _aten = torch.ops.aten
+# operators that take tensors of several dtypes as they are, or whose result has another by its meaning
+_MIXED = {
+    _aten._to_copy.default,
+    _aten.embedding.default,
+    _aten.gather.default,
+    _aten.index.Tensor,
+    _aten.index_select.default,
+    _aten.masked_fill.Scalar,
+    _aten.where.self,
+    torch.ops.gralora.attention.default,
+}
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other}
 
 
@@ -58,7 +69,8 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
         with _quiet():
-            _fx_passes.insert_type_promotion_nodes(module)
+            if any(_promotes(node) for node in module.graph.nodes):  # it runs the whole graph, which takes seconds
+                _fx_passes.insert_type_promotion_nodes(module)
             options: dict[str, Any] = {"graph_like": model.graph, "owned_graphs": {}, "lower": "at_conversion"}
             _core._translate_fx_graph(module.graph, model, registry=_registry(), **options)
     except Exception as error:  # torch.onnx raises errors of every type
@@ -92,6 +104,16 @@ def _plain_cast(node: fx.Node) -> None:
         node.graph.erase_node(node)
         return
     node.target, node.args, node.kwargs = _aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _promotes(node: fx.Node) -> bool:
+    """Whether an operator mixes dtypes, or makes floats of integers, which ONNX operators do not do by themselves."""
+    result = node.meta.get("val")
+    if node.op != "call_function" or node.target in _MIXED or not isinstance(result, Tensor):
+        return False
+    values = [arg.meta.get("val") for arg in node.all_input_nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
+    return len(dtypes) > 1 or (result.dtype != torch.bool and dtypes not in (set(), {result.dtype}))
 
 
 def _functional(target: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import fx
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.attention import fuse_attention
 from gralora_fx.exporters.conversion import translate
+from gralora_fx.exporters.normalization import divide_by_roots
 
 # operators between the last projection and the logits that a model may have, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
@@ -30,6 +31,7 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> ir.Model:
     """
     model = translate(graph_module)
     fuse_attention(model)
+    divide_by_roots(model)
     _name_cache(model)
     if logits == "last":
         _keep_last_position(model)
