@@ -62,7 +62,13 @@ def _axis_name(name: str, axis: int, *, has_cache: bool = False) -> str:
 def _symbols(value: ir.Value) -> list[str | None]:
     if value.shape is None:
         return []
-    return [dim.value if isinstance(dim, ir.SymbolicDim) else None for dim in value.shape]
+    return [_symbol(dim) for dim in value.shape]
+
+
+def _symbol(dim: object) -> str | None:
+    """The text of a symbolic axis, a sum with its terms in order; None for a number."""
+    text = dim.value if isinstance(dim, ir.SymbolicDim) else None
+    return None if text is None else " + ".join(sorted(text.split(" + ")))
 
 
 def _rename(value: ir.Value, names: Mapping[str, str]) -> None:
@@ -70,7 +76,7 @@ def _rename(value: ir.Value, names: Mapping[str, str]) -> None:
         return
     dims: list[int | str | None] = []
     for dim in value.shape:
-        symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
+        symbol = _symbol(dim)
         if symbol is None:
             dims.append(dim if isinstance(dim, int) else None)
         elif symbol.isdigit():  # an axis that turned out to be fixed

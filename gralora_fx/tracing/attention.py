@@ -55,6 +55,10 @@ def attention(
         `[batch, length, heads, value size]`.
     """
     if _TRACED:
+        torch._check(key.shape[2] == value.shape[2])  # so that the sizes of all layers are known to be one
+        if mask is not None:
+            torch._check(mask.shape[0] == query.shape[0])
+            torch._check(mask.shape[1] == key.shape[2])
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     length, total, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     rows = torch.arange(length, device=query.device).unsqueeze(1) + (total - length)
