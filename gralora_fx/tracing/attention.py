@@ -55,10 +55,7 @@ def attention(
         `[batch, length, heads, value size]`.
     """
     if _TRACED:
-        torch._check(key.shape[2] == value.shape[2])  # so that the sizes of all layers are known to be one
-        if mask is not None:
-            torch._check(mask.shape[0] == query.shape[0])
-            torch._check(mask.shape[1] == key.shape[2])
+        _note_sizes(query, key, value, mask)
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     length, total, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     rows = torch.arange(length, device=query.device).unsqueeze(1) + (total - length)
@@ -89,6 +86,15 @@ def attention(
         weights = torch.softmax(torch.cat([scores, beside.to(scores.dtype)], dim=-1), dim=-1)[..., :-1]
     result = nn.functional.dropout(weights, dropout, training=True) if dropout else weights
     return (result @ value).transpose(1, 2).contiguous()
+
+
+def _note_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Tell the tracer what is equal, so that the sizes of all layers' caches are one."""
+    equal = [key.shape[2] == value.shape[2]]
+    if mask is not None:
+        equal += [mask.shape[0] == query.shape[0], mask.shape[1] == key.shape[2]]
+    for condition in equal:
+        torch._check(condition)  # type: ignore[no-untyped-call]
 
 
 _library.impl("attention", attention, "CompositeImplicitAutograd")
