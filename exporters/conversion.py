@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _registration
 
+import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
 from gralora_fx.errors import ExportError
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.weight_views import tensor_at
