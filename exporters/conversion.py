@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _registration
 
 import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.weight_views import tensor_at
 
@@ -78,7 +78,7 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = f"{first_words(error)} ({first_words(cause)})"
+        reason = f"{first_line(error)} ({first_line(cause)})"
         raise ExportError(f"the graph cannot be converted to ONNX: {reason}") from error
     _ir_passes.add_opset_imports(model)
     for name, (target, _) in weights.items():
@@ -87,12 +87,6 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
             initializer.name = target
             model.graph.initializers[target] = initializer
     return model
-
-
-def first_words(error: BaseException) -> str:
-    """The first line of an error's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _plain_cast(node: fx.Node) -> None:

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from gralora_fx.checkpoint import read_adapter
-from gralora_fx.errors import ConfigError, TraceError
+from gralora_fx.errors import ConfigError, TraceError, first_line
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import TASKS
@@ -62,8 +62,7 @@ def load_model(name: str | Path, task: str | None = None, *, num_labels: int | N
             model_class = getattr(transformers, class_name, transformers.AutoModel)
             model: PreTrainedModel = model_class.from_pretrained(name, dtype=torch.float32, **options)
     except Exception as error:  # transformers, safetensors and pickle raise types of their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TraceError(f"no model can be loaded from {name} ({reason})") from error
+        raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
     return model.eval()
 
 

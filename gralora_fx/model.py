@@ -27,7 +27,7 @@ class GraloraModel(AdapterSwitching, nn.Module):
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
     copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost
-    nothing; switching edits the graph and recompiles it, which takes milliseconds for each hundred nodes.
+    nothing; a switch makes the graph anew and compiles it, which takes milliseconds for each hundred nodes.
     """
 
     graph_module: fx.GraphModule

@@ -1,1 +1,1 @@
-"""Graph passes, one a file; each leaves a graph that lints and can be undone."""
+"""Graph passes, one a file; each leaves a graph that lints."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, first_line
 
 _NEW_TOKENS = 64
 
@@ -90,7 +90,7 @@ class Generator:
             config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
             self._model = onnxruntime_genai.Model(str(directory))
         except Exception as error:  # onnxruntime-genai raises types of its own
-            raise ServingError(f"onnxruntime-genai cannot load {directory} ({_line(error)})") from error
+            raise ServingError(f"onnxruntime-genai cannot load {directory} ({first_line(error)})") from error
         ends = config["eos_token_id"]
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._padding, self._vocabulary, self._context = (
@@ -122,7 +122,7 @@ class Generator:
                 generator.generate_next_token()
                 yield [int(token) for token in generator.get_next_tokens()]
         except Exception as error:  # onnxruntime-genai raises types of its own
-            raise ServingError(f"onnxruntime-genai fails: {_line(error)}") from error
+            raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Refuse prompts that the model cannot take.
@@ -250,9 +250,12 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(token, int) for token in prompt)
 
 
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
+
+
 def _is_one(prompts: Any) -> bool:
-    is_chat = isinstance(prompts, (list, tuple)) and bool(prompts) and all(isinstance(part, dict) for part in prompts)
-    return isinstance(prompts, str) or is_chat or _is_ids(prompts)
+    return isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts)
 
 
 def as_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -263,8 +266,7 @@ def as_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """
     if isinstance(prompt, (torch.Tensor, np.ndarray)):
         prompt = prompt.tolist()
-    is_chat = isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
-    if isinstance(prompt, str) or is_chat:
+    if isinstance(prompt, str) or _is_chat(prompt):
         if tokenizer is None:
             raise ServingError("the export holds no tokenizer; give token ids, or export with tokenizer=...")
         if isinstance(prompt, str):
@@ -274,7 +276,3 @@ def as_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if isinstance(prompt, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
         return list(prompt)
     raise ServingError(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -88,7 +88,7 @@ class OrtModel:
         Raises:
             ServingError: There is none.
         """
-        tokenizer = load_tokenizer(self.directory)
+        tokenizer = self._tokenizer_or_none
         if tokenizer is None:
             raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
         return tokenizer

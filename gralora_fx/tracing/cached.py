@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, first_line
 
 PAST = "past_key_values"
 _BATCH, _PAST, _LENGTH = 2, 6, 3
@@ -51,8 +51,7 @@ def cached_inputs(
         cache = result.past_key_values
         layers = [(layer.keys, layer.values) for layer in cache.layers]
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({reason})") from error
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
     skip = cached - past  # a cache of no positions is one of one position, cut
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, first_line
 from gralora_fx.tracing.cached import PAST, copied, other_cached_sizes
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.quiet import quiet
@@ -94,9 +94,3 @@ def where(model: nn.Module, error: BaseException) -> str:
             if "/torch/" not in file:
                 place = f" at {paths[id(owner)]} ({file.rsplit('/', 1)[-1]}:{line})"
     return place
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

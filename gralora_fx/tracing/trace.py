@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.module_tree import ModuleTree
-from gralora_fx.tracing.check import difference, first_line, refuse_fixed_sizes, where
+from gralora_fx.tracing.check import difference, refuse_fixed_sizes, where
 from gralora_fx.tracing.clean import inline_linear_modules, without_guards
 from gralora_fx.tracing.modes import record_switches
 from gralora_fx.tracing.quiet import quiet

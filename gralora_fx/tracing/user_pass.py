@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from gralora_fx.errors import RewriteError
+from gralora_fx.errors import RewriteError, first_line
 
 GraphPass = Callable[[fx.GraphModule], Any]
 
@@ -28,8 +28,7 @@ def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
         graph_module.graph.lint()
         graph_module.recompile()
     except Exception as error:  # a user's pass raises what it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RewriteError(f"the graph pass {name} failed with {type(error).__name__}: {reason}") from error
+        raise RewriteError(f"the graph pass {name} failed with {type(error).__name__}: {first_line(error)}") from error
     returned = getattr(result, "graph_module", result)
     if returned is not None and returned is not graph_module:
         kind = type(returned).__name__
