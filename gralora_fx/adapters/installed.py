@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -89,6 +90,10 @@ class InstalledAdapter:
 
     def planned(self) -> dict[str, PlannedSite]:
         """The adapted sites by path."""
+        return self._planned
+
+    @cached_property
+    def _planned(self) -> dict[str, PlannedSite]:
         return {planned.site.path: planned for planned in self.plan.selected}
 
     def attach(self, graph_module: fx.GraphModule) -> None:
