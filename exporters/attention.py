@@ -6,12 +6,16 @@ import numpy as np
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.conversion import DOMAIN
+from gralora_fx.exporters.building import Builder, known_size, take_place
+from gralora_fx.exporters.operators import DOMAIN
+from gralora_fx.exporters.packing import flat, packed
+from gralora_fx.exporters.rotary import RotaryTables
 
 _MICROSOFT = "com.microsoft"
+_Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with one mask share
 
 
-def fuse_attention(model: ir.Model) -> int:
+def fuse_attention(model: ir.Model, tables: RotaryTables) -> int:
     """Replace every attention operator and the concatenation of its cache by `GroupQueryAttention`.
 
     Before: `key = Concat(past_key, new_key); y = Attention(query, key, value, mask)`
@@ -22,6 +26,7 @@ def fuse_attention(model: ir.Model) -> int:
 
     Args:
         model: A translated model; it is changed in place.
+        tables: The tables of rotary embeddings in its graph.
 
     Returns:
         How many were replaced.
@@ -33,16 +38,11 @@ def fuse_attention(model: ir.Model) -> int:
     problems = [f"{_layer(node)}: {why}" for node in nodes if (why := _unfit(node)) is not None]
     if problems:
         raise ExportError(f"attention has no fused operator in ONNX Runtime at {'; '.join(problems)}")
-    shared: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+    shared: _Shared = {}
     for node in nodes:
-        mask = node.inputs[3]
-        assert mask is not None
-        if mask not in shared:
-            shared[mask] = _lengths_and_bias(model.graph, node, mask)
-        _replace(model.graph, node, *shared[mask])
+        _replace(model.graph, node, tables, shared)
     if nodes:
         model.graph.opset_imports[_MICROSOFT] = 1
-        model.graph.opset_imports.pop(DOMAIN, None)
     return len(nodes)
 
 
@@ -63,76 +63,53 @@ def _unfit(node: ir.Node) -> str | None:
     return None
 
 
-def _lengths_and_bias(graph: ir.Graph, before: ir.Node, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """`seqlens_k [batch]`, `total_sequence_length []` and the bias `[batch, 1, length, total]` of a padding mask."""
-    query = before.inputs[0]
-    assert query is not None
-    dtype = query.dtype or ir.DataType.FLOAT
+def _lengths_and_bias(build: Builder, new: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """`seqlens_k [batch]`, `total_sequence_length []` and the bias `[batch, 1, length, total]` of a padding mask.
+
+    `new` is `[batch, length, ...]`; the length of a cache does not tell the new positions, since it may be a buffer
+    that has room for more.
+    """
+    dtype = new.dtype or ir.DataType.FLOAT
     smallest = np.finfo(dtype.numpy()).min if dtype != ir.DataType.BFLOAT16 else np.finfo(np.float32).min
-    made: list[ir.Node] = []
-
-    def op(op_type: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
-        node = ir.node(op_type, list(inputs), attributes=attributes or None)  # type: ignore[arg-type]
-        made.append(node)
-        return node.outputs[0]
-
-    def constant(name: str, values: float | list[int], kind: ir.DataType) -> ir.Value:
-        tensor = ir.tensor(values, dtype=kind, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(np.shape(values)), type=ir.TensorType(kind), const_value=tensor)
-        graph.initializers[name] = value
-        return value
-
-    shape = op("Shape", mask)
-    total = op("Cast", op("Gather", shape, constant("attention.one", 1, ir.DataType.INT64)), to=ir.DataType.INT32)
-    batch = op("Slice", shape, *(constant(f"attention.axis_{n}", [n], ir.DataType.INT64) for n in (0, 1)))
-    last = op("Sub", total, constant("attention.one_int32", 1, ir.DataType.INT32))
-    lengths = op("Expand", op("Reshape", last, constant("attention.vector", [1], ir.DataType.INT64)), batch)
-    hidden = op(
-        "Where",
-        op("Cast", mask, to=ir.DataType.BOOL),
-        constant("attention.zero", 0.0, dtype),
-        constant("attention.hidden", float(smallest), dtype),
-    )
-    wide = op("Unsqueeze", hidden, constant("attention.axes", [1, 2], ir.DataType.INT64))  # [batch, 1, 1, total]
-    rows = op("Shape", query, start=2, end=3)
-    one = constant("attention.ones", [1], ir.DataType.INT64)
-    bias = op("Expand", wide, op("Concat", one, one, rows, one, axis=0))
-    first = next(node for node in graph if node is before)
-    graph.insert_before(first, made)
+    total = build("Cast", build("Squeeze", build("Shape", mask, start=1, end=2)), to=ir.DataType.INT32)
+    last = build("Sub", total, build.tensor([1], ir.DataType.INT32))
+    lengths = build("Expand", last, build("Shape", mask, start=0, end=1))
+    zero, hidden = build.tensor(0.0, dtype), build.tensor(float(smallest), dtype)
+    row = build("Where", build("Cast", mask, to=ir.DataType.BOOL), zero, hidden)
+    wide = build("Unsqueeze", row, build.ints(1, 2))  # [batch, 1, 1, total]
+    ones, length = build.ints(1), build("Shape", new, start=1, end=2)
+    bias = build("Expand", wide, build("Concat", ones, ones, length, ones, axis=0))
     return lengths, total, bias
 
 
-def _replace(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value, bias: ir.Value) -> None:
-    query, key, value, _, sinks = (*node.inputs, None)[:5]
+def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shared) -> None:
+    query, key, value, mask, sinks = (*node.inputs, None)[:5]
+    assert mask is not None
     assert query is not None
     assert key is not None
     assert value is not None
     key_cat, value_cat = key.producer(), value.producer()
     assert key_cat is not None
     assert value_cat is not None
-    heads, key_heads = _axis(query, 1), _axis(key, 1)
-    width = heads * _axis(query, 3)
-    output = node.outputs[0]
-    made: list[ir.Node] = []
-
-    def flat(tensor: ir.Value | None) -> ir.Value:
-        """`[batch, heads, length, size]` as `[batch, length, heads * size]`."""
-        turned = ir.node("Transpose", [tensor], attributes={"perm": [0, 2, 1, 3]})
-        shape = ir.node("Constant", [], attributes={"value_ints": [0, 0, -1]})
-        result = ir.node("Reshape", [turned.outputs[0], shape.outputs[0]])
-        made.extend((turned, shape, result))
-        return result.outputs[0]
-
+    heads, key_heads, size = (_number(value, axis) for value, axis in ((query, 1), (key, 1), (query, 3)))
+    build = Builder(graph)
     attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": key_heads}
     attributes["scale"] = node.attributes["scale"].as_float()
     if window := node.attributes["window"].as_int():
         attributes["local_window_size"] = window
     if softcap := node.attributes["softcap"].as_float():
         attributes["softcap"] = softcap
+    new_key, new_value = key_cat.inputs[1], value_cat.inputs[1]
+    assert new_key is not None
+    assert new_value is not None
+    joint = packed(build, graph, query, new_key, new_value, tables)
+    parts = [flat(build, part, tables) for part in (query, new_key, new_value)] if joint is None else [joint]
+    if mask not in shared:
+        shared[mask] = _lengths_and_bias(build, parts[0], mask)
+    lengths, total, bias = shared[mask]
     inputs = [
-        flat(query),
-        flat(key_cat.inputs[1]),
-        flat(value_cat.inputs[1]),
+        *parts,
+        *[None] * (3 - len(parts)),
         key_cat.inputs[0],
         value_cat.inputs[0],
         lengths,
@@ -143,29 +120,30 @@ def _replace(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value,
         bias,
         sinks,
     ]
-    while inputs[-1] is None:
-        inputs.pop()
-    fused = ir.node("GroupQueryAttention", inputs, attributes=attributes, domain=_MICROSOFT, num_outputs=3, version=1)
-    shape = ir.node("Constant", [], attributes={"value_ints": [0, 0, heads, width // heads]})
-    apart = ir.node("Reshape", [fused.outputs[0], shape.outputs[0]])
-    made.extend((fused, shape, apart))
-    for new, old in ((fused.outputs[1], key), (fused.outputs[2], value), (apart.outputs[0], output)):
-        new.shape, new.type, new.name = old.shape, old.type, old.name
-        _take_place(graph, old, new)
-    graph.insert_before(node, made)
+    fused = build.node("GroupQueryAttention", inputs, domain=_MICROSOFT, num_outputs=3, **attributes)
+    output = node.outputs[0]
+    for usage in list(output.uses()):
+        if _joins_heads(usage.node, heads * size):
+            take_place(fused.outputs[0], usage.node.outputs[0])
+    if output.uses() or output.is_graph_output():
+        take_place(build("Reshape", fused.outputs[0], build.ints(0, 0, heads, size)), output)
+    for new, old in ((fused.outputs[1], key), (fused.outputs[2], value)):
+        take_place(new, old)
+    build.insert_before(node)
     graph.remove(node, safe=True)
     graph.remove([key_cat, value_cat], safe=True)
 
 
-def _take_place(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let everything that reads a value read another, the graph's outputs included."""
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+def _joins_heads(node: ir.Node, width: int) -> bool:
+    """Whether a node makes `[batch, length, heads * size]` of `[batch, length, heads, size]`."""
+    shape = node.outputs[0].shape
+    return node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width
 
 
-def _axis(value: ir.Value, axis: int) -> int:
-    size = None if value.shape is None else value.shape[axis]
-    if not isinstance(size, int):
-        raise ExportError(f"axis {axis} of {value.name} is {size}, which attention needs as a number")
+def _number(value: ir.Value, axis: int) -> int:
+    size = known_size(value, axis)
+    if size is None:
+        raise ExportError(f"axis {axis} of {value.name} is {value.shape}, which attention needs as a number")
     return size
 
 

@@ -7,23 +7,24 @@ in a graph that is a clean trace already. Here only the translation is run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _registration
 
-import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.operators import TRANSLATIONS
+from gralora_fx.exporters.simplify import constant_slices, out_of_place, simplify, whole_products
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.weight_views import tensor_at
 
-DOMAIN = "gralora"  # of the attention operator, until a pass replaces it
-OPSET = 18
-IR_VERSION = 10
+OPSET = 23  # the first with RMSNormalization
+IR_VERSION = 11
 
 _aten = torch.ops.aten
 # operators that take tensors of several dtypes as they are, or whose result has another by its meaning
@@ -35,19 +36,19 @@ _MIXED = {
     _aten.index_select.default,
     _aten.masked_fill.Scalar,
     _aten.where.self,
-    torch.ops.gralora.attention.default,
+    *TRANSLATIONS,
 }
-_CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other}
 
 
-def translate(graph_module: fx.GraphModule) -> ir.Model:
+def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object]) -> ir.Model:
     """Translate a traced graph in evaluation mode; its weights become initializers under their own names.
 
-    Inputs keep the names of the graph's placeholders, outputs those of its nodes. Attention (`gralora::attention`) is
-    one node of the domain `gralora`, which ONNX Runtime does not know: a pass has to replace it.
+    Inputs keep the names of the graph's placeholders, outputs those of its nodes. Operators of `exporters.operators`
+    become nodes of a domain that ONNX Runtime does not know: later passes have to replace them.
 
     Args:
         graph_module: The graph, every node with the shape and dtype that tracing noted; it is left as it is.
+        passes: What to do with a copy of the graph first, once it is simplified.
 
     Raises:
         ExportError: An operator has no ONNX form; the message names it.
@@ -62,11 +63,16 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
                 raise ExportError(f"{node.target} of the graph is no tensor, so it has no ONNX form")
             weights[node.name] = str(node.target), tensor
             node.meta["val"], node.target = tensor, node.name
-        elif node.target in _CASTS:
-            _plain_cast(node)
-        elif node.op == "call_function" and (functional := _functional(node.target)) is not None:
-            _out_of_place(node, functional)
+        elif node.op == "call_function":
+            out_of_place(node)
+    simplify(graph)
+    whole_products(graph)
     module = fx.GraphModule({name: tensor for name, (_, tensor) in weights.items()}, graph)
+    once = CSEPass(banned_ops=get_CSE_banned_ops())(module)
+    module = module if once is None else once.graph_module
+    for graph_pass in passes:
+        graph_pass(module.graph)
+    constant_slices(module.graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
         with _quiet():
@@ -81,24 +87,13 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
         reason = f"{first_line(error)} ({first_line(cause)})"
         raise ExportError(f"the graph cannot be converted to ONNX: {reason}") from error
     _ir_passes.add_opset_imports(model)
+    model.graph.opset_imports[""] = OPSET
     for name, (target, _) in weights.items():
         initializer = model.graph.initializers.pop(name, None)
         if initializer is not None:
             initializer.name = target
             model.graph.initializers[target] = initializer
     return model
-
-
-def _plain_cast(node: fx.Node) -> None:
-    """Turn a conversion into the one that has an ONNX form, or drop one that changes nothing."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    dtype = node.meta["val"].dtype
-    if source.meta["val"].dtype == dtype:
-        node.replace_all_uses_with(source)
-        node.graph.erase_node(node)
-        return
-    node.target, node.args, node.kwargs = _aten._to_copy.default, (source,), {"dtype": dtype}
 
 
 def _promotes(node: fx.Node) -> bool:
@@ -111,44 +106,11 @@ def _promotes(node: fx.Node) -> bool:
     return len(dtypes) > 1 or (result.dtype != torch.bool and dtypes not in (set(), {result.dtype}))
 
 
-def _functional(target: Any) -> Any:
-    """The operator that makes a new tensor where `target` writes into its first argument; None where it does not."""
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return None
-    name = target._schema.name.partition("::")[2]
-    if not name.endswith("_"):
-        return None
-    return getattr(getattr(_aten, name.removesuffix("_"), None), target._overloadname, None)
-
-
-def _out_of_place(node: fx.Node, functional: Any) -> None:
-    """Let everything behind a write into a tensor read the operator's result instead."""
-    written = node.args[0]
-    assert isinstance(written, fx.Node)
-    node.target = functional
-    later = set()
-    follower = node.next
-    while follower.op != "root":
-        later.add(follower)
-        follower = follower.next
-    written.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
-
-
 def _registry() -> Any:
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
-    registry.register_op(torch.ops.gralora.attention.default, _attention)
+    for operator, translation in TRANSLATIONS.items():
+        registry.register_op(operator, translation)
     return registry
-
-
-def _attention(
-    query: Any, key: Any, value: Any, mask: Any, sinks: Any, scale: float, window: int, softcap: float, dropout: float
-) -> Any:
-    """`gralora.Attention(query, key, value, mask, sinks)` with attributes `scale`, `window`, `softcap`."""
-    attributes = ir.convenience.convert_attributes({"scale": scale, "window": window, "softcap": softcap})
-    node = ir.Node(DOMAIN, "Attention", [query, key, value, mask, sinks], attributes, num_outputs=1, version=1)
-    tracer: Any = _core.current_tracer
-    tracer.nodes.append(node)
-    return node.outputs[0]
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from torch import fx
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.attention import fuse_attention
 from gralora_fx.exporters.conversion import translate
-from gralora_fx.exporters.normalization import divide_by_roots
+from gralora_fx.exporters.normalization import lower_norms, mark_rms_norms
+from gralora_fx.exporters.operators import DOMAIN
+from gralora_fx.exporters.rotary import RotaryTables, lower_rotary, mark_rotary
 
 # operators between the last projection and the logits that a model may have, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
@@ -29,14 +31,17 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> ir.Model:
     Raises:
         ExportError: The graph has no ONNX form.
     """
-    model = translate(graph_module)
-    fuse_attention(model)
-    divide_by_roots(model)
+    model = translate(graph_module, mark_rms_norms, mark_rotary)
+    store_as_used(model)
+    tables = RotaryTables(model.graph)
+    fuse_attention(model, tables)
+    lower_rotary(model, tables)
     _name_cache(model)
     if logits == "last":
         _keep_last_position(model)
+    lower_norms(model)
+    model.graph.opset_imports.pop(DOMAIN, None)
     optimizer.fold_constants(model)
-    store_as_used(model)
     optimizer.remove_unused_nodes(model)
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,16 +148,24 @@ def names_of_site(site: LinearSite, tree: ModuleTree) -> tuple[str, ...]:
     return tuple(dict.fromkeys((site.path, *weights)))
 
 
-def other_readers(graph_module: fx.GraphModule, site: LinearSite) -> tuple[str, ...]:
+def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, tuple[str, ...]]:
     """Names of the nodes that read a site's weight other than by calling the layer, such as a tied embedding.
 
     Args:
-        graph_module: The graph that the site was found in.
-        site: The site.
+        graph_module: The graph that the sites were found in.
+        sites: The sites.
+
+    Returns:
+        Names by the site's path, empty where nothing else reads the weight.
     """
-    nodes = graph_module.graph.find_nodes(op="get_attr")
-    sources = [node for node in nodes if tensor_at(graph_module, str(node.target)) is site.weight]
-    return tuple(reader.name for source in sources for reader in readers(source) if reader.name not in site.calls)
+    sources: dict[int, list[fx.Node]] = {}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
+    found = {}
+    for site in sites:
+        names = [reader.name for source in sources.get(id(site.weight), []) for reader in readers(source)]
+        found[site.path] = tuple(name for name in names if name not in site.calls)
+    return found
 
 
 def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:

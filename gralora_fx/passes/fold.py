@@ -94,8 +94,10 @@ def set_weights(graph_module: fx.GraphModule, sites: Sequence[LinearSite], weigh
 def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
     """What else reads the weights of sites, in words, by path of the sites that share theirs."""
     found: dict[str, str] = {}
+    sites = list(sites)
+    others = other_readers(graph_module, sites)
     for site in sites:
-        readers = other_readers(graph_module, site)
+        readers = others[site.path]
         if site.tied_with:
             found[site.path] = f"tied with {', '.join(site.tied_with)}"
         elif readers:

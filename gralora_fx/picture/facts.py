@@ -200,7 +200,8 @@ def _sites(
         for rejected in plan.rejected:
             site = rejected.site
             if site.path not in found:  # stacked expert matrices, which are no sites of the graph
-                found[site.path] = site, len(other_readers(traced.graph_module, site))
+                readers = other_readers(traced.graph_module, [site])[site.path]
+                found[site.path] = site, len(readers)
             reasons.setdefault(site.path, {})[name] = rejected.reason
         for path in {bias.rpartition(".")[0] for bias in plan.trained_biases} & set(found):
             notes.setdefault(path, []).append(f"bias trains ({name})")

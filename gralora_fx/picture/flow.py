@@ -91,7 +91,7 @@ class _Owners:
         for path, entry in facts.sites.items():
             names = entry.site.calls
             if not names and entry.site.weight.ndim > 2:
-                names = other_readers(self._graph_module, entry.site)
+                names = other_readers(self._graph_module, [entry.site])[entry.site.path]
             self._calls |= dict.fromkeys(names, path)
 
     def item_of(self, node: fx.Node) -> Item | None:

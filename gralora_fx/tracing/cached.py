@@ -96,6 +96,41 @@ def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
+    """Axes of a step's inputs that are one size by their meaning: batch, new tokens, and what each layer has cached.
+
+    Args:
+        inputs: The inputs of a step by name.
+
+    Returns:
+        Pairs of axes, each a place among the inputs' tensors (`tensors_of`) and an axis; layers that cache another
+        number of positions are left out.
+    """
+    tensors = tensors_of(inputs)
+    cached = [index for index, (name, _) in enumerate(tensors) if name == PAST]
+    new = [index for index, (name, _) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]
+    axes = [((cached[0], axis), (index, axis)) for index in cached[1:] for axis in (0, 2)] if cached else []
+    axes += [((new[0], 1), (index, 1)) for index in new[1:]]
+    axes += [((cached[0], 0), (index, 0)) for index in new if cached]
+    return [
+        pair for pair in axes if tensors[pair[0][0]][1].shape[pair[0][1]] == tensors[pair[1][0]][1].shape[pair[1][1]]
+    ]
+
+
+_Axis = tuple[int, int]
+
+
+def tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Every tensor of a step's inputs with the input's name, those of a cache layer by layer."""
+    found: list[tuple[str, Tensor]] = []
+    for name, value in inputs.items():
+        if isinstance(value, DynamicCache):
+            found += [(name, t) for layer in value.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+        elif isinstance(value, Tensor):
+            found.append((name, value))
+    return found
+
+
 def other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
     """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
     yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1)

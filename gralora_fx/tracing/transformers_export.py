@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, Onn
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 
 from gralora_fx.tracing.attention import fused_attention
-from gralora_fx.tracing.cached import PAST, copied
+from gralora_fx.tracing.cached import PAST, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.quiet import quiet
 
@@ -36,7 +36,9 @@ def export_transformers_model(
     """
     shapes = dynamic_axes(inputs) if dynamic else None
     has_cache = PAST in inputs
-    with quiet(), _calling(model, use_cache=has_cache), fused_attention(model) if has_cache else nullcontext():
+    noted = inputs if has_cache else None
+    fused = fused_attention(model) if has_cache else nullcontext()
+    with quiet(), _calling(model, use_cache=has_cache, noted=noted), fused:
         exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
@@ -56,17 +58,39 @@ def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _calling(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
-    """Call the model with this `use_cache`, whether its config or only its forward knows the flag."""
+def _calling(model: PreTrainedModel, *, use_cache: bool, noted: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Call the model with this `use_cache`, whether its config or only its forward knows the flag.
+
+    With `noted`, example inputs of a step, the tracer is told first which sizes are one.
+    """
     own = model.__dict__.get("forward")  # an override on the instance; the exporter leaves one behind
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        model.forward = functools.partial(model.forward, use_cache=use_cache)
+    forward = model.forward
+    if "use_cache" in inspect.signature(forward).parameters:
+        forward = functools.partial(forward, use_cache=use_cache)
+    model.forward = forward if noted is None else _with_noted_sizes(forward, noted)
     try:
         yield
     finally:
         model.__dict__.pop("forward", None)
         if own is not None:
             model.forward = own
+
+
+def _with_noted_sizes(forward: Callable[..., Any], example: Mapping[str, Any]) -> Callable[..., Any]:
+    """A step's forward that first tells the tracer which sizes are one.
+
+    Otherwise every layer tells it of its own cache, and each time the tracer works out anew what it knew.
+    """
+    equal = equal_sizes(example)
+
+    @functools.wraps(forward)
+    def noted(*args: Any, **inputs: Any) -> Any:
+        tensors = [tensor for _, tensor in tensors_of(inputs)]
+        for (first, first_axis), (second, second_axis) in equal:
+            torch._check(tensors[first].shape[first_axis] == tensors[second].shape[second_axis])  # type: ignore[no-untyped-call]
+        return forward(*args, **inputs)
+
+    return noted
 
 
 def convert_to_onnx(graph_module: fx.GraphModule, inputs: Mapping[str, Any], config: Any, *, dynamic: bool) -> ir.Model:

@@ -15,16 +15,6 @@ from gralora_fx import trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.conversion import translate
 from gralora_fx.exporters.decoder import store_as_used
-from gralora_fx.exporters.normalization import divide_by_roots
-
-
-class Normalised(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
 def run(model: ir.Model, path: Path, *inputs: Tensor) -> tuple[Tensor, Counter[str]]:
@@ -37,16 +27,6 @@ def run(model: ir.Model, path: Path, *inputs: Tensor) -> tuple[Tensor, Counter[s
     names = [value.name for value in session.get_inputs()]
     (result,) = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
     return torch.from_numpy(result), Counter(node.op_type for node in ir.load(path / "optimized.onnx").graph)
-
-
-def test_root_mean_squares_are_one_operator_on_onnx_runtime(tmp_path: Path) -> None:
-    source, x = Normalised(), torch.randn(2, 3, 8)
-    model = translate(trace(source, (x,)).graph_module)
-    assert run(model, tmp_path, x)[1]["SimplifiedLayerNormalization"] == 0
-    assert divide_by_roots(model) == 1
-    actual, operators = run(model, tmp_path, x)
-    assert operators == {"SimplifiedLayerNormalization": 1}
-    assert torch.allclose(actual, source(x), atol=1e-6)
 
 
 class Tied(nn.Module):

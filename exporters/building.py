@@ -1,0 +1,87 @@
+"""Nodes and constants of an ONNX graph, made one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Builder:
+    """Makes nodes that a graph does not hold yet; calling it makes one and gives its first output.
+
+    Attributes:
+        nodes: What was made, in order.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        """Start without nodes.
+
+        Args:
+            graph: The graph that the nodes are for.
+        """
+        self.nodes: list[ir.Node] = []
+        self._graph = graph
+
+    def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Make a node with one output."""
+        return self.node(op_type, inputs, domain=domain, **attributes).outputs[0]
+
+    def node(self, op_type: str, inputs: Any, *, domain: str = "", num_outputs: int = 1, **attributes: Any) -> ir.Node:
+        """Make a node; trailing inputs that are None are left out."""
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
+        version = None if domain == "" else 1
+        made = ir.node(
+            op_type, given, attributes=attributes or None, domain=domain, num_outputs=num_outputs, version=version
+        )
+        self.nodes.append(made)
+        return made
+
+    def ints(self, *values: Any) -> ir.Value:
+        """A constant vector of integers."""
+        return self("Constant", value_ints=[int(value) for value in values])
+
+    def scalar(self, value: int) -> ir.Value:
+        """A constant integer."""
+        return self("Constant", value_int=value)
+
+    def tensor(self, values: Any, dtype: ir.DataType) -> ir.Value:
+        """A constant of a dtype."""
+        return self("Constant", value=ir.tensor(np.asarray(values).astype(dtype.numpy()), dtype=dtype))
+
+    def insert_before(self, node: ir.Node) -> None:
+        """Put what was made before a node of the graph."""
+        self._graph.insert_before(node, self.nodes)
+        self.nodes = []
+
+    def insert_after(self, value: ir.Value) -> None:
+        """Put what was made behind the node that a value comes from, or at the beginning where it comes from none."""
+        producer = value.producer()
+        if producer is not None:
+            self._graph.insert_after(producer, self.nodes)
+        else:
+            self._graph.insert_before(self._graph[0], self.nodes)
+        self.nodes = []
+
+
+def take_place(new: ir.Value, old: ir.Value) -> None:
+    """Let everything that reads a value read another, the graph's outputs included; shape, dtype and name go along."""
+    new.shape, new.type, new.name = old.shape, old.type, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def constant_of(value: ir.Value | None) -> list[int] | None:
+    """The numbers of a small constant vector, or None of anything else."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor.numpy().tolist() if tensor is not None and len(tensor.shape) == 1 and tensor.size < 16 else None
+
+
+def known_size(value: ir.Value | None, axis: int) -> int | None:
+    """A size of a value, or None where it varies or nothing is known."""
+    if value is None or value.shape is None:
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else None
