@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +21,13 @@ from gralora_fx.exporters.reports import ExportReport, VerifyReport
 from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
 from gralora_fx.exporters.verify import as_traced, verify_onnx
 from gralora_fx.model import GraloraModel
+from gralora_fx.stages import timed
 from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.transformers_export import convert_to_onnx
-
-_log = logging.getLogger(__name__)
 
 
 def export_onnx(
@@ -76,15 +71,15 @@ def export_onnx(
     _refuse_unavailable(adapters, precision, quantize, logits)
     check_output(output_dir)
     seconds: dict[str, float] = {}
-    with _stage("fold", seconds):
+    with timed("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced)
-    with _stage("convert", seconds):
+    with timed("convert", seconds):
         onnx_model = _convert(traced, logits)
         has_cache = PAST in traced.example_inputs
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
-        with _stage("write", seconds):
+        with timed("write", seconds):
             ir.save(onnx_model, stage / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024)
             _write_companions(stage, traced, tokenizer)
             if has_cache:
@@ -93,7 +88,7 @@ def export_onnx(
             manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision, logits=positions)
             write_manifest(stage, manifest, None)
         if verify:
-            with _stage("verify", seconds):
+            with timed("verify", seconds):
                 report = verify_onnx(stage, model)
             if not report.passed:
                 raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
@@ -163,15 +158,6 @@ def _refuse_unfit(traced: TracedModel) -> None:
     if dtypes - {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ExportError(f"the model holds {found} weights, and a trace keeps its dtype; cast it to float32 and trace")
-
-
-@contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    _log.info("%s ...", name)
-    begin = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - begin
-    _log.info("%s: %.1f s", name, seconds[name])
 
 
 def _reason(error: BaseException) -> str:
