@@ -105,6 +105,9 @@ def verify(
     model: Model = None,
     adapter: Adapter = None,
     task: Task = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.")
+    ] = None,
 ) -> None:
     """Compare an export with the PyTorch model on fresh inputs, one that generates by its greedy tokens too."""
     with StageProgress():
@@ -115,7 +118,7 @@ def verify(
         manifest = read_manifest(output)
         loaded = load_traced(model, adapter, task or manifest.get("task"))
         with timed("verify"):
-            report = verify_onnx(output, loaded)
+            report = verify_onnx(output, loaded, prompts=prompt or None)
     print(report)
     if not report.passed:
         raise typer.Exit(1)

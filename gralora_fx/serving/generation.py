@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
+from gralora_fx.tokenizers import is_chat, prompt_ids
 
 _NEW_TOKENS = 64
 
@@ -206,7 +207,7 @@ class Answers(Iterator[Any]):
 
         Args:
             generator: The model.
-            prompts: One prompt, or a list of them, as `as_ids` takes them.
+            prompts: One prompt, or a list of them, as `prompt_ids` takes them.
             tokenizer: For texts and chats.
             sampling: How tokens are chosen.
             stop: Strings that end an answer.
@@ -216,7 +217,7 @@ class Answers(Iterator[Any]):
         """
         self._is_single = _is_one(prompts)
         given = [prompts] if self._is_single else list(prompts)
-        rows = [as_ids(prompt, tokenizer) for prompt in given]
+        rows = [prompt_ids(prompt, tokenizer, ServingError) for prompt in given]
         generator.check(rows, sampling)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and tokenizer is None:
@@ -250,29 +251,5 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(token, int) for token in prompt)
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
-
-
 def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts)
-
-
-def as_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt: text, a chat as a list of messages, or ids as they are.
-
-    Raises:
-        ServingError: It needs a tokenizer and there is none, or it is none of these.
-    """
-    if isinstance(prompt, (torch.Tensor, np.ndarray)):
-        prompt = prompt.tolist()
-    if isinstance(prompt, str) or _is_chat(prompt):
-        if tokenizer is None:
-            raise ServingError("the export holds no tokenizer; give token ids, or export with tokenizer=...")
-        if isinstance(prompt, str):
-            return list(tokenizer(prompt)["input_ids"])
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if isinstance(prompt, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-        return list(prompt)
-    raise ServingError(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+    return isinstance(prompts, str) or is_chat(prompts) or _is_ids(prompts)
