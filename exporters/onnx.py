@@ -11,9 +11,9 @@ import torch
 from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
 
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decoder import decoder_model
-from gralora_fx.exporters.directory import check_output, staged
+from gralora_fx.exporters.directory import check_output, require_space, staged
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
@@ -80,6 +80,8 @@ def export_onnx(
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with timed("write", seconds):
+            weights = [value.const_value for value in onnx_model.graph.initializers.values()]
+            require_space(output_dir, sum(tensor.nbytes for tensor in weights if tensor is not None))
             ir.save(onnx_model, stage / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024)
             _write_companions(stage, traced, tokenizer)
             if has_cache:
@@ -136,7 +138,10 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         tokenizer = loaded
     if not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")
-    tokenizer.save_pretrained(stage)
+    try:
+        tokenizer.save_pretrained(stage)
+    except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
+        raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
 
 
 def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, logits: str) -> None:
