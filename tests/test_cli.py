@@ -17,7 +17,7 @@ from tiny_tokenizers import tiny_tokenizer
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import CheckpointError, ExportError
 from gralora_fx.serving import load
 
 
@@ -155,6 +155,34 @@ def test_options_reach_the_export(decoder: Path, tmp_path: Path, options: tuple[
     assert message in str(result.exception)
     assert "total" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_shapes(decoder: Path, tmp_path: Path) -> None:
+    tiny_model("llama", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "wider")
+    given = ["--model", str(tmp_path / "wider"), "--adapter", str(decoder / "adapter")]
+    result = CliRunner().invoke(app, ["export", *given, "--output", str(tmp_path / "onnx")])
+    assert isinstance(result.exception, CheckpointError)
+    message = str(result.exception)
+    assert "does not fit the adapter 'default'; check its configuration and base model" in message
+    key = "base_model.model.model.layers.0.mlp.up_proj.gralora_A"
+    assert f"{key} has shape [2, 16, 4] instead of [2, 32, 4]" in message
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_an_export_of_another_base_is_refused_in_one_line(decoder: Path, tmp_path: Path) -> None:
+    other = tiny_model("llama", seed=1, bos_token_id=1, eos_token_id=2)
+    other.save_pretrained(tmp_path / "other")
+    given = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
+    export = CliRunner().invoke(app, ["export", "--model", str(decoder / "base"), *given, "--no-verify"])
+    assert export.exit_code == 0, export.output
+    result = CliRunner().invoke(app, ["verify", "--model", str(tmp_path / "other"), *given])
+    assert isinstance(result.exception, ExportError)
+    assert "was exported from another base: its weights have fingerprint" in str(result.exception)
+    verified = CliRunner().invoke(
+        app, ["verify", "--model", str(decoder / "base"), *given, "--prompt", "a", "--prompt", "bc"]
+    )
+    assert verified.exit_code == 0, verified.output
+    assert "2 given prompts of 1 to 2 tokens padded left" in verified.stdout
 
 
 def test_stages_are_live_on_a_terminal(decoder: Path, tmp_path: Path) -> None:
