@@ -71,7 +71,7 @@ def verify_onnx(
         tolerance = tolerance_of(manifest.get("precision", "fp32"), manifest.get("quantize"))
     if inputs is not None:
         cases.append(("given inputs", dict(inputs)))
-    generated = list(drawn_prompts(traced, seed)) if PAST in traced.example_inputs else []
+    generated = list(drawn_prompts(traced, seed)) if isinstance(traced.example_inputs.get(PAST), DynamicCache) else []
     if prompts is not None:
         generated.append(_given_prompts(prompts, output_dir, traced))
     was_training = model.training
@@ -126,7 +126,7 @@ def _refuse_other(
 
 def _given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
     """A user's prompts, checked."""
-    if PAST not in traced.example_inputs:
+    if not isinstance(traced.example_inputs.get(PAST), DynamicCache):
         raise ExportError("the export has no cache, so it takes no prompts; give inputs")
     if isinstance(prompts, str) or not prompts:
         raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
