@@ -14,10 +14,11 @@ import peft
 import pytest
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app
-from gralora_fx.errors import CheckpointError, ExportError
+from gralora_fx.errors import CheckpointError, ExportError, TraceError
 from gralora_fx.serving import load
 
 
@@ -155,6 +156,16 @@ def test_options_reach_the_export(decoder: Path, tmp_path: Path, options: tuple[
     assert message in str(result.exception)
     assert "total" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decoder_without_keys_and_values_is_named(tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=101, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "base")
+    result = CliRunner().invoke(app, ["export", "--model", str(tmp_path / "base"), "--output", str(tmp_path / "onnx")])
+    assert isinstance(result.exception, TraceError)
+    assert "MambaForCausalLM keeps no cache of keys and values" in str(result.exception)
+    assert "take --task text-generation for an export without a cache" in str(result.exception)
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_shapes(decoder: Path, tmp_path: Path) -> None:
