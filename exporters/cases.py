@@ -115,11 +115,22 @@ def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tu
         yield name, {**case, PAST: cache}
 
 
-def _longest(model: TracedModel) -> int:
+def context_of(model: TracedModel) -> int | None:
+    """How many positions a model has, two less for those that count from two on; None where it says no limit."""
     config = None if model.config is None else model.config.get_text_config()
-    names = ("max_position_embeddings", "max_target_positions", "n_positions")
+    names = ("max_position_embeddings", "max_target_positions", "n_positions", "max_sequence_length", "seq_length")
     limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int)]
-    return max(1, min(limits) - 2) if limits else max(_LENGTHS)
+    return max(1, min(limits) - 2) if limits else None
+
+
+def vocabulary_of(model: TracedModel) -> int | None:
+    """How many tokens a model knows; None where its configuration does not say."""
+    config = None if model.config is None else model.config.get_text_config()
+    return getattr(config, "vocab_size", None)
+
+
+def _longest(model: TracedModel) -> int:
+    return context_of(model) or max(_LENGTHS)
 
 
 def _text_like(
@@ -133,17 +144,12 @@ def _text_like(
         return torch.arange(length, dtype=value.dtype).expand(batch, length).contiguous()
     if name == "token_type_ids":
         return torch.zeros(batch, length, dtype=value.dtype)
-    ids = _like(value, batch, length, generator, _vocabulary(model))
+    ids = _like(value, batch, length, generator, vocabulary_of(model))
     end = getattr(model.config, "eos_token_id", None)
-    if name.endswith("input_ids") and isinstance(end, int) and 0 <= end < (_vocabulary(model) or 0):
+    if name.endswith("input_ids") and isinstance(end, int) and 0 <= end < (vocabulary_of(model) or 0):
         ids[ids == end] = 1 if end != 1 else 0  # models that pool at the end token need one in every row
         ids[:, -1] = end
     return ids
-
-
-def _vocabulary(model: TracedModel) -> int | None:
-    config = None if model.config is None else model.config.get_text_config()
-    return getattr(config, "vocab_size", None)
 
 
 def _like(

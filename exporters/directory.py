@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import shutil
 import tempfile
@@ -9,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from gralora_fx.errors import ExportError
 
 MANIFEST_NAME = "gralora_export.json"
+_LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
+_LITTLE = 1 << 20  # bytes; some writers do not say why they stop
 
 
 def check_output(directory: str | Path) -> Path:
@@ -52,7 +58,8 @@ def _is_export(path: Path) -> bool:
 def staged(directory: str | Path) -> Iterator[Path]:
     """A directory to write into, which takes the output's place when the block ends without an error.
 
-    An earlier export there is replaced whole; after an error it is as it was, and nothing else is left.
+    An earlier export there is replaced whole; after an error it is as it was, and nothing else is left. What a killed
+    run has left is cleaned up by the next one.
 
     Args:
         directory: The output directory.
@@ -63,28 +70,82 @@ def staged(directory: str | Path) -> Iterator[Path]:
     path = check_output(directory).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _clean_up(path)
+        work = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
     except OSError as error:
         raise ExportError(f"cannot write beside {path} ({error.strerror}); give another output directory") from error
+    lock = FileLock(work / _LOCK, blocking=False)
     try:
+        lock.acquire()
+        stage = work / "new"
+        stage.mkdir()
         yield stage
-        stage.chmod(0o755)  # mkdtemp makes it private
-        _replace(stage, path)
+        _replace(stage, path, work / _OLD)
     except OSError as error:
-        raise ExportError(f"cannot write {path} ({error.strerror or error}); nothing was changed there") from error
+        raise ExportError(f"cannot write {path} ({_reason(error, path.parent)}); nothing was changed there") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        lock.release()
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def _replace(stage: Path, path: Path) -> None:
+def require_space(directory: str | Path, needed: int) -> None:
+    """Refuse to begin to write what the disk has no room for.
+
+    An earlier export is kept until the new one is whole, so its room does not count.
+
+    Args:
+        directory: The output directory, or one in which it is written.
+        needed: How many bytes will be written.
+
+    Raises:
+        ExportError: Fewer are free.
+    """
+    path = Path(directory).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise ExportError(
+            f"{directory} needs {needed:,} bytes, but its disk has {free:,} free; make room or give another output "
+            "directory"
+        )
+
+
+def _reason(error: OSError, path: Path) -> str:
+    """What the disk says, and how much room is left where that is why."""
+    reason = error.strerror or str(error)
+    free = shutil.disk_usage(path).free
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and free < _LITTLE)
+    return f"{reason}; {free:,} bytes are free" if is_full else reason
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.gralora-"
+
+
+def _clean_up(path: Path) -> None:
+    """Remove what killed runs left beside an output; an export that one was about to replace is put back."""
+    for work in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        lock = FileLock(work / _LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except (Timeout, FileNotFoundError):  # another run is at work in it, or has just ended
+            continue
+        try:
+            if (work / _OLD).is_dir() and not path.exists():
+                (work / _OLD).rename(path)
+        finally:
+            lock.release()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(stage: Path, path: Path, old: Path) -> None:
     if not path.exists():
         stage.rename(path)
         return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as trash:
-        old = Path(trash) / "old"
-        path.rename(old)
-        try:
-            stage.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
+    path.rename(old)
+    try:
+        stage.rename(path)
+    except OSError:
+        old.rename(path)
+        raise

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from gralora_fx.model import GraloraModel
+from gralora_fx.tracing.traced import TracedModel
+
 _SAMPLES = 64
 
 
@@ -28,3 +31,19 @@ def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
             sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
             digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def fingerprint_of(model: TracedModel | GraloraModel) -> str:
+    """The fingerprint of a model's base, without the parameters that its active adapters hold copies of.
+
+    What a copy replaces has no meaning for an export, and differs in every run where it is a fresh head.
+
+    Args:
+        model: A traced model, or a rewritten one with its active adapters.
+    """
+    if isinstance(model, TracedModel):
+        return base_fingerprint(model.tree.parameters)
+    copies = [model.installed(name).copies for name in model.active_adapters]
+    replaced = {base for owners in copies for owned in owners.values() for base in owned}
+    parameters = model.traced.tree.parameters
+    return base_fingerprint({name: value for name, value in parameters.items() if name not in replaced})

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from gralora_fx.checkpoint import checkpoint_parameters, saved_config
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.directory import MANIFEST_NAME
-from gralora_fx.exporters.fingerprint import base_fingerprint
+from gralora_fx.exporters.fingerprint import fingerprint_of
 from gralora_fx.exporters.reports import VerifyReport
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.traced import TracedModel
@@ -43,7 +43,7 @@ def describe(
         "adapters_mode": adapters,
         "logits": logits,
         "adapters": _describe_adapters(model) if isinstance(model, GraloraModel) else {},
-        "base_fingerprint": base_fingerprint(traced.tree.parameters),
+        "base_fingerprint": fingerprint_of(model),
         "sites": [
             {
                 "path": site.path,

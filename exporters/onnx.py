@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +11,9 @@ import torch
 from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
 
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decoder import decoder_model
-from gralora_fx.exporters.directory import check_output, staged
+from gralora_fx.exporters.directory import check_output, require_space, staged
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
@@ -25,14 +21,13 @@ from gralora_fx.exporters.reports import ExportReport, VerifyReport
 from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
 from gralora_fx.exporters.verify import as_traced, verify_onnx
 from gralora_fx.model import GraloraModel
+from gralora_fx.stages import timed
 from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.transformers_export import convert_to_onnx
-
-_log = logging.getLogger(__name__)
 
 
 def export_onnx(
@@ -76,15 +71,17 @@ def export_onnx(
     _refuse_unavailable(adapters, precision, quantize, logits)
     check_output(output_dir)
     seconds: dict[str, float] = {}
-    with _stage("fold", seconds):
+    with timed("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced)
-    with _stage("convert", seconds):
+    with timed("convert", seconds):
         onnx_model = _convert(traced, logits)
         has_cache = PAST in traced.example_inputs
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
-        with _stage("write", seconds):
+        with timed("write", seconds):
+            weights = [value.const_value for value in onnx_model.graph.initializers.values()]
+            require_space(output_dir, sum(tensor.nbytes for tensor in weights if tensor is not None))
             ir.save(onnx_model, stage / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024)
             _write_companions(stage, traced, tokenizer)
             if has_cache:
@@ -93,7 +90,7 @@ def export_onnx(
             manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision, logits=positions)
             write_manifest(stage, manifest, None)
         if verify:
-            with _stage("verify", seconds):
+            with timed("verify", seconds):
                 report = verify_onnx(stage, model)
             if not report.passed:
                 raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
@@ -141,7 +138,10 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         tokenizer = loaded
     if not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")
-    tokenizer.save_pretrained(stage)
+    try:
+        tokenizer.save_pretrained(stage)
+    except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
+        raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
 
 
 def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, logits: str) -> None:
@@ -163,15 +163,6 @@ def _refuse_unfit(traced: TracedModel) -> None:
     if dtypes - {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ExportError(f"the model holds {found} weights, and a trace keeps its dtype; cast it to float32 and trace")
-
-
-@contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    _log.info("%s ...", name)
-    begin = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - begin
-    _log.info("%s: %.1f s", name, seconds[name])
 
 
 def _reason(error: BaseException) -> str:

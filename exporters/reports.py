@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,20 +28,59 @@ class TensorCheck:
 
 
 @dataclass(frozen=True)
+class TokenCheck:
+    """How the greedy tokens of an export compare with PyTorch's, each going on with PyTorch's token.
+
+    Attributes:
+        cases: The prompts.
+        compared: How many tokens were compared.
+        equal: How many are equal.
+        near_ties: How many differ where PyTorch's logits of the two tokens are closer than the tolerance can tell.
+        first_difference: Where the first token differs, or None.
+        step_errors: Largest difference of the last position's logits at each step, that of the prompt first, relative
+            to the largest logit or to 1 where that is smaller.
+    """
+
+    cases: tuple[str, ...]
+    compared: int
+    equal: int
+    near_ties: int
+    first_difference: str | None
+    step_errors: tuple[float, ...]
+
+    @property
+    def agreement(self) -> float:
+        """Share of equal tokens."""
+        return self.equal / self.compared if self.compared else 1.0
+
+    def __str__(self) -> str:
+        """The tokens, the logits by step, and where they differ first."""
+        largest = max(self.step_errors, default=0.0)
+        lines = [
+            f"greedy tokens: {self.equal} of {self.compared} equal ({100 * self.agreement:.1f} %), "
+            f"{self.near_ties} near ties; {len(self.cases)} cases ({'; '.join(self.cases)})",
+            f"logits by step, largest {largest:.1e}: {' '.join(f'{error:.0e}' for error in self.step_errors)}",
+        ]
+        return "\n".join([*lines, f"first difference: {self.first_difference}"] if self.first_difference else lines)
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """The result of `verify_onnx`.
 
     Attributes:
-        passed: Whether every output is within the tolerance in every case.
+        passed: Whether every output is within the tolerance in every case, and the logits of every greedy step.
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
         cases: The inputs that were compared.
         tensors: One entry for each output.
+        tokens: Greedy tokens, for an export that generates.
     """
 
     passed: bool
     tolerance: float
     cases: tuple[str, ...]
     tensors: tuple[TensorCheck, ...]
+    tokens: TokenCheck | None = None
 
     @property
     def max_abs_error(self) -> float:
@@ -51,14 +92,28 @@ class VerifyReport:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        """A table: each output with its differences."""
+        """A table: each output with its differences; of a cache the largest of all layers."""
         lines = [f"{'output':<28}{'max abs':>12}{'max rel':>12}{'argmax equal':>14}"]
-        for check in self.tensors:
+        for check in _layers_as_one(self.tensors):
             agreement = "" if check.argmax_agreement is None else f"{100 * check.argmax_agreement:.1f} %"
             lines.append(f"{check.name:<28}{check.max_abs_error:>12.2e}{check.max_rel_error:>12.2e}{agreement:>14}")
+        lines += [] if self.tokens is None else [str(self.tokens)]
         verdict = "passed" if self.passed else "FAILED"
         lines.append(f"{verdict}: {len(self.cases)} cases ({'; '.join(self.cases)}), tolerance {self.tolerance:g}")
         return "\n".join(lines)
+
+
+def _layers_as_one(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
+    """Checks of a cache's tensors, `present.0.key` and on, as one for keys and one for values."""
+    found: dict[str, TensorCheck] = {}
+    for check in checks:
+        name = re.sub(r"^present\.\d+\.", "present.*.", check.name)
+        other = found.get(name)
+        absolute, relative = (
+            max(getattr(c, kind) for c in (check, other or check)) for kind in ("max_abs_error", "max_rel_error")
+        )
+        found[name] = TensorCheck(name, absolute, relative, check.argmax_agreement)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

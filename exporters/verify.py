@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gralora_fx.errors import ExportError
-from gralora_fx.exporters.cases import attended, flat, fresh_cases, last_logits
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.cases import attended, context_of, flat, fresh_cases, last_logits, vocabulary_of
+from gralora_fx.exporters.fingerprint import fingerprint_of
+from gralora_fx.exporters.greedy import Prompts, compare_greedy, drawn_prompts, together
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
+from gralora_fx.exporters.running import as_tensor, run_values
 from gralora_fx.exporters.session import open_session
+from gralora_fx.exporters.tolerances import largest_gap, largest_value, tolerance_of
 from gralora_fx.merging import merge
 from gralora_fx.model import GraloraModel
+from gralora_fx.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.traced import TracedModel
 
-TOLERANCE = 1e-4
+_GIVEN_STEPS = 16
 
 
 def verify_onnx(
@@ -29,49 +33,63 @@ def verify_onnx(
     model: TracedModel | GraloraModel,
     *,
     inputs: Mapping[str, Tensor] | None = None,
-    tolerance: float = TOLERANCE,
+    prompts: Sequence[Any] | None = None,
+    tolerance: float | None = None,
     seed: int = 0,
 ) -> VerifyReport:
     """Compare an export with the model on inputs that neither has seen: other sizes, padded rows, a single row.
+
+    An export with a cache generates besides, its cache fed back at every step: greedy tokens and logits are compared
+    for prompts of unequal length, padded on either side, and for one that fills the context (up to 1,000 positions).
 
     Args:
         output_dir: The export directory.
         model: The model it was exported from; a `GraloraModel` runs with its active adapters as they stand, so that a
             wrong fold would show.
         inputs: A user's own inputs, compared in addition.
-        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
+        prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
+        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
+            what the export's precision explains.
         seed: Seed of the fresh inputs.
 
     Returns:
-        Differences and argmax agreement for every output.
+        Differences and argmax agreement for every output, and the greedy tokens of an export with a cache.
 
     Raises:
-        ExportError: The directory is no export, its inputs or outputs are not the model's, or a case cannot run.
+        ExportError: The directory is no export or one of another base, its inputs or outputs are not the model's, a
+            prompt does not fit, or a case cannot run.
     """
-    last_only = read_manifest(output_dir).get("logits") == "last"
+    manifest = read_manifest(output_dir)
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; give a TracedModel or GraloraModel")
     session = open_session(output_dir)
     names = [value.name for value in session.get_inputs()]
     traced = model.traced if isinstance(model, GraloraModel) else model
     cases = list(fresh_cases(traced, seed))
+    _refuse_other(output_dir, names, manifest, model, cases[0][1])
+    if tolerance is None:
+        tolerance = tolerance_of(manifest.get("precision", "fp32"), manifest.get("quantize"))
     if inputs is not None:
         cases.append(("given inputs", dict(inputs)))
+    generated = list(drawn_prompts(traced, seed)) if isinstance(traced.example_inputs.get(PAST), DynamicCache) else []
+    if prompts is not None:
+        generated.append(_given_prompts(prompts, output_dir, traced))
     was_training = model.training
     model.eval()
     differences: dict[str, list[tuple[float, float, float | None]]] = {}
     passed = True
     try:
         for description, case in cases:
-            for name, expected, actual in _compare(session, names, model, case, description, last_only):
+            for name, expected, actual in _compare(session, names, model, case, description, manifest):
                 absolute, relative, agreement = _difference(name, expected, actual)
                 differences.setdefault(name, []).append((absolute, relative, agreement))
-                largest = float(expected.abs().max()) if expected.numel() else 0.0
-                passed &= absolute <= tolerance * max(1.0, largest)
+                passed &= absolute <= tolerance * max(1.0, largest_value(expected))
+        tokens = compare_greedy(session, model, generated, tolerance) if generated else None
     finally:
         model.train(was_training)
+    passed &= tokens is None or max(tokens.step_errors, default=0.0) <= tolerance
     tensors = tuple(_summary(name, found) for name, found in differences.items())
-    return VerifyReport(passed, tolerance, tuple(description for description, _ in cases), tensors)
+    return VerifyReport(passed, tolerance, tuple(description for description, _ in cases), tensors, tokens)
 
 
 def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
@@ -85,31 +103,70 @@ def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
     return merge(model) if model.active_adapters else model.traced
 
 
+def _refuse_other(
+    output_dir: str | Path,
+    names: list[str],
+    manifest: Mapping[str, Any],
+    model: TracedModel | GraloraModel,
+    case: Mapping[str, Any],
+) -> None:
+    """Refuse to compare an export with another model than its own: every difference would look like a fault."""
+    given = flat(case)
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
+    expected, found = manifest.get("base_fingerprint"), fingerprint_of(model)
+    if expected is not None and expected != found:
+        raise ExportError(
+            f"{output_dir} was exported from another base: its weights have fingerprint {str(expected)[:12]}, those of "
+            f"the given model {found[:12]}; give the base that was exported, with its adapters active rather than "
+            "folded"
+        )
+
+
+def _given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
+    """A user's prompts, checked."""
+    if not isinstance(traced.example_inputs.get(PAST), DynamicCache):
+        raise ExportError("the export has no cache, so it takes no prompts; give inputs")
+    if isinstance(prompts, str) or not prompts:
+        raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
+    tokenizer = load_tokenizer(output_dir)
+    rows = [prompt_ids(prompt, tokenizer, ExportError) for prompt in prompts]
+    vocabulary, context = vocabulary_of(traced), context_of(traced)
+    for index, row in enumerate(rows):
+        wrong = [token for token in row if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        if not row or wrong:
+            what = f"holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens" if wrong else "is empty"
+            raise ExportError(f"prompt {index} {what}; give other ids")
+        if context is not None and len(row) > context - _GIVEN_STEPS:
+            raise ExportError(
+                f"prompt {index} has {len(row)} tokens, and {_GIVEN_STEPS} are added, more than the context of "
+                f"{context}; shorten it"
+            )
+    return together(rows, steps=_GIVEN_STEPS, what="given prompt")
+
+
 def _compare(
     session: Any,
     names: list[str],
     model: TracedModel | GraloraModel,
     case: Mapping[str, Any],
     description: str,
-    last_only: bool,
+    manifest: Mapping[str, Any],
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     feed = flat(case)
-    missing = [name for name in names if name not in feed]
-    if missing:
-        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
     try:
         with torch.no_grad():
             expected = named_outputs(model(**case))
-        if last_only:
+        if manifest.get("logits") == "last":
             expected["logits"] = last_logits(expected["logits"], feed["attention_mask"])
     except Exception as error:  # a model raises what it likes
-        raise ExportError(f"the model itself fails on {description}: {str(error).splitlines()[0]}") from error
-    try:
-        actual = session.run(None, {name: feed[name].numpy() for name in names})
-    except Exception as error:  # ONNX Runtime raises types of its own
-        raise ExportError(f"ONNX Runtime fails on {description}: {str(error).splitlines()[0]}") from error
-    outputs = zip(session.get_outputs(), actual, strict=True)
-    found = {value.name: torch.from_numpy(np.asarray(array)) for value, array in outputs}
+        raise ExportError(f"the model itself fails on {description}: {first_line(error)}") from error
+    missing = [name for name in names if name not in feed]
+    if missing:
+        raise ExportError(f"{description} lack {', '.join(missing)}, which the export takes; give every input")
+    results = run_values(session, {name: feed[name] for name in names}, description)
+    found = {name: as_tensor(value) for name, value in results.items()}
     if len(expected) != len(found):
         raise ExportError(f"the export gives {', '.join(found)}, the model {', '.join(expected)}; export it again")
     if set(expected) != set(found):
@@ -141,14 +198,9 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def _difference(name: str, expected: Tensor, actual: Tensor) -> tuple[float, float, float | None]:
-    if not expected.numel():
-        return 0.0, 0.0, None
-    both_missing = expected.isnan() & actual.isnan()
-    gap = (expected - actual).abs().masked_fill(both_missing, 0.0)
-    absolute = float(gap.max()) if bool(torch.isfinite(gap).all()) else float("inf")
-    largest = float(expected.nan_to_num().abs().max())
+    absolute, largest = largest_gap(expected, actual), largest_value(expected)
     agreement = None
-    if "logits" in name:
+    if "logits" in name and expected.numel():
         agreement = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
     return absolute, absolute / largest if largest else absolute, agreement
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from gralora_fx.errors import GraloraError
+from gralora_fx.progress import StageProgress
+from gralora_fx.stages import timed
 
 app = typer.Typer(
     name="gralora-fx",
@@ -42,9 +44,8 @@ def inspect(
     from gralora_fx.model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
 
-    with _notes.status("loading and tracing"):
+    with StageProgress():
         loaded = load_traced(model, adapter, task)
-    with _notes.status("drawing"):
         drawn = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
     for path in drawn:
         _notes.print(f"wrote {path}")
@@ -63,44 +64,61 @@ def export(
     model: Model = None,
     adapter: Adapter = None,
     task: Task = None,
-    precision: Annotated[str, typer.Option(help="Precision of the weights: fp32.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precision of weights and activations: fp32.")] = "fp32",
+    quantize: Annotated[str | None, typer.Option(help="Weight-only quantization: int8 or int4.")] = None,
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale, when quantized.")] = 32,
+    accuracy_level: Annotated[int, typer.Option(help="Accuracy of quantized operators, from 0 to 4.")] = 4,
+    logits: Annotated[str, typer.Option(help="Of a model with a cache: logits of the last position, or all.")] = "last",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")] = False,
 ) -> None:
-    """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch."""
-    from gralora_fx.exporters import export_onnx
-    from gralora_fx.exporters.directory import check_output
-    from gralora_fx.loading import load_traced
-    from gralora_fx.model import GraloraModel
-    from gralora_fx.tokenizers import load_tokenizer
+    """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch.
 
-    check_output(output)
-    with _notes.status("loading and tracing"):
-        loaded = load_traced(model, adapter, task)
-    traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
-    tokenizer = load_tokenizer(model or traced.tokenizer_source or "")
-    with _notes.status("exporting"):
+    A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
+    """
+    with StageProgress():
+        with timed("import"):
+            from gralora_fx.exporters import export_onnx
+            from gralora_fx.exporters.directory import check_output
+            from gralora_fx.loading import load_traced
+            from gralora_fx.model import GraloraModel
+            from gralora_fx.tokenizers import load_tokenizer
+        check_output(output)
+        loaded = load_traced(model, adapter, task, with_cache=True)
+        traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
         report = export_onnx(
             loaded,
             output,
             precision=precision,  # type: ignore[arg-type]  # export_onnx refuses others with a clear error
-            tokenizer=tokenizer,
+            quantize=quantize,  # type: ignore[arg-type]
+            block_size=block_size,
+            accuracy_level=accuracy_level,
+            logits=logits,  # type: ignore[arg-type]
+            tokenizer=load_tokenizer(model or traced.tokenizer_source or ""),
             verify=not no_verify,
         )
     print(report)
 
 
 @app.command()
-def verify(output: Output, model: Model = None, adapter: Adapter = None, task: Task = None) -> None:
-    """Compare an export with the PyTorch model on fresh inputs."""
-    from gralora_fx.exporters import verify_onnx
-    from gralora_fx.exporters.manifest import read_manifest
-    from gralora_fx.loading import load_traced
-
-    manifest = read_manifest(output)
-    with _notes.status("loading and tracing"):
+def verify(
+    output: Output,
+    model: Model = None,
+    adapter: Adapter = None,
+    task: Task = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.")
+    ] = None,
+) -> None:
+    """Compare an export with the PyTorch model on fresh inputs, one that generates by its greedy tokens too."""
+    with StageProgress():
+        with timed("import"):
+            from gralora_fx.exporters import verify_onnx
+            from gralora_fx.exporters.manifest import read_manifest
+            from gralora_fx.loading import load_traced
+        manifest = read_manifest(output)
         loaded = load_traced(model, adapter, task or manifest.get("task"))
-    with _notes.status("comparing"):
-        report = verify_onnx(output, loaded)
+        with timed("verify"):
+            report = verify_onnx(output, loaded, prompts=prompt or None)
     print(report)
     if not report.passed:
         raise typer.Exit(1)
@@ -120,16 +138,17 @@ def demo(
 
 def main() -> None:
     """Run the command line; errors of gralora-fx end it with one line and status 1."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("gralora_fx")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except GraloraError as error:
         _notes.print(f"error: {'; '.join(str(error).splitlines())}", markup=False)
         sys.exit(1)
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    """End as by an error, so that what was begun is cleaned up; the status is the shell's for a signal."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 from gralora_fx.checkpoint import read_adapter
 from gralora_fx.errors import ConfigError, TraceError, first_line
 from gralora_fx.model import GraloraModel
+from gralora_fx.stages import timed
 from gralora_fx.tracing.quiet import quiet
-from gralora_fx.tracing.samples import TASKS
+from gralora_fx.tracing.samples import TASKS, infer_task
 from gralora_fx.tracing.trace import trace
 from gralora_fx.tracing.traced import TracedModel
 
@@ -37,6 +38,7 @@ _PEFT_TASKS = {
     "SEQ_2_SEQ_LM": "text2text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
+_WITH_CACHE = {"text-generation": "text-generation-with-past"}
 _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
 
@@ -66,13 +68,16 @@ def load_model(name: str | Path, task: str | None = None, *, num_labels: int | N
     return model.eval()
 
 
-def load_traced(model: str | None, adapter: str | None, task: str | None) -> TracedModel | GraloraModel:
+def load_traced(
+    model: str | None, adapter: str | None, task: str | None, *, with_cache: bool = False
+) -> TracedModel | GraloraModel:
     """A traced model, rewritten with an adapter if one is given.
 
     Args:
         model: Local directory or hub id of the base; None for the one that the adapter names.
         adapter: PEFT-format adapter, or None.
         task: Task name; None for the adapter's or the model's own.
+        with_cache: Whether a task that is not named is the one with a cache, where there is one: what generates.
 
     Raises:
         ConfigError: Neither names a base model.
@@ -80,15 +85,33 @@ def load_traced(model: str | None, adapter: str | None, task: str | None) -> Tra
         TargetError: The adapter's configuration does not fit the base.
         CheckpointError: The adapter's tensors do not fit the base.
     """
+    heads: list[int] = []
+    base, asked = model, task
+    with timed("load"):
+        if adapter is not None:
+            config, tensors = read_adapter(adapter)
+            base = model or config.base_model_name_or_path
+            task = task or _PEFT_TASKS.get(config.task_type or "")
+            heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
+        if base is None:
+            raise ConfigError(
+                "no model was named; give --model, or --adapter with a base_model_name_or_path"
+                if adapter is None
+                else f"{adapter} names no base model; give --model"
+            )
+        loaded = load_model(base, task, num_labels=heads[-1] if heads else None)
+    task = task or infer_task(loaded)
+    if with_cache and asked is None:
+        task = _WITH_CACHE.get(task, task)
+    with timed("trace"):
+        try:
+            traced = trace(loaded, task=task)
+        except TraceError as error:
+            if asked is None and task in _WITH_CACHE.values():
+                without = task.removesuffix("-with-past")
+                raise TraceError(f"{error}; take --task {without} for an export without a cache") from error
+            raise
     if adapter is None:
-        if model is None:
-            raise ConfigError("no model was named; give --model, or --adapter with a base_model_name_or_path")
-        return trace(load_model(model, task), task=task)
-    config, tensors = read_adapter(adapter)
-    base = model or config.base_model_name_or_path
-    if base is None:
-        raise ConfigError(f"{adapter} names no base model; give --model")
-    task = task or _PEFT_TASKS.get(config.task_type or "")
-    heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
-    loaded = load_model(base, task, num_labels=heads[-1] if heads else None)
-    return GraloraModel.from_pretrained(trace(loaded, task=task), adapter)
+        return traced
+    with timed("rewrite"):
+        return GraloraModel.from_pretrained(traced, adapter)

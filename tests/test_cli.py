@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,13 @@ from pathlib import Path
 import peft
 import pytest
 from tiny_models import tiny_model
+from tiny_tokenizers import tiny_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
+from typer.testing import CliRunner
+
+from gralora_fx.cli import app
+from gralora_fx.errors import CheckpointError, ExportError, TraceError
+from gralora_fx.serving import load
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +31,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = peft.GraloraConfig(
         r=8, target_modules=["query", "value"], task_type="SEQ_CLS", init_weights=False, inference_mode=False
     )
+    peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, and an adapter of it that PEFT saved."""
+    folder = tmp_path_factory.mktemp("decoder")
+    model = tiny_model("llama", bos_token_id=1, eos_token_id=2)
+    model.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    config = peft.GraloraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_weights=False)
     peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
     return folder
 
@@ -39,7 +62,7 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert "passed: 4 cases" in run("verify", *given).stdout
     other = run("verify", "--model", checkpoint / "classifier", "--output", tmp_path / "onnx", expect=1)
-    assert "FAILED" in other.stdout
+    assert "was exported from another base" in other.stderr
 
 
 def test_inspect_lists_sites_or_the_plan(checkpoint: Path) -> None:
@@ -88,3 +111,121 @@ def test_bad_input_ends_with_one_line(
 
 def test_a_wrong_option_shows_the_usage() -> None:
     assert "No such option" in run("export", "--modle", "x", expect=2).stderr
+
+
+STAGES = ["import", "load", "trace", "rewrite", "fold", "convert", "write", "verify", "total"]
+
+
+def test_an_adapter_of_a_decoder_is_exported_so_that_it_generates(decoder: Path, tmp_path: Path) -> None:
+    given = ("--model", decoder / "base", "--adapter", decoder / "adapter", "--output", tmp_path / "onnx")
+    result = run("export", *given)
+    lines = [line.split() for line in result.stderr.splitlines()]
+    assert [(line[0], line[2]) for line in lines] == [(name, "s") for name in STAGES]
+    seconds = [float(line[1]) for line in lines]
+    assert sum(seconds[:-1]) <= seconds[-1] + 0.05 * len(STAGES)  # each is rounded
+    files = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert {"model.onnx", "model.onnx_data", "genai_config.json", "config.json", "tokenizer.json"} <= files
+    assert load(tmp_path / "onnx").generate("abc", max_new_tokens=4)
+    verified = run("verify", *given)
+    assert "passed" in verified.stdout
+    assert [line.split()[0] for line in verified.stderr.splitlines()] == [*STAGES[:4], "verify", "total"]
+
+
+def test_a_named_task_is_taken_as_it_is(decoder: Path, tmp_path: Path) -> None:
+    arguments = ["export", "--model", decoder / "base", "--task", "text-generation", "--output", tmp_path / "onnx"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--no-verify"])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stderr.splitlines()] == [
+        n for n in STAGES if n not in ("rewrite", "verify")
+    ]
+    assert json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["task"] == "text-generation"
+    assert not (tmp_path / "onnx" / "genai_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--quantize", "int3"), "quantize='int3' is not available; take"),
+        (("--logits", "first"), "logits='first' is not available; take 'last' or 'all'"),
+    ],
+)
+def test_options_reach_the_export(decoder: Path, tmp_path: Path, options: tuple[str, str], message: str) -> None:
+    arguments = ["export", "--model", str(decoder / "base"), "--output", str(tmp_path / "onnx"), *options]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ExportError)
+    assert message in str(result.exception)
+    assert "total" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decoder_without_keys_and_values_is_named(tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=101, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "base")
+    result = CliRunner().invoke(app, ["export", "--model", str(tmp_path / "base"), "--output", str(tmp_path / "onnx")])
+    assert isinstance(result.exception, TraceError)
+    assert "MambaForCausalLM keeps no cache of keys and values" in str(result.exception)
+    assert "take --task text-generation for an export without a cache" in str(result.exception)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_shapes(decoder: Path, tmp_path: Path) -> None:
+    tiny_model("llama", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "wider")
+    given = ["--model", str(tmp_path / "wider"), "--adapter", str(decoder / "adapter")]
+    result = CliRunner().invoke(app, ["export", *given, "--output", str(tmp_path / "onnx")])
+    assert isinstance(result.exception, CheckpointError)
+    message = str(result.exception)
+    assert "does not fit the adapter 'default'; check its configuration and base model" in message
+    key = "base_model.model.model.layers.0.mlp.up_proj.gralora_A"
+    assert f"{key} has shape [2, 16, 4] instead of [2, 32, 4]" in message
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_an_export_of_another_base_is_refused_in_one_line(decoder: Path, tmp_path: Path) -> None:
+    other = tiny_model("llama", seed=1, bos_token_id=1, eos_token_id=2)
+    other.save_pretrained(tmp_path / "other")
+    given = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
+    export = CliRunner().invoke(app, ["export", "--model", str(decoder / "base"), *given, "--no-verify"])
+    assert export.exit_code == 0, export.output
+    result = CliRunner().invoke(app, ["verify", "--model", str(tmp_path / "other"), *given])
+    assert isinstance(result.exception, ExportError)
+    assert "was exported from another base: its weights have fingerprint" in str(result.exception)
+    verified = CliRunner().invoke(
+        app, ["verify", "--model", str(decoder / "base"), *given, "--prompt", "a", "--prompt", "bc"]
+    )
+    assert verified.exit_code == 0, verified.output
+    assert "2 given prompts of 1 to 2 tokens padded left" in verified.stdout
+
+
+def test_stages_are_live_on_a_terminal(decoder: Path, tmp_path: Path) -> None:
+    """Every stage is drawn while it runs, with what it took left standing at the end."""
+    arguments = ["export", "--model", str(decoder / "base"), "--output", str(tmp_path / "onnx"), "--no-verify"]
+    primary, secondary = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "gralora_fx.cli", *arguments]
+    with subprocess.Popen(command, stderr=secondary, stdout=subprocess.DEVNULL, env=environment) as process:
+        os.close(secondary)
+        drawn = b""
+        while chunk := _read(primary):
+            drawn += chunk
+    os.close(primary)
+    assert process.returncode == 0
+    text = drawn.decode()
+    assert any(spinner in text for spinner in "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")
+    shown = [line.split()[0] for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()[-8:] if line.strip()]
+    assert shown[-7:] == ["import", "load", "trace", "fold", "convert", "write", "total"]
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # how Linux tells the end of a pseudo terminal
+        return b""
+
+
+def test_help_and_wrong_options_wait_for_no_library() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from gralora_fx.cli import app\n"
+        "assert CliRunner().invoke(app, ['export', '--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'onnx', 'numpy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
+    "stages",
+    "progress",
     "sources",
     "config",
     "module_tree",

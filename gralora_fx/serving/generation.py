@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
+from gralora_fx.serving.answer import Answer
+from gralora_fx.tokenizers import is_chat, prompt_ids
 
 _NEW_TOKENS = 64
 
@@ -149,48 +151,6 @@ class Generator:
             )
 
 
-class Answer:
-    """The tokens of one row and the text they make, cut before a stop string or an end token.
-
-    Attributes:
-        ids: The new tokens.
-        text: Their text; empty without a tokenizer.
-        has_ended: Whether nothing more is taken.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int], stop: Sequence[str]) -> None:
-        """Begin an empty answer.
-
-        Args:
-            tokenizer: Makes text of tokens; None for tokens alone.
-            ends: Ids of the tokens that end an answer.
-            stop: Strings that end an answer.
-        """
-        self._tokenizer, self._ends, self._stop = tokenizer, ends, tuple(stop)
-        self.ids: list[int] = []
-        self.text = ""
-        self.has_ended = False
-
-    def take(self, token: int) -> str:
-        """Take a token; the result is the text that it adds, which waits where a character is not complete yet."""
-        if self.has_ended:
-            return ""
-        if token in self._ends:
-            self.has_ended = True
-            return ""
-        self.ids.append(token)
-        if self._tokenizer is None:
-            return ""
-        whole = str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
-        found = [place for string in self._stop if (place := whole.find(string)) >= 0]
-        if found:
-            self.has_ended, whole = True, whole[: min(found)]
-        elif whole.endswith("\ufffd"):  # a character of several tokens
-            return ""
-        piece, self.text = whole[len(self.text) :], whole
-        return piece
-
-
 class Answers(Iterator[Any]):
     """The answers to prompts, piece by piece, or all at once."""
 
@@ -206,21 +166,23 @@ class Answers(Iterator[Any]):
 
         Args:
             generator: The model.
-            prompts: One prompt, or a list of them, as `as_ids` takes them.
+            prompts: One prompt, or a list of them, as `prompt_ids` takes them.
             tokenizer: For texts and chats.
             sampling: How tokens are chosen.
             stop: Strings that end an answer.
 
         Raises:
-            ServingError: A prompt cannot be taken, or stop strings are given without a tokenizer.
+            ServingError: A prompt cannot be taken, a stop string is empty, or there is no tokenizer for them.
         """
         self._is_single = _is_one(prompts)
         given = [prompts] if self._is_single else list(prompts)
-        rows = [as_ids(prompt, tokenizer) for prompt in given]
+        rows = [prompt_ids(prompt, tokenizer, ServingError) for prompt in given]
         generator.check(rows, sampling)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and tokenizer is None:
             raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
+        if "" in stops:
+            raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
         self._gives_text = not any(_is_ids(prompt) for prompt in given)
         self._answers = [Answer(tokenizer, generator.ends, stops) for _ in rows]
         self._steps = generator.tokens(rows, sampling)
@@ -229,11 +191,14 @@ class Answers(Iterator[Any]):
         """What the next step adds: a text or ids, for a list of prompts a list of them."""
         if all(answer.has_ended for answer in self._answers):
             raise StopIteration
+        tokens = next(self._steps, None)
         found: list[Any] = []
-        for answer, token in zip(self._answers, next(self._steps), strict=True):
+        for index, answer in enumerate(self._answers):
             before = len(answer.ids)
-            text = answer.take(token)
+            text = answer.finish() if tokens is None else answer.take(tokens[index])
             found.append(text if self._gives_text else answer.ids[before:])
+        if tokens is None and not any(found):  # every row is full, and no text was held back
+            raise StopIteration
         return found[0] if self._is_single else found
 
     def result(self) -> Any:
@@ -250,29 +215,5 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(token, int) for token in prompt)
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
-
-
 def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts)
-
-
-def as_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt: text, a chat as a list of messages, or ids as they are.
-
-    Raises:
-        ServingError: It needs a tokenizer and there is none, or it is none of these.
-    """
-    if isinstance(prompt, (torch.Tensor, np.ndarray)):
-        prompt = prompt.tolist()
-    if isinstance(prompt, str) or _is_chat(prompt):
-        if tokenizer is None:
-            raise ServingError("the export holds no tokenizer; give token ids, or export with tokenizer=...")
-        if isinstance(prompt, str):
-            return list(tokenizer(prompt)["input_ids"])
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if isinstance(prompt, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-        return list(prompt)
-    raise ServingError(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+    return isinstance(prompts, str) or is_chat(prompts) or _is_ids(prompts)

@@ -20,6 +20,7 @@ from gralora_fx.exporters.session import open_session
 from gralora_fx.serving.generation import Answers, Generator, Sampling
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.tokenizers import load_tokenizer
+from gralora_fx.tracing.cached import PAST, cache_of
 from gralora_fx.tracing.signature import default_input
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -97,14 +98,14 @@ class OrtModel:
         """Run the model once.
 
         Args:
-            **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros.
-                Integers and floats are cast to the graph's own width.
+            **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
+                a cache empty. Integers and floats are cast to the graph's own width.
 
         Returns:
             Outputs by name: tensors if any input was a tensor, else arrays.
 
         Raises:
-            ServingError: An input is missing, unknown, or of the wrong kind or shape.
+            ServingError: An input is missing, unknown, of the wrong kind or shape, or holds ids out of range.
         """
         gives_tensors = any(isinstance(value, torch.Tensor) for value in inputs.values())
         feed = self._feed({name: value for name, value in inputs.items() if value is not None})
@@ -157,7 +158,13 @@ class OrtModel:
         if unknown:
             raise ServingError(f"unknown input {', '.join(unknown)}; the model takes {', '.join(self.input_names)}")
         arrays = {name: self._as_array(name, value) for name, value in inputs.items()}
-        given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        self._refuse_ids_out_of_range(arrays)
+        pasts = [name for name in self.input_names if name.startswith(f"{PAST}.")]
+        if not any(name in arrays for name in pasts) and "input_ids" in arrays:
+            arrays |= {name: self._no_positions(name, arrays["input_ids"].shape[0]) for name in pasts}
+        given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if any(name not in arrays for name in self.input_names) and all(name in arrays for name in pasts[:2]) and pasts:
+            given[PAST] = cache_of([[given[name] for name in pasts[:2]]])
         for name in self.input_names:
             if name not in arrays:
                 default = default_input(name, given)
@@ -166,6 +173,26 @@ class OrtModel:
                 arrays[name] = default.contiguous().numpy()
         self._refuse_unequal(arrays)
         return arrays
+
+    def _no_positions(self, name: str, batch: int) -> NDArray[Any]:
+        """A cached tensor of no positions."""
+        expected = self._inputs[name]
+        _, heads, _, size = expected.shape
+        return np.zeros((batch, heads, 0, size), dtype=_DTYPES.get(expected.type, np.dtype(np.float32)))
+
+    def _refuse_ids_out_of_range(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Refuse ids that no table holds: ONNX Runtime takes negative ones, and counts them from the end."""
+        text = self.config.get("text_config", self.config)
+        vocabulary = text.get("vocab_size", self.config.get("vocab_size"))
+        for name, array in arrays.items():
+            if not name.endswith("_ids") or not array.size:
+                continue
+            if array.min() < 0:
+                raise ServingError(f"input {name!r} holds {array.min()}, but ids are 0 or more; mask padding instead")
+            if name.endswith("input_ids") and isinstance(vocabulary, int) and array.max() >= vocabulary:
+                raise ServingError(
+                    f"input {name!r} holds token {array.max()}, outside the vocabulary of {vocabulary} tokens"
+                )
 
     def _refuse_unequal(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Refuse inputs that differ on an axis of one name: ONNX Runtime would run some of them."""
@@ -178,6 +205,15 @@ class OrtModel:
                         raise ServingError(
                             f"input {name!r} has {axis} {size}, but {other!r} has {expected}; give inputs of one size"
                         )
+        if all(axis in seen for axis in ("total_sequence_length", "past_sequence_length", "sequence_length")):
+            (name, total), (_, past), (_, new) = (
+                seen[axis] for axis in ("total_sequence_length", "past_sequence_length", "sequence_length")
+            )
+            if total != past + new:
+                raise ServingError(
+                    f"input {name!r} has shape {list(arrays[name].shape)}, but {past} cached and {new} new positions "
+                    f"need [{arrays[name].shape[0]}, {past + new}]; give a mask over all of them"
+                )
 
     def _as_array(self, name: str, value: Any) -> NDArray[Any]:
         expected = self._inputs[name]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gralora_fx.errors import TraceError, first_line
+from gralora_fx.tracing.quiet import quiet
 
 PAST = "past_key_values"
 _BATCH, _PAST, _LENGTH = 2, 6, 3
@@ -46,9 +47,8 @@ def cached_inputs(
     cached = max(past, 1)
     first = {name: value[:, :cached] for name, value in inputs.items()}
     try:
-        with torch.no_grad():
-            result = model(**first, past_key_values=DynamicCache(), use_cache=True)
-        cache = result.past_key_values
+        with torch.no_grad(), quiet():
+            cache = model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values
         layers = [(layer.keys, layer.values) for layer in cache.layers]
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error

@@ -75,3 +75,30 @@ def default_input(name: str, inputs: Mapping[str, Any]) -> torch.Tensor | None:
     if name == "position_ids":
         return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     return None
+
+
+def refuse_misshapen_step(inputs: Mapping[str, Any]) -> None:
+    """Refuse a step of a decoder whose mask or cache does not fit its tokens; the graph would fail far from here.
+
+    Args:
+        inputs: The inputs of one call, all of them.
+
+    Raises:
+        TraceError: The mask is not `[batch, past + length]`, or the cache has other rows than the tokens.
+    """
+    ids, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", PAST))
+    if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor) and isinstance(cache, DynamicCache)):
+        return
+    if ids.ndim != 2:
+        raise TraceError(f"input_ids has shape {list(ids.shape)}, but a step takes [batch, length]")
+    if not cache.layers:
+        raise TraceError(f"{PAST} has no layers; leave it out for an empty cache, or give one that the model returned")
+    keys = cache.layers[0].keys
+    past, (batch, length) = keys.shape[2], ids.shape
+    if keys.shape[0] != batch:
+        raise TraceError(f"{PAST} has {keys.shape[0]} rows, but input_ids has shape {list(ids.shape)}; give one of it")
+    if tuple(mask.shape) != (batch, past + length):
+        raise TraceError(
+            f"attention_mask has shape {list(mask.shape)}, but {past} cached and {length} new positions of {batch} "
+            f"rows need {[batch, past + length]}; give a mask over all of them"
+        )

@@ -16,7 +16,7 @@ from gralora_fx.sites import LinearSite, find_sites
 from gralora_fx.tracing.cached import PAST, batch_of, empty_cache
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
-from gralora_fx.tracing.signature import bind
+from gralora_fx.tracing.signature import bind, refuse_misshapen_step
 from gralora_fx.tracing.user_pass import GraphPass, run_pass
 
 
@@ -118,12 +118,13 @@ class TracedModel:
         """The inputs of one call by name, with the defaults that the model itself has.
 
         Raises:
-            TraceError: An input is missing, given twice, or was not part of the trace.
+            TraceError: An input is missing, given twice, was not part of the trace, or is no mask of all positions.
         """
         example = self.example_inputs.get(PAST)
         if isinstance(example, DynamicCache) and kwargs.get(PAST) is None and len(args) <= self.input_names.index(PAST):
             kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
         inputs = bind(self.input_names, args, kwargs, optional=self._optional)
+        refuse_misshapen_step(inputs)
         for name, value in self._constants.items():
             if name in inputs and inputs[name] != value:
                 raise TraceError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
+from transformers.exporters import utils as exporter_utils
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 
 from gralora_fx.tracing.attention import fused_attention
@@ -37,8 +39,8 @@ def export_transformers_model(
     shapes = dynamic_axes(inputs) if dynamic else None
     has_cache = PAST in inputs
     noted = inputs if has_cache else None
-    fused = fused_attention(model) if has_cache else nullcontext()
-    with quiet(), _calling(model, use_cache=has_cache, noted=noted), fused:
+    attention = fused_attention(model) if has_cache else nullcontext()
+    with quiet(), _without_needless_imports(), _calling(model, use_cache=has_cache, noted=noted), attention:
         exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
@@ -91,6 +93,26 @@ def _with_noted_sizes(forward: Callable[..., Any], example: Mapping[str, Any]) -
         return forward(*args, **inputs)
 
     return noted
+
+
+@contextmanager
+def _without_needless_imports() -> Iterator[None]:
+    """Leave out the patches of models that are not imported: to apply them imports dozens, which takes a second.
+
+    The model that is exported stands in memory, so what it is made of is imported.
+    """
+    patches = list(exporter_utils._PATCHES["dynamo"])
+    exporter_utils._PATCHES["dynamo"] = [patch for patch in patches if _is_imported(patch[0])]
+    try:
+        yield
+    finally:
+        exporter_utils._PATCHES["dynamo"] = patches
+
+
+def _is_imported(path: str) -> bool:
+    """Whether the file of a model that a dotted path leads into is imported; what lies elsewhere counts as imported."""
+    parts = path.split(".")
+    return parts[:2] != ["transformers", "models"] or ".".join(parts[:4]) in sys.modules
 
 
 def convert_to_onnx(graph_module: fx.GraphModule, inputs: Mapping[str, Any], config: Any, *, dynamic: bool) -> ir.Model:

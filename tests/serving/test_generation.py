@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model
+from tiny_tokenizers import tiny_tokenizer
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
-from gralora_fx.serving.generation import Answer
 from gralora_fx.serving.model import OrtModel
 
 PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]
@@ -161,18 +161,110 @@ def test_an_attention_that_cannot_be_fused_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "onnx").exists()
 
 
-class Letters:
-    """A tokenizer of one letter a token, in which 9 is the first half of a character."""
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
+    """An export with a tokenizer."""
+    path = tmp_path_factory.mktemp("speaking") / "onnx"
+    traced = trace(decoder("llama"), task="text-generation-with-past")
+    export_onnx(traced, path, tokenizer=tiny_tokenizer(), verify=False)
+    return load(path)
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join("\ufffd" if token == 9 else chr(97 + token) for token in ids).replace("\ufffdk", "é")
+
+def sampling(speaking: OrtModel) -> dict[str, Any]:
+    """Options that make twelve plain letters of the prompt "abc", all of them different."""
+    options = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 12}
+    found = (seed for seed in range(100) if len(set(speaking.generate("abc", seed=seed, **options)) - {"\ufffd"}) == 12)
+    return {**options, "seed": next(found)}
 
 
-def test_answers_end_before_a_stop_string_and_wait_for_whole_characters() -> None:
-    answer = Answer(Letters(), frozenset({25}), ["de"])  # type: ignore[arg-type]
-    assert [answer.take(token) for token in (0, 9, 10, 1)] == ["a", "", "é", "b"]
-    assert [answer.take(token) for token in (3, 4, 5)] == ["d", "", ""]
-    assert (answer.has_ended, answer.text) == (True, "aéb")
-    ended = Answer(None, frozenset({25}), [])
-    assert [ended.take(token) for token in (1, 25, 2)] == ["", "", ""]
-    assert ended.ids == [1]
+def test_texts_are_those_of_their_tokens(speaking: OrtModel) -> None:
+    options = sampling(speaking)
+    text = speaking.generate("abc", **options)
+    ids = speaking.generate(speaking.tokenizer("abc")["input_ids"], **options)
+    assert text == speaking.tokenizer.decode(ids, skip_special_tokens=True)
+    assert list(speaking.generate("abc", stream=True, **options)) == list(text)
+
+
+@pytest.mark.parametrize("count", [5, 12])
+def test_what_is_streamed_is_the_answer_before_the_stop_string(speaking: OrtModel, count: int) -> None:
+    options = sampling(speaking)
+    text = speaking.generate("abc", **options)
+    options["max_new_tokens"] = count
+    stop = text[4:7]  # with five tokens it has only begun when the answer is full
+    expected = text[:4] if count == 12 else text[:5]
+    assert speaking.generate("abc", stop=stop, **options) == expected
+    pieces = list(speaking.generate("abc", stop=stop, stream=True, **options))
+    assert "".join(pieces) == expected
+    assert pieces[:4] == list(text[:4])
+
+
+def test_an_empty_stop_string_is_refused(speaking: OrtModel) -> None:
+    with pytest.raises(ServingError, match="a stop string is empty, and would end every answer at once"):
+        speaking.generate("abc", stop=["x", ""])
+
+
+# -- one step at a time, without onnxruntime-genai ---------------------------------------------------------------------
+
+
+def test_a_model_is_called_with_its_own_cache(llama: OrtModel) -> None:
+    """Mask, positions and an empty cache may be left out; the next step takes the cache that was given."""
+    source, ids = decoder("llama"), torch.tensor([PROMPTS[0]])
+    first = llama(input_ids=ids[:, :3])
+    cache = {name.replace("present", "past_key_values"): t for name, t in first.items() if name.startswith("present")}
+    second = llama(input_ids=ids[:, 3:], **cache)
+    with torch.no_grad():
+        expected = source(ids).logits
+    assert torch.allclose(torch.cat([first.logits, second.logits], dim=1), expected, atol=1e-5)
+
+
+def past(length: int, batch: int = 1, heads: int = 2, layers: int = 2) -> dict[str, Any]:
+    kinds = [f"past_key_values.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+    return {name: torch.zeros(batch, heads, length, 8) for name in kinds}
+
+
+IDS = torch.tensor([[5, 9]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(1, 3), **past(4)},
+            "input 'attention_mask' is float32, but the model takes int64",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": [[1, 1, 1]], **past(4)},
+            r"'attention_mask' has shape \[1, 3\], but 4 cached and 2 new positions need \[1, 6\]; give a mask over",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": [[1, 1, 1]]},
+            r"'attention_mask' has shape \[1, 3\], but 0 cached and 2 new positions need \[1, 2\]",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": [1, 1]},
+            r"'attention_mask' has shape \[2\], but the model takes \['batch_size', 'total_sequence_length'\]",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": [[1, 1], [1, 1]]},
+            "'attention_mask' has batch_size 2, but 'input_ids' has 1",
+        ),
+        ({"input_ids": IDS, **past(4, batch=3)}, "has batch_size .*, but .* has "),
+        (
+            {"input_ids": IDS, **past(4, heads=3)},
+            r"'past_key_values.0.key' has shape \[1, 3, 4, 8\], but the model takes \['batch_size', 2, ",
+        ),
+        ({"input_ids": IDS, **past(4, layers=1)}, "input 'past_key_values.1.key' is missing"),
+        ({"input_ids": IDS, **past(4, layers=3)}, "unknown input past_key_values.2.key, past_key_values.2.value"),
+        (
+            {"input_ids": IDS, **past(4), "past_key_values.1.value": torch.zeros(1, 2, 5, 8)},
+            "'past_key_values.1.value' has past_sequence_length 5, but 'past_key_values.0.key' has 4",
+        ),
+        ({"input_ids": [[5, -1]]}, "'input_ids' holds -1, but ids are 0 or more; mask padding instead"),
+        ({"input_ids": [[5, 101]]}, "'input_ids' holds token 101, outside the vocabulary of 101 tokens"),
+        ({"input_ids": IDS, "position_ids": [[-1, 0]]}, "'position_ids' holds -1, but ids are 0 or more"),
+        ({"attention_mask": [[1]]}, "input 'input_ids' is missing"),
+    ],
+)
+def test_bad_steps_are_named(llama: OrtModel, inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ServingError, match=message):
+        llama(**inputs)

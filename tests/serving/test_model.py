@@ -70,7 +70,11 @@ def test_task_and_names(served: OrtModel) -> None:
             {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},
             "'attention_mask' has sequence_length 3, but 'input_ids' has 2",
         ),
-        ({"input_ids": [[100_000]]}, "ONNX Runtime refuses input_ids"),
+        ({"input_ids": [[100_000]]}, "'input_ids' holds token 100000, outside the vocabulary of 101 tokens"),
+        (
+            {"input_ids": [[1, 2]], "token_type_ids": [[0, 9]]},
+            r"ONNX Runtime refuses input_ids \[1, 2\], token_type_ids \[1, 2\], .*indices element out of data bounds",
+        ),
     ],
 )
 def test_bad_inputs_are_named(served: OrtModel, inputs: dict[str, object], message: str) -> None:

@@ -119,3 +119,33 @@ def test_a_cache_of_ones_own_size_may_be_the_example() -> None:
     traced_here = trace(model, cached_inputs(model, batch=1, past=3, length=1), task=TASK)
     assert isinstance(traced_here.example_inputs[PAST], DynamicCache)
     assert traced_here(torch.tensor([[4]])).logits.shape == (1, 1, 101)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ((1, 3), r"attention_mask has shape \[1, 3\], but 0 cached and 4 new positions of 2 rows need \[2, 4\]"),
+        ((2, 3), r"attention_mask has shape \[2, 3\], but 0 cached"),
+        ((2, 1, 4, 4), r"attention_mask has shape \[2, 1, 4, 4\], but 0 cached"),
+    ],
+)
+def test_a_mask_of_the_wrong_shape_is_named(mask: tuple[int, ...], message: str) -> None:
+    ids = torch.randint(3, 100, (2, 4))
+    for model in (traced("llama"), rewrite(traced("llama"), GraloraConfig(r=4, target_modules=["q_proj"]))):
+        with pytest.raises(TraceError, match=message):
+            model(input_ids=ids, attention_mask=torch.ones(mask, dtype=torch.long))
+
+
+def test_a_mask_has_the_cached_positions_too_and_a_cache_the_rows_of_its_tokens() -> None:
+    inputs = cached_inputs(source("llama"), batch=2, past=5, length=3)
+    with pytest.raises(
+        TraceError, match=r"has shape \[2, 3\], but 5 cached and 3 new positions of 2 rows need \[2, 8\]"
+    ):
+        traced("llama")(**{**copied(inputs), "attention_mask": inputs["attention_mask"][:, :3]})
+    other = cached_inputs(source("llama"), batch=1, past=5, length=3)
+    with pytest.raises(TraceError, match=r"past_key_values has 1 rows, but input_ids has shape \[2, 3\]"):
+        traced("llama")(**{**copied(inputs), PAST: copied(other)[PAST]})
+    with pytest.raises(TraceError, match="past_key_values has no layers; leave it out for an empty cache"):
+        traced("llama")(input_ids=inputs["input_ids"], past_key_values=DynamicCache())
+    with pytest.raises(TraceError, match=r"input_ids has shape \[3\], but a step takes \[batch, length\]"):
+        traced("llama")(**{**copied(inputs), "input_ids": torch.tensor([5, 6, 7])})

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from traces import (
     source,
     traced,
 )
+from transformers.exporters import utils as exporter_utils
 from transformers.pytorch_utils import Conv1D
 
 from gralora_fx import GraloraConfig, rewrite, trace
@@ -537,3 +541,22 @@ def test_inputs_made_from_a_configuration_have_the_models_data_type(name: str, d
     base = trace(tiny_model(name).to(dtype))
     features = {t.dtype for t in base.example_inputs.values() if t.is_floating_point()}
     assert features == {dtype}
+
+
+def test_tracing_imports_no_other_models() -> None:
+    """The exporter underneath has patches for models that are known not to trace, and would import dozens of them."""
+    code = (
+        "import sys; from tiny_models import tiny_model; from gralora_fx import trace; model = tiny_model('llama')\n"
+        "before = set(sys.modules); trace(model)\n"
+        "print([name for name in sys.modules if '.modeling_' in name and name not in before])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout == "[]\n"
+
+
+def test_the_patches_of_the_exporter_are_as_they_were() -> None:
+    before = list(exporter_utils._PATCHES["dynamo"])
+    trace(tiny_model("llama"))
+    assert exporter_utils._PATCHES["dynamo"] == before
+    assert any("models.sam3" in path for path, *_ in before)

@@ -1,0 +1,89 @@
+"""ONNX Runtime sessions fed with tensors of any dtype; numpy has no bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from onnx import TensorProto
+from onnxruntime import OrtValue
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from gralora_fx.errors import ExportError, first_line
+
+_DTYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+def run_values(session: Any, feed: Mapping[str, Any], description: str) -> dict[str, Any]:
+    """Run a session on tensors, which are cast to the dtypes it takes, or on values that it gave.
+
+    Args:
+        session: An ONNX Runtime session.
+        feed: A tensor or an `OrtValue` for every input.
+        description: What is run, for messages.
+
+    Returns:
+        Outputs by name, as `OrtValue`; `as_tensor` makes tensors of them.
+
+    Raises:
+        ExportError: ONNX Runtime fails.
+    """
+    kinds = {value.name: value.type for value in session.get_inputs()}
+    values = {
+        name: as_value(value, kinds[name]) if isinstance(value, Tensor) else value for name, value in feed.items()
+    }
+    names = [value.name for value in session.get_outputs()]
+    try:
+        results = session.run_with_ort_values(names, values)
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise ExportError(f"ONNX Runtime fails on {description}: {first_line(error)}") from error
+    return dict(zip(names, results, strict=True))
+
+
+def as_value(tensor: Tensor, kind: str) -> Any:
+    """A tensor as a session takes it.
+
+    Args:
+        tensor: Any tensor on the CPU.
+        kind: The input's type in ONNX Runtime's words, such as `tensor(float16)`.
+    """
+    name = _element(kind)
+    array = tensor.detach().to(_DTYPES[name]).contiguous()
+    if array.dtype == torch.bfloat16:
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.uint16).numpy(), TensorProto.BFLOAT16)
+    return OrtValue.ortvalue_from_numpy(array.numpy())
+
+
+def empty_values(session: Any, batch: int) -> dict[str, Any]:
+    """A cache of no positions for every `past_key_values.N.key|value` that a session takes.
+
+    Args:
+        session: An ONNX Runtime session.
+        batch: Number of rows.
+    """
+    found: dict[str, Any] = {}
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values."):
+            dtype = _DTYPES[_element(value.type)]
+            found[value.name] = as_value(torch.empty(batch, value.shape[1], 0, value.shape[3], dtype=dtype), value.type)
+    return found
+
+
+def as_tensor(value: Any) -> Tensor:
+    """What a session gave as a tensor of the same dtype."""
+    tensor: Tensor = from_dlpack(value)
+    return tensor
+
+
+def _element(kind: str) -> str:
+    return kind.removeprefix("tensor(").removesuffix(")")

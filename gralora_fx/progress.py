@@ -1,0 +1,71 @@
+"""Progress of long work, live on a terminal and as plain lines elsewhere: the stages that the log tells of."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+
+class StageProgress(logging.Handler):
+    """Shows on stderr each stage with its time, and the total at the end; other records of the log as they come.
+
+    A context manager: it listens to the package's log while the block runs.
+    """
+
+    def __init__(self) -> None:
+        """Begin to count the time."""
+        super().__init__(logging.INFO)
+        # stderr as it is now: the display goes on while what the libraries underneath print is held back
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._begin = time.perf_counter()
+        self._has_stages = False
+        self._tasks: dict[str, TaskID] = {}
+        columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<10}"), _Seconds())
+        self._live = Progress(*columns, console=self._console, redirect_stdout=False)
+
+    def __enter__(self) -> StageProgress:
+        """Listen."""
+        logger = logging.getLogger("gralora_fx")
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Stop listening; show the total where no error ended the work."""
+        logging.getLogger("gralora_fx").removeHandler(self)
+        if self._console.is_terminal:
+            self._live.stop()
+        if self._has_stages and kind is None:
+            self._console.print(f"{'  total' if self._console.is_terminal else 'total':<12}{self._elapsed():>8.1f} s")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record."""
+        name, seconds = getattr(record, "stage", None), getattr(record, "seconds", None)
+        if name is None:
+            self._console.print(record.getMessage(), markup=False)
+            return
+        self._has_stages = True
+        if not self._console.is_terminal:
+            if seconds is not None:
+                self._console.print(f"{name:<12}{seconds:>8.1f} s")
+        elif seconds is None:
+            self._live.start()
+            self._tasks[name] = self._live.add_task(name, total=1)
+        elif (task := self._tasks.pop(name, None)) is not None:
+            self._live.update(task, completed=1)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._begin
+
+
+class _Seconds(ProgressColumn):
+    """The seconds that a stage took, or has taken so far."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time if task.finished else task.elapsed
+        return Text(f"{seconds or 0.0:>8.1f} s")
