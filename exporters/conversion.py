@@ -37,6 +37,13 @@ _MIXED = {
     _aten.where.self,
     torch.ops.gralora.attention.default,
 }
+# operators by the name that has an ONNX form
+_SAME = {
+    _aten.__and__.Tensor: _aten.bitwise_and.Tensor,
+    _aten.__or__.Tensor: _aten.bitwise_or.Tensor,
+    _aten.max.other: _aten.maximum.default,
+    _aten.min.other: _aten.minimum.default,
+}
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other}
 
 
@@ -62,6 +69,8 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
                 raise ExportError(f"{node.target} of the graph is no tensor, so it has no ONNX form")
             weights[node.name] = str(node.target), tensor
             node.meta["val"], node.target = tensor, node.name
+        elif node.target in _SAME:
+            node.target = _SAME[node.target]
         elif node.target in _CASTS:
             _plain_cast(node)
         elif node.op == "call_function" and (functional := _functional(node.target)) is not None:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.cases import attended, flat, fresh_cases, last_logits
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.exporters.encoder_decoder_tokens import compare_tokens
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
 from gralora_fx.exporters.session import open_session
@@ -68,6 +70,10 @@ def verify_onnx(
                 differences.setdefault(name, []).append((absolute, relative, agreement))
                 largest = float(expected.abs().max()) if expected.numel() else 0.0
                 passed &= absolute <= tolerance * max(1.0, largest)
+        if isinstance(session, EncoderDecoderSession):
+            share = compare_tokens(session, model, cases)
+            differences["greedy tokens"] = [(1.0 - share, 1.0 - share, share)]
+            passed &= share == 1.0
     finally:
         model.train(was_training)
     tensors = tuple(_summary(name, found) for name, found in differences.items())
@@ -128,7 +134,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
     """The tensors of a model's return value by name, nested ones by their path."""
     if isinstance(outputs, Tensor):
         return {"output": outputs}
-    if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), DynamicCache):
+    if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), Cache):
         return flat(outputs)
     items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     found: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ExportError, ServingError
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession, empty_past
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.session import open_session
 from gralora_fx.serving.generation import Answers, Generator, Sampling
@@ -97,8 +98,8 @@ class OrtModel:
         """Run the model once.
 
         Args:
-            **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros.
-                Integers and floats are cast to the graph's own width.
+            **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
+                a past empty. Integers and floats are cast to the graph's own width.
 
         Returns:
             Outputs by name: tensors if any input was a tensor, else arrays.
@@ -137,6 +138,11 @@ class OrtModel:
         """
         if not any(name.startswith("past_key_values.") for name in self.input_names):
             raise ServingError(f"this export (task {self.task!r}) has no cache, so it cannot generate")
+        if isinstance(self.session, EncoderDecoderSession):
+            raise ServingError(
+                "onnxruntime-genai does not run an encoder-decoder in this layout; generate with optimum's "
+                "ORTModelForSeq2SeqLM or ORTModelForSpeechSeq2Seq, or with transformers.js: they read this directory"
+            )
         unknown = [name for name in sampling if name not in Sampling.__dataclass_fields__]
         if unknown:
             known = ", ".join(Sampling.__dataclass_fields__)
@@ -158,6 +164,8 @@ class OrtModel:
             raise ServingError(f"unknown input {', '.join(unknown)}; the model takes {', '.join(self.input_names)}")
         arrays = {name: self._as_array(name, value) for name, value in inputs.items()}
         given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if arrays and not any(name.startswith("past_key_values.") for name in arrays):
+            arrays |= empty_past(tuple(self._inputs.values()), len(next(iter(arrays.values()))))
         for name in self.input_names:
             if name not in arrays:
                 default = default_input(name, given)

@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import fx, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 
@@ -24,7 +24,9 @@ from gralora_fx.tracing.quiet import quiet
 def export_transformers_model(
     model: PreTrainedModel, inputs: Mapping[str, Any], *, dynamic: bool
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model in the mode it stands in, with a cache if one is given: attention is one node then.
+    """Export a transformers model in the mode it stands in, with a cache if one is given.
+
+    Attention of a decoder with a cache is one node.
 
     Args:
         model: The model; its modules and parameters are left as they are.
@@ -35,8 +37,8 @@ def export_transformers_model(
         A program over the model's own parameters.
     """
     shapes = dynamic_axes(inputs) if dynamic else None
-    has_cache = PAST in inputs
-    with quiet(), _calling(model, use_cache=has_cache), fused_attention(model) if has_cache else nullcontext():
+    attention = fused_attention(model) if isinstance(inputs.get(PAST), DynamicCache) else nullcontext()
+    with quiet(), _calling(model, use_cache=PAST in inputs), attention:
         exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
