@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.exporters.naming import AXES
-from gralora_fx.tracing.cached import PAST, cache_of, positions
+from gralora_fx.tracing.cached import PAST, cache_of, decoder_cache, pairs_of, positions
 from gralora_fx.tracing.traced import TracedModel
 
 _LENGTHS = (1, 6, 11, 24)
@@ -28,7 +28,8 @@ def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, 
     """
     generator = torch.Generator().manual_seed(seed)
     if PAST in model.example_inputs:
-        yield from _cached_cases(model, generator)
+        is_pair = isinstance(model.example_inputs[PAST], EncoderDecoderCache)
+        yield from (_step_cases if is_pair else _cached_cases)(model, generator)
         return
     sample = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
     if not any(AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",)) for name in sample):
@@ -55,8 +56,11 @@ def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[s
     if mask is None or mask.ndim != 2 or bool(mask.all()):
         return dict(outputs)
     kept = mask.bool()
-    if PAST in inputs:  # [batch, heads, total, size]; logits of the last real position
+    if isinstance(inputs.get(PAST), DynamicCache):  # [batch, heads, total, size]; logits of the last real position
         return {n: v.transpose(1, 2)[kept] if n.startswith("present.") else v[:, -1] for n, v in outputs.items()}
+    if PAST in inputs:  # [batch, heads, encoder length, size]
+        keys = {n: v.transpose(1, 2)[kept] for n, v in outputs.items() if n.startswith("present.") and ".encoder." in n}
+        outputs = {**outputs, **keys}
     if "decoder_input_ids" in inputs:
         aligned = {name for name in outputs if name.startswith("encoder")}
     else:
@@ -68,13 +72,23 @@ def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Inputs or outputs by the names of an exported graph, a cache by its layers."""
     found: dict[str, Tensor] = {}
     for name, value in values.items():
-        if isinstance(value, DynamicCache):
-            prefix = "past_key_values" if "input_ids" in values else "present"
-            for index, layer in enumerate(value.layers):
-                found |= {f"{prefix}.{index}.key": layer.keys, f"{prefix}.{index}.value": layer.values}
+        if isinstance(value, (DynamicCache, EncoderDecoderCache)):
+            found |= _named(value, "present" if "logits" in values else "past_key_values")
         elif isinstance(value, Tensor):
             found[name] = value
     return found
+
+
+def _named(cache: DynamicCache | EncoderDecoderCache, prefix: str) -> dict[str, Tensor]:
+    parts = {"": cache}
+    if isinstance(cache, EncoderDecoderCache):
+        parts = {".decoder": cache.self_attention_cache, ".encoder": cache.cross_attention_cache}
+    return {
+        f"{prefix}.{index}{part}.{kind}": tensor
+        for part, layers in parts.items()
+        for index, pair in enumerate(pairs_of(layers))
+        for kind, tensor in zip(("key", "value"), pair, strict=True)
+    }
 
 
 def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
@@ -113,6 +127,32 @@ def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tu
         cache = cache_of([[torch.randn(shape, generator=generator) for shape in pair] for pair in shapes])
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
         yield name, {**case, PAST: cache}
+
+
+def _step_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A decoder's first steps and steps after others, over texts of several lengths, padded on either side."""
+    limit = _longest(model)
+    for batch, source, side, past, length in (
+        (1, 24, "", 0, 1),
+        (1, 1, "", 0, 6),
+        (3, 11, "right", 0, 4),
+        (4, 6, "left", 9, 1),
+        (1, 24, "", 24, 1),
+        (3, 11, "right", 5, 3),
+    ):
+        if past + length > limit or source > limit:
+            continue
+        example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
+        case: dict[str, Any] = {
+            name: _text_like(name, value, model, batch, length if name.startswith("decoder_") else source, generator)
+            for name, value in example.items()
+        }
+        _pad(case, side or "right")
+        pairs = [[(batch, t.shape[1], past, t.shape[3]) for t in pair] for pair in pairs_of(model.example_inputs[PAST])]
+        case[PAST] = decoder_cache([[torch.randn(shape, generator=generator) for shape in pair] for pair in pairs])
+        read = f"{batch} x {source}" if "input_ids" in case else f"{batch} inputs"
+        padded = f" padded {side}" if side and "attention_mask" in case else ""
+        yield f"{length} after {past} of {read}{padded}", case
 
 
 def context_of(model: TracedModel) -> int | None:

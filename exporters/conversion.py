@@ -38,6 +38,13 @@ _MIXED = {
     _aten.where.self,
     *TRANSLATIONS,
 }
+# operators by the name that has an ONNX form
+_SAME = {
+    _aten.__and__.Tensor: _aten.bitwise_and.Tensor,
+    _aten.__or__.Tensor: _aten.bitwise_or.Tensor,
+    _aten.max.other: _aten.maximum.default,
+    _aten.min.other: _aten.minimum.default,
+}
 
 
 def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object]) -> ir.Model:
@@ -64,6 +71,7 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
             weights[node.name] = str(node.target), tensor
             node.meta["val"], node.target = tensor, node.name
         elif node.op == "call_function":
+            node.target = _SAME.get(node.target, node.target)
             out_of_place(node)
     simplify(graph)
     whole_products(graph)

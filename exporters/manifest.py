@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxrunt
 
 
 def describe(
-    model: TracedModel | GraloraModel, graph: ir.Graph, *, adapters: str, precision: str, logits: str
+    model: TracedModel | GraloraModel, graphs: Mapping[str, ir.Graph], *, adapters: str, precision: str, logits: str
 ) -> dict[str, Any]:
     """The manifest of an export, without its verification.
 
     Args:
         model: What was exported.
-        graph: The ONNX graph.
+        graphs: The ONNX graphs by the names of their files; inputs and outputs of several are told apart by them.
         adapters: How adapters are held: `"merged"`.
         precision: Precision of the weights.
         logits: Which positions' logits the graph gives: `"last"` or `"all"`.
@@ -53,8 +54,8 @@ def describe(
             }
             for site in traced.sites
         ],
-        "inputs": {str(value.name): _shape(value) for value in graph.inputs},
-        "outputs": {str(value.name): _shape(value) for value in graph.outputs},
+        "inputs": _by_file({name: _shapes(graph.inputs) for name, graph in graphs.items()}),
+        "outputs": _by_file({name: _shapes(graph.outputs) for name, graph in graphs.items()}),
         "packages": {name: version(name) for name in ("gralora-fx", *_PACKAGES)},
     }
 
@@ -98,6 +99,14 @@ def _describe_adapters(model: GraloraModel) -> dict[str, Any]:
             "sha256": hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest(),
         }
     return described
+
+
+def _by_file(found: dict[str, Any]) -> dict[str, Any]:
+    return found if len(found) > 1 else dict(next(iter(found.values())))
+
+
+def _shapes(values: Iterable[ir.Value]) -> dict[str, list[int | str | None]]:
+    return {str(value.name): _shape(value) for value in values}
 
 
 def _shape(value: ir.Value) -> list[int | str | None]:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")
+_ENCODED = ("batch_size", "encoder_sequence_length", "hidden_size")
 _PAST = ("batch_size", "num_key_value_heads", "past_sequence_length", "head_size")
 AXES: Mapping[str, tuple[str, ...]] = {
     "input_ids": _TEXT,
@@ -17,6 +18,8 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "inputs_embeds": _TEXT,
     "decoder_input_ids": _DECODER,
     "decoder_attention_mask": _DECODER,
+    "encoder_hidden_states": _ENCODED,
+    "encoder_attention_mask": _ENCODED,
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "frames"),
 }
@@ -82,5 +85,5 @@ def _rename(value: ir.Value, names: Mapping[str, str]) -> None:
         elif symbol.isdigit():  # an axis that turned out to be fixed
             dims.append(int(symbol))
         else:
-            dims.append(names.get(symbol, symbol))
+            dims.append(names.get(symbol) or " + ".join(names.get(term, term) for term in symbol.split(" + ")))
     value.shape = ir.Shape(dims)

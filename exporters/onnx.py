@@ -10,15 +10,16 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
+from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, require_space, staged
+from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
 from gralora_fx.exporters.reports import ExportReport, VerifyReport
-from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
 from gralora_fx.exporters.verify import as_traced, verify_onnx
 from gralora_fx.model import GraloraModel
 from gralora_fx.stages import timed
@@ -45,6 +46,8 @@ def export_onnx(
 ) -> ExportReport:
     """Export a model to `model.onnx` with its weights in `model.onnx_data`, and check it against PyTorch.
 
+    An encoder-decoder with a cache becomes `encoder_model.onnx` and `decoder_model_merged.onnx`, optimum's layout.
+
     The directory is written whole or not at all: an earlier export at the same place is replaced, after an error it
     is as it was. The model keeps its state.
 
@@ -56,7 +59,7 @@ def export_onnx(
         quantize: Weight-only quantization; None.
         block_size: Block size of the quantization.
         accuracy_level: Accuracy level of the quantized operators.
-        logits: For generation with a cache, whether the last position's logits are given or all.
+        logits: For a decoder with a cache, whether the last position's logits are given or all.
         tokenizer: A tokenizer, or the directory of one, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place.
 
@@ -75,19 +78,22 @@ def export_onnx(
         traced = as_traced(model)
         _refuse_unfit(traced)
     with timed("convert", seconds):
-        onnx_model = _convert(traced, logits)
-        has_cache = PAST in traced.example_inputs
+        onnx_models = _convert(traced, logits)
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with timed("write", seconds):
-            weights = [value.const_value for value in onnx_model.graph.initializers.values()]
+            weights = [v.const_value for m in onnx_models.values() for v in m.graph.initializers.values()]
             require_space(output_dir, sum(tensor.nbytes for tensor in weights if tensor is not None))
-            ir.save(onnx_model, stage / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024)
+            for name, onnx_model in onnx_models.items():
+                data = f"{name}.onnx_data"
+                ir.save(onnx_model, stage / f"{name}.onnx", external_data=data, size_threshold_bytes=1024)
             _write_companions(stage, traced, tokenizer)
-            if has_cache:
-                write_genai_config(stage, traced.config, onnx_model)
-            positions = logits if has_cache else "all"
-            manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision, logits=positions)
+            is_decoder = isinstance(traced.example_inputs.get(PAST), DynamicCache)
+            if is_decoder:
+                write_genai_config(stage, traced.config, onnx_models["model"])
+            graphs = {name: onnx_model.graph for name, onnx_model in onnx_models.items()}
+            positions = logits if is_decoder else "all"
+            manifest = describe(model, graphs, adapters=adapters, precision=precision, logits=positions)
             write_manifest(stage, manifest, None)
         if verify:
             with timed("verify", seconds):
@@ -100,15 +106,19 @@ def export_onnx(
     return ExportReport(path, files, seconds, report)
 
 
-def _convert(traced: TracedModel, logits: str) -> ir.Model:
+def _convert(traced: TracedModel, logits: str) -> dict[str, ir.Model]:
+    """The ONNX models of a trace, by the names of their files."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     graph_module.recompile()
     graph_module.train(False)
-    if PAST in traced.example_inputs:
+    cache = traced.example_inputs.get(PAST)
+    if isinstance(cache, EncoderDecoderCache):
+        return encoder_decoder_models(graph_module)
+    if cache is not None:
         model = decoder_model(graph_module, logits=logits)
         name_axes(model)
-        return model
+        return {"model": model}
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():
@@ -118,7 +128,7 @@ def _convert(traced: TracedModel, logits: str) -> ir.Model:
     DeduplicateInitializersPass()(model)
     name_outputs(model)
     name_axes(model)
-    return model
+    return {"model": model}
 
 
 def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
@@ -129,6 +139,8 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["transformers.js_config"] = {"use_external_data_format": True}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if traced.generation_config is not None and PAST in traced.example_inputs:
+        traced.generation_config.save_pretrained(stage)
     if tokenizer is None:
         return
     if isinstance(tokenizer, (str, Path)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import onnx
 import onnxruntime
 
 from gralora_fx.errors import ExportError, GraloraError
+from gralora_fx.exporters.encoder_decoder import DECODER, ENCODER
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
@@ -22,7 +24,7 @@ def open_session(
     error: type[GraloraError] = ExportError,
     options: onnxruntime.SessionOptions | None = None,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` over the model of a directory.
+    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over its two.
 
     Args:
         directory: An export directory.
@@ -34,9 +36,21 @@ def open_session(
         GraloraError: Of the given type, when there is no model, its weights lie outside the directory, or ONNX Runtime
             cannot load it.
     """
-    path = Path(directory) / MODEL_NAME
+    folder = Path(directory)
+    if (folder / f"{ENCODER}.onnx").is_file():
+        parts = [_open(folder / f"{name}.onnx", providers, error, options) for name in (ENCODER, DECODER)]
+        return EncoderDecoderSession(*parts)
+    return _open(folder / MODEL_NAME, providers, error, options)
+
+
+def _open(
+    path: Path,
+    providers: Sequence[str] | None,
+    error: type[GraloraError],
+    options: onnxruntime.SessionOptions | None,
+) -> Any:
     if not path.is_file():
-        raise error(f"no {MODEL_NAME} in {directory}; give the directory of an export")
+        raise error(f"no {path.name} in {path.parent}; give the directory of an export")
     check_external_data(path, error)
     if options is None:
         options = onnxruntime.SessionOptions()
@@ -62,7 +76,7 @@ def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> 
         raise error(f"{path} is no ONNX model ({failure}); export the model again") from failure
     locations = {
         entry.value
-        for tensor in graph.initializer
+        for tensor in _tensors(graph)
         for entry in tensor.external_data
         if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
     }
@@ -74,3 +88,12 @@ def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> 
             raise error(f"{file} is missing; copy the whole export directory")
         if file.is_symlink() or file.stat().st_nlink > 1:
             raise error(f"{file} is a link; copy the file itself into the export directory")
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every tensor of a graph, those of its branches and constants included."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)

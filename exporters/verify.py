@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.cases import attended, context_of, flat, fresh_cases, last_logits, vocabulary_of
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.exporters.encoder_decoder_tokens import compare_tokens
 from gralora_fx.exporters.fingerprint import fingerprint_of
 from gralora_fx.exporters.greedy import Prompts, compare_greedy, drawn_prompts, together
 from gralora_fx.exporters.manifest import read_manifest
@@ -84,6 +86,10 @@ def verify_onnx(
                 absolute, relative, agreement = _difference(name, expected, actual)
                 differences.setdefault(name, []).append((absolute, relative, agreement))
                 passed &= absolute <= tolerance * max(1.0, largest_value(expected))
+        if isinstance(session, EncoderDecoderSession):
+            share = compare_tokens(session, model, cases)
+            differences["greedy tokens"] = [(1.0 - share, 1.0 - share, share)]
+            passed &= share == 1.0
         tokens = compare_greedy(session, model, generated, tolerance) if generated else None
     finally:
         model.train(was_training)
@@ -185,7 +191,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
     """The tensors of a model's return value by name, nested ones by their path."""
     if isinstance(outputs, Tensor):
         return {"output": outputs}
-    if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), DynamicCache):
+    if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), Cache):
         return flat(outputs)
     items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     found: dict[str, Tensor] = {}

@@ -98,10 +98,24 @@ TINY: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 
+# encoder-decoders beside T5, BART and Whisper, in the same form
+MORE_ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "marian": ("MarianConfig", {**_SEQ2SEQ, "decoder_vocab_size": 101}, "MarianMTModel"),
+    "mbart": ("MBartConfig", _SEQ2SEQ, "MBartForConditionalGeneration"),
+    "pegasus": ("PegasusConfig", _SEQ2SEQ, "PegasusForConditionalGeneration"),
+    "m2m_100": ("M2M100Config", _SEQ2SEQ, "M2M100ForConditionalGeneration"),
+    "blenderbot": ("BlenderbotConfig", _SEQ2SEQ, "BlenderbotForConditionalGeneration"),
+    "mt5": (
+        "MT5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 101},
+        "MT5ForConditionalGeneration",
+    ),
+}
+
 
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A randomly initialised tiny model of the architecture `name`, in evaluation mode."""
-    config_class, sizes, model_class = TINY[name]
+    config_class, sizes, model_class = {**TINY, **MORE_ENCODER_DECODERS}[name]
     config = getattr(transformers, config_class)(**{**sizes, **overrides})
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, model_class)(config)

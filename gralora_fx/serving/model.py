@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ExportError, ServingError
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession, empty_past
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.session import open_session
 from gralora_fx.serving.generation import Answers, Generator, Sampling
@@ -138,6 +139,11 @@ class OrtModel:
         """
         if not any(name.startswith("past_key_values.") for name in self.input_names):
             raise ServingError(f"this export (task {self.task!r}) has no cache, so it cannot generate")
+        if isinstance(self.session, EncoderDecoderSession):
+            raise ServingError(
+                "onnxruntime-genai does not run an encoder-decoder in this layout; generate with optimum's "
+                "ORTModelForSeq2SeqLM or ORTModelForSpeechSeq2Seq, or with transformers.js: they read this directory"
+            )
         unknown = [name for name in sampling if name not in Sampling.__dataclass_fields__]
         if unknown:
             known = ", ".join(Sampling.__dataclass_fields__)
@@ -160,10 +166,10 @@ class OrtModel:
         arrays = {name: self._as_array(name, value) for name, value in inputs.items()}
         self._refuse_ids_out_of_range(arrays)
         pasts = [name for name in self.input_names if name.startswith(f"{PAST}.")]
-        if not any(name in arrays for name in pasts) and "input_ids" in arrays:
-            arrays |= {name: self._no_positions(name, arrays["input_ids"].shape[0]) for name in pasts}
+        if arrays and not any(name in arrays for name in pasts):
+            arrays |= empty_past(tuple(self._inputs.values()), len(next(iter(arrays.values()))))
         given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if any(name not in arrays for name in self.input_names) and all(name in arrays for name in pasts[:2]) and pasts:
+        if not isinstance(self.session, EncoderDecoderSession) and pasts and all(name in arrays for name in pasts[:2]):
             given[PAST] = cache_of([[given[name] for name in pasts[:2]]])
         for name in self.input_names:
             if name not in arrays:
@@ -173,12 +179,6 @@ class OrtModel:
                 arrays[name] = default.contiguous().numpy()
         self._refuse_unequal(arrays)
         return arrays
-
-    def _no_positions(self, name: str, batch: int) -> NDArray[Any]:
-        """A cached tensor of no positions."""
-        expected = self._inputs[name]
-        _, heads, _, size = expected.shape
-        return np.zeros((batch, heads, 0, size), dtype=_DTYPES.get(expected.type, np.dtype(np.float32)))
 
     def _refuse_ids_out_of_range(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Refuse ids that no table holds: ONNX Runtime takes negative ones, and counts them from the end."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.tracing.quiet import quiet
@@ -66,10 +66,26 @@ def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
     return cache
 
 
-def empty_cache(like: DynamicCache, batch: int) -> DynamicCache:
+def decoder_cache(layers: Iterable[Sequence[Tensor]]) -> EncoderDecoderCache:
+    """An encoder-decoder's cache of the decoder's own keys and values, by layer, none of the encoder's output."""
+    return EncoderDecoderCache(cache_of(layers), DynamicCache())
+
+
+def pairs_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of a decoder's own positions, by layer."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return [(layer.keys, layer.values) for layer in own.layers]
+
+
+def own_cache(cache: Cache) -> Cache:
+    """A cache of its own with what a trace takes of one: keys and values of the decoder's own positions."""
+    return (decoder_cache if isinstance(cache, EncoderDecoderCache) else cache_of)(pairs_of(cache))
+
+
+def empty_cache(like: Cache, batch: int) -> Cache:
     """A cache of no positions, for a number of rows."""
-    pairs = [(layer.keys, layer.values) for layer in like.layers]
-    return cache_of([[t.new_empty(batch, t.shape[1], 0, t.shape[3]) for t in pair] for pair in pairs])
+    layers = [[t.new_empty(batch, t.shape[1], 0, t.shape[3]) for t in pair] for pair in pairs_of(like)]
+    return (decoder_cache if isinstance(like, EncoderDecoderCache) else cache_of)(layers)
 
 
 def batch_of(values: Iterable[Any]) -> int:
@@ -91,8 +107,8 @@ def positions(mask: Tensor, length: int | None = None) -> Tensor:
 def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with a cache of their own, since a model adds to the one it is given."""
     given = dict(inputs)
-    if isinstance(cache := given.get(PAST), DynamicCache):
-        given[PAST] = cache_of([(layer.keys, layer.values) for layer in cache.layers])
+    if isinstance(cache := given.get(PAST), Cache):
+        given[PAST] = own_cache(cache)
     return given
 
 

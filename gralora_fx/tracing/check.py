@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.tracing.cached import PAST, copied, other_cached_sizes
+from gralora_fx.tracing.encoder_decoder import other_step_sizes
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import other_sizes
@@ -63,8 +64,7 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
 
 def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
     """Compare on other sizes that the model takes: a branch or a loop over a size is baked into a trace."""
-    others = other_cached_sizes(model) if PAST in sample and isinstance(model, PreTrainedModel) else other_sizes(sample)
-    for what, other in others:
+    for what, other in _other_calls(model, sample):
         try:
             found = difference(model, graph_module, other)
         except TraceError:  # the model itself does not take this size
@@ -74,6 +74,12 @@ def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: M
                 f"the trace of {type(model).__name__} holds for the example's sizes only; with {what} {found}. "
                 "The forward branches or loops on a size: trace with dynamic=False for one size, or rewrite it"
             )
+
+
+def _other_calls(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if PAST not in sample or not isinstance(model, PreTrainedModel):
+        return other_sizes(sample)
+    return other_step_sizes(model, sample) if model.config.is_encoder_decoder else other_cached_sizes(model)
 
 
 def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:

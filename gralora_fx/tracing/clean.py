@@ -34,6 +34,7 @@ def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in reversed(graph.nodes):
         if (node.op == "call_module" and "_guards_fn" in str(node.target)) or node.target in _ASSERTIONS:
             graph.erase_node(node)
+    _drop_empty_parts(graph)
     _drop_dead_scalars(graph)
     result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
     result.graph.lint()
@@ -75,6 +76,38 @@ def inline_linear_modules(graph_module: fx.GraphModule) -> fx.GraphModule:
     result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
     result.graph.lint()
     return result
+
+
+def _drop_empty_parts(graph: fx.Graph) -> None:
+    """Take what is put behind an empty tensor as it is: a cache that begins empty adds nothing.
+
+    Before: `keys = cat([detach_(lift_fresh_copy(empty)), new_keys], -2)`
+    After:  `keys = new_keys`
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.cat.default:
+            continue
+        parts = [part for part in node.args[0] if not _is_empty(part)]
+        if len(parts) == 1:
+            empty = [part for part in node.args[0] if part is not parts[0]]
+            node.replace_all_uses_with(parts[0])
+            graph.erase_node(node)
+            for chain in empty:
+                _erase_unused(graph, chain)
+
+
+def _is_empty(node: fx.Node) -> bool:
+    """Whether a node is a tensor of shape `[0]`, which `cat` passes over."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and tuple(value.shape) == (0,)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    sources = node.all_input_nodes
+    if not node.users and node.op != "placeholder":
+        graph.erase_node(node)
+        for source in sources:
+            _erase_unused(graph, source)
 
 
 def _drop_dead_scalars(graph: fx.Graph) -> None:

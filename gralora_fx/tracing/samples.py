@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.tracing.cached import PAST, cached_inputs
+from gralora_fx.tracing.encoder_decoder import decoder_step
 
 TASKS = (
     "feature-extraction",
@@ -69,16 +70,14 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
         raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
     if task == "text-generation-with-past" and model.main_input_name == "input_ids":
         return cached_inputs(model)
-    if task.endswith("-with-past"):
-        raise TraceError(
-            f"task {task!r} needs a cache, which is not supported yet; take {task[: -len('-with-past')]!r}"
-        )
     main = model.main_input_name
+    with_past = task.endswith("-with-past")
+    if with_past and (task == "text-generation-with-past" or not model.config.is_encoder_decoder):
+        raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
     expected = {"image-classification": "pixel_values", "automatic-speech-recognition": "input_features"}
-    if task in expected and main != expected[task]:
-        raise TraceError(
-            f"task {task!r} takes {expected[task]}, but {type(model).__name__} takes {main}; give its task"
-        )
+    takes = expected.get(task.removesuffix("-with-past"))
+    if takes is not None and main != takes:
+        raise TraceError(f"task {task!r} takes {takes}, but {type(model).__name__} takes {main}; give its task")
     generator = torch.Generator().manual_seed(0)
     example = _main_input(model, main, generator)
     inputs = {main: example.to(model.dtype) if example.is_floating_point() else example}
@@ -87,6 +86,8 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
         inputs["attention_mask"] = torch.ones_like(inputs[main])
         if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", None):
             inputs["token_type_ids"] = torch.zeros_like(inputs[main])
+    if with_past:
+        return decoder_step(model, _padded(inputs))
     feeds_decoder = task.startswith(("text2text", "automatic-speech")) or task == "feature-extraction"
     if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
@@ -132,6 +133,8 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     sample = {name: value for name, value in inputs.items() if value is not None}
     if PAST in sample and isinstance(model, PreTrainedModel):
+        if model.config.is_encoder_decoder:
+            return _widen_step(model, sample)
         return cached_inputs(model)  # the values do not matter, and the sizes would have to grow together
     if isinstance(model, PreTrainedModel):
         accepted = inspect.signature(model.forward).parameters
@@ -149,6 +152,11 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
                 f"axis 1 of the example input {name!r} has size 1 and stays fixed; a longer example lets it vary"
             )
     return _padded(sample)
+
+
+def _widen_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
+    source = {name: value for name, value in sample.items() if name not in (*_DECODER_INPUTS, PAST)}
+    return decoder_step(model, widen(model, source))
 
 
 def other_sizes(sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

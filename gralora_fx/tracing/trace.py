@@ -70,6 +70,7 @@ def trace(
         input_names=tuple(sample),
         task=task,
         config=config,
+        generation_config=getattr(model, "generation_config", None) if config is not None else None,
         tokenizer_source=getattr(config, "_name_or_path", None) or None,
         loss_function=getattr(model, "loss_function", None) if config is not None else None,
         shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig
 
 from gralora_fx.errors import TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.sites import LinearSite, find_sites
-from gralora_fx.tracing.cached import PAST, batch_of, empty_cache
+from gralora_fx.tracing.cached import PAST, batch_of, empty_cache, own_cache
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.signature import bind, refuse_misshapen_step
@@ -31,6 +31,7 @@ class TracedModel:
         example_inputs: The inputs it was traced with, by name.
         task: The task it was traced for, or None.
         config: The model's transformers configuration, or None.
+        generation_config: How the model generates, or None.
         tokenizer_source: Where the model's tokenizer can be loaded from, or None.
         loss_function: transformers' loss of the model's class, or None.
         shift_labels: The model's own way from labels to decoder inputs, or None.
@@ -46,6 +47,7 @@ class TracedModel:
         input_names: tuple[str, ...],
         task: str | None = None,
         config: PreTrainedConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         tokenizer_source: str | None = None,
         loss_function: Callable[..., torch.Tensor] | None = None,
         shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -58,6 +60,7 @@ class TracedModel:
         self.input_names = input_names
         self.task = task
         self.config = config
+        self.generation_config = generation_config
         self.tokenizer_source = tokenizer_source
         self.loss_function = loss_function
         self.shift_labels = shift_labels
@@ -121,9 +124,11 @@ class TracedModel:
             TraceError: An input is missing, given twice, was not part of the trace, or is no mask of all positions.
         """
         example = self.example_inputs.get(PAST)
-        if isinstance(example, DynamicCache) and kwargs.get(PAST) is None and len(args) <= self.input_names.index(PAST):
+        if isinstance(example, Cache) and kwargs.get(PAST) is None and len(args) <= self.input_names.index(PAST):
             kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
         inputs = bind(self.input_names, args, kwargs, optional=self._optional)
+        if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
+            inputs[PAST] = own_cache(cache)  # the graph holds the encoder, whose output it reads itself
         refuse_misshapen_step(inputs)
         for name, value in self._constants.items():
             if name in inputs and inputs[name] != value:
@@ -154,6 +159,7 @@ class TracedModel:
             input_names=self.input_names,
             task=self.task,
             config=self.config,
+            generation_config=self.generation_config,
             tokenizer_source=self.tokenizer_source,
             loss_function=self.loss_function,
             shift_labels=self.shift_labels,

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import fx, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters import utils as exporter_utils
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
@@ -26,7 +26,9 @@ from gralora_fx.tracing.quiet import quiet
 def export_transformers_model(
     model: PreTrainedModel, inputs: Mapping[str, Any], *, dynamic: bool
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model in the mode it stands in, with a cache if one is given: attention is one node then.
+    """Export a transformers model in the mode it stands in, with a cache if one is given.
+
+    Attention of a decoder with a cache is one node.
 
     Args:
         model: The model; its modules and parameters are left as they are.
@@ -37,10 +39,10 @@ def export_transformers_model(
         A program over the model's own parameters.
     """
     shapes = dynamic_axes(inputs) if dynamic else None
-    has_cache = PAST in inputs
-    noted = inputs if has_cache else None
-    attention = fused_attention(model) if has_cache else nullcontext()
-    with quiet(), _without_needless_imports(), _calling(model, use_cache=has_cache, noted=noted), attention:
+    noted = inputs if isinstance(inputs.get(PAST), DynamicCache) else None
+    attention = nullcontext() if noted is None else fused_attention(model)
+    calling = _calling(model, use_cache=PAST in inputs, noted=noted)
+    with quiet(), _without_needless_imports(), calling, attention:
         exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program

@@ -110,8 +110,10 @@ def test_training_keeps_attention_dropout() -> None:
 def test_a_model_without_such_a_cache_is_refused() -> None:
     with pytest.raises(TraceError, match="BertForSequenceClassification keeps no cache of keys and values"):
         trace(tiny_model("bert"), task=TASK)
-    with pytest.raises(TraceError, match="needs a cache, which is not supported yet"):
-        trace(tiny_model("t5"), task="text2text-generation-with-past")
+    with pytest.raises(TraceError, match=r"'text2text-generation-with-past' is not one of BertForSequence"):
+        trace(tiny_model("bert"), task="text2text-generation-with-past")
+    with pytest.raises(TraceError, match=r"takes input_features, but T5ForConditionalGeneration takes input_ids"):
+        trace(tiny_model("t5"), task="automatic-speech-recognition-with-past")
 
 
 def test_a_cache_of_ones_own_size_may_be_the_example() -> None:

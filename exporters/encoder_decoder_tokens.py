@@ -1,0 +1,64 @@
+"""Greedy tokens of an exported encoder-decoder, step by step with its cache, held against PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession, as_past
+from gralora_fx.model import GraloraModel
+from gralora_fx.tracing.cached import PAST
+from gralora_fx.tracing.traced import TracedModel
+
+_STEPS = 8
+
+
+def compare_tokens(
+    session: EncoderDecoderSession,
+    model: TracedModel | GraloraModel,
+    cases: Iterable[tuple[str, Mapping[str, Any]]],
+) -> float:
+    """The share of greedy tokens that are PyTorch's, over every case that begins with an empty cache.
+
+    ONNX Runtime takes one step after another with its cache, as a generator does; PyTorch reads all tokens at once.
+
+    Args:
+        session: The export.
+        model: The model in evaluation mode.
+        cases: Named inputs of the whole model.
+    """
+    equal = []
+    for _, case in cases:
+        source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
+        if PAST in case and case[PAST].get_seq_length():
+            continue
+        found = greedy_tokens(session, source, case["decoder_input_ids"][:, :1], _STEPS)
+        with torch.no_grad():
+            logits = model(**source, decoder_input_ids=found[:, :-1]).logits
+        equal.append(logits.argmax(-1) == found[:, 1:])
+    return float(torch.cat([part.flatten() for part in equal]).float().mean())
+
+
+def greedy_tokens(session: EncoderDecoderSession, source: Mapping[str, Tensor], start: Tensor, steps: int) -> Tensor:
+    """The likeliest tokens, one after another.
+
+    Args:
+        session: The export.
+        source: What the encoder reads.
+        start: `[batch, length]`, the tokens to begin with.
+        steps: How many to add.
+
+    Returns:
+        `[batch, length + steps]`.
+    """
+    feed = {name: value.numpy() for name, value in source.items()}
+    hidden, tokens, past = session.encode(feed), [start.numpy()], None
+    for _ in range(steps):
+        found = session.step(tokens[-1], hidden, feed.get("attention_mask"), past)
+        past = as_past(found)
+        tokens.append(found["logits"][:, -1:].argmax(-1))
+    return torch.from_numpy(np.concatenate(tokens, axis=1))

@@ -1,0 +1,250 @@
+"""Exported encoder-decoders: optimum's two graphs, which generate the tokens of the PyTorch model with their cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from tiny_models import tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.errors import ExportError, ServingError
+from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession, as_past, empty_past
+from gralora_fx.exporters.encoder_decoder_tokens import greedy_tokens
+from gralora_fx.exporters.session import open_session
+from gralora_fx.serving import load
+
+NAMES = ("t5", "bart", "whisper", "marian", "mbart", "pegasus", "mt5", "m2m_100", "blenderbot")
+SPECIAL: dict[str, Any] = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A rewritten model, the same in transformers with folded weights, and its export."""
+
+    name: str
+    model: GraloraModel
+    folded: PreTrainedModel
+    path: Path
+
+
+def task(name: str) -> str:
+    return ("automatic-speech-recognition" if name == "whisper" else "text2text-generation") + "-with-past"
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export(request.param, tmp_path_factory.mktemp(request.param) / "onnx")
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export("bart", tmp_path_factory.mktemp("bart") / "onnx")
+
+
+def export(name: str, path: Path) -> Exported:
+    source = tiny_model(name, **SPECIAL)
+    torch.manual_seed(0)
+    config = GraloraConfig(r=4, alpha=4, init_weights=False, target_modules="all-linear")
+    model = rewrite(trace(source, task=task(name)), config)
+    report = export_onnx(model, path)
+    assert report.verification is not None
+    assert report.verification.passed
+    folded = merge(model).tree.parameters
+    with torch.no_grad():
+        for key, parameter in source.named_parameters():
+            parameter.copy_(folded[key])
+    return Exported(name, model, source, path)
+
+
+def read(name: str, side: str = "right") -> dict[str, Tensor]:
+    """What the encoder reads: three texts of unequal length, or features."""
+    generator = torch.Generator().manual_seed(1)
+    if name == "whisper":
+        return {"input_features": torch.randn(3, 8, 40, generator=generator)}
+    ids = torch.randint(3, 100, (3, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, 3):
+        mask[row, slice(3 * row) if side == "left" else slice(-3 * row, None)] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def names(values: Any) -> dict[str, list[Any]]:
+    return {value.name: list(value.shape) for value in values}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_greedy_tokens_of_padded_batches_are_those_of_generate(exported: Exported, side: str) -> None:
+    source = read(exported.name, side)
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1, "eos_token_id": None}
+    start = torch.full((3, 2 if exported.name == "whisper" else 1), 1)
+    if exported.name == "whisper":
+        start[:, 1] = 7
+    expected = exported.folded.generate(**source, decoder_input_ids=start, **options)
+    session = open_session(exported.path)
+    found = greedy_tokens(session, source, start, 12)
+    assert found.tolist() == expected.tolist() or found[:, start.shape[1] :].tolist() == expected.tolist()
+
+
+def test_the_encoder_and_a_first_step_are_the_models(exported: Exported) -> None:
+    source, ids = read(exported.name), torch.randint(3, 100, (3, 5))
+    with torch.no_grad():
+        expected = exported.folded(**source, decoder_input_ids=ids)
+    found = load(exported.path)(**source, decoder_input_ids=ids)
+    for name in ("logits", "encoder_last_hidden_state"):
+        largest = getattr(expected, name).abs().max()
+        kept = source["attention_mask"].bool() if name != "logits" and "attention_mask" in source else slice(None)
+        assert (found[name][kept] - getattr(expected, name)[kept]).abs().max() <= 1e-4 * max(1.0, largest)
+
+
+def test_files_and_names_are_optimums(bart: Exported) -> None:
+    assert {file.name for file in bart.path.iterdir()} == {
+        "config.json",
+        "decoder_model_merged.onnx",
+        "decoder_model_merged.onnx_data",
+        "encoder_model.onnx",
+        "encoder_model.onnx_data",
+        "generation_config.json",
+        "gralora_export.json",
+    }
+    session = open_session(bart.path)
+    text = ["batch_size", "encoder_sequence_length"]
+    assert list(names(session.encoder.get_inputs())) == ["input_ids", "attention_mask"]
+    assert names(session.encoder.get_outputs())["last_hidden_state"][2] == 32
+    inputs, outputs = names(session.decoder.get_inputs()), names(session.decoder.get_outputs())
+    pairs = [f"{n}.{part}.{kind}" for n in (0, 1) for part in ("decoder", "encoder") for kind in ("key", "value")]
+    assert inputs == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "encoder_attention_mask": text,
+        "encoder_hidden_states": [*text, 32],
+        **{
+            f"past_key_values.{pair}": ["batch_size", 4, f"past_{pair.split('.')[1]}_sequence_length", 8]
+            for pair in pairs
+        },
+        "use_cache_branch": [1],
+    }
+    assert outputs["logits"] == ["batch_size", "sequence_length", 101]
+    assert list(outputs)[1:] == [f"present.{pair}" for pair in pairs]
+    assert outputs["present.0.encoder.key"] == ["batch_size", 4, "encoder_sequence_length", 8]
+    assert outputs["present.0.decoder.key"][2] == "past_sequence_length + sequence_length"
+
+
+def test_speech_has_no_mask_and_a_length_of_its_own(tmp_path: Path) -> None:
+    export_onnx(trace(tiny_model("whisper"), task=task("whisper")), tmp_path / "onnx")
+    session = open_session(tmp_path / "onnx")
+    assert list(names(session.encoder.get_inputs())) == ["input_features"]
+    assert "encoder_attention_mask" not in names(session.decoder.get_inputs())
+    assert names(session.decoder.get_inputs())["encoder_hidden_states"] == ["batch_size", 20, 32]
+
+
+def test_without_the_flag_no_past_is_read(bart: Exported) -> None:
+    session = open_session(bart.path)
+    assert isinstance(session, EncoderDecoderSession)
+    source = {name: value.numpy() for name, value in read("bart").items()}
+    hidden, ids = session.encode(source), np.array([[5, 6], [7, 8], [9, 3]])
+    expected = session.step(ids, hidden, source["attention_mask"])
+    noise = {name: np.ones((3, 4, 1, 8), np.float32) for name in empty_past(session.decoder.get_inputs(), 3)}
+    feed = {"input_ids": ids, "encoder_hidden_states": hidden, "encoder_attention_mask": source["attention_mask"]}
+    found = session.decoder.run(None, {**feed, **noise, "use_cache_branch": np.array([False])})
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected.values(), strict=True))
+
+
+def test_with_the_flag_the_encoders_output_is_not_read_again(bart: Exported) -> None:
+    session = open_session(bart.path)
+    source = {name: value.numpy() for name, value in read("bart").items()}
+    hidden, ids = session.encode(source), np.array([[5], [7], [9]])
+    past = as_past(session.step(ids, hidden, source["attention_mask"]))
+    expected = session.step(ids, hidden, source["attention_mask"], past)
+    found = session.step(ids, np.zeros_like(hidden), source["attention_mask"], past)
+    assert np.array_equal(found["logits"], expected["logits"])
+    kept = [name for name in found if ".encoder." in name]
+    assert all(np.array_equal(found[name], past[name.replace("present", "past_key_values")]) for name in kept)
+
+
+def test_the_projections_of_the_encoders_output_run_in_the_first_step_only(bart: Exported) -> None:
+    graph = onnx.load(str(bart.path / "decoder_model_merged.onnx"), load_external_data=False).graph
+    branches = [a.g for node in graph.node if node.op_type == "If" for a in node.attribute if a.name == "else_branch"]
+    assert [sum(node.op_type == "MatMul" for node in branch.node) for branch in branches] == [2, 2]
+    readers = [node.op_type for node in graph.node if "encoder_hidden_states" in node.input]
+    assert "MatMul" not in readers
+
+
+def test_verification_finds_a_wrong_weight(bart: Exported) -> None:
+    other = trace(tiny_model("bart", seed=1, **SPECIAL), task=task("bart"))
+    report = verify_onnx(bart.path, other)
+    assert not report.passed
+    assert next(check for check in report.tensors if check.name == "greedy tokens").argmax_agreement != 1.0
+
+
+def test_the_manifest_tells_the_two_graphs_apart(bart: Exported) -> None:
+    manifest = json.loads((bart.path / "gralora_export.json").read_text())
+    assert manifest["task"] == "text2text-generation-with-past"
+    assert manifest["logits"] == "all"
+    assert list(manifest["inputs"]) == ["decoder_model_merged", "encoder_model"]
+    assert manifest["outputs"]["encoder_model"] == {
+        "last_hidden_state": ["batch_size", "encoder_sequence_length", 32]
+    } or list(manifest["outputs"]["encoder_model"]) == ["last_hidden_state"]
+    assert manifest["verification"]["passed"] is True
+    assert len(manifest["sites"]) == len(bart.model.sites)
+
+
+def test_serving_says_what_generates(bart: Exported) -> None:
+    with pytest.raises(ServingError, match=r"onnxruntime-genai does not run an encoder-decoder .*optimum's"):
+        load(bart.path).generate([5, 6, 7])
+
+
+def test_a_decoder_that_reads_the_encoders_layers_cannot_be_split(tmp_path: Path) -> None:
+    model = trace(tiny_model("bart", **SPECIAL), task=task("bart"))
+
+    def reads_more(graph_module: torch.fx.GraphModule) -> None:
+        graph = graph_module.graph
+        ids, logits = (next(n for n in graph.nodes if n.name == name) for name in ("input_ids", "add_25"))
+        with graph.inserting_before(graph.output_node()):
+            first = graph.call_function(torch.ops.aten.select.int, (ids, 1, 0))
+            first.meta["val"] = ids.meta["val"][:, 0]
+            summed = graph.call_function(
+                torch.ops.aten.add.Tensor,
+                (logits, graph.call_function(torch.ops.aten.reshape.default, (first, [-1, 1, 1]))),
+            )
+        logits.replace_all_uses_with(summed, delete_user_cb=lambda user: user is not summed)
+
+    with pytest.raises(ExportError, match=r"depends on input_ids by more than .*it cannot be split"):
+        export_onnx(model.with_pass(reads_more), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_weights_of_a_branch_stay_in_the_directory_too(tmp_path: Path) -> None:
+    value = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    value.external_data.add(key="location", value="../secret.bin")
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    branch = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "branch", [], [out], [value])
+    node = helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch)
+    flag = helper.make_tensor_value_info("c", TensorProto.BOOL, [1])
+    result = helper.make_tensor_value_info("z", TensorProto.FLOAT, [1])
+    model = helper.make_model(helper.make_graph([node], "g", [flag], [result]), ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="outside its directory"):
+        open_session(tmp_path)
+
+
+def test_sessions_are_onnx_runtimes(bart: Exported) -> None:
+    session = open_session(bart.path)
+    assert isinstance(session.encoder, onnxruntime.InferenceSession)
+    assert [value.name for value in session.get_inputs()][:3] == ["input_ids", "attention_mask", "decoder_input_ids"]

@@ -1,0 +1,89 @@
+"""Exports in transformers.js: the directory as it is, in Node, gives the tokens of the PyTorch model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gralora_fx import GraloraConfig, merge, rewrite, trace
+from gralora_fx.exporters import export_onnx
+
+ROOT = Path(__file__).parents[2]
+SOURCE, BUILD = ROOT / "tests" / "javascript", ROOT / "build" / "javascript"
+TEXTS = ["w5 w9 w12 w40 w3", "w7 w31", "w60 w61 w62 w63"]
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("node") is None or shutil.which("npm") is None,
+    reason="transformers.js needs Node 20 or later with npm, and one of them is not on the path",
+)
+
+
+def tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
+    """Words of a vocabulary of 101, one token each."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(97))]
+    words_alone = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    made = Tokenizer(words_alone)
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, padding_side=padding_side, **names)
+
+
+@pytest.fixture(scope="module")
+def project() -> Path:
+    """The Node project with its packages, installed once for each state of its lock file."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    wanted, installed = (SOURCE / "package-lock.json").read_text(), BUILD / "installed.json"
+    for name in ("package.json", "package-lock.json", ".npmrc", "generate.mjs"):
+        shutil.copy(SOURCE / name, BUILD / name)
+    if not installed.is_file() or installed.read_text() != wanted:
+        done = subprocess.run(["npm", "ci"], cwd=BUILD, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"npm ci failed: {done.stderr}"
+        installed.write_text(wanted)
+    return BUILD
+
+
+def generated(project: Path, model: Path, class_name: str, **request: Any) -> list[list[int]]:
+    """What transformers.js generates, prompts included."""
+    text = json.dumps({"model": str(model), "class": class_name, **request})
+    done = subprocess.run(["node", "generate.mjs", text], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def batch(texts: Sequence[str], side: str) -> dict[str, torch.Tensor]:
+    encoded = tokenizer(side)(list(texts), return_tensors="pt", padding=True)
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_a_decoder_runs_unchanged(name: str, project: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = tiny_model(name, **SPECIAL)
+    fields = {"target_modules": "all-linear", "fan_in_fan_out": name == "gpt2"}
+    model = rewrite(trace(source, task="text-generation-with-past"), GraloraConfig(r=4, init_weights=False, **fields))
+    export_onnx(model, tmp_path / "model", tokenizer=tokenizer("left"))
+    merge_into(source, model)
+    expected = source.generate(**batch(TEXTS, "left"), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    options = {"max_new_tokens": 12, "eos_token_id": None}
+    found = generated(project, tmp_path / "model", "AutoModelForCausalLM", texts=TEXTS, options=options)
+    assert found == expected.tolist()
+
+
+def merge_into(source: Any, model: Any) -> None:
+    """Put the folded weights into the source model, so that transformers itself generates with them."""
+    folded = merge(model).tree.parameters
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            parameter.copy_(folded[name])
