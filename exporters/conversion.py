@@ -19,6 +19,7 @@ from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes
 import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decomposition import decompose
+from gralora_fx.exporters.writes import without_shared_writes
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.transformers_export import fix_for_onnx, onnx_translations
 from gralora_fx.weight_views import tensor_at
@@ -58,6 +59,9 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
     graph = copy_graph(graph_module)
     graph.set_codegen(fx.graph.CodeGen())
     weights: dict[str, tuple[str, Tensor]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        node.meta["val"] = tensor_at(graph_module, str(node.target))
+    without_shared_writes(graph)
     for node in list(graph.nodes):
         if node.op == "get_attr":
             tensor = tensor_at(graph_module, str(node.target))
