@@ -33,13 +33,22 @@ _CAPS: tuple[tuple[str, int], ...] = (
     (r"rotary_dim", 4),
     (r"qk_head_dim", 16),  # of two parts
     (r".*head_dim|d_kv|kv_channels|dim_head|d_head|mamba_headdim|mamba_d_head", 8),
-    (r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|n_inner|d_ff|dim_ff|dff|feed_forward_size|d_inner|mlp_dim", 64),
+    (
+        r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|n_inner|d_ff|dim_ff|dff|feed_forward_size|d_inner|mlp_dim",
+        64,
+    ),
     (r"hidden_size_per_layer_input|.*state_size|mamba_d_state", 8),
     (r".*hidden_size.*|d_model|n_embd|.*embed_dim|emb_dim|.*embedding_size|word_embed_proj_dim|lru_width|dim", 32),
     (r"image_size", 32),
 )
 # sizes that some defaults leave out though the model needs them
-_LEFT_OUT = {"head_dim": 8, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_key_value_heads": 2}
+_LEFT_OUT = {
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 2,
+}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "decoder_start_token_id": 1}
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
@@ -81,8 +90,14 @@ def decoder_classes() -> dict[str, str]:
         names = name if isinstance(name, tuple) else (name,)
         if hasattr(transformers, names[0]):
             found.setdefault(names[0], model_type)
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():  # the type whose configuration is the class's own
-        if hasattr(transformers, str(name)) and getattr(transformers, str(name)).config_class is CONFIG_MAPPING[model_type]:
+    for (
+        model_type,
+        name,
+    ) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():  # the type whose configuration is the class's own
+        if (
+            hasattr(transformers, str(name))
+            and getattr(transformers, str(name)).config_class is CONFIG_MAPPING[model_type]
+        ):
             if getattr(transformers, str(name)).config_class is not CONFIG_MAPPING[found[str(name)]]:
                 found[str(name)] = model_type
     return dict(sorted(found.items()))

@@ -6,9 +6,6 @@ in a graph that is a clean trace already. Here only the translation is run.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -21,6 +18,7 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decomposition import decompose
 from gralora_fx.exporters.writes import without_shared_writes
 from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.transformers_export import fix_for_onnx, onnx_translations
 from gralora_fx.weight_views import tensor_at
 
@@ -75,13 +73,13 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
             _out_of_place(node, functional)
     module = fx.GraphModule({name: tensor for name, (_, tensor) in weights.items()}, graph)
     fix_for_onnx(module)
-    with _quiet():
+    with quiet():
         registry = _registry()
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     decompose(module.graph, known, _decomp.create_onnx_friendly_decomposition_table(known))
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
-        with _quiet():
+        with quiet():
             if any(_promotes(node) for node in module.graph.nodes):  # it runs the whole graph, which takes seconds
                 _fx_passes.insert_type_promotion_nodes(module)
             options: dict[str, Any] = {"graph_like": model.graph, "owned_graphs": {}, "lower": "at_conversion"}
@@ -177,15 +175,3 @@ def _mask(padding: Any, length: Any, window: int, dtype: int) -> Any:
     node = ir.Node(DOMAIN, "Mask", [padding, length], attributes, num_outputs=1, version=1)
     tracer.nodes.append(node)
     return node.outputs[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence notes about operators of packages that are not installed."""
-    logger = logging.getLogger(_registration.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

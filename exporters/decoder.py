@@ -11,6 +11,7 @@ from gralora_fx.exporters.attention import fuse_attention
 from gralora_fx.exporters.conversion import translate
 from gralora_fx.exporters.normalization import divide_by_roots
 from gralora_fx.exporters.reports import AttentionReport
+from gralora_fx.tracing.quiet import quiet
 
 # operators between the last projection and the logits that a model may have, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
@@ -39,7 +40,8 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> tuple[ir.Mode
     _name_cache(model)
     if logits == "last":
         _keep_last_position(model)
-    optimizer.fold_constants(model)
+    with quiet():  # it says what it leaves
+        optimizer.fold_constants(model)
     store_as_used(model)
     optimizer.remove_unused_nodes(model)
     return model, attention

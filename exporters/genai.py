@@ -37,10 +37,10 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
     assert shape is not None
     heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or shape[1]
     context = next((size for name in _CONTEXT if isinstance(size := getattr(text, name, None), int)), 2048)
-    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    start, end, padding = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+    ends = end if isinstance(end, list) else [end]
     ends = [token for token in ends if _is_token(token, text)] or [0]
-    start = text.bos_token_id if _is_token(text.bos_token_id, text) else ends[0]
-    padding = text.pad_token_id if _is_token(text.pad_token_id, text) else ends[0]
+    start, padding = (token if _is_token(token, text) else ends[0] for token in (start, padding))
     names = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "gralora-fx", "provider_options": []},

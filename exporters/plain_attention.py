@@ -141,7 +141,7 @@ def _causal(build: _Builder, padding: ir.Value, length: ir.Value, window: int, d
         seen = build("And", seen, build("Greater", columns, build("Sub", rows, build("Constant", value_int=window))))
     real = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
     seen = build("And", build("Unsqueeze", seen, build.ints(0, 1)), real)
-    smallest = ml_dtypes.finfo(dtype.numpy()).min
+    smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
     return build("Where", seen, build.number(0.0, dtype), build.number(float(smallest), dtype))
 
 

@@ -56,19 +56,19 @@ def retrace(
                 places[part].meta = {**nodes[-1].meta, "val": part.meta.get("val")}
     (results,) = next(iter(reversed(parts.graph.nodes))).args
     for node, result in zip(outputs, results, strict=False):
-        node.replace_all_uses_with(places[result], delete_user_cb=lambda user: user not in inside)
+        _let_read(places[result], node, lambda user: user not in inside)
+    after = _from(end)
     for node, result in zip(written, results[len(outputs) :], strict=True):
-        earlier = _until(end)
-        node.replace_all_uses_with(places[result], delete_user_cb=lambda user, earlier=earlier: user not in earlier)
+        _let_read(places[result], node, lambda user: user in after)
     for node in reversed(nodes):
         graph.erase_node(node)
 
 
-def _until(end: fx.Node) -> set[fx.Node]:
-    """The nodes of a graph before one."""
-    found = set()
-    for node in end.graph.nodes:
-        if node is end:
-            return found
-        found.add(node)
-    return found
+def _let_read(new: fx.Node, old: fx.Node, reads: Callable[[fx.Node], bool]) -> None:
+    old.replace_all_uses_with(new, delete_user_cb=reads)
+
+
+def _from(first: fx.Node) -> set[fx.Node]:
+    """A node and those after it."""
+    nodes = list(first.graph.nodes)
+    return set(nodes[nodes.index(first) :])

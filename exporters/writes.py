@@ -36,8 +36,8 @@ def without_shared_writes(graph: fx.Graph) -> int:
             begin = root if root.op == "call_function" else members[1]
             spans.append((order[begin], order[writes[-1]], root))
     nodes = list(graph.nodes)
-    for begin, end, roots in _joined(spans):
-        calls = [node for node in nodes[begin : end + 1] if node.op == "call_function"]
+    for first, last, roots in _joined(spans):
+        calls = [node for node in nodes[first : last + 1] if node.op == "call_function"]
         outer = [root for root in roots if root not in calls]
         retrace(calls, lambda function: torch.func.functionalize(function, remove="mutations"), written=outer)
     return len(spans)

@@ -26,7 +26,12 @@ NAME = "gralora"
 
 # Models that are being traced: only the result's shape matters then, and working out the rest takes most of the time.
 _TRACED: set[int] = set()
-_CASTS = (torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout, torch.ops.aten._to_copy.default)
+_CASTS = (
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.device,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten._to_copy.default,
+)
 
 _library: Any = torch.library.Library(NAME, "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -180,9 +185,7 @@ AttentionMaskInterface.register(NAME, _mask)
 @contextmanager
 def fused_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model call `gralora::attention` while the block lasts, for its shape only: the values are not computed."""
-    parts = {
-        id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel) and _calls_interface(m)
-    }
+    parts = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel) and _calls_interface(m)}
     before = {key: config._attn_implementation for key, config in parts.items()}
     try:
         for config in parts.values():

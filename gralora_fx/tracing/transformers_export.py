@@ -92,7 +92,7 @@ def convert_to_onnx(graph_module: fx.GraphModule, inputs: Mapping[str, Any], con
 
 
 def onnx_translations() -> dict[Any, Any]:
-    """transformers' own ONNX forms of operators, such as those of a mixture of experts, as onnxscript functions."""
+    """The ONNX forms that transformers itself has for operators, such as those of experts, as onnxscript functions."""
     return dict(_ONNX_TRANSLATION_TABLE)
 
 
