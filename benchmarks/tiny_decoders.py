@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 96
@@ -52,10 +52,10 @@ _LEFT_OUT = {
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "decoder_start_token_id": 1}
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
-# what no rule on names tells: model type, fields, and why
+# what no rule on names tells: class, fields, and why
 _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "bamba": (_MAMBA, "the widths of its state space are products"),
-    "dory": (
+    "BambaForCausalLM": (_MAMBA, "the widths of its state space are products"),
+    "DoryForCausalLM": (
         {
             "num_hidden_layers": 3,
             "n_input_layers": 1,
@@ -65,42 +65,33 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "its layers are three groups",
     ),
-    "gpt_neo": ({"attention_types": [[["global", "local"], 1]]}, "its kinds of layers are written as a product"),
-    "granitemoehybrid": (_MAMBA, "the widths of its state space are products"),
-    "hrm_text": (
+    "GPTNeoForCausalLM": (
+        {"attention_types": [[["global", "local"], 1]]},
+        "its kinds of layers are written as a product",
+    ),
+    "GraniteMoeHybridForCausalLM": (_MAMBA, "the widths of its state space are products"),
+    "HrmTextForCausalLM": (
         {"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 3, "L_bp_cycles": [2]},
         "its layers are those of a stack times its cycles",
     ),
-    "jamba": (
+    "JambaForCausalLM": (
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         "its kinds of layers are periods",
     ),
-    "lfm2_moe": ({"layer_types": ["conv", "full_attention"]}, "its default has no kinds of layers"),
-    "mamba2": ({"head_dim": 16}, "the widths of its state space are products"),
-    "nemotron_h": ({"n_groups": 1}, "groups have to divide its heads"),
-    "recurrent_gemma": ({"num_hidden_layers": 3}, "its kinds of layers are a pattern of three"),
-    "xmod": ({"default_language": "en_XX"}, "it runs in a chosen language only"),
+    "Lfm2MoeForCausalLM": ({"layer_types": ["conv", "full_attention"]}, "its default has no kinds of layers"),
+    "Mamba2ForCausalLM": ({"head_dim": 16}, "the widths of its state space are products"),
+    "NemotronHForCausalLM": ({"n_groups": 1}, "groups have to divide its heads"),
+    "RecurrentGemmaForCausalLM": ({"num_hidden_layers": 3}, "its kinds of layers are a pattern of three"),
+    "XmodForCausalLM": ({"default_language": "en_XX"}, "it runs in a chosen language only"),
 }
 
 
-def decoder_classes() -> dict[str, str]:
-    """Every causal language model of transformers by its class name, with a model type that stands for it."""
-    found: dict[str, str] = {}
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        names = name if isinstance(name, tuple) else (name,)
-        if hasattr(transformers, names[0]):
-            found.setdefault(names[0], model_type)
-    for (
-        model_type,
-        name,
-    ) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():  # the type whose configuration is the class's own
-        if (
-            hasattr(transformers, str(name))
-            and getattr(transformers, str(name)).config_class is CONFIG_MAPPING[model_type]
-        ):
-            if getattr(transformers, str(name)).config_class is not CONFIG_MAPPING[found[str(name)]]:
-                found[str(name)] = model_type
-    return dict(sorted(found.items()))
+def decoder_classes() -> tuple[str, ...]:
+    """The class of every causal language model of transformers."""
+    found: set[str] = set()
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        found |= {name} if isinstance(name, str) else set(name)
+    return tuple(sorted(name for name in found if hasattr(transformers, name)))
 
 
 def tiny_decoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
@@ -111,9 +102,10 @@ def tiny_decoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
         seed: Seed of its weights.
         **fields: Configuration fields to set besides.
     """
-    config = tiny_config(decoder_classes()[name], **fields)
+    model_class = getattr(transformers, name)
+    config = tiny_config(model_class, **fields)
     torch.manual_seed(seed)
-    model: PreTrainedModel = getattr(transformers, name)(config)
+    model: PreTrainedModel = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():  # initial weights of 0.02 would leave attention next to nothing to do
             if parameter.ndim > 1 and parameter.is_floating_point():
@@ -121,16 +113,18 @@ def tiny_decoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     return model.eval().float()
 
 
-def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
-    """The default configuration of a model type with every size set small.
+def tiny_config(model_class: type[PreTrainedModel], **fields: Any) -> PreTrainedConfig:
+    """The default configuration of a model with every size set small.
 
     Args:
-        model_type: As `CONFIG_MAPPING` has it.
+        model_class: The model.
         **fields: Fields to set besides.
     """
-    own, _ = _EXCEPTIONS.get(model_type, ({}, ""))
-    config_class = CONFIG_MAPPING[model_type]
-    return config_class(**{**_small(config_class()), **own, **fields})
+    own, _ = _EXCEPTIONS.get(model_class.__name__, ({}, ""))
+    config_class = model_class.config_class
+    assert config_class is not None
+    config: PreTrainedConfig = config_class(**{**_small(config_class()), **own, **fields})
+    return config
 
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:

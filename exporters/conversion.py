@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import opset18
 from torch import Tensor, fx
 from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes, _registration
 
@@ -148,6 +149,7 @@ def _registry() -> Any:
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
     for target, function in onnx_translations().items():
         registry.register_op(target, function)
+    registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
     registry.register_op(torch.ops.gralora.attention.default, _attention)
     registry.register_op(torch.ops.gralora.mask.default, _mask)
     return registry
@@ -162,6 +164,11 @@ def _attention(
     tracer: Any = _core.current_tracer
     tracer.nodes.append(node)
     return node.outputs[0]
+
+
+def _unsqueeze_complex(tensor: Any, dim: int) -> Any:
+    """A new axis of a complex tensor, whose last axis in ONNX is the pair of its parts."""
+    return opset18.Unsqueeze(tensor, opset18.Constant(value_ints=[dim if dim >= 0 else dim - 1]))
 
 
 def _mask(padding: Any, length: Any, window: int, dtype: int) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Function = Callable[..., Any]
@@ -16,16 +17,14 @@ Function = Callable[..., Any]
 
 def retrace(
     nodes: Sequence[fx.Node],
-    change: Callable[[Function], Function] = lambda function: function,
     table: Mapping[Any, Function] | None = None,
     written: Sequence[fx.Node] = (),
 ) -> None:
-    """Replace calls in a graph by what tracing their computation once more gives.
+    """Replace calls in a graph by what tracing their computation once more gives, without writes in place.
 
     Args:
         nodes: Calls in their order, with no other node between them that they and their readers share a tensor with;
             every input has the value that tracing noted.
-        change: What to do with the computation before it is traced.
         table: Decompositions to apply.
         written: Inputs that the calls write into; who reads them afterwards reads the result.
     """
@@ -46,7 +45,7 @@ def retrace(
     values = [node.meta["val"] for node in inputs]
     noted = [mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v for v in values]
     with mode, torch.no_grad():
-        parts = make_fx(change(compute), decomposition_table=dict(table or {}))(*noted)
+        parts = make_fx(functionalize(compute), decomposition_table=dict(table or {}))(*noted)
     graph, end = nodes[-1].graph, nodes[-1].next
     places: dict[fx.Node, fx.Node] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(end):

@@ -33,13 +33,14 @@ def without_shared_writes(graph: fx.Graph) -> int:
     for root, members in families.items():
         writes = [node for node in members if _writes(node)]
         if writes and any(not _writes(node) for node in members[1:]):
-            begin = root if root.op == "call_function" else members[1]
+            begin = root if _is_computed(root) else members[1]
             spans.append((order[begin], order[writes[-1]], root))
     nodes = list(graph.nodes)
     for first, last, roots in _joined(spans):
-        calls = [node for node in nodes[first : last + 1] if node.op == "call_function"]
+        span = nodes[first : last + 1]
+        calls = [node for node in span if _is_computed(node) or _shares_with(node) is not None]
         outer = [root for root in roots if root not in calls]
-        retrace(calls, lambda function: torch.func.functionalize(function, remove="mutations"), written=outer)
+        retrace(calls, written=outer)
     return len(spans)
 
 
@@ -53,6 +54,11 @@ def _joined(spans: list[tuple[int, int, fx.Node]]) -> list[tuple[int, int, list[
         else:
             joined.append((begin, end, [root]))
     return joined
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a node computes a tensor; taking one of several that another node computed does not."""
+    return node.op == "call_function" and node.target is not operator.getitem
 
 
 def _root(node: fx.Node) -> fx.Node | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from benchmarks.decoder_check import check_decoder
 from benchmarks.tiny_decoders import decoder_classes, tiny_decoder
 
