@@ -6,21 +6,24 @@ in a graph that is a clean trace already. Here only the translation is run.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import opset18
 from torch import Tensor, fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
-from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _registration
+from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes, _registration
 
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.decomposition import decompose
 from gralora_fx.exporters.operators import TRANSLATIONS
 from gralora_fx.exporters.simplify import constant_slices, out_of_place, simplify, whole_products
+from gralora_fx.exporters.writes import without_shared_writes
 from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.quiet import quiet
+from gralora_fx.tracing.transformers_export import fix_for_onnx, onnx_translations
 from gralora_fx.weight_views import tensor_at
 
 OPSET = 23  # the first with RMSNormalization
@@ -63,6 +66,9 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
     graph = copy_graph(graph_module)
     graph.set_codegen(fx.graph.CodeGen())
     weights: dict[str, tuple[str, Tensor]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        node.meta["val"] = tensor_at(graph_module, str(node.target))
+    without_shared_writes(graph)
     for node in list(graph.nodes):
         if node.op == "get_attr":
             tensor = tensor_at(graph_module, str(node.target))
@@ -76,6 +82,11 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
     simplify(graph)
     whole_products(graph)
     module = fx.GraphModule({name: tensor for name, (_, tensor) in weights.items()}, graph)
+    fix_for_onnx(module)
+    with quiet():
+        registry = _registry()
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    decompose(module.graph, known, _decomp.create_onnx_friendly_decomposition_table(known))
     once = CSEPass(banned_ops=get_CSE_banned_ops())(module)
     module = module if once is None else once.graph_module
     for graph_pass in passes:
@@ -83,11 +94,11 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
     constant_slices(module.graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
-        with _quiet():
+        with quiet():
             if any(_promotes(node) for node in module.graph.nodes):  # it runs the whole graph, which takes seconds
                 _fx_passes.insert_type_promotion_nodes(module)
             options: dict[str, Any] = {"graph_like": model.graph, "owned_graphs": {}, "lower": "at_conversion"}
-            _core._translate_fx_graph(module.graph, model, registry=_registry(), **options)
+            _core._translate_fx_graph(module.graph, model, registry=registry, **options)
     except Exception as error:  # torch.onnx raises errors of every type
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -116,18 +127,14 @@ def _promotes(node: fx.Node) -> bool:
 
 def _registry() -> Any:
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+    for target, function in onnx_translations().items():
+        registry.register_op(target, function)
+    registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)
     return registry
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence notes about operators of packages that are not installed."""
-    logger = logging.getLogger(_registration.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _unsqueeze_complex(tensor: Any, dim: int) -> Any:
+    """A new axis of a complex tensor, whose last axis in ONNX is the pair of its parts."""
+    return opset18.Unsqueeze(tensor, opset18.Constant(value_ints=[dim if dim >= 0 else dim - 1]))

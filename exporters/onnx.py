@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
-from gralora_fx.exporters.reports import ExportReport, VerifyReport
+from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
 from gralora_fx.exporters.verify import as_traced, verify_onnx
 from gralora_fx.model import GraloraModel
 from gralora_fx.stages import timed
@@ -78,7 +79,7 @@ def export_onnx(
         traced = as_traced(model)
         _refuse_unfit(traced)
     with timed("convert", seconds):
-        onnx_models = _convert(traced, logits)
+        onnx_models, attention = _convert(traced, logits)
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with timed("write", seconds):
@@ -94,6 +95,7 @@ def export_onnx(
             graphs = {name: onnx_model.graph for name, onnx_model in onnx_models.items()}
             positions = logits if is_decoder else "all"
             manifest = describe(model, graphs, adapters=adapters, precision=precision, logits=positions)
+            manifest |= {} if attention is None else {"attention": dataclasses.asdict(attention)}
             write_manifest(stage, manifest, None)
         if verify:
             with timed("verify", seconds):
@@ -103,22 +105,22 @@ def export_onnx(
         write_manifest(stage, manifest, report)
     path = Path(output_dir)
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    return ExportReport(path, files, seconds, report)
+    return ExportReport(path, files, seconds, report, attention)
 
 
-def _convert(traced: TracedModel, logits: str) -> dict[str, ir.Model]:
-    """The ONNX models of a trace, by the names of their files."""
+def _convert(traced: TracedModel, logits: str) -> tuple[dict[str, ir.Model], AttentionReport | None]:
+    """The ONNX models of a trace, by the names of their files, and how a decoder's attention was exported."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     graph_module.recompile()
     graph_module.train(False)
     cache = traced.example_inputs.get(PAST)
     if isinstance(cache, EncoderDecoderCache):
-        return encoder_decoder_models(graph_module)
+        return encoder_decoder_models(graph_module), None
     if cache is not None:
-        model = decoder_model(graph_module, logits=logits)
+        model, attention = decoder_model(graph_module, logits=logits)
         name_axes(model)
-        return {"model": model}
+        return {"model": model}, attention
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():
@@ -128,7 +130,7 @@ def _convert(traced: TracedModel, logits: str) -> dict[str, ir.Model]:
     DeduplicateInitializersPass()(model)
     name_outputs(model)
     name_axes(model)
-    return {"model": model}
+    return {"model": model}, None
 
 
 def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:

@@ -72,6 +72,7 @@ ROTARY = torch.ops.gralora.rotary.default
 RESHAPE = torch.ops.gralora.reshape.default
 SLICE = torch.ops.gralora.slice.default
 ATTENTION = torch.ops.gralora.attention.default
+MASK = torch.ops.gralora.mask.default
 
 
 def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
@@ -108,6 +109,13 @@ def _attention(
     return _node(DOMAIN, "Attention", [query, key, value, mask, sinks], attributes)
 
 
+def _mask(padding: Any, length: Any, window: int, dtype: int) -> Any:
+    """`gralora.Mask(padding, length)` with attributes `window` and `dtype`."""
+    if isinstance(length, int):
+        length = _node("", "Constant", [], {"value_int": length})
+    return _node(DOMAIN, "Mask", [padding, length], {"window": window, "dtype": dtype})
+
+
 def _node(domain: str, op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> ir.Value:
     version = None if domain == "" else 1
     made = ir.Node(
@@ -124,4 +132,5 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     RESHAPE: _reshape,
     SLICE: _slice,
     ATTENTION: _attention,
+    MASK: _mask,
 }
