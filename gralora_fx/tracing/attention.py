@@ -178,6 +178,11 @@ def _is_same(one: Any, other: Any) -> bool:
     return one.__code__ is other.__code__ and _is_same(*held)
 
 
+def is_traced() -> bool:
+    """Whether a model is being traced: only shapes matter then."""
+    return bool(_TRACED)
+
+
 AttentionInterface.register(NAME, _forward)
 AttentionMaskInterface.register(NAME, _mask)
 
