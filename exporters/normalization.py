@@ -51,7 +51,8 @@ def mark_rms_norms(graph: fx.Graph) -> int:
 
 def _as_operator(node: fx.Node) -> None:
     """Make PyTorch's own operator ours, if it normalises the last axis alone."""
-    x, sizes, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
+    given: list[Any] = list(node.args)
+    x, sizes, weight, eps = given + [None] * (4 - len(given))
     if len(sizes) == 1:
         node.target, node.args = RMS_NORM, (x, weight, torch.finfo(node.meta["val"].dtype).eps if eps is None else eps)
 

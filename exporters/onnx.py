@@ -13,6 +13,7 @@ from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
 from transformers import DynamicCache, EncoderDecoderCache
 
+from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, require_space, staged
@@ -78,7 +79,7 @@ def export_onnx(
     with timed("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced)
-    with timed("convert", seconds):
+    with timed("convert", seconds), fewer_collections():
         onnx_models, attention = _convert(traced, logits)
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
@@ -112,7 +113,6 @@ def _convert(traced: TracedModel, logits: str) -> tuple[dict[str, ir.Model], Att
     """The ONNX models of a trace, by the names of their files, and how a decoder's attention was exported."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
-    graph_module.recompile()
     graph_module.train(False)
     cache = traced.example_inputs.get(PAST)
     if isinstance(cache, EncoderDecoderCache):
@@ -121,6 +121,7 @@ def _convert(traced: TracedModel, logits: str) -> tuple[dict[str, ir.Model], Att
         model, attention = decoder_model(graph_module, logits=logits)
         name_axes(model)
         return {"model": model}, attention
+    graph_module.recompile()
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():

@@ -63,9 +63,9 @@ def mark_rotary(graph: fx.Graph) -> int:
 def _rotation(node: fx.Node) -> tuple[fx.Node, _Table, _Table, bool] | None:
     """`(x, cos, sin, interleaved)` of a rotation; None of anything else."""
     if is_call(node, ROTATE) and node.args[3] in (1, -3):
-        x, cos, sin, _ = node.args
-        tables = _flat_table(cos, False), _flat_table(sin, False)
-        return None if tables[0] is None or tables[1] is None else (x, *tables, False)
+        whole, *factors = node.args[:3]
+        known = [table for factor in factors if (table := _flat_table(factor, False)) is not None]
+        return (whole, known[0], known[1], False) if isinstance(whole, fx.Node) and len(known) == 2 else None
     terms = operands(node, *ADD)
     if terms is None or len(shape(node)) != 4:
         return None

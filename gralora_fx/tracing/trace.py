@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
+from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.attention import padding_as_argument
@@ -62,7 +63,8 @@ def trace(
         raise TraceError(f"example_inputs are a {type(example_inputs).__name__}; give a dict or a tuple of arguments")
     sample = keyword_inputs(model, example_inputs)
     sample = widen(model, sample) if dynamic else sample
-    graph_module = _trace_both_modes(model, sample, dynamic)
+    with fewer_collections():
+        graph_module = _trace_both_modes(model, sample, dynamic)
     config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
     traced = TracedModel(
         graph_module,
