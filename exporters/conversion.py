@@ -90,7 +90,7 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
     with quiet():
         registry = _registry()
     known = set(_decomp.get_onnx_implemented_overloads(registry))
-    decompose(module.graph, known, _decomp.create_onnx_friendly_decomposition_table(known))
+    decompose(module.graph, known, lambda: _decomp.create_onnx_friendly_decomposition_table(known))
     constant_slices(module.graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
