@@ -1,30 +1,44 @@
 """Attention as one operator of a trace, whatever the model's architecture: `gralora::attention`.
 
 A traced model that keeps a cache shows its attention as one node a layer, with the padding mask, the window and the
-soft cap as arguments, so that an export can take the runtime's own fused operator without matching patterns.
+soft cap as arguments, so that an export can take the runtime's own fused operator without matching patterns. The mask
+that a model makes for its layers is one node as well, `gralora::mask`, until it is known what reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    eager_mask,
+    sliding_window_causal_mask_function,
+)
 
 NAME = "gralora"
 
 # Models that are being traced: only the result's shape matters then, and working out the rest takes most of the time.
 _TRACED: set[int] = set()
+_CASTS = (
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.device,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten._to_copy.default,
+)
 
 _library: Any = torch.library.Library(NAME, "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scale, int window, "
     "float softcap, float dropout) -> Tensor"
 )
+_library.define("mask(Tensor padding, SymInt length, int window, ScalarType dtype) -> Tensor")
 
 
 def attention(
@@ -44,7 +58,8 @@ def attention(
         query: `[batch, heads, length, size]`, the last `length` positions of the sequence.
         key: `[batch, key heads, past + length, size]`; key heads divide heads.
         value: `[batch, key heads, past + length, value size]`.
-        mask: `[batch, past + length]`, 0 where a position is padding, or None.
+        mask: `[batch, past + length]`, 0 where a position is padding, or None. Or what a model of its own making adds
+            to the scores, `[batch, 1 or heads, length, past + length]`: it alone then tells what is seen.
         sinks: `[heads]`, logits of a position that is attended to and has no value, or None.
         scale: Factor of the scores.
         window: How many positions back a position sees, itself included; 0 for all.
@@ -57,18 +72,12 @@ def attention(
     if _TRACED:
         _note_sizes(query, key, value, mask)
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    length, total, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    rows = torch.arange(length, device=query.device).unsqueeze(1) + (total - length)
-    columns = torch.arange(total, device=query.device).unsqueeze(0)
-    seen = columns <= rows
-    if window:
-        seen = seen & (columns > rows - window)
-    seen = seen.unsqueeze(0).unsqueeze(0)  # [1, 1, length, total]
-    if mask is not None:
-        seen = seen & mask.bool().unsqueeze(1).unsqueeze(1)
-    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(
-        ~seen, torch.finfo(query.dtype).min
-    )
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if mask is not None and mask.ndim == 4:
+        bias = mask
+    else:
+        padding = key.new_ones(1, key.shape[2]) if mask is None else mask
+        bias = causal_mask(padding, length, window, query.dtype)
     if not softcap and sinks is None:
         result = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
@@ -88,16 +97,41 @@ def attention(
     return (result @ value).transpose(1, 2).contiguous()
 
 
+def causal_mask(padding: Tensor, length: int, window: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores so that a position sees itself, those before it, and no padding.
+
+    Args:
+        padding: `[batch, past + length]`, 0 where a position is padding.
+        length: Number of new positions.
+        window: How many positions back a position sees, itself included; 0 for all.
+        dtype: Dtype of the scores.
+
+    Returns:
+        `[batch, 1, length, past + length]`, 0 or the smallest number.
+    """
+    batch, total = padding.shape
+    if _TRACED:
+        return padding.new_empty((batch, 1, length, total), dtype=dtype)
+    rows = torch.arange(length, device=padding.device).unsqueeze(1) + (total - length)
+    columns = torch.arange(total, device=padding.device).unsqueeze(0)
+    seen = columns <= rows
+    if window:
+        seen = seen & (columns > rows - window)
+    seen = seen.unsqueeze(0).unsqueeze(0) & padding.bool().unsqueeze(1).unsqueeze(1)
+    return torch.zeros(seen.shape, dtype=dtype, device=padding.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def _note_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     """Tell the tracer what is equal, so that the sizes of all layers' caches are one."""
     equal = [key.shape[2] == value.shape[2]]
     if mask is not None:
-        equal += [mask.shape[0] == query.shape[0], mask.shape[1] == key.shape[2]]
+        equal += [mask.shape[0] == query.shape[0], mask.shape[-1] == key.shape[2]]
     for condition in equal:
         torch._check(condition)  # type: ignore[no-untyped-call]
 
 
 _library.impl("attention", attention, "CompositeImplicitAutograd")
+_library.impl("mask", causal_mask, "CompositeImplicitAutograd")
 
 
 def _forward(
@@ -112,9 +146,36 @@ def _forward(
     return result, None
 
 
-def _mask(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """The padding mask itself; what else hides a position is an argument of the operator."""
-    return attention_mask
+def _mask(
+    *,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    q_length: int,
+    kv_length: int,
+    local_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Tensor | None:
+    """The mask that a model's layers are given, as one operator where it is causal with at most a window."""
+    window = local_size or 0
+    plain = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    if attention_mask is not None and _is_same(mask_function, plain):
+        torch._check(attention_mask.shape[1] == kv_length)  # type: ignore[no-untyped-call]
+        result: Tensor = torch.ops.gralora.mask(attention_mask, q_length, window, dtype)
+        return result
+    given = {"attention_mask": attention_mask, "local_size": local_size, "dtype": dtype, **options}
+    made: Tensor | None = eager_mask(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **given)
+    return made
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two functions have the same code over the same values, functions among these compared likewise."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if not (inspect.isfunction(one) and inspect.isfunction(other)):
+        return type(one) is type(other) and bool(one == other)
+    held = [tuple(cell.cell_contents for cell in function.__closure__ or ()) for function in (one, other)]
+    return one.__code__ is other.__code__ and _is_same(*held)
 
 
 AttentionInterface.register(NAME, _forward)
@@ -124,9 +185,7 @@ AttentionMaskInterface.register(NAME, _mask)
 @contextmanager
 def fused_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model call `gralora::attention` while the block lasts, for its shape only: the values are not computed."""
-    parts = {
-        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
+    parts = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel) and _calls_interface(m)}
     before = {key: config._attn_implementation for key, config in parts.items()}
     try:
         for config in parts.values():
@@ -137,3 +196,32 @@ def fused_attention(model: PreTrainedModel) -> Iterator[None]:
         _TRACED.discard(id(model))
         for key, config in parts.items():
             config._attn_implementation = before[key]
+
+
+def padding_as_argument(graph: fx.Graph) -> None:
+    """Let attention take the padding mask and the window of the mask that its model made of them.
+
+    Before: `m = gralora.mask(to(padding, bool), length, 4); y = attention(query, key, value, m, window=0)`
+    After:  `y = attention(query, key, value, padding, window=4)`
+
+    A mask that something else reads too, such as an addition to it, stays for that.
+
+    Args:
+        graph: A fresh trace; it is changed in place.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default):
+        mask = node.args[3]
+        if isinstance(mask, fx.Node) and mask.target is torch.ops.gralora.mask.default:
+            padding, _, window, *_ = mask.args
+            while isinstance(padding, fx.Node) and padding.target in _CASTS:
+                (padding, *_) = padding.args
+            node.update_arg(3, padding)
+            node.update_arg(6, window)
+            while not mask.users and mask.op == "call_function":
+                unused, mask = mask, mask.args[0]
+                graph.erase_node(unused)
+
+
+def _calls_interface(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is called through transformers' interface; others compute it by themselves."""
+    return bool(model._can_set_attn_implementation())

@@ -50,7 +50,7 @@ def cached_inputs(
             result = model(**first, past_key_values=DynamicCache(), use_cache=True)
         cache = result.past_key_values
         layers = [(layer.keys, layer.values) for layer in cache.layers]
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
     skip = cached - past  # a cache of no positions is one of one position, cut
     step = {name: value[:, cached:] for name, value in inputs.items()}

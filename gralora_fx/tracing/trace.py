@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.module_tree import ModuleTree
+from gralora_fx.tracing.attention import padding_as_argument
 from gralora_fx.tracing.check import difference, refuse_fixed_sizes, where
 from gralora_fx.tracing.clean import inline_linear_modules, without_guards
 from gralora_fx.tracing.modes import record_switches
@@ -122,7 +123,10 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
                 program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {first_line(error)}") from error
-    return without_guards(program.module(check_guards=False))
+    graph_module = without_guards(program.module(check_guards=False))
+    padding_as_argument(graph_module.graph)
+    graph_module.recompile()
+    return graph_module
 
 
 def _from_program(

@@ -14,6 +14,8 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
+from transformers.exporters.utils import apply_fx_node_fixes
 
 from gralora_fx.tracing.attention import fused_attention
 from gralora_fx.tracing.cached import PAST, copied
@@ -87,6 +89,16 @@ def convert_to_onnx(graph_module: fx.GraphModule, inputs: Mapping[str, Any], con
         exported = OnnxExporter().export(module, dict(inputs), OnnxConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: ir.Model = exported.program
     return program
+
+
+def onnx_translations() -> dict[Any, Any]:
+    """The ONNX forms that transformers itself has for operators, such as those of experts, as onnxscript functions."""
+    return dict(_ONNX_TRANSLATION_TABLE)
+
+
+def fix_for_onnx(graph_module: fx.GraphModule) -> None:
+    """Rewrite calls that torch's translation to ONNX misreads, as transformers' exporter does; in place."""
+    apply_fx_node_fixes("onnx", graph_module)
 
 
 class _Callable(nn.Module):
