@@ -6,19 +6,21 @@ in a graph that is a clean trace already. Here only the translation is run.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import opset18
 from torch import Tensor, fx
-from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _registration
+from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes, _registration
 
 import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.decomposition import decompose
+from gralora_fx.exporters.writes import without_shared_writes
 from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.quiet import quiet
+from gralora_fx.tracing.transformers_export import fix_for_onnx, onnx_translations
 from gralora_fx.weight_views import tensor_at
 
 DOMAIN = "gralora"  # of the attention operator, until a pass replaces it
@@ -36,6 +38,7 @@ _MIXED = {
     _aten.masked_fill.Scalar,
     _aten.where.self,
     torch.ops.gralora.attention.default,
+    torch.ops.gralora.mask.default,
 }
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other}
 
@@ -55,6 +58,9 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
     graph = copy_graph(graph_module)
     graph.set_codegen(fx.graph.CodeGen())
     weights: dict[str, tuple[str, Tensor]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        node.meta["val"] = tensor_at(graph_module, str(node.target))
+    without_shared_writes(graph)
     for node in list(graph.nodes):
         if node.op == "get_attr":
             tensor = tensor_at(graph_module, str(node.target))
@@ -67,13 +73,18 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
         elif node.op == "call_function" and (functional := _functional(node.target)) is not None:
             _out_of_place(node, functional)
     module = fx.GraphModule({name: tensor for name, (_, tensor) in weights.items()}, graph)
+    fix_for_onnx(module)
+    with quiet():
+        registry = _registry()
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    decompose(module.graph, known, lambda: _decomp.create_onnx_friendly_decomposition_table(known))
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
-        with _quiet():
+        with quiet():
             if any(_promotes(node) for node in module.graph.nodes):  # it runs the whole graph, which takes seconds
                 _fx_passes.insert_type_promotion_nodes(module)
             options: dict[str, Any] = {"graph_like": model.graph, "owned_graphs": {}, "lower": "at_conversion"}
-            _core._translate_fx_graph(module.graph, model, registry=_registry(), **options)
+            _core._translate_fx_graph(module.graph, model, registry=registry, **options)
     except Exception as error:  # torch.onnx raises errors of every type
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -136,7 +147,11 @@ def _out_of_place(node: fx.Node, functional: Any) -> None:
 
 def _registry() -> Any:
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+    for target, function in onnx_translations().items():
+        registry.register_op(target, function)
+    registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
     registry.register_op(torch.ops.gralora.attention.default, _attention)
+    registry.register_op(torch.ops.gralora.mask.default, _mask)
     return registry
 
 
@@ -151,13 +166,19 @@ def _attention(
     return node.outputs[0]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence notes about operators of packages that are not installed."""
-    logger = logging.getLogger(_registration.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _unsqueeze_complex(tensor: Any, dim: int) -> Any:
+    """A new axis of a complex tensor, whose last axis in ONNX is the pair of its parts."""
+    return opset18.Unsqueeze(tensor, opset18.Constant(value_ints=[dim if dim >= 0 else dim - 1]))
+
+
+def _mask(padding: Any, length: Any, window: int, dtype: int) -> Any:
+    """`gralora.Mask(padding, length)` with attributes `window` and `dtype`."""
+    tracer: Any = _core.current_tracer
+    if isinstance(length, int):
+        constant = ir.node("Constant", [], attributes={"value_int": length})
+        tracer.nodes.append(constant)
+        length = constant.outputs[0]
+    attributes = ir.convenience.convert_attributes({"window": window, "dtype": dtype})
+    node = ir.Node(DOMAIN, "Mask", [padding, length], attributes, num_outputs=1, version=1)
+    tracer.nodes.append(node)
+    return node.outputs[0]
