@@ -7,50 +7,80 @@ import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.conversion import DOMAIN
+from gralora_fx.exporters.plain_attention import lower_attention, lower_masks
+from gralora_fx.exporters.reports import AttentionReport
 
 _MICROSOFT = "com.microsoft"
 
 
-def fuse_attention(model: ir.Model) -> int:
+def fuse_attention(model: ir.Model) -> AttentionReport:
     """Replace every attention operator and the concatenation of its cache by `GroupQueryAttention`.
 
     Before: `key = Concat(past_key, new_key); y = Attention(query, key, value, mask)`
     After:  `y, key, value = GroupQueryAttention(query, new_key, new_value, past_key, past_value, ..., bias)`
 
     The bias that hides padding is made once, of the mask; causality and the window are the operator's own, since a
-    row's padding counts as positions in it.
+    row's padding counts as positions in it. A layer of a form that the operator does not take becomes plain operators.
 
     Args:
         model: A translated model; it is changed in place.
 
     Returns:
-        How many were replaced.
+        How many were replaced, and which became plain operators and why.
 
     Raises:
-        ExportError: A layer has a form that the operator does not take; all are named. The model must be discarded.
+        ExportError: The number of heads of a layer is not known. The model must be discarded.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Attention"]
-    problems = [f"{_layer(node)}: {why}" for node in nodes if (why := _unfit(node)) is not None]
-    if problems:
-        raise ExportError(f"attention has no fused operator in ONNX Runtime at {'; '.join(problems)}")
+    lower_masks(model.graph, DOMAIN)
+    if not nodes:
+        return AttentionReport(0, {"every layer": "it computes attention itself, not by transformers' interface"})
+    plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
+    fitting = [node for node in nodes if node not in plain]
+    _give_own_caches(model.graph, fitting)
+    masks: dict[tuple[ir.Value, int], ir.Value] = {}
+    for node in plain:
+        lower_attention(model.graph, node, masks)
     shared: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    for node in nodes:
+    for node in fitting:
         mask = node.inputs[3]
         assert mask is not None
         if mask not in shared:
             shared[mask] = _lengths_and_bias(model.graph, node, mask)
         _replace(model.graph, node, *shared[mask])
-    if nodes:
+    if fitting:
         model.graph.opset_imports[_MICROSOFT] = 1
-        model.graph.opset_imports.pop(DOMAIN, None)
-    return len(nodes)
+    model.graph.opset_imports.pop(DOMAIN, None)
+    return AttentionReport(len(fitting), {_layer(node): why for node, why in plain.items()})
+
+
+def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Give each attention a concatenation of its own where layers share keys and values.
+
+    Before: `key = Concat(past_key, new_key); y = Attention(q, key, ...); z = Attention(p, key, ...)`
+    After:  the same with `key_2 = Concat(past_key, new_key)` for the second
+    """
+    seen: set[ir.Value] = set()
+    for node in nodes:
+        for index in (1, 2):
+            cached = node.inputs[index]
+            assert cached is not None
+            if cached in seen:
+                joined = cached.producer()
+                assert joined is not None
+                copy = ir.node("Concat", list(joined.inputs), attributes=joined.attributes)
+                copy.outputs[0].shape, copy.outputs[0].type = cached.shape, cached.type
+                graph.insert_before(node, copy)
+                node.replace_input_with(index, copy.outputs[0])
+            else:
+                seen.add(cached)
 
 
 def _unfit(node: ir.Node) -> str | None:
     """Why the operator does not take an attention, or None if it does."""
     query, key, value, mask = node.inputs[:4]
-    if mask is None:
-        return "it has no padding mask"
+    if mask is None or mask.shape is None or len(mask.shape) != 2:
+        return "its mask is more than padding and a window"
     for name, cached in (("keys", key), ("values", value)):
         producer = None if cached is None else cached.producer()
         if producer is None or producer.op_type != "Concat" or len(producer.inputs) != 2:

@@ -10,12 +10,14 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.attention import fuse_attention
 from gralora_fx.exporters.conversion import translate
 from gralora_fx.exporters.normalization import divide_by_roots
+from gralora_fx.exporters.reports import AttentionReport
+from gralora_fx.tracing.quiet import quiet
 
 # operators between the last projection and the logits that a model may have, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
 
 
-def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> ir.Model:
+def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> tuple[ir.Model, AttentionReport]:
     """The ONNX model of a traced decoder step.
 
     Before: `logits, keys and values = forward(input_ids, attention_mask, position_ids, past keys and values)`
@@ -26,19 +28,23 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> ir.Model:
         graph_module: A graph traced with a cache, without adapters, in evaluation mode.
         logits: `"last"` or `"all"`.
 
+    Returns:
+        The model, and which layers' attention is fused.
+
     Raises:
         ExportError: The graph has no ONNX form.
     """
     model = translate(graph_module)
-    fuse_attention(model)
+    attention = fuse_attention(model)
     divide_by_roots(model)
     _name_cache(model)
     if logits == "last":
         _keep_last_position(model)
-    optimizer.fold_constants(model)
+    with quiet():  # it says what it leaves
+        optimizer.fold_constants(model)
     store_as_used(model)
     optimizer.remove_unused_nodes(model)
-    return model
+    return model, attention
 
 
 def store_as_used(model: ir.Model) -> None:

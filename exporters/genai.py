@@ -31,15 +31,16 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
     """The configuration as it is written; sizes of the cache are read from the graph itself."""
     text = config.get_text_config()
     inputs = {str(value.name): value for value in model.graph.inputs}
+    presents = [value for value in model.graph.outputs if str(value.name).startswith("present.")]
     layers = sum(name.endswith(".key") for name in inputs)
     shape = inputs["past_key_values.0.key"].shape
     assert shape is not None
     heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or shape[1]
     context = next((size for name in _CONTEXT if isinstance(size := getattr(text, name, None), int)), 2048)
-    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    start, end, padding = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+    ends = end if isinstance(end, list) else [end]
     ends = [token for token in ends if _is_token(token, text)] or [0]
-    start = text.bos_token_id if _is_token(text.bos_token_id, text) else ends[0]
-    padding = text.pad_token_id if _is_token(text.pad_token_id, text) else ends[0]
+    start, padding = (token if _is_token(token, text) else ends[0] for token in (start, padding))
     names = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "gralora-fx", "provider_options": []},
@@ -77,13 +78,19 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": all(map(_is_in_place, presents)),
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 50,
             "top_p": 1.0,
         },
     }
+
+
+def _is_in_place(present: ir.Value) -> bool:
+    """Whether an operator can write a layer's cache where it stands: the fused attention does, a concatenation not."""
+    producer = present.producer()
+    return producer is not None and producer.op_type == "GroupQueryAttention"
 
 
 def _is_token(token: object, config: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -21,7 +22,7 @@ from gralora_fx.exporters.directory import check_output, staged
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
-from gralora_fx.exporters.reports import ExportReport, VerifyReport
+from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
 from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
 from gralora_fx.exporters.verify import as_traced, verify_onnx
 from gralora_fx.model import GraloraModel
@@ -80,7 +81,7 @@ def export_onnx(
         traced = as_traced(model)
         _refuse_unfit(traced)
     with _stage("convert", seconds):
-        onnx_model = _convert(traced, logits)
+        onnx_model, attention = _convert(traced, logits)
         has_cache = PAST in traced.example_inputs
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
@@ -91,6 +92,7 @@ def export_onnx(
                 write_genai_config(stage, traced.config, onnx_model)
             positions = logits if has_cache else "all"
             manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision, logits=positions)
+            manifest |= {} if attention is None else {"attention": dataclasses.asdict(attention)}
             write_manifest(stage, manifest, None)
         if verify:
             with _stage("verify", seconds):
@@ -100,18 +102,18 @@ def export_onnx(
         write_manifest(stage, manifest, report)
     path = Path(output_dir)
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    return ExportReport(path, files, seconds, report)
+    return ExportReport(path, files, seconds, report, attention)
 
 
-def _convert(traced: TracedModel, logits: str) -> ir.Model:
+def _convert(traced: TracedModel, logits: str) -> tuple[ir.Model, AttentionReport | None]:
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     graph_module.recompile()
     graph_module.train(False)
     if PAST in traced.example_inputs:
-        model = decoder_model(graph_module, logits=logits)
+        model, attention = decoder_model(graph_module, logits=logits)
         name_axes(model)
-        return model
+        return model, attention
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():
@@ -121,7 +123,7 @@ def _convert(traced: TracedModel, logits: str) -> ir.Model:
     DeduplicateInitializersPass()(model)
     name_outputs(model)
     name_axes(model)
-    return model
+    return model, None
 
 
 def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:

@@ -62,6 +62,24 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """How the attention of a decoder was exported.
+
+    Attributes:
+        fused: Layers that are one operator of ONNX Runtime each.
+        plain: Layers that are plain operators, each with the reason.
+    """
+
+    fused: int
+    plain: dict[str, str]
+
+    def __str__(self) -> str:
+        """The number of fused layers, and each of the others."""
+        lines = [f"attention: {self.fused} layers fused, {len(self.plain)} not"]
+        return "\n".join([*lines, *(f"  {layer}: {why}" for layer, why in self.plain.items())])
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """The result of `export_onnx`.
 
@@ -70,18 +88,22 @@ class ExportReport:
         files: Its files with their sizes in bytes.
         seconds: Seconds that each stage took.
         verification: What verification found, or None where it was left out.
+        attention: Which layers' attention is fused, for a decoder with a cache.
     """
 
     output_dir: Path
     files: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
     verification: VerifyReport | None = None
+    attention: AttentionReport | None = None
 
     def __str__(self) -> str:
         """The files, the time of each stage and the verification."""
         lines = [f"wrote {self.output_dir}"]
         lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
+        if self.attention is not None:
+            lines.append(str(self.attention))
         if self.verification is not None:
             lines.append(str(self.verification))
         return "\n".join(lines)

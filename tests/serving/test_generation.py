@@ -11,8 +11,9 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
-from gralora_fx.errors import ExportError, ServingError
+from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.serving import load
 from gralora_fx.serving.generation import Answer
 from gralora_fx.serving.model import OrtModel
@@ -146,7 +147,7 @@ def test_an_export_without_a_cache_cannot_generate(tmp_path: Path) -> None:
         load(tmp_path / "onnx").generate([5])
 
 
-def test_an_attention_that_cannot_be_fused_is_named(tmp_path: Path) -> None:
+def test_an_attention_that_cannot_be_fused_is_plain_and_named(tmp_path: Path) -> None:
     traced = trace(decoder("llama"), task="text-generation-with-past")
 
     def scale_the_keys(graph_module: torch.fx.GraphModule) -> None:
@@ -156,9 +157,14 @@ def test_an_attention_that_cannot_be_fused_is_named(tmp_path: Path) -> None:
         scaled.meta["val"] = node.args[1].meta["val"]
         node.update_arg(1, scaled)
 
-    with pytest.raises(ExportError, match=r"attention has no fused operator in .* at .*self_attn: its keys are"):
-        export_onnx(traced.with_pass(scale_the_keys), tmp_path / "onnx")
-    assert not (tmp_path / "onnx").exists()
+    report = export_onnx(traced.with_pass(scale_the_keys), tmp_path / "onnx")
+    assert report.attention is not None
+    assert report.attention.fused == 1
+    plain = {"model.layers.0.self_attn": "its keys are not the cached ones and the new ones"}
+    assert report.attention.plain == plain
+    assert read_manifest(tmp_path / "onnx")["attention"] == {"fused": 1, "plain": plain}
+    assert "attention: 1 layers fused, 1 not\n  model.layers.0.self_attn: its keys are not" in str(report)
+    assert len(load(tmp_path / "onnx").generate([[5, 9, 12], [7]], max_new_tokens=6)) == 2  # a cache that grows
 
 
 class Letters:
