@@ -1,0 +1,54 @@
+"""Decoders of many architectures, from trace to greedy tokens: the sample of `python -m benchmarks decoders`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.decoder_check import check_decoder
+from benchmarks.tiny_decoders import decoder_classes, tiny_decoder
+
+FUSED = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GPT2LMHeadModel",
+    "OPTForCausalLM",
+    "GPTNeoXForCausalLM",
+    "SmolLM3ForCausalLM",
+    "MixtralForCausalLM",
+    "GptOssForCausalLM",
+)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_tokens_are_the_models_and_every_layer_is_fused(tmp_path: Path, name: str) -> None:
+    model = tiny_decoder(name)
+    found = check_decoder(model, tmp_path / "onnx")
+    assert found.equal
+    assert (found.fused, found.plain) == (model.config.num_hidden_layers, {})
+    assert found.sites > 2
+
+
+def test_attention_that_does_not_fuse_is_plain_and_says_why(tmp_path: Path) -> None:
+    found = check_decoder(tiny_decoder("DeepseekV3ForCausalLM"), tmp_path / "onnx")
+    why = "its keys are not the cached ones and the new ones"  # they are made of a compressed cache
+    assert (found.equal, found.fused) == (True, 0)
+    assert found.plain == {f"model.layers.{index}.self_attn": why for index in range(2)}
+
+
+def test_attention_of_a_models_own_is_exported_as_it_is(tmp_path: Path) -> None:
+    found = check_decoder(tiny_decoder("BloomForCausalLM"), tmp_path / "onnx")
+    assert (found.equal, found.fused) == (True, 0)
+    assert found.plain == {"every layer": "it computes attention itself, not by transformers' interface"}
+
+
+def test_the_list_is_transformers_own() -> None:
+    names = decoder_classes()
+    assert set(FUSED) < set(names)
+    assert len(names) > 150
