@@ -65,7 +65,7 @@ def export_onnx(
         block_size: Block size of the quantization.
         accuracy_level: Accuracy level of the quantized operators.
         logits: For a decoder with a cache, whether the last position's logits are given or all.
-        tokenizer: A tokenizer, or the directory of one, to save beside the model.
+        tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place.
 
     Returns:
@@ -154,6 +154,11 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     if not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")
     tokenizer.save_pretrained(stage)
+    features = getattr(tokenizer, "feature_extractor", None)
+    if features is not None:
+        features.save_pretrained(
+            stage
+        )  # preprocessor_config.json, which transformers.js reads; a processor writes none
 
 
 def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, logits: str) -> None:
