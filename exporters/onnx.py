@@ -62,7 +62,7 @@ def export_onnx(
         block_size: Block size of the quantization.
         accuracy_level: Accuracy level of the quantized operators.
         logits: For a decoder with a cache, whether the last position's logits are given or all.
-        tokenizer: A tokenizer, or the directory of one, to save beside the model.
+        tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place.
 
     Returns:
@@ -153,8 +153,11 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         tokenizer = loaded
     if not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")
+    features = getattr(tokenizer, "feature_extractor", None)
     try:
         tokenizer.save_pretrained(stage)
+        if features is not None:
+            features.save_pretrained(stage)  # as preprocessor_config.json, which transformers.js reads
     except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
 
