@@ -25,8 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.serving import load
+from gralora_fx.serving.generation import CHUNK
 
 RUNS = Path("runs/generation")
+OURS, GENAI = "ours, as generate() runs it", "genai's builder"
+UNCUT = "ours, the prompt read at once"
 THREADS, CONTEXT, STEPS = 2, 1000, 32
 PROMPTS = (
     "The capital of France is",
@@ -156,7 +159,8 @@ def _without_end(tokens: Sequence[int], tokenizer: Any) -> list[int]:
 def _compare_speed(
     report: Report, ours: Path, theirs: Path, precision: str, bounds: tuple[float, float], iterations: int
 ) -> None:
-    models = {"ours": _model(ours), "genai's builder": _model(theirs)}
+    opened = {OURS: _model(ours), GENAI: _model(theirs)}
+    models = {OURS: (opened[OURS], CHUNK), GENAI: (opened[GENAI], 0), UNCUT: (opened[OURS], 0)}
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
     numbers = np.random.default_rng(0)
@@ -164,14 +168,14 @@ def _compare_speed(
         progress(f"{precision}, prompt {iteration + 2} of {iterations + 1}")
         ids = numbers.integers(10, 40000, (1, CONTEXT)).astype(np.int32)
         order = list(models.items())
-        for name, model in order if iteration % 2 else reversed(order):
-            times = _generate(model, ids)
+        for name, (model, chunk) in order if iteration % 2 else reversed(order):
+            times = _generate(model, ids, chunk)
             if iteration >= 0:
                 prefill[name].append(times[0])
                 decode[name].append(statistics.median(times[1:]))
     rows: list[Mapping[str, Any]] = []
     for what, times, bound in (("prefill", prefill, bounds[0]), ("decode, a token", decode, bounds[1])):
-        ratio = Ratio.between(times["ours"], times["genai's builder"])
+        ratio = Ratio.between(times[OURS], times[GENAI])
         rows += [{"what": what, "graph": n, "ms": 1e3 * statistics.median(t)} for n, t in times.items()]
         report.claims.append(Claim(f"{precision}, {what}, over genai's graph", ratio.of_medians, at_most=bound))
     report.tables.append(Table(f"{precision}: {CONTEXT} tokens, then {STEPS} more, {THREADS} threads", rows))
@@ -184,11 +188,12 @@ def _model(directory: Path) -> Any:
     return og.Model(config)
 
 
-def _generate(model: Any, ids: np.ndarray[Any, Any]) -> list[float]:
+def _generate(model: Any, ids: np.ndarray[Any, Any], chunk: int) -> list[float]:
     """Seconds of the prompt, then of each further token."""
     parameters = og.GeneratorParams(model)
     length = CONTEXT + STEPS + 1
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    chunks = {"chunk_size": chunk} if chunk else {}
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False, **chunks)
     generator = og.Generator(model, parameters)
 
     def prompt() -> None:
