@@ -18,6 +18,7 @@ from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _regist
 
 import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.weights import weight_tensor
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.weight_views import tensor_at
 
@@ -61,12 +62,12 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
             if tensor is None:
                 raise ExportError(f"{node.target} of the graph is no tensor, so it has no ONNX form")
             weights[node.name] = str(node.target), tensor
-            node.meta["val"], node.target = tensor, node.name
+            node.meta["val"], node.target = _stand_in(tensor), node.name
         elif node.target in _CASTS:
             _plain_cast(node)
         elif node.op == "call_function" and (functional := _functional(node.target)) is not None:
             _out_of_place(node, functional)
-    module = fx.GraphModule({name: tensor for name, (_, tensor) in weights.items()}, graph)
+    module = fx.GraphModule({name: _stand_in(tensor) for name, (_, tensor) in weights.items()}, graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
         with _quiet():
@@ -81,12 +82,18 @@ def translate(graph_module: fx.GraphModule) -> ir.Model:
         reason = f"{first_line(error)} ({first_line(cause)})"
         raise ExportError(f"the graph cannot be converted to ONNX: {reason}") from error
     _ir_passes.add_opset_imports(model)
-    for name, (target, _) in weights.items():
+    for name, (target, tensor) in weights.items():
         initializer = model.graph.initializers.pop(name, None)
         if initializer is not None:
             initializer.name = target
+            initializer.const_value = weight_tensor(target, tensor)
             model.graph.initializers[target] = initializer
     return model
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor to convert with: itself, or one of its shape without memory where the values come later."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
 
 
 def _plain_cast(node: fx.Node) -> None:

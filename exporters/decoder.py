@@ -35,8 +35,8 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> ir.Model:
     _name_cache(model)
     if logits == "last":
         _keep_last_position(model)
+    store_as_used(model)  # before constants are folded, which would make every transposed weight at once
     optimizer.fold_constants(model)
-    store_as_used(model)
     optimizer.remove_unused_nodes(model)
     return model
 

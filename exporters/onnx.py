@@ -15,18 +15,21 @@ import torch
 from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
 
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, staged
+from gralora_fx.exporters.folding import as_traced, with_values
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
+from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of
+from gralora_fx.exporters.quantization import Quantization, quantize_weights
 from gralora_fx.exporters.reports import ExportReport, VerifyReport
 from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
-from gralora_fx.exporters.verify import as_traced, verify_onnx
+from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model import GraloraModel
 from gralora_fx.tokenizers import load_tokenizer
-from gralora_fx.tracing.cached import PAST
+from gralora_fx.tracing.cached import PAST, cached_tensors
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.traced import TracedModel
@@ -57,10 +60,12 @@ def export_onnx(
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
         output_dir: Where to write: new, empty, or an earlier export.
         adapters: How adapters are held; `"merged"` folds them.
-        precision: Precision of weights and activations; `"fp32"`.
-        quantize: Weight-only quantization; None.
-        block_size: Block size of the quantization.
-        accuracy_level: Accuracy level of the quantized operators.
+        precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
+            computes in float32 in half precision stays so; all other inputs and outputs are float32.
+        quantize: Weight-only quantization, for any task: `"int8"`, `"int4"` or None. Adapters are folded first.
+        block_size: Values of a matrix's input axis that share a scale; a power of two, 16 or more.
+        accuracy_level: How ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in float32, 2 in
+            float16, 3 in bfloat16, 4 in int8, its fastest.
         logits: For generation with a cache, whether the last position's logits are given or all.
         tokenizer: A tokenizer, or the directory of one, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place.
@@ -73,15 +78,19 @@ def export_onnx(
             the model does.
         MergeError: An adapter cannot be folded.
     """
-    _refuse_unavailable(adapters, precision, quantize, logits)
+    _refuse_unavailable(adapters, precision, logits)
+    how = None if quantize is None else Quantization(quantize, block_size, accuracy_level)
     check_output(output_dir)
     seconds: dict[str, float] = {}
     with _stage("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced)
     with _stage("convert", seconds):
-        onnx_model = _convert(traced, logits)
+        onnx_model = _convert(traced, logits, precision)
         has_cache = PAST in traced.example_inputs
+    if how is not None:
+        with _stage("quantize", seconds):
+            quantize_weights(onnx_model, how)
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with _stage("write", seconds):
@@ -103,9 +112,11 @@ def export_onnx(
     return ExportReport(path, files, seconds, report)
 
 
-def _convert(traced: TracedModel, logits: str) -> ir.Model:
+def _convert(traced: TracedModel, logits: str, precision: str) -> ir.Model:
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
+    if {precision, precision_of(graph_module)} != {"fp32"}:
+        graph_module = in_precision(graph_module, precision, kept=cached_tensors(traced.example_inputs))
     graph_module.recompile()
     graph_module.train(False)
     if PAST in traced.example_inputs:
@@ -115,7 +126,9 @@ def _convert(traced: TracedModel, logits: str) -> ir.Model:
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():
-            model = convert_to_onnx(graph_module, sample, traced.config, dynamic=True)
+            model = convert_to_onnx(with_values(graph_module), sample, traced.config, dynamic=True)
+    except GraloraError:
+        raise
     except Exception as error:  # torch.onnx raises errors of every type
         raise ExportError(f"the graph cannot be converted to ONNX: {_reason(error)}") from error
     DeduplicateInitializersPass()(model)
@@ -144,11 +157,10 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     tokenizer.save_pretrained(stage)
 
 
-def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, logits: str) -> None:
+def _refuse_unavailable(adapters: str, precision: str, logits: str) -> None:
     choices = {
         "adapters": (adapters, ("merged",)),
-        "precision": (precision, ("fp32",)),
-        "quantize": (quantize, (None,)),
+        "precision": (precision, tuple(DTYPES)),
         "logits": (logits, ("last", "all")),
     }
     for name, (given, available) in choices.items():
@@ -159,10 +171,7 @@ def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, log
 def _refuse_unfit(traced: TracedModel) -> None:
     if not traced.example_inputs:
         raise ExportError("the trace has no example inputs, which the export runs with; give them to trace()")
-    dtypes = {p.dtype for p in traced.tree.parameters.values() if p.is_floating_point()}
-    if dtypes - {torch.float32}:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ExportError(f"the model holds {found} weights, and a trace keeps its dtype; cast it to float32 and trace")
+    precision_of(traced.graph_module)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from gralora_fx.exporters.cases import attended, flat, fresh_cases, last_logits
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
 from gralora_fx.exporters.session import open_session
-from gralora_fx.merging import merge
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.traced import TracedModel
@@ -74,17 +73,6 @@ def verify_onnx(
     return VerifyReport(passed, tolerance, tuple(description for description, _ in cases), tensors)
 
 
-def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
-    """The adapter-free model: a traced model itself, or a rewritten one with its active adapters folded."""
-    if isinstance(model, TracedModel):
-        return model
-    if not isinstance(model, GraloraModel):
-        raise ExportError(
-            f"cannot export a {type(model).__name__}; trace it first, or give a TracedModel or GraloraModel"
-        )
-    return merge(model) if model.active_adapters else model.traced
-
-
 def _compare(
     session: Any,
     names: list[str],
@@ -105,7 +93,7 @@ def _compare(
     except Exception as error:  # a model raises what it likes
         raise ExportError(f"the model itself fails on {description}: {str(error).splitlines()[0]}") from error
     try:
-        actual = session.run(None, {name: feed[name].numpy() for name in names})
+        actual = session.run(None, _as_taken(session, feed))
     except Exception as error:  # ONNX Runtime raises types of its own
         raise ExportError(f"ONNX Runtime fails on {description}: {str(error).splitlines()[0]}") from error
     outputs = zip(session.get_outputs(), actual, strict=True)
@@ -122,6 +110,13 @@ def _compare(
                 f" on {description}; it is an export of another model"
             )
         yield name, value.float(), kept_actual[name].float()
+
+
+def _as_taken(session: Any, feed: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Inputs as arrays of the precision that a graph takes."""
+    halves = {value.name for value in session.get_inputs() if value.type == "tensor(float16)"}
+    names = [value.name for value in session.get_inputs()]
+    return {name: (feed[name].half() if name in halves else feed[name]).numpy() for name in names}
 
 
 def named_outputs(outputs: Any) -> dict[str, Tensor]:

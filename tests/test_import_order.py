@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "sources",
+    "deferred",
     "config",
     "module_tree",
     "weight_views",

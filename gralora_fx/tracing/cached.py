@@ -72,6 +72,12 @@ def empty_cache(like: DynamicCache, batch: int) -> DynamicCache:
     return cache_of([[t.new_empty(batch, t.shape[1], 0, t.shape[3]) for t in pair] for pair in pairs])
 
 
+def cached_tensors(inputs: Mapping[str, Any]) -> int:
+    """How many tensors the cache among some inputs holds; 0 where there is none."""
+    cache = inputs.get(PAST)
+    return 2 * len(cache.layers) if isinstance(cache, DynamicCache) else 0
+
+
 def batch_of(values: Iterable[Any]) -> int:
     """The number of rows of the first tensor."""
     return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
