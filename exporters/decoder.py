@@ -10,6 +10,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.attention import fuse_attention
 from gralora_fx.exporters.conversion import translate
 from gralora_fx.exporters.normalization import divide_by_roots
+from gralora_fx.exporters.weights import unless_weight
 
 # operators between the last projection and the logits that a model may have, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
@@ -36,7 +37,7 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> ir.Model:
     if logits == "last":
         _keep_last_position(model)
     store_as_used(model)  # before constants are folded, which would make every transposed weight at once
-    optimizer.fold_constants(model)
+    optimizer.fold_constants(model, should_fold=unless_weight)
     optimizer.remove_unused_nodes(model)
     return model
 

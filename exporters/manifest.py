@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxrunt
 
 
 def describe(
-    model: TracedModel | GraloraModel, graph: ir.Graph, *, adapters: str, precision: str, logits: str
+    model: TracedModel | GraloraModel,
+    graph: ir.Graph,
+    *,
+    adapters: str,
+    precision: str,
+    quantization: Mapping[str, Any] | None,
+    logits: str,
 ) -> dict[str, Any]:
     """The manifest of an export, without its verification.
 
@@ -32,7 +39,8 @@ def describe(
         model: What was exported.
         graph: The ONNX graph.
         adapters: How adapters are held: `"merged"`.
-        precision: Precision of the weights.
+        precision: Precision of the weights that are not quantized, and of the cache.
+        quantization: How matrices are quantized and how many, or None.
         logits: Which positions' logits the graph gives: `"last"` or `"all"`.
     """
     traced = model.traced if isinstance(model, GraloraModel) else model
@@ -40,6 +48,7 @@ def describe(
         "schema_version": SCHEMA_VERSION,
         "task": traced.task,
         "precision": precision,
+        "quantization": None if quantization is None else dict(quantization),
         "adapters_mode": adapters,
         "logits": logits,
         "adapters": _describe_adapters(model) if isinstance(model, GraloraModel) else {},

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of
 from gralora_fx.exporters.quantization import Quantization, quantize_weights
 from gralora_fx.exporters.reports import ExportReport, VerifyReport
 from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
-from gralora_fx.exporters.verify import verify_onnx
+from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
 from gralora_fx.model import GraloraModel
 from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.cached import PAST, cached_tensors
@@ -68,7 +69,8 @@ def export_onnx(
             float16, 3 in bfloat16, 4 in int8, its fastest.
         logits: For generation with a cache, whether the last position's logits are given or all.
         tokenizer: A tokenizer, or the directory of one, to save beside the model.
-        verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place.
+        verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place; not
+            for a model whose weights are streamed (`loading.load_streamed`), which cannot be run.
 
     Returns:
         Files, seconds of each stage, and what verification found.
@@ -85,12 +87,16 @@ def export_onnx(
     with _stage("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced)
+        if verify:
+            refuse_without_values(model)
     with _stage("convert", seconds):
         onnx_model = _convert(traced, logits, precision)
         has_cache = PAST in traced.example_inputs
+    quantized: dict[str, Any] | None = None
     if how is not None:
         with _stage("quantize", seconds):
-            quantize_weights(onnx_model, how)
+            counts = quantize_weights(onnx_model, how)
+        quantized = asdict(how) | counts._asdict()
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with _stage("write", seconds):
@@ -99,7 +105,8 @@ def export_onnx(
             if has_cache:
                 write_genai_config(stage, traced.config, onnx_model)
             positions = logits if has_cache else "all"
-            manifest = describe(model, onnx_model.graph, adapters=adapters, precision=precision, logits=positions)
+            facts = {"adapters": adapters, "precision": precision, "logits": positions}
+            manifest = describe(model, onnx_model.graph, quantization=quantized, **facts)
             write_manifest(stage, manifest, None)
         if verify:
             with _stage("verify", seconds):

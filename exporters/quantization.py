@@ -6,10 +6,11 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
@@ -55,7 +56,14 @@ class Quantization:
         return _BITS[self.kind]
 
 
-def quantize_weights(model: ir.Model, how: Quantization) -> int:
+class Counts(NamedTuple):
+    """How many multiplications and how many lookups read blocks."""
+
+    multiplications: int
+    lookups: int
+
+
+def quantize_weights(model: ir.Model, how: Quantization) -> Counts:
     """Store constant matrices as blocks of small integers, and multiply with them as they are.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`; `e = Gather(table, ids)`
@@ -70,10 +78,10 @@ def quantize_weights(model: ir.Model, how: Quantization) -> int:
         how: Width, block size and accuracy level.
 
     Returns:
-        How many multiplications were replaced.
+        How many nodes were replaced.
     """
     made: dict[tuple[str, bool], tuple[ir.Value, ir.Value]] = {}
-    replaced = 0
+    replaced = lookups = 0
     for node in list(model.graph):
         found = _weight_of(node)
         if found is None:
@@ -86,11 +94,11 @@ def quantize_weights(model: ir.Model, how: Quantization) -> int:
         replaced += 1
     for (name, is_turned), (packed, scales) in made.items():
         if is_turned:
-            _gather(model.graph, model.graph.initializers[name], packed, scales, how)
+            lookups += _gather(model.graph, model.graph.initializers[name], packed, scales, how)
     if made:
         model.graph.opset_imports[_MICROSOFT] = 1
         _drop_unread(model.graph, [name for name, _ in made])
-    return replaced
+    return Counts(replaced, lookups)
 
 
 @dataclass
@@ -140,6 +148,23 @@ def _quantizer(how: Quantization) -> Callable[[NDArray[Any]], tuple[NDArray[Any]
     config = quantizers.DefaultWeightOnlyQuantConfig(block_size=how.block_size, is_symmetric=True, bits=how.bits)
     found: Callable[..., Any] = quantizers.DefaultWeightOnlyQuantizer(config).qbits_block_quant
     return found
+
+
+def decoded(matrix: NDArray[Any], how: Quantization, dtype: torch.dtype) -> NDArray[np.float32]:
+    """A matrix as its blocks decode.
+
+    Args:
+        matrix: `[K, N]`, float32 or float16.
+        how: How it is quantized.
+        dtype: Dtype of the scales.
+    """
+    packed, found, _ = _quantizer(how)(matrix)
+    scales = torch.from_numpy(found).to(dtype).float().numpy()
+    if how.bits == 4:  # the lower half of a byte comes first
+        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
+    values = (packed.astype(np.float32) - 2.0 ** (how.bits - 1)) * scales[..., None]
+    rows: NDArray[np.float32] = values.reshape(matrix.shape[1], -1)[:, : matrix.shape[0]]
+    return np.ascontiguousarray(rows.T)
 
 
 def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
@@ -217,13 +242,13 @@ def _multiply(graph: ir.Graph, node: ir.Node, packed: ir.Value, scales: ir.Value
         graph.remove(producer, safe=True)
 
 
-def _gather(graph: ir.Graph, table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantization) -> None:
+def _gather(graph: ir.Graph, table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantization) -> int:
     """Let lookups in a table that is a head's weight too read the head's blocks, so that it is stored once."""
     assert table.shape is not None
     rows, width = (int(size) for size in table.shape.numpy())
     readers = [use.node for use in table.uses()]
     if width % how.block_size or not all(node.op_type == "Gather" and _axis(node) == 0 for node in readers):
-        return
+        return 0
     for node in readers:
         shape = ir.node("Constant", [], attributes={"value_ints": [rows, -1]})
         flat = ir.node("Reshape", [packed, shape.outputs[0]])
@@ -239,6 +264,7 @@ def _gather(graph: ir.Graph, table: ir.Value, packed: ir.Value, scales: ir.Value
         graph.insert_before(node, [shape, flat, found])
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+    return len(readers)
 
 
 def _drop_unread(graph: ir.Graph, names: list[str]) -> None:

@@ -34,12 +34,16 @@ class VerifyReport:
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
         cases: The inputs that were compared.
         tensors: One entry for each output.
+        weights: Precision of the export's weights, such as `fp16` or `int4`.
+        arithmetic: Precision that it was run in.
     """
 
     passed: bool
     tolerance: float
     cases: tuple[str, ...]
     tensors: tuple[TensorCheck, ...]
+    weights: str = "fp32"
+    arithmetic: str = "fp32"
 
     @property
     def max_abs_error(self) -> float:
@@ -58,6 +62,8 @@ class VerifyReport:
             lines.append(f"{check.name:<28}{check.max_abs_error:>12.2e}{check.max_rel_error:>12.2e}{agreement:>14}")
         verdict = "passed" if self.passed else "FAILED"
         lines.append(f"{verdict}: {len(self.cases)} cases ({'; '.join(self.cases)}), tolerance {self.tolerance:g}")
+        if {self.weights, self.arithmetic} != {"fp32"}:
+            lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
         return "\n".join(lines)
 
 

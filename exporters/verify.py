@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from transformers import DynamicCache
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.cases import attended, flat, fresh_cases, last_logits
+from gralora_fx.exporters.folding import as_traced
 from gralora_fx.exporters.manifest import read_manifest
+from gralora_fx.exporters.precision import precision_of
+from gralora_fx.exporters.quantization import Quantization
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
-from gralora_fx.exporters.session import open_session
+from gralora_fx.exporters.rounding import rounded
+from gralora_fx.exporters.session import MODEL_NAME, check_external_data, open_session
+from gralora_fx.exporters.tolerance import describe_weights, tolerance_of
+from gralora_fx.exporters.twin import write_float32_twin
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.traced import TracedModel
-
-TOLERANCE = 1e-4
 
 
 def verify_onnx(
@@ -28,7 +33,7 @@ def verify_onnx(
     model: TracedModel | GraloraModel,
     *,
     inputs: Mapping[str, Tensor] | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     seed: int = 0,
 ) -> VerifyReport:
     """Compare an export with the model on inputs that neither has seen: other sizes, padded rows, a single row.
@@ -38,25 +43,32 @@ def verify_onnx(
         model: The model it was exported from; a `GraloraModel` runs with its active adapters as they stand, so that a
             wrong fold would show.
         inputs: A user's own inputs, compared in addition.
-        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
+        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
+            the one of the export's precision (see `tolerance`).
         seed: Seed of the fresh inputs.
 
     Returns:
-        Differences and argmax agreement for every output.
+        Differences and argmax agreement for every output. A bfloat16 export, which ONNX Runtime's CPU provider cannot
+        run, is run with its own weights and float32 arithmetic, and so is a quantized one. They are held against the
+        model with the same rounded weights: what the rounding itself costs is for a task to say.
 
     Raises:
         ExportError: The directory is no export, its inputs or outputs are not the model's, or a case cannot run.
     """
-    last_only = read_manifest(output_dir).get("logits") == "last"
+    manifest = read_manifest(output_dir)
+    last_only = manifest.get("logits") == "last"
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; give a TracedModel or GraloraModel")
-    session = open_session(output_dir)
+    refuse_without_values(model)
+    session, arithmetic = _session(Path(output_dir), manifest)
+    tolerance = tolerance_of(manifest) if tolerance is None else tolerance
     names = [value.name for value in session.get_inputs()]
     traced = model.traced if isinstance(model, GraloraModel) else model
     cases = list(fresh_cases(traced, seed))
     if inputs is not None:
         cases.append(("given inputs", dict(inputs)))
     was_training = model.training
+    model = _reference(model, manifest)
     model.eval()
     differences: dict[str, list[tuple[float, float, float | None]]] = {}
     passed = True
@@ -70,7 +82,44 @@ def verify_onnx(
     finally:
         model.train(was_training)
     tensors = tuple(_summary(name, found) for name, found in differences.items())
-    return VerifyReport(passed, tolerance, tuple(description for description, _ in cases), tensors)
+    described = tuple(description for description, _ in cases)
+    return VerifyReport(passed, tolerance, described, tensors, describe_weights(manifest), arithmetic)
+
+
+def refuse_without_values(model: TracedModel | GraloraModel) -> None:
+    """Refuse to run a model whose weights stand in their files.
+
+    Raises:
+        ExportError: Some do.
+    """
+    traced = model.traced if isinstance(model, GraloraModel) else model
+    missing = next((name for name, parameter in traced.tree.parameters.items() if parameter.is_meta), None)
+    if missing is not None:
+        raise ExportError(
+            f"{missing} has no values in memory, so there is nothing to compare with; export a streamed model with "
+            "verify=False, and compare the export with the model loaded whole (gralora-fx verify)"
+        )
+
+
+def _session(directory: Path, manifest: Mapping[str, Any]) -> tuple[Any, str]:
+    """A session over an export, or over its float32 twin (see `twin`), and what it computes in."""
+    precision = str(manifest.get("precision", "fp32"))
+    if precision != "bf16" and not manifest.get("quantization"):
+        return open_session(directory), precision
+    check_external_data(directory / MODEL_NAME)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as twin:
+        write_float32_twin(directory, Path(twin))
+        return open_session(twin), "fp16" if precision == "fp16" else "fp32"
+
+
+def _reference(model: TracedModel | GraloraModel, manifest: Mapping[str, Any]) -> TracedModel | GraloraModel:
+    """The model itself; for an export of another precision the adapter-free one with the same rounded weights."""
+    precision, found = str(manifest.get("precision", "fp32")), manifest.get("quantization")
+    traced = model.traced if isinstance(model, GraloraModel) else model
+    if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
+        return model
+    how = None if found is None else Quantization(found["kind"], found["block_size"], found["accuracy_level"])
+    return rounded(as_traced(model), precision, how, with_tables=found is not None and found["lookups"] > 0)
 
 
 def _compare(

@@ -42,3 +42,16 @@ def made_when_written(
             return make()
 
     return ir.LazyTensor(values, dtype=dtype, shape=shape, name=name)
+
+
+def unless_weight(node: ir.Node) -> bool | None:
+    """Whether constants may be folded at a node: not where a weight is transposed, which would be stored twice.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        False for such a node, else None, which leaves it to the folding.
+    """
+    source = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+    return False if source is not None and source.is_initializer() else None

@@ -63,7 +63,13 @@ def export(
     model: Model = None,
     adapter: Adapter = None,
     task: Task = None,
-    precision: Annotated[str, typer.Option(help="Precision of the weights: fp32.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precision of weights and cache: fp32, fp16 or bf16.")] = "fp32",
+    quantize: Annotated[str | None, typer.Option(help="Store matrices as int4 or int8.")] = None,
+    block_size: Annotated[int, typer.Option(help="Quantized values that share a scale.")] = 32,
+    accuracy_level: Annotated[int, typer.Option(help="How quantized weights multiply; 4 is int8, the fastest.")] = 4,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read weights one by one while writing; nothing is compared.")
+    ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")] = False,
 ) -> None:
     """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch."""
@@ -75,7 +81,7 @@ def export(
 
     check_output(output)
     with _notes.status("loading and tracing"):
-        loaded = load_traced(model, adapter, task)
+        loaded = load_traced(model, adapter, task, stream=stream)
     traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
     tokenizer = load_tokenizer(model or traced.tokenizer_source or "")
     with _notes.status("exporting"):
@@ -83,10 +89,15 @@ def export(
             loaded,
             output,
             precision=precision,  # type: ignore[arg-type]  # export_onnx refuses others with a clear error
+            quantize=quantize,  # type: ignore[arg-type]  # so it does here
+            block_size=block_size,
+            accuracy_level=accuracy_level,
             tokenizer=tokenizer,
-            verify=not no_verify,
+            verify=not (no_verify or stream),
         )
     print(report)
+    if stream and not no_verify:
+        _notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
 
 
 @app.command()

@@ -57,6 +57,6 @@ def raw_values_of(tensor: Tensor, name: str) -> Tensor:
     if source is None:
         raise ExportError(
             f"{name} stands on the meta device and nothing says where its values are; load the model with its "
-            "weights, or with gralora_fx.streaming.load_streamed"
+            "weights, or with gralora_fx.loading.load_streamed"
         )
     return source().detach()

@@ -34,6 +34,7 @@ ORDER = [
     "rewriting",
     "merging",
     "tokenizers",
+    "shards",
     "loading",
     "exporters",
     "serving",

@@ -17,6 +17,7 @@ from gralora_fx.tracing.cached import PAST, copied, other_cached_sizes
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import other_sizes
+from gralora_fx.tracing.stand_ins import is_without_values
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -24,7 +25,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> str | None:
     """How the graph differs from the eager model in evaluation mode, or None where it does not."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if is_without_values(model):
         return None
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -63,6 +64,8 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
 
 def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
     """Compare on other sizes that the model takes: a branch or a loop over a size is baked into a trace."""
+    if is_without_values(model):
+        return
     others = other_cached_sizes(model) if PAST in sample and isinstance(model, PreTrainedModel) else other_sizes(sample)
     for what, other in others:
         try:
