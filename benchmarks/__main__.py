@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("merge", "forward", "switching", "tracing", "training", "decoders")
+NAMES = ("merge", "forward", "switching", "tracing", "training", "decoders", "streaming")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -71,5 +71,5 @@ def test_an_operator_without_an_onnx_form_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.special.i1(x)
 
-    with pytest.raises(ExportError, match=r"the graph cannot be converted to ONNX: .*special_i1"):
+    with pytest.raises(ExportError, match=r"the graph cannot be converted to ONNX: .*bessel_i1"):
         translate(trace(Odd(), (torch.randn(2, 3),)).graph_module)
