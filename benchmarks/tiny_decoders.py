@@ -69,7 +69,10 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"attention_types": [[["global", "local"], 1]]},
         "its kinds of layers are written as a product",
     ),
-    "GraniteMoeHybridForCausalLM": (_MAMBA, "the widths of its state space are products"),
+    "GraniteMoeHybridForCausalLM": (
+        {**_MAMBA, "layer_types": ["attention", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0},
+        "its layers are of attention alone in the smaller models",
+    ),
     "HrmTextForCausalLM": (
         {"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 3, "L_bp_cycles": [2]},
         "its layers are those of a stack times its cycles",

@@ -84,14 +84,14 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
     whole_products(graph)
     module = fx.GraphModule({name: _stand_in(tensor) for name, (_, tensor) in weights.items()}, graph)
     fix_for_onnx(module)
-    with quiet():
-        registry = _registry()
-    known = set(_decomp.get_onnx_implemented_overloads(registry))
-    decompose(module.graph, known, _decomp.create_onnx_friendly_decomposition_table(known))
     once = CSEPass(banned_ops=get_CSE_banned_ops())(module)
     module = module if once is None else once.graph_module
     for graph_pass in passes:
         graph_pass(module.graph)
+    with quiet():
+        registry = _registry()
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    decompose(module.graph, known, lambda: _decomp.create_onnx_friendly_decomposition_table(known))
     constant_slices(module.graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:

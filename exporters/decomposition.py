@@ -11,8 +11,10 @@ from torch import fx
 
 from gralora_fx.exporters.retracing import retrace
 
+Table = Mapping[Any, Callable[..., Any]]
 
-def decompose(graph: fx.Graph, known: Collection[Any], table: Mapping[Any, Callable[..., Any]]) -> int:
+
+def decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[[], Table]) -> int:
     """Replace every operator that is not known by what PyTorch computes it with; the rest of the graph stays.
 
     Before: `y = square(x)`
@@ -23,15 +25,17 @@ def decompose(graph: fx.Graph, known: Collection[Any], table: Mapping[Any, Calla
     Args:
         graph: A traced graph, every node with the value that tracing noted; it is changed in place.
         known: Operators to leave as they are.
-        table: Decompositions of operators that PyTorch does not take apart by itself.
+        decompositions: Gives those that PyTorch does not apply by itself; called where an operator is not known.
 
     Returns:
         How many were replaced.
     """
+    calls = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    unknown = [node for node in calls if node.target not in known]
+    table = decompositions() if unknown else {}
     replaced = 0
-    for node in list(graph.nodes):
-        is_operator = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-        if is_operator and node.target not in known and (node.target in table or node.target._can_decompose()):
+    for node in unknown:
+        if node.target in table or node.target._can_decompose():
             parts = [user for user in node.users if user.target is operator.getitem]
             retrace([node, *sorted(parts)], table=table)
             replaced += 1

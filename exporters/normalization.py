@@ -30,6 +30,10 @@ def mark_rms_norms(graph: fx.Graph) -> int:
     """
     count = 0
     for node in list(graph.nodes):
+        if is_call(node, aten.rms_norm.default):
+            _as_operator(node)
+            count += 1
+            continue
         found = _normalised(node)
         if found is None:
             continue
@@ -43,6 +47,14 @@ def mark_rms_norms(graph: fx.Graph) -> int:
         count += 1
     graph.eliminate_dead_code()
     return count
+
+
+def _as_operator(node: fx.Node) -> None:
+    """Make PyTorch's own operator ours, if it normalises the last axis alone."""
+    given: list[Any] = list(node.args)
+    x, sizes, weight, eps = given + [None] * (4 - len(given))
+    if len(sizes) == 1:
+        node.target, node.args = RMS_NORM, (x, weight, torch.finfo(node.meta["val"].dtype).eps if eps is None else eps)
 
 
 def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -13,6 +13,7 @@ from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
 from transformers import DynamicCache, EncoderDecoderCache
 
+from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, require_space, staged
@@ -66,7 +67,7 @@ def export_onnx(
         accuracy_level: How ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in float32, 2 in
             float16, 3 in bfloat16, 4 in int8, its fastest.
         logits: For a decoder with a cache, whether the last position's logits are given or all.
-        tokenizer: A tokenizer, or the directory of one, to save beside the model.
+        tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place; not
             for a model whose weights are streamed (`loading.load_streamed`), which cannot be run.
 
@@ -87,7 +88,7 @@ def export_onnx(
         _refuse_unfit(traced)
         if verify:
             refuse_without_values(model)
-    with timed("convert", seconds):
+    with timed("convert", seconds), fewer_collections():
         onnx_models, attention = _convert(traced, logits, precision)
     quantized: dict[str, Any] | None = None
     if how is not None:
@@ -127,7 +128,6 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     """The ONNX models of a trace, by the names of their files, and how a decoder's attention was exported."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
-    graph_module.recompile()
     graph_module.train(False)
     cache = traced.example_inputs.get(PAST)
     if isinstance(cache, EncoderDecoderCache):
@@ -137,6 +137,7 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
         model, attention = decoder_model(graph_module, logits=logits)
         name_axes(model)
         return {"model": model}, attention
+    graph_module.recompile()
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():
@@ -170,8 +171,11 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         tokenizer = loaded
     if not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")
+    features = getattr(tokenizer, "feature_extractor", None)
     try:
         tokenizer.save_pretrained(stage)
+        if features is not None:
+            features.save_pretrained(stage)  # as preprocessor_config.json, which transformers.js reads
     except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
 

@@ -10,24 +10,18 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.onnx._internal.exporter import _core
 
-import gralora_fx.tracing.attention  # noqa: F401  # defines the attention operator
+import gralora_fx.tracing.attention
+import gralora_fx.tracing.known_code  # noqa: F401  # both define operators
 
 DOMAIN = "gralora"
 
 _library: Any = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
 _library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
 _library.define("reshape(Tensor x, int[] shape) -> Tensor")
 _library.define("slice(Tensor x, int axis, int start, int stop, int step) -> Tensor")
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, in float32 or better; no weight is one of ones."""
-    result = nn.functional.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps)
-    return result.to(x.dtype) if weight is None else result.to(x.dtype) * weight
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -63,11 +57,12 @@ def slice_axis(x: Tensor, axis: int, start: int, stop: int, step: int) -> Tensor
     return torch.ops.aten.slice.Tensor(x, axis, start, stop, step)  # type: ignore[no-any-return]
 
 
-_FUNCTIONS = {"rms_norm": rms_norm, "rotary": rotary, "reshape": reshape, "slice": slice_axis}
+_FUNCTIONS = {"rotary": rotary, "reshape": reshape, "slice": slice_axis}
 for _name, _function in _FUNCTIONS.items():
     _library.impl(_name, _function, "CompositeImplicitAutograd")
 
 RMS_NORM = torch.ops.gralora.rms_norm.default
+ROTATE = torch.ops.gralora.rotate.default
 ROTARY = torch.ops.gralora.rotary.default
 RESHAPE = torch.ops.gralora.reshape.default
 SLICE = torch.ops.gralora.slice.default

@@ -46,6 +46,7 @@ def retrace(
     noted = [mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v for v in values]
     with mode, torch.no_grad():
         parts = make_fx(functionalize(compute), decomposition_table=dict(table or {}))(*noted)
+        parts = make_fx(functionalize(parts))(*noted)  # what decompositions write in place
     graph, end = nodes[-1].graph, nodes[-1].next
     places: dict[fx.Node, fx.Node] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(end):

@@ -23,7 +23,7 @@ from gralora_fx.exporters.matching import (
     same_size,
     shape,
 )
-from gralora_fx.exporters.operators import DOMAIN, RESHAPE, ROTARY
+from gralora_fx.exporters.operators import DOMAIN, RESHAPE, ROTARY, ROTATE
 
 _CONTRIB = "com.microsoft"
 
@@ -62,6 +62,10 @@ def mark_rotary(graph: fx.Graph) -> int:
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, _Table, _Table, bool] | None:
     """`(x, cos, sin, interleaved)` of a rotation; None of anything else."""
+    if is_call(node, ROTATE) and node.args[3] in (1, -3):
+        whole, *factors = node.args[:3]
+        known = [table for factor in factors if (table := _flat_table(factor, False)) is not None]
+        return (whole, known[0], known[1], False) if isinstance(whole, fx.Node) and len(known) == 2 else None
     terms = operands(node, *ADD)
     if terms is None or len(shape(node)) != 4:
         return None
@@ -113,17 +117,25 @@ def _table(node: Any, x: fx.Node, interleaved: bool) -> _Table | None:
         return None
     unsqueezed = is_call(node, aten.unsqueeze.default) and node.args[1] in (1, -3)
     values = node.args[0] if unsqueezed else node
+    return _Table(values, unsqueezed) if _is_shared(values, interleaved) else None
+
+
+def _flat_table(values: Any, interleaved: bool) -> _Table | None:
+    """The table of values `[batch, length, size]`, if the members of each pair share a value; else None."""
+    return _Table(values, True) if len(shape(values)) == 3 and _is_shared(values, interleaved) else None
+
+
+def _is_shared(values: Any, interleaved: bool) -> bool:
+    """Whether the members of each pair share a value, whatever was computed of it."""
     source = values
     while is_call(source, aten.cos.default, aten.sin.default, aten._to_copy.default, *MUL):
         if is_call(source, *MUL) and number(source.args[1]) is None:
-            return None
+            return False
         source = source.args[0]
     if interleaved:
-        shared = is_call(source, aten.repeat_interleave.self_int) and source.args[1:] == (2, -1)
-    else:
-        halves = joined(source)
-        shared = halves is not None and len(halves) == 2 and halves[0] is halves[1]
-    return _Table(values, unsqueezed) if shared else None
+        return is_call(source, aten.repeat_interleave.self_int) and source.args[1:] == (2, -1)
+    halves = joined(source)
+    return halves is not None and len(halves) == 2 and halves[0] is halves[1]
 
 
 class _Table(NamedTuple):

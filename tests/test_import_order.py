@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
+    "collection",
     "errors",
     "stages",
     "progress",

@@ -112,6 +112,13 @@ MORE_ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 
+# initial values wide enough that a random encoder-decoder does not repeat one token
+WIDE: dict[str, dict[str, float]] = {
+    "t5": {"initializer_factor": 1.5},
+    "mt5": {"initializer_factor": 3.0},
+    **{name: {"init_std": 0.6} for name in ("bart", "whisper", "marian", "mbart", "pegasus", "m2m_100", "blenderbot")},
+}
+
 
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A randomly initialised tiny model of the architecture `name`, in evaluation mode."""

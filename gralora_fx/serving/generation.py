@@ -16,6 +16,7 @@ from gralora_fx.errors import ServingError, first_line
 from gralora_fx.serving.answer import Answer
 from gralora_fx.tokenizers import is_chat, prompt_ids
 
+CHUNK = 256  # positions of a prompt read at once: attention computes all of them by all, seen or not
 _NEW_TOKENS = 64
 
 
@@ -62,6 +63,8 @@ class Sampling:
             options |= {"top_k": self.top_k, "top_p": self.top_p, "temperature": self.temperature}
             if self.seed is not None:
                 options["random_seed"] = self.seed
+        if batch == 1 and length > CHUNK:  # with several rows the runtime takes no prompt after a past
+            options["chunk_size"] = CHUNK
         return options
 
 

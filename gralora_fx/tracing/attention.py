@@ -178,6 +178,11 @@ def _is_same(one: Any, other: Any) -> bool:
     return one.__code__ is other.__code__ and _is_same(*held)
 
 
+def is_traced() -> bool:
+    """Whether a model is being traced: only shapes matter then."""
+    return bool(_TRACED)
+
+
 AttentionInterface.register(NAME, _forward)
 AttentionMaskInterface.register(NAME, _mask)
 
@@ -217,9 +222,9 @@ def padding_as_argument(graph: fx.Graph) -> None:
                 (padding, *_) = padding.args
             node.update_arg(3, padding)
             node.update_arg(6, window)
-    for node in reversed(graph.nodes):
-        if node.target in (torch.ops.gralora.mask.default, *_CASTS) and not node.users:
-            graph.erase_node(node)
+            while not mask.users and mask.op == "call_function":
+                unused, mask = mask, mask.args[0]
+                graph.erase_node(unused)
 
 
 def _calls_interface(model: PreTrainedModel) -> bool:

@@ -40,6 +40,10 @@ _HEADS = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
 }
+_TAKES = {
+    "image-classification": ("pixel_values",),
+    "automatic-speech-recognition": ("input_features", "input_values"),
+}
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
@@ -74,10 +78,10 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     with_past = task.endswith("-with-past")
     if with_past and (task == "text-generation-with-past" or not model.config.is_encoder_decoder):
         raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
-    expected = {"image-classification": "pixel_values", "automatic-speech-recognition": "input_features"}
-    takes = expected.get(task.removesuffix("-with-past"))
-    if takes is not None and main != takes:
-        raise TraceError(f"task {task!r} takes {takes}, but {type(model).__name__} takes {main}; give its task")
+    takes = _TAKES.get(task.removesuffix("-with-past"))
+    if takes is not None and main not in takes:
+        named = " or ".join(takes)
+        raise TraceError(f"task {task!r} takes {named}, but {type(model).__name__} takes {main}; give its task")
     generator = torch.Generator().manual_seed(0)
     example = _main_input(model, main, generator)
     inputs = {main: example.to(model.dtype) if example.is_floating_point() else example}

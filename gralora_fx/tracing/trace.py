@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
+from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.attention import padding_as_argument
@@ -67,7 +68,8 @@ def trace(
             )
         sample = keyword_inputs(model, example_inputs)
         sample = widen(model, sample) if dynamic else sample
-        graph_module = _trace_both_modes(model, sample, dynamic)
+        with fewer_collections():
+            graph_module = _trace_both_modes(model, sample, dynamic)
         take_own(graph_module, own)
     config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
     traced = TracedModel(

@@ -22,6 +22,7 @@ from transformers.exporters.utils import apply_fx_node_fixes
 from gralora_fx.tracing.attention import fused_attention
 from gralora_fx.tracing.cached import PAST, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.known_code import known_as_operators
 from gralora_fx.tracing.quiet import quiet
 
 
@@ -42,9 +43,9 @@ def export_transformers_model(
     """
     shapes = dynamic_axes(inputs) if dynamic else None
     noted = inputs if isinstance(inputs.get(PAST), DynamicCache) else None
-    attention = nullcontext() if noted is None else fused_attention(model)
+    operators = nullcontext() if noted is None else _operators(model)
     calling = _calling(model, use_cache=PAST in inputs, noted=noted)
-    with quiet(), _without_needless_imports(), calling, attention:
+    with quiet(), _without_needless_imports(), calling, operators:
         exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
@@ -61,6 +62,13 @@ def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if PAST in shapes:
         shapes[PAST] = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO} for _ in shapes[PAST]]
     return shapes
+
+
+@contextmanager
+def _operators(model: PreTrainedModel) -> Iterator[None]:
+    """Let a decoder call one operator for attention, and for what else is known by its code."""
+    with fused_attention(model), known_as_operators(model):
+        yield
 
 
 @contextmanager

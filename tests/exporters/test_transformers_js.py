@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import WIDE, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[2]
 SOURCE, BUILD = ROOT / "tests" / "javascript", ROOT / "build" / "javascript"
 TEXTS = ["w5 w9 w12 w40 w3", "w7 w31", "w60 w61 w62 w63"]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
 pytestmark = pytest.mark.skipif(
     shutil.which("node") is None or shutil.which("npm") is None,
     reason="transformers.js needs Node 20 or later with npm, and one of them is not on the path",
@@ -79,6 +78,29 @@ def test_a_decoder_runs_unchanged(name: str, project: Path, tmp_path: Path) -> N
     options = {"max_new_tokens": 12, "eos_token_id": None}
     found = generated(project, tmp_path / "model", "AutoModelForCausalLM", texts=TEXTS, options=options)
     assert found == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_an_encoder_decoder_runs_unchanged(name: str, project: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = tiny_model(name, **SPECIAL, **WIDE[name], decoder_start_token_id=1, forced_eos_token_id=None)
+    task = "automatic-speech-recognition" if name == "whisper" else "text2text-generation"
+    config = GraloraConfig(r=4, alpha=4, init_weights=False, target_modules="all-linear")
+    model = rewrite(trace(source, task=f"{task}-with-past"), config)
+    export_onnx(model, tmp_path / "model", tokenizer=tokenizer("right"))
+    merge_into(source, model)
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None}
+    if name == "whisper":
+        read: dict[str, Any] = {"input_features": torch.randn(2, 8, 40)}
+        request: dict[str, Any] = {"class": "AutoModelForSpeechSeq2Seq", "features": read["input_features"].tolist()}
+        options["decoder_input_ids"] = [[1, 7], [1, 7]]
+    else:
+        read, request = batch(TEXTS, "right"), {"class": "AutoModelForSeq2SeqLM", "texts": TEXTS}
+    start = torch.tensor(options.get("decoder_input_ids", [[1]] * len(TEXTS)))
+    tokens = source.generate(**read, **{**options, "decoder_input_ids": start}, do_sample=False, num_beams=1)
+    found = generated(project, tmp_path / "model", request.pop("class"), **request, options=options)
+    assert [row[-12:] for row in found] == tokens[:, -12:].tolist()
+    assert len(set(tokens[:, -12:].flatten().tolist())) > 1
 
 
 def merge_into(source: Any, model: Any) -> None:

@@ -15,7 +15,7 @@ from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.manifest import read_manifest
-from gralora_fx.serving import load
+from gralora_fx.serving import generation, load
 from gralora_fx.serving.model import OrtModel
 
 PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]
@@ -60,6 +60,15 @@ def test_greedy_tokens_are_pytorchs(served: tuple[Any, OrtModel]) -> None:
     expected = [greedy(model, prompt, 16) for prompt in PROMPTS]
     assert [ort.generate(prompt, max_new_tokens=16) for prompt in PROMPTS] == expected
     assert ort.generate(PROMPTS, max_new_tokens=16) == expected  # rows of unequal length, padded and run together
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # with a window too
+def test_a_prompt_read_in_pieces_is_the_prompt(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = trace(decoder(name), task="text-generation-with-past")
+    export_onnx(traced, tmp_path / "onnx")
+    prompt = torch.randint(3, 100, (50,), generator=torch.Generator().manual_seed(1)).tolist()
+    monkeypatch.setattr(generation, "CHUNK", 16)
+    assert load(tmp_path / "onnx").generate(prompt, max_new_tokens=8) == greedy(traced.eval(), prompt, 8)
 
 
 def test_the_graph_has_the_ecosystems_names_and_one_attention_a_layer(served: tuple[Any, OrtModel]) -> None:

@@ -1,0 +1,203 @@
+"""An export that generates, beside onnxruntime-genai's own graph: time to export, prefill, decode, and the same tokens.
+
+SmolLM2-135M with a GraLoRA adapter on all seven projections; genai's builder and transformers' exporter start from the
+checkpoint that PEFT merged. Exports are whole processes, one after the other; speed is measured through
+onnxruntime-genai for both graphs, in turns, in one process, on two threads.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import smollm2
+from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx.serving import load
+from gralora_fx.serving.generation import CHUNK
+
+RUNS = Path("runs/generation")
+OURS, GENAI = "ours, as generate() runs it", "genai's builder"
+UNCUT = "ours, the prompt read at once"
+THREADS, CONTEXT, STEPS = 2, 1000, 32
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time",
+    "To make bread you need",
+    "def fibonacci(n):",
+    "The three laws of robotics are",
+)
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.exporters import OnnxConfig, OnnxExporter
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+ids = torch.randint(3, 1000, (2, 9))
+with torch.no_grad():
+    cache = model(ids[:, :6], past_key_values=DynamicCache(), use_cache=True).past_key_values
+mask = torch.ones_like(ids)
+mask[1, :2] = 0
+inputs = {"input_ids": ids[:, 6:], "attention_mask": mask, "past_key_values": cache}
+exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
+exported.save_pretrained(sys.argv[2])
+"""
+
+
+def run(iterations: int = 6, exports: int = 2) -> Report:
+    """Measure exports, tokens, prefill and decode.
+
+    Args:
+        iterations: Prompts that each graph is timed on.
+        exports: Times that each export is run; transformers' exporter is run once.
+    """
+    report = Report("generation", "generation: SmolLM2-135M with GraLoRA on all seven projections")
+    base = smollm2.base(RUNS / "base")
+    adapter = smollm2.adapter(RUNS / "adapter", base)
+    merged = smollm2.merged(RUNS / "merged", base, adapter)
+    _compare_exports(report, base, adapter, merged, exports)
+    _compare_depths(report, base)
+    _compare_tokens(report, base, adapter)
+    for precision, bounds in (("fp32", (0.8, 1.0)), ("int4", (0.9, 1.0))):
+        ours = _ours(base, adapter, RUNS / f"ours_{precision}", precision)
+        theirs = _genai(merged, RUNS / f"genai_{precision}", precision)
+        _compare_speed(report, ours, theirs, precision, bounds, iterations)
+    return report
+
+
+def _ours(base: Path, adapter: Path | None, output: Path, precision: str = "fp32") -> Path:
+    command = ["export", "--model", base, "--task", "text-generation-with-past", "--output", output, "--no-verify"]
+    command += [] if adapter is None else ["--adapter", adapter]
+    command += [] if precision == "fp32" else ["--quantize", precision]
+    _process(["-m", "gralora_fx.cli", *command], output)
+    return output
+
+
+def _genai(model: Path, output: Path, precision: str) -> Path:
+    options = ["-m", model, "-o", output, "-p", precision, "-e", "cpu", "-c", RUNS / "cache"]
+    _process(["-m", "onnxruntime_genai.models.builder", *options], output)
+    return output
+
+
+def _process(arguments: Sequence[Any], output: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{arguments[:2]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def _seconds(run: Any) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _compare_exports(report: Report, base: Path, adapter: Path, merged: Path, exports: int) -> None:
+    sides = {
+        "ours, base and adapter, fp32": lambda: _ours(base, adapter, RUNS / "ours_fp32"),
+        "genai's builder, merged checkpoint, fp32": lambda: _genai(merged, RUNS / "genai_fp32", "fp32"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(exports):
+        for name, side in sides.items():
+            progress(f"export {turn + 1} of {exports}, {name}")
+            seconds[name].append(_seconds(side))
+    progress("export, transformers' OnnxExporter")
+    output = RUNS / "transformers"
+    theirs = _seconds(lambda: _process(["-c", TRANSFORMERS, merged, output], output))
+    ours, builder = (statistics.median(times) for times in seconds.values())
+    rows = [{"export, whole process": name, "seconds": statistics.median(times)} for name, times in seconds.items()]
+    rows.append({"export, whole process": "transformers' OnnxExporter, merged checkpoint, fp32", "seconds": theirs})
+    report.tables.append(Table("time to export", rows))
+    report.claims.append(Claim("export over genai's builder", ours / builder, at_most=2.0))
+    report.claims.append(Claim("export over transformers' exporter", ours / theirs, at_most=0.2))
+
+
+def _compare_depths(report: Report, base: Path) -> None:
+    rows, seconds = [], {}
+    for layers in (6, 12, 24):
+        model = smollm2.random_of_depth(RUNS / f"random_{layers}", layers, base)
+        progress(f"export of {layers} layers")
+        seconds[layers] = _seconds(lambda model=model: _ours(model, None, RUNS / "ours_random"))
+        rows.append({"layers": layers, "seconds, whole process": seconds[layers]})
+    report.tables.append(Table("time to export by depth", rows))
+    growth = (seconds[24] - seconds[12]) / (seconds[12] - seconds[6])
+    report.claims.append(Claim("seconds of layers 13 to 24 over those of layers 7 to 12", growth, at_most=2.2))
+
+
+def _compare_tokens(report: Report, base: Path, adapter: Path) -> None:
+    progress("greedy tokens beside PEFT's")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    served = load(RUNS / "ours_fp32")
+    same = 0
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.eval().generate(**ids, max_new_tokens=64, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        answer = served.generate(ids["input_ids"][0].tolist(), max_new_tokens=64)
+        same += _without_end(answer, tokenizer) == _without_end(expected.tolist(), tokenizer)
+    report.claims.append(Claim(f"prompts of {len(PROMPTS)} with PEFT's 64 greedy tokens", float(same), at_least=5.0))
+
+
+def _without_end(tokens: Sequence[int], tokenizer: Any) -> list[int]:
+    """Tokens up to the one that ends an answer, which one side gives and the other does not."""
+    end = tokenizer.eos_token_id
+    return list(tokens[: tokens.index(end)] if end in tokens else tokens)
+
+
+def _compare_speed(
+    report: Report, ours: Path, theirs: Path, precision: str, bounds: tuple[float, float], iterations: int
+) -> None:
+    opened = {OURS: _model(ours), GENAI: _model(theirs)}
+    models = {OURS: (opened[OURS], CHUNK), GENAI: (opened[GENAI], 0), UNCUT: (opened[OURS], 0)}
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    numbers = np.random.default_rng(0)
+    for iteration in range(-1, iterations):
+        progress(f"{precision}, prompt {iteration + 2} of {iterations + 1}")
+        ids = numbers.integers(10, 40000, (1, CONTEXT)).astype(np.int32)
+        order = list(models.items())
+        for name, (model, chunk) in order if iteration % 2 else reversed(order):
+            times = _generate(model, ids, chunk)
+            if iteration >= 0:
+                prefill[name].append(times[0])
+                decode[name].append(statistics.median(times[1:]))
+    rows: list[Mapping[str, Any]] = []
+    for what, times, bound in (("prefill", prefill, bounds[0]), ("decode, a token", decode, bounds[1])):
+        ratio = Ratio.between(times[OURS], times[GENAI])
+        rows += [{"what": what, "graph": n, "ms": 1e3 * statistics.median(t)} for n, t in times.items()]
+        report.claims.append(Claim(f"{precision}, {what}, over genai's graph", ratio.of_medians, at_most=bound))
+    report.tables.append(Table(f"{precision}: {CONTEXT} tokens, then {STEPS} more, {THREADS} threads", rows))
+
+
+def _model(directory: Path) -> Any:
+    config = og.Config(str(directory))
+    threads = f'{{"session_options": {{"intra_op_num_threads": {THREADS}}}}}'
+    config.overlay(f'{{"model": {{"decoder": {threads}}}}}')
+    return og.Model(config)
+
+
+def _generate(model: Any, ids: np.ndarray[Any, Any], chunk: int) -> list[float]:
+    """Seconds of the prompt, then of each further token."""
+    parameters = og.GeneratorParams(model)
+    length = CONTEXT + STEPS + 1
+    chunks = {"chunk_size": chunk} if chunk else {}
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False, **chunks)
+    generator = og.Generator(model, parameters)
+
+    def prompt() -> None:
+        generator.append_tokens(ids)
+        generator.generate_next_token()
+
+    return [_seconds(prompt), *(_seconds(generator.generate_next_token) for _ in range(STEPS))]

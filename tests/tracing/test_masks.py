@@ -1,0 +1,67 @@
+"""What attention sees, as arguments of its one node: padding, windows, and masks of a model's own making."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from benchmarks.tiny_decoders import tiny_decoder
+from gralora_fx import trace
+from gralora_fx.tracing.attention import _is_same
+
+TASK = "text-generation-with-past"
+
+
+def attention_nodes(name: str, **fields: Any) -> list[fx.Node]:
+    graph = trace(tiny_decoder(name, **fields), task=TASK).graph_module.graph
+    assert not graph.find_nodes(op="call_function", target=torch.ops.gralora.mask.default)
+    return list(graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("Cohere2ForCausalLM", {}), ("Qwen2MoeForCausalLM", {"use_sliding_window": True})],  # whose layers tell no window
+)
+def test_all_layers_read_the_padding_mask_itself(name: str, fields: dict[str, bool]) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    nodes = attention_nodes(name, layer_types=kinds, sliding_window=4, **fields)
+    assert [node.args[6] for node in nodes] == [4, 0]
+    assert {str(node.args[3]) for node in nodes} == {"attention_mask"}
+
+
+def test_a_mask_of_chunks_is_made_by_the_model() -> None:
+    masks = [node.args[3] for node in attention_nodes("Llama4ForCausalLM")]
+    ranks = [mask.meta["val"].ndim for mask in masks if isinstance(mask, fx.Node)]
+    assert sorted(ranks) == [2, 4, 4, 4]
+
+
+def test_attention_that_does_not_go_through_the_interface_is_left_alone() -> None:
+    model = tiny_decoder("BloomForCausalLM")
+    before = model.config._attn_implementation
+    graph = trace(model, task=TASK).graph_module.graph
+    assert not graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default)
+    assert model.config._attn_implementation == before
+
+
+def test_mask_functions_are_compared_by_what_they_do() -> None:
+    assert _is_same(sliding_window_causal_mask_function(4), sliding_window_causal_mask_function(4))
+    assert not _is_same(sliding_window_causal_mask_function(4), sliding_window_causal_mask_function(5))
+    assert not _is_same(sliding_window_causal_mask_function(4), causal_mask_function)
+    starts = torch.zeros(2, dtype=torch.long)
+    assert not _is_same(chunked_causal_mask_function(4, starts), sliding_window_causal_mask_function(4))
+
+
+def test_the_mask_that_a_model_adds_to_is_the_eager_one() -> None:
+    padding = torch.tensor([[0, 1, 1, 1, 1]])
+    made: Tensor = torch.ops.gralora.mask(padding, 3, 2, torch.float32)
+    seen = [[False, True, True, False, False], [False, False, True, True, False], [False, False, False, True, True]]
+    assert torch.equal(made[0, 0] == 0, torch.tensor(seen))
+    assert bool((made[0, 0][~torch.tensor(seen)] == torch.finfo(torch.float32).min).all())
