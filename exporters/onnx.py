@@ -23,7 +23,7 @@ from gralora_fx.exporters.folding import as_traced, with_values
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
-from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of
+from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of, take_float32
 from gralora_fx.exporters.quantization import Quantization, quantize_weights
 from gralora_fx.exporters.reports import ExportReport, VerifyReport
 from gralora_fx.exporters.session import DATA_NAME, MODEL_NAME
@@ -91,6 +91,7 @@ def export_onnx(
             refuse_without_values(model)
     with _stage("convert", seconds):
         onnx_model = _convert(traced, logits, precision)
+        take_float32(onnx_model)
         has_cache = PAST in traced.example_inputs
     quantized: dict[str, Any] | None = None
     if how is not None:

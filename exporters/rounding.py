@@ -84,7 +84,7 @@ def _as_blocks(site: LinearSite, how: Quantization, dtype: torch.dtype) -> nn.Pa
 
 def _parts(matrix: Tensor, how: Quantization, dtype: torch.dtype) -> Iterator[Tensor]:
     half = np.float16 if dtype == torch.float16 else np.float32  # what the quantizer is given
-    for part in matrix.split(_COLUMNS, dim=1):
+    for part in torch.split(matrix, _COLUMNS, dim=1):
         yield torch.from_numpy(decoded(np.ascontiguousarray(part.numpy(), dtype=half), how, dtype))
 
 
