@@ -22,7 +22,7 @@ from gralora_fx.exporters.folding import as_traced, with_values
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
-from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of
+from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of, take_float32
 from gralora_fx.exporters.quantization import Counts, Quantization, quantize_weights
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
 from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
@@ -90,6 +90,8 @@ def export_onnx(
             refuse_without_values(model)
     with timed("convert", seconds), fewer_collections():
         onnx_models, attention = _convert(traced, logits, precision)
+        for onnx_model in onnx_models.values():
+            take_float32(onnx_model)
     quantized: dict[str, Any] | None = None
     if how is not None:
         with timed("quantize", seconds):

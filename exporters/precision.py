@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
@@ -51,7 +52,7 @@ def in_precision(graph_module: fx.GraphModule, precision: str, *, kept: int = 0)
 
     What the model computes in float32 in half precision (its casts are in the graph, though they change nothing in
     float32) stays in float32. Weights are cast from the values their sources have, so a folded weight is rounded once.
-    Inputs and outputs are float32 but for the first of a cache.
+    Outputs are float32 but for those of a cache; `take_float32` does the same for the inputs of the ONNX model.
 
     Args:
         graph_module: A graph in evaluation mode, every node with the shape and dtype that tracing noted; float
@@ -68,6 +69,27 @@ def in_precision(graph_module: fx.GraphModule, precision: str, *, kept: int = 0)
     if {precision, precision_of(graph_module)} == {"fp32"}:
         return graph_module
     return _Change(graph_module, DTYPES[precision], kept).run()
+
+
+def take_float32(model: ir.Model) -> None:
+    """Let a model take float32 where it takes another float, but for a cache.
+
+    Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
+    After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
+
+    Args:
+        model: The model; it is changed in place.
+    """
+    for value in model.graph.inputs:
+        dtype = value.dtype
+        if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or str(value.name).startswith("past_key_values"):
+            continue
+        cast = ir.node("Cast", [value], attributes={"to": dtype})
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape
+        value.replace_all_uses_with(cast.outputs[0])
+        cast.replace_input_with(0, value)
+        value.dtype = ir.DataType.FLOAT
+        model.graph.insert_before(model.graph[0], cast)
 
 
 def precision_of(graph_module: fx.GraphModule) -> str:
@@ -102,7 +124,8 @@ class _Change:
         """The graph in the other precision."""
         for node in list(self.graph.nodes):
             if node.op == "placeholder":
-                self._take_input(node)
+                if _is_float(node):
+                    self._note(node, _Kind.OWN)
             elif node.op == "get_attr":
                 self._take_attribute(node)
             elif node.op == "output":
@@ -115,22 +138,6 @@ class _Change:
         self.graph.lint()
         self.module.recompile()
         return self.module
-
-    def _take_input(self, node: fx.Node) -> None:
-        """Leave an input as it is, but for a cache, and cast it behind."""
-        if not _is_float(node):
-            return
-        if node.name.startswith("past_key_values"):
-            self._note(node, _Kind.OWN)
-            return
-        self._retype(node, torch.float32)
-        users = list(node.users)
-        with self.graph.inserting_after(node):
-            cast = self._made_cast(node, self.dtype, users[0] if users else node)
-        for user in users:
-            user.replace_input_with(node, cast)
-        self._note(node, _Kind.FREE)
-        self._note(cast, _Kind.OWN)
 
     def _take_attribute(self, node: fx.Node) -> None:
         tensor = tensor_at(self.source, str(node.target))
@@ -156,6 +163,8 @@ class _Change:
         kind = self.kinds.get(source)
         if kind is None or kind is _Kind.FREE:
             self._note(node, _Kind.FREE)
+        elif self.before == torch.float32 and node.target is not _aten.to.dtype:
+            self._note(node, kind)  # to a device or to another tensor's kind, not to float32
         elif (
             self.before == torch.float32
         ):  # nothing in a float32 graph tells the way up from the way back but the order
