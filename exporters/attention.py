@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
@@ -93,14 +93,15 @@ def _unfit(node: ir.Node) -> str | None:
     return None
 
 
-def _lengths_and_bias(build: Builder, new: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _lengths_and_bias(
+    build: Builder, new: ir.Value, mask: ir.Value, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     """`seqlens_k [batch]`, `total_sequence_length []` and the bias `[batch, 1, length, total]` of a padding mask.
 
     `new` is `[batch, length, ...]`; the length of a cache does not tell the new positions, since it may be a buffer
     that has room for more.
     """
-    dtype = new.dtype or ir.DataType.FLOAT
-    smallest = np.finfo(dtype.numpy()).min if dtype != ir.DataType.BFLOAT16 else np.finfo(np.float32).min
+    smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
     total = build("Cast", build("Squeeze", build("Shape", mask, start=1, end=2)), to=ir.DataType.INT32)
     last = build("Sub", total, build.tensor([1], ir.DataType.INT32))
     lengths = build("Expand", last, build("Shape", mask, start=0, end=1))
@@ -135,7 +136,7 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
     joint = packed(build, graph, query, new_key, new_value, tables)
     parts = [flat(build, part, tables) for part in (query, new_key, new_value)] if joint is None else [joint]
     if mask not in shared:
-        shared[mask] = _lengths_and_bias(build, parts[0], mask)
+        shared[mask] = _lengths_and_bias(build, parts[0], mask, query.dtype or ir.DataType.FLOAT)
     lengths, total, bias = shared[mask]
     inputs = [
         *parts,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.exporters.naming import AXES
-from gralora_fx.tracing.cached import PAST, cache_of, decoder_cache, pairs_of, positions
+from gralora_fx.tracing.cached import PAST, decoder_cache, empty_cache, pairs_of, positions
 from gralora_fx.tracing.traced import TracedModel
 
 _LENGTHS = (1, 6, 11, 24)
@@ -123,8 +123,15 @@ def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tu
         case["attention_mask"] = mask
         if "position_ids" in case:
             case["position_ids"] = positions(mask, length)
-        shapes = [[(batch, t.shape[1], past, t.shape[3]) for t in (c.keys, c.values)] for c in example.layers]
-        cache = cache_of([[torch.randn(shape, generator=generator) for shape in pair] for pair in shapes])
+        cache = empty_cache(example, batch)
+        if past:  # of the model's own making: on random keys and values its errors would say nothing about texts
+            first = {name: value for name, value in case.items() if name not in ("attention_mask", "position_ids")}
+            first["input_ids"] = _like(case["input_ids"], batch, past, generator, vocabulary_of(model))
+            first["attention_mask"] = mask[:, :past]
+            if "position_ids" in case:
+                first["position_ids"] = positions(mask[:, :past])
+            with torch.no_grad():
+                cache = model(**first)[PAST]
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
         yield name, {**case, PAST: cache}
 

@@ -20,6 +20,7 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decomposition import decompose
 from gralora_fx.exporters.operators import TRANSLATIONS
 from gralora_fx.exporters.simplify import constant_slices, out_of_place, simplify, whole_products
+from gralora_fx.exporters.weights import weight_tensor
 from gralora_fx.exporters.writes import without_shared_writes
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.quiet import quiet
@@ -67,21 +68,21 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
     graph.set_codegen(fx.graph.CodeGen())
     weights: dict[str, tuple[str, Tensor]] = {}
     for node in graph.find_nodes(op="get_attr"):
-        node.meta["val"] = tensor_at(graph_module, str(node.target))
+        tensor = tensor_at(graph_module, str(node.target))
+        if tensor is None:
+            raise ExportError(f"{node.target} of the graph is no tensor, so it has no ONNX form")
+        weights[node.name] = str(node.target), tensor
+        node.meta["val"] = _stand_in(tensor)
     without_shared_writes(graph)
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            tensor = tensor_at(graph_module, str(node.target))
-            if tensor is None:
-                raise ExportError(f"{node.target} of the graph is no tensor, so it has no ONNX form")
-            weights[node.name] = str(node.target), tensor
-            node.meta["val"], node.target = tensor, node.name
+            node.target = node.name
         elif node.op == "call_function":
             node.target = _SAME.get(node.target, node.target)
             out_of_place(node)
     simplify(graph)
     whole_products(graph)
-    module = fx.GraphModule({name: tensor for name, (_, tensor) in weights.items()}, graph)
+    module = fx.GraphModule({name: _stand_in(tensor) for name, (_, tensor) in weights.items()}, graph)
     fix_for_onnx(module)
     once = CSEPass(banned_ops=get_CSE_banned_ops())(module)
     module = module if once is None else once.graph_module
@@ -107,12 +108,18 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
         raise ExportError(f"the graph cannot be converted to ONNX: {reason}") from error
     _ir_passes.add_opset_imports(model)
     model.graph.opset_imports[""] = OPSET
-    for name, (target, _) in weights.items():
+    for name, (target, tensor) in weights.items():
         initializer = model.graph.initializers.pop(name, None)
         if initializer is not None:
             initializer.name = target
+            initializer.const_value = weight_tensor(target, tensor)
             model.graph.initializers[target] = initializer
     return model
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor to convert with: itself, or one of its shape without memory where the values come later."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
 
 
 def _promotes(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from gralora_fx.exporters.normalization import lower_norms, mark_rms_norms
 from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rotary import RotaryTables, lower_rotary, mark_rotary
+from gralora_fx.exporters.weights import unless_weight
 from gralora_fx.tracing.quiet import quiet
 
 # operators between the last projection and the logits that a model may have, such as a soft cap or a factor
@@ -47,7 +48,7 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> tuple[ir.Mode
     lower_norms(model)
     model.graph.opset_imports.pop(DOMAIN, None)
     with quiet():  # it says what it leaves
-        optimizer.fold_constants(model)
+        optimizer.fold_constants(model, should_fold=unless_weight)
     optimizer.remove_unused_nodes(model)
     return model, attention
 

@@ -12,12 +12,15 @@ from gralora_fx.exporters.decoder import store_as_used
 from gralora_fx.exporters.naming import name_axes
 from gralora_fx.exporters.normalization import lower_norms, mark_rms_norms
 from gralora_fx.exporters.operators import DOMAIN
+from gralora_fx.exporters.precision import in_precision
 from gralora_fx.exporters.splitting import split
+from gralora_fx.exporters.weights import unless_weight
+from gralora_fx.tracing.quiet import quiet
 
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"
 
 
-def encoder_decoder_models(graph_module: fx.GraphModule) -> dict[str, ir.Model]:
+def encoder_decoder_models(graph_module: fx.GraphModule, precision: str) -> dict[str, ir.Model]:
     """The two ONNX models of a traced encoder-decoder, by the names of their files.
 
     `encoder_model`: `input_ids` or `input_features`, `attention_mask` -> `last_hidden_state`.
@@ -29,12 +32,15 @@ def encoder_decoder_models(graph_module: fx.GraphModule) -> dict[str, ir.Model]:
 
     Args:
         graph_module: A graph traced with a cache, without adapters, in evaluation mode.
+        precision: Precision of weights, activations and the cache (see `precision`); what the decoder reads of the
+            encoder is float32.
 
     Raises:
         ExportError: The graph cannot be split or has no ONNX form.
     """
     parts = split(graph_module)
-    encoder, decoder = _translated(parts.encoder), _translated(parts.decoder)
+    encoder = _translated(in_precision(parts.encoder, precision))
+    decoder = _translated(in_precision(parts.decoder, precision, kept=len(parts.outputs) - 1))
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):
@@ -52,6 +58,7 @@ def _translated(graph_module: fx.GraphModule) -> ir.Model:
     store_as_used(model)
     lower_norms(model)
     model.graph.opset_imports.pop(DOMAIN, None)
-    optimizer.fold_constants(model)
+    with quiet():
+        optimizer.fold_constants(model, should_fold=unless_weight)
     optimizer.remove_unused_nodes(model)
     return model

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import OrtValue
 
 from gralora_fx.exporters.cross_attention import FLAG
 
@@ -73,6 +74,11 @@ class EncoderDecoderSession:
             found = self.step(ids, hidden, feed.get("attention_mask"))
         found["encoder_last_hidden_state"] = hidden
         return [found[name] for name in names or [value.name for value in self.get_outputs()]]
+
+    def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+        """The same with `OrtValue`s in and out."""
+        results = self.run(names, {name: value.numpy() for name, value in feed.items()})
+        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(result)) for result in results]
 
     def encode(self, feed: Arrays) -> NDArray[Any]:
         """The encoder's output `[batch, length, size]` for its inputs, by name."""

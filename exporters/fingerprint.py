@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from gralora_fx.deferred import raw_values_of
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.traced import TracedModel
 
@@ -19,16 +20,19 @@ def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     Args:
         parameters: Parameters by name; tied ones may repeat.
 
+    Raises:
+        ExportError: A parameter stands on the meta device and has no source.
+
     Returns:
         Hexadecimal digest, the same whether the tensors come from a live model or from its files.
     """
     digest = hashlib.sha256()
     for name in sorted(parameters):
-        tensor = parameters[name].detach()
+        tensor = parameters[name]
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        flat = tensor.reshape(-1)
-        if not tensor.is_meta and flat.numel():
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
+        if tensor.numel():
+            flat = raw_values_of(parameters[name], name).reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().to(tensor.dtype)
             digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -25,7 +25,13 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxrunt
 
 
 def describe(
-    model: TracedModel | GraloraModel, graphs: Mapping[str, ir.Graph], *, adapters: str, precision: str, logits: str
+    model: TracedModel | GraloraModel,
+    graphs: Mapping[str, ir.Graph],
+    *,
+    adapters: str,
+    precision: str,
+    quantization: Mapping[str, Any] | None,
+    logits: str,
 ) -> dict[str, Any]:
     """The manifest of an export, without its verification.
 
@@ -33,7 +39,8 @@ def describe(
         model: What was exported.
         graphs: The ONNX graphs by the names of their files; inputs and outputs of several are told apart by them.
         adapters: How adapters are held: `"merged"`.
-        precision: Precision of the weights.
+        precision: Precision of the weights that are not quantized, and of the cache.
+        quantization: How matrices are quantized and how many, or None.
         logits: Which positions' logits the graph gives: `"last"` or `"all"`.
     """
     traced = model.traced if isinstance(model, GraloraModel) else model
@@ -41,6 +48,7 @@ def describe(
         "schema_version": SCHEMA_VERSION,
         "task": traced.task,
         "precision": precision,
+        "quantization": None if quantization is None else dict(quantization),
         "adapters_mode": adapters,
         "logits": logits,
         "adapters": _describe_adapters(model) if isinstance(model, GraloraModel) else {},

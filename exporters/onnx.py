@@ -14,19 +14,22 @@ from torch import fx
 from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.collection import fewer_collections
-from gralora_fx.errors import ExportError, first_line
+from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, require_space, staged
 from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
+from gralora_fx.exporters.folding import as_traced, with_values
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
+from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of, take_float32
+from gralora_fx.exporters.quantization import Counts, Quantization, quantize_weights
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
-from gralora_fx.exporters.verify import as_traced, verify_onnx
+from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
 from gralora_fx.model import GraloraModel
 from gralora_fx.stages import timed
 from gralora_fx.tokenizers import load_tokenizer
-from gralora_fx.tracing.cached import PAST
+from gralora_fx.tracing.cached import PAST, cached_tensors
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.traced import TracedModel
@@ -57,13 +60,16 @@ def export_onnx(
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
         output_dir: Where to write: new, empty, or an earlier export.
         adapters: How adapters are held; `"merged"` folds them.
-        precision: Precision of weights and activations; `"fp32"`.
-        quantize: Weight-only quantization; None.
-        block_size: Block size of the quantization.
-        accuracy_level: Accuracy level of the quantized operators.
+        precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
+            computes in float32 in half precision stays so; all other inputs and outputs are float32.
+        quantize: Weight-only quantization, for any task: `"int8"`, `"int4"` or None. Adapters are folded first.
+        block_size: Values of a matrix's input axis that share a scale; a power of two, 16 or more.
+        accuracy_level: How ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in float32, 2 in
+            float16, 3 in bfloat16, 4 in int8, its fastest.
         logits: For a decoder with a cache, whether the last position's logits are given or all.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
-        verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place.
+        verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place; not
+            for a model whose weights are streamed (`loading.load_streamed`), which cannot be run.
 
     Returns:
         Files, seconds of each stage, and what verification found.
@@ -73,14 +79,24 @@ def export_onnx(
             the model does.
         MergeError: An adapter cannot be folded.
     """
-    _refuse_unavailable(adapters, precision, quantize, logits)
+    _refuse_unavailable(adapters, precision, logits)
+    how = None if quantize is None else Quantization(quantize, block_size, accuracy_level)
     check_output(output_dir)
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced)
+        if verify:
+            refuse_without_values(model)
     with timed("convert", seconds), fewer_collections():
-        onnx_models, attention = _convert(traced, logits)
+        onnx_models, attention = _convert(traced, logits, precision)
+        for onnx_model in onnx_models.values():
+            take_float32(onnx_model)
+    quantized: dict[str, Any] | None = None
+    if how is not None:
+        with timed("quantize", seconds):
+            counts = [quantize_weights(onnx_model, how) for onnx_model in onnx_models.values()]
+        quantized = dataclasses.asdict(how) | Counts(*map(sum, zip(*counts, strict=True)))._asdict()
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with timed("write", seconds):
@@ -95,7 +111,8 @@ def export_onnx(
                 write_genai_config(stage, traced.config, onnx_models["model"])
             graphs = {name: onnx_model.graph for name, onnx_model in onnx_models.items()}
             positions = logits if is_decoder else "all"
-            manifest = describe(model, graphs, adapters=adapters, precision=precision, logits=positions)
+            facts = {"adapters": adapters, "precision": precision, "logits": positions}
+            manifest = describe(model, graphs, quantization=quantized, **facts)
             manifest |= {} if attention is None else {"attention": dataclasses.asdict(attention)}
             write_manifest(stage, manifest, None)
         if verify:
@@ -109,14 +126,15 @@ def export_onnx(
     return ExportReport(path, files, seconds, report, attention)
 
 
-def _convert(traced: TracedModel, logits: str) -> tuple[dict[str, ir.Model], AttentionReport | None]:
+def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str, ir.Model], AttentionReport | None]:
     """The ONNX models of a trace, by the names of their files, and how a decoder's attention was exported."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     graph_module.train(False)
     cache = traced.example_inputs.get(PAST)
     if isinstance(cache, EncoderDecoderCache):
-        return encoder_decoder_models(graph_module), None
+        return encoder_decoder_models(graph_module, precision), None
+    graph_module = in_precision(graph_module, precision, kept=cached_tensors(traced.example_inputs))
     if cache is not None:
         model, attention = decoder_model(graph_module, logits=logits)
         name_axes(model)
@@ -125,7 +143,9 @@ def _convert(traced: TracedModel, logits: str) -> tuple[dict[str, ir.Model], Att
     sample = dict(traced.example_inputs)
     try:
         with torch.no_grad():
-            model = convert_to_onnx(graph_module, sample, traced.config, dynamic=True)
+            model = convert_to_onnx(with_values(graph_module), sample, traced.config, dynamic=True)
+    except GraloraError:
+        raise
     except Exception as error:  # torch.onnx raises errors of every type
         raise ExportError(f"the graph cannot be converted to ONNX: {_reason(error)}") from error
     DeduplicateInitializersPass()(model)
@@ -162,11 +182,10 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
 
 
-def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, logits: str) -> None:
+def _refuse_unavailable(adapters: str, precision: str, logits: str) -> None:
     choices = {
         "adapters": (adapters, ("merged",)),
-        "precision": (precision, ("fp32",)),
-        "quantize": (quantize, (None,)),
+        "precision": (precision, tuple(DTYPES)),
         "logits": (logits, ("last", "all")),
     }
     for name, (given, available) in choices.items():
@@ -177,10 +196,7 @@ def _refuse_unavailable(adapters: str, precision: str, quantize: str | None, log
 def _refuse_unfit(traced: TracedModel) -> None:
     if not traced.example_inputs:
         raise ExportError("the trace has no example inputs, which the export runs with; give them to trace()")
-    dtypes = {p.dtype for p in traced.tree.parameters.values() if p.is_floating_point()}
-    if dtypes - {torch.float32}:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ExportError(f"the model holds {found} weights, and a trace keeps its dtype; cast it to float32 and trace")
+    precision_of(traced.graph_module)
 
 
 def _reason(error: BaseException) -> str:

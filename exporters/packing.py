@@ -11,6 +11,7 @@ import onnx_ir as ir
 from gralora_fx.exporters.building import Builder, constant_of, known_size
 from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.rotary import RotaryTables, turned
+from gralora_fx.exporters.weights import made_when_written
 
 _CONTRIB = "com.microsoft"
 _SWAP = [0, 2, 1, 3]  # heads and length
@@ -206,12 +207,17 @@ def _side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
     assert first is not None
     shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
     name = _joint_name([str(value.name) for value in values])
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors if tensor is not None], axis=-1)),
-        dtype=first.dtype,
-        shape=shape,
-        name=name,
-    )
+
+    def join() -> ir.TensorProtocol:
+        """One part after the other, so that no more than one is in memory beside the whole."""
+        whole = np.empty(shape.numpy(), first.dtype.numpy())
+        ends = np.cumsum(widths)
+        for tensor, end, width in zip(tensors, ends, widths, strict=True):
+            assert tensor is not None
+            whole[..., end - width : end] = tensor.numpy()
+        return ir.tensor(whole, dtype=first.dtype)
+
+    tensor = made_when_written(name, first.dtype, shape, join)
     joined = ir.Value(name=name, shape=shape, type=values[0].type, const_value=tensor)
     graph.initializers[name] = joined
     return joined

@@ -74,6 +74,8 @@ class VerifyReport:
         cases: The inputs that were compared.
         tensors: One entry for each output.
         tokens: Greedy tokens, for an export that generates.
+        weights: Precision of the export's weights, such as `fp16` or `int4`.
+        arithmetic: Precision that it was run in.
     """
 
     passed: bool
@@ -81,6 +83,8 @@ class VerifyReport:
     cases: tuple[str, ...]
     tensors: tuple[TensorCheck, ...]
     tokens: TokenCheck | None = None
+    weights: str = "fp32"
+    arithmetic: str = "fp32"
 
     @property
     def max_abs_error(self) -> float:
@@ -100,6 +104,8 @@ class VerifyReport:
         lines += [] if self.tokens is None else [str(self.tokens)]
         verdict = "passed" if self.passed else "FAILED"
         lines.append(f"{verdict}: {len(self.cases)} cases ({'; '.join(self.cases)}), tolerance {self.tolerance:g}")
+        if {self.weights, self.arithmetic} != {"fp32"}:
+            lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
         return "\n".join(lines)
 
 

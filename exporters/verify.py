@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from gralora_fx.exporters.cases import attended, context_of, flat, fresh_cases, 
 from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.exporters.encoder_decoder_tokens import compare_tokens
 from gralora_fx.exporters.fingerprint import fingerprint_of
+from gralora_fx.exporters.folding import as_traced
 from gralora_fx.exporters.greedy import Prompts, compare_greedy, drawn_prompts, together
 from gralora_fx.exporters.manifest import read_manifest
+from gralora_fx.exporters.precision import precision_of
+from gralora_fx.exporters.quantization import Quantization
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
+from gralora_fx.exporters.rounding import rounded
 from gralora_fx.exporters.running import as_tensor, run_values
 from gralora_fx.exporters.session import open_session
-from gralora_fx.exporters.tolerances import largest_gap, largest_value, tolerance_of
-from gralora_fx.merging import merge
+from gralora_fx.exporters.tolerances import describe_weights, largest_gap, largest_value, tolerance_of
+from gralora_fx.exporters.twin import write_float32_twin
 from gralora_fx.model import GraloraModel
 from gralora_fx.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.tracing.cached import PAST
@@ -51,11 +56,14 @@ def verify_onnx(
         inputs: A user's own inputs, compared in addition.
         prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
-            what the export's precision explains.
+            what the export's precision explains (see `tolerances`).
         seed: Seed of the fresh inputs.
 
     Returns:
-        Differences and argmax agreement for every output, and the greedy tokens of an export with a cache.
+        Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
+        export, which ONNX Runtime's CPU provider cannot run, is run with its own weights and float32 arithmetic, and so
+        is a quantized one. They are held against the model with the same rounded weights: what the rounding itself
+        costs is for a task to say.
 
     Raises:
         ExportError: The directory is no export or one of another base, its inputs or outputs are not the model's, a
@@ -64,49 +72,75 @@ def verify_onnx(
     manifest = read_manifest(output_dir)
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; give a TracedModel or GraloraModel")
-    session = open_session(output_dir)
+    refuse_without_values(model)
+    session, arithmetic = _session(Path(output_dir), manifest)
     names = [value.name for value in session.get_inputs()]
     traced = model.traced if isinstance(model, GraloraModel) else model
     cases = list(fresh_cases(traced, seed))
     _refuse_other(output_dir, names, manifest, model, cases[0][1])
-    if tolerance is None:
-        tolerance = tolerance_of(manifest.get("precision", "fp32"), manifest.get("quantize"))
+    tolerance = tolerance_of(manifest) if tolerance is None else tolerance
     if inputs is not None:
         cases.append(("given inputs", dict(inputs)))
     generated = list(drawn_prompts(traced, seed)) if isinstance(traced.example_inputs.get(PAST), DynamicCache) else []
     if prompts is not None:
         generated.append(_given_prompts(prompts, output_dir, traced))
     was_training = model.training
-    model.eval()
+    reference = _reference(model, manifest)
+    reference.eval()
     differences: dict[str, list[tuple[float, float, float | None]]] = {}
     passed = True
     try:
         for description, case in cases:
-            for name, expected, actual in _compare(session, names, model, case, description, manifest):
+            for name, expected, actual in _compare(session, names, reference, case, description, manifest):
                 absolute, relative, agreement = _difference(name, expected, actual)
                 differences.setdefault(name, []).append((absolute, relative, agreement))
                 passed &= absolute <= tolerance * max(1.0, largest_value(expected))
         if isinstance(session, EncoderDecoderSession):
-            share = compare_tokens(session, model, cases)
+            share = compare_tokens(session, reference, cases)
             differences["greedy tokens"] = [(1.0 - share, 1.0 - share, share)]
             passed &= share == 1.0
-        tokens = compare_greedy(session, model, generated, tolerance) if generated else None
+        tokens = compare_greedy(session, reference, generated, tolerance) if generated else None
     finally:
-        model.train(was_training)
+        reference.train(was_training)
     passed &= tokens is None or max(tokens.step_errors, default=0.0) <= tolerance
     tensors = tuple(_summary(name, found) for name, found in differences.items())
-    return VerifyReport(passed, tolerance, tuple(description for description, _ in cases), tensors, tokens)
+    described = tuple(description for description, _ in cases)
+    return VerifyReport(passed, tolerance, described, tensors, tokens, describe_weights(manifest), arithmetic)
 
 
-def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
-    """The adapter-free model: a traced model itself, or a rewritten one with its active adapters folded."""
-    if isinstance(model, TracedModel):
-        return model
-    if not isinstance(model, GraloraModel):
+def refuse_without_values(model: TracedModel | GraloraModel) -> None:
+    """Refuse to run a model whose weights stand in their files.
+
+    Raises:
+        ExportError: Some do.
+    """
+    traced = model.traced if isinstance(model, GraloraModel) else model
+    missing = next((name for name, parameter in traced.tree.parameters.items() if parameter.is_meta), None)
+    if missing is not None:
         raise ExportError(
-            f"cannot export a {type(model).__name__}; trace it first, or give a TracedModel or GraloraModel"
+            f"{missing} has no values in memory, so there is nothing to compare with; export a streamed model with "
+            "verify=False, and compare the export with the model loaded whole (gralora-fx verify)"
         )
-    return merge(model) if model.active_adapters else model.traced
+
+
+def _session(directory: Path, manifest: Mapping[str, Any]) -> tuple[Any, str]:
+    """A session over an export, or over its float32 twin (see `twin`), and what it computes in."""
+    precision = str(manifest.get("precision", "fp32"))
+    if precision != "bf16" and not manifest.get("quantization"):
+        return open_session(directory), precision
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as twin:
+        write_float32_twin(directory, Path(twin))
+        return open_session(twin), "fp16" if precision == "fp16" else "fp32"
+
+
+def _reference(model: TracedModel | GraloraModel, manifest: Mapping[str, Any]) -> TracedModel | GraloraModel:
+    """The model itself; for an export of another precision the adapter-free one with the same rounded weights."""
+    precision, found = str(manifest.get("precision", "fp32")), manifest.get("quantization")
+    traced = model.traced if isinstance(model, GraloraModel) else model
+    if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
+        return model
+    how = None if found is None else Quantization(found["kind"], found["block_size"], found["accuracy_level"])
+    return rounded(as_traced(model), precision, how, with_tables=found is not None and found["lookups"] > 0)
 
 
 def _refuse_other(

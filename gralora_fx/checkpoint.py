@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import CONFIG_NAME, GraloraConfig
+from gralora_fx.deferred import values_of
 from gralora_fx.errors import CheckpointError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.planning.targets import exact_targets, resolve_targets
@@ -170,4 +171,6 @@ def _repeats_base(key: str, tensor: Tensor, tree: ModuleTree) -> bool:
     if ".original_module." in key or ".modules_to_save." in key:
         return True
     base = tree.parameters.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
-    return base is not None and base.shape == tensor.shape and bool(torch.equal(base.detach().cpu().to(tensor), tensor))
+    if base is None or base.shape != tensor.shape:
+        return False
+    return bool(torch.equal(values_of(base, key).cpu().to(tensor), tensor))

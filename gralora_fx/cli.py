@@ -66,11 +66,14 @@ def export(
     model: Model = None,
     adapter: Adapter = None,
     task: Task = None,
-    precision: Annotated[str, typer.Option(help="Precision of weights and activations: fp32.")] = "fp32",
-    quantize: Annotated[str | None, typer.Option(help="Weight-only quantization: int8 or int4.")] = None,
-    block_size: Annotated[int, typer.Option(help="Weights that share a scale, when quantized.")] = 32,
-    accuracy_level: Annotated[int, typer.Option(help="Accuracy of quantized operators, from 0 to 4.")] = 4,
+    precision: Annotated[str, typer.Option(help="Precision of weights and cache: fp32, fp16 or bf16.")] = "fp32",
+    quantize: Annotated[str | None, typer.Option(help="Store matrices as int4 or int8.")] = None,
+    block_size: Annotated[int, typer.Option(help="Quantized values that share a scale.")] = 32,
+    accuracy_level: Annotated[int, typer.Option(help="How quantized weights multiply; 4 is int8, the fastest.")] = 4,
     logits: Annotated[str, typer.Option(help="Of a model with a cache: logits of the last position, or all.")] = "last",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read weights one by one while writing; nothing is compared.")
+    ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")] = False,
 ) -> None:
     """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch.
@@ -85,20 +88,22 @@ def export(
             from gralora_fx.model import GraloraModel
             from gralora_fx.tokenizers import load_tokenizer
         check_output(output)
-        loaded = load_traced(model, adapter, task, with_cache=True)
+        loaded = load_traced(model, adapter, task, with_cache=True, stream=stream)
         traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
         report = export_onnx(
             loaded,
             output,
             precision=precision,  # type: ignore[arg-type]  # export_onnx refuses others with a clear error
-            quantize=quantize,  # type: ignore[arg-type]
+            quantize=quantize,  # type: ignore[arg-type]  # so it does here
             block_size=block_size,
             accuracy_level=accuracy_level,
-            logits=logits,  # type: ignore[arg-type]
+            logits=logits,  # type: ignore[arg-type]  # and here
             tokenizer=load_tokenizer(model or traced.tokenizer_source or ""),
-            verify=not no_verify,
+            verify=not (no_verify or stream),
         )
     print(report)
+    if stream and not no_verify:
+        _notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
 
 
 @app.command()

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from gralora_fx.checkpoint import read_adapter
-from gralora_fx.errors import ConfigError, TraceError, first_line
+from gralora_fx.errors import ConfigError, GraloraError, TraceError, first_line
 from gralora_fx.model import GraloraModel
+from gralora_fx.shards import attach_shards, empty_model
+from gralora_fx.sources import resolve_directory
 from gralora_fx.stages import timed
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import TASKS, infer_task
@@ -53,23 +55,59 @@ def load_model(name: str | Path, task: str | None = None, *, num_labels: int | N
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
     """
-    if task is not None and task not in TASKS:
-        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(name)
-            architecture = (config.architectures or [None])[0]
-            class_name = _AUTO_CLASSES.get((task or "").removesuffix("-with-past"), architecture or "AutoModel")
-            model_class = getattr(transformers, class_name, transformers.AutoModel)
+            model_class = _class_for(AutoConfig.from_pretrained(name), task)
             model: PreTrainedModel = model_class.from_pretrained(name, dtype=torch.float32, **options)
+    except GraloraError:
+        raise
     except Exception as error:  # transformers, safetensors and pickle raise types of their own
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
     return model.eval()
 
 
+def load_streamed(name: str | Path, task: str | None = None, *, num_labels: int | None = None) -> PreTrainedModel:
+    """The same model without its weights: parameters stand on the meta device and know their safetensors file.
+
+    It can be traced, rewritten and exported, which reads one tensor at a time, but not run.
+
+    Args:
+        name: Local directory or hub id, of safetensors files.
+        task: One of optimum's task names; None for the class that the model's configuration names.
+        num_labels: Number of classes of a classification head; None for the configuration's.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be made.
+        CheckpointError: The files do not fit the model.
+    """
+    directory = resolve_directory(name, TraceError)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory)
+            if num_labels is not None:
+                config.num_labels = num_labels
+            model_class = _class_for(config, task)
+            make = model_class.from_config if hasattr(model_class, "from_config") else model_class
+            model = empty_model(lambda: make(config))
+    except GraloraError:
+        raise
+    except Exception as error:  # transformers raises types of its own
+        raise TraceError(f"no model can be made of {name} ({first_line(error)})") from error
+    return attach_shards(model, directory)
+
+
+def _class_for(config: PreTrainedConfig, task: str | None) -> Any:
+    """The class of transformers for a task, or the one that a configuration names."""
+    if task is not None and task not in TASKS:
+        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
+    architecture = (config.architectures or [None])[0]
+    class_name = _AUTO_CLASSES.get((task or "").removesuffix("-with-past"), architecture or "AutoModel")
+    return getattr(transformers, class_name, transformers.AutoModel)
+
+
 def load_traced(
-    model: str | None, adapter: str | None, task: str | None, *, with_cache: bool = False
+    model: str | None, adapter: str | None, task: str | None, *, with_cache: bool = False, stream: bool = False
 ) -> TracedModel | GraloraModel:
     """A traced model, rewritten with an adapter if one is given.
 
@@ -78,6 +116,7 @@ def load_traced(
         adapter: PEFT-format adapter, or None.
         task: Task name; None for the adapter's or the model's own.
         with_cache: Whether a task that is not named is the one with a cache, where there is one: what generates.
+        stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
 
     Raises:
         ConfigError: Neither names a base model.
@@ -99,7 +138,8 @@ def load_traced(
                 if adapter is None
                 else f"{adapter} names no base model; give --model"
             )
-        loaded = load_model(base, task, num_labels=heads[-1] if heads else None)
+        load = load_streamed if stream else load_model
+        loaded = load(base, task, num_labels=heads[-1] if heads else None)
     task = task or infer_task(loaded)
     if with_cache and asked is None:
         task = _WITH_CACHE.get(task, task)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.model import GraloraModel
-from gralora_fx.passes.fold import folded_weights
+from gralora_fx.passes.fold import SiteUpdate, deferred_weights, folded_weights
 from gralora_fx.passes.marks import mark_of, marked_nodes, unmark
 from gralora_fx.reweighted import with_weights
 from gralora_fx.store import adapter_names as as_names
@@ -44,17 +44,44 @@ def merge(
         RewriteError: There is no such adapter, or two of them have no common result (see `set_adapter`).
         MergeError: There is nothing to fold, a weight is tied to another layer, or would not be finite.
     """
+    names, work = _work(model, adapter_names)
+    weights = folded_weights(model.traced.graph_module, work, safe=safe, untie=untie)
+    return _merged(model, names, weights)
+
+
+def merge_deferred(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
+    """The same, whose folded weights stand on the meta device and are made when they are read (see `deferred`).
+
+    So a whole model is folded and written with the memory of one weight; it cannot be run. Whether a weight is finite
+    is checked when it is made.
+
+    Args:
+        model: A rewritten model.
+        adapter_names: Which adapters to fold; None for the active ones.
+
+    Raises:
+        RewriteError: As `merge`.
+        MergeError: As `merge`.
+    """
+    names, work = _work(model, adapter_names)
+    return _merged(model, names, deferred_weights(model.traced.graph_module, work))
+
+
+def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tuple[list[str], list[SiteUpdate]]:
+    """The adapters to fold and their updates."""
     if not isinstance(model, GraloraModel):
         raise MergeError(f"cannot merge a {type(model).__name__}; give what rewrite() returned")
-    names = model.active_adapters if adapter_names is None else as_names(adapter_names)
+    names = list(model.active_adapters) if adapter_names is None else as_names(adapter_names)
     if twice := [name for name in names if names.count(name) > 1]:
         raise MergeError(f"adapter {twice[0]!r} is named twice, and would be folded twice; name it once")
     work = model.updates(names)
     if not work:
         raise MergeError("no adapter is active, so there is nothing to merge; set one or name it")
-    traced = model.traced
-    weights = folded_weights(traced.graph_module, work, safe=safe, untie=untie)
-    merged = with_weights(traced, weights)
+    return names, work
+
+
+def _merged(model: GraloraModel, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> TracedModel:
+    merged = with_weights(model.traced, weights)
     for name in names:
         merged = _settle_copies(merged, model.installed(name))
     return merged.train(model.training)

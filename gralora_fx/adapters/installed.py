@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from gralora_fx.adapter import Factors, Update, initial_factors
 from gralora_fx.config import GraloraConfig
+from gralora_fx.deferred import values_of
 from gralora_fx.errors import RewriteError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.passes.insert import insert_adapter
@@ -59,7 +60,9 @@ class InstalledAdapter:
 
         def copy_of(base: str) -> nn.Parameter:
             original = tree.parameters[base]
-            return made.setdefault(id(original), nn.Parameter(original.detach().clone()))
+            if id(original) not in made:
+                made[id(original)] = nn.Parameter(values_of(original, base).clone())
+            return made[id(original)]
 
         for module in plan.saved_modules:
             names = [base for base in tree.parameters if base.startswith(f"{module}.")]
@@ -141,6 +144,6 @@ def _initial(planned: PlannedSite, config: GraloraConfig) -> Factors:
         site.out_features,
         planned.rank,
         zero_update=config.init_weights,
-        device=site.weight.device,
+        device=None if site.weight.is_meta else site.weight.device,
         dtype=torch.float32 if site.weight.dtype in _HALF else site.weight.dtype,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.adapter import Update, fold
+from gralora_fx.deferred import defer, raw_values_of
 from gralora_fx.errors import MergeError
 from gralora_fx.sites import LinearSite, match_linear_call, other_readers
 
@@ -53,6 +54,38 @@ def folded_weights(
     if safe:
         _refuse_non_finite(weights)
     return weights
+
+
+def deferred_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
+    """New weights by site path, each folded when it is read (see `gralora_fx.deferred`).
+
+    Weights of half precision are folded into a float32 result, so that whoever reads them rounds once.
+
+    Args:
+        graph_module: The graph of the sites, over their weights.
+        work: Sites and their updates.
+
+    Raises:
+        MergeError: A weight is tied to another layer, which would change with it; where a weight is read, it is not
+            finite.
+    """
+    work = list(work)
+    refuse_shared(graph_module, [entry.site for entry in work])
+    return {entry.site.path: _deferred(entry) for entry in work}
+
+
+def _deferred(entry: SiteUpdate) -> nn.Parameter:
+    site = entry.site
+
+    def folded() -> Tensor:
+        stored = raw_values_of(site.weight, site.path)
+        weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        out = weight if weight is not stored else None  # a copy already, else the base's own
+        result = fold(weight, entry.updates, transposed=site.kind == "conv1d", out=out)
+        _refuse_non_finite({site.path: result})
+        return result
+
+    return defer(folded, site.weight.shape, site.weight.dtype)
 
 
 def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:

@@ -88,6 +88,12 @@ def empty_cache(like: Cache, batch: int) -> Cache:
     return (decoder_cache if isinstance(like, EncoderDecoderCache) else cache_of)(layers)
 
 
+def cached_tensors(inputs: Mapping[str, Any]) -> int:
+    """How many tensors the cache among some inputs holds; 0 where there is none."""
+    cache = inputs.get(PAST)
+    return 2 * len(cache.layers) if isinstance(cache, DynamicCache) else 0
+
+
 def batch_of(values: Iterable[Any]) -> int:
     """The number of rows of the first tensor."""
     return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)

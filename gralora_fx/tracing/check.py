@@ -18,6 +18,7 @@ from gralora_fx.tracing.encoder_decoder import other_step_sizes
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import other_sizes
+from gralora_fx.tracing.stand_ins import is_without_values
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -25,7 +26,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> str | None:
     """How the graph differs from the eager model in evaluation mode, or None where it does not."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if is_without_values(model):
         return None
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -64,6 +65,8 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
 
 def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
     """Compare on other sizes that the model takes: a branch or a loop over a size is baked into a trace."""
+    if is_without_values(model):
+        return
     for what, other in _other_calls(model, sample):
         try:
             found = difference(model, graph_module, other)

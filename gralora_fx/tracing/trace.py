@@ -19,6 +19,7 @@ from gralora_fx.tracing.clean import inline_linear_modules, without_guards
 from gralora_fx.tracing.modes import record_switches
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import infer_task, inputs_for_task, keyword_inputs, widen
+from gralora_fx.tracing.stand_ins import stand_ins, take_own
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.transformers_export import dynamic_axes, export_transformers_model
 
@@ -32,7 +33,8 @@ def trace(
 ) -> TracedModel:
     """Trace a model to a `torch.fx` graph over its own parameters.
 
-    The graph is checked against the eager model in evaluation mode on a padded sample before it is returned.
+    The graph is checked against the eager model in evaluation mode on a padded sample before it is returned. A model
+    on the meta device is traced as well; it has no values to check with.
 
     Args:
         model: A transformers model, any module, a `GraphModule` (symbolic or exported), or an `ExportedProgram`.
@@ -55,16 +57,20 @@ def trace(
         raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
     if isinstance(model, PreTrainedModel):
         task = task or infer_task(model)
-    if example_inputs is None:
-        if not isinstance(model, PreTrainedModel):
-            raise TraceError(f"example_inputs are missing; {type(model).__name__} is no transformers model to ask")
-        example_inputs = inputs_for_task(model, task or "")
-    if not isinstance(example_inputs, (Mapping, tuple)):
-        raise TraceError(f"example_inputs are a {type(example_inputs).__name__}; give a dict or a tuple of arguments")
-    sample = keyword_inputs(model, example_inputs)
-    sample = widen(model, sample) if dynamic else sample
-    with fewer_collections():
-        graph_module = _trace_both_modes(model, sample, dynamic)
+    with stand_ins(model) as own:
+        if example_inputs is None:
+            if not isinstance(model, PreTrainedModel):
+                raise TraceError(f"example_inputs are missing; {type(model).__name__} is no transformers model to ask")
+            example_inputs = inputs_for_task(model, task or "")
+        if not isinstance(example_inputs, (Mapping, tuple)):
+            raise TraceError(
+                f"example_inputs are a {type(example_inputs).__name__}; give a dict or a tuple of arguments"
+            )
+        sample = keyword_inputs(model, example_inputs)
+        sample = widen(model, sample) if dynamic else sample
+        with fewer_collections():
+            graph_module = _trace_both_modes(model, sample, dynamic)
+        take_own(graph_module, own)
     config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
     traced = TracedModel(
         graph_module,

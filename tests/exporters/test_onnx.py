@@ -218,7 +218,7 @@ def test_a_file_is_refused(bert: GraloraModel, tmp_path: Path) -> None:
         export_onnx(bert, tmp_path / "file")
 
 
-@pytest.mark.parametrize(("option", "value"), [("adapters", "swapped"), ("precision", "fp8"), ("quantize", "int3")])
+@pytest.mark.parametrize(("option", "value"), [("adapters", "swapped"), ("precision", "fp8"), ("logits", "first")])
 def test_unknown_choices_are_refused(bert: GraloraModel, tmp_path: Path, option: str, value: str) -> None:
     with pytest.raises(ExportError, match=f"{option}='{value}' is not available; take"):
         export_onnx(bert, tmp_path / "onnx", **{option: value})
@@ -229,9 +229,9 @@ def test_an_untraced_model_is_refused(tmp_path: Path) -> None:
         export_onnx(tiny_model("bert"), tmp_path / "onnx")  # type: ignore[arg-type]
 
 
-def test_half_precision_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"holds bfloat16 weights.*cast it to float32"):
-        export_onnx(trace(tiny_model("bert").to(torch.bfloat16)), tmp_path / "onnx")
+def test_weights_of_double_precision_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"holds float64 weights; cast it to one of float32, float16, bfloat16"):
+        export_onnx(trace(tiny_model("bert").to(torch.float64)), tmp_path / "onnx")
 
 
 def test_a_trace_without_example_inputs_is_refused(tmp_path: Path) -> None:

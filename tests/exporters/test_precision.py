@@ -1,0 +1,139 @@
+"""Exports in half precision: what stays float32 is what the model computes so, and the rest is rounded once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor, fx, nn
+
+from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters.precision import in_precision
+
+CACHED = "text-generation-with-past"
+ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
+
+
+def adapted(name: str, task: str | None = CACHED) -> GraloraModel:
+    return rewrite(trace(tiny_model(name), task=task), ALL_LINEAR)
+
+
+def dtypes(graph_module: fx.GraphModule) -> list[torch.dtype]:
+    """Dtypes of what the operators of a graph give, without casts."""
+    found = []
+    for node in graph_module.graph.nodes:
+        is_cast = str(node.target).startswith(("aten._to_copy", "aten.to.", "aten.type_as"))
+        if node.op == "call_function" and not is_cast and isinstance(value := node.meta.get("val"), Tensor):
+            if value.is_floating_point():
+                found.append(value.dtype)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "opt"])
+def test_what_stays_float32_is_what_the_half_precision_model_computes_so(name: str) -> None:
+    changed = in_precision(trace(tiny_model(name), task=CACHED).graph_module, "fp16", kept=4)
+    half = trace(tiny_model(name).to(torch.float16), task=CACHED).graph_module
+    ours, models = dtypes(changed), dtypes(half)
+    assert len(ours) == len(models)
+    # cosines and sines are rounded where they meet the rest, the model rounds them a few views before
+    differing = [index for index, (mine, theirs) in enumerate(zip(ours, models, strict=True)) if mine != theirs]
+    assert all(ours[index] == torch.float32 for index in differing)
+    assert len(differing) <= 8
+
+
+@pytest.mark.parametrize(("name", "task"), [("llama", CACHED), ("gemma3", CACHED), ("bert", None), ("t5", None)])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_exports_hold(name: str, task: str | None, precision: Any, tmp_path: Path) -> None:
+    report = export_onnx(adapted(name, task), tmp_path / "onnx", precision=precision)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.verification.tolerance == 1e-2
+    found = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["verification"]
+    assert (found["weights"], found["arithmetic"]) == (precision, "fp16" if precision == "fp16" else "fp32")
+
+
+def test_the_cache_has_the_precision_and_the_logits_are_float32(tmp_path: Path) -> None:
+    export_onnx(adapted("llama"), tmp_path / "onnx", precision="fp16", verify=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    kinds = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
+    assert {kind for name, kind in kinds.items() if name.startswith(("past", "present"))} == {"tensor(float16)"}
+    assert kinds["logits"] == "tensor(float)"
+
+
+def test_an_adapter_is_folded_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    model = adapted("llama")
+    export_onnx(model, tmp_path / "onnx", precision="fp16", verify=False)
+    stored = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
+    for site in merge(model).sites:
+        if site.path != "lm_head":
+            weight = stored[f"{site.path}.weight"].const_value
+            assert weight is not None
+            assert np.array_equal(weight.numpy(), site.weight.detach().half().T.numpy())
+
+
+def test_half_precision_weights_take_half_the_space(tmp_path: Path) -> None:
+    sizes = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        report = export_onnx(adapted("gpt2"), tmp_path / precision, precision=precision, verify=False)  # type: ignore[arg-type]
+        sizes[precision] = report.files["model.onnx_data"]
+    assert sizes["fp16"] == sizes["bf16"]
+    assert sizes["fp16"] <= 0.51 * sizes["fp32"]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float16", "fp16"), ("bfloat16", "fp32"), ("bfloat16", "fp16")])
+def test_a_model_of_half_precision_exports_in_its_own_or_another(dtype: str, precision: Any, tmp_path: Path) -> None:
+    model = rewrite(trace(tiny_model("llama").to(getattr(torch, dtype)), task=CACHED), ALL_LINEAR)
+    report = export_onnx(model, tmp_path / "onnx", precision=precision)
+    assert report.verification is not None
+    assert report.verification.passed
+
+
+def test_verification_sees_wrong_weights_of_half_precision(tmp_path: Path) -> None:
+    export_onnx(adapted("llama"), tmp_path / "onnx", precision="bf16", verify=False)
+    assert not verify_onnx(tmp_path / "onnx", adapted("llama").traced).passed
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.up(x)
+        hidden = scores.masked_fill(scores > 10, torch.finfo(torch.float32).min)
+        return torch.softmax(hidden, dim=-1)
+
+
+def test_constants_stay_within_the_range_of_the_precision(tmp_path: Path) -> None:
+    x = torch.full((2, 8), 100.0)  # every score of some rows is hidden: no result may be missing
+    module = Masked()
+    with torch.no_grad():
+        module.up.weight.fill_(1.0)
+    report = export_onnx(trace(module, (x,)), tmp_path / "onnx", precision="fp16")
+    assert report.verification is not None
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.allclose(result, 1 / 8, atol=1e-3)
+
+
+def test_a_weight_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
+    with pytest.raises(ExportError, match=r"layers.0.mlp.up_proj.weight holds 1e\+06, which float16 cannot; take"):
+        export_onnx(trace(model, task=CACHED), tmp_path / "onnx", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_several_precisions_are_refused() -> None:
+    with pytest.raises(ExportError, match="holds float32, float64 weights; cast it to one of"):
+        in_precision(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())), "fp16")

@@ -1,0 +1,209 @@
+"""Exports of models that are never in memory: the same bytes as of those that are, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+
+from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.deferred import defer, values_of
+from gralora_fx.errors import CheckpointError, ExportError, MergeError
+from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.loading import load_model, load_streamed, load_traced
+
+CACHED = "text-generation-with-past"
+FILES = ("model.onnx", "model.onnx_data", "gralora_export.json", "genai_config.json", "config.json")
+ADAPTER = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
+
+
+def saved(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """A tiny model in several shards and an adapter of it."""
+    model = tiny_model(name).to(dtype)
+    model.save_pretrained(directory / "base", max_shard_size="20KB")
+    rewrite(trace(tiny_model(name), task=CACHED), ADAPTER).save_pretrained(directory / "adapter")
+    return str(directory / "base"), str(directory / "adapter")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"quantize": "int4"}])
+def test_a_streamed_export_is_the_other_byte_for_byte(
+    name: str, with_adapter: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    base, adapter = saved(name, tmp_path)
+    for stream in (False, True):
+        model = load_traced(base, adapter if with_adapter else None, CACHED, stream=stream)
+        export_onnx(model, tmp_path / str(stream), verify=False, **options)
+    for file in FILES:
+        assert (tmp_path / "False" / file).read_bytes() == (tmp_path / "True" / file).read_bytes(), file
+
+
+def test_weights_of_half_precision_files_are_cast_as_loading_casts_them(tmp_path: Path) -> None:
+    base, adapter = saved("llama", tmp_path, torch.bfloat16)
+    export_onnx(load_traced(base, adapter, CACHED, stream=True), tmp_path / "onnx", verify=False)
+    assert verify_onnx(tmp_path / "onnx", load_traced(base, adapter, CACHED)).passed
+
+
+def test_a_model_without_a_cache_streams_too(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "base")
+    model = load_traced(str(tmp_path / "base"), None, None, stream=True)
+    export_onnx(model, tmp_path / "onnx", verify=False)
+    assert verify_onnx(tmp_path / "onnx", trace(load_model(tmp_path / "base"))).passed
+
+
+def test_nothing_of_the_weights_is_in_memory(tmp_path: Path) -> None:
+    base, _ = saved("llama", tmp_path)
+    model = load_streamed(base, CACHED)
+    whole = load_model(base, CACHED)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    buffers = zip(model.buffers(), whole.buffers(), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in buffers)
+    for (name, mine), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(values_of(mine, name), other)
+    traced = trace(model, task=CACHED)
+    assert all(parameter.is_meta for parameter in traced.graph_module.parameters())
+    assert [node.name for node in traced.graph_module.graph.nodes] == [
+        node.name for node in trace(whole, task=CACHED).graph_module.graph.nodes
+    ]
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    base, _ = saved("gpt2", tmp_path)
+    model = load_streamed(base, CACHED)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_an_adapter_of_a_streamed_model_has_values(tmp_path: Path) -> None:
+    base, adapter = saved("llama", tmp_path)
+    model = load_traced(base, adapter, CACHED, stream=True)
+    assert isinstance(model, GraloraModel)
+    model.save_pretrained(tmp_path / "again")
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (Path(adapter), tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_trained_biases_of_a_streamed_model_begin_as_the_files_have_them(tmp_path: Path) -> None:
+    base, _ = saved("gpt2", tmp_path)
+    config = GraloraConfig(r=4, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
+    model = rewrite(trace(load_streamed(base, CACHED), task=CACHED), config)
+    assert not any(parameter.is_meta for parameter in model.parameters() if parameter.requires_grad)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_model_cannot_be_compared(tmp_path: Path) -> None:
+    base, adapter = saved("llama", tmp_path)
+    model = load_traced(base, adapter, CACHED, stream=True)
+    with pytest.raises(ExportError, match=r"has no values in memory.*verify=False.*gralora-fx verify"):
+        export_onnx(model, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_meta_weights_without_a_source_are_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = tiny_model("llama")
+    model.model.rotary_emb = tiny_model("llama").model.rotary_emb  # buffers have values
+    with pytest.raises(ExportError, match=r"stands on the meta device and nothing says where its values are; load"):
+        export_onnx(trace(model, task=CACHED), tmp_path / "onnx", verify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_misshapen_weights_are_named(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"(?s)missing model.norm.weight.*lm_head.weight has shape \[100, 32\]"):
+        load_streamed(tmp_path, CACHED)
+
+
+def test_quantized_files_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is I8 in model.safetensors, no float tensor"):
+        load_streamed(tmp_path, CACHED)
+
+
+def test_parameters_put_together_from_several_tensors_are_named(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)  # an expert each in the files, all experts in one parameter
+    with pytest.raises(
+        CheckpointError, match=r"puts parameters together from several tensors.*experts.*load the model"
+    ):
+        load_streamed(tmp_path, CACHED)
+
+
+def test_a_pickle_alone_is_refused(tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor model.safetensors.index.json"):
+        load_streamed(tmp_path, CACHED)
+
+
+@pytest.mark.parametrize("place", ["../other.safetensors", "/etc/other.safetensors"])
+def test_an_index_that_points_outside_is_refused(place: str, tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    index = {"weight_map": {"lm_head.weight": place}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its directory"):
+        load_streamed(tmp_path, CACHED)
+
+
+# -- deferred weights -------------------------------------------------------------------------------------------------
+
+
+def test_values_are_made_whenever_they_are_read_and_cast_then() -> None:
+    calls = []
+
+    def make() -> torch.Tensor:
+        calls.append(1)
+        return torch.tensor([1.0, 2.0])
+
+    parameter = defer(make, (2,), torch.float16)
+    assert parameter.is_meta
+    for count in (1, 2):
+        values = values_of(parameter, "weight")
+        assert (values.dtype, values.tolist(), len(calls)) == (torch.float16, [1.0, 2.0], count)
+
+
+def test_weights_are_folded_one_by_one_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gralora_fx.passes import fold as fold_module
+
+    folded: list[weakref.ref[torch.Tensor]] = []
+    most_alive = 0
+    original = fold_module.fold
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal most_alive
+        result = original(*arguments, **options)
+        folded.append(weakref.ref(result))
+        most_alive = max(most_alive, sum(reference() is not None for reference in folded))
+        return result
+
+    monkeypatch.setattr(fold_module, "fold", watched)
+    model = rewrite(trace(tiny_model("llama"), task=CACHED), ADAPTER)
+    export_onnx(model, tmp_path / "onnx", verify=False)
+    assert len(folded) == len(model.updates())
+    assert most_alive <= 2
+
+
+def test_a_folded_weight_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
+    model = rewrite(trace(tiny_model("llama"), task=CACHED), ADAPTER)
+    path = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        model.installed("default").factors[path].A.fill_(float("inf"))
+    with pytest.raises(MergeError, match=f"the merged weight of {path} is not finite"):
+        export_onnx(model, tmp_path / "onnx", verify=False)
+    assert list(tmp_path.iterdir()) == []
