@@ -170,9 +170,12 @@ def _compare(
 
 def _as_taken(session: Any, feed: Mapping[str, Tensor]) -> dict[str, Any]:
     """Inputs as arrays of the precision that a graph takes."""
-    halves = {value.name for value in session.get_inputs() if value.type == "tensor(float16)"}
-    names = [value.name for value in session.get_inputs()]
-    return {name: (feed[name].half() if name in halves else feed[name]).numpy() for name in names}
+    floats = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+    taken = {}
+    for value in session.get_inputs():
+        tensor, dtype = feed[value.name], floats.get(value.type)
+        taken[value.name] = (tensor if dtype is None else tensor.to(dtype)).numpy()
+    return taken
 
 
 def named_outputs(outputs: Any) -> dict[str, Tensor]:
