@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -57,10 +58,11 @@ class Quantization:
 
 
 class Counts(NamedTuple):
-    """How many multiplications and how many lookups read blocks."""
+    """How many multiplications and how many lookups read blocks, and how many values those hold."""
 
     multiplications: int
     lookups: int
+    values: int
 
 
 def quantize_weights(model: ir.Model, how: Quantization) -> Counts:
@@ -92,13 +94,14 @@ def quantize_weights(model: ir.Model, how: Quantization) -> Counts:
             made[key] = _blocks(model.graph, weight, is_turned, how)
         _multiply(node, *made[key], how)
         replaced += 1
+    values = sum(_size(model.graph.initializers[name]) for name, _ in made)
     for (name, is_turned), (packed, scales) in made.items():
         if is_turned:
             lookups += _gather(model.graph.initializers[name], packed, scales, how)
     if made:
         model.graph.opset_imports[_MICROSOFT] = 1
         _drop_unread(model.graph, [name for name, _ in made])
-    return Counts(replaced, lookups)
+    return Counts(replaced, lookups, values)
 
 
 @dataclass
@@ -269,6 +272,12 @@ def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantizati
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return len(readers)
+
+
+def _size(value: ir.Value) -> int:
+    assert value.shape is not None
+    sizes = [int(size) for size in value.shape.numpy()]
+    return math.prod(sizes)
 
 
 def _drop_unread(graph: ir.Graph, names: list[str]) -> None:
