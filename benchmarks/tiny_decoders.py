@@ -77,6 +77,7 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 3, "L_bp_cycles": [2]},
         "its layers are those of a stack times its cycles",
     ),
+    "HunYuanMoEV1ForCausalLM": ({"num_experts": 4, "moe_topk": 2}, "its default has one expert"),
     "JambaForCausalLM": (
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         "its kinds of layers are periods",
