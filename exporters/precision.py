@@ -29,6 +29,8 @@ _CONTRACTIONS = {
     "einsum", "embedding", "grouped_mm_fallback", "linear", "matmul", "mm", "mv", "scaled_dot_product_attention",
 }  # fmt: skip
 
+_FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
+
 
 class _Kind(Enum):
     """What the precision of a float value is decided by.
@@ -277,13 +279,12 @@ class _Change:
 def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:
     def cast() -> Tensor:
         values = raw_values_of(parameter, name)
-        result = values.to(dtype)
-        if dtype == torch.float16 and not bool(torch.isfinite(result).all()):
-            largest = float(values.abs().max())
+        largest = max(abs(float(bound)) for bound in torch.aminmax(values)) if values.numel() else 0.0
+        if dtype == torch.float16 and not largest < _FLOAT16_OVERFLOW:
             raise ExportError(
                 f"{name} holds {largest:.3g}, which float16 cannot; take precision='bf16' or precision='fp32'"
             )
-        return result
+        return values.to(dtype)
 
     return defer(cast, parameter.shape, dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -57,10 +58,11 @@ class Quantization:
 
 
 class Counts(NamedTuple):
-    """How many multiplications and how many lookups read blocks."""
+    """How many multiplications and how many lookups read blocks, and how many values those hold."""
 
     multiplications: int
     lookups: int
+    values: int
 
 
 def quantize_models(models: Sequence[ir.Model], how: Quantization) -> Counts:
@@ -75,7 +77,8 @@ def quantize_models(models: Sequence[ir.Model], how: Quantization) -> Counts:
     """
     tables = {name for model in models for name in _tables_of_heads(model)}
     counts = [quantize_weights(model, how, tables=tables) for model in models]
-    return Counts(sum(found.multiplications for found in counts), sum(found.lookups for found in counts))
+    multiplications, lookups, values = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return Counts(multiplications, lookups, values)
 
 
 def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[str] = ()) -> Counts:
@@ -108,6 +111,7 @@ def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[s
             made[key] = _blocks(model.graph, weight, is_turned, how)
         _multiply(node, *made[key], how)
         replaced += 1
+    values = sum(_size(model.graph.initializers[name]) for name, _ in made)
     for name in sorted(tables):
         table = model.graph.initializers.get(name)
         if table is not None and (name, True) not in made and _is_looked_up(table, how):
@@ -118,7 +122,7 @@ def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[s
     if made:
         model.graph.opset_imports[_MICROSOFT] = 1
         _drop_unread(model.graph, [name for name, _ in made])
-    return Counts(replaced, lookups)
+    return Counts(replaced, lookups, values)
 
 
 @dataclass
@@ -303,6 +307,12 @@ def _tables_of_heads(model: ir.Model) -> set[str]:
     """Names of matrices that are looked up and multiplied with."""
     weights = [found[0] for node in model.graph.all_nodes() if (found := _weight_of(node)) is not None and found[1]]
     return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}
+
+
+def _size(value: ir.Value) -> int:
+    assert value.shape is not None
+    sizes = [int(size) for size in value.shape.numpy()]
+    return math.prod(sizes)
 
 
 def _drop_unread(graph: ir.Graph, names: list[str]) -> None:

@@ -140,6 +140,13 @@ def _reference(model: TracedModel | GraloraModel, manifest: Mapping[str, Any]) -
     if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
     how = None if found is None else Quantization(found["kind"], found["block_size"], found["accuracy_level"])
+    known = sum({id(site.weight): site.weight.numel() for site in traced.sites}.values())
+    if found is not None and found["values"] != known:
+        raise ExportError(
+            f"the export holds {found['values']:,} quantized values and the model's linear layers {known:,}, so there "
+            "is no model with the same rounded weights to compare it with; export with verify=False and judge it by "
+            "what it is for"
+        )
     return rounded(as_traced(model), precision, how, with_tables=found is not None and found["lookups"] > 0)
 
 

@@ -229,3 +229,13 @@ def test_help_and_wrong_options_wait_for_no_library() -> None:
         "print([name for name in ('torch', 'transformers', 'onnx', 'numpy') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_export_streams_quantizes_and_is_verified_afterwards(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    named = ("--model", tmp_path / "base", "--task", "text-generation-with-past", "--output", tmp_path / "onnx")
+    result = run("export", *named, "--stream", "--quantize", "int4", "--block-size", 16)
+    assert "run gralora-fx verify" in result.stderr
+    assert "passed" in run("verify", "--model", tmp_path / "base", "--output", tmp_path / "onnx").stdout
+    result = run("export", *named, "--quantize", "int4", "--block-size", 24, expect=1)
+    assert "error: block_size=24 is no block size" in result.stderr

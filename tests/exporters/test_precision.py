@@ -18,6 +18,7 @@ from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.precision import in_precision
+from gralora_fx.serving import load
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
@@ -141,3 +142,21 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
 def test_weights_of_several_precisions_are_refused() -> None:
     with pytest.raises(ExportError, match="holds float32, float64 weights; cast it to one of"):
         in_precision(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())), "fp16")
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"quantize": "int4"}, {"quantize": "int8"}])
+def test_onnxruntime_genai_generates_from_it(options: dict[str, Any], tmp_path: Path) -> None:
+    export_onnx(adapted("llama"), tmp_path / "onnx", verify=False, **options)
+    model = load(tmp_path / "onnx")
+    prompt, expected = [5, 17, 42], []
+    cache = {
+        name: np.zeros([1, 2, 0, 8], np.float16 if "precision" in options else np.float32)
+        for name in model.input_names
+        if name.startswith("past_key_values.")
+    }
+    for _ in range(4):  # the same graph without a cache, in plain ONNX Runtime
+        ids = np.array([prompt + expected])
+        positions = np.arange(ids.shape[1])[None]
+        outputs = model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=positions, **cache)
+        expected.append(int(outputs["logits"][0, -1].argmax()))
+    assert model.generate(prompt, max_new_tokens=4) == expected

@@ -89,7 +89,8 @@ def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path) -
 
 
 def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> None:
-    report = export_onnx(trace(tiny_model("gpt2"), task=CACHED), tmp_path / "onnx", quantize="int4")
+    traced = trace(tiny_model("gpt2"), task=CACHED)
+    report = export_onnx(traced, tmp_path / "onnx", quantize="int4")
     found = operators(tmp_path / "onnx")
     assert (found["MatMulNBits"], found["GatherBlockQuantized"], found["MatMul"]) == (9, 1, 0)
     stored = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
@@ -101,6 +102,7 @@ def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> 
         "accuracy_level": 4,
         "multiplications": 9,
         "lookups": 1,
+        "values": sum(site.weight.numel() for site in traced.sites),
     }
     assert report.verification is not None
     assert report.verification.passed
@@ -124,17 +126,33 @@ def test_quantized_weights_go_with_half_precision(precision: Any, tmp_path: Path
 class Biased(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.scale = nn.Linear(64, 32), nn.Parameter(torch.ones(3, 32, 16))
+        self.up, self.mixing = nn.Linear(64, 32), nn.Parameter(torch.ones(3, 32, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(self.up(x).unsqueeze(1), self.scale[0])
+        return torch.matmul(self.up(x).unsqueeze(0).expand(3, -1, -1), self.mixing)
 
 
-def test_biases_are_added_behind_and_no_other_product_is_touched(tmp_path: Path) -> None:
+def test_biases_are_added_behind_and_no_batch_of_matrices_is_touched(tmp_path: Path) -> None:
     report = export_onnx(trace(Biased(), (torch.randn(2, 64),)), tmp_path / "onnx", quantize="int8")
-    assert operators(tmp_path / "onnx")["MatMulNBits"] == 1
+    found = operators(tmp_path / "onnx")
+    assert (found["MatMulNBits"], found["MatMul"]) == (1, 1)
     assert report.verification is not None
     assert report.verification.passed
+
+
+class Unlisted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mixing = nn.Linear(64, 32), nn.Parameter(torch.ones(3, 32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.up(x).unsqueeze(1), self.mixing[0])
+
+
+def test_a_constant_matrix_that_is_no_linear_layer_cannot_be_compared(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"2,560 quantized values and the model's linear layers 2,048.*verify=False"):
+        export_onnx(trace(Unlisted(), (torch.randn(2, 64),)), tmp_path / "onnx", quantize="int8")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
