@@ -138,7 +138,7 @@ def lower_norms(model: ir.Model) -> int:
             fused += 1
         elif rms:
             build = Builder(model.graph)
-            weight = node.inputs[1] or _ones(build, node)
+            weight = node.inputs[1] or _ones(build, node, node.inputs[0])
             y = build("RMSNormalization", node.inputs[0], weight, epsilon=node.attributes["epsilon"].as_float())
             take_place(y, node.outputs[0])
             build.insert_before(node)
@@ -163,7 +163,11 @@ def _residual(node: ir.Node) -> ir.Node | None:
 
 def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, rms: bool) -> None:
     build = Builder(graph)
-    inputs = [*addition.inputs, node.inputs[1] or _ones(build, node), *([] if rms else node.inputs[2:])]
+    inputs = [
+        *addition.inputs,
+        node.inputs[1] or _ones(build, node, addition.inputs[0]),
+        *([] if rms else node.inputs[2:]),
+    ]
     eps = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
     op_type = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
     fused = build.node(op_type, inputs, domain=_CONTRIB, num_outputs=4, epsilon=eps)
@@ -176,8 +180,9 @@ def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, rms: bool) -> None:
     graph.remove(addition)
 
 
-def _ones(build: Builder, node: ir.Node) -> ir.Value:
-    size, dtype = known_size(node.inputs[0], -1), node.outputs[0].dtype or ir.DataType.FLOAT
+def _ones(build: Builder, node: ir.Node, like: ir.Value | None) -> ir.Value:
+    """A weight of ones for a normalisation of tensors like another."""
+    size, dtype = known_size(like, -1), node.outputs[0].dtype or ir.DataType.FLOAT
     if size is not None:
         return build.tensor(np.ones(size, np.float32), dtype)
-    return build("Expand", build.tensor(1.0, dtype), build("Shape", node.inputs[0], start=-1))
+    return build("Expand", build.tensor(1.0, dtype), build("Shape", like, start=-1))

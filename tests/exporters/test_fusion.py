@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from gralora_fx import trace
+from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters.conversion import translate
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.normalization import lower_norms, mark_rms_norms
@@ -127,3 +127,12 @@ def test_layers_become_the_operators_that_the_runtime_is_fast_at(
     assert operators["GroupQueryAttention"] == 2
     assert not operators["Transpose"]
     assert {name: operators[name] for name in expected} == expected
+
+
+def test_a_merged_graph_has_the_operators_of_the_base_one_for_one() -> None:
+    config = LlamaConfig(**SIZES)
+    traced = trace(AutoModelForCausalLM.from_config(config).eval(), task="text-generation-with-past").eval()
+    adapted = rewrite(traced, GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False))
+    graphs = [decoder_model(model.graph_module, logits="last")[0].graph for model in (traced, merge(adapted))]
+    base, merged = ([(node.domain, node.op_type, len(node.inputs)) for node in graph] for graph in graphs)
+    assert merged == base
