@@ -23,7 +23,7 @@ from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
 from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of, take_float32
-from gralora_fx.exporters.quantization import Counts, Quantization, quantize_weights
+from gralora_fx.exporters.quantization import Quantization, quantize_models
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
 from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
 from gralora_fx.model import GraloraModel
@@ -95,8 +95,8 @@ def export_onnx(
     quantized: dict[str, Any] | None = None
     if how is not None:
         with timed("quantize", seconds):
-            counts = [quantize_weights(onnx_model, how) for onnx_model in onnx_models.values()]
-        quantized = dataclasses.asdict(how) | Counts(*map(sum, zip(*counts, strict=True)))._asdict()
+            counts = quantize_models(list(onnx_models.values()), how)
+        quantized = dataclasses.asdict(how) | counts._asdict()
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with timed("write", seconds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,7 +65,23 @@ class Counts(NamedTuple):
     values: int
 
 
-def quantize_weights(model: ir.Model, how: Quantization) -> Counts:
+def quantize_models(models: Sequence[ir.Model], how: Quantization) -> Counts:
+    """Quantize the weights of models that are parts of one; a table that is a head's weight in one is so in all.
+
+    Args:
+        models: The models; they are changed in place.
+        how: Width, block size and accuracy level.
+
+    Returns:
+        How many nodes were replaced in all.
+    """
+    tables = {name for model in models for name in _tables_of_heads(model)}
+    counts = [quantize_weights(model, how, tables=tables) for model in models]
+    multiplications, lookups, values = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return Counts(multiplications, lookups, values)
+
+
+def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[str] = ()) -> Counts:
     """Store constant matrices as blocks of small integers, and multiply with them as they are.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`; `e = Gather(table, ids)`
@@ -78,6 +94,7 @@ def quantize_weights(model: ir.Model, how: Quantization) -> Counts:
     Args:
         model: The model; it is changed in place.
         how: Width, block size and accuracy level.
+        tables: Names of embeddings that are blocks too, though no head of this model is tied to them.
 
     Returns:
         How many nodes were replaced.
@@ -95,6 +112,10 @@ def quantize_weights(model: ir.Model, how: Quantization) -> Counts:
         _multiply(node, *made[key], how)
         replaced += 1
     values = sum(_size(model.graph.initializers[name]) for name, _ in made)
+    for name in sorted(tables):
+        table = model.graph.initializers.get(name)
+        if table is not None and (name, True) not in made and _is_looked_up(table, how):
+            made[name, True] = _blocks(model.graph, table, True, how)
     for (name, is_turned), (packed, scales) in made.items():
         if is_turned:
             lookups += _gather(model.graph.initializers[name], packed, scales, how)
@@ -249,11 +270,11 @@ def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, how: Quantizati
 
 def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantization) -> int:
     """Let lookups in a table that is a head's weight too read the head's blocks, so that it is stored once."""
-    assert table.shape is not None
-    rows, width = (int(size) for size in table.shape.numpy())
-    readers = [use.node for use in table.uses()]
-    if width % how.block_size or not all(node.op_type == "Gather" and _axis(node) == 0 for node in readers):
+    if not _is_looked_up(table, how):
         return 0
+    assert table.shape is not None
+    rows = int(table.shape.numpy()[0])
+    readers = [use.node for use in table.uses()]
     for node in readers:
         graph = node.graph
         assert isinstance(graph, ir.Graph)
@@ -272,6 +293,20 @@ def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantizati
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return len(readers)
+
+
+def _is_looked_up(table: ir.Value, how: Quantization) -> bool:
+    """Whether all that reads a table now are lookups of rows, which blocks can serve."""
+    assert table.shape is not None
+    width = table.shape[1] if len(table.shape) == 2 else None
+    fits = isinstance(width, int) and width % how.block_size == 0
+    return fits and all(use.node.op_type == "Gather" and _axis(use.node) == 0 for use in table.uses())
+
+
+def _tables_of_heads(model: ir.Model) -> set[str]:
+    """Names of matrices that are looked up and multiplied with."""
+    weights = [found[0] for node in model.graph.all_nodes() if (found := _weight_of(node)) is not None and found[1]]
+    return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}
 
 
 def _size(value: ir.Value) -> int:
