@@ -68,7 +68,7 @@ def store_as_used(model: ir.Model) -> None:
         users = [usage.node for usage in value.uses()]
         tensor = value.const_value
         is_matrix = tensor is not None and len(tensor.shape) == 2
-        if not is_matrix or len(users) != 1 or users[0].op_type != "Transpose" or value.is_graph_output():
+        if not is_matrix or len(users) != 1 or not _transposes(users[0]) or value.is_graph_output():
             continue
         (node,) = users
         turned = node.outputs[0]
@@ -79,6 +79,12 @@ def store_as_used(model: ir.Model) -> None:
         lazy.name = value.name
         ir.convenience.replace_all_uses_with(turned, value)
         model.graph.remove(node, safe=True)
+
+
+def _transposes(node: ir.Node) -> bool:
+    """Whether a node transposes a matrix: one that keeps the order of its axes does not."""
+    order = node.attributes.get("perm") if node.op_type == "Transpose" else None
+    return node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
 
 
 def _name_cache(model: ir.Model) -> None:

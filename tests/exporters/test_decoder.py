@@ -52,6 +52,24 @@ def test_weights_are_stored_as_they_are_used_and_tied_ones_once(tmp_path: Path) 
     assert torch.equal(torch.from_numpy(stored.numpy()), source.up.weight.detach().T)
 
 
+class Looked(nn.Module):
+    """A table that is looked up by an index, which torch's translation puts behind a transposition of no axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+
+def test_a_table_that_is_looked_up_is_stored_as_it_is(tmp_path: Path) -> None:
+    source, ids = Looked(), torch.tensor([[1, 2, 9]])
+    model = translate(trace(source, (ids,)).graph_module)
+    store_as_used(model)
+    assert torch.equal(run(model, tmp_path, ids)[0], source(ids))
+
+
 class Writes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
