@@ -85,6 +85,7 @@ def load_streamed(name: str | Path, task: str | None = None, *, num_labels: int 
     try:
         with quiet():
             config = AutoConfig.from_pretrained(directory)
+            config.dtype = torch.float32  # as `load_model`
             if num_labels is not None:
                 config.num_labels = num_labels
             model_class = _class_for(config, task)
