@@ -105,7 +105,11 @@ def packed(
         interleaved=turns[0].attributes["interleaved"].as_int(),
         **partial,
     )
-    return build("Reshape", apart, tables.flat_shape(cos, count * size))
+    whole = build("Reshape", apart, tables.flat_shape(cos, count * size))
+    whole.type = query.type
+    if query.shape is not None:  # the runtime reads the number of heads off the width, which it does not work out here
+        whole.shape = ir.Shape([query.shape[0], query.shape[2], count * size])
+    return whole
 
 
 def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value | None:

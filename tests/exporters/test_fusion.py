@@ -125,7 +125,7 @@ def test_layers_become_the_operators_that_the_runtime_is_fast_at(
     model, _ = decoder_model(traced.graph_module, logits="last")
     operators = Counter(node.op_type for node in model.graph)
     assert operators["GroupQueryAttention"] == 2
-    assert not operators["Transpose"]
+    assert all(node.inputs[0].is_initializer() for node in model.graph if node.op_type == "Transpose")  # a tied head
     assert {name: operators[name] for name in expected} == expected
 
 

@@ -398,7 +398,6 @@ def test_wrong_example_inputs(model: Any, inputs: Any, message: str) -> None:
     ("name", "task", "message"),
     [
         ("bert", "translation", "unknown task 'translation'; take one of feature-extraction"),
-        ("t5", "text2text-generation-with-past", "needs a cache, which is not supported yet; take 'text2text-gen"),
         ("bert", "image-classification", "takes pixel_values, but BertForSequenceClassification takes input_ids"),
     ],
 )
