@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
@@ -66,8 +67,12 @@ def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _operators(model: PreTrainedModel) -> Iterator[None]:
-    """Let a decoder call one operator for attention, and for what else is known by its code."""
-    with fused_attention(model), known_as_operators(model):
+    """Let a decoder call one operator for attention, and for what else is known by its code.
+
+    The nodes get no stack trace, which takes a tenth of the time; the module that made each is noted all the same.
+    """
+    without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True)
+    with fused_attention(model), known_as_operators(model), without_stacks:
         yield
 
 
