@@ -8,7 +8,9 @@ from torch import fx
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.attention import fuse_attention
+from gralora_fx.exporters.building import Builder
 from gralora_fx.exporters.conversion import translate
+from gralora_fx.exporters.matching import END
 from gralora_fx.exporters.normalization import lower_norms, mark_rms_norms
 from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.reports import AttentionReport
@@ -118,32 +120,15 @@ def _keep_last_position(model: ir.Model) -> None:
         )
     hidden = node.inputs[0]
     ids, mask = (_input(model, name) for name in ("input_ids", "attention_mask"))
-    made: list[ir.Node] = []
-
-    def op(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        made.append(ir.node(op_type, list(inputs), attributes=attributes or None))
-        return made[-1].outputs[0]
-
-    def constant(name: str, numbers: list[int]) -> ir.Value:
-        tensor = ir.tensor(numbers, dtype=ir.DataType.INT64, name=f"logits.{name}")
-        value = ir.Value(
-            name=tensor.name,
-            shape=ir.Shape([len(numbers)]),
-            type=ir.TensorType(ir.DataType.INT64),
-            const_value=tensor,
-        )
-        model.graph.initializers[f"logits.{name}"] = value
-        return value
-
-    one, end = constant("one", [1]), constant("end", [2**31 - 1])
-    length = op("Shape", ids, start=1, end=2)
-    window = op("Slice", mask, op("Neg", length), end, one)  # [batch, length], the mask of the new positions
-    last = op("ArgMax", window, axis=1, keepdims=1, select_last_index=1)  # [batch, 1]
-    cut = op("GatherND", hidden, op("Unsqueeze", last, constant("axis", [2])), batch_dims=1)  # [batch, 1, size]
+    build = Builder(model.graph)
+    length = build("Shape", ids, start=1, end=2)
+    window = build("Slice", mask, build("Neg", length), build.ints(END), build.ints(1))  # the mask of new positions
+    last = build("ArgMax", window, axis=1, keepdims=1, select_last_index=1)  # [batch, 1]
+    cut = build("GatherND", hidden, build("Unsqueeze", last, build.ints(2)), batch_dims=1)  # [batch, 1, size]
     if hidden.shape is not None:
         cut.shape = ir.Shape([hidden.shape[0], 1, *hidden.shape[2:]])
     cut.type = hidden.type
-    model.graph.insert_before(node, made)
+    build.insert_before(node)
     node.replace_input_with(0, cut)
     for member in chain:
         if member.shape is not None and len(member.shape) == 3:

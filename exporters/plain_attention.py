@@ -6,6 +6,7 @@ import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.building import Builder, known_size, take_place
 
 
 def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.Value]) -> None:
@@ -33,7 +34,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
     heads, key_heads, size, value_size = _axis(query, 1), _axis(key, 1), _axis(query, 3), _axis(value, 3)
     window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
     dtype = query.dtype or ir.DataType.FLOAT
-    build = _Builder()
+    build = Builder(graph)
     bias = _bias(graph, node, masks, build, mask, window, dtype)
     shared = heads != key_heads
     if shared:  # [batch, key heads, heads / key heads, length, size] and [batch, key heads, 1, total, size]
@@ -46,9 +47,9 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
             bias = build("Unsqueeze", bias, build.ints(2)) if shape is None else build("Reshape", bias, shape)
     turned = build("Transpose", key, perm=[0, 1, 2, 4, 3] if shared else [0, 1, 3, 2])
     scale = node.attributes["scale"].as_float()
-    scores = build("MatMul", build("Mul", query, build.number(scale, dtype)), turned)
+    scores = build("MatMul", build("Mul", query, build.tensor(scale, dtype)), turned)
     if softcap:
-        bound = build.number(softcap, dtype)
+        bound = build.tensor(softcap, dtype)
         scores = build("Mul", build("Tanh", build("Div", scores, bound)), bound)
     if bias is not None:
         scores = build("Add", scores, bias)
@@ -63,7 +64,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
     result = build("MatMul", weights, value)
     if shared:
         result = build("Reshape", result, build.ints(0, heads, -1, value_size))
-    _take_place(node, build("Transpose", result, perm=[0, 2, 1, 3]), build)
+    _replace(node, build("Transpose", result, perm=[0, 2, 1, 3]), build)
 
 
 def lower_masks(graph: ir.Graph, domain: str) -> int:
@@ -81,38 +82,21 @@ def lower_masks(graph: ir.Graph, domain: str) -> int:
     """
     nodes = [node for node in graph if node.domain == domain and node.op_type == "Mask"]
     for node in nodes:
-        build = _Builder()
+        build = Builder(graph)
         padding, length = node.inputs
         assert padding is not None
         assert length is not None
         window, dtype = node.attributes["window"].as_int(), ir.DataType(node.attributes["dtype"].as_int())
         rows = build("Reshape", length, build.ints(1))
-        _take_place(node, _causal(build, padding, rows, window, dtype), build)
+        _replace(node, _causal(build, padding, rows, window, dtype), build)
     return len(nodes)
-
-
-class _Builder:
-    """Nodes in the order they are made, to be put before another."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-
-    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
-        self.nodes.append(ir.node(op_type, list(inputs), attributes=attributes or None))  # type: ignore[arg-type]
-        return self.nodes[-1].outputs[0]
-
-    def ints(self, *values: int) -> ir.Value:
-        return self("Constant", value_ints=list(values))
-
-    def number(self, value: float, dtype: ir.DataType) -> ir.Value:
-        return self("Constant", value=ir.tensor(value, dtype=dtype))
 
 
 def _bias(
     graph: ir.Graph,
     node: ir.Node,
     masks: dict[tuple[ir.Value, int], ir.Value],
-    build: _Builder,
+    build: Builder,
     mask: ir.Value | None,
     window: int,
     dtype: ir.DataType,
@@ -123,13 +107,13 @@ def _bias(
     if (mask, window) not in masks:
         query = node.inputs[0]
         assert query is not None
-        apart = _Builder()
+        apart = Builder(graph)
         masks[mask, window] = _causal(apart, mask, apart("Shape", query, start=2, end=3), window, dtype)
-        graph.insert_before(node, apart.nodes)
+        apart.insert_before(node)
     return masks[mask, window]
 
 
-def _causal(build: _Builder, padding: ir.Value, length: ir.Value, window: int, dtype: ir.DataType) -> ir.Value:
+def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dtype: ir.DataType) -> ir.Value:
     """`[batch, 1, length, total]` of a padding mask `[batch, total]` and the number of new positions `[1]`."""
     total = build("Shape", padding, start=1, end=2)
     ends, zero, one = build("Squeeze", total), build("Constant", value_int=0), build("Constant", value_int=1)
@@ -142,20 +126,18 @@ def _causal(build: _Builder, padding: ir.Value, length: ir.Value, window: int, d
     real = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
     seen = build("And", build("Unsqueeze", seen, build.ints(0, 1)), real)
     smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
-    return build("Where", seen, build.number(0.0, dtype), build.number(float(smallest), dtype))
+    return build("Where", seen, build.tensor(0.0, dtype), build.tensor(float(smallest), dtype))
 
 
-def _take_place(node: ir.Node, new: ir.Value, build: _Builder) -> None:
-    old = node.outputs[0]
-    new.shape, new.type, new.name = old.shape, old.type, old.name
+def _replace(node: ir.Node, new: ir.Value, build: Builder) -> None:
+    take_place(new, node.outputs[0])
+    build.insert_before(node)
     assert isinstance(node.graph, ir.Graph)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    node.graph.insert_before(node, build.nodes)
     node.graph.remove(node, safe=True)
 
 
 def _axis(value: ir.Value, axis: int) -> int:
-    size = None if value.shape is None else value.shape[axis]
-    if not isinstance(size, int):
-        raise ExportError(f"axis {axis} of {value.name} is {size}, which attention needs as a number")
+    size = known_size(value, axis)
+    if size is None:
+        raise ExportError(f"axis {axis} of {value.name} is {value.shape}, which attention needs as a number")
     return size
