@@ -35,6 +35,8 @@ from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.transformers_export import convert_to_onnx
 
+_WRITERS, _IN_FLIGHT = 2, 2**28  # threads that make and write weights, and the bytes they hold
+
 
 def export_onnx(
     model: TracedModel | GraloraModel,
@@ -104,7 +106,14 @@ def export_onnx(
             require_space(output_dir, sum(tensor.nbytes for tensor in weights if tensor is not None))
             for name, onnx_model in onnx_models.items():
                 data = f"{name}.onnx_data"
-                ir.save(onnx_model, stage / f"{name}.onnx", external_data=data, size_threshold_bytes=1024)
+                ir.save(
+                    onnx_model,
+                    stage / f"{name}.onnx",
+                    external_data=data,
+                    size_threshold_bytes=1024,
+                    max_workers=_WRITERS,
+                    max_in_flight_bytes=_IN_FLIGHT,
+                )
             _write_companions(stage, traced, tokenizer)
             is_decoder = isinstance(traced.example_inputs.get(PAST), DynamicCache)
             if is_decoder:

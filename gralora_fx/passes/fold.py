@@ -148,8 +148,13 @@ def refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
         )
 
 
+def _is_finite(weight: Tensor) -> bool:
+    """Whether every value is finite; the sum tells it sooner, but may overflow where all values are."""
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
 def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
-    bad = [path for path, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+    bad = [path for path, weight in weights.items() if not _is_finite(weight)]
     if bad:
         raise MergeError(
             f"the merged weight of {', '.join(bad)} is not finite; the adapter is damaged, nothing was changed"
