@@ -158,7 +158,23 @@ def _residual(node: ir.Node) -> ir.Node | None:
         return None
     shapes = [None if value is None or value.shape is None else list(value.shape) for value in addition.inputs]
     same = shapes[0] is not None and len(shapes[0]) == 3 and shapes[0] == shapes[1]
+    if any(_is_made_of(value, addition) for value in node.inputs[1:]):
+        return None  # a weight of ones that takes its size from the sum
     return addition if same and not any(output.is_graph_output() for output in node.outputs[1:]) else None
+
+
+def _is_made_of(value: ir.Value | None, node: ir.Node) -> bool:
+    """Whether a value is worked out from what a node gives."""
+    seen, waiting = set(), [value]
+    while waiting:
+        current = waiting.pop()
+        producer = None if current is None else current.producer()
+        if producer is node:
+            return True
+        if producer is not None and producer not in seen:
+            seen.add(producer)
+            waiting.extend(producer.inputs)
+    return False
 
 
 def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, rms: bool) -> None:

@@ -20,6 +20,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     Olmo2Config,
+    OlmoConfig,
     OPTConfig,
     PhiConfig,
     Qwen2Config,
@@ -108,6 +109,7 @@ EXPECTED: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
     (Qwen3Config, {**SIZES, "head_dim": 16}, {"MatMul": 15, "RotaryEmbedding": 4, "RMSNormalization": 5}),
     (Gemma3TextConfig, {**SIZES, "head_dim": 16}, {"MatMul": 15, "RotaryEmbedding": 4, "Add": 0}),
     (Olmo2Config, SIZES, {"MatMul": 15, "RotaryEmbedding": 4}),
+    (OlmoConfig, SIZES, {"GroupQueryAttention": 2, "LayerNormalization": 5}),  # no weight: its ones come from the sum
     (CohereConfig, SIZES, {"MatMul": 11, "RotaryEmbedding": 2}),
     (GlmConfig, {**SIZES, "head_dim": 16}, {"MatMul": 9, "RotaryEmbedding": 2}),
     (PhiConfig, {**SIZES, "partial_rotary_factor": 0.5}, {"RotaryEmbedding": 2, "LayerNormalization": 1}),
