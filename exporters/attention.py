@@ -6,14 +6,13 @@ import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.building import Builder, known_size, take_place
+from gralora_fx.exporters.building import MICROSOFT, Builder, known_size, take_place
 from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.packing import flat, packed
 from gralora_fx.exporters.plain_attention import lower_attention, lower_masks
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rotary import RotaryTables
 
-_MICROSOFT = "com.microsoft"
 _Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with one mask share
 
 
@@ -50,7 +49,7 @@ def fuse_attention(model: ir.Model, tables: RotaryTables) -> AttentionReport:
     for node in fitting:
         _replace(model.graph, node, tables, shared)
     if fitting:
-        model.graph.opset_imports[_MICROSOFT] = 1
+        model.graph.opset_imports[MICROSOFT] = 1
     return AttentionReport(len(fitting), {_layer(node): why for node, why in plain.items()})
 
 
@@ -151,7 +150,7 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
         bias,
         sinks,
     ]
-    fused = build.node("GroupQueryAttention", inputs, domain=_MICROSOFT, num_outputs=3, **attributes)
+    fused = build.node("GroupQueryAttention", inputs, domain=MICROSOFT, num_outputs=3, **attributes)
     output = node.outputs[0]
     for usage in list(output.uses()):
         if _joins_heads(usage.node, heads * size):

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
 
 class Builder:
     """Makes nodes that a graph does not hold yet; calling it makes one and gives its first output.

@@ -9,11 +9,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from gralora_fx.exporters.building import Builder, known_size, take_place
+from gralora_fx.exporters.building import MICROSOFT, Builder, known_size, take_place
 from gralora_fx.exporters.matching import ADD, MUL, aten, is_call, number, operands, shape
 from gralora_fx.exporters.operators import DOMAIN, RMS_NORM
-
-_CONTRIB = "com.microsoft"
 
 
 def mark_rms_norms(graph: fx.Graph) -> int:
@@ -144,7 +142,7 @@ def lower_norms(model: ir.Model) -> int:
             build.insert_before(node)
             model.graph.remove(node, safe=True)
     if fused:
-        model.graph.opset_imports[_CONTRIB] = 1
+        model.graph.opset_imports[MICROSOFT] = 1
         model.graph.sort()
     return fused
 
@@ -186,7 +184,7 @@ def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, rms: bool) -> None:
     ]
     eps = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
     op_type = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
-    fused = build.node(op_type, inputs, domain=_CONTRIB, num_outputs=4, epsilon=eps)
+    fused = build.node(op_type, inputs, domain=MICROSOFT, num_outputs=4, epsilon=eps)
     for unused in fused.outputs[1:3]:
         unused.name = ""
     take_place(fused.outputs[0], node.outputs[0])

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from gralora_fx.exporters.building import Builder, constant_of, known_size
+from gralora_fx.exporters.building import MICROSOFT, Builder, constant_of, known_size
 from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.rotary import RotaryTables, turned
 from gralora_fx.exporters.weights import made_when_written
 
-_CONTRIB = "com.microsoft"
 _SWAP = [0, 2, 1, 3]  # heads and length
 
 
@@ -101,7 +100,7 @@ def packed(
         tables.rows_of_heads(cos, heads + key_heads, key_heads),
         tables.table_with_rest(cos, 1.0, count),
         tables.table_with_rest(sin, 0.0, count),
-        domain=_CONTRIB,
+        domain=MICROSOFT,
         interleaved=turns[0].attributes["interleaved"].as_int(),
         **partial,
     )

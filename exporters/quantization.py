@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.building import MICROSOFT
 from gralora_fx.exporters.weights import made_when_written
 
 _BITS = {"int4": 4, "int8": 8}
-_MICROSOFT = "com.microsoft"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SMALLEST_BLOCK = 16
 _COLUMNS = 4096  # quantized at once
@@ -120,7 +120,7 @@ def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[s
         if is_turned:
             lookups += _gather(model.graph.initializers[name], packed, scales, how)
     if made:
-        model.graph.opset_imports[_MICROSOFT] = 1
+        model.graph.opset_imports[MICROSOFT] = 1
         _drop_unread(model.graph, [name for name, _ in made])
     return Counts(replaced, lookups, values)
 
@@ -249,7 +249,7 @@ def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, how: Quantizati
     attributes: dict[str, Any] = {"K": inputs, "N": packed.shape[0], "bits": how.bits, "block_size": how.block_size}
     if how.accuracy_level:
         attributes["accuracy_level"] = how.accuracy_level
-    product = ir.node("MatMulNBits", [node.inputs[0], packed, scales], attributes=attributes, domain=_MICROSOFT)
+    product = ir.node("MatMulNBits", [node.inputs[0], packed, scales], attributes=attributes, domain=MICROSOFT)
     made = [product]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
@@ -285,7 +285,7 @@ def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantizati
             "GatherBlockQuantized",
             [flat.outputs[0], node.inputs[1], scales],
             attributes=attributes,
-            domain=_MICROSOFT,
+            domain=MICROSOFT,
         )
         old, new = node.outputs[0], found.outputs[0]
         new.type, new.shape, new.name = old.type, old.shape, old.name

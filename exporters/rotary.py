@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import fx
 
-from gralora_fx.exporters.building import Builder, known_size, take_place
+from gralora_fx.exporters.building import MICROSOFT, Builder, known_size, take_place
 from gralora_fx.exporters.matching import (
     ADD,
     MUL,
@@ -24,8 +24,6 @@ from gralora_fx.exporters.matching import (
     shape,
 )
 from gralora_fx.exporters.operators import DOMAIN, RESHAPE, ROTARY, ROTATE
-
-_CONTRIB = "com.microsoft"
 
 
 def mark_rotary(graph: fx.Graph) -> int:
@@ -281,6 +279,6 @@ def turned(build: Builder, node: ir.Node, x: ir.Value, tables: RotaryTables) -> 
     if size is None or half is None or size != 2 * half:
         attributes |= {"rotary_embedding_dim": 2 * int(half or 0), "num_heads": int(heads or 0)}
     inputs = (x, tables.rows(cos), tables.table(cos), tables.table(sin))
-    result = build("RotaryEmbedding", *inputs, domain=_CONTRIB, **attributes)
+    result = build("RotaryEmbedding", *inputs, domain=MICROSOFT, **attributes)
     result.shape, result.type = x.shape, x.type
     return result

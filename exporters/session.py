@@ -14,7 +14,6 @@ from gralora_fx.exporters.encoder_decoder import DECODER, ENCODER
 from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
 
 MODEL_NAME = "model.onnx"
-DATA_NAME = "model.onnx_data"
 
 
 def open_session(
