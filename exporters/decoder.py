@@ -15,6 +15,7 @@ from gralora_fx.exporters.normalization import lower_norms, mark_rms_norms
 from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rotary import RotaryTables, lower_rotary, mark_rotary
+from gralora_fx.exporters.shared_heads import mark_shared_heads
 from gralora_fx.exporters.weights import unless_weight
 from gralora_fx.tracing.quiet import quiet
 
@@ -39,7 +40,7 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> tuple[ir.Mode
     Raises:
         ExportError: The graph has no ONNX form.
     """
-    model = translate(graph_module, mark_rms_norms, mark_rotary)
+    model = translate(graph_module, mark_rms_norms, mark_rotary, mark_shared_heads)
     store_as_used(model)
     tables = RotaryTables(model.graph)
     attention = fuse_attention(model, tables)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.cases import context_of, last_logits, vocabulary_of
+from gralora_fx.exporters.exact import Judge
 from gralora_fx.exporters.reports import TokenCheck
 from gralora_fx.exporters.running import as_tensor, empty_values, run_values
 from gralora_fx.exporters.tolerances import largest_gap, largest_value
@@ -84,7 +85,7 @@ def together(rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 
 
 
 def compare_greedy(
-    session: Any, model: TracedModel | GraloraModel, cases: Iterable[Prompts], tolerance: float
+    session: Any, model: TracedModel | GraloraModel, cases: Iterable[Prompts], judge: Judge
 ) -> TokenCheck:
     """Compare logits and the likeliest token at every step; both go on with the model's token.
 
@@ -92,7 +93,7 @@ def compare_greedy(
         session: A session over an export with a cache.
         model: The model in evaluation mode.
         cases: Prompts to begin with.
-        tolerance: Largest difference of the logits allowed.
+        judge: Says which differences of the logits are allowed.
 
     Raises:
         ExportError: The model or the export cannot run.
@@ -100,16 +101,32 @@ def compare_greedy(
     found = _Found()
     for prompts in cases:
         found.cases.append(prompts.description)
-        for step, (expected, actual) in enumerate(_steps(session, model, prompts)):
-            found.add(step, expected, actual, tolerance, prompts.description)
+        for index, step in enumerate(_steps(session, model, prompts)):
+            found.add(index, step, judge, prompts.description)
     return found.result()
 
 
-def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[tuple[Tensor, Tensor]]:
-    """The last position's logits `[batch, vocabulary]` of model and export, step by step."""
+class _Step(NamedTuple):
+    """What both gave for one token, and what they had read until then.
+
+    Attributes:
+        expected: Logits of the model, `[batch, vocabulary]`.
+        actual: Those of the export.
+        ids: `[batch, length]`, from the prompt's first token on.
+        mask: As `ids`.
+    """
+
+    expected: Tensor
+    actual: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
+    """The last position's logits of model and export, step by step."""
     traced = model.traced if isinstance(model, GraloraModel) else model
     takes = {value.name for value in session.get_inputs()}
-    ids, mask = prompts.ids, prompts.mask
+    ids, mask, read = prompts.ids, prompts.mask, prompts.ids
     cache: Any = empty_cache(traced.example_inputs[PAST], ids.shape[0])
     values = empty_values(session, ids.shape[0])
     for _ in range(prompts.steps):
@@ -131,8 +148,9 @@ def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) ->
             logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)
             for logits in (outputs["logits"].float(), as_tensor(results["logits"]).float())
         )
-        yield expected[:, -1], actual[:, -1]
+        yield _Step(expected[:, -1], actual[:, -1], read, mask)
         ids = expected[:, -1].argmax(-1, keepdim=True)
+        read = torch.cat([read, ids], dim=1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
 
@@ -144,22 +162,27 @@ class _Found:
         self._compared = self._equal = self._ties = 0
         self._first: str | None = None
         self._errors: dict[int, float] = {}
+        self._passed = True
 
-    def add(self, step: int, expected: Tensor, actual: Tensor, tolerance: float, case: str) -> None:
+    def add(self, index: int, step: _Step, judge: Judge, case: str) -> None:
         """Count one step of every row."""
+        expected, actual = step.expected, step.actual
+        self._passed &= judge.accepts(
+            f"{case}, token {index}", expected, actual, lambda model: model.after(step.ids, step.mask)
+        )
         scale = max(1.0, largest_value(expected))
-        self._errors[step] = max(self._errors.get(step, 0.0), largest_gap(expected, actual) / scale)
+        self._errors[index] = max(self._errors.get(index, 0.0), largest_gap(expected, actual) / scale)
         wanted, got = expected.argmax(-1), actual.argmax(-1)
         self._compared += wanted.shape[0]
         self._equal += int((wanted == got).sum())
         for row in (wanted != got).nonzero().flatten().tolist():
             token, other = int(wanted[row]), int(got[row])
-            is_tie = float(expected[row, token] - expected[row, other]) <= 2 * tolerance * scale
+            is_tie = float(expected[row, token] - expected[row, other]) <= 2 * judge.tolerance * scale
             self._ties += is_tie
             if self._first is None:
                 tie = " (a near tie)" if is_tie else ""
-                self._first = f"{case}: row {row}, token {step} is {other} instead of {token}{tie}"
+                self._first = f"{case}: row {row}, token {index} is {other} instead of {token}{tie}"
 
     def result(self) -> TokenCheck:
         errors = tuple(self._errors[step] for step in sorted(self._errors))
-        return TokenCheck(tuple(self.cases), self._compared, self._equal, self._ties, self._first, errors)
+        return TokenCheck(tuple(self.cases), self._compared, self._equal, self._ties, self._first, errors, self._passed)

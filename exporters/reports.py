@@ -39,6 +39,7 @@ class TokenCheck:
         first_difference: Where the first token differs, or None.
         step_errors: Largest difference of the last position's logits at each step, that of the prompt first, relative
             to the largest logit or to 1 where that is smaller.
+        passed: Whether the logits of every step are as close as they have to be.
     """
 
     cases: tuple[str, ...]
@@ -47,6 +48,7 @@ class TokenCheck:
     near_ties: int
     first_difference: str | None
     step_errors: tuple[float, ...]
+    passed: bool = True
 
     @property
     def agreement(self) -> float:
@@ -65,17 +67,40 @@ class TokenCheck:
 
 
 @dataclass(frozen=True)
+class RoundingCheck:
+    """A difference above the tolerance, held against what float32 itself rounds there.
+
+    Attributes:
+        where: The case and the output or token.
+        difference: Of the export from PyTorch, relative to the largest value or to 1 where that is smaller.
+        rounding: What float32 itself rounds there, likewise (see `exact`); 0 where that could not be told.
+        why_not: Why it could not.
+    """
+
+    where: str
+    difference: float
+    rounding: float
+    why_not: str = ""
+
+    def __str__(self) -> str:
+        """Both numbers."""
+        return f"{self.where}: {self.difference:.1e}, {self.why_not or f'float32 itself rounds {self.rounding:.1e}'}"
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """The result of `verify_onnx`.
 
     Attributes:
-        passed: Whether every output is within the tolerance in every case, and the logits of every greedy step.
+        passed: Whether every output is close enough in every case, and the logits of every greedy step: within the
+            tolerance, or no more than four times as far off as float32 itself is from float64.
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
         cases: The inputs that were compared.
         tensors: One entry for each output.
         tokens: Greedy tokens, for an export that generates.
         weights: Precision of the export's weights, such as `fp16` or `int4`.
         arithmetic: Precision that it was run in.
+        rounding: Where float64 was asked, since the tolerance was exceeded.
     """
 
     passed: bool
@@ -85,6 +110,7 @@ class VerifyReport:
     tokens: TokenCheck | None = None
     weights: str = "fp32"
     arithmetic: str = "fp32"
+    rounding: tuple[RoundingCheck, ...] = ()
 
     @property
     def max_abs_error(self) -> float:
@@ -102,6 +128,7 @@ class VerifyReport:
             agreement = "" if check.argmax_agreement is None else f"{100 * check.argmax_agreement:.1f} %"
             lines.append(f"{check.name:<28}{check.max_abs_error:>12.2e}{check.max_rel_error:>12.2e}{agreement:>14}")
         lines += [] if self.tokens is None else [str(self.tokens)]
+        lines += [f"above the tolerance: {check}" for check in self.rounding]
         verdict = "passed" if self.passed else "FAILED"
         lines.append(f"{verdict}: {len(self.cases)} cases ({'; '.join(self.cases)}), tolerance {self.tolerance:g}")
         if {self.weights, self.arithmetic} != {"fp32"}:

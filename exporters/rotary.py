@@ -41,13 +41,14 @@ def mark_rotary(graph: fx.Graph) -> int:
         How many there were.
     """
     halves: dict[fx.Node, fx.Node] = {}
+    wide: dict[fx.Node, fx.Node] = {}
     count = 0
     for node in list(graph.nodes):
         found = _rotation(node)
         if found is None:
             continue
         x, *tables, interleaved = found
-        cos, sin = (_half(graph, table, interleaved, halves) for table in tables)
+        cos, sin = (_in_rows(graph, _half(graph, table, interleaved, halves), x, wide) for table in tables)
         place, x = _with_rest(node, x)
         with graph.inserting_before(place):
             turned = graph.call_function(ROTARY, (x, cos, sin, interleaved))
@@ -158,6 +159,26 @@ def _half(graph: fx.Graph, table: _Table, interleaved: bool, made: dict[fx.Node,
             half.meta = {**wide.meta, "val": wide.meta["val"].squeeze(1)}
         made[values] = half
     return made[values]
+
+
+def _in_rows(graph: fx.Graph, half: fx.Node, x: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A table with as many rows as what is turned, of one that all rows share."""
+    one, rows = expression(shape(half)[0]), expression(shape(x)[0])
+    if one != 1 or rows == 1:
+        return half
+    if half not in made:
+        with graph.inserting_before(half.next):
+            size = graph.call_function(aten.sym_size.int, (_batch_source(graph, rows), 0))
+            made[half] = graph.call_function(aten.expand.default, (half, [size, -1, -1]))
+        size.meta = {"val": shape(x)[0]}
+        made[half].meta = {**half.meta, "val": half.meta["val"].expand(shape(x)[0], -1, -1)}
+    return made[half]
+
+
+def _batch_source(graph: fx.Graph, rows: Any) -> fx.Node:
+    """An input whose first axis is the batch, which stands before everything that is computed."""
+    inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
+    return next(node for node in inputs if shape(node) and expression(shape(node)[0]) == rows)
 
 
 def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:

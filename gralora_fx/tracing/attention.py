@@ -1,44 +1,27 @@
 """Attention as one operator of a trace, whatever the model's architecture: `gralora::attention`.
 
 A traced model that keeps a cache shows its attention as one node a layer, with the padding mask, the window and the
-soft cap as arguments, so that an export can take the runtime's own fused operator without matching patterns. The mask
-that a model makes for its layers is one node as well, `gralora::mask`, until it is known what reads it.
+soft cap as arguments, so that an export can take the runtime's own fused operator without matching patterns.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    causal_mask_function,
-    eager_mask,
-    sliding_window_causal_mask_function,
-)
 
-NAME = "gralora"
+from gralora_fx.tracing.masks import CASTS, causal_mask
+from gralora_fx.tracing.namespace import NAMESPACE, is_traced, only_shapes
 
-# Models that are being traced: only the result's shape matters then, and working out the rest takes most of the time.
-_TRACED: set[int] = set()
-_CASTS = (
-    torch.ops.aten.to.dtype,
-    torch.ops.aten.to.device,
-    torch.ops.aten.to.dtype_layout,
-    torch.ops.aten._to_copy.default,
-)
-
-_library: Any = torch.library.Library(NAME, "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scale, int window, "
     "float softcap, float dropout) -> Tensor"
 )
-_library.define("mask(Tensor padding, SymInt length, int window, ScalarType dtype) -> Tensor")
 
 
 def attention(
@@ -69,7 +52,7 @@ def attention(
     Returns:
         `[batch, length, heads, value size]`.
     """
-    if _TRACED:
+    if is_traced():
         _note_sizes(query, key, value, mask)
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
@@ -97,30 +80,6 @@ def attention(
     return (result @ value).transpose(1, 2).contiguous()
 
 
-def causal_mask(padding: Tensor, length: int, window: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores so that a position sees itself, those before it, and no padding.
-
-    Args:
-        padding: `[batch, past + length]`, 0 where a position is padding.
-        length: Number of new positions.
-        window: How many positions back a position sees, itself included; 0 for all.
-        dtype: Dtype of the scores.
-
-    Returns:
-        `[batch, 1, length, past + length]`, 0 or the smallest number.
-    """
-    batch, total = padding.shape
-    if _TRACED:
-        return padding.new_empty((batch, 1, length, total), dtype=dtype)
-    rows = torch.arange(length, device=padding.device).unsqueeze(1) + (total - length)
-    columns = torch.arange(total, device=padding.device).unsqueeze(0)
-    seen = columns <= rows
-    if window:
-        seen = seen & (columns > rows - window)
-    seen = seen.unsqueeze(0).unsqueeze(0) & padding.bool().unsqueeze(1).unsqueeze(1)
-    return torch.zeros(seen.shape, dtype=dtype, device=padding.device).masked_fill(~seen, torch.finfo(dtype).min)
-
-
 def _note_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     """Tell the tracer what is equal, so that the sizes of all layers' caches are one."""
     equal = [key.shape[2] == value.shape[2]]
@@ -131,7 +90,6 @@ def _note_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
 
 
 _library.impl("attention", attention, "CompositeImplicitAutograd")
-_library.impl("mask", causal_mask, "CompositeImplicitAutograd")
 
 
 def _forward(
@@ -146,45 +104,7 @@ def _forward(
     return result, None
 
 
-def _mask(
-    *,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    q_length: int,
-    kv_length: int,
-    local_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> Tensor | None:
-    """The mask that a model's layers are given, as one operator where it is causal with at most a window."""
-    window = local_size or 0
-    plain = sliding_window_causal_mask_function(window) if window else causal_mask_function
-    if attention_mask is not None and _is_same(mask_function, plain):
-        torch._check(attention_mask.shape[1] == kv_length)  # type: ignore[no-untyped-call]
-        result: Tensor = torch.ops.gralora.mask(attention_mask, q_length, window, dtype)
-        return result
-    given = {"attention_mask": attention_mask, "local_size": local_size, "dtype": dtype, **options}
-    made: Tensor | None = eager_mask(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **given)
-    return made
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two functions have the same code over the same values, functions among these compared likewise."""
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_is_same, one, other))
-    if not (inspect.isfunction(one) and inspect.isfunction(other)):
-        return type(one) is type(other) and bool(one == other)
-    held = [tuple(cell.cell_contents for cell in function.__closure__ or ()) for function in (one, other)]
-    return one.__code__ is other.__code__ and _is_same(*held)
-
-
-def is_traced() -> bool:
-    """Whether a model is being traced: only shapes matter then."""
-    return bool(_TRACED)
-
-
-AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(NAMESPACE, _forward)
 
 
 @contextmanager
@@ -194,11 +114,10 @@ def fused_attention(model: PreTrainedModel) -> Iterator[None]:
     before = {key: config._attn_implementation for key, config in parts.items()}
     try:
         for config in parts.values():
-            config._attn_implementation = NAME
-        _TRACED.add(id(model))
-        yield
+            config._attn_implementation = NAMESPACE
+        with only_shapes():
+            yield
     finally:
-        _TRACED.discard(id(model))
         for key, config in parts.items():
             config._attn_implementation = before[key]
 
@@ -218,7 +137,7 @@ def padding_as_argument(graph: fx.Graph) -> None:
         mask = node.args[3]
         if isinstance(mask, fx.Node) and mask.target is torch.ops.gralora.mask.default:
             padding, _, window, *_ = mask.args
-            while isinstance(padding, fx.Node) and padding.target in _CASTS:
+            while isinstance(padding, fx.Node) and padding.target in CASTS:
                 (padding, *_) = padding.args
             node.update_arg(3, padding)
             node.update_arg(6, window)

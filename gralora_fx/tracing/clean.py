@@ -99,7 +99,9 @@ def _drop_empty_parts(graph: fx.Graph) -> None:
 def _is_empty(node: fx.Node) -> bool:
     """Whether a node is a tensor of shape `[0]`, which `cat` passes over."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and tuple(value.shape) == (0,)
+    return (
+        isinstance(value, torch.Tensor) and value.ndim == 1 and isinstance(value.shape[0], int) and not value.shape[0]
+    )
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from gralora_fx.tracing.attention import NAME, is_traced
+from gralora_fx.tracing.namespace import NAMESPACE, is_traced
 
-_library: Any = torch.library.Library(NAME, "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
 _library.define("rotate(Tensor x, Tensor cos, Tensor sin, int axis) -> Tensor")
 

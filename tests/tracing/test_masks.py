@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from transformers.masking_utils import (
+    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
+    or_masks,
     sliding_window_causal_mask_function,
 )
 
 from benchmarks.tiny_decoders import tiny_decoder
 from gralora_fx import trace
-from gralora_fx.tracing.attention import _is_same
+from gralora_fx.tracing.masks import _blocks_beside, _is_same, without_empty_blocks
 
 TASK = "text-generation-with-past"
 
@@ -43,6 +45,26 @@ def test_a_mask_of_chunks_is_made_by_the_model() -> None:
     assert sorted(ranks) == [2, 4, 4, 4]
 
 
+def test_a_mask_of_blocks_that_there_are_none_of_is_plain() -> None:
+    nodes = attention_nodes("Gemma4UnifiedForConditionalGeneration")
+    assert {str(node.args[3]) for node in nodes} == {"attention_mask"}
+
+
+def test_a_mask_of_blocks_stays_where_the_inputs_tell_them() -> None:
+    class Masked(nn.Module):
+        def forward(self, blocks: Tensor, padding: Tensor) -> Tensor:
+            plain = torch.ops.gralora.mask(padding, 3, 0, torch.float32)
+            whole = plain.masked_fill(blocks.bool().unsqueeze(1).unsqueeze(1), 0.0)
+            return torch.ops.gralora.mask_of_blocks(blocks, plain, whole)
+
+    inputs = torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4)
+    graph_module = torch.export.export(Masked(), inputs).module(check_guards=False)
+    without_empty_blocks(graph_module.graph)
+    graph_module.recompile()
+    assert not graph_module.graph.find_nodes(op="call_function", target=torch.ops.gralora.mask_of_blocks.default)
+    torch.testing.assert_close(graph_module(*inputs), Masked()(*inputs))
+
+
 def test_attention_that_does_not_go_through_the_interface_is_left_alone() -> None:
     model = tiny_decoder("BloomForCausalLM")
     before = model.config._attn_implementation
@@ -56,6 +78,11 @@ def test_mask_functions_are_compared_by_what_they_do() -> None:
     assert not _is_same(sliding_window_causal_mask_function(4), sliding_window_causal_mask_function(5))
     assert not _is_same(sliding_window_causal_mask_function(4), causal_mask_function)
     starts = torch.zeros(2, dtype=torch.long)
+    blocks = torch.tensor([[-1, 0, 0]])
+    shown = or_masks(causal_mask_function, blockwise_overlay(blocks))
+    assert _blocks_beside(shown, causal_mask_function) is blocks
+    assert _blocks_beside(shown, sliding_window_causal_mask_function(4)) is None
+    assert _blocks_beside(causal_mask_function, causal_mask_function) is None
     assert not _is_same(chunked_causal_mask_function(4, starts), sliding_window_causal_mask_function(4))
 
 
