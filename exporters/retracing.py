@@ -15,6 +15,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 Function = Callable[..., Any]
 
 
+def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
+    """`x` with its axes at `axes` of a larger shape."""
+    sizes = [x.shape[axes.index(axis)] if axis in axes else 1 for axis in range(len(shape))]
+    return x.reshape(sizes).expand(shape)
+
+
+# what PyTorch's own decompositions are made of, and functionalization does not take
+_BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadcast}
+
+
 def retrace(
     nodes: Sequence[fx.Node],
     table: Mapping[Any, Function] | None = None,
@@ -45,8 +55,8 @@ def retrace(
     values = [node.meta["val"] for node in inputs]
     noted = [mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v for v in values]
     with mode, torch.no_grad():
-        parts = make_fx(functionalize(compute), decomposition_table=dict(table or {}))(*noted)
-        parts = make_fx(functionalize(parts))(*noted)  # what decompositions write in place
+        parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
+        parts = make_fx(functionalize(parts))(*noted)
     graph, end = nodes[-1].graph, nodes[-1].next
     places: dict[fx.Node, fx.Node] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(end):

@@ -93,7 +93,7 @@ def _drop_empty_parts(graph: fx.Graph) -> None:
             node.replace_all_uses_with(parts[0])
             graph.erase_node(node)
             for chain in empty:
-                _erase_unused(graph, chain)
+                erase_unused(graph, chain)
 
 
 def _is_empty(node: fx.Node) -> bool:
@@ -104,12 +104,13 @@ def _is_empty(node: fx.Node) -> bool:
     )
 
 
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing reads, and what then is not read either; inputs stay."""
     sources = node.all_input_nodes
     if not node.users and node.op != "placeholder":
         graph.erase_node(node)
         for source in sources:
-            _erase_unused(graph, source)
+            erase_unused(graph, source)
 
 
 def _drop_dead_scalars(graph: fx.Graph) -> None:

@@ -17,6 +17,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from gralora_fx.tracing.clean import erase_unused
 from gralora_fx.tracing.namespace import NAMESPACE, is_traced
 
 CASTS = (
@@ -139,13 +140,10 @@ def without_empty_blocks(graph: fx.Graph) -> None:
     Args:
         graph: A fresh trace; it is changed in place.
     """
-    nodes = graph.find_nodes(op="call_function", target=torch.ops.gralora.mask_of_blocks.default)
-    for node in nodes:
+    for node in graph.find_nodes(op="call_function", target=torch.ops.gralora.mask_of_blocks.default):
         blocks, plain, whole = node.args
         node.replace_all_uses_with(plain if _holds_only(blocks, -1) else whole)
-        graph.erase_node(node)
-    if nodes:
-        graph.eliminate_dead_code()
+        erase_unused(graph, node)
 
 
 def _holds_only(node: Any, number: int) -> bool:
