@@ -95,13 +95,13 @@ def _unfit(node: ir.Node) -> str | None:
 def _lengths_and_bias(
     build: Builder, new: ir.Value, mask: ir.Value, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """`seqlens_k [batch]`, `total_sequence_length []` and the bias `[batch, 1, length, total]` of a padding mask.
+    """`seqlens_k [batch]`, `total_sequence_length [1]` and the bias `[batch, 1, length, total]` of a padding mask.
 
     `new` is `[batch, length, ...]`; the length of a cache does not tell the new positions, since it may be a buffer
     that has room for more.
     """
     smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
-    total = build("Cast", build("Squeeze", build("Shape", mask, start=1, end=2)), to=ir.DataType.INT32)
+    total = build("Cast", build("Shape", mask, start=1, end=2), to=ir.DataType.INT32)
     last = build("Sub", total, build.tensor([1], ir.DataType.INT32))
     lengths = build("Expand", last, build("Shape", mask, start=0, end=1))
     zero, hidden = build.tensor(0.0, dtype), build.tensor(float(smallest), dtype)

@@ -10,6 +10,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.attention import fuse_attention
 from gralora_fx.exporters.building import Builder
 from gralora_fx.exporters.conversion import translate
+from gralora_fx.exporters.joint_products import join_products
 from gralora_fx.exporters.matching import END
 from gralora_fx.exporters.normalization import lower_norms, mark_rms_norms
 from gralora_fx.exporters.operators import DOMAIN
@@ -49,6 +50,8 @@ def decoder_model(graph_module: fx.GraphModule, *, logits: str) -> tuple[ir.Mode
     if logits == "last":
         _keep_last_position(model)
     lower_norms(model)
+    optimizer.remove_unused_nodes(model)
+    join_products(model)
     model.graph.opset_imports.pop(DOMAIN, None)
     with quiet():  # it says what it leaves
         optimizer.fold_constants(model, should_fold=unless_weight)

@@ -98,8 +98,8 @@ def packed(
         "RotaryEmbedding",
         apart,
         tables.rows_of_heads(cos, heads + key_heads, key_heads),
-        tables.table_with_rest(cos, 1.0, count),
-        tables.table_with_rest(sin, 0.0, count),
+        tables.table_after_rest(cos, 1.0, count),
+        tables.table_after_rest(sin, 0.0, count),
         domain=MICROSOFT,
         interleaved=turns[0].attributes["interleaved"].as_int(),
         **partial,
@@ -120,10 +120,10 @@ def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) 
     first = projections[0]
     if any(p.x is not first.x or (p.bias is None) != (first.bias is None) for p in projections):
         return None
-    result = build("MatMul", first.x, _side_by_side(graph, [projection.weight for projection in projections]))
+    result = build("MatMul", first.x, side_by_side(graph, [projection.weight for projection in projections]))
     if first.bias is None:
         return result
-    return build("Add", result, _side_by_side(graph, [p.bias for p in projections if p.bias is not None]))
+    return build("Add", result, side_by_side(graph, [p.bias for p in projections if p.bias is not None]))
 
 
 def _cut_from_one(parts: Sequence[ir.Value | None]) -> ir.Value | None:
@@ -202,8 +202,13 @@ def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:
     return before if len(before.shape) == 3 and before.shape[2] == heads * size else None
 
 
-def _side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
-    """An initializer of several joined along their last axis."""
+def side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
+    """An initializer of several joined along their last axis; it is put together when it is written.
+
+    Args:
+        graph: The graph, which gains the initializer; those it is made of stay until nothing reads them.
+        values: Initializers of one dtype that differ in their last axis only.
+    """
     tensors = [value.const_value for value in values]
     widths = [known_size(value, -1) or 0 for value in values]
     first = tensors[0]

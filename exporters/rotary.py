@@ -145,19 +145,33 @@ class _Table(NamedTuple):
 
 
 def _half(graph: fx.Graph, table: _Table, interleaved: bool, made: dict[fx.Node, fx.Node]) -> fx.Node:
-    values = table.values
+    """`[batch, length, half]`: the value that the members of each pair share, computed once."""
+    half = _of_pairs(graph, table.values, interleaved, made)
+    if table.is_flat:
+        return half
+    if half not in made:
+        with graph.inserting_before(half.next):
+            made[half] = graph.call_function(aten.squeeze.dim, (half, 1))
+        made[half].meta = {**half.meta, "val": half.meta["val"].squeeze(1)}
+    return made[half]
+
+
+def _of_pairs(graph: fx.Graph, values: fx.Node, interleaved: bool, made: dict[fx.Node, fx.Node]) -> fx.Node:
+    """What was computed of values that the members of each pair share (see `_is_shared`), of one member each."""
+    source = values.args[0]
+    if is_call(values, aten.repeat_interleave.self_int):
+        assert isinstance(source, fx.Node)
+        return source
+    if (halves := joined(values)) is not None:
+        return halves[0]  # type: ignore[no-any-return]
     if values not in made:
+        assert isinstance(source, fx.Node)
+        before = _of_pairs(graph, source, interleaved, made)
+        with graph.inserting_before(values.next):
+            made[values] = graph.call_function(values.target, (before, *values.args[1:]), values.kwargs)  # type: ignore[arg-type]
         size = shape(values)[-1]
         stop, step = (size, 2) if interleaved else (size // 2, 1)
-        with graph.inserting_after(values):
-            half = graph.call_function(aten.slice.Tensor, (values, -1, 0, stop, step))
-        half.meta = {**values.meta, "val": values.meta["val"][..., :stop:step]}
-        if not table.is_flat:
-            wide = half
-            with graph.inserting_after(wide):
-                half = graph.call_function(aten.squeeze.dim, (wide, 1))
-            half.meta = {**wide.meta, "val": wide.meta["val"].squeeze(1)}
-        made[values] = half
+        made[values].meta = {**values.meta, "val": values.meta["val"][..., :stop:step]}
     return made[values]
 
 
@@ -222,27 +236,28 @@ class RotaryTables:
 
         return self._once(values, rows, "rows")
 
-    def table_with_rest(self, values: ir.Value, rest: float, count: int) -> ir.Value:
-        """The table of `[batch, length, half]` with `count` rows more that hold one number."""
+    def table_after_rest(self, values: ir.Value, rest: float, count: int) -> ir.Value:
+        """The table of `[batch, length, half]` behind `count` rows that hold one number."""
         dtype = values.dtype or ir.DataType.FLOAT
         fill = np.full((count, known_size(values, 2) or 0), rest)
         table = self.table(values)
         return self._once(
-            values, lambda build: build("Concat", table, build.tensor(fill, dtype), axis=0), rest, count, after=table
+            values, lambda build: build("Concat", build.tensor(fill, dtype), table, axis=0), rest, count, after=table
         )
 
     def rows_of_heads(self, values: ir.Value, turned: int, kept: int) -> ir.Value:
-        """`[batch * length, turned + kept]`, the row of each head: its position's, or the first of the rest."""
-        rows = self.rows(values)
+        """`[batch * length, turned + kept]`, the row of each head: its position's, or the first.
+
+        The table has as many rows in front as there are heads: the runtime takes no table with fewer rows than those.
+        """
+        table = self.table_after_rest(values, 1.0, turned + kept)
 
         def heads(build: Builder) -> ir.Value:
-            column = build("Reshape", rows, build.ints(-1, 1))
-            count = build("Shape", column, start=0, end=1)
-            own = build("Expand", column, build("Concat", count, build.ints(turned), axis=0))
-            rest = build("Expand", count, build("Concat", count, build.ints(kept), axis=0))
-            return build("Concat", own, rest, axis=1)
+            end = build("Squeeze", build("Shape", table, start=0, end=1))
+            rows = build("Unsqueeze", build("Range", build.scalar(turned + kept), end, build.scalar(1)), build.ints(1))
+            return build("Mul", rows, build.ints(*[1] * turned, *[0] * kept))
 
-        return self._once(values, heads, turned, kept, after=rows)
+        return self._once(values, heads, turned, kept, after=table)
 
     def flat_shape(self, values: ir.Value, width: int) -> ir.Value:
         """`[batch, length, width]` as a shape."""
