@@ -133,6 +133,7 @@ def load_traced(
             base = model or config.base_model_name_or_path
             task = task or _PEFT_TASKS.get(config.task_type or "")
             heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
+            del tensors  # they are read again when it is known where they go
         if base is None:
             raise ConfigError(
                 "no model was named; give --model, or --adapter with a base_model_name_or_path"

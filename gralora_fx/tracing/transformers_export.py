@@ -22,6 +22,7 @@ from transformers.exporters.utils import apply_fx_node_fixes
 
 from gralora_fx.tracing.attention import fused_attention
 from gralora_fx.tracing.cached import PAST, copied, equal_sizes, tensors_of
+from gralora_fx.tracing.cheap_shapes import cheap_shapes
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.known_code import known_as_operators
 from gralora_fx.tracing.quiet import quiet
@@ -72,7 +73,7 @@ def _operators(model: PreTrainedModel) -> Iterator[None]:
     The nodes get no stack trace, which takes a tenth of the time; the module that made each is noted all the same.
     """
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True)
-    with fused_attention(model), known_as_operators(model), without_stacks:
+    with fused_attention(model), known_as_operators(model), cheap_shapes(), without_stacks:
         yield
 
 
