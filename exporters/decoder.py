@@ -17,7 +17,7 @@ from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rotary import RotaryTables, lower_rotary, mark_rotary
 from gralora_fx.exporters.shared_heads import mark_shared_heads
-from gralora_fx.exporters.weights import unless_weight
+from gralora_fx.exporters.weights import Turned, unless_weight
 from gralora_fx.tracing.quiet import quiet
 
 # operators between the last projection and the logits that a model may have, such as a soft cap or a factor
@@ -79,10 +79,8 @@ def store_as_used(model: ir.Model) -> None:
         (node,) = users
         turned = node.outputs[0]
         assert tensor is not None
-        source, shape = tensor, ir.Shape(list(reversed(tensor.shape.numpy())))
-        lazy = ir.LazyTensor(lambda source=source: ir.tensor(source.numpy().T.copy()), dtype=tensor.dtype, shape=shape)  # type: ignore[misc]
-        value.const_value, value.shape = lazy, shape
-        lazy.name = value.name
+        value.const_value = Turned(value.name, tensor)
+        value.shape = value.const_value.shape
         ir.convenience.replace_all_uses_with(turned, value)
         model.graph.remove(node, safe=True)
 

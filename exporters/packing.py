@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 
 from gralora_fx.exporters.building import MICROSOFT, Builder, constant_of, known_size
 from gralora_fx.exporters.operators import DOMAIN
 from gralora_fx.exporters.rotary import RotaryTables, turned
-from gralora_fx.exporters.weights import made_when_written
+from gralora_fx.exporters.weights import Columns
 
 _SWAP = [0, 2, 1, 3]  # heads and length
 
@@ -209,24 +208,9 @@ def side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
         graph: The graph, which gains the initializer; those it is made of stay until nothing reads them.
         values: Initializers of one dtype that differ in their last axis only.
     """
-    tensors = [value.const_value for value in values]
-    widths = [known_size(value, -1) or 0 for value in values]
-    first = tensors[0]
-    assert first is not None
-    shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
     name = _joint_name([str(value.name) for value in values])
-
-    def join() -> ir.TensorProtocol:
-        """One part after the other, so that no more than one is in memory beside the whole."""
-        whole = np.empty(shape.numpy(), first.dtype.numpy())
-        ends = np.cumsum(widths)
-        for tensor, end, width in zip(tensors, ends, widths, strict=True):
-            assert tensor is not None
-            whole[..., end - width : end] = tensor.numpy()
-        return ir.tensor(whole, dtype=first.dtype)
-
-    tensor = made_when_written(name, first.dtype, shape, join)
-    joined = ir.Value(name=name, shape=shape, type=values[0].type, const_value=tensor)
+    tensor = Columns(name, [value.const_value for value in values if value.const_value is not None])
+    joined = ir.Value(name=name, shape=tensor.shape, type=values[0].type, const_value=tensor)
     graph.initializers[name] = joined
     return joined
 

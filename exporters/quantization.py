@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.building import MICROSOFT
-from gralora_fx.exporters.weights import made_when_written
+from gralora_fx.exporters.weights import made_when_written, parts_of
 
 _BITS = {"int4": 4, "int8": 8}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -147,10 +147,15 @@ class _Matrix:
         return ir.tensor(scales)
 
     def _quantized(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        values = self.weight.numpy()
-        parts = [self._part(values, start) for start in range(0, values.shape[0 if self.is_turned else 1], _COLUMNS)]
-        packed, scales = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        packed, scales = (np.concatenate(arrays) for arrays in zip(*self._columns(), strict=True))
         return packed, scales
+
+    def _columns(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """The blocks of some columns after the other; those of matrices side by side of one matrix at a time."""
+        for matrix in (self.weight,) if self.is_turned else parts_of(self.weight):
+            values = matrix.numpy()
+            for start in range(0, values.shape[0 if self.is_turned else 1], _COLUMNS):
+                yield self._part(values, start)
 
     def _part(self, values: NDArray[Any], start: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The blocks of some columns; a copy of the whole matrix would be the largest thing in memory."""

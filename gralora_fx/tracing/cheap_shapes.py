@@ -63,7 +63,7 @@ def _traced_cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tens
     parts = list(tensors)
     plain = not options and all(isinstance(part, FakeTensor) for part in parts)
     if not plain or len({(part.ndim, part.dtype) for part in parts}) != 1 or parts[0].ndim < 2:
-        return _cat(tensors, dim, **options)
+        return _cat(parts, dim, **options)
     result: Tensor = torch.ops.gralora.cat(parts, dim % parts[0].ndim)
     return result
 

@@ -1,0 +1,99 @@
+"""Weights that are put together or turned round only where they are read or written."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from gralora_fx.exporters import weights
+from gralora_fx.exporters.building import known_size
+from gralora_fx.exporters.joint_products import join_products
+from gralora_fx.exporters.quantization import Quantization, quantize_weights
+from gralora_fx.exporters.weights import Columns, Turned, parts_of
+
+RNG = np.random.default_rng(0)
+
+
+def matrix(rows: int, columns: int, dtype: type = np.float32) -> ir.TensorProtocol:
+    return ir.tensor(RNG.standard_normal((rows, columns)).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_columns_are_the_parts_side_by_side(dtype: type) -> None:
+    parts = [matrix(3, width, dtype) for width in (2, 5, 1)]
+    whole = Columns("whole", parts)
+    expected = np.concatenate([part.numpy() for part in parts], axis=1)
+    assert (whole.name, list(whole.shape), whole.dtype) == ("whole", [3, 8], parts[0].dtype)
+    assert np.array_equal(whole.numpy(), expected)
+    assert whole.tobytes() == expected.tobytes()
+    assert parts_of(whole) == tuple(parts)
+    assert parts_of(parts[0]) == (parts[0],)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_turned_matrix_is_written_row_by_row(dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_WRITTEN_AT_ONCE", 16)
+    source = matrix(3, 7, dtype)
+    turned = Turned("turned", source)
+    assert list(turned.shape) == [7, 3]
+    assert np.array_equal(turned.numpy(), source.numpy().T)
+    with (tmp_path / "values").open("wb") as file:
+        turned.tofile(file)
+    assert (tmp_path / "values").read_bytes() == np.ascontiguousarray(source.numpy().T).tobytes() == turned.tobytes()
+
+
+def test_a_turned_matrix_is_not_copied_to_be_written(tmp_path: Path) -> None:
+    turned = Turned("turned", matrix(4096, 4096))
+    with (tmp_path / "values").open("wb") as file:
+        tracemalloc.start()
+        turned.tofile(file)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 48 * 2**20  # of 64 MiB
+
+
+def joint(widths: tuple[int, ...]) -> tuple[ir.Model, list[np.ndarray]]:
+    """`[x @ w for w in ws]`, and the weights."""
+    x = ir.Value(name="x", shape=ir.Shape(["n", 32]), type=ir.TensorType(ir.DataType.FLOAT))
+    values, nodes = [], []
+    for index, width in enumerate(widths):
+        tensor = matrix(32, width)
+        value = ir.Value(name=f"w{index}", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        node = ir.node("MatMul", [x, value])
+        node.outputs[0].name, node.outputs[0].type = f"y{index}", ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape(["n", width])
+        values.append(value)
+        nodes.append(node)
+    graph = ir.Graph([x], [n.outputs[0] for n in nodes], nodes=nodes, initializers=values, opset_imports={"": 23})
+    return ir.Model(graph, ir_version=11), [value.const_value.numpy() for value in values]
+
+
+def test_products_of_one_tensor_and_width_are_one(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, expected = joint((8, 4, 8, 8))
+    assert join_products(model) == 2
+    assert [node.op_type for node in model.graph] == ["MatMul", "Split", "MatMul"]
+    assert {known_size(node.inputs[1], 1) for node in model.graph if node.op_type == "MatMul"} == {24, 4}
+    ir.save(model, tmp_path / "model.onnx")
+    x = RNG.standard_normal((5, 32)).astype(np.float32)
+    results = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).run(["y0", "y1", "y2", "y3"], {"x": x})
+    for result, weight in zip(results, expected, strict=True):
+        assert np.allclose(result, x @ weight, atol=1e-5)
+
+
+def test_blocks_of_columns_are_those_of_each_part() -> None:
+    how = Quantization("int4", 16, 4)
+    apart, _ = joint((8, 8))
+    together = ir.Model(apart.graph.clone(), ir_version=11)
+    join_products(together)
+    for model in (apart, together):
+        quantize_weights(model, how)
+    alone = [apart.graph.initializers[f"w{index}_Q4"].const_value.numpy() for index in (0, 1)]
+    (name,) = [name for name in together.graph.initializers if name.endswith("_Q4")]
+    assert np.array_equal(together.graph.initializers[name].const_value.numpy(), np.concatenate(alone))
