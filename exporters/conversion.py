@@ -12,12 +12,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import opset18
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes, _registration
 
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.decomposition import decompose
+from gralora_fx.exporters.decomposition import decompose, fold_numbers
 from gralora_fx.exporters.operators import TRANSLATIONS
 from gralora_fx.exporters.simplify import constant_slices, out_of_place, simplify, whole_products
 from gralora_fx.exporters.weights import weight_tensor
@@ -92,6 +92,7 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
         registry = _registry()
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     decompose(module.graph, known, lambda: _decomp.create_onnx_friendly_decomposition_table(known))
+    fold_numbers(module.graph, known, lambda name: _constant(weights[name][1]) if name in weights else None)
     constant_slices(module.graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     try:
@@ -120,6 +121,11 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
 def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor to convert with: itself, or one of its shape without memory where the values come later."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
+
+
+def _constant(tensor: Tensor) -> Tensor | None:
+    """A tensor that is no parameter and has values."""
+    return None if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor
 
 
 def _promotes(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Operators without an ONNX form as the smaller operators that PyTorch makes them of."""
+"""Operators without an ONNX form as the smaller operators that PyTorch makes them of, or as what they compute."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from gralora_fx.exporters.matching import expression
 from gralora_fx.exporters.retracing import retrace
 
 Table = Mapping[Any, Callable[..., Any]]
@@ -40,3 +41,55 @@ def decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[
             retrace([node, *sorted(parts)], table=table)
             replaced += 1
     return replaced
+
+
+def fold_numbers(graph: fx.Graph, known: Collection[Any], value_at: Callable[[str], Tensor | None]) -> int:
+    """Replace every operator that is not known and computes one number of constants by that number.
+
+    Before: `y = erf_inv(sub(full([], 1.9), 1))`
+    After:  `y = full([], 1.163...)`
+
+    Args:
+        graph: A traced graph, every node with the value that tracing noted; it is changed in place.
+        known: Operators to leave as they are.
+        value_at: A tensor of the graph's module by its path; None of one that training or a user may change.
+
+    Returns:
+        How many were replaced.
+    """
+    found: dict[fx.Node, Tensor | None] = {}
+
+    def value(node: fx.Node) -> Tensor | None:
+        if node not in found:
+            found[node] = _number_of(node, value, value_at)
+        return found[node]
+
+    replaced = 0
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target in known:
+            continue
+        number = value(node)
+        if number is not None:
+            node.target, node.args = torch.ops.aten.full.default, (list(number.shape), number.item())
+            node.kwargs = {"dtype": number.dtype}
+            replaced += 1
+    return replaced
+
+
+def _number_of(
+    node: fx.Node, value: Callable[[fx.Node], Tensor | None], value_at: Callable[[str], Tensor | None]
+) -> Tensor | None:
+    """The one value of a node that depends on constants only; None of any other node."""
+    noted = node.meta.get("val")
+    if not isinstance(noted, Tensor) or any(expression(size) != 1 for size in noted.shape):
+        return None
+    if node.op == "get_attr":
+        return value_at(str(node.target))
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return None
+    values = {source: value(source) for source in node.all_input_nodes}
+    if torch.Tag.nondeterministic_seeded in node.target.tags or any(number is None for number in values.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    result = node.target(*args, **kwargs)
+    return result if isinstance(result, Tensor) else None

@@ -106,11 +106,13 @@ def _is_empty(node: fx.Node) -> bool:
 
 def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node that nothing reads, and what then is not read either; inputs stay."""
-    sources = node.all_input_nodes
-    if not node.users and node.op != "placeholder":
-        graph.erase_node(node)
-        for source in sources:
-            erase_unused(graph, source)
+    erased, waiting = set(), [node]
+    while waiting:
+        unread = waiting.pop()
+        if unread not in erased and not unread.users and unread.op != "placeholder":
+            waiting += unread.all_input_nodes
+            graph.erase_node(unread)
+            erased.add(unread)
 
 
 def _drop_dead_scalars(graph: fx.Graph) -> None:

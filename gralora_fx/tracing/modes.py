@@ -62,6 +62,21 @@ def record_switches(graph: fx.Graph) -> bool:
     return is_training
 
 
+def draws_randomly(graph: fx.Graph) -> str | None:
+    """The operator of a graph that draws random numbers in either mode, or None.
+
+    A model that does so in training alone, as some routers of experts do, shows no switch in a training trace.
+
+    Args:
+        graph: A traced graph.
+    """
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+        if torch.Tag.nondeterministic_seeded in tags and node.target not in _FLAGS.keys() | _PROBABILITIES.keys():
+            return str(node.target)
+    return None
+
+
 def note_switch(node: fx.Node, argument: int | str, in_training: Any, in_evaluation: Any) -> None:
     """Note what a node takes in each mode.
 

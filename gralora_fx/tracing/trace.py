@@ -18,7 +18,7 @@ from gralora_fx.tracing.cheap_shapes import as_pytorchs
 from gralora_fx.tracing.check import difference, refuse_fixed_sizes, where
 from gralora_fx.tracing.clean import inline_linear_modules, without_guards
 from gralora_fx.tracing.masks import without_empty_blocks
-from gralora_fx.tracing.modes import record_switches
+from gralora_fx.tracing.modes import draws_randomly, record_switches
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import infer_task, inputs_for_task, keyword_inputs, widen
 from gralora_fx.tracing.stand_ins import stand_ins, take_own
@@ -102,7 +102,8 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
             with _without_random_depth(model):
                 graph_module = _export(model, sample, dynamic)
             record_switches(graph_module.graph)
-            reason = difference(model, graph_module, sample)
+            drawn = draws_randomly(graph_module.graph)
+            reason = f"it draws random numbers ({drawn})" if drawn else difference(model, graph_module, sample)
         except TraceError as error:
             reason = str(error)
         if reason is None:
@@ -118,8 +119,8 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
         if dynamic:
             refuse_fixed_sizes(model, graph_module, sample)
         warn_caller(
-            f"{type(model).__name__} was traced in evaluation mode, so training runs without its attention dropout: "
-            f"{reason}"
+            f"{type(model).__name__} was traced in evaluation mode, so training runs without its attention dropout and "
+            f"noise: {reason}"
         )
         return graph_module
 

@@ -23,6 +23,8 @@ FUSED = (
     "SmolLM3ForCausalLM",
     "MixtralForCausalLM",
     "GptOssForCausalLM",
+    "Gemma3nForCausalLM",  # it computes a quantile of the normal distribution, which ONNX cannot
+    "PhimoeForCausalLM",  # its routers draw random numbers in training
     "Gemma4UnifiedForConditionalGeneration",  # its mask is made for blocks of images, of which a text has none
     "MossTranscribeDiarizeForConditionalGeneration",  # one table of angles for all rows
 )

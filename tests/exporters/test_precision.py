@@ -76,9 +76,11 @@ def test_an_adapter_is_folded_in_float32_and_rounded_once(tmp_path: Path) -> Non
     stored = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
     weights = {site.path: site.weight.detach().half().T.numpy() for site in merge(model).sites}
     del weights["lm_head"]
-    for layer in ("model.layers.0.self_attn", "model.layers.1.self_attn"):  # in one product
-        parts = [weights.pop(f"{layer}.{name}") for name in ("q_proj", "k_proj", "v_proj")]
-        weights[f"{layer}.q_proj+k_proj+v_proj"] = np.concatenate(parts, axis=1)
+    together = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # in one product
+    for layer in ("model.layers.0", "model.layers.1"):
+        for part, names in together.items():
+            columns = [weights.pop(f"{layer}.{part}.{name}") for name in names]
+            weights[f"{layer}.{part}.{'+'.join(names)}"] = np.concatenate(columns, axis=1)
     for path, expected in weights.items():
         weight = stored[f"{path}.weight"].const_value
         assert weight is not None

@@ -140,3 +140,21 @@ def test_the_trace_keeps_its_own_mode_when_the_rewritten_model_switches() -> Non
     model.train()
     assert arguments(traced)[1] == [0.0, 0.0]
     assert not traced.training
+
+
+def test_noise_of_training_is_no_part_of_evaluation() -> None:
+    """Noise that rarely changes a result shows no difference on a sample; the trace must not have it all the same."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.gate(x)
+            noise = torch.empty_like(scores).exponential_() * 1e-9 if self.training else 0.0
+            return (scores + noise).argmax(-1)
+
+    with pytest.warns(UserWarning, match=r"evaluation mode.* it draws random numbers \(aten.exponential_"):
+        traced = trace(Router(), (torch.randn(3, 8),))
+    assert not any("exponential" in str(node.target) for node in traced.graph_module.graph.nodes)
