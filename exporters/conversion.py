@@ -42,13 +42,6 @@ _MIXED = {
     _aten.where.self,
     *TRANSLATIONS,
 }
-# operators by the name that has an ONNX form
-_SAME = {
-    _aten.__and__.Tensor: _aten.bitwise_and.Tensor,
-    _aten.__or__.Tensor: _aten.bitwise_or.Tensor,
-    _aten.max.other: _aten.maximum.default,
-    _aten.min.other: _aten.minimum.default,
-}
 
 
 def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object]) -> ir.Model:
@@ -78,7 +71,6 @@ def translate(graph_module: fx.GraphModule, *passes: Callable[[fx.Graph], object
         if node.op == "get_attr":
             node.target = node.name
         elif node.op == "call_function":
-            node.target = _SAME.get(node.target, node.target)
             out_of_place(node)
     simplify(graph)
     whole_products(graph)

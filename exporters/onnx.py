@@ -102,18 +102,7 @@ def export_onnx(
     report: VerifyReport | None = None
     with staged(output_dir) as stage:
         with timed("write", seconds):
-            weights = [v.const_value for m in onnx_models.values() for v in m.graph.initializers.values()]
-            require_space(output_dir, sum(tensor.nbytes for tensor in weights if tensor is not None))
-            for name, onnx_model in onnx_models.items():
-                data = f"{name}.onnx_data"
-                ir.save(
-                    onnx_model,
-                    stage / f"{name}.onnx",
-                    external_data=data,
-                    size_threshold_bytes=1024,
-                    max_workers=_WRITERS,
-                    max_in_flight_bytes=_IN_FLIGHT,
-                )
+            _save(onnx_models, stage, output_dir)
             _write_companions(stage, traced, tokenizer)
             is_decoder = isinstance(traced.example_inputs.get(PAST), DynamicCache)
             if is_decoder:
@@ -161,6 +150,21 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     name_outputs(model)
     name_axes(model)
     return {"model": model}, None
+
+
+def _save(onnx_models: dict[str, ir.Model], stage: Path, output_dir: str | Path) -> None:
+    """Write models, each with its weights in a file beside it, if there is room for them."""
+    weights = [v.const_value for m in onnx_models.values() for v in m.graph.initializers.values()]
+    require_space(output_dir, sum(tensor.nbytes for tensor in weights if tensor is not None))
+    for name, onnx_model in onnx_models.items():
+        ir.save(
+            onnx_model,
+            stage / f"{name}.onnx",
+            external_data=f"{name}.onnx_data",
+            size_threshold_bytes=1024,
+            max_workers=_WRITERS,
+            max_in_flight_bytes=_IN_FLIGHT,
+        )
 
 
 def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
