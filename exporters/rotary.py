@@ -48,6 +48,8 @@ def mark_rotary(graph: fx.Graph) -> int:
         if found is None:
             continue
         x, *tables, interleaved = found
+        if any(_row_source(graph, table.values, x) is None for table in tables):
+            continue
         cos, sin = (_in_rows(graph, _half(graph, table, interleaved, halves), x, wide) for table in tables)
         place, x = _with_rest(node, x)
         with graph.inserting_before(place):
@@ -177,22 +179,25 @@ def _of_pairs(graph: fx.Graph, values: fx.Node, interleaved: bool, made: dict[fx
 
 def _in_rows(graph: fx.Graph, half: fx.Node, x: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
     """A table with as many rows as what is turned, of one that all rows share."""
-    one, rows = expression(shape(half)[0]), expression(shape(x)[0])
-    if one != 1 or rows == 1:
+    source = _row_source(graph, half, x)
+    if source is half or source is None:
         return half
     if half not in made:
         with graph.inserting_before(half.next):
-            size = graph.call_function(aten.sym_size.int, (_batch_source(graph, rows), 0))
+            size = graph.call_function(aten.sym_size.int, (source, 0))
             made[half] = graph.call_function(aten.expand.default, (half, [size, -1, -1]))
         size.meta = {"val": shape(x)[0]}
         made[half].meta = {**half.meta, "val": half.meta["val"].expand(shape(x)[0], -1, -1)}
     return made[half]
 
 
-def _batch_source(graph: fx.Graph, rows: Any) -> fx.Node:
-    """An input whose first axis is the batch, which stands before everything that is computed."""
+def _row_source(graph: fx.Graph, table: fx.Node, x: fx.Node) -> fx.Node | None:
+    """What has as many rows as `x` before a table is computed: the table, or an input; None where nothing has."""
+    own, rows = expression(shape(table)[0]), expression(shape(x)[0])
+    if own != 1 or rows == 1:
+        return table
     inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
-    return next(node for node in inputs if shape(node) and expression(shape(node)[0]) == rows)
+    return next((node for node in inputs if shape(node) and expression(shape(node)[0]) == rows), None)
 
 
 def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
