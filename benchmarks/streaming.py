@@ -7,7 +7,6 @@ it either. Each export runs in a process of its own, whose peak is what the syst
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -78,11 +77,16 @@ def export() -> None:
     from gralora_fx.loading import load_traced
 
     base, adapter, output, options = sys.argv[1:]
-    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    imports = _peak()
     model = load_traced(base, adapter, "text-generation-with-past", stream=True)
     export_onnx(model, output, verify=False, **json.loads(options))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"imports": imports, "peak": peak}))
+    print(json.dumps({"imports": imports, "peak": _peak()}))
+
+
+def _peak() -> int:
+    """The largest resident set of this program in bytes; `ru_maxrss` would count that of the process it came from."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def write_model(directory: Path, sizes: dict[str, Any]) -> int:
