@@ -27,6 +27,11 @@ def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
     return merge_deferred(model) if model.active_adapters else model.traced
 
 
+def base_of(model: TracedModel | GraloraModel) -> TracedModel:
+    """The trace of the base, without adapters: a traced model itself, or what a rewritten one was made of."""
+    return model.traced if isinstance(model, GraloraModel) else model
+
+
 def with_values(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Give every parameter that is made when it is read its values, for a converter that runs the graph.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.cases import context_of, last_logits, vocabulary_of
 from gralora_fx.exporters.exact import Judge
+from gralora_fx.exporters.folding import base_of
 from gralora_fx.exporters.reports import TokenCheck
 from gralora_fx.exporters.running import as_tensor, empty_values, run_values
 from gralora_fx.exporters.tolerances import largest_gap, largest_value
@@ -124,7 +125,7 @@ class _Step(NamedTuple):
 
 def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
     """The last position's logits of model and export, step by step."""
-    traced = model.traced if isinstance(model, GraloraModel) else model
+    traced = base_of(model)
     takes = {value.name for value in session.get_inputs()}
     ids, mask, read = prompts.ids, prompts.mask, prompts.ids
     cache: Any = empty_cache(traced.example_inputs[PAST], ids.shape[0])

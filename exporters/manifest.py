@@ -16,6 +16,7 @@ from gralora_fx.checkpoint import checkpoint_parameters, saved_config
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.directory import MANIFEST_NAME
 from gralora_fx.exporters.fingerprint import fingerprint_of
+from gralora_fx.exporters.folding import base_of
 from gralora_fx.exporters.reports import VerifyReport
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.traced import TracedModel
@@ -43,7 +44,7 @@ def describe(
         quantization: How matrices are quantized and how many, or None.
         logits: Which positions' logits the graph gives: `"last"` or `"all"`.
     """
-    traced = model.traced if isinstance(model, GraloraModel) else model
+    traced = base_of(model)
     return {
         "schema_version": SCHEMA_VERSION,
         "task": traced.task,

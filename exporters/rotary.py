@@ -180,7 +180,8 @@ def _of_pairs(graph: fx.Graph, values: fx.Node, interleaved: bool, made: dict[fx
 def _in_rows(graph: fx.Graph, half: fx.Node, x: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
     """A table with as many rows as what is turned, of one that all rows share."""
     source = _row_source(graph, half, x)
-    if source is half or source is None:
+    assert source is not None  # as for the table that the half is of
+    if source is half:
         return half
     if half not in made:
         with graph.inserting_before(half.next):

@@ -17,7 +17,7 @@ from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.exporters.encoder_decoder_tokens import compare_tokens
 from gralora_fx.exporters.exact import InFloat64, Judge
 from gralora_fx.exporters.fingerprint import fingerprint_of
-from gralora_fx.exporters.folding import as_traced
+from gralora_fx.exporters.folding import as_traced, base_of
 from gralora_fx.exporters.greedy import Prompts, compare_greedy, drawn_prompts, together
 from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.precision import precision_of
@@ -77,7 +77,7 @@ def verify_onnx(
     refuse_without_values(model)
     session, arithmetic = _session(Path(output_dir), manifest)
     names = [value.name for value in session.get_inputs()]
-    traced = model.traced if isinstance(model, GraloraModel) else model
+    traced = base_of(model)
     cases = list(fresh_cases(traced, seed))
     _refuse_other(output_dir, names, manifest, model, cases[0][1])
     allowed = tolerance_of(manifest) if tolerance is None else tolerance
@@ -119,7 +119,7 @@ def refuse_without_values(model: TracedModel | GraloraModel) -> None:
     Raises:
         ExportError: Some do.
     """
-    traced = model.traced if isinstance(model, GraloraModel) else model
+    traced = base_of(model)
     missing = next((name for name, parameter in traced.tree.parameters.items() if parameter.is_meta), None)
     if missing is not None:
         raise ExportError(
@@ -141,7 +141,7 @@ def _session(directory: Path, manifest: Mapping[str, Any]) -> tuple[Any, str]:
 def _reference(model: TracedModel | GraloraModel, manifest: Mapping[str, Any]) -> TracedModel | GraloraModel:
     """The model itself; for an export of another precision the adapter-free one with the same rounded weights."""
     precision, found = str(manifest.get("precision", "fp32")), manifest.get("quantization")
-    traced = model.traced if isinstance(model, GraloraModel) else model
+    traced = base_of(model)
     if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
     how = None if found is None else Quantization(found["kind"], found["block_size"], found["accuracy_level"])

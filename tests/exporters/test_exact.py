@@ -61,24 +61,26 @@ def test_another_model_is_not_excused(tmp_path: Path) -> None:
         verify_onnx(tmp_path / "onnx", model)
 
 
-@pytest.mark.parametrize(("off", "accepted"), [(1e-6, True), (3e-4, True), (0.05, False)])
-def test_what_is_off_by_more_than_rounding_is_a_fault(off: float, accepted: bool) -> None:
-    model = traced().eval()
+def judged(off: float, turns: float = 3000.0) -> tuple[bool, Judge]:
+    """Whether values that are off by a number are accepted, and who said so."""
+    model = traced(turns).eval()
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = model(x)
     judge = Judge(model, 1e-4, exact=True)
-    assert judge.accepts("it", expected, expected + off, lambda m: m(x=x)) is accepted
+    return judge.accepts("it", expected, expected + off, lambda m: m(x=x)), judge
+
+
+@pytest.mark.parametrize(("off", "accepted"), [(1e-6, True), (3e-4, True), (0.05, False)])
+def test_what_is_off_by_more_than_rounding_is_a_fault(off: float, accepted: bool) -> None:
+    found, judge = judged(off)
+    assert found is accepted
     assert len(judge.found) == (off > 1e-4)
 
 
 def test_a_model_that_does_not_magnify_has_no_excuse() -> None:
-    model = traced(turns=1.0).eval()
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        expected = model(x)
-    judge = Judge(model, 1e-4, exact=True)
-    assert not judge.accepts("it", expected, expected + 2e-4, lambda m: m(x=x))
+    accepted, judge = judged(2e-4, turns=1.0)
+    assert not accepted
     (check,) = judge.found
     assert check.rounding < 1e-6
 
@@ -94,12 +96,8 @@ def test_after_one_fault_no_other_difference_is_looked_into() -> None:
 
 
 def test_rounding_that_tells_nothing_excuses_nothing() -> None:
-    model = traced(turns=1e9).eval()
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        expected = model(x)
-    judge = Judge(model, 1e-4, exact=True)
-    assert not judge.accepts("it", expected, expected + 1e-3, lambda m: m(x=x))
+    accepted, _ = judged(1e-3, turns=1e9)
+    assert not accepted
 
 
 def test_without_float64_the_report_says_so() -> None:
