@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from gralora_fx.tracing.masks import CASTS, causal_mask
-from gralora_fx.tracing.namespace import NAMESPACE, is_traced, only_shapes
+from gralora_fx.tracing.namespace import NAMESPACE, define_shape_only, operators_for
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
+_SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scale, int window, "
     "float softcap, float dropout) -> Tensor"
 )
+_library.define(_SCHEMA)
 
 
 def attention(
@@ -52,9 +53,6 @@ def attention(
     Returns:
         `[batch, length, heads, value size]`.
     """
-    if is_traced():
-        _note_sizes(query, key, value, mask)
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     if mask is not None and mask.ndim == 4:
         bias = mask
@@ -80,16 +78,21 @@ def attention(
     return (result @ value).transpose(1, 2).contiguous()
 
 
-def _note_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-    """Tell the tracer what is equal, so that the sizes of all layers' caches are one."""
+def attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any) -> Tensor:
+    """A tensor of the shape of `attention`'s result, without values.
+
+    The tracer is told what is equal, so that the sizes of all layers' caches are one.
+    """
     equal = [key.shape[2] == value.shape[2]]
     if mask is not None:
         equal += [mask.shape[0] == query.shape[0], mask.shape[-1] == key.shape[2]]
     for condition in equal:
         torch._check(condition)  # type: ignore[no-untyped-call]
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 _library.impl("attention", attention, "CompositeImplicitAutograd")
+define_shape_only(_SCHEMA, attention_shape, torch.ops.gralora.attention.default)
 
 
 def _forward(
@@ -100,7 +103,7 @@ def _forward(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     numbers = (float(scale), int(options.get("sliding_window") or 0), float(options.get("softcap") or 0.0))
     sinks, dropout = options.get("s_aux"), float(options.get("dropout") or 0.0)
-    result: Tensor = torch.ops.gralora.attention(query, key, value, attention_mask, sinks, *numbers, dropout)
+    result: Tensor = operators_for(query).attention(query, key, value, attention_mask, sinks, *numbers, dropout)
     return result, None
 
 
@@ -109,14 +112,13 @@ AttentionInterface.register(NAMESPACE, _forward)
 
 @contextmanager
 def fused_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model call `gralora::attention` while the block lasts, for its shape only: the values are not computed."""
+    """Let a model call `gralora::attention` while the block lasts; a model that is traced gets its shape alone."""
     parts = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel) and _calls_interface(m)}
     before = {key: config._attn_implementation for key, config in parts.items()}
     try:
         for config in parts.values():
             config._attn_implementation = NAMESPACE
-        with only_shapes():
-            yield
+        yield
     finally:
         for key, config in parts.items():
             config._attn_implementation = before[key]

@@ -2,7 +2,7 @@
 
 PyTorch finds the shape of a linear layer by running the four operators that it is made of on tensors without values,
 and that of a concatenation by comparing all symbolic sizes: together a third of the time of a decoder's trace. While
-tracing, operators stand for both that say their shape at once; in the finished trace they are PyTorch's own again.
+tracing, operators stand for both that say their shape at once (see `namespace`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
+from torch import Tensor, nn
 
-from gralora_fx.tracing.namespace import NAMESPACE
-
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("cat(Tensor[] tensors, int dim) -> Tensor")
+from gralora_fx.tracing.namespace import define_shape_only, is_shape_only, operators_for
 
 _linear, _cat = nn.functional.linear, torch.cat
 
@@ -43,28 +38,25 @@ def cat_shape(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return first.new_empty(sizes)
 
 
-_library.impl("linear", linear_shape, "CompositeImplicitAutograd")
-_library.impl("cat", cat_shape, "CompositeImplicitAutograd")
-
-_OWN = {
-    torch.ops.gralora.linear.default: torch.ops.aten.linear.default,
-    torch.ops.gralora.cat.default: torch.ops.aten.cat.default,
-}
+define_shape_only(
+    "linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", linear_shape, torch.ops.aten.linear.default
+)
+define_shape_only("cat(Tensor[] tensors, int dim) -> Tensor", cat_shape, torch.ops.aten.cat.default)
 
 
 def _traced_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(input, FakeTensor) or weight.ndim != 2:
+    if not is_shape_only(input) or weight.ndim != 2:
         return _linear(input, weight, bias)
-    result: Tensor = torch.ops.gralora.linear(input, weight, bias)
+    result: Tensor = operators_for(input).linear(input, weight, bias)
     return result
 
 
 def _traced_cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tensor:
     parts = list(tensors)
-    plain = not options and all(isinstance(part, FakeTensor) for part in parts)
+    plain = not options and all(map(is_shape_only, parts))
     if not plain or len({(part.ndim, part.dtype) for part in parts}) != 1 or parts[0].ndim < 2:
         return _cat(parts, dim, **options)
-    result: Tensor = torch.ops.gralora.cat(parts, dim % parts[0].ndim)
+    result: Tensor = operators_for(parts[0]).cat(parts, dim % parts[0].ndim)
     return result
 
 
@@ -73,17 +65,3 @@ def cheap_shapes() -> Iterator[None]:
     """Let what is traced while the block lasts call the operators; tensors with values are computed as ever."""
     with patch.object(nn.functional, "linear", _traced_linear), patch.object(torch, "cat", _traced_cat):
         yield
-
-
-def as_pytorchs(graph: fx.Graph) -> None:
-    """Make the operators PyTorch's own.
-
-    Before: `y = gralora.linear(x, weight, bias); z = gralora.cat([x, y], 1)`
-    After:  `y = aten.linear(x, weight, bias); z = aten.cat([x, y], 1)`
-
-    Args:
-        graph: A fresh trace; it is changed in place.
-    """
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _OWN.get(node.target, node.target)

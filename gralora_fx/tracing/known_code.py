@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from gralora_fx.tracing.namespace import NAMESPACE, is_traced
+from gralora_fx.tracing.namespace import NAMESPACE, define_shape_only, operators_for
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
-_library.define("rotate(Tensor x, Tensor cos, Tensor sin, int axis) -> Tensor")
+_RMS_NORM = "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor"
+_ROTATE = "rotate(Tensor x, Tensor cos, Tensor sin, int axis) -> Tensor"
+_library.define(_RMS_NORM)
+_library.define(_ROTATE)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -36,12 +38,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Returns:
         As `x`; the norm is computed in float32.
     """
-    if is_traced():
-        result = torch.empty_like(x)
-        return result if weight is None or weight.dtype == x.dtype else result.to(_dtype_of_both(x, weight))
     wide = x.to(torch.float32) if x.dtype != torch.float64 else x
     result = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
     return result if weight is None else weight * result
+
+
+def rms_norm_shape(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """A tensor of the shape and dtype of such a norm, without values."""
+    return torch.empty_like(x, dtype=x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, axis: int) -> Tensor:
@@ -56,14 +60,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, axis: int) -> Tensor:
     Returns:
         As `x`.
     """
-    if is_traced():
-        return torch.empty_like(x)
     first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     return x * cos.unsqueeze(axis) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(axis)
 
 
+def rotate_shape(x: Tensor, cos: Tensor, sin: Tensor, axis: int) -> Tensor:
+    """A tensor of the shape of `rotate`'s result, without values."""
+    return torch.empty_like(x)
+
+
 _library.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
 _library.impl("rotate", rotate, "CompositeImplicitAutograd")
+define_shape_only(_RMS_NORM, rms_norm_shape, torch.ops.gralora.rms_norm.default)
+define_shape_only(_ROTATE, rotate_shape, torch.ops.gralora.rotate.default)
 
 
 @contextmanager
@@ -88,12 +97,12 @@ _ROTARY: tuple[FunctionType, ...] = (modeling_llama.apply_rotary_pos_emb, modeli
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
-    result: Tensor = torch.ops.gralora.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    result: Tensor = operators_for(hidden_states).rms_norm(hidden_states, module.weight, module.variance_epsilon)
     return result
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    turned: list[Tensor] = [torch.ops.gralora.rotate(x, cos, sin, unsqueeze_dim) for x in (q, k)]
+    turned: list[Tensor] = [operators_for(x).rotate(x, cos, sin, unsqueeze_dim) for x in (q, k)]
     return turned[0], turned[1]
 
 
@@ -108,7 +117,3 @@ def _meaning(code: CodeType) -> tuple[Any, ...]:
     """What a function's code says, without where it stands and its docstring."""
     constants = [constant for constant in code.co_consts if not isinstance(constant, str)]
     return code.co_code, code.co_names, code.co_varnames, constants, code.co_freevars
-
-
-def _dtype_of_both(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, weight.dtype)

@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 )
 
 from gralora_fx.tracing.clean import erase_unused
-from gralora_fx.tracing.namespace import NAMESPACE, is_traced
+from gralora_fx.tracing.namespace import NAMESPACE, define_shape_only, operators_for
 
 CASTS = (
     torch.ops.aten.to.dtype,
@@ -28,7 +28,8 @@ CASTS = (
 )
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("mask(Tensor padding, SymInt length, int window, ScalarType dtype) -> Tensor")
+_SCHEMA = "mask(Tensor padding, SymInt length, int window, ScalarType dtype) -> Tensor"
+_library.define(_SCHEMA)
 _library.define("mask_of_blocks(Tensor blocks, Tensor plain, Tensor whole) -> Tensor")
 
 
@@ -44,9 +45,7 @@ def causal_mask(padding: Tensor, length: int, window: int, dtype: torch.dtype) -
     Returns:
         `[batch, 1, length, past + length]`, 0 or the smallest number.
     """
-    batch, total = padding.shape
-    if is_traced():
-        return padding.new_empty((batch, 1, length, total), dtype=dtype)
+    total = padding.shape[1]
     rows = torch.arange(length, device=padding.device).unsqueeze(1) + (total - length)
     columns = torch.arange(total, device=padding.device).unsqueeze(0)
     seen = columns <= rows
@@ -54,6 +53,11 @@ def causal_mask(padding: Tensor, length: int, window: int, dtype: torch.dtype) -
         seen = seen & (columns > rows - window)
     seen = seen.unsqueeze(0).unsqueeze(0) & padding.bool().unsqueeze(1).unsqueeze(1)
     return torch.zeros(seen.shape, dtype=dtype, device=padding.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def mask_shape(padding: Tensor, length: int, window: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape of such a mask, without values."""
+    return padding.new_empty((padding.shape[0], 1, length, padding.shape[1]), dtype=dtype)
 
 
 def mask_of_blocks(blocks: Tensor, plain: Tensor, whole: Tensor) -> Tensor:
@@ -74,6 +78,7 @@ def mask_of_blocks(blocks: Tensor, plain: Tensor, whole: Tensor) -> Tensor:
 
 _library.impl("mask", causal_mask, "CompositeImplicitAutograd")
 _library.impl("mask_of_blocks", mask_of_blocks, "CompositeImplicitAutograd")
+define_shape_only(_SCHEMA, mask_shape, torch.ops.gralora.mask.default)
 
 
 def _mask(
@@ -93,12 +98,12 @@ def _mask(
     made: Tensor | None = None
     if attention_mask is not None and _is_same(mask_function, plain):
         torch._check(attention_mask.shape[1] == kv_length)  # type: ignore[no-untyped-call]
-        made = torch.ops.gralora.mask(attention_mask, q_length, window, dtype)
+        made = operators_for(attention_mask).mask(attention_mask, q_length, window, dtype)
     else:
         made = eager_mask(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **given)
         blocks = _blocks_beside(mask_function, plain)
         if attention_mask is not None and blocks is not None:
-            other = torch.ops.gralora.mask(attention_mask, q_length, window, dtype)
+            other = operators_for(attention_mask).mask(attention_mask, q_length, window, dtype)
             made = torch.ops.gralora.mask_of_blocks(blocks, other, made)
     return made
 

@@ -14,11 +14,11 @@ from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.attention import padding_as_argument
-from gralora_fx.tracing.cheap_shapes import as_pytorchs
 from gralora_fx.tracing.check import difference, refuse_fixed_sizes, where
 from gralora_fx.tracing.clean import inline_linear_modules, without_guards
 from gralora_fx.tracing.masks import without_empty_blocks
 from gralora_fx.tracing.modes import draws_randomly, record_switches
+from gralora_fx.tracing.namespace import restore_operators
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import infer_task, inputs_for_task, keyword_inputs, widen
 from gralora_fx.tracing.stand_ins import stand_ins, take_own
@@ -136,7 +136,7 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
     except Exception as error:  # torch.export raises errors of every type
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {first_line(error)}") from error
     graph_module = without_guards(program.module(check_guards=False))
-    as_pytorchs(graph_module.graph)
+    restore_operators(graph_module.graph)
     without_empty_blocks(graph_module.graph)
     padding_as_argument(graph_module.graph)
     graph_module.recompile()
