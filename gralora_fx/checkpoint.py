@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping
@@ -148,7 +147,7 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfi
     elif config.target_modules is None:
         rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
         changes["target_modules"] = rule.pattern or set(rule.names)
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    return config.changed(**changes)
 
 
 def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, nn.Parameter]:

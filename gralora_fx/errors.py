@@ -40,6 +40,18 @@ class ServingError(GraloraError):
     """An exported model cannot be loaded or run as asked."""
 
 
+_SHOWN = 100  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """A value in a message: its `repr`, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
+        return f"a value of type {type(value).__name__}, too large to show"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
 def warn_caller(message: str) -> None:
     """Warn at the line outside this package that led here, however deep the call."""
     level, frame = 1, sys._getframe()

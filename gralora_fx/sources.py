@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gralora_fx.errors import GraloraError
+from gralora_fx.errors import GraloraError, shown
 
 
 def resolve_directory(
@@ -26,12 +26,18 @@ def resolve_directory(
     Raises:
         GraloraError: Of the given type, when there is no such directory and no such repository can be reached.
     """
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    if path.is_file():
+    try:
+        path, name = Path(name_or_path), str(name_or_path)
+        if path.is_dir() and name:
+            return path
+        is_file = path.is_file()
+    except (OSError, ValueError, TypeError) as failure:  # too long, with a zero byte, or not a path at all
+        reason = getattr(failure, "strerror", None) or str(failure)
+        raise error(f"{shown(name_or_path)} is not a usable path ({reason}); give a directory or a hub id") from failure
+    if is_file:
         raise error(f"{path} is a file; give the directory that holds it")
-    name = str(name_or_path)
+    if not name or not name.isprintable():
+        raise error(f"{shown(name_or_path)} is not a usable path; give a directory or a hub id")
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise error(f"no directory {path}; give an existing directory or a hub id")
     from huggingface_hub import snapshot_download  # the hub client is slow to import and seldom needed

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
-from gralora_fx.errors import ConfigError, GraloraError, MergeError, RewriteError, TargetError
+from gralora_fx.errors import ConfigError, GraloraError, MergeError, RewriteError
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -244,7 +244,7 @@ def test_wrong_arguments_are_named_and_change_nothing(call: Callable[[GraloraMod
 
 
 def test_no_target_is_said_to_be_none() -> None:
-    with pytest.raises(TargetError, match="target_modules is empty; name modules, or take 'all-linear'"):
+    with pytest.raises(ConfigError, match="target_modules is empty; name modules, or take 'all-linear'"):
         rewrite(trace(net(), (X,)), GraloraConfig(target_modules=[]))
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.config.checks import check_expressions, check_integer, check_names, check_number, check_pattern
-from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, from_paper
-from gralora_fx.errors import ConfigError, warn_caller
+from gralora_fx.config.checks import check_alpha, check_integer, check_names, check_number
+from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, check_expression, check_expressions
+from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, from_paper, read_fields, warn_of_unknown
+from gralora_fx.errors import ConfigError, shown, warn_caller
 from gralora_fx.sources import resolve_directory
 
 CONFIG_NAME = "adapter_config.json"
@@ -194,15 +195,7 @@ class GraloraConfig:
             ConfigError: There is no such file, it is no JSON object, or it is not a GraLoRA configuration.
         """
         path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME]) / CONFIG_NAME
-        if not path.is_file():
-            raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the directory of a saved adapter")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}); save the adapter again") from error
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path} holds a {type(fields).__name__}, not an object; save the adapter again")
-        return cls._from_fields(fields, str(path))
+        return cls._from_fields(read_fields(path), str(path))
 
     @classmethod
     def from_peft(cls, peft_config: Any) -> GraloraConfig:
@@ -215,8 +208,11 @@ class GraloraConfig:
             ConfigError: It is not a GraLoRA configuration.
         """
         if not hasattr(peft_config, "peft_type") or not hasattr(peft_config, "__dict__"):
-            raise ConfigError(f"{peft_config!r} is no PEFT configuration; give a peft.GraloraConfig")
-        fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items()}
+            raise ConfigError(f"{shown(peft_config)} is no PEFT configuration; give a peft.GraloraConfig")
+        if isinstance(peft_config, type):
+            raise ConfigError(f"{peft_config.__name__} is a class; give an object, such as {peft_config.__name__}()")
+        fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items() if name[:1] != "_"}
+        fields = {"peft_type": getattr(peft_config.peft_type, "value", peft_config.peft_type), **fields}
         return cls._from_fields(fields, f"the given {type(peft_config).__name__}")
 
     @classmethod
@@ -224,20 +220,27 @@ class GraloraConfig:
         """The configuration that PEFT (or the paper's code) means by `fields`, read from `origin`."""
         peft_type = fields.get("peft_type")
         if str(peft_type).upper() != "GRALORA":
-            raise ConfigError(f"{origin}: peft_type is {peft_type!r}, not 'GRALORA'; give a GraLoRA adapter")
+            raise ConfigError(f"{origin}: peft_type is {shown(peft_type)}, not 'GRALORA'; give a GraLoRA adapter")
         known = {entry.name for entry in dataclasses.fields(cls)}
         absent = {name for name in _BEYOND_PEFT if fields.get(name) is None}
         values = {name: value for name, value in fields.items() if name in known - absent}
         if "gralora_alpha" in fields and "alpha" not in fields:
             values = from_paper(values, fields["gralora_alpha"], origin)
-        kept, dropped = as_peft_reads(values)
-        for what in dropped:
-            warn_caller(f"{origin}: {what}")
-        dropout = kept.pop("gralora_dropout", 0.0)
-        if dropout != 1.0:
-            return cls(**kept, gralora_dropout=dropout)
-        config = cls(**kept)
-        object.__setattr__(config, "gralora_dropout", 1.0)  # valid in PEFT, though nothing trains with it
+            known.add("gralora_alpha")
+        warn_of_unknown(fields, known, origin)
+        kept, only_in_peft, notes = as_peft_reads(values)
+        for note in notes:
+            warn_caller(f"{origin}: {note}")
+        try:
+            return cls(**kept).changed(**only_in_peft)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from error
+
+    def changed(self, **changes: Any) -> GraloraConfig:
+        """A copy with other values, which are taken as they are: what PEFT wrote may be what nobody may write anew."""
+        config = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(config, name, value)
         return config
 
     def _check_sizes(self) -> None:
@@ -249,66 +252,79 @@ class GraloraConfig:
                 f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}; "
                 f"take r={max(1, round(self.r / self.gralora_k)) * self.gralora_k} or another gralora_k"
             )
-        check_number("alpha", self.alpha)
+        check_alpha("alpha", self.alpha)
         check_number("gralora_dropout", self.gralora_dropout)
         if not 0 <= self.gralora_dropout < 1:
             raise ConfigError(f"gralora_dropout must be in [0, 1), but got {self.gralora_dropout}; take 0 for none")
 
     def _check_choices(self) -> None:
         if self.bias not in BIAS_MODES:
-            raise ConfigError(f"bias must be one of {', '.join(BIAS_MODES)}, but got {self.bias!r}")
+            raise ConfigError(f"bias must be one of {', '.join(BIAS_MODES)}, but got {shown(self.bias)}")
         if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(f"task_type must be one of {', '.join(TASK_TYPES)} or None, but got {self.task_type!r}")
+            raise ConfigError(
+                f"task_type must be one of {', '.join(TASK_TYPES)} or None, but got {shown(self.task_type)}"
+            )
         for name in ("fan_in_fan_out", "init_weights", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, but got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be True or False, but got {shown(getattr(self, name))}")
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"{name} must be a string or None, but got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be a string or None, but got {shown(getattr(self, name))}")
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             given = getattr(self, name)
+            if given is not None and not given and name == "target_modules":
+                raise ConfigError("target_modules is empty; name modules, or take 'all-linear'")
             if isinstance(given, str) and not (name == "target_modules" and self.adapts_all_linear):
-                try:
-                    re.compile(given)
-                except re.error as error:
-                    raise ConfigError(
-                        f"{name} {given!r} is not a valid regular expression ({error}); give a list to match by name"
-                    ) from error
+                check_expression(name, given)
             elif given is not None and not isinstance(given, (str, set)):
-                raise ConfigError(f"{name} must be a list of names, a string or None, but got {given!r}")
+                raise ConfigError(f"{name} must be a list of names, a string or None, but got {shown(given)}")
         if self.modules_to_save is not None:
             if not isinstance(self.modules_to_save, list):
-                raise ConfigError(f"modules_to_save must be a list of names or None, but got {self.modules_to_save!r}")
+                raise ConfigError(
+                    f"modules_to_save must be a list of names or None, but got {shown(self.modules_to_save)}"
+                )
             check_names("modules_to_save", self.modules_to_save)
-            check_expressions("modules_to_save", self.modules_to_save)
+            check_expressions("modules_to_save", self.modules_to_save, SAVED_MODULE)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
         if layers is not None:
             if isinstance(layers, bool) or not isinstance(layers, (int, list)):
-                raise ConfigError(f"layers_to_transform must be an index, a list of them or None, but got {layers!r}")
+                raise ConfigError(
+                    f"layers_to_transform must be an index, a list of them or None, but got {shown(layers)}"
+                )
             for index in [layers] if isinstance(layers, int) else layers:
                 check_integer("layers_to_transform", index, 0)
         pattern = self.layers_pattern
         if isinstance(pattern, list):
             check_names("layers_pattern", pattern)
         elif pattern is not None and not isinstance(pattern, str):
-            raise ConfigError(f"layers_pattern must be a name, a list of names or None, but got {pattern!r}")
-        check_expressions("layers_pattern", self.layer_patterns)
+            raise ConfigError(f"layers_pattern must be a name, a list of names or None, but got {shown(pattern)}")
+        check_expressions("layers_pattern", self.layer_patterns, CONTAINER)
         if self.layer_patterns and self.layer_indices is None:
             raise ConfigError(
-                f"layers_pattern={pattern!r} has no effect without layers_to_transform; give the layer indices too"
+                f"layers_pattern={shown(pattern)} has no effect without layers_to_transform; give the layer indices too"
             )
         is_regex = isinstance(self.target_modules, str) and not self.adapts_all_linear
         if is_regex and self.layer_indices is not None:
             raise ConfigError(
-                f"layers_to_transform={layers!r} does not go with target_modules={self.target_modules!r}: a regular "
-                "expression selects layers itself; write the indices into it, or give a list of names"
+                f"layers_to_transform={shown(layers)} does not go with target_modules={shown(self.target_modules)}: a "
+                "regular expression selects layers itself; write the indices into it, or give a list of names"
             )
 
     def _check_patterns(self) -> None:
-        check_pattern("rank_pattern", self.rank_pattern, lambda name, value: check_integer(name, value, 1))
-        check_pattern("alpha_pattern", self.alpha_pattern, check_number)
-        check_pattern("gralora_k_pattern", self.gralora_k_pattern, lambda name, value: check_integer(name, value, 1))
+        self._check_pattern("rank_pattern", lambda name, value: check_integer(name, value, 1))
+        self._check_pattern("alpha_pattern", check_alpha)
+        self._check_pattern("gralora_k_pattern", lambda name, value: check_integer(name, value, 1))
+
+    def _check_pattern(self, field_name: str, check_value: Callable[[str, Any], None]) -> None:
+        """Refuse what is not a dict from module names (or regular expressions) to valid values."""
+        value = getattr(self, field_name)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{field_name} must be a dict from module names to values, but got {shown(value)}")
+        check_names(field_name, value)
+        check_expressions(field_name, value, END_OF_PATH)
+        for key, entry in value.items():
+            check_value(f"{field_name}[{shown(key)}]", entry)

@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from gralora_fx.config.checks import check_integer
-from gralora_fx.errors import warn_caller
+from gralora_fx.config.checks import check_integer, is_number
+from gralora_fx.errors import ConfigError, shown, warn_caller
 
 ALL_LINEAR = "all-linear"
+
+# what PEFT keeps in the file for itself; it says nothing of the adapter
+_BOOKKEEPING = ("peft_type", "peft_version", "auto_mapping")
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a configuration file.
+
+    Raises:
+        ConfigError: There is no such file, it cannot be read, it is not a JSON object, or a key is in it twice.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from error
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of an integer with thousands of digits
+        raise ConfigError(f"{path} is not valid JSON ({error}); save the adapter again") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds a {type(fields).__name__}, not an object; save the adapter again")
+    return fields
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} stands in it twice")
+    return fields
+
+
+def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: str) -> None:
+    """Warn of keys that mean nothing here, each by its name: what they were meant to do is not done.
+
+    Args:
+        fields: The fields of a file.
+        known: The fields that are read.
+        origin: Where the fields come from.
+    """
+    unknown = sorted(name for name in fields if name not in known and name not in _BOOKKEEPING)
+    if not unknown:
+        return
+    parts = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        value = shown(fields[name])
+        parts.append(f"{name}={value}" + (f" (is {near[0]} meant?)" if near else ""))
+    verb = "are not known fields" if len(unknown) > 1 else "is not a known field"
+    warn_caller(f"{origin}: {', '.join(parts)} {verb} of a GraLoRA configuration, so nothing is done about it")
 
 
 def from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> dict[str, Any]:
@@ -23,19 +77,35 @@ def from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> 
     return {**values, "r": total - hybrid, "hybrid_r": hybrid, "alpha": gralora_alpha}
 
 
-def as_peft_reads(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`values` without what PEFT ignores at run time, and a sentence for each thing left out."""
-    kept, dropped = dict(values), []
+def as_peft_reads(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What a file of PEFT's means, though nobody may write it anew.
+
+    Returns:
+        The fields that can be taken as they are, without what PEFT ignores at run time; those that PEFT takes and
+        construction refuses; and a sentence for each thing left out or refused elsewhere.
+    """
+    kept, only_in_peft, notes = dict(values), {}, []
     targets, layers, pattern = (kept.get(name) for name in ("target_modules", "layers_to_transform", "layers_pattern"))
     is_regex = isinstance(targets, str) and targets.lower() != ALL_LINEAR
     if is_regex and layers not in (None, []):
-        dropped.append(f"layers_to_transform={layers!r} is ignored, as PEFT ignores it beside a regular expression")
+        notes.append(f"layers_to_transform={shown(layers)} is ignored, as PEFT ignores it beside a regular expression")
         kept["layers_to_transform"] = None
     if pattern and kept.get("layers_to_transform") in (None, []):
-        dropped.append(f"layers_pattern={pattern!r} is ignored, as PEFT ignores it without layers_to_transform")
+        notes.append(f"layers_pattern={shown(pattern)} is ignored, as PEFT ignores it without layers_to_transform")
         kept["layers_pattern"] = None
-    dropout = kept.get("gralora_dropout", 0.0)
-    if isinstance(dropout, (int, float)) and dropout < 0:
-        dropped.append(f"gralora_dropout={dropout!r} is read as 0, as PEFT reads it")
+    dropout, alpha = kept.get("gralora_dropout", 0.0), kept.get("alpha", 1)
+    if is_number(dropout) and dropout < 0:
+        notes.append(f"gralora_dropout={shown(dropout)} is read as 0, as PEFT reads it")
         kept["gralora_dropout"] = 0.0
-    return kept, dropped
+    elif is_number(dropout) and dropout == 1:
+        notes.append("gralora_dropout=1 drops every input of the adapter in training, so that it does not train")
+        only_in_peft["gralora_dropout"] = kept.pop("gralora_dropout")
+    if is_number(alpha) and alpha <= 0:
+        effect = "turns the adapter off" if alpha == 0 else "subtracts the adapter"
+        notes.append(f"alpha={shown(alpha)} {effect}, as in PEFT")
+        only_in_peft["alpha"] = kept.pop("alpha")
+    if targets in ("", [], ()) or targets == set():
+        notes.append("target_modules is empty, so that the configuration fits no model")
+        only_in_peft["target_modules"] = set() if targets != "" else ""
+        del kept["target_modules"]
+    return kept, only_in_peft, notes

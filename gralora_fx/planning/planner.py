@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,7 +51,7 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
     copied = {id(p): p for path in saved for p in _parameters_under(traced, path).values()}
     trained = {id(p): p for name in biases if (p := traced.tree.parameters[name]) is not None}
     return RewritePlan(
-        config=dataclasses.replace(config, fan_in_fan_out=stores_transposed(selected)),
+        config=config.changed(fan_in_fan_out=stores_transposed(selected)),
         selected=selected,
         rejected=tuple(rejected),
         saved_modules=saved,

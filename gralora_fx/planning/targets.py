@@ -8,6 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from gralora_fx.config import GraloraConfig
+from gralora_fx.config.expressions import (
+    ANY_CONTAINER,
+    CONTAINER,
+    END_OF_PATH,
+    SAVED_MODULE,
+    fullmatch,
+    match,
+    within,
+)
 from gralora_fx.errors import TargetError
 from gralora_fx.module_tree import ModuleTree
 
@@ -73,7 +82,7 @@ class TargetRule:
         if self.is_excluded(path):
             return "exclude_modules names it"
         for name in self.saved:
-            if re.match(rf"(^|.*\.){name}($|\..*)", path):
+            if match(within(SAVED_MODULE, name), path):
                 return f"it belongs to modules_to_save ({name})"
         if not self.is_named(path):
             return "target_modules does not name it"
@@ -94,13 +103,13 @@ class TargetRule:
         if self.all_linear:
             return True
         if self.pattern is not None:
-            return re.fullmatch(self.pattern, path) is not None
+            return fullmatch(self.pattern, path)
         return any(_ends_with(path, name) for name in self.names)
 
     def is_excluded(self, path: str) -> bool:
         """Whether `exclude_modules` covers a path."""
         if self.excluded_pattern is not None:
-            return re.fullmatch(self.excluded_pattern, path) is not None
+            return fullmatch(self.excluded_pattern, path)
         return any(_ends_with(path, name) for name in self.excluded)
 
     def layer_index(self, path: str) -> int | None:
@@ -117,8 +126,7 @@ class TargetRule:
 
 def counts_below(container: str | None, path: str) -> int | None:
     """The number of the layer of a container that a path lies in, by PEFT's expressions; None for any container."""
-    expression = r".*?\.[^.]*" if container is None else rf"(?:^|.*?\.){container}"
-    found = re.match(rf"{expression}\.(?P<index>\d+)\.", path)
+    found = match(ANY_CONTAINER if container is None else within(CONTAINER, container), path)
     return None if found is None else int(found["index"])
 
 
@@ -179,7 +187,7 @@ def pattern_key(keys: Iterable[str], path: str) -> str | None:
     keys = list(keys)
     if path in keys:
         return path
-    return next((key for key in keys if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)), None)
+    return next((key for key in keys if fullmatch(within(END_OF_PATH, key), path)), None)
 
 
 def nearest_names(name: str, paths: Iterable[str]) -> list[str]:

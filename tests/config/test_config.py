@@ -100,6 +100,12 @@ BAD = [
     ({"alpha": float("nan")}, r"alpha must be .*nan"),
     ({"alpha": float("inf")}, r"alpha must be .*inf"),
     ({"alpha": None}, r"alpha must be .*None"),
+    ({"alpha": 0}, r"alpha must be positive, but got 0: the scale is alpha / \(r \+ hybrid_r\)"),
+    ({"alpha": -1.5}, r"alpha must be positive, but got -1\.5"),
+    ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\] must be positive, but got 0"),
+    ({"target_modules": []}, "target_modules is empty; name modules, or take 'all-linear'"),
+    ({"target_modules": ""}, "target_modules is empty; name modules, or take 'all-linear'"),
+    ({"bias": "x" * 10_000}, "bias must be one of none, all, gralora_only, but got 'xxx"),
     ({"gralora_dropout": 1}, r"gralora_dropout must be in \[0, 1\), but got 1; take 0 for none"),
     ({"gralora_dropout": -0.1}, r"gralora_dropout must be in \[0, 1\), but got -0\.1"),
     ({"gralora_dropout": float("nan")}, r"gralora_dropout must be .*nan"),
@@ -155,6 +161,13 @@ def test_a_bad_field_is_named_with_its_value_and_a_remedy(fields: dict[str, Any]
     assert len(text) < 400
 
 
+@pytest.mark.parametrize("field", ["r", "hybrid_r", "alpha", "gralora_dropout", "gralora_k", "layers_to_transform"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_integer_of_thousands_of_digits_is_refused(field: str, sign: int) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must be .*but got a value of type int, too large to show"):
+        GraloraConfig(**{field: sign * 10**5000})
+
+
 def test_an_unknown_field_is_no_argument() -> None:
     with pytest.raises(TypeError, match="rank"):
         GraloraConfig(rank=3)  # type: ignore[call-arg]
@@ -164,14 +177,12 @@ def test_an_unknown_field_is_no_argument() -> None:
     "fields",
     [
         {"r": 1, "gralora_k": 1},
-        {"alpha": 0},
-        {"alpha": -1.5},
+        {"alpha": 1e-30},
         {"gralora_dropout": 0.999},
         {"hybrid_r": 1},
         {"layers_to_transform": 0},
         {"layers_to_transform": [], "target_modules": "q.*"},
         {"target_modules": "all-linear", "layers_to_transform": [1], "layers_pattern": ["h"]},
-        {"target_modules": []},
     ],
     ids=str,
 )

@@ -1,0 +1,129 @@
+"""Regular expressions from a configuration: Python's syntax and meaning, and a match that cannot hang the process."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+import warnings
+from collections.abc import Iterable
+
+import regex
+
+from gralora_fx.errors import ConfigError, shown
+
+# where PEFT's rules put a name of the configuration, as it is
+WHOLE = "{}"  # target_modules, exclude_modules
+END_OF_PATH = r"(?:.*\.)?(?:{})"  # a key of rank_pattern and its kin
+SAVED_MODULE = r"(^|.*\.){}($|\..*)"  # modules_to_save
+ANY_CONTAINER = r".*?\.[^.]*\.(?P<index>\d+)\."
+CONTAINER = r"(?:^|.*?\.){}\.(?P<index>\d+)\."  # layers_pattern
+
+_LONGEST = 1_000_000  # characters; the names of ten thousand layers, written out
+_LIMIT = 1.0  # seconds of processor time that one expression may take in all; an ordinary match takes microseconds
+_SLOW = 0.01  # seconds; faster matches don't count
+_SHORTEST = 0.001  # seconds; what is left to an expression that has used up its time
+
+# What `regex` reads differently from `re`: fuzzy matching, `{e<=1}`, and classes such as `[:alpha:]`. Both are literal
+# text in Python. An escaped character comes first, so that a bracket of it is left alone.
+_LITERAL = re.compile(r"\\.|\{(?!\d*,\d*\}|\d+\})|(?<=\[):", re.DOTALL)
+
+
+def within(template: str, name: str) -> str:
+    """The expression of a rule with a name in its place."""
+    return template.replace("{}", name)
+
+
+def check_expression(field: str, value: str) -> None:
+    """Refuse what is not a regular expression for whole paths.
+
+    Raises:
+        ConfigError: It cannot be compiled.
+    """
+    try:
+        _Matcher.of(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"{field} {shown(value)} is not a valid regular expression ({error}); give a list to match by name"
+        ) from error
+
+
+def check_expressions(field: str, names: Iterable[str], template: str) -> None:
+    """Refuse names that are not expressions, by themselves or where PEFT puts them.
+
+    Raises:
+        ConfigError: One cannot be compiled.
+    """
+    for name in names:
+        try:
+            _Matcher.of(name)
+            _Matcher.of(within(template, name))
+        except ValueError as error:
+            raise ConfigError(f"{field} holds {shown(name)}, which is no valid name ({error}); name modules") from error
+
+
+def fullmatch(expression: str, text: str) -> bool:
+    """Whether an expression matches a whole text, as `re.fullmatch` does.
+
+    Raises:
+        ConfigError: It takes too long to tell.
+    """
+    return _Matcher.of(expression).match(text, whole=True) is not None
+
+
+def match(expression: str, text: str) -> regex.Match[str] | None:
+    """The match of an expression at the beginning of a text, as `re.match` finds it.
+
+    Raises:
+        ConfigError: It takes too long to tell.
+    """
+    return _Matcher.of(expression).match(text, whole=False)
+
+
+class _Matcher:
+    """A compiled expression, and the time that its slow matches have taken."""
+
+    def __init__(self, expression: str) -> None:
+        self.expression, self.spent = expression, 0.0
+        self.compiled = _compiled(expression)
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def of(cls, expression: str) -> _Matcher:
+        """The matcher of an expression; one that was too slow stays so."""
+        return cls(expression)
+
+    def match(self, text: str, *, whole: bool) -> regex.Match[str] | None:
+        """The match of a whole text, or at its beginning."""
+        find = self.compiled.fullmatch if whole else self.compiled.match
+        began = time.thread_time()
+        try:
+            return find(text, timeout=max(_LIMIT - self.spent, _SHORTEST))
+        except TimeoutError as error:
+            raise ConfigError(
+                f"the regular expression {shown(self.expression)} takes too long to match ({shown(text)}); write it "
+                "without repetitions inside or beside repetitions, or give a list of names"
+            ) from error
+        finally:
+            took = time.thread_time() - began
+            self.spent += took if took > _SLOW else 0.0
+
+
+def _compiled(expression: str) -> regex.Pattern[str]:
+    """The expression, if Python's `re` takes it, with the same meaning.
+
+    Raises:
+        ValueError: It cannot be compiled, with the reason.
+    """
+    if len(expression) > _LONGEST:
+        raise ValueError(f"it has {len(expression):,} characters, and {_LONGEST:,} are the most")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of nested sets, which may get a meaning some day
+            re.compile(expression)
+        literal = _LITERAL.sub(lambda found: found[0] if found[0][0] == "\\" else f"\\{found[0]}", expression)
+        return regex.compile(literal, regex.VERSION0)
+    except (re.error, regex.error, OverflowError) as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
