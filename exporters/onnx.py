@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import ExportError, GraloraError, first_line
+from gralora_fx.export_options import check_export_options
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, require_space, staged
 from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
@@ -22,7 +23,7 @@ from gralora_fx.exporters.folding import as_traced, with_values
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
 from gralora_fx.exporters.naming import name_axes, name_outputs
-from gralora_fx.exporters.precision import DTYPES, in_precision, precision_of, take_float32
+from gralora_fx.exporters.precision import in_precision, precision_of, take_float32
 from gralora_fx.exporters.quantization import Quantization, quantize_models
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
 from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
@@ -81,7 +82,7 @@ def export_onnx(
             the model does.
         MergeError: An adapter cannot be folded.
     """
-    _refuse_unavailable(adapters, precision, logits)
+    check_export_options(adapters=adapters, precision=precision, logits=logits, verify=verify)
     how = None if quantize is None else Quantization(quantize, block_size, accuracy_level)
     check_output(output_dir)
     seconds: dict[str, float] = {}
@@ -180,9 +181,9 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     if tokenizer is None:
         return
     if isinstance(tokenizer, (str, Path)):
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer, ExportError)
         if loaded is None:
-            raise ExportError(f"no tokenizer can be loaded from {tokenizer}; give its directory")
+            raise ExportError(f"no tokenizer files in {tokenizer}; give the directory that holds them")
         tokenizer = loaded
     if not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")
@@ -193,17 +194,6 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
             features.save_pretrained(stage)  # as preprocessor_config.json, which transformers.js reads
     except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
-
-
-def _refuse_unavailable(adapters: str, precision: str, logits: str) -> None:
-    choices = {
-        "adapters": (adapters, ("merged",)),
-        "precision": (precision, tuple(DTYPES)),
-        "logits": (logits, ("last", "all")),
-    }
-    for name, (given, available) in choices.items():
-        if given not in available:
-            raise ExportError(f"{name}={given!r} is not available; take {' or '.join(map(repr, available))}")
 
 
 def _refuse_unfit(traced: TracedModel) -> None:

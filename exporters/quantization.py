@@ -14,13 +14,12 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ExportError
+from gralora_fx.export_options import check_quantization
 from gralora_fx.exporters.building import MICROSOFT
 from gralora_fx.exporters.weights import made_when_written, parts_of
 
 _BITS = {"int4": 4, "int8": 8}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_SMALLEST_BLOCK = 16
 _COLUMNS = 4096  # quantized at once
 
 
@@ -40,16 +39,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         """Refuse what the operators do not take."""
-        if self.kind not in _BITS:
-            raise ExportError(f"quantize={self.kind!r} is not available; take {' or '.join(map(repr, _BITS))} or None")
-        size = self.block_size
-        if not _is_int(size) or size < _SMALLEST_BLOCK or size & (size - 1):
-            raise ExportError(f"block_size={size!r} is no block size; take a power of two, 16 or more, such as 32")
-        if not _is_int(self.accuracy_level) or not 0 <= self.accuracy_level <= 4:
-            raise ExportError(
-                f"accuracy_level={self.accuracy_level!r} is no accuracy level; take 0 (the runtime's choice), "
-                "1 (float32), 2 (float16), 3 (bfloat16) or 4 (int8)"
-            )
+        check_quantization(self.kind, self.block_size, self.accuracy_level)
 
     @property
     def bits(self) -> int:
@@ -330,7 +320,3 @@ def _drop_unread(graph: ir.Graph, names: list[str]) -> None:
 def _axis(node: ir.Node) -> int:
     attribute = node.attributes.get("axis")
     return 0 if attribute is None else attribute.as_int()
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -182,7 +182,7 @@ def _given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: Trace
         raise ExportError("the export has no cache, so it takes no prompts; give inputs")
     if isinstance(prompts, str) or not prompts:
         raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
-    tokenizer = load_tokenizer(output_dir)
+    tokenizer = load_tokenizer(output_dir, ExportError)
     rows = [prompt_ids(prompt, tokenizer, ExportError) for prompt in prompts]
     vocabulary, context = vocabulary_of(traced), context_of(traced)
     for index, row in enumerate(rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -63,6 +63,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read ({error}); it is truncated or no safetensors file, so copy or save it again"
         ) from error
+
+
+def base_names(keys: Iterable[str]) -> set[str]:
+    """The names that keys of PEFT's file have in the base, for those that hold a parameter's own copy.
+
+    Args:
+        keys: Keys of the file; those of adapter tensors name nothing there.
+    """
+    return {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
 def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:

@@ -6,15 +6,17 @@ import gc
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from gralora_fx.collection import fewer_collections
-from gralora_fx.errors import GraloraError
+from gralora_fx.errors import ConfigError, GraloraError
+from gralora_fx.export_options import LOGITS, PRECISIONS, QUANTIZATIONS, check_export_options
 from gralora_fx.progress import StageProgress
 from gralora_fx.stages import timed
+from gralora_fx.tasks import TASKS, check_task
 
 app = typer.Typer(
     name="gralora-fx",
@@ -26,9 +28,34 @@ app = typer.Typer(
 )
 _notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Model = Annotated[str | None, typer.Option(help="Base model: a local directory or a hub id.")]
-Adapter = Annotated[str | None, typer.Option(help="PEFT-format GraLoRA adapter: a local directory or a hub id.")]
-Task = Annotated[str | None, typer.Option(help="Task, by optimum's names, such as text-classification.")]
+
+def _name(name: str | None) -> str | None:
+    """A directory or hub id, which is not empty."""
+    if name is not None and not name.strip():
+        raise ConfigError("--model and --adapter take a local directory or a hub id, but one of them is empty")
+    return name
+
+
+def _task(task: str | None) -> str | None:
+    """A task's name, checked before anything is imported."""
+    check_task(task)
+    return task
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    """How the help shows choices."""
+    return f"[{'|'.join(choices)}]"
+
+
+_TASKS = "\n".join(TASKS)
+Model = Annotated[str | None, typer.Option(help="Base model: a local directory or a hub id.", callback=_name)]
+Adapter = Annotated[
+    str | None, typer.Option(help="PEFT-format GraLoRA adapter: a local directory or a hub id.", callback=_name)
+]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="TASK", help=f"Task, by optimum's names:\n\n\b\n{_TASKS}", callback=_task),
+]
 Output = Annotated[Path, typer.Option(help="The export directory.")]
 
 
@@ -42,15 +69,18 @@ def inspect(
     full: Annotated[bool, typer.Option("--full", help="Draw layers that look alike one by one.")] = False,
 ) -> None:
     """Trace a model and print its linear call sites, or what an adapter does with each of them."""
-    from gralora_fx.loading import load_traced
+    from gralora_fx.loading import load_base, trace_base
     from gralora_fx.model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
 
     with StageProgress():
-        loaded = load_traced(model, adapter, task)
+        base = load_base(model, adapter, task)
+        loaded = trace_base(base)
         drawn = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
     for path in drawn:
         _notes.print(f"wrote {path}")
+    if report := str(base.report):
+        print(report)
     if isinstance(loaded, GraloraModel):
         print(loaded.plans["default"])
         return
@@ -66,11 +96,30 @@ def export(
     model: Model = None,
     adapter: Adapter = None,
     task: Task = None,
-    precision: Annotated[str, typer.Option(help="Precision of weights and cache: fp32, fp16 or bf16.")] = "fp32",
-    quantize: Annotated[str | None, typer.Option(help="Store matrices as int4 or int8.")] = None,
-    block_size: Annotated[int, typer.Option(help="Quantized values that share a scale.")] = 32,
-    accuracy_level: Annotated[int, typer.Option(help="How quantized weights multiply; 4 is int8, the fastest.")] = 4,
-    logits: Annotated[str, typer.Option(help="Of a model with a cache: logits of the last position, or all.")] = "last",
+    precision: Annotated[
+        str, typer.Option(metavar=_either(PRECISIONS), help="Precision of weights and cache.")
+    ] = "fp32",
+    quantize: Annotated[
+        str | None, typer.Option(metavar=_either(QUANTIZATIONS), help="Store matrices as blocks of small integers.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Quantized values that share a scale: a power of two, 16 or more.  [default: 32]")
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            metavar="[0|1|2|3|4]",
+            help="How quantized weights multiply: 0 the runtime's choice, 1 float32, 2 float16, 3 bfloat16, 4 int8, "
+            "the fastest.  [default: 4]",
+        ),
+    ] = None,
+    logits: Annotated[
+        str, typer.Option(metavar=_either(LOGITS), help="Of a model with a cache: logits of the last position, or all.")
+    ] = "last",
+    allow_random_head: Annotated[
+        bool, typer.Option("--allow-random-head", help="Export a head that the checkpoint lacks, with random values.")
+    ] = False,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the base's tokenizer out.")] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read weights one by one while writing; nothing is compared.")
     ] = False,
@@ -80,27 +129,24 @@ def export(
 
     A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
     """
+    blocks = {"block_size": block_size, "accuracy_level": accuracy_level}
+    given = {name: value for name, value in blocks.items() if value is not None}
+    if given and quantize is None:
+        option = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{option} has no effect without --quantize; give --quantize too, or leave it out")
+    options: dict[str, Any] = {"precision": precision, "quantize": quantize, "logits": logits, **given}
+    check_export_options(**options)
     with StageProgress():
         with timed("import"), fewer_collections():
             from gralora_fx.exporters import export_onnx
             from gralora_fx.exporters.directory import check_output
-            from gralora_fx.loading import load_traced
-            from gralora_fx.model import GraloraModel
+            from gralora_fx.loading import base_name, load_traced
             from gralora_fx.tokenizers import load_tokenizer
         check_output(output)
-        loaded = load_traced(model, adapter, task, with_cache=True, stream=stream)
-        traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
-        report = export_onnx(
-            loaded,
-            output,
-            precision=precision,  # type: ignore[arg-type]  # export_onnx refuses others with a clear error
-            quantize=quantize,  # type: ignore[arg-type]  # so it does here
-            block_size=block_size,
-            accuracy_level=accuracy_level,
-            logits=logits,  # type: ignore[arg-type]  # and here
-            tokenizer=load_tokenizer(model or traced.tokenizer_source or ""),
-            verify=not (no_verify or stream),
-        )
+        tokenizer = None if no_tokenizer else load_tokenizer(base_name(model, adapter))
+        loaded = load_traced(model, adapter, task, with_cache=True, stream=stream, allow_random_head=allow_random_head)
+        verify = not (no_verify or stream)
+        report = export_onnx(loaded, output, tokenizer=tokenizer, verify=verify, **options)
     print(report)
     if stream and not no_verify:
         _notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
@@ -112,6 +158,9 @@ def verify(
     model: Model = None,
     adapter: Adapter = None,
     task: Task = None,
+    allow_random_head: Annotated[
+        bool, typer.Option("--allow-random-head", help="For an export that was made with it.")
+    ] = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.")
     ] = None,
@@ -123,7 +172,7 @@ def verify(
             from gralora_fx.exporters.manifest import read_manifest
             from gralora_fx.loading import load_traced
         manifest = read_manifest(output)
-        loaded = load_traced(model, adapter, task or manifest.get("task"))
+        loaded = load_traced(model, adapter, task or manifest.get("task"), allow_random_head=allow_random_head)
         with timed("verify"):
             report = verify_onnx(output, loaded, prompts=prompt or None)
     print(report)
@@ -144,12 +193,12 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line; errors of gralora-fx end it with one line and status 1."""
+    """Run the command line; errors of gralora-fx end it with a line, and one for each problem, and status 1."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except GraloraError as error:
-        _notes.print(f"error: {'; '.join(str(error).splitlines())}", markup=False)
+        _notes.print(f"error: {error}", markup=False)
         sys.exit(1)
     finally:
         gc.freeze()  # what is left goes with the process; to look through it once more takes a second

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +13,22 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from gralora_fx.checkpoint import read_adapter
-from gralora_fx.errors import ConfigError, GraloraError, TraceError, first_line
+from gralora_fx.checkpoint import base_names, read_adapter
+from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import CheckpointError, ConfigError, GraloraError, TargetError, TraceError, first_line
+from gralora_fx.load_report import LoadReport, listed
 from gralora_fx.model import GraloraModel
+from gralora_fx.model_files import check_model_files
 from gralora_fx.shards import attach_shards, empty_model
 from gralora_fx.sources import resolve_directory
 from gralora_fx.stages import timed
+from gralora_fx.tasks import check_task
 from gralora_fx.tracing.quiet import quiet
-from gralora_fx.tracing.samples import TASKS, infer_task
+from gralora_fx.tracing.samples import infer_task
 from gralora_fx.tracing.trace import trace
 from gralora_fx.tracing.traced import TracedModel
+
+_log = logging.getLogger(__name__)
 
 _AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
@@ -40,34 +49,79 @@ _PEFT_TASKS = {
     "SEQ_2_SEQ_LM": "text2text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
+# other tasks that an adapter of such a task type may be used for
+_ALIKE = {"SEQ_CLS": ("image-classification",), "SEQ_2_SEQ_LM": ("automatic-speech-recognition",)}
 _WITH_CACHE = {"text-generation": "text-generation-with-past"}
 _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
 
-def load_model(name: str | Path, task: str | None = None, *, num_labels: int | None = None) -> PreTrainedModel:
+def load_model(
+    name: str | Path,
+    task: str | None = None,
+    *,
+    num_labels: int | None = None,
+    supplied: Set[str] = frozenset(),
+    allow_random_head: bool = False,
+) -> PreTrainedModel:
     """A transformers model in float32 and evaluation mode.
 
     Args:
         name: Local directory or hub id.
         task: One of optimum's task names; None for the class that the model's configuration names.
         num_labels: Number of classes of a classification head; None for the configuration's.
+        supplied: Names of parameters that the checkpoint may lack, since an adapter brings its own.
+        allow_random_head: Whether the checkpoint may lack others, which then have random values; for a head that is
+            still to be trained.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be loaded.
+        CheckpointError: The checkpoint lacks tensors of the model, or has them in other shapes; each is named.
+    """
+    model, report = load_with_report(name, task, num_labels=num_labels)
+    _check_values(report, supplied, allow_random_head, num_labels)
+    return model
+
+
+def load_with_report(
+    name: str | Path, task: str | None = None, *, num_labels: int | None = None
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The model as `load_model` gives it, with random values where the checkpoint has none, and which those are.
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
     """
-    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    check_model_files(name, TraceError)
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet():
-            model_class = _class_for(AutoConfig.from_pretrained(name), task)
-            model: PreTrainedModel = model_class.from_pretrained(name, dtype=torch.float32, **options)
+            config = AutoConfig.from_pretrained(name)
+            model, info = _class_for(config, task).from_pretrained(
+                name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
     except GraloraError:
         raise
     except Exception as error:  # transformers, safetensors and pickle raise types of their own
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
-    return model.eval()
+    return model.eval(), LoadReport.of(str(name), model, info)
 
 
-def load_streamed(name: str | Path, task: str | None = None, *, num_labels: int | None = None) -> PreTrainedModel:
+def _check_values(report: LoadReport, supplied: Set[str], allow_random_head: bool, num_labels: int | None) -> None:
+    """Refuse tensors with random values, or say which have some."""
+    heads = {key for key, (_, own) in report.mismatched.items() if own[:1] == (num_labels,)}  # of other classes
+    if allow_random_head and report.mismatched.keys() <= heads | set(supplied):
+        for problem in report.problems(supplied):
+            _log.warning("%s: %s, so it has random values", report.name, problem)
+        return
+    advice = (
+        "give a checkpoint that has them, the --task it was saved for, an adapter that brings them (modules_to_save), "
+        "or --allow-random-head (allow_random_head=True) for a head that is still to be trained"
+    )
+    report.check(supplied, advice=advice)
+
+
+def load_streamed(
+    name: str | Path, task: str | None = None, *, num_labels: int | None = None, supplied: Set[str] = frozenset()
+) -> PreTrainedModel:
     """The same model without its weights: parameters stand on the meta device and know their safetensors file.
 
     It can be traced, rewritten and exported, which reads one tensor at a time, but not run.
@@ -76,11 +130,13 @@ def load_streamed(name: str | Path, task: str | None = None, *, num_labels: int 
         name: Local directory or hub id, of safetensors files.
         task: One of optimum's task names; None for the class that the model's configuration names.
         num_labels: Number of classes of a classification head; None for the configuration's.
+        supplied: Names of parameters that the files may lack, since an adapter brings its own.
 
     Raises:
         TraceError: The task is unknown, or no model can be made.
         CheckpointError: The files do not fit the model.
     """
+    check_model_files(name, TraceError)
     directory = resolve_directory(name, TraceError)
     try:
         with quiet():
@@ -95,20 +151,25 @@ def load_streamed(name: str | Path, task: str | None = None, *, num_labels: int 
         raise
     except Exception as error:  # transformers raises types of its own
         raise TraceError(f"no model can be made of {name} ({first_line(error)})") from error
-    return attach_shards(model, directory)
+    return attach_shards(model, directory, supplied)
 
 
 def _class_for(config: PreTrainedConfig, task: str | None) -> Any:
     """The class of transformers for a task, or the one that a configuration names."""
-    if task is not None and task not in TASKS:
-        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
+    check_task(task)
     architecture = (config.architectures or [None])[0]
     class_name = _AUTO_CLASSES.get((task or "").removesuffix("-with-past"), architecture or "AutoModel")
     return getattr(transformers, class_name, transformers.AutoModel)
 
 
 def load_traced(
-    model: str | None, adapter: str | None, task: str | None, *, with_cache: bool = False, stream: bool = False
+    model: str | None,
+    adapter: str | None,
+    task: str | None,
+    *,
+    with_cache: bool = False,
+    stream: bool = False,
+    allow_random_head: bool = False,
 ) -> TracedModel | GraloraModel:
     """A traced model, rewritten with an adapter if one is given.
 
@@ -118,42 +179,169 @@ def load_traced(
         task: Task name; None for the adapter's or the model's own.
         with_cache: Whether a task that is not named is the one with a cache, where there is one: what generates.
         stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
+        allow_random_head: Whether the base may lack tensors that the adapter does not bring, such as a head; they have
+            random values, the same in every run.
 
     Raises:
-        ConfigError: Neither names a base model.
+        ConfigError: Neither names a base model, or the adapter is of another task.
         TraceError: The base cannot be loaded or traced.
         TargetError: The adapter's configuration does not fit the base.
-        CheckpointError: The adapter's tensors do not fit the base.
+        CheckpointError: The base lacks tensors, or the adapter's do not fit it.
     """
+    base = load_base(model, adapter, task, stream=stream)
+    base.check(allow_random_head=allow_random_head)
+    return trace_base(base, with_cache=with_cache)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in memory, and what it was loaded for.
+
+    Attributes:
+        name: Local directory or hub id.
+        model: The model.
+        task: The task that was asked for, or the adapter's; None for the model's own.
+        is_asked: Whether the task was asked for.
+        adapter: Directory or hub id of the adapter, or None.
+        config: The adapter's configuration, or None.
+        supplied: Names of the parameters that the adapter brings its own of.
+        num_labels: Number of classes of the adapter's head, or None.
+        report: How the checkpoint fits the model; None where the weights are streamed, which has checked it.
+    """
+
+    name: str
+    model: PreTrainedModel
+    task: str | None
+    is_asked: bool
+    adapter: str | None
+    config: GraloraConfig | None
+    supplied: Set[str]
+    num_labels: int | None
+    report: LoadReport | None
+
+    def check(self, *, allow_random_head: bool = False) -> None:
+        """Refuse a base with random values that the adapter does not replace.
+
+        Raises:
+            CheckpointError: There are some; each is named.
+        """
+        if self.report is not None:
+            _check_values(self.report, self.supplied, allow_random_head, self.num_labels)
+
+
+def load_base(model: str | None, adapter: str | None, task: str | None, *, stream: bool = False) -> Base:
+    """The base model for a task and an adapter, with random values where its checkpoint has none.
+
+    The random values are the same in every run.
+
+    Args:
+        model: Local directory or hub id of the base; None for the one that the adapter names.
+        adapter: PEFT-format adapter, or None.
+        task: Task name; None for the adapter's or the model's own.
+        stream: Whether to leave the weights in their files (see `load_streamed`).
+
+    Raises:
+        ConfigError: Neither names a base model, or the adapter is of another task.
+        TraceError: The base cannot be loaded.
+        CheckpointError: The adapter cannot be read, or files to stream lack tensors.
+    """
+    config: GraloraConfig | None = None
     heads: list[int] = []
-    base, asked = model, task
+    supplied: set[str] = set()
+    is_asked = task is not None
     with timed("load"):
         if adapter is not None:
             config, tensors = read_adapter(adapter)
-            base = model or config.base_model_name_or_path
-            task = task or _PEFT_TASKS.get(config.task_type or "")
+            task = _task_of(config, task, adapter)
             heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
+            supplied = base_names(tensors)
             del tensors  # they are read again when it is known where they go
-        if base is None:
-            raise ConfigError(
-                "no model was named; give --model, or --adapter with a base_model_name_or_path"
-                if adapter is None
-                else f"{adapter} names no base model; give --model"
-            )
-        load = load_streamed if stream else load_model
-        loaded = load(base, task, num_labels=heads[-1] if heads else None)
-    task = task or infer_task(loaded)
-    if with_cache and asked is None:
+        name, num_labels, report = base_name(model, adapter), heads[-1] if heads else None, None
+        if stream:
+            loaded = load_streamed(name, task, num_labels=num_labels, supplied=supplied)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # so that an export with a random head can be verified later
+                loaded, report = load_with_report(name, task, num_labels=num_labels)
+    return Base(name, loaded, task, is_asked, adapter, config, supplied, num_labels, report)
+
+
+def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | GraloraModel:
+    """Trace a base, and rewrite it with its adapter if it has one.
+
+    Args:
+        base: What `load_base` gave.
+        with_cache: Whether a task that was not asked for is the one with a cache, where there is one.
+
+    Raises:
+        TraceError: The base cannot be traced.
+        TargetError: The adapter's configuration does not fit the base.
+        CheckpointError: The adapter's tensors do not fit the base.
+    """
+    task = base.task or infer_task(base.model)
+    if with_cache and not base.is_asked:
         task = _WITH_CACHE.get(task, task)
     with timed("trace"):
         try:
-            traced = trace(loaded, task=task)
+            traced = trace(base.model, task=task)
         except TraceError as error:
-            if asked is None and task in _WITH_CACHE.values():
+            if not base.is_asked and task in _WITH_CACHE.values():
                 without = task.removesuffix("-with-past")
                 raise TraceError(f"{error}; take --task {without} for an export without a cache") from error
             raise
-    if adapter is None:
+    if base.adapter is None:
         return traced
     with timed("rewrite"):
-        return GraloraModel.from_pretrained(traced, adapter)
+        try:
+            return GraloraModel.from_pretrained(traced, base.adapter)
+        except (TargetError, CheckpointError) as error:
+            raise type(error)(_misfit(error, base)) from error
+
+
+def base_name(model: str | None, adapter: str | None) -> str:
+    """The base that is named, or that an adapter's configuration names.
+
+    Args:
+        model: Local directory or hub id of the base, or None.
+        adapter: PEFT-format adapter, or None.
+
+    Raises:
+        ConfigError: Neither names one.
+    """
+    if model is None and adapter is None:
+        raise ConfigError("no model was named; give --model, or --adapter with a base_model_name_or_path")
+    name = model or GraloraConfig.from_pretrained(adapter or "").base_model_name_or_path
+    if name is None:
+        raise ConfigError(f"{adapter} names no base model; give --model")
+    return name
+
+
+def _task_of(config: GraloraConfig, task: str | None, adapter: str) -> str | None:
+    """The task that is asked for, which has to be one that the adapter was trained for; or the adapter's own.
+
+    Raises:
+        ConfigError: The adapter was trained for another task.
+        TraceError: The task is unknown.
+    """
+    own = _PEFT_TASKS.get(config.task_type or "")
+    if task is None or own is None:
+        return task or own
+    check_task(task)
+    if task.removesuffix("-with-past") in (own, *_ALIKE.get(config.task_type or "", ())):
+        return task
+    raise ConfigError(
+        f"the adapter {adapter} was trained for task_type {config.task_type}, which is --task {own}, not {task}; "
+        f"give --task {own}, or another adapter"
+    )
+
+
+def _misfit(error: GraloraError, base: Base) -> str:
+    """An adapter's misfit in terms of the command line: a headline, then a line for each problem."""
+    lines = str(error).splitlines()
+    problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
+    made_for = base.config.base_model_name_or_path if base.config else None
+    hint = f"it was made for {made_for}" if made_for else "it does not say which base it was made for"
+    return (
+        f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
+        "so give that base with --model, or another --adapter:\n" + listed(problems)
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model.eval()
 
 
-def attach_shards(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = frozenset()) -> PreTrainedModel:
     """Tell the parameters of an empty model where their values are.
 
     Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
@@ -65,6 +66,8 @@ def attach_shards(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     Args:
         model: What `empty_model` made.
         directory: The model's directory.
+        supplied: Names of parameters that may be missing or have another shape, since an adapter brings its own;
+            they are zero.
 
     Raises:
         CheckpointError: There are no safetensors files, a parameter is missing or has another shape, or a key holds
@@ -78,15 +81,19 @@ def attach_shards(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
         names.setdefault(id(parameter), []).append(name)
     for same in names.values():
         name = next((name for name in same if name in found), None)
-        if name is None:
-            problems.append(f"missing {same[0]}")
-            continue
-        problems += _unfit(name, found[name], parameters[name])
-        with_source(parameters[name], found[name])
+        unfit = [f"missing {same[0]}"] if name is None else _unfit(name, found[name], parameters[name])
+        if name is None or (unfit and not supplied.isdisjoint(same)):
+            with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
+        else:
+            with_source(parameters[name], found[name])
+        problems += unfit if supplied.isdisjoint(same) else []
+    persistent = model.state_dict().keys()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in found:
                 buffer.copy_(found[name]())
+            elif name in persistent and buffer.is_floating_point():
+                problems.append(f"missing {name}")
     if problems:
         more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
         shown = "\n".join(f"- {problem}" for problem in problems[:20])

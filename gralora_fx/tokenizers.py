@@ -7,29 +7,65 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gralora_fx.errors import GraloraError
+from gralora_fx.errors import CheckpointError, GraloraError, first_line
+from gralora_fx.model_files import check_json_objects, local_directory
 from gralora_fx.tracing.quiet import quiet
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+_FILES = (
+    *_JSON[:2],
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_CONFIGS = (*_JSON, "config.json")  # which say how the other files are read
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local directory or a hub id, or None where there is none.
+def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local directory or a hub id, or None where there are no files of one.
 
     Args:
         name: Local directory or hub id. For a directory with a model alone transformers makes up an empty tokenizer;
             that counts as none.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: there are files of a tokenizer, and they are damaged or cannot be loaded.
     """
-    path = Path(name)
-    if path.is_dir() and not any((path / file).is_file() for file in _FILES):
-        return None
+    directory = local_directory(name, error)
+    if directory is not None:
+        present = [file for file in _FILES if (directory / file).is_file()]
+        if not present:
+            return None
+        check_json_objects(directory, _CONFIGS, error)
+        if empty := [file for file in present if not (directory / file).stat().st_size]:
+            raise error(f"{directory / empty[0]} is empty; copy it again")
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
-        return None
+    except Exception as failure:  # transformers and tokenizers raise types of their own
+        if directory is None:
+            present = [file for file in _FILES if isinstance(try_to_load_from_cache(str(name), file), str)]
+        if not present:
+            return None
+        raise error(
+            f"the tokenizer of {name} cannot be loaded from {', '.join(present)} ({first_line(failure)}); mend these "
+            "files, or leave the tokenizer out"
+        ) from failure
     return tokenizer
 
 

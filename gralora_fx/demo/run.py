@@ -49,7 +49,7 @@ def run(output: Path, *, epochs: int, seed: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     with _stage("load", seconds, console):
-        base = load_model(model_folder, "text-classification", num_labels=len(news.classes))
+        base = load_model(model_folder, "text-classification", num_labels=len(news.classes), allow_random_head=True)
         base.config.id2label = dict(enumerate(news.classes))
         base.config.label2id = {name: index for index, name in enumerate(news.classes)}
         tokenizer = load_tokenizer(model_folder)

@@ -157,7 +157,7 @@ class OrtModel:
 
     @cached_property
     def _tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
-        return load_tokenizer(self.directory)
+        return load_tokenizer(self.directory, ServingError)
 
     def _feed(self, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
         unknown = [name for name in inputs if name not in self._inputs]

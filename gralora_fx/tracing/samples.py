@@ -12,23 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.tasks import check_task
 from gralora_fx.tracing.cached import PAST, cached_inputs
 from gralora_fx.tracing.encoder_decoder import decoder_step
 
-TASKS = (
-    "feature-extraction",
-    "fill-mask",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "text-generation",
-    "text-generation-with-past",
-    "text2text-generation",
-    "text2text-generation-with-past",
-    "automatic-speech-recognition",
-    "automatic-speech-recognition-with-past",
-    "image-classification",
-)
 _HEADS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -70,8 +57,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     Raises:
         TraceError: The task is unknown, needs a cache, or does not fit the model.
     """
-    if task not in TASKS:
-        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
+    check_task(task)
     if task == "text-generation-with-past" and model.main_input_name == "input_ids":
         return cached_inputs(model)
     main = model.main_input_name

@@ -1,0 +1,30 @@
+"""The tasks that a model can be traced for, by optimum's names."""
+
+from __future__ import annotations
+
+from gralora_fx.errors import TraceError
+
+TASKS = (
+    "feature-extraction",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "text-generation",
+    "text-generation-with-past",
+    "text2text-generation",
+    "text2text-generation-with-past",
+    "automatic-speech-recognition",
+    "automatic-speech-recognition-with-past",
+    "image-classification",
+)
+
+
+def check_task(task: str | None) -> None:
+    """Refuse a name that is not a task's.
+
+    Raises:
+        TraceError: It is not; the message lists those that are.
+    """
+    if task is not None and task not in TASKS:
+        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
