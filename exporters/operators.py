@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.onnx._internal.exporter import _core
 
 import gralora_fx.tracing.attention
-import gralora_fx.tracing.known_code  # noqa: F401  # both define operators
+import gralora_fx.tracing.known_code
+import gralora_fx.tracing.stochastic_depth  # noqa: F401  # all define operators
 
 DOMAIN = "gralora"
 
@@ -68,6 +69,7 @@ RESHAPE = torch.ops.gralora.reshape.default
 SLICE = torch.ops.gralora.slice.default
 ATTENTION = torch.ops.gralora.attention.default
 MASK = torch.ops.gralora.mask.default
+DROP_PATH = torch.ops.gralora.drop_path.default
 
 
 def _rms_norm(x: Any, weight: Any, eps: float) -> Any:

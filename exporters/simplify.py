@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.exporters.matching import MUL, aten, expression, is_call, joined, limits, number, same_size, shape
-from gralora_fx.exporters.operators import RESHAPE, SLICE
+from gralora_fx.exporters.operators import DROP_PATH, RESHAPE, SLICE
 
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 _COPIES = {aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default}
+_DROPOUTS = (aten.dropout.default, DROP_PATH)
 _SHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
@@ -51,7 +52,7 @@ def _changes_nothing(node: fx.Node) -> bool:
     if is_call(node, aten.slice.Tensor):
         before, after, step = shape(node.args[0]), shape(node), node.args[4] if len(node.args) > 4 else 1
         return bool(step == 1) and all(same_size(a, b) for a, b in zip(before, after, strict=True))
-    return node.target in _COPIES or bool(is_call(node, aten.dropout.default) and not node.args[2])
+    return node.target in _COPIES or bool(is_call(node, *_DROPOUTS) and not node.args[2])
 
 
 def _alike(node: fx.Node, other: Any) -> bool:

@@ -84,11 +84,11 @@ def known_as_operators(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as changed:
         for module in model.modules():
-            if _same(type(module).forward, modeling_llama.LlamaRMSNorm.forward) and "forward" not in vars(module):
+            if same_code(type(module).forward, modeling_llama.LlamaRMSNorm.forward) and "forward" not in vars(module):
                 changed.enter_context(patch.object(module, "forward", functools.partial(_norm, module)))
         for name in sorted({type(module).__module__ for module in model.modules()}):
             held = vars(sys.modules[name])
-            if all(_same(held.get(known.__name__), known) for known in _ROTARY):
+            if all(same_code(held.get(known.__name__), known) for known in _ROTARY):
                 changed.enter_context(patch.object(sys.modules[name], "apply_rotary_pos_emb", _rotate_both))
         yield
 
@@ -106,7 +106,7 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
     return turned[0], turned[1]
 
 
-def _same(one: Any, other: Callable[..., Any]) -> bool:
+def same_code(one: Any, other: Callable[..., Any]) -> bool:
     """Whether two functions have the same instructions over the same names, constants and defaults."""
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
         return False

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import gralora_fx.tracing.attention  # noqa: F401  # registers its operator
+import gralora_fx.tracing.attention
+import gralora_fx.tracing.stochastic_depth  # noqa: F401  # both register their operators
 
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
@@ -20,6 +21,7 @@ _FLAGS: dict[Any, int] = {
     _aten.feature_alpha_dropout.default: 2,
     _aten.dropout_.default: 2,
     _aten.native_dropout.default: 2,
+    torch.ops.gralora.drop_path.default: 2,
     _aten.rrelu.default: 3,
     _aten.batch_norm.default: 5,
     _aten.lstm.input: 6,
@@ -112,6 +114,18 @@ def set_mode(graph: fx.Graph, training: bool) -> bool:
                 _write(node, switch["argument"], value)
                 has_changed = True
     return has_changed
+
+
+def switched_argument(node: fx.Node) -> int | str | None:
+    """Position or keyword of the argument of a node that depends on the mode, whatever it is now, or None.
+
+    Args:
+        node: A node of a trace in either mode.
+    """
+    if node.op == "call_function" and node.target in _PROBABILITIES:
+        return _PROBABILITIES[node.target]
+    switch = _switch_of(node)
+    return None if switch is None else switch[0]
 
 
 def _switch_of(node: fx.Node) -> tuple[int | str, Any, Any] | None:

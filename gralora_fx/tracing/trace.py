@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,9 @@ from gralora_fx.tracing.namespace import restore_operators
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import infer_task, inputs_for_task, keyword_inputs, widen
 from gralora_fx.tracing.stand_ins import stand_ins, take_own
+from gralora_fx.tracing.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.training_branches import differing_modules, names_of_modules, updated_buffers
 from gralora_fx.tracing.transformers_export import dynamic_axes, export_transformers_model
 
 
@@ -93,41 +95,73 @@ def trace(
 def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
     """A graph that can stand in either mode: traced in training mode, where every dropout shows its probability.
 
-    Where that cannot be, or does not equal the model in evaluation mode, the evaluation trace is taken and a warning
-    says what training with it misses.
+    Where that cannot be, or does not equal the model in evaluation mode, the modules that have a branch of their own
+    for training are traced in evaluation mode, or else the whole model is; a warning says what training then misses.
     """
-    with _unchanged(model):
-        try:
-            model.train()
-            with _without_random_depth(model):
-                graph_module = _export(model, sample, dynamic)
-            record_switches(graph_module.graph)
-            drawn = draws_randomly(graph_module.graph)
-            reason = f"it draws random numbers ({drawn})" if drawn else difference(model, graph_module, sample)
-        except TraceError as error:
-            reason = str(error)
-        if reason is None:
-            if dynamic:
-                refuse_fixed_sizes(model, graph_module, sample)
-            return graph_module
+    with _unchanged(model), without_layerdrop(model):
+        in_training, reason = _training_trace(model, sample, dynamic)
+        updated = () if in_training is None else updated_buffers(in_training)
+        if in_training is not None and reason is None and not updated:
+            return _with_free_sizes(model, in_training, sample, dynamic)
         model.eval()
-        graph_module = _export(model, sample, dynamic)
-        record_switches(graph_module.graph)
-        found = difference(model, graph_module, sample)
+        in_evaluation = _export(model, sample, dynamic)
+        record_switches(in_evaluation.graph)
+        found = difference(model, in_evaluation, sample)
         if found is not None:
             raise TraceError(f"the trace of {type(model).__name__} does not compute what the model does: {found}")
-        if dynamic:
-            refuse_fixed_sizes(model, graph_module, sample)
+        paths = () if in_training is None else differing_modules(in_training.graph, in_evaluation.graph)
+        if in_training is not None and reason is None and not paths:  # the model updates its buffers in either mode
+            return _with_free_sizes(model, in_training, sample, dynamic)
+        reason = reason or f"it updates {', '.join(updated)}"
+        if paths:
+            mixed, other_reason = _training_trace(model, sample, dynamic, evaluated=paths)
+            reason = f"{names_of_modules(model, paths)} differs in training ({reason})"
+            if mixed is not None and other_reason is None and updated_buffers(mixed) == updated_buffers(in_evaluation):
+                warn_caller(f"{reason}; that is not part of the trace, and training runs it as in evaluation")
+                return _with_free_sizes(model, mixed, sample, dynamic)
         warn_caller(
             f"{type(model).__name__} was traced in evaluation mode, so training runs without its attention dropout and "
             f"noise: {reason}"
         )
-        return graph_module
+        return _with_free_sizes(model, in_evaluation, sample, dynamic)
+
+
+def _training_trace(
+    model: nn.Module, sample: Mapping[str, Any], dynamic: bool, *, evaluated: Collection[str] = ()
+) -> tuple[fx.GraphModule | None, str | None]:
+    """A trace in training mode, if there is one, and why it is not right in evaluation mode, if it is not.
+
+    Args:
+        model: The model; its mode changes.
+        sample: Inputs by name.
+        dynamic: Whether axes may vary.
+        evaluated: Paths of modules that are in evaluation mode themselves.
+    """
+    model.train()
+    for path in evaluated:
+        model.get_submodule(path).training = False
+    try:
+        graph_module = _export(model, sample, dynamic)
+        record_switches(graph_module.graph)
+        if drawn := draws_randomly(graph_module.graph):
+            return graph_module, f"it draws random numbers ({drawn})"
+        return graph_module, difference(model, graph_module, sample)
+    except TraceError as error:
+        return None, str(error)
+
+
+def _with_free_sizes(
+    model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any], dynamic: bool
+) -> fx.GraphModule:
+    """The graph, if it computes what the model does on other sizes too, where they may vary."""
+    if dynamic:
+        refuse_fixed_sizes(model, graph_module, sample)
+    return graph_module
 
 
 def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
     try:
-        with quiet():
+        with quiet(), drop_paths_as_operators(model):
             if isinstance(model, PreTrainedModel):
                 program = export_transformers_model(model, sample, dynamic=dynamic)
             else:
@@ -205,24 +239,3 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module in checkpointed:
             setattr(module, "gradient_checkpointing", True)  # noqa: B010
-
-
-@contextmanager
-def _without_random_depth(model: nn.Module) -> Iterator[None]:
-    """Set layerdrop and stochastic depth to zero: which layers a step drops is no part of a graph."""
-    changed: list[tuple[Any, str, float]] = []
-    holders: list[Any] = [*model.modules(), getattr(model, "config", None)]
-    for holder in holders:
-        drops_paths = type(holder).__name__.endswith("DropPath")
-        for name in ("drop_prob",) if drops_paths else ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-            value = getattr(holder, name, None)
-            if isinstance(value, float) and value > 0:
-                changed.append((holder, name, value))
-                setattr(holder, name, 0.0)
-    if changed:
-        warn_caller("layerdrop and stochastic depth are not part of a trace; training runs every layer in every step")
-    try:
-        yield
-    finally:
-        for holder, name, value in changed:
-            setattr(holder, name, value)

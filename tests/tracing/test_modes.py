@@ -155,6 +155,8 @@ def test_noise_of_training_is_no_part_of_evaluation() -> None:
             noise = torch.empty_like(scores).exponential_() * 1e-9 if self.training else 0.0
             return (scores + noise).argmax(-1)
 
-    with pytest.warns(UserWarning, match=r"evaluation mode.* it draws random numbers \(aten.exponential_"):
+    with pytest.warns(
+        UserWarning, match=r"itself \(Router\) differs in training \(it draws random numbers \(aten.exponential_"
+    ):
         traced = trace(Router(), (torch.randn(3, 8),))
     assert not any("exponential" in str(node.target) for node in traced.graph_module.graph.nodes)
