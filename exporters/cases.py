@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
+from gralora_fx.exporters.context import CONTEXT_FIELDS
 from gralora_fx.exporters.naming import AXES
 from gralora_fx.tracing.cached import PAST, decoder_cache, empty_cache, pairs_of, positions
 from gralora_fx.tracing.traced import TracedModel
 
 _LENGTHS = (1, 6, 11, 24)
-# what configurations call the number of positions
-_CONTEXT = (
-    "max_position_embeddings",
-    "max_target_positions",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-)
 
 
 def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -174,7 +166,7 @@ def _step_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tupl
 def context_of(model: TracedModel) -> int | None:
     """How many positions a model has, two less for those that count from two on; None where it says no limit."""
     config = None if model.config is None else model.config.get_text_config()
-    limits = [limit for name in _CONTEXT if isinstance(limit := getattr(config, name, None), int)]
+    limits = [limit for name in CONTEXT_FIELDS if isinstance(limit := getattr(config, name, None), int)]
     return max(1, min(limits) - 2) if limits else None
 
 

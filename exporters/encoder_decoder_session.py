@@ -57,21 +57,26 @@ class EncoderDecoderSession:
         found = [Argument(value.name, value.shape, value.type) for value in self.decoder.get_outputs()]
         return [*found, Argument("encoder_last_hidden_state", hidden.shape, hidden.type)]
 
-    def run(self, names: Sequence[str] | None, feed: Arrays) -> list[NDArray[Any]]:
+    def get_providers(self) -> list[str]:
+        """The execution providers that both sessions run on."""
+        return [name for name in self.encoder.get_providers() if name in self.decoder.get_providers()]
+
+    def run(self, names: Sequence[str] | None, feed: Arrays, options: Any = None) -> list[NDArray[Any]]:
         """One call of the whole model.
 
         Args:
             names: Outputs to give; None for all, in the order of `get_outputs`.
             feed: Inputs by name.
+            options: An `onnxruntime.RunOptions`, for every run of either session.
         """
-        ids = feed["decoder_input_ids"]
+        ids, mask = feed["decoder_input_ids"], feed.get("attention_mask")
         past = {name: value for name, value in feed.items() if name.startswith(PAST)}
-        hidden = self.encode(feed)
+        hidden = self.encode(feed, options)
         if any(value.shape[2] for value in past.values()):
-            first = self.step(ids[:, :1], hidden, feed.get("attention_mask"))
-            found = self.step(ids, hidden, feed.get("attention_mask"), {**as_past(first), **past})
+            first = self.step(ids[:, :1], hidden, mask, options=options)
+            found = self.step(ids, hidden, mask, {**as_past(first), **past}, options=options)
         else:
-            found = self.step(ids, hidden, feed.get("attention_mask"))
+            found = self.step(ids, hidden, mask, options=options)
         found["encoder_last_hidden_state"] = hidden
         return [found[name] for name in names or [value.name for value in self.get_outputs()]]
 
@@ -80,14 +85,20 @@ class EncoderDecoderSession:
         results = self.run(names, {name: value.numpy() for name, value in feed.items()})
         return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(result)) for result in results]
 
-    def encode(self, feed: Arrays) -> NDArray[Any]:
+    def encode(self, feed: Arrays, options: Any = None) -> NDArray[Any]:
         """The encoder's output `[batch, length, size]` for its inputs, by name."""
         names = [value.name for value in self.encoder.get_inputs()]
-        hidden: NDArray[Any] = self.encoder.run(None, {name: feed[name] for name in names})[0]
+        hidden: NDArray[Any] = self.encoder.run(None, {name: feed[name] for name in names}, options)[0]
         return hidden
 
     def step(
-        self, ids: NDArray[Any], hidden: NDArray[Any], mask: NDArray[Any] | None, past: Arrays | None = None
+        self,
+        ids: NDArray[Any],
+        hidden: NDArray[Any],
+        mask: NDArray[Any] | None,
+        past: Arrays | None = None,
+        *,
+        options: Any = None,
     ) -> dict[str, NDArray[Any]]:
         """One step of the decoder.
 
@@ -96,6 +107,7 @@ class EncoderDecoderSession:
             hidden: The encoder's output.
             mask: `[batch, encoder length]`, 0 where a position of the encoder is padding.
             past: Keys and values by the names of the inputs; None for the first step.
+            options: An `onnxruntime.RunOptions`.
 
         Returns:
             `logits` and `present.N.decoder|encoder.key|value` by name.
@@ -106,7 +118,7 @@ class EncoderDecoderSession:
         feed[FLAG] = np.array([past is not None])
         feed |= past if past is not None else empty_past(self._own, ids.shape[0])
         given = {name: value for name, value in feed.items() if name in self._decoder_names}
-        results = self.decoder.run(None, given)
+        results = self.decoder.run(None, given, options)
         return {value.name: result for value, result in zip(self.decoder.get_outputs(), results, strict=True)}
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
+from gralora_fx.exporters.context import context_length
+from gralora_fx.exporters.genai_schema import CONFIG_NAME
 from gralora_fx.exporters.session import MODEL_NAME
 
-CONFIG_NAME = "genai_config.json"
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_UNLIMITED = 2048  # positions of a model whose configuration names no limit; onnxruntime-genai needs one
 
 
 def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Model) -> None:
@@ -36,7 +37,7 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
     shape = inputs["past_key_values.0.key"].shape
     assert shape is not None
     heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or shape[1]
-    context = next((size for name in _CONTEXT if isinstance(size := getattr(text, name, None), int)), 2048)
+    context = context_length(text.to_dict()) or _UNLIMITED
     start, end, padding = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
     ends = end if isinstance(end, list) else [end]
     ends = [token for token in ends if _is_token(token, text)] or [0]

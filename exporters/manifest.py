@@ -13,7 +13,8 @@ import onnx_ir as ir
 from safetensors.torch import save
 
 from gralora_fx.checkpoint import checkpoint_parameters, saved_config
-from gralora_fx.errors import ExportError
+from gralora_fx.exporters.contents import SCHEMA_VERSION
+from gralora_fx.exporters.context import position_offset
 from gralora_fx.exporters.directory import MANIFEST_NAME
 from gralora_fx.exporters.fingerprint import fingerprint_of
 from gralora_fx.exporters.folding import base_of
@@ -21,7 +22,6 @@ from gralora_fx.exporters.reports import VerifyReport
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.traced import TracedModel
 
-SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -52,6 +52,7 @@ def describe(
         "quantization": None if quantization is None else dict(quantization),
         "adapters_mode": adapters,
         "logits": logits,
+        "position_offset": position_offset(traced),
         "adapters": _describe_adapters(model) if isinstance(model, GraloraModel) else {},
         "base_fingerprint": fingerprint_of(model),
         "sites": [
@@ -69,33 +70,11 @@ def describe(
     }
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any], verification: VerifyReport | None) -> None:
+def write_manifest(directory: Path, manifest: Mapping[str, Any], verification: VerifyReport | None) -> None:
     """Write a manifest with what verification found."""
     found = None if verification is None else verification.to_dict()
     text = json.dumps({**manifest, "verification": found}, indent=2, sort_keys=True)
     (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of an export directory.
-
-    Raises:
-        ExportError: There is none, it cannot be read, or it is of a newer schema.
-    """
-    path = Path(directory) / MANIFEST_NAME
-    try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ExportError(f"no {MANIFEST_NAME} in {directory}; give the directory of an export") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path} cannot be read ({error}); export the model again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema_version"), int):
-        raise ExportError(f"{path} is no manifest of an export; export the model again")
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise ExportError(
-            f"{path} has schema {manifest['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx"
-        )
-    return dict(manifest)
 
 
 def _describe_adapters(model: GraloraModel) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.export_options import check_export_options
+from gralora_fx.exporters.contents import describe_files
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, require_space, staged
 from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
@@ -114,12 +116,14 @@ def export_onnx(
             manifest = describe(model, graphs, quantization=quantized, **facts)
             manifest |= {} if attention is None else {"attention": dataclasses.asdict(attention)}
             write_manifest(stage, manifest, None)
-        if verify:
-            with timed("verify", seconds):
-                report = verify_onnx(stage, model)
-            if not report.passed:
-                raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
-        write_manifest(stage, manifest, report)
+        with ThreadPoolExecutor(1) as reader:  # digests are made while the export is verified
+            described = reader.submit(describe_files, stage)
+            if verify:
+                with timed("verify", seconds):
+                    report = verify_onnx(stage, model)
+        if report is not None and not report.passed:
+            raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
+        write_manifest(stage, {**manifest, "files": described.result()}, report)
     path = Path(output_dir)
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
     return ExportReport(path, files, seconds, report, attention)

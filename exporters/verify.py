@@ -13,13 +13,13 @@ from transformers import Cache, DynamicCache
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.cases import attended, context_of, flat, fresh_cases, last_logits, vocabulary_of
+from gralora_fx.exporters.contents import read_manifest
 from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.exporters.encoder_decoder_tokens import compare_tokens
 from gralora_fx.exporters.exact import InFloat64, Judge
 from gralora_fx.exporters.fingerprint import fingerprint_of
 from gralora_fx.exporters.folding import as_traced, base_of
 from gralora_fx.exporters.greedy import Prompts, compare_greedy, drawn_prompts, together
-from gralora_fx.exporters.manifest import read_manifest
 from gralora_fx.exporters.precision import precision_of
 from gralora_fx.exporters.quantization import Quantization
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from gralora_fx.collection import fewer_collections
-from gralora_fx.errors import ConfigError, GraloraError
+from gralora_fx.errors import ConfigError, ExportError, GraloraError
 from gralora_fx.export_options import LOGITS, PRECISIONS, QUANTIZATIONS, check_export_options
 from gralora_fx.progress import StageProgress
 from gralora_fx.stages import timed
@@ -164,12 +164,19 @@ def verify(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.")
     ] = None,
+    files: Annotated[
+        bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
+    ] = False,
 ) -> None:
     """Compare an export with the PyTorch model on fresh inputs, one that generates by its greedy tokens too."""
+    if files:
+        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt}
+        _verify_files(output, [name for name, value in others.items() if value])
+        return
     with StageProgress():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.manifest import read_manifest
+            from gralora_fx.exporters.contents import read_manifest
             from gralora_fx.loading import load_traced
         manifest = read_manifest(output)
         loaded = load_traced(model, adapter, task or manifest.get("task"), allow_random_head=allow_random_head)
@@ -178,6 +185,16 @@ def verify(
     print(report)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _verify_files(output: Path, others: list[str]) -> None:
+    from gralora_fx.exporters.contents import check_files, read_manifest
+
+    if others:
+        raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
+    with StageProgress(), timed("verify files"):
+        count = check_files(output, read_manifest(output), digests=True)
+    print(f"{count} files of {output} are what was exported")
 
 
 @app.command()

@@ -56,7 +56,7 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
             raise error(f"{directory / empty[0]} is empty; copy it again")
     try:
         with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as failure:  # transformers and tokenizers raise types of their own
         if directory is None:
             present = [file for file in _FILES if isinstance(try_to_load_from_cache(str(name), file), str)]

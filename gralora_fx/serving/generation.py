@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
+from gralora_fx.exporters.genai_schema import read_genai_config
+from gralora_fx.exporters.session import CPU, FATAL, Runtime
 from gralora_fx.serving.answer import Answer
 from gralora_fx.tokenizers import is_chat, prompt_ids
 
 CHUNK = 256  # positions of a prompt read at once: attention computes all of them by all, seen or not
 _NEW_TOKENS = 64
+_GENAI_NAMES = {"CUDAExecutionProvider": "cuda"}  # providers by the names that onnxruntime-genai has for them
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,17 @@ class Generator:
         ends: Ids of the tokens that end a text.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, runtime: Runtime, threads: int | None = None) -> None:
         """Load the model.
 
         Args:
             directory: An export with a cache.
+            runtime: The execution providers to run on.
+            threads: Threads of an operator; None for onnxruntime-genai's choice.
 
         Raises:
-            ServingError: onnxruntime-genai is not installed or cannot load the model.
+            ServingError: onnxruntime-genai is not installed, cannot load the model or does not run on a provider, or
+                `genai_config.json` has what no export writes.
         """
         try:
             import onnxruntime_genai
@@ -91,15 +97,22 @@ class Generator:
                 f"generation needs onnxruntime-genai ({error}); pip install 'gralora-fx[genai]'"
             ) from error
         self._genai: Any = onnxruntime_genai
+        fields = read_genai_config(directory, ServingError)["model"]
+        providers = _genai_providers(runtime)
         try:
-            config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
-            self._model = onnxruntime_genai.Model(str(directory))
+            config = onnxruntime_genai.Config(str(directory))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": _session_options(threads)}}}))
+            for name, options in providers.items():
+                config.append_provider(name)
+                for key, value in options.items():
+                    config.set_provider_option(name, key, str(value))
+            self._model = onnxruntime_genai.Model(config)
         except Exception as error:  # onnxruntime-genai raises types of its own
             raise ServingError(f"onnxruntime-genai cannot load {directory} ({first_line(error)})") from error
-        ends = config["eos_token_id"]
+        ends = fields["eos_token_id"]
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._padding, self._vocabulary, self._context = (
-            config[name] for name in ("pad_token_id", "vocab_size", "context_length")
+            fields[name] for name in ("pad_token_id", "vocab_size", "context_length")
         )
 
     def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
@@ -210,6 +223,26 @@ class Answers(Iterator[Any]):
             pass
         whole = [answer.text if self._gives_text else answer.ids for answer in self._answers]
         return whole[0] if self._is_single else whole
+
+
+def _session_options(threads: int | None) -> dict[str, int]:
+    """Session options that are laid over those of `genai_config.json`, as onnxruntime-genai spells them."""
+    return {"log_severity_level": FATAL} | ({} if threads is None else {"intra_op_num_threads": threads})
+
+
+def _genai_providers(runtime: Runtime) -> dict[str, Mapping[str, Any]]:
+    """Execution providers with their options by onnxruntime-genai's names, the CPU left out.
+
+    Raises:
+        ServingError: There is one that it is not told to run on.
+    """
+    others = [name for name, _ in runtime.providers if name not in (CPU, *_GENAI_NAMES)]
+    if others or not runtime.providers:
+        raise ServingError(
+            f"generate runs on {' or '.join((CPU, *_GENAI_NAMES))}, not on "
+            f"{', '.join(others) or 'the providers of given SessionOptions'}; load the export with those providers"
+        )
+    return {_GENAI_NAMES[name]: options for name, options in runtime.providers if name != CPU}
 
 
 def _is_ids(prompt: Any) -> bool:

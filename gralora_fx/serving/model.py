@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ExportError, ServingError
-from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession, empty_past
-from gralora_fx.exporters.manifest import read_manifest
-from gralora_fx.exporters.session import open_session
+from gralora_fx.errors import ExportError, ServingError, first_line
+from gralora_fx.exporters.contents import check_files, read_manifest
+from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.exporters.session import Runtime, open_session, quiet_run
+from gralora_fx.model_files import read_json_object
+from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator, Sampling
+from gralora_fx.serving.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.tokenizers import load_tokenizer
-from gralora_fx.tracing.cached import PAST, cache_of
-from gralora_fx.tracing.signature import default_input
-
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(double)": np.dtype(np.float64),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int32)": np.dtype(np.int32),
-    "tensor(bool)": np.dtype(np.bool_),
-}
 
 
-def load(export_dir: str | Path, providers: Sequence[str] | None = None) -> OrtModel:
+def load(
+    export_dir: str | Path,
+    providers: Providers | None = None,
+    *,
+    provider_options: ProviderOptions | None = None,
+    session_options: onnxruntime.SessionOptions | Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    check: bool = False,
+) -> OrtModel:
     """Open an export on ONNX Runtime.
+
+    Sizes of files are compared with the manifest always.
 
     Args:
         export_dir: A directory that `export_onnx` wrote.
-        providers: Execution providers in order of preference; None for the CPU.
+        providers: Execution providers in order of preference: names, or a name and a dict of options as a tuple; one
+            alone needs no list. None for the CPU.
+        provider_options: Options of each provider, where they do not stand beside its name.
+        session_options: An `onnxruntime.SessionOptions`, taken as it is, or a dict of its fields.
+        threads: Threads of an operator, in calls and in `generate`; None for one on each core that the process may use.
+        check: Whether to read every file and compare its SHA-256 with the manifest's.
 
     Returns:
         The model, ready to be called.
 
     Raises:
-        ServingError: The directory is no export, a file is missing or lies outside it, or a provider is not installed.
+        ServingError: The directory is no export, a file is missing, is not what was exported or lies outside it, a
+            provider is not installed, or an option is unknown or of another type.
     """
-    return OrtModel(export_dir, providers)
+    runtime, count = runtime_of(providers, provider_options, session_options, threads)
+    return OrtModel(export_dir, runtime, threads=count, check=check)
 
 
 class OrtModel:
@@ -56,18 +62,25 @@ class OrtModel:
     Attributes:
         directory: The export directory.
         manifest: What `gralora_export.json` says.
+        config: The model's `config.json`, empty where there is none.
         input_names: Inputs of the graph.
         output_names: Outputs of the graph.
     """
 
-    def __init__(self, export_dir: str | Path, providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, export_dir: str | Path, runtime: Runtime | None = None, *, threads: int | None = None, check: bool = False
+    ) -> None:
         """Open an export; `load` is the public way."""
-        self.directory = Path(export_dir)
-        self.manifest = _read(self.directory)
-        _check_providers(providers)
-        self.session = open_session(self.directory, providers, error=ServingError)
-        self._inputs = {value.name: value for value in self.session.get_inputs()}
-        self.input_names = tuple(self._inputs)
+        self.directory = _directory(export_dir)
+        self.manifest = _read_manifest(self.directory)
+        check_files(self.directory, self.manifest, digests=check, error=ServingError)
+        self.config = _read_config(self.directory)
+        self._runtime, self._threads = runtime or Runtime(), threads
+        self.session = open_session(self.directory, self._runtime, error=ServingError)
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        is_pair, offset = isinstance(self.session, EncoderDecoderSession), self.manifest.get("position_offset", 0)
+        self._feed = Feed(inputs, self.config, is_pair, offset if type(offset) is int else 0)
+        self.input_names = tuple(inputs)
         self.output_names = tuple(value.name for value in self.session.get_outputs())
 
     @property
@@ -75,13 +88,6 @@ class OrtModel:
         """The task the model was exported for."""
         task: str | None = self.manifest.get("task")
         return task
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The model's `config.json`, empty where there is none."""
-        path = self.directory / "config.json"
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -95,26 +101,30 @@ class OrtModel:
             raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
         return tokenizer
 
-    def __call__(self, **inputs: Any) -> Outputs:
+    def __call__(self, *args: Any, **inputs: Any) -> Outputs:
         """Run the model once.
 
         Args:
+            *args: None: inputs are given by name.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
                 a cache empty. Integers and floats are cast to the graph's own width.
 
         Returns:
-            Outputs by name: tensors if any input was a tensor, else arrays.
+            Outputs by name or place: tensors if any input was a tensor, else arrays.
 
         Raises:
-            ServingError: An input is missing, unknown, of the wrong kind or shape, or holds ids out of range.
+            ServingError: An input is missing, unknown, empty, too long, of the wrong kind or shape, or holds ids out of
+                range.
         """
+        if args:
+            raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
         gives_tensors = any(isinstance(value, torch.Tensor) for value in inputs.values())
-        feed = self._feed({name: value for name, value in inputs.items() if value is not None})
+        feed = self._feed.arrays({name: value for name, value in inputs.items() if value is not None})
         try:
-            results = self.session.run(None, feed)
+            results = self.session.run(None, feed, quiet_run())
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
-            raise ServingError(f"ONNX Runtime refuses {shapes}: {str(error).splitlines()[0]}") from error
+            raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error
         found = zip(self.output_names, results, strict=True)
         return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in found})
 
@@ -153,95 +163,43 @@ class OrtModel:
 
     @cached_property
     def _generator(self) -> Generator:
-        return Generator(self.directory)
+        self._check_unchanged()
+        return Generator(self.directory, self._runtime, self._threads)
 
     @cached_property
     def _tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
+        self._check_unchanged()
         return load_tokenizer(self.directory, ServingError)
 
-    def _feed(self, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        unknown = [name for name in inputs if name not in self._inputs]
-        if unknown:
-            raise ServingError(f"unknown input {', '.join(unknown)}; the model takes {', '.join(self.input_names)}")
-        arrays = {name: self._as_array(name, value) for name, value in inputs.items()}
-        self._refuse_ids_out_of_range(arrays)
-        pasts = [name for name in self.input_names if name.startswith(f"{PAST}.")]
-        if arrays and not any(name in arrays for name in pasts):
-            arrays |= empty_past(tuple(self._inputs.values()), len(next(iter(arrays.values()))))
-        given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if not isinstance(self.session, EncoderDecoderSession) and pasts and all(name in arrays for name in pasts[:2]):
-            given[PAST] = cache_of([[given[name] for name in pasts[:2]]])
-        for name in self.input_names:
-            if name not in arrays:
-                default = default_input(name, given)
-                if default is None:
-                    raise ServingError(f"input {name!r} is missing; the model takes {', '.join(self.input_names)}")
-                arrays[name] = default.contiguous().numpy()
-        self._refuse_unequal(arrays)
-        return arrays
+    def _check_unchanged(self) -> None:
+        """Refuse to read more of a directory that was moved, or replaced by another export, since it was opened.
 
-    def _refuse_ids_out_of_range(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Refuse ids that no table holds: ONNX Runtime takes negative ones, and counts them from the end."""
-        text = self.config.get("text_config", self.config)
-        vocabulary = text.get("vocab_size", self.config.get("vocab_size"))
-        for name, array in arrays.items():
-            if not name.endswith("_ids") or not array.size:
-                continue
-            if array.min() < 0:
-                raise ServingError(f"input {name!r} holds {array.min()}, but ids are 0 or more; mask padding instead")
-            if name.endswith("input_ids") and isinstance(vocabulary, int) and array.max() >= vocabulary:
-                raise ServingError(
-                    f"input {name!r} holds token {array.max()}, outside the vocabulary of {vocabulary} tokens"
-                )
-
-    def _refuse_unequal(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Refuse inputs that differ on an axis of one name: ONNX Runtime would run some of them."""
-        seen: dict[str, tuple[str, int]] = {}
-        for name, array in arrays.items():
-            for axis, size in zip(self._inputs[name].shape, array.shape, strict=True):
-                if isinstance(axis, str):
-                    other, expected = seen.setdefault(axis, (name, size))
-                    if size != expected:
-                        raise ServingError(
-                            f"input {name!r} has {axis} {size}, but {other!r} has {expected}; give inputs of one size"
-                        )
-        if all(axis in seen for axis in ("total_sequence_length", "past_sequence_length", "sequence_length")):
-            (name, total), (_, past), (_, new) = (
-                seen[axis] for axis in ("total_sequence_length", "past_sequence_length", "sequence_length")
-            )
-            if total != past + new:
-                raise ServingError(
-                    f"input {name!r} has shape {list(arrays[name].shape)}, but {past} cached and {new} new positions "
-                    f"need [{arrays[name].shape[0]}, {past + new}]; give a mask over all of them"
-                )
-
-    def _as_array(self, name: str, value: Any) -> NDArray[Any]:
-        expected = self._inputs[name]
-        try:
-            array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        except ValueError as error:
-            raise ServingError(f"input {name!r} is no array ({error}); pad its rows to one length") from error
-        dtype = _DTYPES.get(expected.type, array.dtype)
-        if array.dtype.kind not in "biuf" or (dtype.kind in "iu" and array.dtype.kind == "f"):
-            raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
-        shape = list(expected.shape)
-        fixed = [(axis, size) for axis, size in enumerate(shape) if isinstance(size, int)]
-        if array.ndim != len(shape) or any(array.shape[axis] != size for axis, size in fixed):
-            raise ServingError(f"input {name!r} has shape {list(array.shape)}, but the model takes {shape}")
-        return np.ascontiguousarray(array, dtype=dtype)
+        Raises:
+            ServingError: It was.
+        """
+        if not self.directory.is_dir():
+            raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
+        if _read_manifest(self.directory) != self.manifest:
+            raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _directory(export_dir: str | Path) -> Path:
+    """The directory by a path that stays right when the process changes its own."""
+    try:
+        path = Path(export_dir).absolute()
+        path.is_dir()  # so that a path which the system does not take is refused here
+    except (TypeError, ValueError, OSError) as error:
+        raise ServingError(f"{export_dir!r:.80} is no path of a directory ({first_line(error)})") from error
+    return path
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         return read_manifest(directory)
     except ExportError as error:
         raise ServingError(str(error)) from error
 
 
-def _check_providers(providers: Sequence[str] | None) -> None:
-    available = onnxruntime.get_available_providers()
-    missing = [name for name in providers or () if name not in available]
-    if missing:
-        raise ServingError(
-            f"execution provider {', '.join(missing)} is not installed; there are {', '.join(available)}"
-        )
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    return read_json_object(path, ServingError) if path.is_file() else {}

@@ -89,3 +89,42 @@ def test_the_helper_writes_valid_models(folder: Path) -> None:
     write_model(folder, "weights.bin")
     (folder / "weights.bin").write_bytes(bytes(16))
     onnx.checker.check_model(str(folder / "model.onnx"))
+
+
+def external(name: str, location: str) -> onnx.TensorProto:
+    tensor = numpy_helper.from_array(np.arange(4, dtype=np.float32), name)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.ClearField("raw_data")
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    return tensor
+
+
+@pytest.mark.parametrize("place", ["sparse", "constant", "function", "branch"])
+def test_weights_are_found_wherever_a_model_keeps_them(folder: Path, place: str) -> None:
+    write_model(folder, "weights.bin")
+    (folder / "weights.bin").write_bytes(bytes(16))
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    tensor = external("secret", "../secret.bin")
+    constant = helper.make_node("Constant", [], ["c"], value=tensor)
+    if place == "sparse":
+        model.graph.sparse_initializer.add().values.CopyFrom(tensor)
+    elif place == "constant":
+        model.graph.node.append(constant)
+    elif place == "function":
+        model.functions.append(helper.make_function("own", "F", [], ["c"], [constant], [helper.make_opsetid("", 20)]))
+    else:
+        branch = helper.make_graph([constant], "b", [], [], [])
+        model.graph.node.append(helper.make_node("If", ["x"], [], then_branch=branch, else_branch=branch))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"keeps weights at '../secret.bin', outside its directory"):
+        open_session(folder)
+
+
+def test_a_part_compiled_elsewhere_is_refused(folder: Path) -> None:
+    """Its attributes name a file, which some execution providers load."""
+    node = helper.make_node("EPContext", [], [], name="part", domain="com.microsoft", ep_cache_context="../secret.bin")
+    model = helper.make_model(helper.make_graph([node], "g", [], []), ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"holds a part compiled elsewhere \(EPContext 'part'\)"):
+        open_session(folder)

@@ -1,0 +1,175 @@
+"""The inputs of one call as ONNX Runtime takes them: arrays by name, checked, what is left out filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.exporters.context import context_length
+from gralora_fx.exporters.encoder_decoder_session import empty_past
+from gralora_fx.tracing.cached import PAST, cache_of
+from gralora_fx.tracing.signature import default_input
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+_KINDS = {"i": "iu", "f": "iuf", "b": "biu"}  # kinds of arrays that are cast to a kind of input
+_CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Makes a call's inputs into what a session takes.
+
+    Attributes:
+        inputs: The session's inputs by name, each with its type and shape.
+        config: Fields of the model's `config.json`.
+        is_encoder_decoder: Whether the session is an `EncoderDecoderSession`.
+        position_offset: How many positions fewer than its configuration says a model has; padding takes none then.
+    """
+
+    inputs: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    is_encoder_decoder: bool = False
+    position_offset: int = 0
+
+    def arrays(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Arrays for every input of the session.
+
+        Args:
+            inputs: Arrays, tensors or nested lists by name.
+
+        Raises:
+            ServingError: An input is missing, unknown, empty, too long, of the wrong kind or shape, or holds ids out of
+                range.
+        """
+        takes = f"the model takes {', '.join(self.inputs)}"
+        if unknown := [str(name) for name in inputs if name not in self.inputs]:
+            raise ServingError(f"unknown input {', '.join(unknown)}; {takes}, so leave out what it does not take")
+        arrays = {name: as_array(name, value, self.inputs[name]) for name, value in inputs.items()}
+        self._check_ids(arrays)
+        pasts = [name for name in self.inputs if name.startswith(f"{PAST}.")]
+        if arrays and not any(name in arrays for name in pasts):
+            batch = next((array.shape[0] for array in arrays.values() if array.ndim), 1)
+            arrays |= empty_past(tuple(self.inputs.values()), batch)
+        given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if not self.is_encoder_decoder and pasts and all(name in arrays for name in pasts[:2]):
+            given[PAST] = cache_of([[given[name] for name in pasts[:2]]])
+        for name in self.inputs:
+            if name not in arrays:
+                default = default_input(name, given)
+                if default is None:
+                    raise ServingError(f"input {name!r} is missing; {takes}")
+                arrays[name] = default.contiguous().numpy()
+        self._check_equal_axes(arrays)
+        self._check_length(arrays)
+        return arrays
+
+    def _check_ids(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse ids that no table holds: ONNX Runtime takes negative ones, and counts them from the end."""
+        vocabulary = _text_field(self.config, "vocab_size")
+        for name, array in arrays.items():
+            if not name.endswith("_ids") or not array.size:
+                continue
+            if array.min() < 0:
+                raise ServingError(f"input {name!r} holds {array.min()}, but ids are 0 or more; mask padding instead")
+            if name.endswith("input_ids") and isinstance(vocabulary, int) and array.max() >= vocabulary:
+                raise ServingError(
+                    f"input {name!r} holds token {array.max()}, outside the vocabulary of {vocabulary} tokens"
+                )
+
+    def _check_equal_axes(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse inputs that differ on an axis of one name: ONNX Runtime would run some of them."""
+        seen: dict[str, tuple[str, int]] = {}
+        for name, array in arrays.items():
+            for axis, size in zip(self.inputs[name].shape, array.shape, strict=True):
+                if isinstance(axis, str):
+                    other, expected = seen.setdefault(axis, (name, size))
+                    if size != expected:
+                        raise ServingError(
+                            f"input {name!r} has {axis} {size}, but {other!r} has {expected}; give inputs of one size"
+                        )
+        if all(axis in seen for axis in (_ALL, _CACHED, _NEW)):
+            (name, total), (_, past), (_, new) = (seen[axis] for axis in (_ALL, _CACHED, _NEW))
+            if total != past + new:
+                raise ServingError(
+                    f"input {name!r} has shape {list(arrays[name].shape)}, but {past} cached and {new} new positions "
+                    f"need [{arrays[name].shape[0]}, {past + new}]; give a mask over all of them"
+                )
+
+    def _check_length(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse more positions than the model has; one that computes its positions would answer, wrongly."""
+        for name in ("input_ids", "decoder_input_ids"):
+            ids, limit = arrays.get(name), context_length(self.config, name)
+            if ids is None or limit is None or ids.ndim != 2:
+                continue
+            cached = 0
+            if not self.is_encoder_decoder or name == "decoder_input_ids":
+                cached = next((array.shape[2] for key, array in arrays.items() if key.startswith(f"{PAST}.")), 0)
+            length, limit = cached + ids.shape[1], limit - self.position_offset
+            if self.position_offset:
+                length = cached + int((ids != self.position_offset - 1).sum(1).max())
+            if length > limit:
+                after = f" after {cached} cached ones" if cached else ""
+                raise ServingError(
+                    f"input {name!r} has {length - cached} positions{after}, more than the context of {limit}; shorten "
+                    "it, as a tokenizer does with truncation=True and max_length"
+                )
+
+
+def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
+    """An input as an array of the type and shape that a session takes.
+
+    Args:
+        name: The input.
+        value: An array, a tensor on any device or a nested list.
+        expected: What the session says of the input.
+
+    Raises:
+        ServingError: It is empty, or of another kind or shape.
+    """
+    array = _plain_array(name, value)
+    dtype = _DTYPES.get(expected.type, array.dtype)
+    shape = list(expected.shape)
+    fixed = [(axis, size) for axis, size in enumerate(shape) if isinstance(size, int)]
+    if array.dtype.kind not in "biuf":
+        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
+    if array.ndim != len(shape) or any(array.shape[axis] != size for axis, size in fixed):
+        raise ServingError(f"input {name!r} has shape {list(array.shape)}, but the model takes {shape}")
+    if any(size == 0 and not str(axis).startswith("past_") for axis, size in zip(shape, array.shape, strict=True)):
+        raise ServingError(f"input {name!r} is empty, of shape {list(array.shape)}; give at least one of {shape}")
+    allowed = _KINDS.get(dtype.kind, dtype.kind) + ("b" if name.endswith("mask") else "")
+    if array.dtype.kind not in allowed:
+        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
+    if dtype.kind == "i" and array.size and not np.can_cast(array.dtype, dtype):
+        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+        if int(array.min()) < least or int(array.max()) > most:
+            raise ServingError(f"input {name!r} holds {array.max()}, which {dtype} does not hold")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _plain_array(name: str, value: Any) -> NDArray[Any]:
+    try:
+        if not isinstance(value, torch.Tensor):
+            return np.asarray(value)
+        tensor = value.detach().cpu()
+        return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor).numpy()
+    except Exception as error:  # array-likes and tensors without values raise what they like
+        hint = "pad its rows to one length" if isinstance(value, Sequence) else "give an array, a tensor or a list"
+        raise ServingError(f"input {name!r} is no array ({first_line(error)}); {hint}") from error
+
+
+def _text_field(config: Mapping[str, Any], name: str) -> Any:
+    text = config.get("text_config")
+    return text.get(name, config.get(name)) if isinstance(text, Mapping) else config.get(name)

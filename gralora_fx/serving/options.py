@@ -1,0 +1,140 @@
+"""What `load` is told of the runtime: execution providers, session options and threads, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnxruntime
+
+from gralora_fx.errors import ServingError
+from gralora_fx.exporters.session import CPU, Runtime, available_threads, quiet_options
+
+Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]]
+ProviderOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def runtime_of(
+    providers: Providers | None,
+    provider_options: ProviderOptions | None,
+    session_options: onnxruntime.SessionOptions | Mapping[str, Any] | None,
+    threads: int | None,
+) -> tuple[Runtime, int]:
+    """How ONNX Runtime runs a model, and how many threads an operator takes.
+
+    Args:
+        providers: As `load` takes them.
+        provider_options: As `load` takes them.
+        session_options: As `load` takes them.
+        threads: As `load` takes them; None for the session options' number, else one for each core that this process
+            may use.
+
+    Raises:
+        ServingError: A provider is not installed, or an option is unknown, of another type, or given twice.
+    """
+    if isinstance(session_options, onnxruntime.SessionOptions):
+        return _with_session_options(providers, provider_options, session_options, threads)
+    if not (session_options is None or isinstance(session_options, Mapping)):
+        raise ServingError(
+            "session_options must be an onnxruntime.SessionOptions or a dict of its fields, but got "
+            f"{session_options!r:.80}"
+        )
+    fields = dict(session_options or {})
+    if threads is not None and "intra_op_num_threads" in fields:
+        raise ServingError("threads and session_options['intra_op_num_threads'] are the same; give one of them")
+    count = _threads(fields.pop("intra_op_num_threads", None) if threads is None else threads)
+    options = quiet_options(count)
+    for name, value in fields.items():
+        _set_field(options, name, value)
+    return Runtime(_providers(providers, provider_options), options), count
+
+
+def _with_session_options(
+    providers: Providers | None,
+    provider_options: ProviderOptions | None,
+    options: onnxruntime.SessionOptions,
+    threads: int | None,
+) -> tuple[Runtime, int]:
+    """A user's own options, which are left as they are."""
+    if threads is not None:
+        raise ServingError(
+            "threads would change the given SessionOptions; set their intra_op_num_threads, or give a dict of fields"
+        )
+    has_providers = hasattr(options, "has_providers") and options.has_providers()
+    if has_providers and not (providers is None and provider_options is None):
+        raise ServingError("the SessionOptions hold providers themselves; leave out providers and provider_options")
+    chosen = () if has_providers else _providers(providers, provider_options)
+    return Runtime(chosen, options), options.intra_op_num_threads or available_threads()
+
+
+def _threads(value: object) -> int:
+    if value is None:
+        return available_threads()
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
+        raise ServingError(f"threads must be a whole number from 1 to 1024, but got {value!r:.80}")
+    return value
+
+
+def _set_field(options: onnxruntime.SessionOptions, name: object, value: object) -> None:
+    known = [key for key, kind in vars(onnxruntime.SessionOptions).items() if isinstance(kind, property)]
+    if name not in known:
+        raise ServingError(f"unknown session option {name!r:.80}; there are {', '.join(sorted(known))}")
+    try:
+        setattr(options, str(name), value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = type(getattr(options, str(name))).__name__
+        raise ServingError(f"session option {name!r} is of type {kind}, but got {value!r:.80}") from error
+
+
+def _providers(
+    providers: Providers | None, provider_options: ProviderOptions | None
+) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Providers with their options, by name."""
+    if providers is None:
+        if provider_options is not None:
+            raise ServingError("provider_options need providers; name those that they are for")
+        return ((CPU, {}),)
+    given = _as_pairs([providers] if isinstance(providers, (str, tuple)) and _is_one(providers) else providers)
+    names = [name for name, _ in given]
+    if provider_options is not None:
+        options = [provider_options] if isinstance(provider_options, Mapping) else provider_options
+        if not isinstance(options, Sequence) or len(options) != len(given):
+            raise ServingError(f"provider_options must be a dict for each of {', '.join(names)}, in their order")
+        if any(own is not None for _, own in given):
+            raise ServingError("a provider's options stand in its tuple or in provider_options; give them once")
+        given = list(zip(names, options, strict=True))
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ServingError(f"execution provider {twice} is named twice; name it once")
+    available = onnxruntime.get_available_providers()
+    if missing := [name for name in names if name not in available]:
+        raise ServingError(
+            f"execution provider {', '.join(missing)} is not installed; there are {', '.join(available)}"
+        )
+    return tuple((name, _provider_options(name, options)) for name, options in given)
+
+
+def _is_one(providers: str | tuple[Any, ...]) -> bool:
+    """Whether providers are a single one: its name, or its name and its options."""
+    return isinstance(providers, str) or (len(providers) == 2 and isinstance(providers[1], Mapping))
+
+
+def _as_pairs(providers: Any) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for provider in providers if isinstance(providers, Sequence) else [providers]:
+        name, options = provider if isinstance(provider, tuple) and len(provider) == 2 else (provider, None)
+        if not isinstance(name, str):
+            raise ServingError(
+                f"a provider is a name, or a name and a dict of options as a tuple, but got {provider!r:.80}"
+            )
+        found.append((name, options))
+    if not found:
+        raise ServingError("providers are empty; name one, or leave them out for the CPU")
+    return found
+
+
+def _provider_options(name: str, options: Any) -> Mapping[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise ServingError(f"options of {name} must be a dict by name, but got {options!r:.80}")
+    return dict(options)
