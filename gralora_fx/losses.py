@@ -9,10 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.loss.loss_utils import ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification
 
 from gralora_fx.errors import RewriteError
 
 LABELS = ("labels", "start_positions", "end_positions")
+ITEM_COUNT = "num_items_in_batch"
+
+# These pass the count on to the cross entropy without naming it.
+_COUNTING = (ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification)
+
+
+def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:
+    """The labels that a loss takes."""
+    wanted = inspect.signature(loss_function).parameters if loss_function is not None else {}
+    return tuple(name for name in LABELS if name in wanted)
+
+
+def counts_items(loss_function: Callable[..., Tensor] | None) -> bool:
+    """Whether a loss can be a sum over `num_items_in_batch`, so that accumulated batches weigh as one large batch."""
+    if loss_function is None:
+        return False
+    return loss_function in _COUNTING or ITEM_COUNT in inspect.signature(loss_function).parameters
 
 
 def split_labels(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -51,6 +69,7 @@ def model_loss(
     labels: Mapping[str, Tensor],
     loss_function: Callable[..., Tensor] | None,
     config: PreTrainedConfig | None,
+    item_count: Tensor | int | None = None,
 ) -> Tensor:
     """The loss of a model's outputs, by transformers' own function for the model's class.
 
@@ -59,21 +78,49 @@ def model_loss(
         labels: The labels given, by name.
         loss_function: transformers' loss function of the model's class.
         config: The model's configuration.
+        item_count: How many labels the sum of the losses is divided by, as Trainer counts them over the batches that
+            it accumulates; None for the mean over these.
 
     Raises:
-        RewriteError: The model has no loss function, or its outputs do not fit it.
+        RewriteError: The model has no loss function, its outputs do not fit it, or it cannot be divided by a count.
     """
     if loss_function is None or config is None:
         raise RewriteError("labels were given, but the traced model has no loss function; compute the loss outside")
     if getattr(config, "output_router_logits", False):
         raise RewriteError("the router's auxiliary loss is not part of the trace; compute the loss outside")
+    if item_count is not None and not counts_items(loss_function):
+        raise RewriteError(
+            f"the loss {getattr(loss_function, '__name__', loss_function)} takes no {ITEM_COUNT}; leave it out and "
+            "divide by the number of accumulated batches"
+        )
     is_generation = hasattr(outputs, "logits") and outputs.logits.ndim == 3
     if config.is_encoder_decoder and is_generation:
         # encoder-decoders take the labels where they stand: the decoder's inputs are shifted instead
         logits = outputs.logits
-        return torch.nn.functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), labels["labels"].reshape(-1), ignore_index=-100
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels["labels"].reshape(-1),
+            ignore_index=-100,
+            reduction="mean" if item_count is None else "sum",
         )
+        return loss if item_count is None else loss / item_count
+    given = _arguments(outputs, labels, loss_function, config)
+    if item_count is not None:
+        given[ITEM_COUNT] = item_count
+    try:
+        loss = loss_function(**given)
+        if item_count is not None and loss_function is ForSequenceClassificationLoss:
+            if config.problem_type != "single_label_classification":  # the others are means, whatever the count
+                loss = loss * labels["labels"].ne(-100).sum() / item_count
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise RewriteError(f"the loss cannot be computed from these labels and outputs: {error}") from error
+    return loss
+
+
+def _arguments(
+    outputs: Any, labels: Mapping[str, Tensor], loss_function: Callable[..., Tensor], config: PreTrainedConfig
+) -> dict[str, Any]:
+    """What a loss function takes of outputs, labels and configuration, by name."""
     logits = getattr(outputs, "logits", None)
     offered = {
         **labels,
@@ -98,7 +145,4 @@ def model_loss(
             f"the loss {getattr(loss_function, '__name__', loss_function)} needs {', '.join(absent)}, which neither "
             f"the labels ({', '.join(labels)}) nor the outputs give; compute the loss outside"
         )
-    try:
-        return loss_function(**given)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise RewriteError(f"the loss cannot be computed from these labels and outputs: {error}") from error
+    return given

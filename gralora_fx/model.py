@@ -12,8 +12,10 @@ from gralora_fx.adapters.graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.checkpoint import load_tensors, read_adapter, write_adapter
 from gralora_fx.errors import CheckpointError, ConfigError
-from gralora_fx.losses import LABELS, decoder_inputs, model_loss, split_labels
+from gralora_fx.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
+from gralora_fx.model_class import class_for
 from gralora_fx.passes.fold import SiteUpdate
+from gralora_fx.peft_attributes import PeftAttributes
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.reweighted import with_weights
@@ -22,7 +24,7 @@ from gralora_fx.switching import AdapterSwitching
 from gralora_fx.tracing.traced import TracedModel
 
 
-class GraloraModel(AdapterSwitching, nn.Module):
+class GraloraModel(AdapterSwitching, PeftAttributes):
     """A traced model with GraLoRA adapters in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
@@ -32,9 +34,13 @@ class GraloraModel(AdapterSwitching, nn.Module):
 
     graph_module: fx.GraphModule
 
+    def __new__(cls, traced: TracedModel) -> GraloraModel:
+        """A model whose class shows the traced inputs."""
+        return super().__new__(class_for(cls, traced))
+
     def __init__(self, traced: TracedModel) -> None:
         """Copy a traced model's graph, without an adapter; `rewrite` is the public way to make one."""
-        super().__init__()
+        nn.Module.__init__(self)
         self._state = AdapterGraph(traced)
         self.graph_module = self._state.graph_module
         self._was_trainable = [p for p in traced.tree.parameters.values() if p.requires_grad]
@@ -98,7 +104,8 @@ class GraloraModel(AdapterSwitching, nn.Module):
         Args:
             *args: Inputs by position.
             **kwargs: Inputs by name; with `labels` (or `start_positions` and `end_positions`) the result has `.loss`,
-                by transformers' own function for the model's class.
+                by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum
+                divided by it, as Trainer asks for when it accumulates gradients.
 
         Returns:
             What the model returns.
@@ -108,9 +115,10 @@ class GraloraModel(AdapterSwitching, nn.Module):
             RewriteError: Labels were given, and the model has no loss for them.
         """
         assert self._state.version  # read here, so that torch.compile looks again when the graph has changed
-        if not any(kwargs.get(name) is not None for name in LABELS):
-            return self.graph_module(**self.traced.bind(args, {k: v for k, v in kwargs.items() if k not in LABELS}))
         inputs, labels = split_labels(kwargs)
+        item_count = inputs.pop(ITEM_COUNT, None)
+        if not labels:
+            return self.graph_module(**self.traced.bind(args, inputs))
         if (
             "decoder_input_ids" in self.traced.input_names
             and inputs.get("decoder_input_ids") is None
@@ -118,7 +126,7 @@ class GraloraModel(AdapterSwitching, nn.Module):
         ):
             inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, self.traced.shift_labels)
         outputs = self.graph_module(**self.traced.bind(args, inputs))
-        loss = model_loss(outputs, labels, self.traced.loss_function, self.config)
+        loss = model_loss(outputs, labels, self.traced.loss_function, self.config, item_count)
         return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
 
     def train(self, mode: bool = True) -> GraloraModel:
@@ -129,10 +137,7 @@ class GraloraModel(AdapterSwitching, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Number of values that train, and of all values."""
-        adapters = [p for adapter in self._state.adapters.values() for _, p in adapter.named_parameters()]
-        counted = {id(parameter): parameter for parameter in (*self.traced.tree.parameters.values(), *adapters)}
-        trainable = sum(p.numel() for p in counted.values() if p.requires_grad)
-        return trainable, sum(p.numel() for p in counted.values())
+        return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
         """Print how many values train."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -24,6 +25,7 @@ class ModuleTree:
         aliases: Other paths of a module that is registered more than once, to the first one.
         parameters: Parameters by every name that reaches them, aliases included.
         output_embedding: Path of the language-model head, where transformers names one.
+        input_embedding: Path of the token embeddings, where transformers names them.
     """
 
     types: Mapping[str, str]
@@ -31,6 +33,7 @@ class ModuleTree:
     aliases: Mapping[str, str]
     parameters: Mapping[str, nn.Parameter]
     output_embedding: str | None = None
+    input_embedding: str | None = None
 
     @classmethod
     def of_module(cls, model: nn.Module) -> ModuleTree:
@@ -42,12 +45,14 @@ class ModuleTree:
             if path != first_path[id(module)]
         }
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        table = _input_embeddings(model)
         return cls(
             types={path: _qualified_name(type(module)) for path, module in model.named_modules()},
             linear=frozenset(path for path, module in model.named_modules() if isinstance(module, LINEAR_TYPES)),
             aliases=aliases,
             parameters=dict(model.named_parameters(remove_duplicate=False)),
             output_embedding=None if head is None else first_path.get(id(head)),
+            input_embedding=None if table is None else first_path.get(id(table)),
         )
 
     @classmethod
@@ -82,6 +87,16 @@ def module_stack(node: fx.Node) -> Iterator[tuple[str, type | str]]:
     for entry in node.meta.get("nn_module_stack", {}).values():
         if isinstance(entry, tuple) and not entry[0].startswith("_empty_nn_module_stack"):
             yield entry[0].removeprefix("L['self'].").split("@")[0], entry[1]
+
+
+def _input_embeddings(model: nn.Module) -> Any:
+    """The module that a transformers model calls its input embeddings, or None where it has no such module."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _qualified_name(kind: type) -> str:

@@ -13,6 +13,7 @@ from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTraine
 from gralora_fx.errors import TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.sites import LinearSite, find_sites
+from gralora_fx.tracing.as_transformers import device_of, dtype_of, main_input, view_of
 from gralora_fx.tracing.cached import PAST, batch_of, empty_cache, own_cache
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
@@ -116,6 +117,41 @@ class TracedModel:
             TraceError: An input is missing or was not part of the trace.
         """
         return self.graph_module(**self.bind(args, kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by transformers' own loop, as the traced model's `generate` does.
+
+        Args:
+            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
+            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
+                `streamer`, `generation_config` and the others.
+
+        Returns:
+            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
+
+        Raises:
+            TraceError: The model does not generate, or an option needs what a trace does not have.
+        """
+        return view_of(self, self.__call__, self.graph_module, labels=False).generate(*args, **kwargs)
+
+    def can_generate(self) -> bool:
+        """Whether the model generates."""
+        return self.generation_config is not None
+
+    @property
+    def main_input_name(self) -> str:
+        """Name of the input that the model is about."""
+        return main_input(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return device_of(self.graph_module.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return dtype_of(self.graph_module.parameters())
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one call by name, with the defaults that the model itself has.

@@ -1,0 +1,244 @@
+"""A traced graph as transformers sees a model: with its class's name, its inputs in `forward`, and `generate`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.modeling_outputs import BaseModelOutput
+
+from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.losses import counts_items, decoder_inputs, label_names
+from gralora_fx.tracing.cached import PAST
+from gralora_fx.tracing.generation import check_generation
+
+if TYPE_CHECKING:
+    from gralora_fx.tracing.traced import TracedModel
+
+
+class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types
+    """A traced graph with the attributes that transformers asks of a model; it owns no parameter of its own.
+
+    Args:
+        traced: The traced model.
+        run: Runs the graph: called as the model.
+        tensors: The parameters that `run` reads.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+    input_modalities = ("text",)
+
+    def __init__(self, traced: TracedModel, run: Callable[..., Any], module: nn.Module) -> None:
+        """Look at a traced model; `view_of` is the way to make one."""
+        super().__init__()
+        self.traced = traced
+        self.config = traced.config
+        self.is_encoder_decoder = bool(getattr(traced.config, "is_encoder_decoder", False))
+        self.main_input_name = main_input(traced)
+        self._run = run
+        self._parameters_of = module.parameters
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model generates."""
+        return self.traced.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self.traced.generation_config = value
+
+    @property
+    def model(self) -> TransformersView:
+        """The view itself, where PEFT's users write `base_model.model`."""
+        return self
+
+    @property
+    def loss_type(self) -> str | None:
+        """Name of the loss among those of transformers."""
+        return next((name for name, loss in LOSS_MAPPING.items() if loss is self.traced.loss_function), None)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss takes `num_items_in_batch`."""
+        return counts_items(self.traced.loss_function)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return device_of(self._parameters_of())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return dtype_of(self._parameters_of())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph with what `generate` gives in a step.
+
+        Raises:
+            TraceError: An input was not part of the trace.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "use_cache")}
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.pop(name, None) and name not in self.traced.input_names:
+                raise TraceError(f"{name} was not part of the trace; trace the model with it among the example inputs")
+        source = kwargs.pop("encoder_outputs", None)
+        if source is not None:  # what _Source let through
+            kwargs[self.main_input_name] = source.last_hidden_state
+        cache = kwargs.pop("cache", None)
+        if isinstance(cache, (DynamicCache, EncoderDecoderCache)) and cache.get_seq_length() > 0:
+            kwargs[PAST] = cache
+        else:
+            self._check_positions(kwargs.get("attention_mask"))
+        return self._run(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by transformers' own loop, in the mode that the model stands in.
+
+        Raises:
+            TraceError: The model does not generate, or an option needs what a trace does not have.
+        """
+        name = class_name(self.traced)
+        if not self.traced.can_generate():
+            raise TraceError(f"{name} does not generate; trace a model with a language-model head")
+        check_generation(name, source_class(self.traced), kwargs)
+        if PAST not in self.traced.input_names:
+            if _option(self, kwargs, "use_cache") is not False:
+                task = "text2text-generation" if self.is_encoder_decoder else "text-generation"
+                warn_caller(
+                    "the model was traced without a cache, so every new token computes all positions again; "
+                    f"trace it with task='{task}-with-past' to generate faster"
+                )
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)
+
+    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
+        """An encoder that lets the source through: the graph holds the encoder itself."""
+        return _Source(self.main_input_name)
+
+    def is_remote_code(self) -> bool:
+        """Never: the graph is the code."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Experts are part of the graph, so there is nothing to switch."""
+        return {}
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Labels shifted right, for collators that feed the decoder."""
+        return decoder_inputs(labels, self.config, self.traced.shift_labels)
+
+    def _check_positions(self, mask: Tensor | None) -> None:
+        if mask is None or "position_ids" in self.traced.input_names or self.is_encoder_decoder:
+            return
+        source = source_class(self.traced)
+        if source is None or "position_ids" not in inspect.signature(source.forward).parameters:
+            return
+        if bool((mask == 0).any()):
+            raise TraceError(
+                "rows of unequal length need position_ids, which the trace does not take; trace the model with "
+                "task='text-generation-with-past', or generate row by row without padding"
+            )
+
+
+class _Source(nn.Module):
+    """Stands for an encoder: what it reads is what it returns."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, **kwargs: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=kwargs[self.name])
+
+
+def view_of(traced: TracedModel, run: Callable[..., Any], module: nn.Module, *, labels: bool) -> TransformersView:
+    """A traced model as transformers sees one.
+
+    Args:
+        traced: The traced model.
+        run: Runs the graph: called as the model.
+        module: Whose parameters `run` reads.
+        labels: Whether `run` takes labels.
+
+    Raises:
+        TraceError: The model is none of transformers'.
+    """
+    if traced.config is None:
+        raise TraceError(
+            "the traced model has no transformers configuration, so it cannot be seen as a transformers model"
+        )
+    inputs = ["cache" if name == PAST else name for name in traced.input_names]
+    if traced.config.is_encoder_decoder:
+        inputs.append("encoder_outputs")
+    forward = shown(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
+    cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
+    view: TransformersView = cls(traced, run, module)
+    return view
+
+
+def shown(function: Callable[..., Any], inputs: Iterable[str], labels: Iterable[str]) -> Callable[..., Any]:
+    """A method that calls another and shows a model's inputs and labels in its signature.
+
+    Args:
+        function: Takes the object, `*args` and `**kwargs`.
+        inputs: Names of the inputs, in order.
+        labels: Names of the labels.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    kinds = inspect.Parameter
+    names = [name for name in dict.fromkeys((*inputs, *labels)) if name.isidentifier()]
+    forward.__doc__ = function.__doc__
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            kinds("self", kinds.POSITIONAL_OR_KEYWORD),
+            *(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names),
+            kinds("kwargs", kinds.VAR_KEYWORD),
+        ]
+    )
+    return forward
+
+
+def class_name(traced: TracedModel) -> str:
+    """Name of the class that a model was traced from."""
+    return traced.tree.types.get("", "Module").rpartition(".")[2]
+
+
+def source_class(traced: TracedModel) -> type[Any] | None:
+    """The class that a model was traced from, where it is imported under its name."""
+    module, _, name = traced.tree.types.get("", "").rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
+def main_input(traced: TracedModel) -> str:
+    """Name of the input that a model is about: token ids, pixels, or sound."""
+    name = getattr(source_class(traced), "main_input_name", None)
+    return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
+
+
+def device_of(parameters: Iterable[nn.Parameter]) -> torch.device:
+    """Where the first of some parameters is."""
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def dtype_of(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """The type of the first parameter of floating point."""
+    types = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
+    return next(types, torch.get_default_dtype())
+
+
+def _option(view: TransformersView, options: dict[str, Any], name: str) -> Any:
+    given = options.get("generation_config") or view.generation_config
+    return options.get(name, getattr(given, name, None))
