@@ -111,6 +111,25 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
             parameter.copy_(tensors[key])
 
 
+def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse the state dict of a model whose adapter has other values by now.
+
+    Args:
+        adapter: The adapter.
+        state_dict: Tensors by the model's names.
+
+    Raises:
+        CheckpointError: A tensor is missing or differs.
+    """
+    for path, parameter in adapter.named_parameters():
+        given = state_dict.get(f"graph_module.{path}")
+        if given is None or given.shape != parameter.shape or not torch.equal(given.to(parameter), parameter):
+            raise CheckpointError(
+                f"the state dict has {'no' if given is None else 'other values of'} graph_module.{path}; load it into "
+                "the model first, or leave state_dict out"
+            )
+
+
 def write_adapter(adapter: InstalledAdapter, directory: Path, traced: TracedModel) -> None:
     """Write an adapter so that PEFT loads it with the same meaning.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.checkpoint import load_tensors, read_adapter, write_adapter
+from gralora_fx.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapter
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.model_class import class_for
@@ -151,30 +151,61 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
 
     # -- files ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | Path, adapter_names: Sequence[str] | str | None = None) -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        adapter_names: Sequence[str] | str | None = None,
+        *,
+        selected_adapters: Sequence[str] | str | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        save_function: object = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
         """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
 
         Args:
             directory: Where to write; made if it does not exist.
             adapter_names: Which adapters; None for all.
+            selected_adapters: PEFT's name for `adapter_names`.
+            is_main_process: Whether to write at all; the other processes of a distributed training do not.
+            state_dict: The model's state dict, as Accelerate gathers it; it must hold the values that the model has.
+            safe_serialization: True, the only one: pickles are not written.
+            save_function: Taken as Accelerate's loops give it; the files are written by safetensors all the same.
+            max_shard_size: Taken as `push_to_hub` gives it; an adapter is one file.
 
         Raises:
             RewriteError: There is no such adapter.
+            CheckpointError: The directory cannot be written, or the state dict holds other values.
         """
-        names = list(self._state.adapters) if adapter_names is None else as_names(adapter_names)
+        if not safe_serialization:
+            raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
+        if adapter_names is not None and selected_adapters is not None:
+            raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
+        chosen = selected_adapters if adapter_names is None else adapter_names
+        names = list(self._state.adapters) if chosen is None else as_names(chosen)
         adapters = [self.installed(name) for name in names]
-        for adapter in adapters:
+        for adapter in adapters if state_dict is not None else ():
+            check_state_dict(adapter, state_dict or {})
+        for adapter in adapters if is_main_process else ():
             target = Path(directory) if adapter.name == "default" else Path(directory) / adapter.name
             write_adapter(adapter, target, self.traced)
 
     def load_adapter(
-        self, directory: str | Path, adapter_name: str = "default", *, revision: str | None = None
+        self,
+        directory: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool | None = None,
+        *,
+        revision: str | None = None,
     ) -> None:
         """Load a PEFT-format adapter under a new name, or into an existing adapter of the same configuration.
 
         Args:
             directory: Local directory or hub id.
             adapter_name: Name of the adapter.
+            is_trainable: Whether its tensors train; None for what active and waiting adapters do.
             revision: Revision of the hub repository.
 
         Raises:
@@ -187,13 +218,15 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             self._state.refuse_merged("load tensors")
             _refuse_other_config(self.installed(adapter_name), self._plan(config), adapter_name)
             load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
-            return
-        self.add_adapter(adapter_name, config)
-        try:
-            load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
-        except CheckpointError:
-            self._state.remove(adapter_name)
-            raise
+        else:
+            self.add_adapter(adapter_name, config)
+            try:
+                load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
+            except CheckpointError:
+                self._state.remove(adapter_name)
+                raise
+        if is_trainable is not None:
+            self.installed(adapter_name).requires_grad_(is_trainable)
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
