@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from gralora_fx.adapters.graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapter
-from gralora_fx.errors import CheckpointError, ConfigError
+from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.model_class import class_for
 from gralora_fx.passes.fold import SiteUpdate

@@ -19,8 +19,14 @@ _Model = TypeVar("_Model", bound=nn.Module)
 # transformers' Trainer writes and reads adapter files of this class alone; absent where PEFT is not installed
 _PEFT_MODEL: type[nn.Module] | None = getattr(trainer_utils, "PeftModel", None)
 
-# of PEFT's methods, those that need nothing but the attributes that a GraloraModel has
-_SHARED = {"push_to_hub", "create_or_update_model_card"}
+# of PEFT's, what needs nothing but the attributes that a GraloraModel has
+_SHARED = {
+    "push_to_hub",
+    "create_or_update_model_card",
+    "active_peft_config",
+    "base_model_torch_dtype",
+    "modules_to_save",
+}
 
 
 def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
@@ -49,13 +55,13 @@ def _class(base: type[_Model], source: str, inputs: tuple[str, ...], labels: tup
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": lambda self, _: (restored, (base, source, inputs, labels), self.__getstate__()),
-        "__getattr__": nn.Module.__getattr__,  # PEFT's asks the base model for everything else
+        "__getattr__": base.__getattr__,  # PEFT's asks the base model for everything else
         "forward": shown(base.forward, inputs, labels),
     }
     if _PEFT_MODEL is None:
         return type(f"{base.__name__}{source}", (base,), members)
     refused = {
-        name: _refusal(name) if inspect.isfunction(value) else _absent(name)
+        name: _refusal(name) if inspect.isfunction(value) else property()  # none: an AttributeError
         for name, value in vars(_PEFT_MODEL).items()
         if not name.startswith("_") and not hasattr(base, name) and name not in _SHARED
     }
@@ -67,10 +73,3 @@ def _refusal(name: str) -> Callable[..., Any]:
         raise RewriteError(f"a GraloraModel has no {name}: PEFT's works on the modules that a graph does not have")
 
     return refuse
-
-
-def _absent(name: str) -> property:
-    def refuse(self: Any) -> Any:
-        raise AttributeError(f"a GraloraModel has no {name}, which PEFT's models have")
-
-    return property(refuse)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.losses import counts_items, decoder_inputs, label_names
-from gralora_fx.tracing.cached import PAST
+from gralora_fx.tracing.cached import PAST, own_cache
 from gralora_fx.tracing.generation import check_generation
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         self.main_input_name = main_input(traced)
         self._run = run
         self._parameters_of = module.parameters
+        self._given_cache: Cache | None = None
 
     @property
     def generation_config(self) -> GenerationConfig | None:
@@ -95,7 +96,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
             kwargs[self.main_input_name] = source.last_hidden_state
         cache = kwargs.pop("cache", None)
         if isinstance(cache, (DynamicCache, EncoderDecoderCache)) and cache.get_seq_length() > 0:
-            kwargs[PAST] = cache
+            kwargs[PAST] = own_cache(cache) if cache is self._given_cache else cache  # the loop has marked that one
         else:
             self._check_positions(kwargs.get("attention_mask"))
         return self._run(*args, **kwargs)
@@ -110,6 +111,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         if not self.traced.can_generate():
             raise TraceError(f"{name} does not generate; trace a model with a language-model head")
         check_generation(name, source_class(self.traced), kwargs)
+        self._given_cache = kwargs.get(PAST, kwargs.get("cache"))
         if PAST not in self.traced.input_names:
             if _option(self, kwargs, "use_cache") is not False:
                 task = "text2text-generation" if self.is_encoder_decoder else "text-generation"
