@@ -22,6 +22,7 @@ ORDER = [
     "config",
     "module_tree",
     "weight_views",
+    "out_of_reach",
     "sites",
     "losses",
     "tracing",

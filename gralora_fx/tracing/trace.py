@@ -15,7 +15,9 @@ from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.attention import padding_as_argument
 from gralora_fx.tracing.check import difference, refuse_fixed_sizes, where
-from gralora_fx.tracing.clean import inline_linear_modules, without_guards
+from gralora_fx.tracing.clean import without_guards
+from gralora_fx.tracing.eager_modes import traceable_modes
+from gralora_fx.tracing.leaves import inline_leaves
 from gralora_fx.tracing.masks import without_empty_blocks
 from gralora_fx.tracing.modes import draws_randomly, record_switches
 from gralora_fx.tracing.namespace import restore_operators
@@ -26,6 +28,8 @@ from gralora_fx.tracing.stochastic_depth import drop_paths_as_operators, without
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.training_branches import differing_modules, names_of_modules, updated_buffers
 from gralora_fx.tracing.transformers_export import dynamic_axes, export_transformers_model
+
+_NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 
 
 def trace(
@@ -161,7 +165,7 @@ def _with_free_sizes(
 
 def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
     try:
-        with quiet(), drop_paths_as_operators(model):
+        with quiet(), drop_paths_as_operators(model), traceable_modes() as checkpoints:
             if isinstance(model, PreTrainedModel):
                 program = export_transformers_model(model, sample, dynamic=dynamic)
             else:
@@ -169,6 +173,8 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
                 program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {first_line(error)}") from error
+    if checkpoints:
+        warn_caller(f"{_NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
     graph_module = without_guards(program.module(check_guards=False))
     restore_operators(graph_module.graph)
     without_empty_blocks(graph_module.graph)
@@ -194,7 +200,7 @@ def _from_graph(
     names = tuple(str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder")
     values = example_inputs or {}
     sample = dict(values) if isinstance(values, Mapping) else dict(zip(names, values, strict=False))
-    clean = inline_linear_modules(without_guards(graph_module))
+    clean = inline_leaves(without_guards(graph_module))
     is_training = record_switches(clean.graph) or (graph_module.training and not _is_exported(graph_module))
     tree = ModuleTree.of_module(graph_module)
     if len(tree.linear) == 0:
@@ -226,7 +232,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     if checkpointed:
-        warn_caller("gradient checkpointing is not part of a trace; train with smaller batches instead")
+        warn_caller(_NO_CHECKPOINTS)
     for module in checkpointed:
         setattr(module, "gradient_checkpointing", False)  # noqa: B010  # a name mypy cannot see on nn.Module
     try:
