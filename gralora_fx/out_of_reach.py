@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from gralora_fx.module_tree import ModuleTree, module_stack
+from gralora_fx.sites import LinearSite
 from gralora_fx.weight_views import origin_of, tensor_at
 
 _KEY = "gralora_opaque"
@@ -21,20 +22,18 @@ def note_opaque(node: fx.Node, reason: str) -> None:
     node.meta.setdefault("custom", {})[_KEY] = reason
 
 
-def why_out_of_reach(
-    graph_module: fx.GraphModule, tree: ModuleTree, layers: Mapping[str, Tensor], called: Collection[str]
-) -> dict[str, str]:
-    """Why an adapter would not act at every call of a layer, by the path of such layers.
+def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]) -> dict[str, str]:
+    """Why an adapter would not act wherever a layer is called, by the path of such layers.
 
     Args:
         graph_module: The traced graph.
         tree: The modules of the model it was traced from.
-        layers: Weight of each linear layer, by path.
-        called: Paths of the layers of which the graph shows calls.
+        sites: The sites of the graph.
     """
+    layers = {site.path: site for site in sites if site.path in tree.linear}
     owners: dict[int, list[str]] = {}
-    for path, weight in layers.items():
-        owners.setdefault(id(weight), []).append(path)
+    for path, site in layers.items():
+        owners.setdefault(id(site.weight), []).append(path)
     found: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         where = _opaque(node, graph_module)
@@ -42,7 +41,7 @@ def why_out_of_reach(
             for path in _layers_within(node, graph_module, tree, owners):
                 found.setdefault(path, f"it is called {where}")
         innermost = _innermost(node, tree)
-        if innermost is not None and innermost in layers and innermost not in called:
+        if innermost is not None and innermost in layers and not layers[innermost].calls:
             found.setdefault(innermost, "what it computes is not a product of its input and a weight that it holds")
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.module_tree import ModuleTree, module_stack
-from gralora_fx.out_of_reach import why_out_of_reach
 from gralora_fx.weight_views import origin_of, readers, tensor_at
 
 Kind = Literal["linear", "conv1d", "functional"]
@@ -37,7 +35,6 @@ class LinearSite:
         bias: The bias parameter, or None.
         calls: Names of the nodes that compute `x @ weight`; empty if the traced forward never calls the layer.
         tied_with: Other names under which the model holds the same weight.
-        out_of_reach: Why an adapter would not act wherever the layer is called; None where it would.
     """
 
     path: str
@@ -48,7 +45,6 @@ class LinearSite:
     bias: nn.Parameter | None
     calls: tuple[str, ...]
     tied_with: tuple[str, ...] = ()
-    out_of_reach: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,9 +137,6 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
         uncalled, bias = tree.parameters.get(f"{path}.weight"), tree.parameters.get(f"{path}.bias")
         if uncalled is not None and uncalled.ndim == 2:
             found[path] = _site(path, uncalled, bias, [], tree)
-    layers = {path: site.weight for path, site in found.items() if path in tree.linear}
-    reasons = why_out_of_reach(graph_module, tree, layers, [path for path, site in found.items() if site.calls])
-    found |= {path: dataclasses.replace(found[path], out_of_reach=reason) for path, reason in reasons.items()}
     order = {path: index for index, path in enumerate(tree.types)}
     ranked = sorted(found, key=lambda path: order.get(path, order.get(path.rpartition(".")[0], len(order))))
     return tuple(found[path] for path in ranked)

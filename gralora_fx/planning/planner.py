@@ -69,7 +69,7 @@ def _reason_against(site: LinearSite, rule: TargetRule, saved: Iterable[str], tr
     if any(rule.is_excluded(name) for name in names_of_site(site, traced.tree)):
         return reasons[0] or next(filter(None, reasons))
     reason = (reasons[0] if None not in reasons else None) or trains_whole(site.path, saved)
-    return reason or out_of_reach(site)
+    return reason or out_of_reach(site, traced)
 
 
 def _with_ranks(site: LinearSite, config: GraloraConfig, traced: TracedModel) -> PlannedSite:
