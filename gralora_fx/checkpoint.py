@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.atomic_save import Writer, read_together, save_together
 from gralora_fx.config import CONFIG_NAME, GraloraConfig
+from gralora_fx.config.reading import read_fields
 from gralora_fx.deferred import values_of
-from gralora_fx.errors import CheckpointError
+from gralora_fx.errors import CheckpointError, shown
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.planning.targets import exact_targets, resolve_targets
 from gralora_fx.sources import resolve_directory
@@ -25,6 +27,8 @@ from gralora_fx.tracing.traced import TracedModel
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT does not look at
+_SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "rank_pattern", "alpha_pattern", "gralora_k_pattern")
 
 
 def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[GraloraConfig, dict[str, Tensor]]:
@@ -39,12 +43,49 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
         CheckpointError: The tensors are missing, a pickle, or cannot be read.
     """
     path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
-    config = GraloraConfig.from_pretrained(path)
-    return config, read_tensors(path / WEIGHTS_NAME)
+    fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
+    config = GraloraConfig.from_fields(fields, str(path / CONFIG_NAME))
+    _check_sizes(config, sizes, path)
+    return config, tensors
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """The fields of a configuration, the tensors, and the sizes that the tensors were saved with (empty: unknown)."""
+    fields = read_fields(config)
+    tensors, metadata = _read_weights(weights)
+    record = metadata.get(_SIZES)
+    try:
+        sizes = {} if record is None else json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{weights} has a damaged header ({error}); copy or save it again") from error
+    return fields, tensors, sizes if isinstance(sizes, dict) else {}
+
+
+def _check_sizes(config: GraloraConfig, sizes: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a configuration beside tensors that were saved with other sizes or another scale.
+
+    Raises:
+        CheckpointError: They differ; every field is named.
+    """
+    differing = [
+        f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
+        for name, value in _sizes(config).items()
+        if name in sizes and sizes[name] != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{directory} holds the configuration of one adapter and the tensors of another: {'; '.join(differing)}; "
+            f"copy or save both files again, or put the value back if {CONFIG_NAME} was edited"
+        )
+
+
+def _sizes(config: GraloraConfig) -> dict[str, Any]:
+    """The fields that give tensors their meaning, and that their names and shapes alone would not show."""
+    return {name: getattr(config, name) for name in _SIZE_FIELDS}
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
 
     Raises:
         CheckpointError: There is no such file, or it is truncated or no safetensors file.
@@ -58,7 +99,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}); it is truncated or no safetensors file, so copy or save it again"
@@ -130,35 +172,50 @@ def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]
             )
 
 
-def write_adapter(adapter: InstalledAdapter, directory: Path, traced: TracedModel) -> None:
-    """Write an adapter so that PEFT loads it with the same meaning.
+def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Path, traced: TracedModel) -> None:
+    """Write adapters so that PEFT loads them with the same meaning: all of them, or none after an error.
 
     Shorthands are written out as PEFT writes them: `all-linear` becomes the list of adapted layers.
 
     Args:
-        adapter: The adapter.
+        adapters: The adapters by the folder that each is written into; `""` is the directory itself.
         directory: Where to write; made if it does not exist.
         traced: The base model.
 
     Raises:
-        CheckpointError: The directory cannot be written.
+        CheckpointError: The directory cannot be written; what was there is there still.
     """
-    # a parameter with two names is written under both
-    parameters = checkpoint_parameters(adapter)
-    tensors = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in parameters.items()}
-    try:
-        _write(tensors, saved_config(adapter, traced), directory)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {directory} ({error.strerror}); give another directory") from error
+    save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
 
 
-def _write(tensors: Mapping[str, Tensor], config: GraloraConfig, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as staging:  # so that a failure leaves an older adapter whole
-        save_file(dict(sorted(tensors.items())), Path(staging) / WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(staging)
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(staging) / name, directory / name)
+def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer]:
+    """What writes each file of an adapter."""
+    config = saved_config(adapter, traced)
+    metadata = {"format": "pt", _SIZES: json.dumps(_sizes(config), sort_keys=True)}
+
+    def write_tensors(path: Path) -> None:
+        # a parameter with two names is written under both
+        parameters = sorted(checkpoint_parameters(adapter).items())
+        tensors = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in parameters}
+        try:
+            save_file(tensors, path, metadata=metadata)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
+        _sort_metadata(path)
+
+    return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
+
+
+def _sort_metadata(path: Path) -> None:
+    """Write the entries of a safetensors file's metadata in order: safetensors' own order is another each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfig:

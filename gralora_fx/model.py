@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapter
+from gralora_fx.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.model_class import class_for
@@ -175,9 +175,12 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             save_function: Taken as Accelerate's loops give it; the files are written by safetensors all the same.
             max_shard_size: Taken as `push_to_hub` gives it; an adapter is one file.
 
+        All of them are written, or none after an error; other files in the directory stay.
+
         Raises:
             RewriteError: There is no such adapter.
-            CheckpointError: The directory cannot be written, or the state dict holds other values.
+            CheckpointError: The directory cannot be written, or the state dict holds other values; what was there is
+                there still.
         """
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
@@ -185,12 +188,11 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
         chosen = selected_adapters if adapter_names is None else adapter_names
         names = list(self._state.adapters) if chosen is None else as_names(chosen)
-        adapters = [self.installed(name) for name in names]
-        for adapter in adapters if state_dict is not None else ():
+        adapters = {"" if name == "default" else name: self.installed(name) for name in names}
+        for adapter in adapters.values() if state_dict is not None else ():
             check_state_dict(adapter, state_dict or {})
-        for adapter in adapters if is_main_process else ():
-            target = Path(directory) if adapter.name == "default" else Path(directory) / adapter.name
-            write_adapter(adapter, target, self.traced)
+        if is_main_process:
+            write_adapters(adapters, directory, self.traced)
 
     def load_adapter(
         self,

@@ -19,6 +19,7 @@ ORDER = [
     "tasks",
     "export_options",
     "deferred",
+    "atomic_save",
     "config",
     "module_tree",
     "weight_views",

@@ -122,7 +122,7 @@ def _compiled(expression: str) -> regex.Pattern[str]:
             warnings.simplefilter("ignore", FutureWarning)  # of nested sets, which may get a meaning some day
             re.compile(expression)
         literal = _LITERAL.sub(lambda found: found[0] if found[0][0] == "\\" else f"\\{found[0]}", expression)
-        return regex.compile(literal, regex.VERSION0)
+        return regex.compile(literal, regex.VERSION0, cache_pattern=False)
     except (re.error, regex.error, OverflowError) as error:
         raise ValueError(str(error)) from error
     except RecursionError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gralora_fx.atomic_save import read_together, save_together
 from gralora_fx.config.checks import check_alpha, check_integer, check_names, check_number
 from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, check_expression, check_expressions
 from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, from_paper, read_fields, warn_of_unknown
@@ -154,7 +155,7 @@ class GraloraConfig:
         return _TASK_HEADS.get(self.task_type or "", ())
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json` in PEFT's format, keys and sets sorted.
+        """Write `adapter_config.json` in PEFT's format, keys and sets sorted; an older one is replaced at once.
 
         Args:
             directory: Where to write; made if it does not exist.
@@ -162,12 +163,11 @@ class GraloraConfig:
         Raises:
             ConfigError: It cannot be written.
         """
-        path = Path(directory)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {path} ({error.strerror}); give another directory") from error
+        save_together(directory, {"": {CONFIG_NAME: self.write_json}}, ConfigError)
+
+    def write_json(self, path: Path) -> None:
+        """Write the text of PEFT's `adapter_config.json` into a file."""
+        path.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
@@ -194,8 +194,8 @@ class GraloraConfig:
         Raises:
             ConfigError: There is no such file, it is no JSON object, or it is not a GraLoRA configuration.
         """
-        path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME]) / CONFIG_NAME
-        return cls._from_fields(read_fields(path), str(path))
+        path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME])
+        return cls.from_fields(read_together(path, [CONFIG_NAME], read_fields), str(path / CONFIG_NAME))
 
     @classmethod
     def from_peft(cls, peft_config: Any) -> GraloraConfig:
@@ -213,11 +213,19 @@ class GraloraConfig:
             raise ConfigError(f"{peft_config.__name__} is a class; give an object, such as {peft_config.__name__}()")
         fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items() if name[:1] != "_"}
         fields = {"peft_type": getattr(peft_config.peft_type, "value", peft_config.peft_type), **fields}
-        return cls._from_fields(fields, f"the given {type(peft_config).__name__}")
+        return cls.from_fields(fields, f"the given {type(peft_config).__name__}")
 
     @classmethod
-    def _from_fields(cls, fields: Mapping[str, Any], origin: str) -> GraloraConfig:
-        """The configuration that PEFT (or the paper's code) means by `fields`, read from `origin`."""
+    def from_fields(cls, fields: Mapping[str, Any], origin: str) -> GraloraConfig:
+        """The configuration that PEFT (or the paper's code) means by the fields of a file.
+
+        Args:
+            fields: The fields.
+            origin: Where they come from, for messages.
+
+        Raises:
+            ConfigError: They are not a GraLoRA configuration.
+        """
         peft_type = fields.get("peft_type")
         if str(peft_type).upper() != "GRALORA":
             raise ConfigError(f"{origin}: peft_type is {shown(peft_type)}, not 'GRALORA'; give a GraLoRA adapter")

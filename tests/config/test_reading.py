@@ -12,7 +12,7 @@ import peft
 import pytest
 from peft_oracle import peft_model, saved_by_peft
 from tiny_models import tiny_model
-from traces import fresh, inputs_of, relative_error, run
+from traces import inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.errors import ConfigError, TargetError
@@ -85,7 +85,7 @@ def test_both_alphas_are_not_the_papers_format(tmp_path: Path) -> None:
 def test_a_checkpoint_of_pefts_keeps_its_meaning(field: str, value: float, message: str, tmp_path: Path) -> None:
     theirs = saved_by_peft("bert", tmp_path, r=8, target_modules=["query"], **{field: value})
     with pytest.warns(UserWarning, match=message):
-        model = GraloraModel.from_pretrained(fresh("bert")[1], tmp_path)
+        model = GraloraModel.from_pretrained(traced("bert"), tmp_path)
     inputs = inputs_of("bert")
     assert getattr(model.configs["default"], field) == value
     assert relative_error(run(model, inputs), run(theirs, inputs)) < 1e-5
@@ -98,7 +98,7 @@ def test_empty_targets_are_read_and_fit_nothing(targets: Any, tmp_path: Path) ->
     with pytest.warns(UserWarning, match="target_modules is empty, so that the configuration fits no model"):
         config = GraloraConfig.from_pretrained(write(tmp_path, target_modules=targets))
     with pytest.raises(TargetError, match="target_modules"):
-        rewrite(fresh("bert")[1], config)
+        rewrite(traced("bert"), config)
 
 
 # -- files that are not what they should be -----------------------------------------------------------------------

@@ -175,8 +175,10 @@ def trained(model: GraloraModel, adapter_name: str = "default", seed: int = 3) -
 
 
 def compiles(expression: str) -> bool:
+    """Whether it is an expression, by itself and as a part of one."""
     try:
         re.compile(expression)
+        re.compile(f"(?:.*){expression}")
     except re.error:
         return False
     return True
@@ -185,7 +187,7 @@ def compiles(expression: str) -> bool:
 NAMES = st.text(min_size=1, max_size=6)
 EXPRESSIONS = st.one_of(st.sampled_from(["z.fc", "fc", r".*\.q_proj", "é"]), NAMES.filter(compiles))
 OPTIONAL_TEXT = st.one_of(st.none(), st.text(max_size=6))
-FINITE = st.one_of(st.integers(-(10**6), 10**6), st.floats(-1e300, 1e300))
+POSITIVE = st.one_of(st.integers(1, 10**6), st.floats(0, 1e300, exclude_min=True))
 
 
 def patterns(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -197,7 +199,7 @@ def patterns(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]
 def free_configs(draw: st.DrawFn) -> GraloraConfig:
     """Any valid configuration, for a model or for none."""
     k = draw(st.integers(1, 16))
-    targets = draw(st.one_of(st.none(), st.sets(NAMES, max_size=4), st.text(max_size=6).filter(compiles)))
+    targets = draw(st.one_of(st.none(), st.sets(NAMES, min_size=1, max_size=4), NAMES.filter(compiles)))
     is_regex = isinstance(targets, str)
     if not is_regex:
         targets = draw(st.sampled_from([targets, "all-linear", "ALL-linear"]))
@@ -207,7 +209,7 @@ def free_configs(draw: st.DrawFn) -> GraloraConfig:
         r=k * draw(st.integers(1, 64)),
         gralora_k=k,
         hybrid_r=draw(st.integers(0, 64)),
-        alpha=draw(FINITE),
+        alpha=draw(POSITIVE),
         gralora_dropout=draw(st.floats(0, 1, exclude_max=True)),
         target_modules=targets,
         exclude_modules=draw(st.one_of(st.none(), st.sets(NAMES, max_size=3), st.text(max_size=6).filter(compiles))),
@@ -222,6 +224,6 @@ def free_configs(draw: st.DrawFn) -> GraloraConfig:
         base_model_name_or_path=draw(OPTIONAL_TEXT),
         revision=draw(OPTIONAL_TEXT),
         rank_pattern=draw(patterns(st.integers(1, 512))),
-        alpha_pattern=draw(patterns(FINITE)),
+        alpha_pattern=draw(patterns(POSITIVE)),
         gralora_k_pattern=draw(patterns(st.integers(1, 16))),
     )

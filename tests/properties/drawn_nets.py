@@ -209,4 +209,4 @@ def cases(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> s
     return st.integers(0, 9).flatmap(lambda number: transformers if number == 9 else nets)
 
 
-ALPHAS = st.one_of(st.integers(-32, 32), st.floats(-32, 32, width=32))
+ALPHAS = st.one_of(st.integers(1, 32), st.floats(2**-6, 32, width=32))

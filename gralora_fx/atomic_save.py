@@ -1,0 +1,250 @@
+"""Files that are saved together: all of them or none, whether the process is killed or the disk is full.
+
+A save has three steps, and each leaves a directory that can be read:
+
+1. The files are written into a folder of their own inside the directory, and flushed to the disk.
+2. That folder is renamed to `.gralora-commit`. The save has now happened: `current_file` finds the files there.
+3. The files are moved to their places and the folder is removed; after a kill, the next save does so.
+
+While several files change places, the last of them is absent rather than of another save: a program that knows nothing
+of the folder (PEFT) finds no tensors, and not tensors beside another configuration. Other files in the directory stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import filecmp
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from gralora_fx.errors import GraloraError, shown
+
+_COMMIT = ".gralora-commit"
+_STAGE = ".gralora-stage-"
+_PATIENCE = 300.0  # seconds to wait for another program that saves to the same directory
+_READS, _PAUSE = 50, 0.02  # attempts to read files that change meanwhile, and seconds between two
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that cannot lock a directory
+
+T = TypeVar("T")
+Writer = Callable[[Path], None]
+
+
+def save_together(
+    directory: str | Path, folders: Mapping[str, Mapping[str, Writer]], error: type[GraloraError]
+) -> None:
+    """Write files into a directory, all or none; what a killed save has left there is finished or removed.
+
+    Args:
+        directory: Where to write; made if it does not exist.
+        folders: What writes each file, by its name, by the folder below the directory (`""` for the directory itself).
+            The alphabetically last file of a folder is the one that must not be read beside others of another save.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type, when the directory cannot be written. What was there is there still.
+    """
+    if not folders:
+        return
+    made: list[Path] = []
+    happened = False
+    try:
+        path = _checked(directory)
+        _make_folder(path, made)
+        for other in (path.parent, *(path / folder for folder in folders if folder)):
+            _settle(other)
+        with _locked(path):
+            _finish(path)
+            _stage(path, folders, made)
+            happened = True
+            _finish(path)
+    except (OSError, ValueError, TypeError) as failure:
+        reason = getattr(failure, "strerror", None) or str(failure)
+        if happened:
+            raise error(
+                f"{path} was saved, but its files could not be moved out of {path / _COMMIT} ({reason}); they are read "
+                "there, and the next save moves them"
+            ) from failure
+        _remove_empty(made)
+        raise error(f"cannot write {_name(directory)} ({reason}); give another directory") from failure
+
+
+def read_together(directory: Path, names: Sequence[str], read: Callable[..., T]) -> T:
+    """Read files that belong together, again if another program saves them meanwhile.
+
+    Args:
+        directory: The directory in which they belong.
+        names: Their names.
+        read: Takes their paths and reads them.
+
+    Raises:
+        GraloraError: What `read` raises for files that do not change.
+    """
+    for _ in range(_READS):
+        before = [_version(current_file(directory, name)) for name in names]
+        try:
+            result = read(*(path for path, _ in before))
+        except GraloraError:
+            if before == [_version(current_file(directory, name)) for name in names]:
+                raise
+        else:
+            if before == [_version(current_file(directory, name)) for name in names]:
+                return result
+        time.sleep(_PAUSE)
+    return read(*(current_file(directory, name) for name in names))
+
+
+def current_file(directory: Path, name: str) -> Path:
+    """Where a file is: in its place, or in the folder of a save that has happened but was not finished.
+
+    Args:
+        directory: The directory in which it belongs; the save may have been of the directory above.
+        name: The file's name.
+    """
+    for unfinished in (directory / _COMMIT / name, directory.parent / _COMMIT / directory.name / name):
+        if unfinished.is_file():
+            return unfinished
+    return directory / name
+
+
+def _version(path: Path) -> tuple[Path, tuple[int, ...] | None]:
+    """A path and what changes when another file takes its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path, None
+    return path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def _checked(directory: str | Path) -> Path:
+    if directory == "":
+        raise ValueError("it is empty")
+    path = Path(directory).absolute()
+    path.exists()  # raises for a zero byte, or a name that is too long
+    return path
+
+
+def _make_folder(path: Path, made: list[Path]) -> None:
+    """Make a directory and those above it, and note which were missing."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        made.append(folder)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):  # somebody else has put something into it
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other saves out of a directory; the lock ends with the process.
+
+    Where directories cannot be locked (Windows, some network drives), two saves at once may leave files of both, which
+    the record in the tensors' file tells when they are loaded.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another program has been saving there for {_PATIENCE:.0f} seconds") from None
+                time.sleep(_PAUSE)
+            except OSError as failure:
+                if failure.errno in _NO_LOCKS:
+                    break
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def _settle(directory: Path) -> None:
+    """Finish what a killed save has left in another directory, where it would hide what is saved now."""
+    if (directory / _COMMIT).is_dir():
+        with _locked(directory):
+            _finish(directory)
+
+
+def _stage(path: Path, folders: Mapping[str, Mapping[str, Writer]], made: list[Path]) -> None:
+    """Write the files aside, and let the save happen by one rename."""
+    for left in path.glob(f"{_STAGE}*"):  # the lock is ours, so whoever made it was killed
+        shutil.rmtree(left)
+    for folder, files in folders.items():
+        _make_folder(path / folder, made)
+        if not (path / folder).is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{path / folder} is not a directory")
+        for place in (path / folder / name for name in files):
+            if place.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{place} is a directory")
+    stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=path))
+    try:
+        for folder, files in folders.items():
+            (stage / folder).mkdir(exist_ok=True)
+            for name, write in files.items():
+                write(stage / folder / name)
+                _flush(stage / folder / name)
+            _flush(stage / folder)
+        _flush(stage)
+        stage.rename(path / _COMMIT)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    _flush(path)
+
+
+def _finish(path: Path) -> None:
+    """Move the files of a save that has happened to their places; those of a killed one too."""
+    commit = path / _COMMIT
+    if not commit.is_dir():
+        return
+    for folder in sorted({file.parent for file in commit.rglob("*") if file.is_file()}):
+        place = path / folder.relative_to(commit)
+        place.mkdir(exist_ok=True)
+        *others, last = sorted(file.name for file in folder.iterdir() if file.is_file())
+        if any(not _same(folder / name, place / name) for name in others):
+            (place / last).unlink(missing_ok=True)
+        for name in (*others, last):
+            (folder / name).replace(place / name)
+        _flush(place)
+    shutil.rmtree(commit)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk store a file, or the names in a directory."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # directories cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _name(directory: object) -> str:
+    text = str(directory)
+    return text if text.isprintable() and len(text) < 300 else shown(directory)
