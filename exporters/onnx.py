@@ -143,7 +143,7 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
         name_axes(model)
         return {"model": model}, attention
     graph_module.recompile()
-    sample = dict(traced.example_inputs)
+    sample = traced.graph_inputs
     try:
         with torch.no_grad():
             model = convert_to_onnx(with_values(graph_module), sample, traced.config, dynamic=True)

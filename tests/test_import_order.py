@@ -24,7 +24,6 @@ ORDER = [
     "module_tree",
     "weight_views",
     "sites",
-    "out_of_reach",
     "losses",
     "tracing",
     "adapter",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import traceback
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from transformers import PreTrainedModel
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.tracing.cached import PAST, copied, other_cached_sizes
 from gralora_fx.tracing.encoder_decoder import other_step_sizes
+from gralora_fx.tracing.failures import where, where_defined
+from gralora_fx.tracing.input_trees import same_value, shown
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import other_sizes
+from gralora_fx.tracing.signature import default_input
 from gralora_fx.tracing.stand_ins import is_without_values
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
@@ -25,42 +29,128 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> str | None:
-    """How the graph differs from the eager model in evaluation mode, or None where it does not."""
+    """How the graph differs from the eager model in evaluation mode, or None where it does not.
+
+    Both draw the same random numbers, where they draw any.
+    """
     if is_without_values(model):
         return None
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     set_mode(graph_module.graph, False)
     graph_module.recompile()
+    with _in_evaluation(model), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        try:
+            expected = _call_eager(model, sample)
+        except Exception as error:  # a model raises what it likes
+            raise TraceError(
+                f"{type(model).__name__} itself fails on the example inputs{where(model, error)}: {first_line(error)}"
+            ) from error
+        torch.manual_seed(0)
+        try:
+            actual = graph_module(**copied(sample))
+        except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
+            return f"it fails with {type(error).__name__}: {first_line(error)}"
+    return _gap(expected, actual)
+
+
+def fillable_inputs(model: nn.Module, sample: Mapping[str, Any], names: Collection[str]) -> tuple[frozenset[str], bool]:
+    """Inputs that may be left out of a call: what `default_input` makes is what the eager model takes for them.
+
+    Args:
+        model: The model that was traced.
+        sample: What it was traced with.
+        names: Inputs that the model need not be given.
+
+    Returns:
+        Their names, and whether positions that are left out count the padding before them.
+    """
+    if is_without_values(model):
+        return frozenset(names), False
+    found, counts_padding = set(), False
+    for name in names:
+        rest = {other: value for other, value in sample.items() if other != name}
+        with _in_evaluation(model), torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            try:
+                expected = _call_eager(model, rest)
+            except Exception:  # noqa: BLE001  # it has a default and is needed all the same
+                continue
+            for counts in (True, False) if name == "position_ids" and PAST in sample else (True,):
+                value = default_input(name, rest, counts_padding=counts)
+                torch.manual_seed(0)
+                if value is not None and _gap(expected, _call_eager(model, {**rest, name: value})) is None:
+                    found.add(name)
+                    counts_padding |= counts and name == "position_ids"
+                    break
+    return frozenset(found), counts_padding
+
+
+def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
+    """Run a graph that came as it is on its example inputs.
+
+    Raises:
+        TraceError: It fails on them.
+    """
+    if any(parameter.is_meta for parameter in graph_module.parameters()):
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]
+    try:
+        with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
+            graph_module(**copied(sample))
+    except Exception as error:  # a graph raises what its operators do
+        raise TraceError(
+            f"the graph fails on the example inputs with {type(error).__name__}: {first_line(error)}; give inputs that "
+            "it takes"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and without chatter, while the block lasts."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         with torch.no_grad(), quiet():
-            try:
-                expected = tree_leaves(_call_eager(model, sample))
-            except Exception as error:  # a model raises what it likes
-                raise TraceError(
-                    f"{type(model).__name__} itself fails on the example inputs{where(model, error)}: "
-                    f"{first_line(error)}"
-                ) from error
-            try:
-                actual = tree_leaves(graph_module(**copied(sample)))
-            except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
-                return f"it fails with {type(error).__name__}: {first_line(error)}"
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
-    expected, actual = ([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] for leaves in (expected, actual))
-    if len(expected) != len(actual):
-        return f"it returns {len(actual)} tensors, the model {len(expected)}"
-    for index, (want, got) in enumerate(zip(expected, actual, strict=True)):
+
+
+def _gap(expected: Any, actual: Any) -> str | None:
+    """How what a graph returned differs from what the model did, or None where it does not."""
+    wanted, found = tree_leaves(expected), tree_leaves(actual)
+    if len(wanted) != len(found):
+        return f"it returns {len(found)} values, the model {len(wanted)}"
+    for index, (want, got) in enumerate(zip(wanted, found, strict=True)):
+        if not (isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor)):
+            if not _is_close(want, got):
+                return f"output {index} is {shown(got)}, the model's {shown(want)}"
+            continue
         if want.shape != got.shape:
             return f"output {index} has shape {tuple(got.shape)}, the model's {tuple(want.shape)}"
-        if not want.numel() or not want.is_floating_point():
+        if not want.numel():
+            continue
+        if not want.is_floating_point():
+            if not torch.equal(want, got.to(want.dtype)):
+                return f"output {index} has other {str(want.dtype).removeprefix('torch.')} values"
             continue
         largest = want.abs().nan_to_num().max().item()
         gap = (want - got).abs().nan_to_num().max().item()
         if gap > _TOLERANCE.get(want.dtype, 1e-4) * max(largest, 1e-6):
             return f"output {index} differs by {gap:.3g} where the largest value is {largest:.3g}"
     return None
+
+
+def _is_close(want: Any, got: Any) -> bool:
+    """Whether values that are not tensors are equal, numbers but for what rounding does."""
+    if isinstance(want, float) and isinstance(got, float):
+        return math.isclose(want, got, rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(want) and math.isnan(got))
+    return type(want) is type(got) and (same_value(want, got) or not isinstance(want, (bool, int, str, type(None))))
 
 
 def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
@@ -75,7 +165,8 @@ def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: M
         if found is not None:
             raise TraceError(
                 f"the trace of {type(model).__name__} holds for the example's sizes only; with {what} {found}. "
-                "The forward branches or loops on a size: trace with dynamic=False for one size, or rewrite it"
+                f"The forward{where_defined(model)} branches or loops on a size: trace with dynamic=False for one "
+                "size, or rewrite it"
             )
 
 
@@ -90,16 +181,3 @@ def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
     if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = PAST in sample
     return model(**inputs)
-
-
-def where(model: nn.Module, error: BaseException) -> str:
-    """The innermost module and line of the model that an error passed through."""
-    paths = {id(module): path or "the root module" for path, module in model.named_modules()}
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in paths and frame.f_code.co_name != "_wrapped_call_impl":
-            file = frame.f_code.co_filename
-            if "/torch/" not in file:
-                place = f" at {paths[id(owner)]} ({file.rsplit('/', 1)[-1]}:{line})"
-    return place

@@ -9,6 +9,7 @@ from torch import fx
 
 import gralora_fx.tracing.attention
 import gralora_fx.tracing.stochastic_depth  # noqa: F401  # both register their operators
+from gralora_fx.tracing.failures import line_of
 
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
@@ -42,7 +43,7 @@ _FUNCTIONAL = {
 }
 
 
-def record_switches(graph: fx.Graph) -> bool:
+def record_switches(graph: fx.Graph, *, in_training: bool | None = None) -> bool:
     """Note at every node whose behaviour depends on the mode what it takes in training and in evaluation.
 
     The note stands in `node.meta["custom"]`, which copies and re-exports keep. An attention node records its dropout
@@ -50,6 +51,8 @@ def record_switches(graph: fx.Graph) -> bool:
 
     Args:
         graph: A traced graph; its nodes gain the notes.
+        in_training: The mode that the model was traced in. What is on in evaluation, such as a dropout that is not told
+            the mode, is on in both and no switch. None where it is not known.
 
     Returns:
         Whether the graph stands in training mode, as far as its nodes tell.
@@ -58,25 +61,35 @@ def record_switches(graph: fx.Graph) -> bool:
     for node in graph.nodes:
         switch = _switch_of(node)
         if switch is not None:
-            argument, in_training, in_evaluation = switch
-            is_training |= _read(node, argument) == in_training
-            note_switch(node, argument, in_training, in_evaluation)
+            argument, trained, evaluated = switch
+            is_on = _read(node, argument) == trained
+            if in_training is False and is_on:
+                continue
+            is_training |= is_on
+            note_switch(node, argument, trained, evaluated)
     return is_training
 
 
 def draws_randomly(graph: fx.Graph) -> str | None:
-    """The operator of a graph that draws random numbers in either mode, or None.
+    """The operator of a graph that draws random numbers in either mode, and where it was called, or None.
 
     A model that does so in training alone, as some routers of experts do, shows no switch in a training trace.
 
     Args:
-        graph: A traced graph.
+        graph: A traced graph whose switches are recorded.
     """
     for node in graph.nodes:
         tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-        if torch.Tag.nondeterministic_seeded in tags and node.target not in _FLAGS.keys() | _PROBABILITIES.keys():
-            return str(node.target)
+        if torch.Tag.nondeterministic_seeded in tags and _KEY not in node.meta.get("custom", {}) and _is_on(node):
+            place = line_of(node.meta.get("stack_trace"))
+            return f"{node.target} at {place}" if place else str(node.target)
     return None
+
+
+def _is_on(node: fx.Node) -> bool:
+    """Whether an operator that draws random numbers in one mode does so as it is written in the graph."""
+    argument = switched_argument(node)
+    return argument is None or bool(_read(node, argument))
 
 
 def note_switch(node: fx.Node, argument: int | str, in_training: Any, in_evaluation: Any) -> None:

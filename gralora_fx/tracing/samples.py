@@ -84,34 +84,6 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     return inputs
 
 
-def keyword_inputs(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
-    """Example inputs by name, in the order of the forward's parameters.
-
-    Raises:
-        TraceError: They do not fit the forward's signature.
-    """
-    signature = inspect.signature(model.forward)
-    given = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    positional = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
-    try:
-        bound = signature.bind(*positional, **given).arguments
-    except TypeError as error:
-        names = ", ".join(signature.parameters)
-        raise TraceError(
-            f"the example inputs do not fit {type(model).__name__}.forward({names}): {error}; "
-            "give a dict of its keyword arguments or a tuple of its arguments"
-        ) from error
-    inputs: dict[str, Any] = {}
-    for name, value in bound.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            raise TraceError(f"{type(model).__name__}.forward takes *{name}; trace a module with named arguments")
-        inputs.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-    if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(inputs)):
-        raise TraceError(f"the example inputs of {type(model).__name__} hold no tensor; give at least one")
-    return inputs
-
-
 def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same inputs with at least two rows, three positions and one padded row, so that none of it is fixed.
 

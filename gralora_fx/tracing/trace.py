@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,30 +12,34 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.collection import fewer_collections
-from gralora_fx.errors import TraceError, first_line, warn_caller
+from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.attention import padding_as_argument
-from gralora_fx.tracing.check import difference, refuse_fixed_sizes, where
+from gralora_fx.tracing.cached import PAST
+from gralora_fx.tracing.check import difference, fillable_inputs, refuse_fixed_sizes
 from gralora_fx.tracing.clean import without_guards
-from gralora_fx.tracing.eager_modes import traceable_modes
-from gralora_fx.tracing.leaves import inline_leaves
+from gralora_fx.tracing.example_inputs import called_with, given_arguments, named_arguments, split_constants
+from gralora_fx.tracing.failures import reason as reason_of
+from gralora_fx.tracing.failures import where, where_defined
+from gralora_fx.tracing.input_trees import distinct, fixed_axes
 from gralora_fx.tracing.masks import without_empty_blocks
 from gralora_fx.tracing.modes import draws_randomly, record_switches
 from gralora_fx.tracing.namespace import restore_operators
 from gralora_fx.tracing.quiet import quiet
-from gralora_fx.tracing.samples import infer_task, inputs_for_task, keyword_inputs, widen
+from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
+from gralora_fx.tracing.samples import infer_task, inputs_for_task, widen
+from gralora_fx.tracing.signature import signature_of
 from gralora_fx.tracing.stand_ins import stand_ins, take_own
 from gralora_fx.tracing.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.training_branches import differing_modules, names_of_modules, updated_buffers
 from gralora_fx.tracing.transformers_export import dynamic_axes, export_transformers_model
 
-_NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
-
 
 def trace(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     *,
     task: str | None = None,
     dynamic: bool = True,
@@ -46,8 +51,11 @@ def trace(
 
     Args:
         model: A transformers model, any module, a `GraphModule` (symbolic or exported), or an `ExportedProgram`.
-        example_inputs: Keyword arguments as a dict, or positional ones as a tuple. One row and one position will do:
-            batch and sequence stay dynamic all the same, and a padding mask stays an input.
+        example_inputs: Keyword arguments as a dict, or positional ones as a tuple. Tensors, and lists, tuples, dicts
+            and dataclasses of them, become inputs; every other argument, given or not, becomes part of the graph with
+            its value, and a call with another value is refused. One row and one position will do: batch and sequence
+            stay dynamic all the same, and a padding mask stays an input.
+        kwargs: Keyword arguments beside a tuple, as in `torch.export.export(model, args, kwargs)`.
         task: One of optimum's task names; makes example inputs from the model's configuration where none are given.
         dynamic: Whether axes may vary; False fixes every size to the example's.
 
@@ -57,34 +65,39 @@ def trace(
     Raises:
         TraceError: The model cannot be traced (the message says where), or inputs are missing or do not fit.
     """
+    given = None if example_inputs is None and kwargs is None else given_arguments(example_inputs, kwargs)
     if isinstance(model, torch.export.ExportedProgram):
-        return _from_program(model, example_inputs, task)
+        return trace_program(model, given, task)
     if isinstance(model, fx.GraphModule):
-        return _from_graph(model, example_inputs, task)
+        return trace_graph(model, given, task)
     if not isinstance(model, nn.Module):
         raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
     if isinstance(model, PreTrainedModel):
         task = task or infer_task(model)
     with stand_ins(model) as own:
-        if example_inputs is None:
+        if given is None:
             if not isinstance(model, PreTrainedModel):
                 raise TraceError(f"example_inputs are missing; {type(model).__name__} is no transformers model to ask")
-            example_inputs = inputs_for_task(model, task or "")
-        if not isinstance(example_inputs, (Mapping, tuple)):
-            raise TraceError(
-                f"example_inputs are a {type(example_inputs).__name__}; give a dict or a tuple of arguments"
-            )
-        sample = keyword_inputs(model, example_inputs)
-        sample = widen(model, sample) if dynamic else sample
-        with fewer_collections():
-            graph_module = _trace_both_modes(model, sample, dynamic)
+            given = (), inputs_for_task(model, task or "")
+        tensors, constants = split_constants(model, named_arguments(model, *given))
+        sample = distinct(widen(model, tensors) if dynamic else tensors)
+        signature = signature_of(model, sample, constants, has_cache=PAST in sample)
+        with called_with(model, tuple(sample), constants):
+            with fewer_collections():
+                graph_module = _trace_both_modes(model, sample, dynamic)
+            fillable, counts_padding = fillable_inputs(model, sample, signature.may_be_left_out)
         take_own(graph_module, own)
     config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
     traced = TracedModel(
         graph_module,
         tree=ModuleTree.of_module(model),
-        example_inputs=sample,
-        input_names=tuple(sample),
+        example_inputs={**sample, **constants},
+        signature=dataclasses.replace(
+            signature,
+            fillable=fillable,
+            counts_padding=counts_padding,
+            fixed=fixed_axes(graph_module.graph, sample),
+        ),
         task=task,
         config=config,
         generation_config=getattr(model, "generation_config", None) if config is not None else None,
@@ -109,14 +122,22 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
             return _with_free_sizes(model, in_training, sample, dynamic)
         model.eval()
         in_evaluation = _export(model, sample, dynamic)
-        record_switches(in_evaluation.graph)
+        record_switches(in_evaluation.graph, in_training=False)
         found = difference(model, in_evaluation, sample)
         if found is not None:
-            raise TraceError(f"the trace of {type(model).__name__} does not compute what the model does: {found}")
+            raise TraceError(
+                f"the trace of {type(model).__name__} does not compute what the model does: {found}; look at what the "
+                f"forward{where_defined(model)} does outside PyTorch, or by chance"
+            )
         paths = () if in_training is None else differing_modules(in_training.graph, in_evaluation.graph)
         if in_training is not None and reason is None and not paths:  # the model updates its buffers in either mode
             return _with_free_sizes(model, in_training, sample, dynamic)
         reason = reason or f"it updates {', '.join(updated)}"
+        if drawn := draws_randomly(in_evaluation.graph):
+            reason = f"it draws random numbers in evaluation too ({drawn})"
+            if in_training is not None and not paths and difference(model, in_training, sample) is None:
+                warn_caller(f"{type(model).__name__} and its trace give other values in every run: {reason}")
+                return _with_free_sizes(model, in_training, sample, dynamic)
         if paths:
             mixed, other_reason = _training_trace(model, sample, dynamic, evaluated=paths)
             reason = f"{names_of_modules(model, paths)} differs in training ({reason})"
@@ -165,64 +186,20 @@ def _with_free_sizes(
 
 def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
     try:
-        with quiet(), drop_paths_as_operators(model), traceable_modes() as checkpoints:
+        with quiet(), drop_paths_as_operators(model):
             if isinstance(model, PreTrainedModel):
                 program = export_transformers_model(model, sample, dynamic=dynamic)
             else:
                 shapes = dynamic_axes(dict(sample)) if dynamic else None
                 program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type
-        raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {first_line(error)}") from error
-    if checkpoints:
-        warn_caller(f"{_NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
+        raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason_of(error)}") from error
     graph_module = without_guards(program.module(check_guards=False))
     restore_operators(graph_module.graph)
     without_empty_blocks(graph_module.graph)
     padding_as_argument(graph_module.graph)
     graph_module.recompile()
     return graph_module
-
-
-def _from_program(
-    program: torch.export.ExportedProgram, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None, task: str | None
-) -> TracedModel:
-    args, kwargs = program.example_inputs or ((), {})
-    graph_module = without_guards(program.module(check_guards=False))
-    if example_inputs is None:
-        example_inputs = kwargs if not args else (*args, *kwargs.values())
-    return _from_graph(graph_module, example_inputs, task)
-
-
-def _from_graph(
-    graph_module: fx.GraphModule, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None, task: str | None
-) -> TracedModel:
-    """Take a graph as it is: it is a trace already."""
-    names = tuple(str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder")
-    values = example_inputs or {}
-    sample = dict(values) if isinstance(values, Mapping) else dict(zip(names, values, strict=False))
-    clean = inline_leaves(without_guards(graph_module))
-    is_training = record_switches(clean.graph) or (graph_module.training and not _is_exported(graph_module))
-    tree = ModuleTree.of_module(graph_module)
-    if len(tree.linear) == 0:
-        tree = ModuleTree.of_graph(clean)
-    call_names = _call_names(graph_module) or names
-    unknown = [name for name in sample if name not in call_names]
-    if unknown:
-        raise TraceError(f"the graph takes {', '.join(call_names)}, not {', '.join(unknown)}; name its inputs")
-    traced = TracedModel(
-        clean, tree=tree, example_inputs=sample, input_names=call_names, task=task, training=is_training
-    )
-    return traced.train(is_training)
-
-
-def _call_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Input names of the calling convention of an exported graph, nested inputs counted once."""
-    info = getattr(graph_module.graph._codegen, "pytree_info", None)
-    return tuple(info.orig_args) if info is not None else ()
-
-
-def _is_exported(graph_module: fx.GraphModule) -> bool:
-    return hasattr(graph_module.graph._codegen, "pytree_info")
 
 
 @contextmanager
@@ -232,7 +209,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     if checkpointed:
-        warn_caller(_NO_CHECKPOINTS)
+        warn_caller("gradient checkpointing is not part of a trace; train with smaller batches instead")
     for module in checkpointed:
         setattr(module, "gradient_checkpointing", False)  # noqa: B010  # a name mypy cannot see on nn.Module
     try:

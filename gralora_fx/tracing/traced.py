@@ -10,15 +10,14 @@ import torch
 from torch import fx
 from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig
 
-from gralora_fx.errors import TargetError, TraceError
+from gralora_fx.errors import TargetError
 from gralora_fx.module_tree import ModuleTree
-from gralora_fx.out_of_reach import why_out_of_reach
 from gralora_fx.sites import LinearSite, find_sites
 from gralora_fx.tracing.as_transformers import device_of, dtype_of, main_input, view_of
 from gralora_fx.tracing.cached import PAST, batch_of, empty_cache, own_cache
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
-from gralora_fx.tracing.signature import bind, refuse_misshapen_step
+from gralora_fx.tracing.signature import CallSignature, refuse_misshapen_step
 from gralora_fx.tracing.user_pass import GraphPass, run_pass
 
 
@@ -30,7 +29,8 @@ class TracedModel:
     Attributes:
         graph_module: The graph; calling it takes every traced input by name.
         tree: Module paths and parameters of the source model.
-        example_inputs: The inputs it was traced with, by name.
+        example_inputs: The arguments it was traced with, by name: inputs, and constants that are part of the graph.
+        signature: How it is called, and the value of every argument that is part of the graph.
         task: The task it was traced for, or None.
         config: The model's transformers configuration, or None.
         generation_config: How the model generates, or None.
@@ -38,7 +38,6 @@ class TracedModel:
         loss_function: transformers' loss of the model's class, or None.
         shift_labels: The model's own way from labels to decoder inputs, or None.
         training: Whether the graph stands in training mode.
-        out_of_reach: Why an adapter would not act wherever a layer is called, by the path of such layers.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class TracedModel:
         *,
         tree: ModuleTree,
         example_inputs: Mapping[str, Any],
-        input_names: tuple[str, ...],
+        signature: CallSignature,
         task: str | None = None,
         config: PreTrainedConfig | None = None,
         generation_config: GenerationConfig | None = None,
@@ -60,7 +59,7 @@ class TracedModel:
         self.graph_module = graph_module
         self.tree = tree
         self.example_inputs = dict(example_inputs)
-        self.input_names = input_names
+        self.signature = signature
         self.task = task
         self.config = config
         self.generation_config = generation_config
@@ -69,11 +68,18 @@ class TracedModel:
         self.shift_labels = shift_labels
         self.training = training
         self._sites = find_sites(graph_module, tree)
-        self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         self._optional = {str(node.target) for node in placeholders if node.args}
-        scalars = (bool, int, float, str)
-        self._constants = {name: value for name, value in example_inputs.items() if isinstance(value, scalars)}
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of the graph, in its order."""
+        return self.signature.inputs
+
+    @property
+    def graph_inputs(self) -> dict[str, Any]:
+        """The example inputs without the constants that are part of the graph."""
+        return {name: value for name, value in self.example_inputs.items() if name in self.input_names}
 
     @property
     def sites(self) -> tuple[LinearSite, ...]:
@@ -160,21 +166,20 @@ class TracedModel:
         """The inputs of one call by name, with the defaults that the model itself has.
 
         Raises:
-            TraceError: An input is missing, given twice, was not part of the trace, or is no mask of all positions.
+            TraceError: An input is missing, given twice, of another form than the example's, was not part of the
+                trace, or is no mask of all positions; or an argument that is part of the graph has another value.
         """
         example = self.example_inputs.get(PAST)
-        if isinstance(example, Cache) and kwargs.get(PAST) is None and len(args) <= self.input_names.index(PAST):
+        if (
+            isinstance(example, Cache)
+            and kwargs.get(PAST) is None
+            and PAST not in self.signature.positional[: len(args)]
+        ):
             kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
-        inputs = bind(self.input_names, args, kwargs, optional=self._optional)
+        inputs = self.signature.bind(args, kwargs, self.example_inputs, optional=self._optional)
         if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
             inputs[PAST] = own_cache(cache)  # the graph holds the encoder, whose output it reads itself
         refuse_misshapen_step(inputs)
-        for name, value in self._constants.items():
-            if name in inputs and inputs[name] != value:
-                raise TraceError(
-                    f"input {name!r} was {value!r} when the model was traced and is part of the graph, so it cannot be "
-                    f"{inputs[name]!r}; trace again with that value"
-                )
         return inputs
 
     def train(self, mode: bool = True) -> TracedModel:
@@ -195,7 +200,7 @@ class TracedModel:
             graph_module,
             tree=tree,
             example_inputs=self.example_inputs,
-            input_names=self.input_names,
+            signature=self.signature,
             task=self.task,
             config=self.config,
             generation_config=self.generation_config,

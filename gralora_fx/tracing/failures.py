@@ -1,0 +1,106 @@
+"""Why a forward cannot be traced, in a sentence, and where in the user's own code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+
+from gralora_fx.errors import first_line
+
+_BRANCH = (
+    "the forward needs the value of a tensor (in an if, a while, int(), range() or a size), which a graph does not "
+    "have; choose with torch.where or torch.cond, or give the value as an argument of its own"
+)
+# what PyTorch's report of a failed trace says, and what it means for the one who wrote the forward
+_REASONS = (
+    (r"Could not (guard on|extract specialized integer from) data-dependent", _BRANCH),
+    (r"data-dependent (expression|control flow)", _BRANCH),
+    (r"\.numpy\(\) is not supported", "the forward leaves PyTorch for numpy; compute with tensors"),
+    (
+        r"two devices|same device|Device Propagation",
+        "tensors of two devices meet; put the model and the example inputs on one",
+    ),
+)
+_UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+)'> in output, which is not a known type")
+_OWN = Path(__file__).parents[1]
+_TORCH = Path(torch.__file__).parent
+_STDLIB, _SITE = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+
+
+def reason(error: BaseException) -> str:
+    """What an error that was raised while tracing means, in a sentence.
+
+    Args:
+        error: What `torch.export` raised; PyTorch's own first line where it is of no known kind.
+    """
+    text = str(error)
+    unknown = _UNKNOWN_OUTPUT.search(text)
+    if unknown is not None:
+        name = unknown[1].rsplit(".", 1)[-1]
+        return (
+            f"the forward returns a {name}, which a graph cannot make; return tensors, or a tuple, list, dict or "
+            "dataclass of them"
+        )
+    found = next((meaning for pattern, meaning in _REASONS if re.search(pattern, text)), None)
+    return found or first_line(error)
+
+
+def where(model: nn.Module, error: BaseException) -> str:
+    """The innermost module and line of the model that an error passed through, of the user's own code if any."""
+    paths = {id(module): path or "the root module" for path, module in model.named_modules()}
+    for link in _chain(error):
+        inner, found, own = "the root module", "", ""
+        for frame, line in traceback.walk_tb(link.__traceback__):
+            inner = paths.get(id(_first_argument(frame)), inner)
+            file = Path(frame.f_code.co_filename)
+            if _is_code(file):
+                found = f" at {inner} ({file.name}:{line})"
+                own = own if file.is_relative_to(_SITE) else found
+        if own or found:
+            return own or found
+    return where_defined(model)
+
+
+def where_defined(model: nn.Module) -> str:
+    """The file and line of a model's forward, or nothing where it was not written in one."""
+    forward = inspect.unwrap(type(model).forward)
+    code = getattr(forward, "__code__", None)
+    return "" if code is None else f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
+
+
+def line_of(stack_trace: str | None) -> str:
+    """The file and line of the user's own code in a node's stack trace, or nothing."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
+    places = [f"{Path(file).name}:{line}" for file, line in found if _is_code(Path(file))]
+    return places[-1] if places else ""
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _first_argument(frame: FrameType) -> object:
+    names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+    return frame.f_locals.get(names[0]) if names else None
+
+
+def _is_code(file: Path) -> bool:
+    """Whether a file is a model's or a user's, and not of what traces it."""
+    if file.name.startswith("<") or file.is_relative_to(_TORCH) or file.is_relative_to(_OWN):
+        return False
+    is_exporter = "transformers" in file.parts and "exporters" in file.parts
+    return not is_exporter and (file.is_relative_to(_SITE) or not file.is_relative_to(_STDLIB))

@@ -1,0 +1,102 @@
+"""Graphs that come as graphs, symbolic traces and exported programs: taken as they are, their inputs checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from gralora_fx.errors import TraceError
+from gralora_fx.module_tree import ModuleTree
+from gralora_fx.tracing.check import check_example
+from gralora_fx.tracing.clean import inline_linear_modules, without_guards
+from gralora_fx.tracing.example_inputs import check_leaves
+from gralora_fx.tracing.input_trees import fixed_axes
+from gralora_fx.tracing.modes import record_switches
+from gralora_fx.tracing.signature import CallSignature
+from gralora_fx.tracing.traced import TracedModel
+
+_Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def trace_program(program: torch.export.ExportedProgram, given: _Arguments | None, task: str | None) -> TracedModel:
+    """The trace that an exported program is.
+
+    Args:
+        program: The program.
+        given: Example inputs, positional and by name; None for those it was exported with.
+        task: The task it is for, or None.
+
+    Raises:
+        TraceError: The example inputs do not fit it.
+    """
+    graph_module = without_guards(program.module(check_guards=False))
+    return trace_graph(graph_module, program.example_inputs if given is None else given, task)
+
+
+def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: str | None) -> TracedModel:
+    """The trace that a graph is.
+
+    Args:
+        graph_module: The graph; it is left as it is.
+        given: Example inputs, positional and by name; None for a trace without any.
+        task: The task it is for, or None.
+
+    Raises:
+        TraceError: The example inputs do not fit it.
+    """
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    is_exported = hasattr(graph_module.graph._codegen, "pytree_info")
+    names = _call_names(graph_module) if is_exported else tuple(str(node.target) for node in placeholders)
+    defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
+    sample = {} if given is None else _named(names, defaults, *given)
+    clean = inline_linear_modules(without_guards(graph_module))
+    is_training = record_switches(clean.graph) or (graph_module.training and not is_exported)
+    tree = ModuleTree.of_module(graph_module)
+    if len(tree.linear) == 0:
+        tree = ModuleTree.of_graph(clean)
+    traced = TracedModel(
+        clean,
+        tree=tree,
+        example_inputs=sample,
+        signature=CallSignature(
+            inputs=names,
+            positional=names,
+            fixed=fixed_axes(clean.graph, sample) if is_exported else {},
+            has_form=is_exported,
+        ),
+        task=task,
+        training=is_training,
+    )
+    if sample:
+        check_example(clean, sample)
+    return traced.train(is_training)
+
+
+def _named(
+    names: tuple[str, ...], defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Example inputs by name, in the graph's order."""
+    takes = f"the graph takes {', '.join(names)}"
+    if len(args) > len(names):
+        raise TraceError(f"{takes}, but {len(args)} example inputs are given by position; give one for each")
+    sample = dict(zip(names, args, strict=False))
+    unknown = [name for name in kwargs if name not in names]
+    if unknown:
+        raise TraceError(f"{takes}, not {', '.join(unknown)}; name its inputs")
+    twice = [name for name in kwargs if name in sample]
+    if twice:
+        raise TraceError(f"example input {twice[0]!r} is given twice, by position and by name")
+    sample |= kwargs
+    missing = [name for name in names if name not in sample and name not in defaults]
+    if missing:
+        raise TraceError(f"{takes}, but the example inputs lack {', '.join(missing)}; give every input")
+    check_leaves(sample)
+    return {name: sample[name] for name in names if name in sample}
+
+
+def _call_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Input names of the calling convention of an exported graph, nested inputs counted once."""
+    return tuple(graph_module.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
