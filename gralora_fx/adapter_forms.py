@@ -33,40 +33,64 @@ def lora_factors(factors: Factors) -> tuple[Tensor, Tensor]:
     return torch.cat([A, factors.A_general]), torch.cat([B, factors.B_general], dim=1)
 
 
+def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
+    """The blocks of the same update for another `k`, exactly: a multiple of the present one, or 1.
+
+    For a multiple `K = m*k` every block pair is cut into `m*m`, each with the rank that the whole one had: block column
+    `n*m + a` takes rows a of `A[n]` in every column group `j*m + b` that stands for group j.
+
+    Args:
+        factors: The adapter's tensors at a site; the plain LoRA part is left out.
+        k: The wanted number of blocks in each direction; divides the widths.
+
+    Returns:
+        `A [k, in/k, R]` and `B [k, R, out/k]`, with `R = r * k / (present k)`, or `R = r * (present k)` for 1.
+    """
+    r, own, _ = factors.rank
+    if k == own:
+        return factors.A, factors.B
+    if k == 1:
+        A, B = lora_factors(Factors(factors.A, factors.B))
+        return A.t().unsqueeze(0), B.t().unsqueeze(0)
+    m, s = k // own, r // own
+    ins, outs = own * factors.A.shape[1], own * factors.B.shape[2]
+    A = factors.A.reshape(own, m, ins // k, own, 1, s).expand(-1, -1, -1, -1, m, -1)  # [n, a, in/K, j, b, s]
+    B = factors.B.reshape(own, own, s, m, outs // k).permute(0, 3, 1, 2, 4).unsqueeze(3)  # [j, b, n, 1, s, out/K]
+    return A.reshape(k, ins // k, k * s), B.expand(-1, -1, -1, m, -1, -1).reshape(k, k * s, outs // k)
+
+
 @torch.no_grad()
-def summed(updates: Sequence[Update], *, hybrid_r: int = 0) -> Factors:
+def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybrid_r: int = 0) -> Factors:
     """One adapter of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
 
     With the same `k` the ranks of the block pairs add up: each pair `(j, n)` has its own `s` columns of `A[n]` and rows
-    of `B[j]`, which are laid side by side. With different `k` every update is written as plain LoRA, which is GraLoRA
-    with `k = 1`.
+    of `B[j]`, which are laid side by side. Updates of another `k` are written with this one first.
 
     Args:
         updates: At least one.
+        k: Number of blocks of the sum; None for that of the updates, or 1 (plain LoRA) where they differ.
+        r: Least rank of the blocks; missing columns and rows are zero.
         hybrid_r: Least rank of the plain LoRA part; missing rows are zero.
 
     Returns:
-        Tensors of rank `sum of r` (of `sum of k*r` for different `k`), in float32 or better.
+        Tensors of the sum of the ranks, in float32 or better.
     """
     dtype = torch.float32
     for update in updates:
         dtype = torch.promote_types(dtype, update.factors.A.dtype)
     parts = [(Factors(*(None if t is None else t.to(dtype) for t in u.factors)), u.scale) for u in updates]  # type: ignore[arg-type]
     ks = {factors.rank.k for factors, _ in parts}
-    if len(ks) == 1:
-        k = ks.pop()
-        As = [f.A.view(k, f.A.shape[1], k, -1) for f, _ in parts]  # [k (n), in/k, k (j), s]
-        Bs = [(f.B * scale).view(k, k, -1, f.B.shape[2]) for f, scale in parts]  # [k (j), k (n), s, out/k]
-        A = torch.cat(As, dim=3).reshape(k, As[0].shape[1], -1)
-        B = torch.cat(Bs, dim=2).reshape(k, -1, Bs[0].shape[3])
-    else:
-        pairs = [(lora_factors(Factors(f.A, f.B)), scale) for f, scale in parts]
-        A = torch.cat([a for (a, _), _ in pairs]).t().contiguous().unsqueeze(0)  # [1, in, sum of k*r]
-        B = torch.cat([b * scale for (_, b), scale in pairs], dim=1).t().contiguous().unsqueeze(0)
+    k = k or (ks.pop() if len(ks) == 1 else 1)
+    blocks = [(*with_blocks(factors, k), scale) for factors, scale in parts]
+    ins, outs = k * blocks[0][0].shape[1], k * blocks[0][1].shape[2]
+    missing = max(0, r - sum(A.shape[2] for A, _, _ in blocks))
+    blocks.append((blocks[0][0].new_zeros(k, ins // k, missing), blocks[0][1].new_zeros(k, missing, outs // k), 1.0))
+    A = torch.cat([A.reshape(k, ins // k, k, -1) for A, _, _ in blocks if A.numel()], dim=3)  # [n, in/k, j, s]
+    B = torch.cat([(B * scale).reshape(k, k, -1, outs // k) for _, B, scale in blocks if B.numel()], dim=2)
+    A, B = A.reshape(k, ins // k, -1), B.reshape(k, -1, outs // k)  # [k, in/k, r], [k, r, out/k]
     generals = [(f.A_general, f.B_general * scale) for f, scale in parts if f.B_general is not None]
     missing = hybrid_r - sum(f.rank.hybrid_r for f, _ in parts)
     if missing > 0:
-        ins, outs = A.shape[0] * A.shape[1], B.shape[0] * B.shape[2]
         generals.append((A.new_zeros(missing, ins), B.new_zeros(outs, missing)))
     A, B = A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
     if not generals:

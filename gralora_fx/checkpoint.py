@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gralora_fx.atomic_save import Writer, read_together, save_together
 from gralora_fx.config import CONFIG_NAME, GraloraConfig
 from gralora_fx.config.reading import read_fields
 from gralora_fx.deferred import values_of
-from gralora_fx.errors import CheckpointError, shown
+from gralora_fx.errors import CheckpointError, shown, warn_caller
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.planning.targets import exact_targets, resolve_targets
 from gralora_fx.sources import resolve_directory
@@ -28,7 +29,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT does not look at
-_SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "rank_pattern", "alpha_pattern", "gralora_k_pattern")
+_SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+_PATTERNS = ("rank_pattern", "alpha_pattern", "gralora_k_pattern")
+_SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *_PATTERNS)
 
 
 def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[GraloraConfig, dict[str, Tensor]]:
@@ -129,24 +132,22 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
         CheckpointError: Keys are missing or unexpected, shapes differ, or values are not finite; all are named.
     """
     wanted = checkpoint_parameters(adapter)
-    problems = [f"missing {key}" for key in wanted if key not in tensors]
+    tensors, extra = _meant(tensors, wanted, tree)
+    problems = [f"missing {key}" for key in wanted if key not in tensors] + extra
     for key, tensor in tensors.items():
-        target = wanted.get(key)
-        if target is None:
-            if not _repeats_base(key, tensor, tree):
-                problems.append(f"unexpected {key}")
-        elif tensor.shape != target.shape:
+        target = wanted[key]
+        if tensor.shape != target.shape:
             problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(target.shape)}")
         elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             problems.append(f"{key} is {tensor.dtype}, not a float tensor")
         elif not bool(torch.isfinite(tensor.to(target.dtype)).all()):
             problems.append(f"{key} holds values that are not finite")
     if problems:
-        shown = "\n".join(f"- {problem}" for problem in problems[:20])
+        listed = "\n".join(f"- {problem}" for problem in problems[:20])
         more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(
             f"{origin} does not fit the adapter {adapter.name!r}; check its configuration and base model:\n"
-            f"{shown}{more}"
+            f"{listed}{more}"
         )
     with torch.no_grad():
         for key, parameter in wanted.items():
@@ -175,7 +176,8 @@ def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]
 def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Path, traced: TracedModel) -> None:
     """Write adapters so that PEFT loads them with the same meaning: all of them, or none after an error.
 
-    Shorthands are written out as PEFT writes them: `all-linear` becomes the list of adapted layers.
+    Shorthands are written out as PEFT writes them: `all-linear` becomes the list of adapted layers. So do targets with
+    `exclude_modules`, which PEFT does not read.
 
     Args:
         adapters: The adapters by the folder that each is written into; `""` is the directory itself.
@@ -186,6 +188,13 @@ def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Pa
         CheckpointError: The directory cannot be written; what was there is there still.
     """
     save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
+    for adapter in adapters.values():
+        if patterns := [name for name in _PATTERNS if getattr(adapter.config, name)]:
+            warn_caller(
+                f"adapter {adapter.name!r} has {', '.join(patterns)}, which PEFT's GraLoRA does not read: what was "
+                "saved loads here, but not in PEFT; a sum of it alone, "
+                f"add_weighted_adapter([{adapter.name!r}], [1.0], <name>), does without"
+            )
 
 
 def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer]:
@@ -226,9 +235,9 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfi
         "base_model_name_or_path": source,
         "inference_mode": True,
     }
-    if config.adapts_all_linear:
+    if config.adapts_all_linear or config.exclude_modules:
+        changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
         changes["target_modules"] = exact_targets((p.site.path for p in adapter.plan.selected), traced.tree)
-        changes |= {"layers_to_transform": None, "layers_pattern": None}
     elif config.target_modules is None:
         rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
         changes["target_modules"] = rule.pattern or set(rule.names)
@@ -250,11 +259,33 @@ def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, nn.Parameter]:
     return found
 
 
-def _repeats_base(key: str, tensor: Tensor, tree: ModuleTree) -> bool:
-    """Whether a key only repeats a parameter, as PEFT's does for an adapted head, or a bias of a saved module."""
-    if ".original_module." in key or ".modules_to_save." in key:
-        return True
-    base = tree.parameters.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
-    if base is None or base.shape != tensor.shape:
-        return False
-    return bool(torch.equal(values_of(base, key).cpu().to(tensor), tensor))
+def _meant(
+    tensors: Mapping[str, Tensor], wanted: Container[str], tree: ModuleTree
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file by the keys under which an adapter wants them, and what is wrong with the others.
+
+    PEFT repeats some: the weight of an adapted head, and with `bias="all"` the biases of a saved module, as
+    `<module>.original_module.bias` (the base's) and `<module>.modules_to_save.bias` (the trained one).
+    """
+    found = {key: tensor for key, tensor in tensors.items() if key in wanted}
+    problems = []
+    for key, tensor in tensors.items():
+        if key in wanted:
+            continue
+        short = (key.replace(".modules_to_save.", ".", 1), _SAVED_MODULE.sub(".", key, count=1))
+        target = next((name for name in short if name in wanted), None)
+        if target is None:
+            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+            base = tree.parameters.get(name)
+            if base is None:
+                problems.append(f"unexpected {key}")
+            elif not _repeats(tensor, values_of(base, name)):
+                problems.append(f"unexpected {key}, whose values are not those of the base's {name}")
+        elif not _repeats(tensor, found.setdefault(target, tensor)):
+            problems.append(f"unexpected {key}, whose values are not those of {target}")
+    return found, problems
+
+
+def _repeats(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor only repeats another, in its own dtype."""
+    return tensor.shape == other.shape and bool(torch.equal(other.cpu().to(tensor), tensor))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -95,7 +94,7 @@ class AdapterSwitching(AdapterQueries):
         if not isinstance(weights, (list, tuple)):
             raise ConfigError(f"weights must be a list of numbers, but got {weights!r}")
         config, factors = weighted_sum([self.installed(name) for name in adapter_names(adapters)], weights)
-        config = dataclasses.replace(config, target_modules=exact_targets(factors, self.traced.tree))
+        config = config.changed(target_modules=exact_targets(factors, self.traced.tree))
         self._state.add(adapter_name, self._plan(config), factors=factors)
 
     # -- passes of the user -----------------------------------------------------------------------------------------

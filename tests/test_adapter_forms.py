@@ -7,7 +7,7 @@ import torch
 from test_adapter import IN, OUT, RANKS, factors_of
 
 from gralora_fx.adapter import Factors, Rank, Update, delta_weight
-from gralora_fx.adapter_forms import lora_factors, summed
+from gralora_fx.adapter_forms import lora_factors, summed, with_blocks
 
 
 def doubles(rank: Rank, seed: int = 0) -> Factors:
@@ -41,6 +41,24 @@ def test_a_sum_of_updates_is_one_update(ranks: list[Rank], expected: Rank) -> No
     dense = sum(delta_weight(update) for update in updates)
     assert isinstance(dense, torch.Tensor)
     assert torch.allclose(delta_weight(Update(result, 1.0)), dense, atol=1e-13)
+
+
+@pytest.mark.parametrize("rank", [Rank(4, 1), Rank(4, 2), Rank(6, 3, 2), Rank(6, 6)], ids=str)
+@pytest.mark.parametrize("k", [1, 6])
+def test_the_blocks_of_another_k_are_exact(rank: Rank, k: int) -> None:
+    factors = doubles(rank)
+    A, B = with_blocks(factors, k)
+    expected = rank.r * rank.k if k == 1 else rank.r * k // rank.k
+    assert (A.shape, B.shape) == ((k, IN // k, expected), (k, expected, OUT // k))
+    without = Update(Factors(factors.A, factors.B), 1.0)
+    assert torch.allclose(delta_weight(Update(Factors(A, B), 1.0)), delta_weight(without), atol=1e-13)
+
+
+def test_missing_ranks_are_zero() -> None:
+    update = Update(doubles(Rank(4, 2)), 0.5)
+    result = summed([update], r=8, k=2)
+    assert result.rank == Rank(8, 2)
+    assert torch.allclose(delta_weight(Update(result, 1.0)), delta_weight(update), atol=1e-14)
 
 
 def test_missing_rows_of_the_plain_part_are_zero() -> None:

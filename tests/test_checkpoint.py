@@ -184,6 +184,54 @@ def test_pefts_copy_of_the_base_head_is_accepted_and_a_changed_one_is_not(tmp_pa
         GraloraModel.from_pretrained(graph, tmp_path)
 
 
+BIASES_TOO = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"], **SIZES["plain"]}
+HEAD = "base_model.model.classifier"
+
+
+def test_what_peft_repeats_of_a_saved_module_is_compared(tmp_path: Path) -> None:
+    theirs = saved_by_peft("bert", tmp_path, **BIASES_TOO)
+    tensors = tensors_of(tmp_path / WEIGHTS_NAME)
+    repeated = {
+        f"{HEAD}.original_module.bias": "the base's classifier.bias",
+        f"{HEAD}.modules_to_save.bias": f"{HEAD}.bias",
+    }
+    assert repeated.keys() <= tensors.keys(), "PEFT no longer repeats them, so this test has lost its subject"
+    model = GraloraModel.from_pretrained(traced("bert"), tmp_path)
+    assert relative_error(run(model, inputs_of("bert")), run(theirs, inputs_of("bert"))) < 1e-5
+    for key, other in repeated.items():
+        for tensor in (tensors[key] + 1, torch.zeros(7), tensors[key][:1]):
+            save_file({**tensors, key: tensor.contiguous()}, tmp_path / WEIGHTS_NAME)
+            with pytest.raises(CheckpointError, match=f"unexpected {key}, whose values are not those of {other}"):
+                GraloraModel.from_pretrained(traced("bert"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.nowhere.original_module.weight",
+        "base_model.model.nowhere.modules_to_save.default.weight",
+        f"{HEAD}.modules_to_save.default.nothing",
+        "base_model.model.bert.pooler.dense.modules_to_save.default.weight",
+    ],
+)
+def test_what_only_looks_like_pefts_is_refused(key: str, tmp_path: Path) -> None:
+    saved_by_peft("bert", tmp_path, **BIASES_TOO)
+    save_file({**tensors_of(tmp_path / WEIGHTS_NAME), key: torch.full((2, 2), 666.0)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match=f"unexpected {key}"):
+        GraloraModel.from_pretrained(traced("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["modules_to_save.default.", "modules_to_save.", "modules_to_save.mine."])
+def test_a_saved_module_under_its_name_in_the_model_is_loaded(form: str, tmp_path: Path) -> None:
+    theirs = saved_by_peft("bert", tmp_path, **{**BIASES_TOO, "bias": "none"})
+    tensors = tensors_of(tmp_path / WEIGHTS_NAME)
+    renamed = {key.replace("classifier.", f"classifier.{form}"): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / WEIGHTS_NAME)
+    model = GraloraModel.from_pretrained(traced("bert"), tmp_path)
+    assert relative_error(run(model, inputs_of("bert")), run(theirs, inputs_of("bert"))) < 1e-5
+
+
 # -- bad files ----------------------------------------------------------------------------------------------------
 
 KEY = "base_model.model.bert.encoder.layer.1.attention.self.query.gralora_A"

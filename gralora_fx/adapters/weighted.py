@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from gralora_fx.adapter import Factors, Update
 from gralora_fx.adapter_forms import summed
@@ -19,8 +17,9 @@ def weighted_sum(
 ) -> tuple[GraloraConfig, dict[str, Factors]]:
     """The adapter whose update at every site is the weighted sum of the given ones.
 
-    The scale is 1 everywhere; ranks add up, and where adapters of different `gralora_k` meet, the site has the plain
-    LoRA form (`k = 1`). Everything that is no size comes from the first adapter's configuration.
+    The scale is 1 everywhere, and all sites have the same sizes, so that PEFT, which knows no patterns, loads the sum:
+    ranks add up, missing ones are filled with zeros, and different `gralora_k` become one (see `_common_sizes`).
+    Everything that is not a size comes from the first adapter's configuration.
 
     Args:
         adapters: Adapters of one model; their sizes and their sites may differ.
@@ -50,39 +49,49 @@ def weighted_sum(
         for path in adapter.factors:
             update = adapter.update(path)
             updates.setdefault(path, []).append(Update(update.factors, update.scale * weight))
-    hybrid_r = max(sum(update.factors.rank.hybrid_r for update in given) for given in updates.values())
-    factors = {path: summed(given, hybrid_r=hybrid_r) for path, given in updates.items()}
+    k, r, hybrid_r = _common_sizes(list(updates.values()))
+    factors = {path: summed(given, k=k, r=r, hybrid_r=hybrid_r) for path, given in updates.items()}
     overflown = [
         path for path, sums in factors.items() if not all(bool(t.isfinite().all()) for t in sums if t is not None)
     ]
     if overflown:
         raise ConfigError(f"the sum is not finite at {', '.join(overflown)}; the weights {list(weights)} are too large")
     transposed = any(adapter.config.fan_in_fan_out for adapter in adapters)
-    first = dataclasses.replace(adapters[0].config, fan_in_fan_out=transposed)
-    return _config_of(first, factors, hybrid_r), factors
-
-
-def _config_of(first: GraloraConfig, factors: dict[str, Factors], hybrid_r: int) -> GraloraConfig:
-    """A configuration under which exactly these tensors stand, with scale 1."""
-    ranks = {path: tensors.rank for path, tensors in factors.items()}
-    usual = next(iter(ranks.values()))
-    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "gralora_k_pattern": {}}
-    if len(set(ranks.values())) > 1:
-        # every site is named, since a name is a pattern too, which could match the end of another
-        patterns["rank_pattern"] = {path: rank.r for path, rank in ranks.items()}
-        patterns["alpha_pattern"] = {path: rank.r + hybrid_r for path, rank in ranks.items()}
-        patterns["gralora_k_pattern"] = {path: rank.k for path, rank in ranks.items()}
-    return dataclasses.replace(
-        first,
-        r=usual.r,
-        gralora_k=usual.k,
+    config = adapters[0].config.changed(
+        r=r,
+        gralora_k=k,
         hybrid_r=hybrid_r,
-        alpha=usual.r + hybrid_r,
+        alpha=r + hybrid_r,  # a scale of 1
         target_modules=set(factors),
+        fan_in_fan_out=transposed,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         bias="none",
         modules_to_save=None,
-        **patterns,
+        rank_pattern={},
+        alpha_pattern={},
+        gralora_k_pattern={},
     )
+    return config, factors
+
+
+def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:
+    """One `(k, r, hybrid_r)` in which the sum at every site can be written, of the smallest rank.
+
+    `k` is the least common multiple of all, where it divides the widths, or 1.
+    """
+    ranks = [[update.factors.rank for update in updates] for updates in sites]
+    hybrid_r = max(sum(rank.hybrid_r for rank in given) for given in ranks)
+    multiple = math.lcm(*(rank.k for given in ranks for rank in given))
+    widths = {
+        update.factors.rank.k * width
+        for updates in sites
+        for update in updates
+        for width in (update.factors.A.shape[1], update.factors.B.shape[2])
+    }
+    candidates = [(max(sum(rank.r * rank.k for rank in given) for given in ranks), 1)]
+    if all(width % multiple == 0 for width in widths):
+        candidates.insert(0, (max(sum(rank.r * multiple // rank.k for rank in given) for given in ranks), multiple))
+    r, k = min(candidates, key=lambda candidate: candidate[0])
+    return k, r, hybrid_r

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from peft_oracle import adapted_paths
 from tiny_models import tiny_model
-from traces import inputs_of, relative_error, run, traced
+from traces import fresh, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.adapter import delta_weight
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
 
 ALL = ["query", "key", "value", "dense"]
+ALL_GPT2 = ["c_attn", "c_proj", "c_fc"]
 SAME_K: list[dict[str, Any]] = [
     {"r": 8, "gralora_k": 2, "target_modules": ALL},
     {"r": 4, "gralora_k": 2, "alpha": 3, "target_modules": ALL},
@@ -33,10 +35,12 @@ OTHER_K: list[dict[str, Any]] = [
 ]
 
 
-def with_adapters(configs: list[dict[str, Any]], name: str = "bert") -> GraloraModel:
+def with_adapters(
+    configs: list[dict[str, Any]], name: str = "bert", sizes: dict[str, int] | None = None
+) -> GraloraModel:
     torch.manual_seed(3)
     first, *others = [GraloraConfig(**{"init_weights": False, **fields}) for fields in configs]
-    model = rewrite(traced(name), first, adapter_name="a0")
+    model = rewrite(fresh(name, **sizes)[1] if sizes else traced(name), first, adapter_name="a0")
     for index, config in enumerate(others, start=1):
         model.add_adapter(f"a{index}", config)
     return model
@@ -90,6 +94,112 @@ def test_a_sum_is_saved_and_loads_in_peft(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "sum")).eval()
     assert adapted_paths(theirs) == set(model.installed("sum").factors)
     assert relative_error(run(model, inputs), run(theirs, inputs)) < 1e-5
+
+
+SUMS: dict[str, tuple[str, dict[str, int], list[dict[str, Any]]]] = {
+    "r": ("bert", {}, [{"r": 8, "target_modules": ALL}, {"r": 4, "alpha": 3, "target_modules": ["query"]}]),
+    "targets": ("bert", {}, OTHER_TARGETS),
+    "k": ("bert", {}, OTHER_K),
+    "hybrid": (
+        "bert",
+        {},
+        [
+            {"r": 8, "hybrid_r": 4, "target_modules": ["query"]},
+            {"r": 8, "hybrid_r": 2, "target_modules": ["query", "key"]},
+            {"r": 4, "alpha": 5, "target_modules": ["value"]},
+        ],
+    ),
+    "one alone": ("bert", {}, [{"r": 8, "target_modules": ["query", "key"], "rank_pattern": {"key": 2}}]),
+    "scales alone": ("bert", {}, [{"r": 8, "target_modules": ["query", "key"], "alpha_pattern": {"key": 2}}]),
+    "transposed": (
+        "gpt2",
+        {},
+        [
+            {"r": 8, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+            {"r": 4, "gralora_k": 4, "target_modules": ALL_GPT2},
+        ],
+    ),
+    "widths": (  # 4 does not divide 66
+        "llama",
+        {"intermediate_size": 66},
+        [{"r": 8, "gralora_k": 4, "target_modules": ["q_proj"]}, {"r": 6, "target_modules": ["up_proj", "q_proj"]}],
+    ),
+}
+
+
+# the common r and k of each sum
+SMALLEST = {
+    "r": (12, 2),
+    "targets": (16, 4),
+    "k": (35, 1),  # 40 with 4 blocks
+    "hybrid": (16, 2),
+    "one alone": (8, 2),
+    "scales alone": (8, 2),
+    "transposed": (20, 4),
+    "widths": (44, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is")
+@pytest.mark.parametrize("case", SUMS)
+def test_any_sum_is_saved_without_a_pattern_and_gives_pefts_logits(case: str, tmp_path: Path) -> None:
+    name, sizes, configs = SUMS[case]
+    model, inputs = with_adapters(configs, name, sizes), inputs_of(name)
+    names = [f"a{index}" for index in range(len(configs))]
+    model.add_weighted_adapter(names, [0.5, -0.25, 2.0][: len(names)], "sum")
+    config = model.configs["sum"]
+    assert (config.rank_pattern, config.alpha_pattern, config.gralora_k_pattern) == ({}, {}, {})
+    assert (config.r, config.gralora_k) == SMALLEST[case]
+    assert config.scale == 1
+    model.set_adapter("sum")
+    expected = run(model, inputs)
+    assert relative_error(run(model.traced, inputs), expected) > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path, ["sum"])
+    theirs = peft.PeftModel.from_pretrained(tiny_model(name, **sizes), str(tmp_path / "sum")).eval()
+    assert adapted_paths(theirs) == set(model.installed("sum").factors)
+    assert relative_error(run(theirs, inputs), expected) < 1e-5
+    again = GraloraModel.from_pretrained(model.traced, tmp_path / "sum")
+    assert torch.equal(run(again, inputs), expected)
+
+
+def test_what_is_filled_with_zeros_stays_zero_in_training() -> None:
+    model, inputs = with_adapters(SUMS["r"][2]), inputs_of("bert")
+    model.add_weighted_adapter(["a0", "a1"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    model(**inputs).logits.square().sum().backward()
+    for factors in model.installed("sum").factors.values():
+        unused = (factors.A == 0).all(dim=1).all(dim=0)  # [r]
+        assert factors.A.grad is not None
+        assert not factors.A.grad[:, :, unused].any()
+
+
+def test_a_pattern_is_saved_with_a_warning_that_names_it(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": ALL, "rank_pattern": {"query": 4}, "alpha_pattern": {"key": 3}}
+    model = with_adapters([{"r": 8, **fields}])
+    with pytest.warns(
+        UserWarning, match="adapter 'a0' has rank_pattern, alpha_pattern, which PEFT's GraLoRA"
+    ) as caught:
+        model.save_pretrained(tmp_path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with pytest.raises(RuntimeError, match="size mismatch"), pytest.warns(UserWarning, match="alpha_pattern"):
+        peft.PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "a0"))
+
+
+@pytest.mark.parametrize("exclude", [["layer.0.attention.self.query"], r".*\.1\..*", ["key"]], ids=str)
+def test_what_is_excluded_is_saved_in_pefts_terms(exclude: Any, tmp_path: Path) -> None:
+    model, inputs = (
+        with_adapters([{"r": 8, "target_modules": ["query", "key"], "exclude_modules": exclude}]),
+        inputs_of("bert"),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "a0")).eval()
+    assert adapted_paths(theirs) == set(model.installed("a0").factors)
+    assert relative_error(run(theirs, inputs), run(model, inputs)) < 1e-5
 
 
 def test_a_sum_of_different_sizes_is_saved_and_loads_here(tmp_path: Path) -> None:
