@@ -24,6 +24,7 @@ ORDER = [
     "module_tree",
     "weight_views",
     "sites",
+    "out_of_reach",
     "losses",
     "tracing",
     "adapter",

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from xml.etree.ElementTree import Element, SubElement
 
 from gralora_fx.picture.colours import PAINTS
-from gralora_fx.picture.heat import draw_grid, grid_size
-from gralora_fx.picture.labels import Line, Row
+from gralora_fx.picture.heat import draw_grid, draw_strip, grid_size, strip_size
+from gralora_fx.picture.labels import Line, Row, Strip
 from gralora_fx.picture.text import FONT, printable, text_width
 
 _PADDING = 8.0
@@ -24,6 +24,7 @@ class Box(NamedTuple):
 
     status: str
     rows: Sequence[Row]
+    alike: tuple[str, ...] = ()  # paths of the sites it stands for, where there are several
 
     @property
     def width(self) -> float:
@@ -58,7 +59,11 @@ def draw_box(box: Box, middle: float, centre: float, largest_norm: float) -> lis
             drawn.append(draw_line(row, middle, y + 0.78 * height, paint.text))
         else:
             left, inner = middle - width / 2, height - 2 * _GAP
-            drawn.append(draw_grid(row, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
+            if isinstance(row, Strip):
+                cells = _cells_of(row)
+                drawn.append(draw_strip(cells, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
+            else:
+                drawn.append(draw_grid(row, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
         y += height
     return drawn
 
@@ -81,5 +86,15 @@ def titled(group: Element, title: str) -> None:
 def _size_of(row: Row) -> tuple[float, float]:
     if isinstance(row, Line):
         return text_width(row.text, row.size, bold=row.style == "bold"), row.size * 1.35
-    width, height = grid_size(len(row))
+    width, height = strip_size(len(row.cells)) if isinstance(row, Strip) else grid_size(len(row))
     return width, height + 2 * _GAP
+
+
+def _cells_of(strip: Strip) -> list[tuple[str, float]]:
+    return [
+        (
+            f"{path}: blocks {adapter.mean_block_norm:.4g}, whole update {adapter.update_norm:.4g}",
+            adapter.mean_block_norm or 0.0,
+        )
+        for path, adapter in strip.cells
+    ]

@@ -42,11 +42,45 @@ MEANINGS: dict[str, str] = {
     "again": "back to a layer that is called again",
 }
 
+# What a dark screen gets for each colour outside the heat maps; contrasts are those of the light ones.
+DARK: dict[str, str] = {
+    "#ffffff": "#0d1117",
+    "#fafafa": "#161b22",
+    "#f6f8fa": "#161b22",
+    "#ececec": "#2d333b",
+    "#c4c9cf": "#444c56",
+    "#b6bdc5": "#444c56",
+    "#9a9a9a": "#768390",
+    "#8c959f": "#768390",
+    "#57606a": "#9aa4af",
+    "#4a4a4a": "#cdd3da",
+    "#1b1f24": "#e6edf3",
+    "#d7e9f7": "#0b3454",
+    "#e9f2fa": "#10283d",
+    "#0072b2": "#4aa3df",
+    "#d5f0e6": "#0c3b2e",
+    "#00785a": "#3fb993",
+    "#fdebc8": "#4d3305",
+    "#b36b00": "#e0a030",
+}
+
 ZERO = "#ffffff"
 NOT_FINITE = "#d1007a"
 
 # Nine samples of matplotlib's viridis (van der Walt and Smith, CC0), from light to dark: more ink is a larger update.
 _VIRIDIS = ("#fde725", "#addc30", "#5ec962", "#28ae80", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154")
+
+
+def dark_style() -> str:
+    """Style rules that give a picture its dark colours where the reader's screen is dark.
+
+    White text stays, as it stands on the dark colours of the scale.
+    """
+    rules = [
+        f'{":not(text)" if light == ZERO else ""}[fill="{light}"]{{fill:{dark}}}[stroke="{light}"]{{stroke:{dark}}}'
+        for light, dark in DARK.items()
+    ]
+    return f"@media (prefers-color-scheme: dark){{{''.join(rules)}}}"
 
 
 def heat_colour(value: float, largest: float) -> str:

@@ -10,7 +10,7 @@ from gralora_fx.picture.boxes import Box
 from gralora_fx.picture.facts import ModelFacts
 from gralora_fx.picture.flow import Flow, Item
 from gralora_fx.picture.folding import Folding
-from gralora_fx.picture.labels import Line, rows_of
+from gralora_fx.picture.labels import Line, Strip, rows_of
 from gralora_fx.picture.text import clipped, text_width
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ class Source:
     Attributes:
         text: The source.
         calls_again: Whether an arrow leads back, to a layer that is called again.
+        has_strips: Whether a box shows the updates of several layers.
         boxes: What each box shows.
         frames: The block of each frame, and its title.
     """
 
     text: str = ""
     calls_again: bool = False
+    has_strips: bool = False
     boxes: dict[str, tuple[Item, Box]] = field(default_factory=dict)
     frames: dict[str, tuple[Block, tuple[Line, Line]]] = field(default_factory=dict)
 
@@ -49,7 +51,7 @@ def dot_source(facts: ModelFacts, flow: Flow, blocks: BlockMap, root: Block, fol
         root: The frames to draw, folded.
         folding: What stands for what is not drawn.
     """
-    writer = _Writer(facts, flow)
+    writer = _Writer(facts, flow, folding)
     graph = _digraph()
     writer.add_block(graph, root)
     for item in flow.items:
@@ -63,11 +65,11 @@ def dot_source(facts: ModelFacts, flow: Flow, blocks: BlockMap, root: Block, fol
 class _Writer:
     """Boxes and frames, numbered as they are written."""
 
-    def __init__(self, facts: ModelFacts, flow: Flow) -> None:
+    def __init__(self, facts: ModelFacts, flow: Flow, folding: Folding) -> None:
         self.source = Source()
         self.box_keys: dict[Item, str] = {}
         self.frame_keys: dict[str, str] = {}
-        self._facts = facts
+        self._facts, self._folding = facts, folding
         self._by_path = {item.path: item for item in flow.items if item.kind in ("site", "part")}
 
     def add_block(self, graph: Digraph, block: Block) -> None:
@@ -86,7 +88,9 @@ class _Writer:
 
     def add_item(self, graph: Digraph, item: Item, within: str) -> None:
         key = self.box_keys[item] = f"box_{len(self.box_keys)}"
-        box = Box(*rows_of(item, self._facts, within))
+        alike = self._folding.alike(item.path) if item.kind == "site" else ()
+        box = Box(*rows_of(item, self._facts, within, alike), alike)
+        self.source.has_strips |= any(isinstance(row, Strip) for row in box.rows)
         self.source.boxes[key] = item, box
         size = {"width": f"{box.width / _POINTS:.3f}", "height": f"{box.height / _POINTS:.3f}"}
         graph.node(key, id=key, **size, **{"class": f"{item.kind} {box.status}"})

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from gralora_fx.picture.boxes import draw_box, draw_line, titled
+from gralora_fx.picture.colours import dark_style
 from gralora_fx.picture.dot import Source
 from gralora_fx.picture.facts import ModelFacts
 from gralora_fx.picture.labels import tooltip_of
@@ -48,7 +49,9 @@ def _fill_box(group: Element, facts: ModelFacts, source: Source, key: str) -> No
     left, right, top, bottom = _extent(group)
     group.clear()
     group.attrib |= {"class": f"node {item.kind} {box.status}", "data-path": printable(item.path)}
-    titled(group, tooltip_of(item, facts))
+    if len(box.alike) > 1:
+        group.set("data-alike", printable("\n".join(box.alike)))
+    titled(group, tooltip_of(item, facts, box.alike))
     group.extend(draw_box(box, (left + right) / 2, (top + bottom) / 2, facts.largest_norm or 0.0))
 
 
@@ -83,7 +86,7 @@ def _points(shape: Element) -> list[tuple[float, float]]:
 
 
 def _assembled(root: Element, graph: Element, facts: ModelFacts, source: Source) -> str:
-    """The head above the graph, on white: colours and contrasts are chosen for it."""
+    """The head above the graph, on a ground of its own, in the colours that a light or a dark screen asks for."""
     _, _, graph_width, graph_height = (float(number) for number in root.get("viewBox", "").split())
     head, width, head_height = draw_head(facts, source, graph_width)
     height = head_height + graph_height
@@ -102,6 +105,7 @@ def _assembled(root: Element, graph: Element, facts: ModelFacts, source: Source)
     SubElement(
         svg, "desc", {"id": "picture-description"}
     ).text = f"{headline(facts)}. Linear sites by block, from the inputs at the top to the output at the bottom."
+    SubElement(svg, "style").text = dark_style()
     SubElement(svg, "rect", {"width": "100%", "height": "100%", "fill": "#ffffff"})
     svg.append(head)
     shift = SubElement(svg, "g", {"transform": f"translate({(width - graph_width) / 2:.2f} {head_height:.2f})"})

@@ -79,6 +79,11 @@ class SiteAdapter:
         """Frobenius norm of the whole update."""
         return None if self.norms is None else math.hypot(*(value for row in self.norms for value in row))
 
+    @property
+    def mean_block_norm(self) -> float | None:
+        """Root mean square of the norms of its blocks, which is on the scale of their heat map."""
+        return None if self.norms is None else (self.update_norm or 0.0) / len(self.norms)
+
 
 @dataclass(frozen=True)
 class SiteFacts:

@@ -19,8 +19,8 @@ class Folding:
     def __init__(self, root: Block, facts: ModelFacts, flow: Flow, *, full: bool) -> None:
         """Fold a tree of blocks in place.
 
-        Layers are alike that hold the same sites, with the same shapes, adapters, reasons and inner edges, and whose
-        updates are all zero or not there: a trained layer is never folded.
+        Layers are alike that hold the same sites, with the same shapes, adapters, reasons and inner edges. How large
+        their updates are does not count: a strip in the box of a folded site shows the update of every layer.
 
         Args:
             root: The blocks.
@@ -30,6 +30,7 @@ class Folding:
         """
         self._facts, self._flow = facts, flow
         self._stands_for: dict[str, str] = {}
+        self._alike: dict[str, list[str]] | None = None
         if not full:
             self._fold(root)
         self._representatives = set(self._stands_for.values())
@@ -40,6 +41,14 @@ class Folding:
             if block in self._stands_for:
                 return self.drawn(self._stands_for[block] + path[len(block) :])
         return path
+
+    def alike(self, path: str) -> tuple[str, ...]:
+        """Paths of the sites that the box of a site stands for, in the order of the modules; its own among them."""
+        if self._alike is None:
+            self._alike = {}
+            for other in self._facts.sites:
+                self._alike.setdefault(self.drawn(other), []).append(other)
+        return tuple(self._alike.get(path, [path]))
 
     def joins_folded_layers(self, tail: str, head: str) -> bool:
         """Whether an edge leads from one layer of a folded run to another of it."""
@@ -92,5 +101,4 @@ class Folding:
 
 
 def _adapter_look(adapter: SiteAdapter) -> Hashable:
-    norms = adapter.norms if adapter.update_norm else None
-    return adapter.name, adapter.state, adapter.rank, adapter.scale, adapter.norms is None, norms
+    return adapter.name, adapter.state, adapter.rank, adapter.scale, adapter.norms is None

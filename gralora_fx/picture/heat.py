@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement
 
 from gralora_fx.picture.colours import ZERO, heat_colour, text_on
-from gralora_fx.picture.text import FONT
+from gralora_fx.picture.text import FONT, printable
 
 Grid = Sequence[Sequence[float]]
 
@@ -45,8 +45,7 @@ def draw_grid(
             SubElement(cell, "title").text = f"output {_span(j, step)}, input {_span(n, step)}: {value:.4g}"
             SubElement(cell, "rect", _box(x, y, cell_width, cell_height) | {"fill": colour, "stroke": _LINE})
             if value == 0:
-                place = {"cx": f"{x + cell_width / 2:.2f}", "cy": f"{y + cell_height / 2:.2f}"}
-                SubElement(cell, "circle", place | {"r": f"{min(cell_height / 6, 1.5):.2f}", "fill": _LINE})
+                _dot(cell, x + cell_width / 2, y + cell_height / 2, min(cell_height / 6, 1.5))
             elif k <= _LARGEST_TEXT_GRID:
                 size = min(cell_height * 0.55, cell_width * 0.27)
                 middle = (x + cell_width / 2, y + cell_height / 2 + size * 0.35)
@@ -54,8 +53,33 @@ def draw_grid(
     return group
 
 
+def draw_strip(
+    cells: Sequence[tuple[str, float]], largest: float, *, left: float, top: float, width: float, height: float
+) -> Element:
+    """A row of cells on the scale of the grids, each with a text as its tooltip.
+
+    Args:
+        cells: Tooltips and values, left to right.
+        largest: The value at the end of the scale.
+        left: Place of the strip.
+        top: Place of the strip.
+        width: Size of the strip.
+        height: Size of the strip.
+    """
+    group = Element("g", {"class": "heat strip zero" if all(value == 0 for _, value in cells) else "heat strip"})
+    cell_width = width / len(cells)
+    for index, (title, value) in enumerate(cells):
+        x, cell = left + index * cell_width, SubElement(group, "g")
+        SubElement(cell, "title").text = printable(title)
+        colour = {"fill": heat_colour(value, largest), "stroke": _LINE}
+        SubElement(cell, "rect", _box(x, top, cell_width, height) | colour)
+        if value == 0:
+            _dot(cell, x + cell_width / 2, top + height / 2, min(cell_width / 4, 1.5))
+    return group
+
+
 def draw_scale(largest: float, *, left: float, top: float) -> Element:
-    """The scale of all grids with its numbers, and the mark of a zero block."""
+    """The scale of all grids and strips with its numbers, and the mark of a zero block."""
     group = Element("g", {"class": "scale"})
     if largest == 0:
         _text(group, "every update is still zero", left + 28, top + 10, 10, anchor="start")
@@ -66,7 +90,7 @@ def draw_scale(largest: float, *, left: float, top: float) -> Element:
         SubElement(group, "rect", _box(left + 40 + index * step, top, step + 0.3, height) | {"fill": colour})
     zero = _box(left, top, 18, height) | {"fill": ZERO, "stroke": _LINE}
     SubElement(group, "rect", zero)
-    SubElement(group, "circle", {"cx": str(left + 9), "cy": str(top + height / 2), "r": "1.5", "fill": _LINE})
+    _dot(group, left + 9, top + height / 2, 1.5)
     _text(group, "zero", left + 9, top + height + 11, 9)
     for share in (0.0, 0.5, 1.0) if largest else ():
         label = "> 0" if share == 0 else short_number(share * largest)
@@ -81,6 +105,11 @@ def grid_size(k: int) -> tuple[float, float]:
     side = _grid_blocks(k)
     cell = max(6.0, 112 // side)
     return cell * side, cell * side
+
+
+def strip_size(cells: int) -> tuple[float, float]:
+    """Width and height in points of a strip in a box."""
+    return cells * min(14.0, max(3.0, 180.0 / cells)), 14.0
 
 
 def coarser(norms: Grid, side: int) -> list[list[float]]:
@@ -116,6 +145,11 @@ def _span(index: int, step: int) -> str:
 
 def _box(x: float, y: float, width: float, height: float) -> dict[str, str]:
     return {"x": f"{x:.2f}", "y": f"{y:.2f}", "width": f"{width:.2f}", "height": f"{height:.2f}", "stroke-width": "0.4"}
+
+
+def _dot(parent: Element, x: float, y: float, radius: float) -> None:
+    """The mark of zero, in the middle of a cell."""
+    SubElement(parent, "circle", {"cx": f"{x:.2f}", "cy": f"{y:.2f}", "r": f"{radius:.2f}", "fill": _LINE})
 
 
 def _text(

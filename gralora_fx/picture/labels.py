@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gralora_fx.picture.facts import ModelFacts, SiteAdapter, SiteFacts
@@ -22,21 +23,28 @@ class Line(NamedTuple):
     style: str = ""  # "bold", "italic" or ""
 
 
-Row = Line | Norms  # norms stand for their heat map
+class Strip(NamedTuple):
+    """The updates of one adapter in layers that are drawn as one: a site of each, and the norm that its cell shows."""
+
+    cells: tuple[tuple[str, SiteAdapter], ...]
 
 
-def rows_of(item: Item, facts: ModelFacts, within: str) -> tuple[str, list[Row]]:
+Row = Line | Norms | Strip  # norms stand for their heat map
+
+
+def rows_of(item: Item, facts: ModelFacts, within: str, alike: Sequence[str] = ()) -> tuple[str, list[Row]]:
     """How the box of an item is painted, and its rows.
 
     Args:
         item: The item.
         facts: The model.
         within: Path of the frame it stands in, which its name leaves out.
+        alike: Paths of the sites that it stands for, where there are several.
     """
     name = clipped(item.path.removeprefix(f"{within}.") if within else item.path)
     if item.kind == "site":
         entry = facts.sites[item.path]
-        return entry.status, [Line(name, 12, "bold"), *_site_rows(entry)]
+        return entry.status, [Line(name, 12, "bold"), *_site_rows(entry, [facts.sites[path] for path in alike])]
     if item.kind == "part":
         if trained_by := facts.trained_whole.get(item.path):
             return "saved", [Line(name, 11), Line(f"trains whole: {clipped(', '.join(trained_by), 24)}")]
@@ -44,10 +52,11 @@ def rows_of(item: Item, facts: ModelFacts, within: str) -> tuple[str, list[Row]]
     return "end", [Line(name, 11)]
 
 
-def tooltip_of(item: Item, facts: ModelFacts) -> str:
-    """Everything about an item, a line each."""
+def tooltip_of(item: Item, facts: ModelFacts, alike: Sequence[str] = ()) -> str:
+    """Everything about an item, a line each, and what it stands for."""
     if item.kind == "site":
-        return _site_tooltip(facts.sites[item.path])
+        others = [f"also stands for {path}" for path in alike if path != item.path]
+        return "\n".join([_site_tooltip(facts.sites[item.path]), *others])
     if trained_by := facts.trained_whole.get(item.path, ()):
         return f"{item.path}\ntrains whole, as a copy of {', '.join(trained_by)}"
     return item.path if item.kind in ("part", "output") else f"{item.kind} {item.path}"
@@ -67,11 +76,13 @@ def short_reason(reason: str) -> str:
     return clause if len(clause) <= _LONGEST_REASON else f"{clause[: _LONGEST_REASON - 1]}…"
 
 
-def _site_rows(entry: SiteFacts) -> list[Row]:
+def _site_rows(entry: SiteFacts, alike: Sequence[SiteFacts]) -> list[Row]:
     rows: list[Row] = [Line(_shape(entry))]
-    for adapter in entry.adapters:
+    for index, adapter in enumerate(entry.adapters):
         rows.append(Line(adapter_line(adapter)))
-        if adapter.norms is not None:
+        if adapter.norms is not None and len(alike) > 1:
+            rows.append(Strip(tuple((other.site.path, other.adapters[index]) for other in alike)))
+        elif adapter.norms is not None:
             rows.append(adapter.norms)
     if entry.saved_by:
         rows.append(Line(f"trains whole: {clipped(', '.join(entry.saved_by), 24)}"))

@@ -15,6 +15,7 @@ from gralora_fx.picture.text import text_width
 _INK = "#1b1f24"
 _MARGIN = 10.0
 _LEAST_WIDTH = 480.0
+_STRIP = "a strip: one cell a layer, the root mean square of the norms of its blocks"
 
 
 def headline(facts: ModelFacts) -> str:
@@ -62,6 +63,9 @@ def draw_head(facts: ModelFacts, source: Source, width: float) -> tuple[Element,
     if facts.largest_norm is not None:
         group.append(draw_scale(facts.largest_norm, left=_MARGIN, top=y + 12))
         y += 46
+    if source.has_strips:
+        group.append(draw_line(Line(_STRIP, 10), _MARGIN, y + 4, _INK, anchor="start"))
+        y += 16
     return group, width, y
 
 

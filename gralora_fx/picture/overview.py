@@ -1,4 +1,4 @@
-"""Update norms at one glance: a row for each layer, a column for each site that the layers have."""
+"""Block norms at one glance: a row for each layer, a column for each site that the layers have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Overview:
-    """A table of one adapter's update norms in the layers of one container.
+    """A table of one adapter's block norms in the layers of one container: the root mean square at each site.
 
     Attributes:
         title: The adapter and the container.
@@ -47,7 +47,7 @@ def overviews(facts: ModelFacts, blocks: BlockMap) -> list[Overview]:
     for path, entry in facts.sites.items():
         layer = blocks.layer_of(path)
         for adapter in entry.adapters:
-            norm = adapter.update_norm
+            norm = adapter.mean_block_norm
             if layer is not None and norm is not None:
                 table = norms.setdefault((adapter.name, layer.rpartition(".")[0]), {})
                 table.setdefault(layer, {})[path.removeprefix(f"{layer}.")] = norm
@@ -55,7 +55,7 @@ def overviews(facts: ModelFacts, blocks: BlockMap) -> list[Overview]:
     for (adapter_name, container), table in norms.items():
         if len(table) >= _FEWEST_LAYERS:
             columns = tuple(dict.fromkeys(column for row in table.values() for column in row))
-            largest = max((norm for row in table.values() for norm in row.values()), default=0.0)
+            largest = facts.largest_norm or 0.0  # the end of the one scale of a page
             rows = tuple(
                 (layer, tuple(_cell(row.get(column), largest) for column in columns)) for layer, row in table.items()
             )

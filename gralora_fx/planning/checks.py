@@ -25,6 +25,15 @@ def trains_whole(path: str, saved: Iterable[str]) -> str | None:
     return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
 
 
+def out_of_reach(site: LinearSite, traced: TracedModel) -> str | None:
+    """Why a site gets no adapter whatever a configuration says: it would do nothing, or not act at every call."""
+    if site.path in traced.out_of_reach:
+        return f"{traced.out_of_reach[site.path]}, where no adapter can be put"
+    if not (site.in_features and site.out_features):
+        return "one of its widths is 0, so an adapter would add nothing"
+    return None
+
+
 def problems_of(
     rule: TargetRule,
     config: GraloraConfig,
@@ -65,7 +74,12 @@ def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]
         if not rule.all_linear and not rule.names:
             return ["target_modules is empty; name modules, or take 'all-linear'"]
         return [_no_match(name, paths) for name in sorted(rule.names)] or ["the model has no linear layer to adapt"]
-    reasons = {rule.rejection(path) or trains_whole(path, saved) for path in named}
+    reasons = {
+        rule.rejection(path)
+        or trains_whole(path, saved)
+        or (out_of_reach(sites[path], traced) if path in sites else None)
+        for path in named
+    }
     if None not in reasons:
         if rule.indices is not None and not rule.indices & _existing_layers(rule, named):
             return [_no_layer(rule, named)]

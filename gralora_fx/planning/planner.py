@@ -9,7 +9,7 @@ from torch import nn
 
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import TargetError
-from gralora_fx.planning.checks import problems_of, stores_transposed, trains_whole, warn_of_gaps
+from gralora_fx.planning.checks import out_of_reach, problems_of, stores_transposed, trains_whole, warn_of_gaps
 from gralora_fx.planning.rewrite_plan import PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.planning.targets import TargetRule, pattern_key, resolve_targets, saved_modules
 from gralora_fx.sites import LinearSite, names_of_site
@@ -68,7 +68,8 @@ def _reason_against(site: LinearSite, rule: TargetRule, saved: Iterable[str], tr
     reasons = [rule.rejection(name, is_linear_layer=is_layer) for name in names_of_site(site, traced.tree)]
     if any(rule.is_excluded(name) for name in names_of_site(site, traced.tree)):
         return reasons[0] or next(filter(None, reasons))
-    return (reasons[0] if None not in reasons else None) or trains_whole(site.path, saved)
+    reason = (reasons[0] if None not in reasons else None) or trains_whole(site.path, saved)
+    return reason or out_of_reach(site, traced)
 
 
 def _with_ranks(site: LinearSite, config: GraloraConfig, traced: TracedModel) -> PlannedSite:

@@ -88,6 +88,8 @@ class RewritePlan:
         sites = [planned.site for planned in self.selected] + [rejected.site for rejected in self.rejected]
         for site in sites:
             note = taken.get(site.path, reasons.get(site.path, "")) + hybrid.get(site.path, "")
+            if site.path in taken and not site.calls:
+                note += " (the traced forward never calls it)"
             sizes = (str(site.in_features), str(site.out_features), str(len(site.calls)))
             rows.append((site.path, site.kind, *sizes, note))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]

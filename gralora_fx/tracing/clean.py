@@ -1,14 +1,13 @@
-"""Cleaning of a fresh trace: guards on sample sizes go, linear modules become calls on their weights."""
+"""Cleaning of a fresh trace: guards on sample sizes go, subgraphs that run as they are join the graph."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
+from torch import fx
+
+from gralora_fx.tracing.inline import inline_subgraphs
 
 _ASSERTIONS = {
     torch.ops.aten._assert_tensor_metadata.default,
@@ -19,7 +18,7 @@ _ASSERTIONS = {
 
 
 def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of an exported graph that checks no sizes, so that batch 1 and length 1 run.
+    """A copy of an exported graph that checks no sizes, so that batch 1 and length 1 run, without needless subgraphs.
 
     Before: `_guards_fn(x); _assert_tensor_metadata(x, None, None, torch.float32); y = linear(x, w)`
     After:  `y = linear(x, w)`
@@ -31,6 +30,7 @@ def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
         A plain `GraphModule` over the same parameters and buffers.
     """
     graph = copy_graph(graph_module)
+    inline_subgraphs(graph, graph_module)
     for node in reversed(graph.nodes):
         if (node.op == "call_module" and "_guards_fn" in str(node.target)) or node.target in _ASSERTIONS:
             graph.erase_node(node)
@@ -53,29 +53,6 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.Graph:
         new.meta = {**old.meta, "custom": dict(old.meta["custom"])} if "custom" in old.meta else dict(old.meta)
     copy._codegen = graph_module.graph._codegen
     return copy
-
-
-def inline_linear_modules(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a symbolic trace in which plain linear modules are calls on their weight and bias.
-
-    Before: `y = self.fc(x)`
-    After:  `y = torch.nn.functional.linear(x, self.fc.weight, self.fc.bias)`
-
-    A layer with hooks, parametrizations or a forward of its own stays a module call.
-
-    Args:
-        graph_module: A symbolic trace; it is left as it is.
-    """
-    graph = copy_graph(graph_module)
-    for node in list(graph.nodes):
-        if node.op != "call_module":
-            continue
-        module = graph_module.get_submodule(str(node.target))
-        if _is_plain(module, nn.Linear, nn.Linear.forward) or _is_plain(module, Conv1D, Conv1D.forward):
-            _inline(graph, node, module)
-    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
-    result.graph.lint()
-    return result
 
 
 def _drop_empty_parts(graph: fx.Graph) -> None:
@@ -121,29 +98,3 @@ def _drop_dead_scalars(graph: fx.Graph) -> None:
         is_size = node.target is torch.ops.aten.sym_size.int or getattr(node.target, "__module__", "") == "_operator"
         if node.op == "call_function" and is_size and not node.users and node.target is not operator.setitem:
             graph.erase_node(node)
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module], forward: Any) -> bool:
-    has_hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return (
-        isinstance(module, kind)
-        and type(module).forward is forward
-        and not has_hooks
-        and not parametrize.is_parametrized(module)
-    )
-
-
-def _inline(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
-    x = node.args[0] if node.args else node.kwargs["input" if isinstance(module, nn.Linear) else "x"]
-    stack = {**node.meta.get("nn_module_stack", {}), str(node.target): (str(node.target), type(module))}
-    with graph.inserting_before(node):
-        weight = graph.get_attr(f"{node.target}.weight")
-        bias = graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
-        if isinstance(module, nn.Linear):
-            result = graph.call_function(torch.nn.functional.linear, (x, weight, bias))
-        else:
-            weight_t = graph.call_function(torch.ops.aten.t.default, (weight,))
-            result = graph.call_function(torch.nn.functional.linear, (x, weight_t, bias))
-    result.meta = {**node.meta, "nn_module_stack": stack}
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)

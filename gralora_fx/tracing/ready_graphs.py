@@ -11,9 +11,10 @@ from torch import fx
 from gralora_fx.errors import TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.check import check_example
-from gralora_fx.tracing.clean import inline_linear_modules, without_guards
+from gralora_fx.tracing.clean import without_guards
 from gralora_fx.tracing.example_inputs import check_leaves
 from gralora_fx.tracing.input_trees import fixed_axes
+from gralora_fx.tracing.leaves import inline_leaves
 from gralora_fx.tracing.modes import record_switches
 from gralora_fx.tracing.signature import CallSignature
 from gralora_fx.tracing.traced import TracedModel
@@ -52,7 +53,7 @@ def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: st
     names = _call_names(graph_module) if is_exported else tuple(str(node.target) for node in placeholders)
     defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
     sample = {} if given is None else _named(names, defaults, *given)
-    clean = inline_linear_modules(without_guards(graph_module))
+    clean = inline_leaves(without_guards(graph_module))
     is_training = record_switches(clean.graph) or (graph_module.training and not is_exported)
     tree = ModuleTree.of_module(graph_module)
     if len(tree.linear) == 0:

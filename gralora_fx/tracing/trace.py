@@ -18,6 +18,7 @@ from gralora_fx.tracing.attention import padding_as_argument
 from gralora_fx.tracing.cached import PAST
 from gralora_fx.tracing.check import difference, fillable_inputs, refuse_fixed_sizes
 from gralora_fx.tracing.clean import without_guards
+from gralora_fx.tracing.eager_modes import traceable_modes
 from gralora_fx.tracing.example_inputs import called_with, given_arguments, named_arguments, split_constants
 from gralora_fx.tracing.failures import reason as reason_of
 from gralora_fx.tracing.failures import where, where_defined
@@ -34,6 +35,8 @@ from gralora_fx.tracing.stochastic_depth import drop_paths_as_operators, without
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.training_branches import differing_modules, names_of_modules, updated_buffers
 from gralora_fx.tracing.transformers_export import dynamic_axes, export_transformers_model
+
+_NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 
 
 def trace(
@@ -186,7 +189,7 @@ def _with_free_sizes(
 
 def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
     try:
-        with quiet(), drop_paths_as_operators(model):
+        with quiet(), drop_paths_as_operators(model), traceable_modes() as checkpoints:
             if isinstance(model, PreTrainedModel):
                 program = export_transformers_model(model, sample, dynamic=dynamic)
             else:
@@ -194,6 +197,8 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
                 program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason_of(error)}") from error
+    if checkpoints:
+        warn_caller(f"{_NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
     graph_module = without_guards(program.module(check_guards=False))
     restore_operators(graph_module.graph)
     without_empty_blocks(graph_module.graph)
@@ -209,7 +214,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     if checkpointed:
-        warn_caller("gradient checkpointing is not part of a trace; train with smaller batches instead")
+        warn_caller(_NO_CHECKPOINTS)
     for module in checkpointed:
         setattr(module, "gradient_checkpointing", False)  # noqa: B010  # a name mypy cannot see on nn.Module
     try:

@@ -12,6 +12,7 @@ from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTraine
 
 from gralora_fx.errors import TargetError
 from gralora_fx.module_tree import ModuleTree
+from gralora_fx.out_of_reach import why_out_of_reach
 from gralora_fx.sites import LinearSite, find_sites
 from gralora_fx.tracing.as_transformers import device_of, dtype_of, main_input, view_of
 from gralora_fx.tracing.cached import PAST, batch_of, empty_cache, own_cache
@@ -38,6 +39,7 @@ class TracedModel:
         loss_function: transformers' loss of the model's class, or None.
         shift_labels: The model's own way from labels to decoder inputs, or None.
         training: Whether the graph stands in training mode.
+        out_of_reach: Why an adapter would not act wherever a layer is called, by the path of such layers.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class TracedModel:
         self.shift_labels = shift_labels
         self.training = training
         self._sites = find_sites(graph_module, tree)
+        self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         self._optional = {str(node.target) for node in placeholders if node.args}
 

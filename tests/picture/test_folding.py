@@ -1,10 +1,11 @@
-"""Layers that look alike are drawn once; what differs to the reader is not folded."""
+"""Layers that look alike are drawn once, with the updates of all of them; what differs otherwise is not folded."""
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
 
+import pytest
 import torch
 from reading_svg import SVG, boxes, parsed, tooltip, words
 from tiny_models import tiny_model
@@ -36,13 +37,26 @@ def test_reasons_that_differ_by_the_layer_only_fold() -> None:
     assert "layers 1 to 5, alike" in words(drawn["model.layers.1"])
 
 
-def test_a_trained_layer_is_not_folded() -> None:
-    model = rewrite(deep(), GraloraConfig(r=8, target_modules=["q_proj"]))
-    assert "layers 0 to 5, alike" in svg_of(model)
-    torch.nn.init.normal_(model.installed("default").factors["model.layers.3.self_attn.q_proj"].B)
-    drawn = boxes(svg_of(model))
-    assert "layers 0 to 2, alike" in words(drawn["model.layers.0"])
-    assert "layer 3" in words(drawn["model.layers.3"])
+def test_trained_layers_fold_with_a_strip_of_their_updates() -> None:
+    model = rewrite(deep(), GraloraConfig(r=8, gralora_k=4, target_modules=["q_proj"]))
+    paths = [f"model.layers.{index}.self_attn.q_proj" for index in range(6)]
+    for index, path in enumerate(paths[1:]):
+        torch.nn.init.normal_(model.installed("default").factors[path].B, std=float(index + 1))
+    folded, full = svg_of(model), svg_of(model, full=True)
+    box = boxes(folded)[paths[0]]
+    assert "layers 0 to 5, alike" in folded
+    assert box.get("data-alike", "").split() == paths
+    cells = [cell for group in box.iter(f"{SVG}g") if "strip" in group.get("class", "") for cell in group]
+    assert [tooltip(cell).split(":")[0] for cell in cells] == paths
+    for path, cell in zip(paths, cells, strict=True):
+        norm = float(model.delta_weight(path).norm())
+        assert float(tooltip(cell).split()[-1]) == pytest.approx(norm, rel=1e-3, abs=1e-9)
+        assert float(tooltip(cell).split("blocks ")[1].split(",")[0]) == pytest.approx(norm / 4, rel=1e-3, abs=1e-9)
+    colours = [cell.find(f"{SVG}rect").get("fill") for cell in cells]  # type: ignore[union-attr]
+    assert len(set(colours)) == 6
+    assert "strip" not in full
+    assert "data-alike" not in full
+    assert float(parsed(full).get("height", "0")) > 3 * float(parsed(folded).get("height", "0"))
 
 
 class Stages(nn.Module):

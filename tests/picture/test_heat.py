@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from gralora_fx.picture.colours import NOT_FINITE, PAINTS, ZERO, heat_colour, text_on
+from gralora_fx.picture.colours import DARK, NOT_FINITE, PAINTS, ZERO, dark_style, heat_colour, text_on
 from gralora_fx.picture.heat import coarser, short_number
 
 
@@ -26,6 +26,17 @@ def test_larger_is_darker() -> None:
     scale = [luminance(heat_colour(value / 100, 1.0)) for value in range(1, 101)]
     assert all(left >= right for left, right in pairwise(scale))
     assert scale[0] - scale[-1] > 0.6
+
+
+def test_a_dark_screen_has_a_colour_for_each_and_the_same_contrast() -> None:
+    for paint in PAINTS.values():
+        assert contrast(DARK[paint.fill], DARK[paint.text]) >= 7
+        assert contrast(DARK[paint.border], DARK[paint.fill]) >= 1.5
+    on_the_scale = {heat_colour(value / 1000, 1.0) for value in range(1, 1001)}
+    assert not on_the_scale & DARK.keys()
+    style = dark_style()
+    assert "prefers-color-scheme: dark" in style
+    assert all(f'[fill="{light}"]{{fill:{dark}}}' in style for light, dark in DARK.items())
 
 
 def test_zero_and_not_finite_are_off_the_scale() -> None:

@@ -7,12 +7,15 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from reading_svg import SVG, parsed
 from tiny_models import tiny_model
 from torch import nn
 from traces import traced
 
 from gralora_fx import GraloraConfig, plan, rewrite, trace
 from gralora_fx.picture import html_of
+from gralora_fx.picture.colours import heat_colour
+from gralora_fx.picture.facts import read_facts
 
 
 class Reader(HTMLParser):
@@ -82,8 +85,38 @@ def test_deep_models_get_an_overview_by_layer() -> None:
     model = rewrite(trace(tiny_model("llama", num_hidden_layers=4)), GraloraConfig(r=8, target_modules=["q_proj"]))
     torch.nn.init.normal_(model.installed("default").factors["model.layers.2.self_attn.q_proj"].B)
     rows = {row[0]: row[1:] for row in Reader(html_of(model)).rows if len(row) == 2}
-    assert rows["norm of the whole update"] == ["self_attn.q_proj"]
+    assert rows["block norms, root mean square"] == ["self_attn.q_proj"]
     assert [rows[f"model.layers.{index}"] == ["0"] for index in range(4)] == [True, True, False, True]
+
+
+def test_one_scale_holds_for_every_colour_of_a_page() -> None:
+    """Two adapters of very different size: their overviews and maps are coloured by one function of the number."""
+    model = rewrite(trace(tiny_model("llama", num_hidden_layers=3)), GraloraConfig(r=8, target_modules=["q_proj"]))
+    model.add_adapter("large", GraloraConfig(r=8, target_modules=["q_proj"]))
+    for name, std in (("default", 0.1), ("large", 10.0)):
+        for factors in model.installed(name).factors.values():
+            torch.nn.init.normal_(factors.B, std=std)
+    page = html_of(model)
+    assert page.count('class="scale"') == 2  # the picture's and the page's, which are the same
+    largest = read_facts(model).largest_norm or 0.0
+    cells = re.findall(r'style="background:(#\w+);color:#\w+">([\d.e-]+)<', page)
+    assert len(cells) == 6
+    for colour, number in cells:
+        shades = [heat_colour(float(number), largest), colour]
+        channels = [[int(shade[place : place + 2], 16) for place in (1, 3, 5)] for shade in shades]
+        assert max(abs(a - b) for a, b in zip(*channels, strict=True)) < 16  # the number is rounded
+
+
+def test_the_filter_knows_every_box() -> None:
+    model = rewrite(trace(tiny_model("llama", num_hidden_layers=4)), GraloraConfig(r=8, target_modules=["q_proj"]))
+    page = html_of(model)
+    picture = page[page.index("<svg") : page.index("</svg>") + 6]
+    named: set[str] = set()
+    for group in parsed(picture).iter(f"{SVG}g"):
+        if "site" in group.get("class", "").split():
+            named |= set((group.get("data-alike") or group.get("data-path") or "").split("\n"))
+    assert named == {site.path for site in model.sites}
+    assert 'querySelectorAll(".paper .node.site")' in page
 
 
 def test_large_grids_are_drawn_coarser_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:

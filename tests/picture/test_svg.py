@@ -17,6 +17,7 @@ import gralora_fx.picture
 from gralora_fx import GraloraConfig, GraloraModel, plan, rewrite, trace
 from gralora_fx.errors import RewriteError
 from gralora_fx.picture import PictureError, layout, svg_of
+from gralora_fx.picture.colours import DARK
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -199,3 +200,14 @@ def test_renderers_are_imported_when_a_picture_is_drawn() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not renderers & {name.split(".")[0] for name in names}, file
+
+
+def test_every_colour_outside_the_heat_maps_has_a_dark_one() -> None:
+    model = rewrite(
+        traced("bert"), GraloraConfig(r=8, gralora_k=4, target_modules=["query"], modules_to_save=["classifier"])
+    )
+    root = parsed(svg_of(model))
+    scaled = [group for group in root.iter(f"{SVG}g") if {"heat", "scale"} & set((group.get("class") or "").split())]
+    heat = {element for group in scaled for element in group.iter()}
+    used = {element.get(name) for element in set(root.iter()) - heat for name in ("fill", "stroke")}
+    assert {colour for colour in used if colour and colour.startswith("#")} <= DARK.keys()

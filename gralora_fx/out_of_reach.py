@@ -1,0 +1,81 @@
+"""Linear layers that run where no adapter can be put beside them, and why: none may count as adapted."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import fx
+
+from gralora_fx.module_tree import ModuleTree, module_stack
+from gralora_fx.sites import LinearSite
+from gralora_fx.weight_views import origin_of, tensor_at
+
+_KEY = "gralora_opaque"
+# packages whose functions read a weight in a way that shows, such as an embedding's lookup
+_KNOWN = ("torch", "_operator", "operator", "math", __name__.partition(".")[0])
+
+
+def note_opaque(node: fx.Node, reason: str) -> None:
+    """Note at the call of a module why its layers cannot be seen."""
+    node.meta.setdefault("custom", {})[_KEY] = reason
+
+
+def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]) -> dict[str, str]:
+    """Why an adapter would not act wherever a layer is called, by the path of such layers.
+
+    Args:
+        graph_module: The traced graph.
+        tree: The modules of the model it was traced from.
+        sites: The sites of the graph.
+    """
+    layers = {site.path: site for site in sites if site.path in tree.linear}
+    owners: dict[int, list[str]] = {}
+    for path, site in layers.items():
+        owners.setdefault(id(site.weight), []).append(path)
+    found: dict[str, str] = {}
+    for node in graph_module.graph.nodes:
+        where = _opaque(node, graph_module)
+        if where is not None:
+            for path in _layers_within(node, graph_module, tree, owners):
+                found.setdefault(path, f"it is called {where}")
+        innermost = _innermost(node, tree)
+        if innermost is not None and innermost in layers and not layers[innermost].calls:
+            found.setdefault(innermost, "what it computes is not a product of its input and a weight that it holds")
+    return found
+
+
+def _opaque(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
+    """What a node is, in words, if it runs code that the graph does not show."""
+    if node.op == "call_module":
+        kind = type(graph_module.get_submodule(str(node.target))).__name__
+        reason = node.meta.get("custom", {}).get(_KEY)
+        return f"inside the module call {node.target} ({kind})" + (f", and {reason}" if reason else "")
+    if node.op != "call_function":
+        return None
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return f"inside the subgraph of {node.target} (node {node.name})"
+    module = str(getattr(node.target, "__module__", None))
+    if isinstance(node.target, types.FunctionType) and module.partition(".")[0] not in _KNOWN:
+        return f"inside the function {module}.{node.target.__name__}"
+    return None
+
+
+def _layers_within(
+    node: fx.Node, graph_module: fx.GraphModule, tree: ModuleTree, owners: Mapping[int, list[str]]
+) -> Iterator[str]:
+    """Paths of the layers that an opaque node may call."""
+    if node.op == "call_module":
+        for parameter in graph_module.get_submodule(str(node.target)).parameters():
+            yield from owners.get(id(parameter), ())
+        return
+    for source in node.all_input_nodes:
+        origin = origin_of(source)
+        if origin is not None:
+            yield from owners.get(id(tensor_at(graph_module, str(origin.node.target))), ())
+
+
+def _innermost(node: fx.Node, tree: ModuleTree) -> str | None:
+    stack = [path for path, _ in module_stack(node)]
+    return tree.canonical(stack[-1]) if stack else None
