@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import fx
 
-from gralora_fx.module_tree import ModuleTree, module_stack
+from gralora_fx.module_tree import LINEAR_TYPES, ModuleTree, module_stack
 from gralora_fx.sites import LinearSite
 from gralora_fx.weight_views import origin_of, tensor_at
 
@@ -67,7 +67,8 @@ def _layers_within(
 ) -> Iterator[str]:
     """Paths of the layers that an opaque node may call."""
     if node.op == "call_module":
-        for parameter in graph_module.get_submodule(str(node.target)).parameters():
+        parts = graph_module.get_submodule(str(node.target)).modules()
+        for parameter in (p for part in parts if isinstance(part, LINEAR_TYPES) for p in part.parameters()):
             yield from owners.get(id(parameter), ())
         return
     for source in node.all_input_nodes:

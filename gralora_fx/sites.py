@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.module_tree import ModuleTree, module_stack
-from gralora_fx.weight_views import origin_of, readers, tensor_at
+from gralora_fx.weight_views import Origin, origin_of, readers, tensor_at
 
 Kind = Literal["linear", "conv1d", "functional"]
 
@@ -54,7 +54,7 @@ class LinearCall:
     Attributes:
         node: The node whose value is `input @ weight` (with the bias, if the operator adds it).
         input: The activation, `[..., in]`.
-        weight: The `get_attr` node of the weight.
+        weight: The `get_attr` node of the weight, or the node that computes it.
         bias: The `get_attr` node of the bias, or None.
         stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
         rows: First output feature of the call and the one after its last, where it uses a part of the weight only, as
@@ -69,14 +69,15 @@ class LinearCall:
     rows: tuple[int, int] | None = None
 
 
-def match_linear_call(node: fx.Node) -> LinearCall | None:
+def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | None:
     """Recognise `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, with `w` a parameter, its transpose or some rows.
 
     Args:
         node: Any node of a graph.
+        computed: Whether to recognise `linear(x, w, b)` with any other `w` too, as parametrizations make it.
 
     Returns:
-        The call, or None where the node is no linear call on a parameter.
+        The call, or None where the node is no such call.
     """
     if node.op not in ("call_function", "call_method"):
         return None
@@ -94,6 +95,8 @@ def match_linear_call(node: fx.Node) -> LinearCall | None:
     else:
         return None
     weight = origin_of(operand)
+    if weight is None and computed and multiplies_transpose and isinstance(operand, fx.Node):
+        weight = Origin(operand)
     if not isinstance(x, fx.Node) or weight is None:
         return None
     stored_transposed = multiplies_transpose == weight.is_transposed
@@ -133,10 +136,14 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
         if name in found:  # one weight used both ways round
             name = f"{name}.T"
         found[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
+    for path, group in _computed_calls(graph_module, tree, found).items():
+        original = _original(path, group[0], tree)
+        if original is not None:
+            found[path] = _site(path, original, tree.parameters.get(f"{path}.bias"), group, tree)
     for path in tree.linear - set(found):
-        uncalled, bias = tree.parameters.get(f"{path}.weight"), tree.parameters.get(f"{path}.bias")
-        if uncalled is not None and uncalled.ndim == 2:
-            found[path] = _site(path, uncalled, bias, [], tree)
+        own = tree.parameters.get(f"{path}.weight", _original(path, None, tree))
+        if own is not None and own.ndim == 2:
+            found[path] = _site(path, own, tree.parameters.get(f"{path}.bias"), [], tree)
     order = {path: index for index, path in enumerate(tree.types)}
     ranked = sorted(found, key=lambda path: order.get(path, order.get(path.rpartition(".")[0], len(order))))
     return tuple(found[path] for path in ranked)
@@ -172,6 +179,39 @@ def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
     for node in graph_module.graph.nodes:
         if (call := match_linear_call(node)) is not None:
             yield call
+
+
+def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> tuple[str, ...]:
+    """Paths of the sites whose calls multiply by a weight that the graph computes, as a parametrization does."""
+    by_name = {node.name: node for node in graph_module.graph.nodes}
+    return tuple(site.path for site in sites if any(match_linear_call(by_name[name]) is None for name in site.calls))
+
+
+def _computed_calls(
+    graph_module: fx.GraphModule, tree: ModuleTree, known: Collection[str]
+) -> dict[str, list[LinearCall]]:
+    """Calls of linear layers with a weight that is computed in the graph, by path of the layer.
+
+    A layer that multiplies by several of them in one call is left out.
+    """
+    found: dict[str, list[LinearCall]] = {}
+    runs: list[tuple[str, str]] = []
+    for node in graph_module.graph.nodes:
+        call = match_linear_call(node, computed=True)
+        path = None if call is None else _innermost(call, tree)
+        if call is not None and path in tree.linear and path not in known:
+            found.setdefault(path, []).append(call)
+            runs.append((path, str(list(node.meta.get("nn_module_stack", {}).values())[-1:])))
+    return {path: calls for path, calls in found.items() if all(runs.count(run) == 1 for run in runs if run[0] == path)}
+
+
+def _original(path: str, call: LinearCall | None, tree: ModuleTree) -> nn.Parameter | None:
+    """The parameter that a layer's weight is computed from: the one of the weight's own shape."""
+    noted = None if call is None else call.weight.meta.get("val")
+    own = [p for name, p in tree.parameters.items() if name.startswith(f"{path}.") and p.ndim == 2]
+    if isinstance(noted, torch.Tensor):
+        own = [p for p in own if p.shape == noted.shape]
+    return max(own, key=lambda parameter: parameter.numel(), default=None)
 
 
 def _site(
@@ -223,5 +263,7 @@ def _weight_name(path: str, weight: nn.Parameter, tree: ModuleTree) -> str:
 
 
 def _is_own_name(name: str, path: str, tree: ModuleTree) -> bool:
+    if path in tree.linear and name.startswith(f"{path}."):
+        return True
     owner = tree.canonical(name.rpartition(".")[0])
     return owner == path or name == path or (path not in tree.linear and owner == path.rpartition(".")[0])

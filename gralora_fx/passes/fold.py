@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from gralora_fx.adapter import Update, fold
 from gralora_fx.deferred import defer, raw_values_of
 from gralora_fx.errors import MergeError
-from gralora_fx.sites import LinearSite, match_linear_call, other_readers
+from gralora_fx.sites import LinearSite, computed_sites, match_linear_call, other_readers
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def folded_weights(
         MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
     """
     work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
     if not untie:
         refuse_shared(graph_module, [entry.site for entry in work])
     weights: dict[str, nn.Parameter] = {}
@@ -70,6 +71,7 @@ def deferred_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -
             finite.
     """
     work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
     refuse_shared(graph_module, [entry.site for entry in work])
     return {entry.site.path: _deferred(entry) for entry in work}
 
@@ -100,6 +102,7 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
         MergeError: A weight would not be finite (`safe`), or is tied to another layer. No weight has changed then.
     """
     work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
     refuse_shared(graph_module, [entry.site for entry in work])
     with torch.no_grad():
         if safe:
@@ -136,6 +139,17 @@ def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> d
         elif readers:
             found[site.path] = f"read by {', '.join(readers)} outside a linear call"
     return found
+
+
+def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+    """Refuse sites whose weight is computed: there is no parameter to fold into."""
+    computed = computed_sites(graph_module, sites)
+    if computed:
+        raise MergeError(
+            f"the weight of {', '.join(computed)} is computed from other parameters (a parametrization), so nothing "
+            "can be folded into it; remove it before tracing (torch.nn.utils.parametrize.remove_parametrizations), or "
+            "leave the layer out of target_modules"
+        )
 
 
 def refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:

@@ -54,7 +54,7 @@ def insert_adapter(
     inserted: list[fx.Node] = []
     for name in site.calls:
         node = by_name.get(name)
-        call = None if node is None else match_linear_call(node)
+        call = None if node is None else match_linear_call(node, computed=True)
         if node is None or call is None:
             raise RewriteError(
                 f"{site.path}: node {name!r} is no linear call of this graph any more; trace the model again"

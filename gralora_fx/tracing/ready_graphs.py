@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,9 +56,12 @@ def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: st
     sample = {} if given is None else _named(names, defaults, *given)
     clean = inline_leaves(without_guards(graph_module))
     is_training = record_switches(clean.graph) or (graph_module.training and not is_exported)
-    tree = ModuleTree.of_module(graph_module)
+    tree, noted = ModuleTree.of_module(graph_module), ModuleTree.of_graph(clean)
     if len(tree.linear) == 0:
-        tree = ModuleTree.of_graph(clean)
+        tree = noted
+    else:  # a layer with a forward of its own, which a symbolic trace goes through, stands in its nodes alone
+        kinds = {path: noted.types[path] for path in noted.linear if path in tree.types}
+        tree = dataclasses.replace(tree, types={**tree.types, **kinds}, linear=tree.linear | kinds.keys())
     traced = TracedModel(
         clean,
         tree=tree,

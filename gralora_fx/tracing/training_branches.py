@@ -35,7 +35,8 @@ def updated_buffers(graph_module: fx.GraphModule) -> tuple[str, ...]:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or switched_argument(node) is not None:
             continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
+        values = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
+        for argument, value in zip(schema.arguments, values, strict=True):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             if writes and isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target) in names:
                 found.append(str(value.target))
