@@ -200,6 +200,11 @@ class FeedForward(nn.Module):
         return self.drop(self.down(x)) * scale
 
 
+class Unmasked(FeedForward):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.down(F.relu(self.up(x))) * scale
+
+
 class Branching(FeedForward):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return self.up(x)[..., :8] if x.sum() > 0 else super().forward(x, scale)
@@ -254,7 +259,7 @@ def test_layers_of_leaf_modules_are_adapted() -> None:
 
 def test_layers_of_a_nested_graph_are_adapted() -> None:
     inner = symbolic(Around(FeedForward()))
-    traced = trace(symbolic(Around(fx.symbolic_trace(FeedForward()))), (torch.randn(3, 8),))
+    traced = trace(symbolic(Around(fx.symbolic_trace(Unmasked()))), (torch.randn(3, 8),))
     assert len(traced.site("leaf.up").calls) == 2
     outer = fx.symbolic_trace(nn.Sequential(inner, nn.Linear(8, 8)))
     traced = trace(outer, (torch.randn(3, 8),))
