@@ -15,14 +15,37 @@ from gralora_fx.tracing.cached import PAST, decoder_cache, empty_cache, pairs_of
 from gralora_fx.tracing.traced import TracedModel
 
 _LENGTHS = (1, 6, 11, 24)
+# of a model with a cache: rows, positions before, new positions, side of the padding
+_CACHED = (
+    (1, 0, 1, ""),
+    (1, 0, 24, ""),
+    (3, 0, 11, "left"),
+    (3, 0, 9, "right"),
+    (1, 24, 1, ""),
+    (4, 9, 1, "left"),
+    (1, 6, 5, ""),
+)
+_QUICK_CACHED = ((1, 0, 1, ""), (3, 0, 9, "right"), (1, 6, 5, ""))  # left padding and single steps: see `greedy`
+# of an encoder-decoder: rows, length of the text, side of its padding, positions before, new positions
+_STEPS = (
+    (1, 24, "", 0, 1),
+    (1, 1, "", 0, 6),
+    (3, 11, "right", 0, 4),
+    (4, 6, "left", 9, 1),
+    (1, 24, "", 24, 1),
+    (3, 11, "right", 5, 3),
+)
+_QUICK_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 4, 1))
 
 
-def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def fresh_cases(model: TracedModel, seed: int, *, quick: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Named inputs to compare on.
 
     Args:
         model: A traced model with example inputs.
         seed: Seed of the random values.
+        quick: Whether a model with a cache gets few and short ones, each kind once: a prompt, one of several rows
+            padded, and what follows after others. Models without a cache get the same either way.
 
     Yields:
         A description, and inputs by name.
@@ -30,7 +53,7 @@ def fresh_cases(model: TracedModel, seed: int) -> Iterator[tuple[str, dict[str, 
     generator = torch.Generator().manual_seed(seed)
     if PAST in model.example_inputs:
         is_pair = isinstance(model.example_inputs[PAST], EncoderDecoderCache)
-        yield from (_step_cases if is_pair else _cached_cases)(model, generator)
+        yield from (_step_cases if is_pair else _cached_cases)(model, generator, quick)
         return
     sample = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
     if not any(AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",)) for name in sample):
@@ -104,12 +127,11 @@ def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
     return logits[torch.arange(logits.shape[0]), last].unsqueeze(1)
 
 
-def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
+def _cached_cases(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Prompts after an empty cache, and steps after a long one, padded on the left."""
     example = model.example_inputs[PAST]
     limit = _longest(model)
-    sizes = ((1, 0, 1, ""), (1, 0, 24, ""), (3, 0, 11, "left"), (3, 0, 9, "right"), (1, 24, 1, ""), (4, 9, 1, "left"))
-    for batch, past, length, side in (*sizes, (1, 6, 5, "")):
+    for batch, past, length, side in _QUICK_CACHED if quick else _CACHED:
         if past + length > limit:
             continue
         case = {
@@ -137,17 +159,10 @@ def _cached_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tu
         yield name, {**case, PAST: cache}
 
 
-def _step_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
+def _step_cases(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """A decoder's first steps and steps after others, over texts of several lengths, padded on either side."""
     limit = _longest(model)
-    for batch, source, side, past, length in (
-        (1, 24, "", 0, 1),
-        (1, 1, "", 0, 6),
-        (3, 11, "right", 0, 4),
-        (4, 6, "left", 9, 1),
-        (1, 24, "", 24, 1),
-        (3, 11, "right", 5, 3),
-    ):
+    for batch, source, side, past, length in _QUICK_STEPS if quick else _STEPS:
         if past + length > limit or source > limit:
             continue
         example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -46,12 +47,44 @@ def check_output(directory: str | Path) -> Path:
     return path
 
 
+def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str | None = None) -> None:
+    """Refuse to replace an earlier export of another model.
+
+    Args:
+        directory: The output directory.
+        task: Task of the new export.
+        fingerprint: Fingerprint of its base; None where it is not known yet, so that only the task is compared.
+
+    Raises:
+        ExportError: There is one, of another task or base.
+    """
+    path = Path(directory)
+    earlier = _manifest(path)
+    if earlier is None:
+        return
+    if earlier.get("task") != task:
+        what = f"for the task {earlier.get('task')}, not {task}"
+    elif fingerprint is not None and earlier.get("base_fingerprint") != fingerprint:
+        what = "of another base"
+    else:
+        return
+    raise ExportError(
+        f"{path} holds an export {what}; give --overwrite (overwrite=True) to replace it, or another output directory"
+    )
+
+
 def _is_export(path: Path) -> bool:
+    manifest = _manifest(path)
+    return manifest is not None and "schema_version" in manifest
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """What the manifest of an earlier export says, or None where there is none."""
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and "schema_version" in manifest
+        return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _DRAWN: tuple[tuple[tuple[int, ...], str, int], ...] = (
     ((9, 5, 7), "right", 4),
     ((_LONG,), "left", 4),
 )
+_QUICK: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,17 @@ class Prompts:
     steps: int
 
 
-def drawn_prompts(model: TracedModel, seed: int) -> Iterator[Prompts]:
+def drawn_prompts(model: TracedModel, seed: int, *, quick: bool = False) -> Iterator[Prompts]:
     """Random prompts: one, several of unequal length padded on either side, and one that fills the context.
 
     Args:
         model: A model traced with a cache.
         seed: Seed of the tokens.
+        quick: Whether two short ones are enough, padded left.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary, context = vocabulary_of(model) or 4, context_of(model) or _LONG
-    for lengths, side, steps in _DRAWN:
+    for lengths, side, steps in _QUICK if quick else _DRAWN:
         room = min(context, _LONG) - steps
         if room < 1:
             continue

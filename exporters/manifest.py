@@ -53,7 +53,7 @@ def describe(
         "adapters_mode": adapters,
         "logits": logits,
         "position_offset": position_offset(traced),
-        "adapters": _describe_adapters(model) if isinstance(model, GraloraModel) else {},
+        "adapters": describe_adapters(model),
         "base_fingerprint": fingerprint_of(model),
         "sites": [
             {
@@ -77,7 +77,10 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], verification: V
     (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _describe_adapters(model: GraloraModel) -> dict[str, Any]:
+def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, Any]:
+    """Configuration and digest of each adapter that an export of a model folds, by name."""
+    if isinstance(model, TracedModel):
+        return {}
     described = {}
     for name in model.active_adapters:
         adapter = model.installed(name)

@@ -19,8 +19,9 @@ from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.export_options import check_export_options
 from gralora_fx.exporters.contents import describe_files
 from gralora_fx.exporters.decoder import decoder_model
-from gralora_fx.exporters.directory import check_output, require_space, staged
+from gralora_fx.exporters.directory import check_output, check_replaced, require_space, staged
 from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
+from gralora_fx.exporters.fingerprint import fingerprint_of
 from gralora_fx.exporters.folding import as_traced, with_values
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
@@ -52,7 +53,8 @@ def export_onnx(
     accuracy_level: int = 4,
     logits: Literal["last", "all"] = "last",
     tokenizer: Any = None,
-    verify: bool = True,
+    verify: bool | Literal["quick", "full"] = True,
+    overwrite: bool = False,
 ) -> ExportReport:
     """Export a model to `model.onnx` with its weights in `model.onnx_data`, and check it against PyTorch.
 
@@ -63,7 +65,7 @@ def export_onnx(
 
     Args:
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
-        output_dir: Where to write: new, empty, or an earlier export.
+        output_dir: Where to write: new, empty, or an earlier export of the same base and task.
         adapters: How adapters are held; `"merged"` folds them.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
@@ -73,8 +75,10 @@ def export_onnx(
             float16, 3 in bfloat16, 4 in int8, its fastest.
         logits: For a decoder with a cache, whether the last position's logits are given or all.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
-        verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place; not
-            for a model whose weights are streamed (`loading.load_streamed`), which cannot be run.
+        verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place, and
+            how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
+            (`loading.load_streamed`), which cannot be run.
+        overwrite: Whether an earlier export of another base or task may be replaced.
 
     Returns:
         Files, seconds of each stage, and what verification found.
@@ -93,6 +97,8 @@ def export_onnx(
         _refuse_unfit(traced)
         if verify:
             refuse_without_values(model)
+        if not overwrite:
+            check_replaced(output_dir, task=traced.task, fingerprint=fingerprint_of(model))
     with timed("convert", seconds), fewer_collections():
         onnx_models, attention = _convert(traced, logits, precision)
         for onnx_model in onnx_models.values():
@@ -120,7 +126,7 @@ def export_onnx(
             described = reader.submit(describe_files, stage)
             if verify:
                 with timed("verify", seconds):
-                    report = verify_onnx(stage, model)
+                    report = verify_onnx(stage, model, level="full" if verify == "full" else "quick")
         if report is not None and not report.passed:
             raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
         write_manifest(stage, {**manifest, "files": described.result()}, report)

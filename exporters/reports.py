@@ -101,6 +101,8 @@ class VerifyReport:
         weights: Precision of the export's weights, such as `fp16` or `int4`.
         arithmetic: Precision that it was run in.
         rounding: Where float64 was asked, since the tolerance was exceeded.
+        level: `"quick"` or `"full"`: how many inputs were compared.
+        reference: What the export was compared with.
     """
 
     passed: bool
@@ -111,6 +113,8 @@ class VerifyReport:
     weights: str = "fp32"
     arithmetic: str = "fp32"
     rounding: tuple[RoundingCheck, ...] = ()
+    level: str = "full"
+    reference: str = "the PyTorch model"
 
     @property
     def max_abs_error(self) -> float:
@@ -133,6 +137,7 @@ class VerifyReport:
         lines.append(f"{verdict}: {len(self.cases)} cases ({'; '.join(self.cases)}), tolerance {self.tolerance:g}")
         if {self.weights, self.arithmetic} != {"fp32"}:
             lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
+        lines.append(f"{self.level} verification, compared with {self.reference}")
         return "\n".join(lines)
 
 

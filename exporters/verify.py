@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.export_options import LEVELS, check_choice
 from gralora_fx.exporters.cases import attended, context_of, flat, fresh_cases, last_logits, vocabulary_of
 from gralora_fx.exporters.contents import read_manifest
 from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
@@ -20,6 +21,7 @@ from gralora_fx.exporters.exact import InFloat64, Judge
 from gralora_fx.exporters.fingerprint import fingerprint_of
 from gralora_fx.exporters.folding import as_traced, base_of
 from gralora_fx.exporters.greedy import Prompts, compare_greedy, drawn_prompts, together
+from gralora_fx.exporters.manifest_adapters import check_active_adapters
 from gralora_fx.exporters.precision import precision_of
 from gralora_fx.exporters.quantization import Quantization
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
@@ -44,11 +46,13 @@ def verify_onnx(
     prompts: Sequence[Any] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
+    level: Literal["quick", "full"] = "full",
 ) -> VerifyReport:
     """Compare an export with the model on inputs that neither has seen: other sizes, padded rows, a single row.
 
     An export with a cache generates besides, its cache fed back at every step: greedy tokens and logits are compared
     for prompts of unequal length, padded on either side, and for one that fills the context (up to 1,000 positions).
+    A quick verification compares two short prompts for four tokens.
 
     Args:
         output_dir: The export directory.
@@ -60,6 +64,8 @@ def verify_onnx(
             what the export's precision explains (see `tolerances`), or four times what float32 itself rounds
             where that is more (see `exact`).
         seed: Seed of the fresh inputs.
+        level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once. Models
+            without a cache are compared on the same inputs either way.
 
     Returns:
         Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
@@ -68,22 +74,26 @@ def verify_onnx(
         costs is for a task to say.
 
     Raises:
-        ExportError: The directory is no export or one of another base, its inputs or outputs are not the model's, a
-            prompt does not fit, or a case cannot run.
+        ExportError: The directory is no export or one of another base or adapter, its inputs or outputs are not the
+            model's, a prompt does not fit, or a case cannot run.
     """
+    check_choice("level", level, LEVELS)
+    quick = level == "quick"
     manifest = read_manifest(output_dir)
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; give a TracedModel or GraloraModel")
     refuse_without_values(model)
+    _check_same_model(output_dir, manifest, model)
     session, arithmetic = _session(Path(output_dir), manifest)
     names = [value.name for value in session.get_inputs()]
     traced = base_of(model)
-    cases = list(fresh_cases(traced, seed))
-    _refuse_other(output_dir, names, manifest, model, cases[0][1])
+    cases = list(fresh_cases(traced, seed, quick=quick))
+    _check_inputs(names, cases[0][1])
     allowed = tolerance_of(manifest) if tolerance is None else tolerance
     if inputs is not None:
         cases.append(("given inputs", dict(inputs)))
-    generated = list(drawn_prompts(traced, seed)) if isinstance(traced.example_inputs.get(PAST), DynamicCache) else []
+    has_cache = isinstance(traced.example_inputs.get(PAST), DynamicCache)
+    generated = list(drawn_prompts(traced, seed, quick=quick)) if has_cache else []
     if prompts is not None:
         generated.append(_given_prompts(prompts, output_dir, traced))
     was_training = model.training
@@ -100,7 +110,7 @@ def verify_onnx(
                 differences.setdefault(name, []).append(_difference(name, expected, actual))
                 passed &= judge.accepts(f"{description}, {name}", expected, actual, exactly(index))
         if isinstance(session, EncoderDecoderSession):
-            share = compare_tokens(session, reference, cases)
+            share = compare_tokens(session, reference, cases, quick=quick)
             differences["greedy tokens"] = [(1.0 - share, 1.0 - share, share)]
             passed &= share == 1.0
         tokens = compare_greedy(session, reference, generated, judge) if generated else None
@@ -109,8 +119,18 @@ def verify_onnx(
     passed &= tokens is None or tokens.passed
     tensors = tuple(_summary(name, found) for name, found in differences.items())
     described = tuple(description for description, _ in cases)
-    weights, rounding = describe_weights(manifest), tuple(judge.found)
-    return VerifyReport(passed, allowed, described, tensors, tokens, weights, arithmetic, rounding)
+    return VerifyReport(
+        passed,
+        allowed,
+        described,
+        tensors,
+        tokens,
+        describe_weights(manifest),
+        arithmetic,
+        rounding=tuple(judge.found),
+        level=level,
+        reference=_describe_reference(model, reference),
+    )
 
 
 def refuse_without_values(model: TracedModel | GraloraModel) -> None:
@@ -155,18 +175,15 @@ def _reference(model: TracedModel | GraloraModel, manifest: Mapping[str, Any]) -
     return rounded(as_traced(model), precision, how, with_tables=found is not None and found["lookups"] > 0)
 
 
-def _refuse_other(
-    output_dir: str | Path,
-    names: list[str],
-    manifest: Mapping[str, Any],
-    model: TracedModel | GraloraModel,
-    case: Mapping[str, Any],
-) -> None:
+def _describe_reference(model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel) -> str:
+    """What an export was compared with, in words."""
+    active = model.active_adapters if isinstance(model, GraloraModel) else []
+    adapters = f" with {', '.join(map(repr, active))} active" if active else ""
+    return f"the PyTorch model{adapters}" + ("" if reference is model else ", its weights rounded as the export's are")
+
+
+def _check_same_model(output_dir: str | Path, manifest: Mapping[str, Any], model: TracedModel | GraloraModel) -> None:
     """Refuse to compare an export with another model than its own: every difference would look like a fault."""
-    given = flat(case)
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
     expected, found = manifest.get("base_fingerprint"), fingerprint_of(model)
     if expected is not None and expected != found:
         raise ExportError(
@@ -174,6 +191,14 @@ def _refuse_other(
             f"the given model {found[:12]}; give the base that was exported, with its adapters active rather than "
             "folded"
         )
+    check_active_adapters(manifest, str(output_dir), model)
+
+
+def _check_inputs(names: list[str], case: Mapping[str, Any]) -> None:
+    given = flat(case)
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
 
 
 def _given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:

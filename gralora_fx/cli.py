@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import ConfigError, ExportError, GraloraError
-from gralora_fx.export_options import LOGITS, PRECISIONS, QUANTIZATIONS, check_export_options
+from gralora_fx.export_options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, check_choice, check_export_options
 from gralora_fx.progress import StageProgress
 from gralora_fx.stages import timed
 from gralora_fx.tasks import TASKS, check_task
@@ -123,33 +123,73 @@ def export(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read weights one by one while writing; nothing is compared.")
     ] = False,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_either(LEVELS),
+            help="How thoroughly to compare with PyTorch.  [default: quick]",
+        ),
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export of another base or task.")
+    ] = False,
 ) -> None:
     """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch.
 
     A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
     """
-    blocks = {"block_size": block_size, "accuracy_level": accuracy_level}
-    given = {name: value for name, value in blocks.items() if value is not None}
-    if given and quantize is None:
-        option = next(iter(given)).replace("_", "-")
-        raise ConfigError(f"--{option} has no effect without --quantize; give --quantize too, or leave it out")
-    options: dict[str, Any] = {"precision": precision, "quantize": quantize, "logits": logits, **given}
-    check_export_options(**options)
+    options = _export_options(
+        {"precision": precision, "quantize": quantize, "logits": logits, "verify": verify},
+        {"block_size": block_size, "accuracy_level": accuracy_level},
+        no_verify=no_verify,
+        stream=stream,
+    )
     with StageProgress():
         with timed("import"), fewer_collections():
+            from gralora_fx.adapter_tasks import asked_task
             from gralora_fx.exporters import export_onnx
-            from gralora_fx.exporters.directory import check_output
+            from gralora_fx.exporters.directory import check_output, check_replaced
             from gralora_fx.loading import base_name, load_traced
             from gralora_fx.tokenizers import load_tokenizer
         check_output(output)
+        known = asked_task(adapter, task, with_cache=True)
+        if known is not None and not overwrite:
+            check_replaced(output, task=known)
         tokenizer = None if no_tokenizer else load_tokenizer(base_name(model, adapter))
         loaded = load_traced(model, adapter, task, with_cache=True, stream=stream, allow_random_head=allow_random_head)
-        verify = not (no_verify or stream)
-        report = export_onnx(loaded, output, tokenizer=tokenizer, verify=verify, **options)
+        report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, **options)
     print(report)
     if stream and not no_verify:
         _notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
+
+
+def _export_options(
+    options: dict[str, Any], blocks: dict[str, int | None], *, no_verify: bool, stream: bool
+) -> dict[str, Any]:
+    """Options of `export_onnx`, checked before anything is imported.
+
+    Args:
+        options: Those that stand by themselves.
+        blocks: Those that need `--quantize`; None where they were not given.
+        no_verify: Whether the comparison is left out.
+        stream: Whether there is nothing to compare with.
+
+    Raises:
+        ConfigError: An option has no effect beside the others.
+        ExportError: A value is not among its choices.
+    """
+    given = {name: value for name, value in blocks.items() if value is not None}
+    if given and options["quantize"] is None:
+        option = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{option} has no effect without --quantize; give --quantize too, or leave it out")
+    if options["verify"] is not None and (no_verify or stream):
+        other = "--no-verify" if no_verify else "--stream, which leaves nothing to compare with"
+        raise ConfigError(f"--verify {options['verify']} contradicts {other}; leave one of them out")
+    level = options["verify"] or not (no_verify or stream)
+    found = {**options, **given, "verify": level}
+    check_export_options(**found)
+    return found
 
 
 @app.command()
@@ -161,6 +201,10 @@ def verify(
     allow_random_head: Annotated[
         bool, typer.Option("--allow-random-head", help="For an export that was made with it.")
     ] = False,
+    level: Annotated[
+        str | None,
+        typer.Option("--verify", metavar=_either(LEVELS), help="How thoroughly to compare.  [default: full]"),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.")
     ] = None,
@@ -169,19 +213,25 @@ def verify(
     ] = False,
 ) -> None:
     """Compare an export with the PyTorch model on fresh inputs, one that generates by its greedy tokens too."""
+    check_choice("verify", level or "full", LEVELS)
     if files:
-        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt}
+        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
         _verify_files(output, [name for name, value in others.items() if value])
         return
     with StageProgress():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
             from gralora_fx.exporters.contents import read_manifest
+            from gralora_fx.exporters.manifest_adapters import check_given_adapter
             from gralora_fx.loading import load_traced
         manifest = read_manifest(output)
-        loaded = load_traced(model, adapter, task or manifest.get("task"), allow_random_head=allow_random_head)
+        exported = manifest.get("task")
+        if exported is not None and task not in (None, exported):
+            raise ExportError(f"{output} was exported for the task {exported}, not {task}; leave --task out")
+        check_given_adapter(manifest, str(output), adapter)
+        loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
         with timed("verify"):
-            report = verify_onnx(output, loaded, prompts=prompt or None)
+            report = verify_onnx(output, loaded, prompts=prompt or None, level=level or "full")  # type: ignore[arg-type]
     print(report)
     if not report.passed:
         raise typer.Exit(1)

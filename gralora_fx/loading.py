@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from gralora_fx.adapter_tasks import task_of, with_past
 from gralora_fx.checkpoint import base_names, read_adapter
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import CheckpointError, ConfigError, GraloraError, TargetError, TraceError, first_line
@@ -41,17 +42,6 @@ _AUTO_CLASSES = {
     "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
     "image-classification": "AutoModelForImageClassification",
 }
-_PEFT_TASKS = {
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
-# other tasks that an adapter of such a task type may be used for
-_ALIKE = {"SEQ_CLS": ("image-classification",), "SEQ_2_SEQ_LM": ("automatic-speech-recognition",)}
-_WITH_CACHE = {"text-generation": "text-generation-with-past"}
 _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
 
@@ -252,7 +242,7 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
     with timed("load"):
         if adapter is not None:
             config, tensors = read_adapter(adapter)
-            task = _task_of(config, task, adapter)
+            task = task_of(config, task, adapter)
             heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
             supplied = base_names(tensors)
             del tensors  # they are read again when it is known where they go
@@ -280,12 +270,12 @@ def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | Gralora
     """
     task = base.task or infer_task(base.model)
     if with_cache and not base.is_asked:
-        task = _WITH_CACHE.get(task, task)
+        task = with_past(task)
     with timed("trace"):
         try:
             traced = trace(base.model, task=task)
         except TraceError as error:
-            if not base.is_asked and task in _WITH_CACHE.values():
+            if not base.is_asked and task.endswith("-with-past"):
                 without = task.removesuffix("-with-past")
                 raise TraceError(f"{error}; take --task {without} for an export without a cache") from error
             raise
@@ -314,25 +304,6 @@ def base_name(model: str | None, adapter: str | None) -> str:
     if name is None:
         raise ConfigError(f"{adapter} names no base model; give --model")
     return name
-
-
-def _task_of(config: GraloraConfig, task: str | None, adapter: str) -> str | None:
-    """The task that is asked for, which has to be one that the adapter was trained for; or the adapter's own.
-
-    Raises:
-        ConfigError: The adapter was trained for another task.
-        TraceError: The task is unknown.
-    """
-    own = _PEFT_TASKS.get(config.task_type or "")
-    if task is None or own is None:
-        return task or own
-    check_task(task)
-    if task.removesuffix("-with-past") in (own, *_ALIKE.get(config.task_type or "", ())):
-        return task
-    raise ConfigError(
-        f"the adapter {adapter} was trained for task_type {config.task_type}, which is --task {own}, not {task}; "
-        f"give --task {own}, or another adapter"
-    )
 
 
 def _misfit(error: GraloraError, base: Base) -> str:

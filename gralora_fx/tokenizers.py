@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gralora_fx.errors import CheckpointError, GraloraError, first_line
@@ -59,7 +60,7 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as failure:  # transformers and tokenizers raise types of their own
         if directory is None:
-            present = [file for file in _FILES if isinstance(try_to_load_from_cache(str(name), file), str)]
+            present = _downloaded(str(name))
         if not present:
             return None
         raise error(
@@ -67,6 +68,14 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
             "files, or leave the tokenizer out"
         ) from failure
     return tokenizer
+
+
+def _downloaded(name: str) -> list[str]:
+    """The tokenizer's files of a hub repository that are in the cache, where an attempt to load it has put them."""
+    try:
+        return [file for file in _FILES if isinstance(try_to_load_from_cache(name, file), str)]
+    except HFValidationError:  # neither a directory nor a hub id
+        return []
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: type[GraloraError]) -> list[int]:

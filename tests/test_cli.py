@@ -6,12 +6,16 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from transformers import MambaConfig, MambaForCausalLM
@@ -61,9 +65,64 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     result = run("export", *given)
     assert "passed: 4 cases" in result.stdout
     assert (tmp_path / "onnx" / "model.onnx").is_file()
-    assert "passed: 4 cases" in run("verify", *given).stdout
-    other = run("verify", "--model", checkpoint / "classifier", "--output", tmp_path / "onnx", expect=1)
-    assert "was exported from another base" in other.stderr
+    assert "quick verification, compared with the PyTorch model with 'default' active" in result.stdout
+    assert "full verification" in run("verify", *given).stdout
+
+
+def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path: Path) -> None:
+    """A base that cannot be loaded shows that the adapter is looked at first."""
+    given = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
+    exported = CliRunner().invoke(app, ["export", "--model", str(decoder / "base"), *given, "--no-verify"])
+    assert exported.exit_code == 0, exported.output
+    base = ["--model", "/no/such/model", "--output", str(tmp_path / "onnx")]
+    none = CliRunner().invoke(app, ["verify", *base])
+    assert isinstance(none.exception, ExportError)
+    sizes = "the adapter 'default' (r=4, hybrid_r=0, alpha=64, gralora_k=2, made for "
+    assert f"was exported with {sizes}" in str(none.exception)
+    assert "give its directory with --adapter" in str(none.exception)
+
+    def changed(name: str, tensors: dict[str, Any] | None = None, **fields: Any) -> str:
+        shutil.copytree(decoder / "adapter", tmp_path / name)
+        config = json.loads((decoder / "adapter" / "adapter_config.json").read_text())
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+        found = load_file(decoder / "adapter" / "adapter_model.safetensors") | (tensors or {})
+        save_file(found, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt"})
+        return str(tmp_path / name)
+
+    key = "base_model.model.model.layers.0.mlp.up_proj.gralora_A"
+    for adapter, message in (
+        (changed("other", {key: torch.ones(2, 16, 4)}), "is another one: its tensors have another SHA-256"),
+        (changed("scaled", alpha=32), "is another one: alpha=32 instead of 64"),
+    ):
+        wrong = CliRunner().invoke(app, ["verify", *base, "--adapter", adapter])
+        assert isinstance(wrong.exception, ExportError)
+        assert message in str(wrong.exception)
+    # a copy of the embedding, as PEFT adds it, and half precision do not make it another one
+    embedding = tiny_model("llama", bos_token_id=1, eos_token_id=2).get_input_embeddings().weight
+    same = changed("same", {"base_model.model.model.embed_tokens.weight": embedding.detach()})
+    verified = CliRunner().invoke(app, ["verify", "--model", str(decoder / "base"), *given[2:], "--adapter", same])
+    assert verified.exit_code == 0, verified.output
+    task = CliRunner().invoke(app, ["verify", *base, "--task", "text-generation"])
+    assert "was exported for the task text-generation-with-past, not text-generation" in str(task.exception)
+    (tmp_path / "onnx").rename(tmp_path / "adapted")
+    plain = CliRunner().invoke(
+        app, ["export", "--model", str(decoder / "base"), "--no-verify", "--output", str(tmp_path / "onnx")]
+    )
+    assert plain.exit_code == 0, plain.output
+    wrong = CliRunner().invoke(app, ["verify", *base, "--adapter", str(decoder / "adapter")])
+    assert f"was exported without an adapter; leave --adapter {decoder / 'adapter'} out" in str(wrong.exception)
+
+
+def test_export_asks_before_it_replaces_an_export_of_another_task(decoder: Path, tmp_path: Path) -> None:
+    named = ["export", "--model", str(decoder / "base"), "--output", str(tmp_path / "onnx"), "--no-verify"]
+    assert CliRunner().invoke(app, [*named, "--task", "text-generation"]).exit_code == 0
+    again = ["--model", "/no/such/model", "--output", str(tmp_path / "onnx"), "--task", "text-classification"]
+    refused = CliRunner().invoke(app, ["export", *again])
+    message = "holds an export for the task text-generation, not text-classification; give --overwrite"
+    assert message in str(refused.exception)
+    assert "no model can be loaded" in str(CliRunner().invoke(app, ["export", *again, "--overwrite"]).exception)
+    assert CliRunner().invoke(app, [*named, "--task", "text-generation"]).exit_code == 0
+    assert CliRunner().invoke(app, [*named, "--overwrite"]).exit_code == 0
 
 
 def test_inspect_lists_sites_or_the_plan(checkpoint: Path) -> None:
@@ -151,6 +210,9 @@ def test_a_named_task_is_taken_as_it_is(decoder: Path, tmp_path: Path) -> None:
         (("--block-size", "32"), "--block-size has no effect without --quantize"),
         (("--accuracy-level", "1"), "--accuracy-level has no effect without --quantize"),
         (("--task", "poetry"), "unknown task 'poetry'; take one of feature-extraction, "),
+        (("--verify", "slow"), "verify='slow' is not available; take 'quick' or 'full'"),
+        (("--verify", "full", "--no-verify"), "--verify full contradicts --no-verify"),
+        (("--verify", "quick", "--stream"), "--verify quick contradicts --stream"),
         (("--adapter", ""), "take a local directory or a hub id, but one of them is empty"),
     ],
 )

@@ -21,6 +21,7 @@ ORDER = [
     "deferred",
     "atomic_save",
     "config",
+    "adapter_tasks",
     "module_tree",
     "weight_views",
     "sites",

@@ -63,6 +63,8 @@ def test_a_vocabulary_of_no_bytes_is_named(tmp_path: Path) -> None:
 def test_a_model_alone_has_no_tokenizer(tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path) is None
+    assert load_tokenizer("/no/such/directory") is None
+    assert load_tokenizer("owner/no-such-repository") is None
 
 
 def test_an_export_with_a_damaged_tokenizer_writes_nothing(base: Path, tmp_path: Path) -> None:

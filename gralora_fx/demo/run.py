@@ -17,8 +17,9 @@ from rich.table import Table
 from gralora_fx.config import GraloraConfig
 from gralora_fx.demo.classifier import accuracy, logits_of, train
 from gralora_fx.demo.news import load_news, package_folder
-from gralora_fx.errors import GraloraError
+from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.directory import MANIFEST_NAME, check_output
 from gralora_fx.loading import load_model
 from gralora_fx.merging import merge
 from gralora_fx.planning import plan
@@ -28,6 +29,7 @@ from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.trace import trace
 
 _SHOWN = 5
+_REPORT = "report.md"
 
 
 def run(output: Path, *, epochs: int, seed: int) -> None:
@@ -39,8 +41,11 @@ def run(output: Path, *, epochs: int, seed: int) -> None:
         seed: Seed of the split, the initial values and the batches.
 
     Raises:
-        GraloraError: The demo's packages are not installed.
+        GraloraError: The demo's packages are not installed, or the output holds another export than an earlier demo's.
     """
+    check_output(output / "onnx")
+    if (output / "onnx" / MANIFEST_NAME).is_file() and not (output / _REPORT).is_file():
+        raise ExportError(f"{output / 'onnx'} holds an export that no demo has written; give another --output")
     console = Console(highlight=False)
     seconds: dict[str, float] = {}
     news = load_news(seed)
@@ -75,7 +80,7 @@ def run(output: Path, *, epochs: int, seed: int) -> None:
     with _stage("merge", seconds, console):
         merged = merge(model)
     with _stage("export and verify", seconds, console):
-        report = export_onnx(merged, output / "onnx", tokenizer=tokenizer)
+        report = export_onnx(merged, output / "onnx", tokenizer=tokenizer, overwrite=True)
     console.print(str(report))
     with _stage("score on ONNX Runtime", seconds, console):
         served = load(output / "onnx")
@@ -93,7 +98,7 @@ def run(output: Path, *, epochs: int, seed: int) -> None:
         ("seconds: all", f"{sum(seconds.values()):.1f}"),
     ]
     _draw(losses, output / "loss.png")
-    _write_report(rows, output / "report.md")
+    _write_report(rows, output / _REPORT)
     console.print(_table(rows))
     console.print(f"wrote {output}/adapter, {output}/onnx, {output}/report.md and {output}/loss.png")
 

@@ -77,7 +77,7 @@ def big(columns: int = 40_000) -> Any:
 def test_a_disk_without_room_is_told_before_anything_is_written(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))  # type: ignore[attr-defined]
     with pytest.raises(ExportError, match=r"onnx needs 1,280,000 bytes, but its disk has 1,000 free; make room or"):
-        export_onnx(big(), output, verify=False)
+        export_onnx(big(), output, verify=False, overwrite=True)
     assert alone(output)
 
 
@@ -92,7 +92,7 @@ def _export_with_limit(output: str, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        export_onnx(big(), output, verify=False)
+        export_onnx(big(), output, verify=False, overwrite=True)
     except ExportError as error:
         sys.exit(0 if f"cannot write {output} (" in str(error) and "nothing was changed there" in str(error) else 2)
     sys.exit(1)
@@ -128,6 +128,25 @@ def test_a_rename_that_fails_puts_the_earlier_export_back(output: Path, monkeypa
     assert alone(output)
 
 
+# -- an earlier export of another model --------------------------------------------------------------------------------
+
+
+def test_an_export_of_another_model_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "onnx"
+    small = big(4)
+    export_onnx(small, path, verify=False)
+    export_onnx(small, path, verify=False, precision="fp16")  # the same base and task
+    before = (path / "gralora_export.json").read_bytes()
+    with pytest.raises(ExportError, match=r"holds an export of another base; give --overwrite \(overwrite=True\) to"):
+        export_onnx(big(4), path, verify=False)
+    small.task = "feature-extraction"
+    with pytest.raises(ExportError, match="holds an export for the task None, not feature-extraction; give --over"):
+        export_onnx(small, path, verify=False)
+    assert (path / "gralora_export.json").read_bytes() == before
+    export_onnx(big(4), path, verify=False, overwrite=True)
+    assert (path / "gralora_export.json").read_bytes() != before
+
+
 # -- an interrupted export ---------------------------------------------------------------------------------------------
 
 RUN = """
@@ -142,7 +161,8 @@ def stall(folder, *_):
     time.sleep(60)
 
 onnx._write_companions = stall
-sys.argv = ["gralora-fx", "export", "--model", sys.argv[1], "--output", sys.argv[2], "--task", "text-classification"]
+sys.argv = ["gralora-fx", "export", "--model", sys.argv[1], "--output", sys.argv[2], "--task", "text-classification",
+            "--overwrite"]
 cli.main()
 """
 

@@ -41,7 +41,7 @@ def model() -> GraloraModel:
 @pytest.fixture(scope="module")
 def export(model: GraloraModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama") / "onnx"
-    export_onnx(model, path, tokenizer=tiny_tokenizer())
+    export_onnx(model, path, tokenizer=tiny_tokenizer(), verify="full")
     return path
 
 
@@ -120,6 +120,97 @@ def damaged(export: Path, copy: Path, damage: Any) -> Path:
     damage(model)
     ir.save(model, copy / "model.onnx", external_data="other_data")
     return copy
+
+
+FAULTS = ["fold", "mask", "cache", "batch"]
+
+
+def _damage(fault: str, graph: ir.Model) -> None:
+    """Edit a graph: another folded weight, padding that is read, keys given back wrong, or rows that are lost."""
+    inputs = {str(value.name): value for value in graph.graph.inputs}
+    if fault == "fold":
+        name = next(n for n in graph.graph.initializers if "layers.1" in n and "down_proj" in n)
+        value = graph.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * 1.01, name=name)
+        return
+    if fault == "cache":
+        place = next(i for i, value in enumerate(graph.graph.outputs) if value.name == "present.1.key")
+        value = graph.graph.outputs[place]
+    else:
+        value = inputs["attention_mask" if fault == "mask" else "input_ids"]
+    one = ir.Value(name="one", const_value=ir.tensor([1] if fault != "cache" else [0.5], name="one"))
+    graph.graph.initializers["one"] = one
+    if fault == "mask":  # 0 ** 0 is 1, and so is 1 ** 0
+        node = ir.node("Max", [value, one])
+    elif fault == "batch":  # every row reads the first one's tokens
+        zero = ir.Value(name="zero", const_value=ir.tensor([0], name="zero"))
+        graph.graph.initializers["zero"] = zero
+        row = ir.node("Gather", [value, zero], {"axis": 0})
+        shape = ir.node("Shape", [value])
+        node = ir.node("Expand", [row.outputs[0], shape.outputs[0]])
+        graph.graph.insert_before(graph.graph[0], [row, shape])
+    else:
+        node = ir.node("Mul", [value, one])
+    made = node.outputs[0]
+    made.shape, made.type = value.shape, value.type
+    if fault == "cache":
+        producer = value.producer()
+        assert producer is not None
+        value.name, made.name = "kept", "present.1.key"
+        graph.graph.append(node)
+        graph.graph.outputs[place] = made
+        return
+    made.name = f"changed_{value.name}"
+    own = {id(node)} | ({id(row), id(shape)} if fault == "batch" else set())
+    for user, index in list(value.uses()):
+        if id(user) not in own:
+            user.replace_input_with(index, made)
+    after = shape if fault == "batch" else None
+    if after is None:
+        graph.graph.insert_before(graph.graph[0], node)
+    else:
+        graph.graph.insert_after(after, node)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_quick_verification_sees_every_kind_of_fault(
+    export: Path, model: GraloraModel, tmp_path: Path, fault: str
+) -> None:
+    path = damaged(export, tmp_path / "onnx", lambda graph: _damage(fault, graph))
+    report = verify_onnx(path, model, level="quick")
+    assert not report.passed
+
+
+def test_a_quick_verification_runs_a_tenth_of_the_tokens(export: Path, model: GraloraModel) -> None:
+    seen: dict[str, int] = {}
+    for level in ("quick", "full"):
+        ids: list[int] = []
+        hook = model.graph_module.register_forward_pre_hook(
+            lambda _, args, kwargs, ids=ids: ids.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        report = verify_onnx(export, model, level=level)  # type: ignore[arg-type]
+        hook.remove()
+        assert report.passed
+        assert report.level == level
+        assert f"{level} verification, compared with the PyTorch model with 'default' active" in str(report)
+        seen[level] = len(ids)
+    assert 6 * seen["quick"] <= seen["full"]
+
+
+def test_the_manifest_says_which_level_was_run(export: Path, model: GraloraModel, tmp_path: Path) -> None:
+    assert json.loads((export / "gralora_export.json").read_text())["verification"]["level"] == "full"
+    quick = export_onnx(model, tmp_path / "onnx", quantize="int4").verification
+    assert quick is not None
+    found = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["verification"]
+    assert found["level"] == quick.level == "quick"
+    assert found["reference"] == "the PyTorch model with 'default' active, its weights rounded as the export's are"
+
+
+@pytest.mark.parametrize("level", ["slow", "", None, True])
+def test_other_levels_are_refused(export: Path, model: GraloraModel, level: Any) -> None:
+    with pytest.raises(ExportError, match=r"level=.* is not available; take 'quick' or 'full'"):
+        verify_onnx(export, model, level=level)
 
 
 def test_a_wrong_weight_is_seen(export: Path, model: GraloraModel, tmp_path: Path) -> None:
@@ -224,9 +315,19 @@ def test_an_export_of_another_base_is_refused(export: Path, model: GraloraModel)
         verify_onnx(export, merge(model))
 
 
-def test_another_adapter_of_the_same_base_is_seen(export: Path) -> None:
+def test_another_adapter_of_the_same_base_is_refused(export: Path, model: GraloraModel, tmp_path: Path) -> None:
     traced = trace(tiny_model("llama", **SIZES), task="text-generation-with-past")
-    assert not verify_onnx(export, traced).passed
+    sizes = r"the adapter 'default' \(r=4, hybrid_r=0, alpha=64, gralora_k=2, SHA-256 [0-9a-f]{12}\)"
+    with pytest.raises(ExportError, match=f"was exported with {sizes}, but the given model has no active adapter"):
+        verify_onnx(export, traced)
+    other = adapted()
+    with torch.no_grad():
+        next(p for p in other.parameters() if p.requires_grad).add_(1e-4)
+    with pytest.raises(ExportError, match=f"was exported with {sizes}, but the given model has {sizes} active; give"):
+        verify_onnx(export, other)
+    export_onnx(traced, tmp_path / "onnx", verify=False)
+    with pytest.raises(ExportError, match=f"was exported without an adapter, but the given model has {sizes} active"):
+        verify_onnx(tmp_path / "onnx", model)
 
 
 def test_a_fresh_head_that_an_adapter_replaces_is_no_other_base(tmp_path: Path) -> None:
