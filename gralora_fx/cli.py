@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -29,17 +32,33 @@ app = typer.Typer(
 _notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def _utf8(value: Any) -> Any:
+    """A value of an option, or several, whose bytes are text: what the system hands over is not always."""
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        try:
+            str(part).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{str(part)[:80]!a} is not valid UTF-8; give text in UTF-8") from error
+    return value
+
+
 def _name(name: str | None) -> str | None:
     """A directory or hub id, which is not empty."""
     if name is not None and not name.strip():
         raise ConfigError("--model and --adapter take a local directory or a hub id, but one of them is empty")
-    return name
+    return _utf8(name)  # type: ignore[no-any-return]
 
 
 def _task(task: str | None) -> str | None:
     """A task's name, checked before anything is imported."""
-    check_task(task)
+    check_task(_utf8(task))
     return task
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"gralora-fx {version('gralora-fx')}")
+        raise typer.Exit
 
 
 def _either(choices: tuple[str, ...]) -> str:
@@ -56,7 +75,16 @@ Task = Annotated[
     str | None,
     typer.Option(metavar="TASK", help=f"Task, by optimum's names:\n\n\b\n{_TASKS}", callback=_task),
 ]
-Output = Annotated[Path, typer.Option(help="The export directory.")]
+Output = Annotated[Path, typer.Option(help="The export directory.", callback=_utf8)]
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 @app.command()
@@ -64,8 +92,11 @@ def inspect(
     model: Model = None,
     adapter: Adapter = None,
     task: Task = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with the graph's picture and heat maps.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Also write the picture alone.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page with the graph's picture and heat maps.", callback=_utf8),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write the picture alone.", callback=_utf8)] = None,
     full: Annotated[bool, typer.Option("--full", help="Draw layers that look alike one by one.")] = False,
 ) -> None:
     """Trace a model and print its linear call sites, or what an adapter does with each of them."""
@@ -206,7 +237,8 @@ def verify(
         typer.Option("--verify", metavar=_either(LEVELS), help="How thoroughly to compare.  [default: full]"),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.", callback=_utf8),
     ] = None,
     files: Annotated[
         bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
@@ -228,6 +260,10 @@ def verify(
         exported = manifest.get("task")
         if exported is not None and task not in (None, exported):
             raise ExportError(f"{output} was exported for the task {exported}, not {task}; leave --task out")
+        if prompt and exported != "text-generation-with-past":
+            raise ExportError(
+                f"{output} was exported for the task {exported}, which generates no text; leave --prompt out"
+            )
         check_given_adapter(manifest, str(output), adapter)
         loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
         with timed("verify"):
@@ -249,7 +285,7 @@ def _verify_files(output: Path, others: list[str]) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="Where to write.", callback=_utf8)] = Path("runs/demo"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the split, the initial values and the batches.")] = 0,
 ) -> None:
@@ -259,16 +295,41 @@ def demo(
     run(output, epochs=epochs, seed=seed)
 
 
+_ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
+_CLOSED = 141  # its status for SIGPIPE
+
+
 def main() -> None:
     """Run the command line; errors of gralora-fx end it with a line, and one for each problem, and status 1."""
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("ignore", FutureWarning)  # for who calls the libraries underneath
     try:
         app()
     except GraloraError as error:
         _notes.print(f"error: {error}", markup=False)
         sys.exit(1)
+    except SystemExit as end:
+        if end.code in _ENDS:
+            _notes.print(f"{_ENDS[end.code]}; nothing was left half written")
+        _flush(end)
+        raise
     finally:
         gc.freeze()  # what is left goes with the process; to look through it once more takes a second
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning as a line of its own, without the line of code that it was raised for."""
+    _notes.print(f"warning: {message}", markup=False)
+
+
+def _flush(end: SystemExit) -> None:
+    """Write what was printed; a reader that has gone, as `head` does, is told by the status alone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter flushes once more
+        end.code = end.code or _CLOSED
 
 
 def _terminate(number: int, _: object) -> NoReturn:

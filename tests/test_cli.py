@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from tiny_tokenizers import tiny_tokenizer
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
-from gralora_fx.cli import app
+from gralora_fx.cli import app, main
 from gralora_fx.errors import CheckpointError, ExportError, GraloraError, TraceError
 from gralora_fx.serving import load
 from gralora_fx.tasks import TASKS
@@ -210,6 +212,7 @@ def test_a_named_task_is_taken_as_it_is(decoder: Path, tmp_path: Path) -> None:
         (("--block-size", "32"), "--block-size has no effect without --quantize"),
         (("--accuracy-level", "1"), "--accuracy-level has no effect without --quantize"),
         (("--task", "poetry"), "unknown task 'poetry'; take one of feature-extraction, "),
+        (("--model", " "), "take a local directory or a hub id, but one of them is empty"),
         (("--verify", "slow"), "verify='slow' is not available; take 'quick' or 'full'"),
         (("--verify", "full", "--no-verify"), "--verify full contradicts --no-verify"),
         (("--verify", "quick", "--stream"), "--verify quick contradicts --stream"),
@@ -303,6 +306,67 @@ def test_help_and_wrong_options_wait_for_no_library() -> None:
         "print([name for name in ('torch', 'transformers', 'onnx', 'numpy') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_version_is_told() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"gralora-fx {version('gralora-fx')}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["export", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
+    """As `| head` leaves it: what is printed at once and what is printed at the end."""
+    command = [sys.executable, "-m", "gralora_fx.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() != 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify", "--output", "x", "--prompt", "fine", "--prompt", "no \udcff"),
+        ("export", "--output", "\udcff"),
+        ("inspect", "--model", "\udcff"),
+        ("inspect", "--task", "\udcff"),
+    ],
+)
+def test_bytes_that_are_not_text_are_refused(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gralora-fx", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 1
+    assert re.fullmatch(r"error: '(no )?\\udcff' is not valid UTF-8; give text in UTF-8", shown[0])
+
+
+def test_problems_stand_on_lines_of_their_own(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--model", str(checkpoint / "base"), "--task", "text-classification", "--output", "/no/such/output"]
+    monkeypatch.setattr(sys, "argv", ["gralora-fx", "export", *named])
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-3].startswith(f"error: {checkpoint / 'base'} lacks tensors of BertForSequenceClassification")
+    assert shown[-2:] == ["- missing classifier.bias [3]", "- missing classifier.weight [3, 32]"]
+
+
+def test_warnings_are_lines_of_their_own(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((checkpoint / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "gralora_dropout": -1}))
+    monkeypatch.setattr(sys, "argv", ["gralora-fx", "inspect", "--adapter", str(tmp_path)])
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert f"warning: {tmp_path / 'adapter_config.json'}: gralora_dropout=-1 is read as 0, as PEFT reads it" in lines
 
 
 def test_export_streams_quantizes_and_is_verified_afterwards(tmp_path: Path) -> None:

@@ -182,6 +182,10 @@ def test_an_interrupted_export_leaves_nothing_half_written(
         assert len(list(output.parent.iterdir())) == 2
         process.send_signal(number)
         assert process.wait(30) != 0
+        assert process.stderr is not None
+        lines = [line for line in process.stderr.read().splitlines() if not line.endswith(" s")]  # but the stages
+        ends = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+        assert lines == ([f"{ends[number]}; nothing was left half written"] if number in ends else [])
     assert (output / "model.onnx").read_text() == "earlier"
     if number == signal.SIGKILL:  # no process can clean up then: the next run does
         assert len(list(output.parent.iterdir())) == 2
