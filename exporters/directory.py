@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ def check_output(directory: str | Path) -> Path:
         raise ExportError("the output is the current directory, which cannot be replaced; give another one")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ExportError(f"{path} is not a directory; give another output directory")
+    parent = next((ancestor for ancestor in path.absolute().parents if ancestor.exists()), Path("/"))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ExportError(f"{path} cannot be made, since {parent} is not writable; give another output directory")
     if path.is_dir() and any(path.iterdir()) and not _is_export(path):
         raise ExportError(
             f"{path} is not empty and holds no {MANIFEST_NAME}, so it is no earlier export; "

@@ -75,7 +75,7 @@ class LoadReport:
         """
         if problems := self.problems(supplied):
             raise CheckpointError(
-                f"{self.name} lacks tensors of {self.class_name}, which would have random values; {advice}:\n"
+                f"{self.name} does not hold all of {self.class_name}, so that it would have random values; {advice}:\n"
                 f"{listed(problems)}"
             )
 

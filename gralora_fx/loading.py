@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from gralora_fx.adapter_tasks import task_of, with_past
 from gralora_fx.checkpoint import base_names, read_adapter
@@ -19,11 +18,11 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import CheckpointError, ConfigError, GraloraError, TargetError, TraceError, first_line
 from gralora_fx.load_report import LoadReport, listed
 from gralora_fx.model import GraloraModel
+from gralora_fx.model_classes import class_for, warn_of_another_head
 from gralora_fx.model_files import check_model_files
-from gralora_fx.shards import attach_shards, empty_model
+from gralora_fx.shards import attach_shards, check_readable, empty_model
 from gralora_fx.sources import resolve_directory
 from gralora_fx.stages import timed
-from gralora_fx.tasks import check_task
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import infer_task
 from gralora_fx.tracing.trace import trace
@@ -31,17 +30,6 @@ from gralora_fx.tracing.traced import TracedModel
 
 _log = logging.getLogger(__name__)
 
-_AUTO_CLASSES = {
-    "feature-extraction": "AutoModel",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "text-generation": "AutoModelForCausalLM",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
-    "image-classification": "AutoModelForImageClassification",
-}
 _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
 
@@ -79,32 +67,41 @@ def load_with_report(
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
+        CheckpointError: A file of its weights is damaged.
     """
-    check_model_files(name, TraceError)
+    directory = check_model_files(name, TraceError)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name)
-            model, info = _class_for(config, task).from_pretrained(
+            model, info = class_for(config, task).from_pretrained(
                 name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except GraloraError:
         raise
     except Exception as error:  # transformers, safetensors and pickle raise types of their own
+        if directory is not None:
+            check_readable(directory)
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
-    return model.eval(), LoadReport.of(str(name), model, info)
+    report = LoadReport.of(str(name), model, info)
+    if not report.problems():
+        warn_of_another_head(config, type(model).__name__, name)
+    return model.eval(), report
 
 
-def _check_values(report: LoadReport, supplied: Set[str], allow_random_head: bool, num_labels: int | None) -> None:
+def _check_values(
+    report: LoadReport, supplied: Set[str], allow_random_head: bool, num_labels: int | None, made_for: str | None = None
+) -> None:
     """Refuse tensors with random values, or say which have some."""
     heads = {key for key, (_, own) in report.mismatched.items() if own[:1] == (num_labels,)}  # of other classes
     if allow_random_head and report.mismatched.keys() <= heads | set(supplied):
         for problem in report.problems(supplied):
             _log.warning("%s: %s, so it has random values", report.name, problem)
         return
+    base = f"the base that the adapter was made for ({made_for})" if made_for else "a checkpoint that has them"
     advice = (
-        "give a checkpoint that has them, the --task it was saved for, an adapter that brings them (modules_to_save), "
-        "or --allow-random-head (allow_random_head=True) for a head that is still to be trained"
+        f"give {base}, the --task it was saved for, an adapter that brings them (modules_to_save), or "
+        "--allow-random-head (allow_random_head=True) for a head that is still to be trained"
     )
     report.check(supplied, advice=advice)
 
@@ -134,7 +131,7 @@ def load_streamed(
             config.dtype = torch.float32  # as `load_model`
             if num_labels is not None:
                 config.num_labels = num_labels
-            model_class = _class_for(config, task)
+            model_class = class_for(config, task)
             make = model_class.from_config if hasattr(model_class, "from_config") else model_class
             model = empty_model(lambda: make(config))
     except GraloraError:
@@ -142,14 +139,6 @@ def load_streamed(
     except Exception as error:  # transformers raises types of its own
         raise TraceError(f"no model can be made of {name} ({first_line(error)})") from error
     return attach_shards(model, directory, supplied)
-
-
-def _class_for(config: PreTrainedConfig, task: str | None) -> Any:
-    """The class of transformers for a task, or the one that a configuration names."""
-    check_task(task)
-    architecture = (config.architectures or [None])[0]
-    class_name = _AUTO_CLASSES.get((task or "").removesuffix("-with-past"), architecture or "AutoModel")
-    return getattr(transformers, class_name, transformers.AutoModel)
 
 
 def load_traced(
@@ -209,6 +198,11 @@ class Base:
     num_labels: int | None
     report: LoadReport | None
 
+    @property
+    def made_for(self) -> str | None:
+        """The base that the adapter says it was made for."""
+        return self.config.base_model_name_or_path if self.config else None
+
     def check(self, *, allow_random_head: bool = False) -> None:
         """Refuse a base with random values that the adapter does not replace.
 
@@ -216,7 +210,7 @@ class Base:
             CheckpointError: There are some; each is named.
         """
         if self.report is not None:
-            _check_values(self.report, self.supplied, allow_random_head, self.num_labels)
+            _check_values(self.report, self.supplied, allow_random_head, self.num_labels, self.made_for)
 
 
 def load_base(model: str | None, adapter: str | None, task: str | None, *, stream: bool = False) -> Base:
@@ -310,8 +304,7 @@ def _misfit(error: GraloraError, base: Base) -> str:
     """An adapter's misfit in terms of the command line: a headline, then a line for each problem."""
     lines = str(error).splitlines()
     problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
-    made_for = base.config.base_model_name_or_path if base.config else None
-    hint = f"it was made for {made_for}" if made_for else "it does not say which base it was made for"
+    hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"
     return (
         f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
         "so give that base with --model, or another --adapter:\n" + listed(problems)

@@ -55,22 +55,31 @@ def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
     return path
 
 
-def check_model_files(name: str | Path, error: type[GraloraError]) -> None:
+def check_model_files(name: str | Path, error: type[GraloraError]) -> Path | None:
     """Refuse a local directory that is not a saved model, before anything of it is loaded.
 
     Args:
-        name: Local directory or hub id; nothing is known of the latter.
+        name: Local directory or hub id.
         error: The error type to raise.
 
+    Returns:
+        The local directory; None for a hub id, of which nothing is known.
+
     Raises:
-        GraloraError: Of the given type: it is a file, has no `config.json`, or a configuration file is damaged.
+        GraloraError: Of the given type: there is no such directory, it has no `config.json`, or a configuration file is
+            damaged.
     """
     directory = local_directory(name, error)
     if directory is None:
-        return
+        if Path(name).is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
+            raise error(
+                f"no model can be loaded from {name} (there is no such directory); give a directory or a hub id"
+            )
+        return None
     if not (directory / _CONFIG_FILES[0]).is_file():
         raise error(f"no {_CONFIG_FILES[0]} in {directory}; give the directory of a saved model")
     check_json_objects(directory, _CONFIG_FILES, error)
+    return directory
 
 
 def check_json_objects(directory: Path, names: Sequence[str], error: type[GraloraError]) -> None:

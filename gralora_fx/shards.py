@@ -129,6 +129,17 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return {key: StoredTensor(file, key) for key, file in files.items()}
 
 
+def check_readable(directory: Path) -> None:
+    """Refuse a directory where the header of a safetensors file cannot be read, or the file is shorter than it says.
+
+    Raises:
+        CheckpointError: One cannot; it is named.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        with _opened(file):
+            pass
+
+
 def _by_parameter_name(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Stored tensors by the names that the model has for them."""
     transforms = get_model_conversion_mapping(model)

@@ -353,7 +353,7 @@ def test_problems_stand_on_lines_of_their_own(
     with pytest.raises(SystemExit):
         main()
     shown = capsys.readouterr().err.splitlines()
-    assert shown[-3].startswith(f"error: {checkpoint / 'base'} lacks tensors of BertForSequenceClassification")
+    assert shown[-3].startswith(f"error: {checkpoint / 'base'} does not hold all of BertForSequenceClassification")
     assert shown[-2:] == ["- missing classifier.bias [3]", "- missing classifier.weight [3, 32]"]
 
 

@@ -47,6 +47,7 @@ ORDER = [
     "tokenizers",
     "load_report",
     "shards",
+    "model_classes",
     "loading",
     "exporters",
     "serving",

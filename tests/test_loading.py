@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -136,12 +137,22 @@ def test_the_base_that_an_adapter_was_made_for_is_named(folder: Path, tmp_path: 
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/own-base"}))
     (adapter / "adapter_model.safetensors").write_bytes((folder / "headless/adapter_model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"give the base that the adapter was made for \(owner/own-base\)"):
+        load_traced(str(folder / "encoder"), str(adapter), CLASSIFIER)
     with pytest.raises(CheckpointError) as error:
         load_traced(str(tmp_path / "wider"), str(adapter), CLASSIFIER)
     headline, *problems = str(error.value).splitlines()
     assert "it was made for owner/own-base, so give that base with --model" in headline
     assert len(problems) == 4
     assert all(problem.startswith("- base_model.model.bert.encoder.layer.") for problem in problems)
+
+
+def test_a_base_whose_head_is_of_another_task_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_base(str(folder / "classifier"), None, CLASSIFIER)
+    assert "head was trained" not in caplog.text
+    load_base(str(folder / "classifier"), None, "token-classification")
+    message = "was saved as BertForSequenceClassification: its head was trained for text-classification, not for token-"
+    assert message in caplog.text
 
 
 # -- what is not a model ----------------------------------------------------------------------------------------------
@@ -156,6 +167,35 @@ def test_a_damaged_configuration_is_named(folder: Path, tmp_path: Path, file: st
         with pytest.raises(TraceError, match=f"{file} (cannot be read as JSON|holds)") as error:
             load(tmp_path)
         assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["BertForNothing"], "the checkpoint is a BertForNothing, which transformers does not have; give its task"),
+        ("BertModel", "architectures in config.json is 'BertModel', not a list of class names"),
+        ([3], r"architectures in config.json is \[3\], not a list of class names"),
+    ],
+)
+def test_a_class_that_is_not_one_is_named(
+    folder: Path, tmp_path: Path, names: object, message: str, stream: bool
+) -> None:
+    """Rather than loaded as a bare model, without its head."""
+    shutil.copytree(folder / "classifier", tmp_path / "base")
+    config = json.loads((folder / "classifier" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "architectures": names}))
+    with pytest.raises(TraceError, match=message):
+        load_base(str(tmp_path / "base"), None, None, stream=stream)
+
+
+def test_a_truncated_shard_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "classifier", tmp_path / "base")
+    shard = tmp_path / "base" / "model.safetensors"
+    for length in (-100, 500, 0):
+        shard.write_bytes((folder / "classifier" / "model.safetensors").read_bytes()[:length])
+        with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read"):
+            load_model(tmp_path / "base")
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,15 @@ _SAMPLES = 4000  # a quarter of a second of speech
 
 def infer_task(model: PreTrainedModel) -> str:
     """The task that a model's class name tells; `feature-extraction` for a bare model."""
-    name = type(model).__name__
-    task = next((task for head, task in _HEADS.items() if name.endswith(head)), "feature-extraction")
+    task = task_of_class(type(model).__name__)
     if task == "text2text-generation" and model.main_input_name == "input_features":
         return "automatic-speech-recognition"
     return task
+
+
+def task_of_class(name: str) -> str:
+    """The task that the name of a class of transformers tells; `feature-extraction` where it names no head."""
+    return next((task for head, task in _HEADS.items() if name.endswith(head)), "feature-extraction")
 
 
 def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:

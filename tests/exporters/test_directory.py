@@ -20,7 +20,7 @@ from torch import nn
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.directory import require_space, staged
+from gralora_fx.exporters.directory import check_output, require_space, staged
 
 
 def write(folder: Path, text: str) -> None:
@@ -126,6 +126,13 @@ def test_a_rename_that_fails_puts_the_earlier_export_back(output: Path, monkeypa
     with pytest.raises(ExportError, match="Input/output error"), staged(output) as folder:
         write(folder, "new")
     assert alone(output)
+
+
+@pytest.mark.parametrize("place", ["file/onnx", "file/not/yet/onnx"])
+def test_an_output_that_cannot_be_made_is_told_first(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"onnx cannot be made, since .*file is not writable; give another output"):
+        check_output(tmp_path / place)
 
 
 # -- an earlier export of another model --------------------------------------------------------------------------------
