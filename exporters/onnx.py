@@ -126,7 +126,7 @@ def export_onnx(
             described = reader.submit(describe_files, stage)
             if verify:
                 with timed("verify", seconds):
-                    report = verify_onnx(stage, model, level="full" if verify == "full" else "quick")
+                    report = verify_onnx(stage, model, "full" if verify == "full" else "quick")
         if report is not None and not report.passed:
             raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
         write_manifest(stage, {**manifest, "files": described.result()}, report)
@@ -193,7 +193,7 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     if isinstance(tokenizer, (str, Path)):
         loaded = load_tokenizer(tokenizer, ExportError)
         if loaded is None:
-            raise ExportError(f"no tokenizer files in {tokenizer}; give the directory that holds them")
+            raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
         tokenizer = loaded
     if not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(f"{tokenizer!r} is no tokenizer; give one of transformers, or the directory of one")

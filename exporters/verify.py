@@ -41,12 +41,12 @@ _GIVEN_STEPS = 16
 def verify_onnx(
     output_dir: str | Path,
     model: TracedModel | GraloraModel,
+    level: Literal["quick", "full"] = "full",
     *,
     inputs: Mapping[str, Tensor] | None = None,
     prompts: Sequence[Any] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
-    level: Literal["quick", "full"] = "full",
 ) -> VerifyReport:
     """Compare an export with the model on inputs that neither has seen: other sizes, padded rows, a single row.
 
@@ -58,14 +58,14 @@ def verify_onnx(
         output_dir: The export directory.
         model: The model it was exported from; a `GraloraModel` runs with its active adapters as they stand, so that a
             wrong fold would show.
+        level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once. Models
+            without a cache are compared on the same inputs either way.
         inputs: A user's own inputs, compared in addition.
         prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
             what the export's precision explains (see `tolerances`), or four times what float32 itself rounds
             where that is more (see `exact`).
         seed: Seed of the fresh inputs.
-        level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once. Models
-            without a cache are compared on the same inputs either way.
 
     Returns:
         Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
@@ -186,6 +186,9 @@ def _check_same_model(output_dir: str | Path, manifest: Mapping[str, Any], model
     """Refuse to compare an export with another model than its own: every difference would look like a fault."""
     expected, found = manifest.get("base_fingerprint"), fingerprint_of(model)
     if expected is not None and expected != found:
+        names = manifest.get("inputs")
+        if isinstance(names, dict) and all(isinstance(shape, list) for shape in names.values()):  # of a single file
+            _check_inputs(list(names), base_of(model).example_inputs)
         raise ExportError(
             f"{output_dir} was exported from another base: its weights have fingerprint {str(expected)[:12]}, those of "
             f"the given model {found[:12]}; give the base that was exported, with its adapters active rather than "
