@@ -110,8 +110,8 @@ def inspect(
         drawn = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
     for path in drawn:
         _notes.print(f"wrote {path}")
-    if report := str(base.report):
-        print(report)
+    if base.report is not None:
+        print(base.report.describe(base.supplied))
     if isinstance(loaded, GraloraModel):
         print(loaded.plans["default"])
         return

@@ -79,10 +79,22 @@ class LoadReport:
                 f"{listed(problems)}"
             )
 
-    def __str__(self) -> str:
-        """One line for each tensor that is missing, of another shape or unexpected; empty where all fit."""
-        lines = [*self.problems(), *(f"unexpected {key}" for key in self.unexpected)]
-        return f"{self.name} as {self.class_name}:\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+    def describe(self, supplied: Collection[str] = ()) -> str:
+        """How many tensors are missing, of another shape or unexpected, and a line for each.
+
+        Args:
+            supplied: Tensors that come from elsewhere.
+        """
+        lines = self.problems(supplied)
+        lines += [f"missing {key}, which the adapter brings" for key in self.missing if key in supplied]
+        lines += [
+            f"{key} has another shape, and the adapter brings its own" for key in self.mismatched if key in supplied
+        ]
+        lines += [f"unexpected {key}" for key in self.unexpected]
+        counts = (
+            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.mismatched)} of another shape"
+        )
+        return "\n".join([f"{self.name} as {self.class_name}: {counts}", *(f"- {line}" for line in lines)])
 
 
 def listed(problems: Collection[str]) -> str:
