@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
-import torch
-from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import fx
 from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.collection import fewer_collections
-from gralora_fx.errors import ExportError, GraloraError, first_line
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.export_options import check_export_options
 from gralora_fx.exporters.contents import describe_files
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, check_replaced, require_space, staged
 from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
 from gralora_fx.exporters.fingerprint import fingerprint_of
-from gralora_fx.exporters.folding import as_traced, with_values
+from gralora_fx.exporters.folding import as_traced
 from gralora_fx.exporters.genai import write_genai_config
 from gralora_fx.exporters.manifest import describe, write_manifest
-from gralora_fx.exporters.naming import name_axes, name_outputs
+from gralora_fx.exporters.naming import name_axes
+from gralora_fx.exporters.plain import plain_model
 from gralora_fx.exporters.precision import in_precision, precision_of, take_float32
 from gralora_fx.exporters.quantization import Quantization, quantize_models
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
@@ -36,8 +36,8 @@ from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.cached import PAST, cached_tensors
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import set_mode
+from gralora_fx.tracing.recapture import is_operator_graph, recapture
 from gralora_fx.tracing.traced import TracedModel
-from gralora_fx.tracing.transformers_export import convert_to_onnx
 
 _WRITERS, _IN_FLIGHT = 2, 2**28  # threads that make and write weights, and the bytes they hold
 
@@ -143,24 +143,24 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     cache = traced.example_inputs.get(PAST)
     if isinstance(cache, EncoderDecoderCache):
         return encoder_decoder_models(graph_module, precision), None
+    if cache is None:
+        graph_module = _as_operators(graph_module, traced.graph_inputs)
     graph_module = in_precision(graph_module, precision, kept=cached_tensors(traced.example_inputs))
     if cache is not None:
         model, attention = decoder_model(graph_module, logits=logits)
         name_axes(model)
         return {"model": model}, attention
-    graph_module.recompile()
-    sample = traced.graph_inputs
+    return {"model": plain_model(graph_module, traced.graph_inputs)}, None
+
+
+def _as_operators(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> fx.GraphModule:
+    """The graph itself where it can be translated, else captured again; a symbolic trace calls modules, for one."""
+    if is_operator_graph(graph_module.graph):
+        return graph_module
     try:
-        with torch.no_grad():
-            model = convert_to_onnx(with_values(graph_module), sample, traced.config, dynamic=True)
-    except GraloraError:
-        raise
-    except Exception as error:  # torch.onnx raises errors of every type
-        raise ExportError(f"the graph cannot be converted to ONNX: {_reason(error)}") from error
-    DeduplicateInitializersPass()(model)
-    name_outputs(model)
-    name_axes(model)
-    return {"model": model}, None
+        return recapture(graph_module, inputs)
+    except Exception as error:  # torch.export raises errors of every type
+        raise ExportError(f"the graph cannot be captured as PyTorch's operators: {first_line(error)}") from error
 
 
 def _save(onnx_models: dict[str, ir.Model], stage: Path, output_dir: str | Path) -> None:
@@ -210,11 +210,3 @@ def _refuse_unfit(traced: TracedModel) -> None:
     if not traced.example_inputs:
         raise ExportError("the trace has no example inputs, which the export runs with; give them to trace()")
     precision_of(traced.graph_module)
-
-
-def _reason(error: BaseException) -> str:
-    """The sentence in an exporter's long report that says what went wrong."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -12,18 +12,17 @@ from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
-from torch import fx, nn
+from torch import Tensor, fx
 from transformers import DynamicCache, PreTrainedModel
-from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
+from transformers.exporters import DynamoConfig, DynamoExporter
 from transformers.exporters import utils as exporter_utils
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
-from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
-from transformers.exporters.utils import apply_fx_node_fixes
+from transformers.exporters.exporter_onnx import _IR_FIXES, _ONNX_TRANSLATION_TABLE
+from transformers.exporters.utils import apply_fx_node_fixes, get_leaf_tensors
 
 from gralora_fx.tracing.attention import fused_attention
 from gralora_fx.tracing.cached import PAST, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.cheap_shapes import cheap_shapes
-from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.known_code import known_as_operators
 from gralora_fx.tracing.quiet import quiet
 
@@ -133,26 +132,6 @@ def _is_imported(path: str) -> bool:
     return parts[:2] != ["transformers", "models"] or ".".join(parts[:4]) in sys.modules
 
 
-def convert_to_onnx(graph_module: fx.GraphModule, inputs: Mapping[str, Any], config: Any, *, dynamic: bool) -> ir.Model:
-    """Convert a traced graph to ONNX.
-
-    Args:
-        graph_module: A graph over parameters, in evaluation mode.
-        inputs: Its inputs by name.
-        config: The source model's configuration, or None.
-        dynamic: Whether axes may vary.
-
-    Returns:
-        The ONNX model, its weights shared with the graph's parameters where their layout allows.
-    """
-    module = _Callable(_with_real_copies(graph_module), config)
-    shapes = dynamic_axes(inputs) if dynamic else None
-    with quiet():
-        exported = OnnxExporter().export(module, dict(inputs), OnnxConfig(dynamic=dynamic, dynamic_shapes=shapes))
-    program: ir.Model = exported.program
-    return program
-
-
 def onnx_translations() -> dict[Any, Any]:
     """The ONNX forms that transformers itself has for operators, such as those of experts, as onnxscript functions."""
     return dict(_ONNX_TRANSLATION_TABLE)
@@ -163,27 +142,19 @@ def fix_for_onnx(graph_module: fx.GraphModule) -> None:
     apply_fx_node_fixes("onnx", graph_module)
 
 
-class _Callable(nn.Module):
-    """A graph as the module with a keyword forward that the exporter takes; handed over bare, it is refused."""
-
-    def __init__(self, graph_module: fx.GraphModule, config: Any) -> None:
-        super().__init__()
-        self.graph_module = graph_module
-        self.config = config
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.graph_module(**inputs)
+def fix_model(model: ir.Model) -> None:
+    """Rewrite nodes that a provider of ONNX Runtime refuses, as transformers' exporter does; in place."""
+    for fix in _IR_FIXES:
+        fix(model.graph)
 
 
-def _with_real_copies(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with `clone` in place of `contiguous`.
+def leaf_names(values: Any) -> dict[str, Tensor]:
+    """The tensors of nested inputs or outputs by the names that transformers' exporter gives them.
 
-    Tracing again drops a `contiguous` that its own attention kernel makes needless; the kernel chosen for ONNX then
-    returns another layout, which the `view` behind it cannot take. A `clone` is never dropped, and free in ONNX.
+    Args:
+        values: A tensor, or any nesting of mappings, sequences and objects with attributes.
+
+    Returns:
+        Tensors by dotted path, such as `hidden_states.0`; a tensor alone is `output`.
     """
-    graph = copy_graph(graph_module)
-    for node in graph.nodes:
-        if node.target is torch.ops.aten.contiguous.default:
-            node.target = torch.ops.aten.clone.default
-            node.kwargs = {"memory_format": torch.contiguous_format}
-    return fx.GraphModule(graph_module, graph)
+    return dict(get_leaf_tensors(values))

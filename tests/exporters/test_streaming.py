@@ -7,12 +7,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, rewrite, shards, trace
 from gralora_fx.deferred import defer, values_of
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import export_onnx, verify_onnx
@@ -57,11 +58,53 @@ def test_weights_of_half_precision_files_are_cast_as_loading_casts_them(tmp_path
     assert verify_onnx(tmp_path / "onnx", load_traced(base, adapter, CACHED)).passed
 
 
-def test_a_model_without_a_cache_streams_too(tmp_path: Path) -> None:
-    tiny_model("bert").save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("bert", {"precision": "fp16"}), ("vit", {"quantize": "int4", "block_size": 16})],
+)
+def test_a_model_without_a_cache_streams_too(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    rewrite(trace(tiny_model(name)), ADAPTER).save_pretrained(tmp_path / "adapter")
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    for stream in (False, True):
+        model = load_traced(base, adapter, None, stream=stream)
+        export_onnx(model, tmp_path / str(stream), verify=False, **options)
+    for file in ("model.onnx", "model.onnx_data", "gralora_export.json", "config.json"):
+        assert (tmp_path / "False" / file).read_bytes() == (tmp_path / "True" / file).read_bytes(), file
+    assert verify_onnx(tmp_path / "True", load_traced(base, adapter, None)).passed
+
+
+@pytest.mark.parametrize("name", ["distilbert", "vit"])
+def test_no_more_than_two_weights_of_a_model_without_a_cache_are_read_at_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, read = 0, shards.StoredTensor.__call__
+
+    def watched(stored: shards.StoredTensor) -> torch.Tensor:
+        nonlocal most
+        values = read(stored)
+        alive.append(weakref.ref(values))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return values
+
     model = load_traced(str(tmp_path / "base"), None, None, stream=True)
+    monkeypatch.setattr(shards.StoredTensor, "__call__", watched)
     export_onnx(model, tmp_path / "onnx", verify=False)
-    assert verify_onnx(tmp_path / "onnx", trace(load_model(tmp_path / "base"))).passed
+    assert alive
+    assert most <= 2
+
+
+def test_a_graph_of_other_operators_streams_too(tmp_path: Path) -> None:
+    weight = torch.randn(4, 8)
+    graph_module = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.GELU()))
+    getattr(graph_module, "0").weight = defer(lambda: weight, (4, 8), torch.float32)
+    x = torch.randn(3, 8)
+    export_onnx(trace(graph_module, {"input": x}), tmp_path / "onnx", verify=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, getattr(graph_module, "0").bias))
+    assert torch.allclose(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), expected, atol=1e-6)
 
 
 def test_nothing_of_the_weights_is_in_memory(tmp_path: Path) -> None:
@@ -113,6 +156,14 @@ def test_a_streamed_model_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"has no values in memory.*verify=False.*gralora-fx verify"):
         export_onnx(model, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_model_without_a_cache_names_weights_without_a_source(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = tiny_model("vit")
+    with pytest.raises(ExportError, match=r"stands on the meta device and nothing says where its values are; load"):
+        export_onnx(trace(model), tmp_path / "onnx", verify=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_meta_weights_without_a_source_are_refused(tmp_path: Path) -> None:

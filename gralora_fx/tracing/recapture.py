@@ -1,0 +1,90 @@
+"""A graph captured once more: what was traced by other means, or to fixed sizes, becomes PyTorch's own operators."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
+
+from gralora_fx.tracing.clean import without_guards
+from gralora_fx.tracing.quiet import quiet
+from gralora_fx.tracing.stand_ins import stand_ins, take_own
+from gralora_fx.tracing.transformers_export import dynamic_axes
+
+_CONTROL_FLOW = {"cond", "scan"}  # what has an ONNX form
+_SCALARS = {"_operator", "math", "torch"}  # modules of the functions that compute sizes
+_PREFIX = "graph_module."
+
+
+def is_operator_graph(graph: fx.Graph) -> bool:
+    """Whether a graph consists of PyTorch's operators, with the value of each noted, and has axes that vary.
+
+    Args:
+        graph: Any graph.
+    """
+    nodes = list(graph.nodes)
+    inputs = [value for node in nodes if node.op == "placeholder" and isinstance(value := node.meta.get("val"), Tensor)]
+    varies = any(isinstance(size, torch.SymInt) for value in inputs for size in value.shape)
+    return varies and all(_is_known(node) for node in nodes)
+
+
+def _is_known(node: fx.Node) -> bool:
+    if node.op in ("get_attr", "output"):
+        return True
+    if node.op == "placeholder":
+        return "val" in node.meta or not node.users
+    if node.op != "call_function" or "val" not in node.meta:
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return str(node.target) in _CONTROL_FLOW
+    module = getattr(node.target, "__module__", "")
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or module in _SCALARS
+
+
+def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> fx.GraphModule:
+    """Capture a graph by running it once more, every axis free to vary that may.
+
+    Before: `x = input.flatten(1); y = self.act(torch.nn.functional.linear(x, w))`
+    After:  `x = aten.flatten(input, 1); y = aten.relu(aten.linear(x, w))`
+
+    Args:
+        graph_module: Any graph in evaluation mode; its parameters may stand on the meta device.
+        inputs: Its inputs by name.
+
+    Returns:
+        A graph over the same parameters, under their own names.
+    """
+    graph_module.recompile()
+    with stand_ins(graph_module) as own, quiet(), torch.no_grad():
+        named, shapes = _Named(graph_module, inputs), dynamic_axes(inputs)
+        program = torch.export.export(named, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+        captured = without_guards(program.run_decompositions({}).module(check_guards=False))
+    take_own(captured, own)
+    for node in captured.graph.nodes:
+        if node.op in ("get_attr", "call_module") and str(node.target).startswith(_PREFIX):
+            node.target = str(node.target).removeprefix(_PREFIX)
+    places = {name: module for name, module in captured.named_children() if f"{name}." != _PREFIX}
+    inner = captured.get_submodule(_PREFIX[:-1]) if hasattr(captured, _PREFIX[:-1]) else nn.Module()
+    for name, module in places.items():
+        inner.add_module(name, module)
+    return fx.GraphModule(inner, captured.graph)
+
+
+class _Named(nn.Module):
+    """A graph as a module whose signature names its inputs, where `torch.export` looks for what may vary."""
+
+    def __init__(self, graph_module: fx.GraphModule, names: Iterable[str]) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+        def forward(**inputs: Any) -> Any:
+            return self.graph_module(**inputs)
+
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+        self.forward = forward
