@@ -13,6 +13,8 @@ from gralora_fx.exporters.plain_attention import lower_attention, lower_masks
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rotary import RotaryTables
 
+_HEAD_MULTIPLE = 8  # GroupQueryAttention refuses other sizes of heads
+
 _Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with one mask share
 
 
@@ -89,6 +91,9 @@ def _unfit(node: ir.Node) -> str | None:
     sizes = [None if v is None or v.shape is None else v.shape[3] for v in (query, key, value)]
     if len({str(size) for size in sizes}) != 1:
         return f"queries, keys and values have sizes {sizes}, which differ"
+    size = known_size(query, 3)
+    if size is not None and size % _HEAD_MULTIPLE:
+        return f"its heads have a size of {size}, and the operator takes multiples of {_HEAD_MULTIPLE}"
     return None
 
 
