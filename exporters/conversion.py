@@ -19,9 +19,9 @@ from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decomposition import decompose, fold_numbers
-from gralora_fx.exporters.dot_product_attention import dot_product_attention
 from gralora_fx.exporters.operators import TRANSLATIONS
 from gralora_fx.exporters.simplify import constant_slices, out_of_place, simplify, whole_products
+from gralora_fx.exporters.translations import batch_norm, dot_product_attention
 from gralora_fx.exporters.weights import weight_tensor
 from gralora_fx.exporters.writes import without_shared_writes
 from gralora_fx.tracing.clean import copy_graph
@@ -40,6 +40,7 @@ _aten = torch.ops.aten
 # operators that take tensors of several dtypes as they are, or whose result has another by its meaning
 _MIXED = {
     _aten._to_copy.default,
+    _aten.batch_norm.default,
     _aten.embedding.default,
     _aten.gather.default,
     _aten.index.Tensor,
@@ -194,6 +195,7 @@ def _registry(opset: int) -> Any:
     registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
     if opset < OPSET:  # which has attention
         registry.register_op(_aten.scaled_dot_product_attention.default, dot_product_attention)
+    registry.register_op(_aten.batch_norm.default, batch_norm)
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)
     return registry

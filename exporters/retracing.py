@@ -55,6 +55,7 @@ def retrace(
     values = [node.meta["val"] for node in inputs]
     noted = [mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v for v in values]
     with mode, torch.no_grad():
+        noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
         parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
         parts = make_fx(functionalize(parts))(*noted)
     graph, end = nodes[-1].graph, nodes[-1].next

@@ -14,7 +14,8 @@ from gralora_fx.exporters.operators import DROP_PATH, RESHAPE, SLICE
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 _COPIES = {aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default}
 _DROPOUTS = (aten.dropout.default, DROP_PATH)
-_SHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_SHAPES = {*_VIEWS, aten.reshape.default, aten.flatten.using_ints}
 
 
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
@@ -89,6 +90,8 @@ def _constant_shape(node: fx.Node) -> None:
             sizes.append(0)
         else:
             sizes.append(-1)
+    if node.target in _VIEWS:
+        node.target = aten.reshape.default  # of a tensor whose copy may be gone, so that it is no view
     if sizes.count(-1) > 1 or not after or any(known == 0 and axis >= len(before) for axis, known in enumerate(sizes)):
         return
     if any(expression(size) == 0 for size in after):  # 0 means another thing in a constant

@@ -1,4 +1,4 @@
-"""PyTorch's attention as plain ONNX operators that ONNX Runtime fuses, where no cache is read."""
+"""ONNX forms of PyTorch's operators in place of torchlib's: faster ones, and one that torchlib refuses."""
 
 from __future__ import annotations
 
@@ -57,3 +57,46 @@ def dot_product_attention(
 
 def _number(value: float, dtype: ir.DataType) -> ir.TensorProtocol:
     return ir.tensor(np.asarray(value, dtype.numpy()), dtype=dtype)
+
+
+def batch_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Any:
+    """`BatchNormalization` by what training noted, which ONNX Runtime folds into a convolution before it.
+
+    A layer that noted nothing normalises by the mean and variance of the batch, in evaluation too.
+
+    Args:
+        x: `[batch, channels, ...]`.
+        weight: `[channels]` or None.
+        bias: `[channels]` or None.
+        running_mean: `[channels]`, or None where nothing was noted.
+        running_var: As `running_mean`.
+        training: Whether the batch's own mean and variance count.
+        momentum: Of the mean that is noted; of no effect here.
+        eps: Added to the variance.
+        cudnn_enabled: Of no effect here.
+    """
+    if not training and running_mean is not None:
+        shape = op.Shape(running_mean)
+        if weight is None:
+            weight = op.Expand(op.Constant(value=_number(1.0, running_mean.dtype)), shape)
+        if bias is None:
+            bias = op.Expand(op.Constant(value=_number(0.0, running_mean.dtype)), shape)
+        return op.BatchNormalization(x, weight, bias, running_mean, running_var, epsilon=eps)
+    rank = len(x.shape)
+    axes = op.Constant(value_ints=[0, *range(2, rank)])
+    column = op.Constant(value_ints=[1, -1, *[1] * (rank - 2)])
+    centred = op.Sub(x, op.ReduceMean(x, axes))
+    variance = op.ReduceMean(op.Mul(centred, centred), axes)
+    result = op.Div(centred, op.Sqrt(op.Add(variance, op.Constant(value=_number(eps, x.dtype)))))
+    result = result if weight is None else op.Mul(result, op.Reshape(weight, column))
+    return result if bias is None else op.Add(result, op.Reshape(bias, column))
