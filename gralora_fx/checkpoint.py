@@ -136,7 +136,9 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
     problems = [f"missing {key}" for key in wanted if key not in tensors] + extra
     for key, tensor in tensors.items():
         target = wanted[key]
-        if tensor.shape != target.shape:
+        if not isinstance(target, nn.Parameter):
+            problems.append(f"{key} is the result of a parametrization here, which cannot be written")
+        elif tensor.shape != target.shape:
             problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(target.shape)}")
         elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             problems.append(f"{key} is {tensor.dtype}, not a float tensor")
@@ -244,9 +246,9 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfi
     return config.changed(**changes)
 
 
-def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, nn.Parameter]:
+def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:
     """An adapter's trainable tensors by the keys of PEFT's file."""
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     for site_path, factors in adapter.factors.items():
         for field, tensor in factors._asdict().items():
             if tensor is not None:

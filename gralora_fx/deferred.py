@@ -32,6 +32,16 @@ def with_source(parameter: nn.Parameter, source: Callable[[], Tensor]) -> nn.Par
     return parameter
 
 
+def is_deferred(tensor: Tensor) -> bool:
+    """Whether a tensor's values are made when they are read."""
+    return hasattr(tensor, _SOURCE)
+
+
+def like_deferred(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter of the same source."""
+    return defer(getattr(parameter, _SOURCE), parameter.shape, parameter.dtype)
+
+
 def values_of(tensor: Tensor, name: str) -> Tensor:
     """The values of a tensor: its own, or its source's in its own dtype, which nothing keeps.
 

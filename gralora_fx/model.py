@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from gralora_fx.checkpoint import check_state_dict, load_tensors, read_adapter, 
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.model_class import class_for
+from gralora_fx.overlay import copy_in_mode
 from gralora_fx.passes.fold import SiteUpdate
 from gralora_fx.peft_attributes import PeftAttributes
 from gralora_fx.picture import html_of, save, svg_of
@@ -21,7 +22,10 @@ from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.reweighted import with_weights
 from gralora_fx.store import adapter_names as as_names
 from gralora_fx.switching import AdapterSwitching
+from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.traced import TracedModel
+
+_TREE = "graph_module"  # names of parameters begin with it
 
 
 class GraloraModel(AdapterSwitching, PeftAttributes):
@@ -32,8 +36,6 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
     nothing; a switch makes the graph anew and compiles it, which takes milliseconds for each hundred nodes.
     """
 
-    graph_module: fx.GraphModule
-
     def __new__(cls, traced: TracedModel) -> GraloraModel:
         """A model whose class shows the traced inputs."""
         return super().__new__(class_for(cls, traced))
@@ -42,8 +44,9 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         """Copy a traced model's graph, without an adapter; `rewrite` is the public way to make one."""
         nn.Module.__init__(self)
         self._state = AdapterGraph(traced)
-        self.graph_module = self._state.graph_module
-        self._was_trainable = [p for p in traced.tree.parameters.values() if p.requires_grad]
+        self._modules[_TREE] = self._state.base.tree
+        self._was_trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
+        self.register_load_state_dict_post_hook(_keep_up)  # type: ignore[no-untyped-call]
         super().train(traced.training)
 
     @classmethod
@@ -96,6 +99,18 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         """
         save(html_of(self, full=full), path)
 
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and `copy.deepcopy` take: everything but the graph, which is made again."""
+        modules = {name: module for name, module in self._modules.items() if name != _TREE}
+        return {**self.__dict__, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let the model own its tensors again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._modules = {_TREE: self._state.base.tree, **self._modules}
+
     # -- running and training ---------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,20 +129,37 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             TraceError: An input is missing or was not part of the trace.
             RewriteError: Labels were given, and the model has no loss for them.
         """
-        assert self._state.version  # read here, so that torch.compile looks again when the graph has changed
+        traced = self._state.base.traced
         inputs, labels = split_labels(kwargs)
         item_count = inputs.pop(ITEM_COUNT, None)
         if not labels:
-            return self.graph_module(**self.traced.bind(args, inputs))
-        if (
-            "decoder_input_ids" in self.traced.input_names
-            and inputs.get("decoder_input_ids") is None
-            and "labels" in labels
-        ):
-            inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, self.traced.shift_labels)
-        outputs = self.graph_module(**self.traced.bind(args, inputs))
-        loss = model_loss(outputs, labels, self.traced.loss_function, self.config, item_count)
+            return self._state.run(traced.bind(args, inputs))
+        if "decoder_input_ids" in traced.input_names and inputs.get("decoder_input_ids") is None and "labels" in labels:
+            inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, traced.shift_labels)
+        outputs = self._state.run(traced.bind(args, inputs))
+        loss = model_loss(outputs, labels, traced.loss_function, self.config, item_count)
         return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph that runs now: another object after every change of adapters or mode, over the same parameters.
+
+        While adapters are merged it holds the merged weights; `parameters()` and `state_dict()` of the model are the
+        base's own and the adapters' at any time.
+        """
+        return self._state.lend()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict()` gave, as any module does; merged weights are folded again from what was loaded."""
+        with self._state.writing():
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
+        """Convert or move every tensor, as `to()`, `half()` and `to_empty()` do, and fold merged weights again."""
+        with self._state.writing():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._state.keep_up()
+        return self
 
     def train(self, mode: bool = True) -> GraloraModel:
         """Switch dropout, attention dropout, adapter dropout and batch statistics."""
@@ -217,15 +249,16 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         """
         config, tensors = read_adapter(directory, revision=revision)
         if adapter_name in self._state.adapters:
-            self._state.refuse_merged("load tensors")
-            _refuse_other_config(self.installed(adapter_name), self._plan(config), adapter_name)
-            load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
+            with self._state.writing():
+                self._state.refuse_merged("load tensors")
+                _refuse_other_config(self.installed(adapter_name), self._plan(config), adapter_name)
+                load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
         else:
             self.add_adapter(adapter_name, config)
             try:
                 load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
             except CheckpointError:
-                self._state.remove(adapter_name)
+                self._state.discard(adapter_name)
                 raise
         if is_trainable is not None:
             self.installed(adapter_name).requires_grad_(is_trainable)
@@ -250,7 +283,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
                 finite. Nothing has changed, after any error.
         """
         names = None if adapter_names is None else as_names(adapter_names)
-        self._state.merge(self._state.mergeable(names), safe=safe_merge, untie=untie)
+        self._state.merge(names, safe=safe_merge, untie=untie)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
@@ -281,7 +314,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             MergeError: Nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
         """
         names = None if adapter_names is None else as_names(adapter_names)
-        own = self._state.fold_into_base(self._state.mergeable(names, again=True), safe=safe_merge, untie=untie)
+        own = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
         return with_weights(self.unload(), own)
 
     def unload(self) -> TracedModel:
@@ -290,9 +323,12 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         The model is empty afterwards; parameters that required gradients before the rewrite do so again.
         """
         self._state.clear()
-        for parameter in self._was_trainable:
-            parameter.requires_grad_(True)
-        return self.traced.with_graph(self.graph_module, self.traced.tree).train(self.training)
+        traced = self.traced
+        for name in self._was_trainable:
+            traced.tree.parameters[name].requires_grad_(True)
+        graph = copy_graph(traced.graph_module)
+        graph_module = copy_in_mode(self._state.base.tree, graph, self.training, "GraloraGraph")
+        return traced.with_graph(graph_module, traced.tree).train(self.training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
         """The weight updates of adapters, site by site; None for the active ones.
@@ -300,7 +336,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         Raises:
             RewriteError: There is no such adapter, or two of them cannot be active together.
         """
-        names = self._state.active if adapter_names is None else adapter_names
+        names = self._state.state.active if adapter_names is None else adapter_names
         found = self._state.updates(names)
         self._state.refuse_shared_copies(names)
         return found
@@ -315,3 +351,8 @@ def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: st
         raise ConfigError(
             f"adapter {name!r} exists with another configuration; delete it first or load under another name"
         )
+
+
+def _keep_up(model: GraloraModel, _: Any) -> None:
+    """After a state dict was loaded into the model, alone or as a part of another."""
+    model._state.keep_up()

@@ -107,7 +107,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
 
     def all_parameters(self) -> list[nn.Parameter]:
         """The base model's parameters and those of every adapter, each once."""
-        adapters = [p for adapter in self._state.adapters.values() for _, p in adapter.named_parameters()]
+        adapters = [p for adapter in self._state.adapters.values() for p in adapter.parameters()]
         return list({id(p): p for p in (*self.traced.tree.parameters.values(), *adapters)}.values())
 
     def get_input_embeddings(self) -> nn.Module:

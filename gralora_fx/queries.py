@@ -41,12 +41,12 @@ class AdapterQueries:
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters whose outputs are added, merged ones included."""
-        return list(self._state.active)
+        return list(self._state.state.active)
 
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that stand folded in the weights."""
-        return list(self._state.merged)
+        return list(self._state.state.merged)
 
     @property
     def traced(self) -> TracedModel:
@@ -130,7 +130,7 @@ class AdapterQueries:
         if path is not None and not any(path in adapter.copies for adapter in self._state.adapters.values()):
             self.site(path)
         found = []
-        for node in self._state.graph_module.graph.nodes:
+        for node in self._state.running.graph_module.graph.nodes:
             mark = mark_of(node)
             if mark is not None and path in (None, mark["site"]) and adapter_name in (None, mark["adapter"]):
                 found.append(node)
@@ -146,9 +146,9 @@ class AdapterQueries:
         Raises:
             RewriteError: There is no such adapter, it does not adapt the site, or several are active.
         """
-        if adapter_name is None and len(self._state.active) != 1:
-            raise RewriteError(f"{len(self._state.active)} adapters are active; name one of {list(self.configs)}")
-        adapter = self.installed(self._state.active[0] if adapter_name is None else adapter_name)
+        if adapter_name is None and len(self._state.state.active) != 1:
+            raise RewriteError(f"{len(self._state.state.active)} adapters are active; name one of {list(self.configs)}")
+        adapter = self.installed(self._state.state.active[0] if adapter_name is None else adapter_name)
         if path not in adapter.factors:
             raise RewriteError(f"adapter {adapter.name!r} has no tensors at {path!r}; adapted_sites() lists its sites")
         return adapter.factors[path]
@@ -187,7 +187,7 @@ class AdapterQueries:
 
     def _update(self, path: str, adapter_name: str | None) -> Update:
         self.site(path)
-        names = self._state.active if adapter_name is None else [adapter_name]
+        names = self._state.state.active if adapter_name is None else [adapter_name]
         updates = [adapter.update(path) for name in names if path in (adapter := self.installed(name)).factors]
         if not updates:
             raise RewriteError(f"no adapter of {names} adapts {path!r}; adapters_at() lists those that do")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 
-from torch import Tensor, fx, nn
+from torch import nn
 
 from gralora_fx.adapter import Factors
 from gralora_fx.errors import ConfigError, RewriteError
@@ -50,10 +50,10 @@ def adapter_names(names: object) -> list[str]:
     return list(given)
 
 
-def put(graph_module: fx.GraphModule, path: str, parameter: nn.Parameter) -> None:
+def put(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
     """Register a parameter at a dotted path, making the modules on the way."""
     *owners, attribute = path.split(".")
-    module: nn.Module = graph_module
+    module = root
     for owner in owners:
         if owner not in module._modules:
             module.add_module(owner, nn.Module())
@@ -61,13 +61,13 @@ def put(graph_module: fx.GraphModule, path: str, parameter: nn.Parameter) -> Non
     module.register_parameter(attribute, parameter)
 
 
-def drop(graph_module: fx.GraphModule, adapter: str) -> None:
+def drop(root: nn.Module, adapter: str) -> None:
     """Remove everything an adapter stored."""
-    root = graph_module._modules.get(ROOT)
-    if root is not None:
-        root._modules.pop(adapter, None)
-        if not root._modules:
-            del graph_module._modules[ROOT]
+    adapters = root._modules.get(ROOT)
+    if adapters is not None:
+        adapters._modules.pop(adapter, None)
+        if not adapters._modules:
+            del root._modules[ROOT]
 
 
 def factor_paths(adapter: str, site_path: str, factors: Factors) -> dict[str, str]:
@@ -79,9 +79,3 @@ def factor_paths(adapter: str, site_path: str, factors: Factors) -> dict[str, st
 def copy_path(adapter: str, name: str) -> str:
     """Attribute path of an adapter's own copy of the base's parameter `name`."""
     return f"{ROOT}.{adapter}.{name}"
-
-
-def as_parameters(factors: Factors) -> Factors:
-    """The same tensors as trainable parameters."""
-    tensors: list[Tensor | None] = [None if t is None else nn.Parameter(t) for t in factors]
-    return Factors(*tensors)  # type: ignore[arg-type]

@@ -58,9 +58,6 @@ class AdapterSwitching(AdapterQueries):
         Raises:
             RewriteError: There is no such adapter, or it is active.
         """
-        self.installed(adapter_name)
-        if adapter_name in self._state.active:
-            raise RewriteError(f"adapter {adapter_name!r} is active; set another one before deleting it")
         self._state.remove(adapter_name)
 
     def add_weighted_adapter(
@@ -113,7 +110,7 @@ class AdapterSwitching(AdapterQueries):
             RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is as
                 it was.
         """
-        self._state.set_passes([*self._state.passes, graph_pass])
+        self._state.add_pass(graph_pass)
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
         """Take back a pass that was added.
@@ -121,10 +118,7 @@ class AdapterSwitching(AdapterQueries):
         Raises:
             RewriteError: It was not added.
         """
-        if graph_pass not in self._state.passes:
-            raise RewriteError(f"{graph_pass!r} is no pass of this model; there are {list(self._state.passes)}")
-        index = self._state.passes.index(graph_pass)
-        self._state.set_passes([*self._state.passes[:index], *self._state.passes[index + 1 :]])
+        self._state.remove_pass(graph_pass)
 
     def _plan(self, config_or_plan: GraloraConfig | RewritePlan) -> RewritePlan:
         if isinstance(config_or_plan, GraloraConfig):

@@ -1,15 +1,17 @@
-"""One adapter in a rewritten graph: where its tensors are, and how its parts go in and out."""
+"""One adapter in a rewritten model: where its tensors are, and how its parts go into a graph."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gralora_fx.adapter import Factors, Update, initial_factors
+from gralora_fx.adapters.storage import CopyTable, FactorTable
 from gralora_fx.config import GraloraConfig
 from gralora_fx.deferred import values_of
 from gralora_fx.errors import RewriteError
@@ -17,14 +19,15 @@ from gralora_fx.module_tree import ModuleTree
 from gralora_fx.passes.insert import insert_adapter
 from gralora_fx.passes.own import own_parameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
-from gralora_fx.store import as_parameters, copy_path, drop, factor_paths, put
+from gralora_fx.sites import LinearSite
+from gralora_fx.store import copy_path, factor_paths, put
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class InstalledAdapter:
-    """An adapter whose tensors stand in a graph module.
+    """An adapter whose tensors a module tree owns; everything here reads them from it, and holds none.
 
     Attributes:
         name: The adapter's name.
@@ -36,56 +39,69 @@ class InstalledAdapter:
 
     name: str
     plan: RewritePlan
-    factors: dict[str, Factors] = field(default_factory=dict)
-    copies: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    factors: FactorTable
+    copies: Mapping[str, CopyTable]
 
     @classmethod
     def create(
         cls,
-        graph_module: fx.GraphModule,
+        root: nn.Module,
         name: str,
         plan: RewritePlan,
         tree: ModuleTree,
         given: Mapping[str, Factors] | None = None,
     ) -> InstalledAdapter:
-        """Store tensors, those given by site path or freshly drawn ones; the graph does not call them yet.
+        """Store tensors, those given by site path or freshly drawn ones; no graph reads them yet.
 
         Adapters of a half-precision layer are float32, as PEFT's are.
+
+        Args:
+            root: The module tree that is to own them.
+            name: The adapter's name.
+            plan: What it adapts.
+            tree: The modules of the base model.
+            given: Tensors by site path; None to draw them.
         """
-        adapter = cls(name, plan)
+        paths: dict[str, dict[str, str]] = {}
+        made: dict[str, Tensor] = {}
         for planned in plan.selected:
-            factors = _initial(planned, plan.config) if given is None else given[planned.site.path]
-            adapter.factors[planned.site.path] = as_parameters(factors)
-        made: dict[int, nn.Parameter] = {}  # one copy of a parameter with two names
-
-        def copy_of(base: str) -> nn.Parameter:
-            original = tree.parameters[base]
-            if id(original) not in made:
-                made[id(original)] = nn.Parameter(values_of(original, base).clone())
-            return made[id(original)]
-
+            site_path = planned.site.path
+            factors = _initial(planned, plan.config) if given is None else given[site_path]
+            paths[site_path] = factor_paths(name, site_path, factors)
+            made |= {path: getattr(factors, field) for field, path in paths[site_path].items()}
+        copies: dict[str, list[str]] = {}
         for module in plan.saved_modules:
-            names = [base for base in tree.parameters if base.startswith(f"{module}.")]
-            adapter.copies[module] = {base: copy_of(base) for base in names}
+            copies[module] = [base for base in tree.parameters if base.startswith(f"{module}.")]
         for bias in plan.trained_biases:
-            adapter.copies.setdefault(bias.rpartition(".")[0], {}).setdefault(bias, copy_of(bias))
-        for path, parameter in adapter.named_parameters():
-            put(graph_module, path, parameter)
-        return adapter
+            owned = copies.setdefault(bias.rpartition(".")[0], [])
+            owned += [bias] if bias not in owned else []
+        copied: dict[int, nn.Parameter] = {}  # one copy of a parameter with two names
+        for base in (base for owned in copies.values() for base in owned):
+            original = tree.parameters[base]
+            if id(original) not in copied:
+                copied[id(original)] = nn.Parameter(values_of(original, base).clone())
+            made[copy_path(name, base)] = copied[id(original)]
+        for path, tensor in made.items():
+            put(root, path, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+        tables = {module: CopyTable(root, {b: copy_path(name, b) for b in owned}) for module, owned in copies.items()}
+        return cls(name, plan, FactorTable(root, paths), tables)
 
     @property
     def config(self) -> GraloraConfig:
         """The adapter's configuration."""
         return self.plan.config
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trainable parameter by its attribute path in the graph module."""
-        for site_path, factors in self.factors.items():
-            for field_name, path in factor_paths(self.name, site_path, factors).items():
-                yield path, getattr(factors, field_name)
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trainable tensor by its attribute path in the tree."""
+        for path in self.factors.attributes():
+            yield path, self.factors.tensor(path)
         for owned in self.copies.values():
             for base, parameter in owned.items():
                 yield copy_path(self.name, base), parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every trainable parameter, those behind a parametrization instead of what it gives."""
+        yield from self.factors.container(self.name).parameters()
 
     def update(self, site_path: str) -> Update:
         """The weight update at a site."""
@@ -99,21 +115,33 @@ class InstalledAdapter:
     def _planned(self) -> dict[str, PlannedSite]:
         return {planned.site.path: planned for planned in self.plan.selected}
 
+    def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> InstalledAdapter:
+        """The same adapter over other sites of the same paths, whose tensors another tree owns.
+
+        Args:
+            sites: Sites by path.
+            root: The tree.
+        """
+        selected = tuple(dataclasses.replace(p, site=sites[p.site.path]) for p in self.plan.selected)
+        rejected = tuple(dataclasses.replace(r, site=sites[r.site.path]) for r in self.plan.rejected)
+        plan = dataclasses.replace(self.plan, selected=selected, rejected=rejected)
+        copies = {module: CopyTable(root, owned.paths) for module, owned in self.copies.items()}
+        return InstalledAdapter(self.name, plan, FactorTable(root, self.factors.paths), copies)
+
     def attach(self, graph_module: fx.GraphModule) -> None:
         """Insert the adapter's subgraphs."""
         config = self.config
         for planned in self.plan.selected:
-            site, factors = planned.site, self.factors[planned.site.path]
-            differs = factors.A.dtype != site.weight.dtype
+            site, dtype = planned.site, self.factors[planned.site.path].A.dtype
             insert_adapter(
                 graph_module,
                 site,
                 self.name,
-                factor_paths(self.name, site.path, factors),
+                self.factors.paths[site.path],
                 rank=planned.rank,
                 scale=planned.scale,
                 dropout=config.gralora_dropout,
-                dtype=factors.A.dtype if differs else None,
+                dtype=dtype if dtype != site.weight.dtype else None,
             )
 
     def own(self, graph_module: fx.GraphModule, tree: ModuleTree) -> None:
@@ -127,14 +155,9 @@ class InstalledAdapter:
                     "parameters; trace the model from its nn.Module instead"
                 )
 
-    def drop(self, graph_module: fx.GraphModule) -> None:
-        """Remove the adapter's tensors."""
-        drop(graph_module, self.name)
-
     def requires_grad_(self, requires_grad: bool) -> None:
         """Let the adapter's tensors train or not."""
-        for _, parameter in self.named_parameters():
-            parameter.requires_grad_(requires_grad)
+        self.factors.container(self.name).requires_grad_(requires_grad)
 
 
 def _initial(planned: PlannedSite, config: GraloraConfig) -> Factors:

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from gralora_fx.adapter import Update, fold
 from gralora_fx.deferred import defer, raw_values_of
 from gralora_fx.errors import MergeError
+from gralora_fx.overlay import replace_parameters
+from gralora_fx.shared_memory import overlapping
 from gralora_fx.sites import LinearSite, computed_sites, match_linear_call, other_readers
 
 
@@ -91,53 +93,72 @@ def _deferred(entry: SiteUpdate) -> nn.Parameter:
 
 
 def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
-    """Fold into the weights themselves; no copy is kept.
+    """Give the weights themselves the folded values; all of them or none.
 
     Args:
         graph_module: The graph of the sites, over their weights.
         work: Sites and their updates.
-        safe: Whether to check first, one site at a time, that every result is finite.
+        safe: Whether to check first that every result is finite.
 
     Raises:
-        MergeError: A weight would not be finite (`safe`), or is tied to another layer. No weight has changed then.
+        MergeError: A weight would not be finite (`safe`), or is tied to another layer. No weight has changed then, nor
+            after any other error.
     """
     work = list(work)
-    check_foldable(graph_module, [entry.site for entry in work])
-    refuse_shared(graph_module, [entry.site for entry in work])
-    with torch.no_grad():
-        if safe:
-            for entry in work:
-                result = fold(entry.site.weight, entry.updates, transposed=entry.site.kind == "conv1d")
-                _refuse_non_finite({entry.site.path: result})
-        for entry in work:
-            weight = entry.site.weight
-            fold(weight.data, entry.updates, transposed=entry.site.kind == "conv1d", out=weight.data)
+    weights = folded_weights(graph_module, work, safe=safe)
+    replace_values([(entry.site.weight, weights[entry.site.path]) for entry in work])
 
 
-def set_weights(graph_module: fx.GraphModule, sites: Sequence[LinearSite], weights: Mapping[str, nn.Parameter]) -> None:
-    """Let the calls of sites read other weights, by site path; no node changes."""
+def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Let parameters hold other values, which are not copied: all of them, or none after any error.
+
+    Args:
+        updates: Parameters, each with its new values.
+    """
+    before = [parameter.data for parameter, _ in updates]
+    try:
+        for parameter, values in updates:
+            parameter.data = values.data
+    except BaseException:
+        for (parameter, _), values in zip(updates, before, strict=True):
+            parameter.data = values
+        raise
+
+
+def set_weights(
+    graph_module: fx.GraphModule, sites: Sequence[LinearSite], weights: Mapping[str, nn.Parameter]
+) -> tuple[str, ...]:
+    """Let the calls of sites read other weights, by site path; no node changes.
+
+    Returns:
+        The attribute paths at which the weights now stand in `graph_module`.
+    """
     by_name = {node.name: node for node in graph_module.graph.nodes}
+    found: dict[str, nn.Parameter] = {}
     for site in sites:
         if site.path not in weights:
             continue
         for name in site.calls:
             call = match_linear_call(by_name[name])
             if call is not None:
-                owner, _, attribute = str(call.weight.target).rpartition(".")
-                graph_module.get_submodule(owner)._parameters[attribute] = weights[site.path]
+                found[str(call.weight.target)] = weights[site.path]
+    replace_parameters(graph_module, found)
+    return tuple(found)
 
 
 def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
     """What else reads the weights of sites, in words, by path of the sites that share theirs."""
     found: dict[str, str] = {}
     sites = list(sites)
-    others = other_readers(graph_module, sites)
+    others, memory = other_readers(graph_module, sites), _sharing_memory(graph_module, sites)
     for site in sites:
         readers = others[site.path]
         if site.tied_with:
             found[site.path] = f"tied with {', '.join(site.tied_with)}"
         elif readers:
             found[site.path] = f"read by {', '.join(readers)} outside a linear call"
+        elif site.path in memory:
+            found[site.path] = f"in memory that {', '.join(memory[site.path])} uses too"
     return found
 
 
@@ -150,6 +171,19 @@ def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
             "can be folded into it; remove it before tracing (torch.nn.utils.parametrize.remove_parametrizations), or "
             "leave the layer out of target_modules"
         )
+
+
+def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -> dict[str, tuple[str, ...]]:
+    """Other tensors of a graph that share memory with the weights of sites, by the sites' paths."""
+    tensors: dict[str, Tensor] = dict(graph_module.named_parameters())
+    tensors |= dict(graph_module.named_buffers())
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    for site in sites:
+        if id(site.weight) not in names:  # a layer without a call
+            names[id(site.weight)] = f"{site.path}.weight"
+            tensors[names[id(site.weight)]] = site.weight
+    shared = overlapping(tensors)
+    return {site.path: shared[name] for site in sites if (name := names[id(site.weight)]) in shared}
 
 
 def refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:

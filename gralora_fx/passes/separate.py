@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from torch import fx
 
 from gralora_fx.errors import MergeError
-from gralora_fx.passes.marks import mark, mark_of
+from gralora_fx.overlay import replace_parameters
+from gralora_fx.passes.marks import mark
 from gralora_fx.sites import LinearSite, match_linear_call
-from gralora_fx.store import put
 from gralora_fx.weight_views import is_view, readers
 
 _KEY = "separated"
@@ -59,19 +59,6 @@ def separate_weights(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) 
     return made
 
 
-def drop_separated(graph_module: fx.GraphModule) -> None:
-    """Remove the attributes that `separate_weights` made; the graph that reads them must be discarded.
-
-    Args:
-        graph_module: The module of such a graph.
-    """
-    for node in graph_module.graph.nodes:
-        if (mark_of(node) or {}).get("made"):
-            owner, _, attribute = str(node.target).rpartition(".")
-            graph_module.get_submodule(owner)._parameters.pop(attribute, None)
-    graph_module._modules.pop(_KEY, None)
-
-
 def _split_readers(
     sources: Iterable[fx.Node], calls: set[fx.Node]
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
@@ -90,15 +77,15 @@ def _split_readers(
 
 def _redirect(graph_module: fx.GraphModule, site: LinearSite, users: dict[fx.Node, fx.Node], path: str) -> None:
     """Let users of a weight's nodes read the same parameter at another path."""
-    existed = _has(graph_module, path)
-    put(graph_module, path, site.weight)
+    if not _has(graph_module, path):
+        replace_parameters(graph_module, {path: site.weight})
     own: dict[fx.Node, fx.Node] = {}
     for user, source in users.items():
         if source not in own:
             with graph_module.graph.inserting_after(source):
                 own[source] = graph_module.graph.get_attr(path)
             own[source].meta |= {key: value for key, value in source.meta.items() if key != "custom"}
-            mark(own[source], site=site.path, adapter=None, separated=source.name, made=not existed)
+            mark(own[source], site=site.path, adapter=None, separated=source.name)
         user.replace_input_with(source, own[source])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 from torch import fx
 from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig
 
-from gralora_fx.errors import TargetError
+from gralora_fx.deferred import is_deferred, like_deferred
+from gralora_fx.errors import TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.out_of_reach import why_out_of_reach
 from gralora_fx.sites import LinearSite, find_sites
 from gralora_fx.tracing.as_transformers import device_of, dtype_of, main_input, view_of
 from gralora_fx.tracing.cached import PAST, batch_of, empty_cache, own_cache
 from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.graph_record import deep_copy, packed, unpacked
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.signature import CallSignature, refuse_misshapen_step
 from gralora_fx.tracing.user_pass import GraphPass, run_pass
@@ -212,6 +215,40 @@ class TracedModel:
             shift_labels=self.shift_labels,
             training=self.training,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle writes: the graph as a record of its nodes (see `graph_record`).
+
+        Raises:
+            TraceError: The graph calls a function that cannot be found by its name, or weights are left in their files.
+        """
+        if streamed := [name for name, parameter in self.tree.parameters.items() if is_deferred(parameter)]:
+            raise TraceError(
+                f"{streamed[0]} is read from its file when it is needed, so the model cannot be pickled; load it with "
+                "its weights"
+            )
+        state = {key: value for key, value in self.__dict__.items() if key != "_sites"}
+        return {**state, "graph_module": packed(self.graph_module)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the graph of its record."""
+        self.__dict__.update(state)
+        self.graph_module = unpacked(state["graph_module"])  # type: ignore[assignment]
+        self._sites = find_sites(self.graph_module, self.tree)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
+        """A copy with parameters of its own, tied where these are."""
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        for parameter in self.tree.parameters.values():
+            if is_deferred(parameter):
+                memo[id(parameter)] = like_deferred(parameter)
+        for key, value in self.__dict__.items():
+            if key not in ("graph_module", "_sites"):
+                other.__dict__[key] = copy.deepcopy(value, memo)
+        other.graph_module = deep_copy(self.graph_module, memo)
+        other._sites = find_sites(other.graph_module, other.tree)
+        return other
 
     def __repr__(self) -> str:
         """One line: what was traced, and how large it is."""

@@ -1,0 +1,130 @@
+"""The base model under adapters: one module tree owns its tensors, and its trace follows them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+from gralora_fx.errors import RewriteError
+from gralora_fx.overlay import copy_in_mode, parameter_tree
+from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.graph_record import packed, unpacked
+from gralora_fx.tracing.traced import TracedModel
+
+
+class _Place(NamedTuple):
+    """Where the tree holds a parameter of the base, and which one it was when the trace was last looked at."""
+
+    name: str
+    module: nn.Module
+    key: str
+    parameter: nn.Parameter
+
+    @property
+    def now(self) -> Tensor | None:
+        return self.module._parameters.get(self.key)
+
+
+class Base:
+    """A trace, and the module tree that owns its tensors and those of the adapters.
+
+    PyTorch replaces parameters in a module tree: `load_state_dict(assign=True)`, `.to()`, `setattr`, sharding. Sites,
+    plans and graphs name tensors of the trace, so the trace is made anew over the tree's whenever they differ.
+
+    Attributes:
+        tree: A plain module: what the graph reads, at its paths, and the adapters below `gralora`.
+    """
+
+    def __init__(self, traced: TracedModel) -> None:
+        """Begin with a trace's own parameters."""
+        copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
+        self.tree = parameter_tree(copied)
+        self.traced = traced
+        self._places = self._find_places(traced)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the trace is over the tree's tensors."""
+        return all(place.now is place.parameter for place in self._places)
+
+    @property
+    def modules(self) -> dict[int, tuple[nn.Module, str]]:
+        """The module of the tree that holds each parameter, with its name there, by the parameter's id."""
+        return {id(place.parameter): (place.module, place.key) for place in self._places}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle writes."""
+        return {"tree": packed(self.tree), "traced": self.traced}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the parameters in the tree again."""
+        self.tree, self.traced = unpacked(state["tree"]), state["traced"]
+        self._places = self._find_places(self.traced)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        """A copy with tensors of its own."""
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        other.traced = copy.deepcopy(self.traced, memo)
+        other.tree = copy.deepcopy(self.tree, memo)
+        other._places = other._find_places(other.traced)
+        return other
+
+    def follow(self) -> None:
+        """Make the trace anew over the tree's tensors.
+
+        Raises:
+            RewriteError: The tree holds something else than a parameter where one was traced.
+        """
+        now = self._parameters_now()
+        moved = {id(place.parameter): now[place.name] for place in reversed(self._places)}  # under the first name
+        names = self.traced.tree.parameters.items()
+        parameters = {name: now.get(name, moved.get(id(old), old)) for name, old in names}
+        traced, training = self.traced, self.traced.training
+        graph_module = copy_in_mode(self.tree, copy_graph(traced.graph_module), training, "TracedGraph")
+        self.traced = traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters))
+        self._places = self._find_places(self.traced)
+
+    def _parameters_now(self) -> Mapping[str, nn.Parameter]:
+        """The tree's parameters by name; those that were one stay one if they share all of their memory."""
+        first: dict[int, nn.Parameter] = {}
+        now: dict[str, nn.Parameter] = {}
+        for place in self._places:
+            parameter = place.now
+            if not isinstance(parameter, nn.Parameter):
+                raise RewriteError(
+                    f"{place.name} of the base model is not a parameter any more (it was parametrized or removed after "
+                    "the trace), so adapters cannot be changed or merged; undo that, or trace the model as it is now"
+                )
+            if place.parameter.shape != parameter.shape:
+                raise RewriteError(
+                    f"{place.name} of the base model has the shape {list(parameter.shape)} instead of "
+                    f"{list(place.parameter.shape)} since it was replaced; gather it, or trace the model as it is now"
+                )
+            same = first.setdefault(id(place.parameter), parameter)
+            if same is not parameter and _is_same_memory(same, parameter):
+                place.module._parameters[place.key] = parameter = same
+            now[place.name] = parameter
+        return now
+
+    def _find_places(self, traced: TracedModel) -> list[_Place]:
+        held = dict(traced.graph_module.named_parameters(remove_duplicate=False))
+        found = []
+        for name, parameter in held.items():
+            owner, _, key = name.rpartition(".")
+            found.append(_Place(name, self.tree.get_submodule(owner), key, parameter))
+        return found
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one in all but their identity, as a tied weight is after a state dict was assigned."""
+    return (
+        not one.is_meta
+        and one.device == other.device
+        and one.dtype == other.dtype
+        and (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+    )

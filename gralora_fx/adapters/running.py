@@ -1,0 +1,256 @@
+"""The graph that runs: made beside the one before it for every state, then swapped in by one reference."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import fx, nn
+
+from gralora_fx.adapters.base import Base
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.readers import Readers
+from gralora_fx.adapters.state import GraphState, Running, Source
+from gralora_fx.errors import RewriteError, first_line
+from gralora_fx.overlay import overlay, share_adapters
+from gralora_fx.passes.fold import set_weights
+from gralora_fx.passes.protect import protect_outputs
+from gralora_fx.passes.separate import separate_weights
+from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.tracing.modes import record_switches, set_mode
+from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.user_pass import GraphPass, run_pass
+
+
+class RunningGraph:
+    """A base model, its adapters, and the graph of the present state.
+
+    A thread that runs the model takes one reference and sees one state from beginning to end. Changes wait for each
+    other.
+
+    Attributes:
+        base: The base model; its module tree owns every tensor.
+        running: The state and its graph.
+        adapters: Adapters by name.
+    """
+
+    def __init__(self, traced: TracedModel) -> None:
+        """Begin with a traced model and no adapter."""
+        self._begin(Base(traced))
+        self.running = self._build(GraphState(training=traced.training))
+
+    def _begin(self, base: Base) -> None:
+        self.base = base
+        self.adapters: dict[str, InstalledAdapter] = {}
+        self._lock = threading.RLock()
+        self._readers = Readers()
+        self._edits = 0  # of what graphs are made from, besides their state
+
+    def __getitem__(self, name: str) -> InstalledAdapter:
+        """An adapter by name; a `RewriteError` where there is none."""
+        if not isinstance(name, str) or name not in self.adapters:
+            raise RewriteError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name]
+
+    @property
+    def state(self) -> GraphState:
+        """The present state."""
+        return self.running.state
+
+    @property
+    def traced(self) -> TracedModel:
+        """The base's trace, over the tensors that the model has now."""
+        if not self.base.is_current:
+            with self._lock:
+                self.base.follow()
+                sites = {site.path: site for site in self.base.traced.sites}
+                self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
+                self._edits += 1
+        return self.base.traced
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle writes: the base, the adapters' plans and the state, of which the graph is made again.
+
+        Raises:
+            RewriteError: One of the user's passes cannot be found by its name.
+            MergeError: Tensors have changed since they were merged.
+        """
+        with self._lock:
+            for graph_pass in self.state.passes:
+                _check_picklable(graph_pass)
+            return self._parts()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the graph again."""
+        self._begin(state["base"])
+        sites = {site.path: site for site in self.base.traced.sites}
+        adapters = [adapter.over(sites, self.base.tree) for adapter in state["adapters"]]
+        self.adapters = {adapter.name: adapter for adapter in adapters}
+        self.running = self._build(state["state"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with tensors of its own."""
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        with self._lock:
+            other.__setstate__(copy.deepcopy(self._parts(), memo))
+        return other
+
+    def _parts(self) -> dict[str, Any]:
+        self.traced  # noqa: B018  # it follows the tree
+        self.running.check_fresh()
+        return {"base": self.base, "adapters": list(self.adapters.values()), "state": self.state}
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the graph of one state, whatever is switched meanwhile.
+
+        Raises:
+            MergeError: Tensors have changed since they were merged.
+        """
+        if torch.compiler.is_compiling():
+            self.running.is_lent = True
+            return self.running.graph_module(**inputs)
+        with self._readers:
+            running = self.running
+            running.check_fresh()
+            running.is_lent |= torch.is_grad_enabled()
+            return running.graph_module(**inputs)
+
+    def lend(self) -> fx.GraphModule:
+        """The graph that runs, for someone who may keep it."""
+        running = self.running
+        running.is_lent = True
+        return running.graph_module
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write tensors while the block lasts: no other thread runs the model then."""
+        with self._readers.writing(), self._lock:
+            yield
+
+    def set_mode(self, training: bool) -> None:
+        """Switch everything in the graph that depends on the mode; the graph of the mode before is kept for it."""
+        with self._lock:
+            before = self.running
+            if training == before.state.training:
+                return
+            if (kept := before.in_other_mode) is not None and not (kept.is_edited or before.is_edited):
+                self.running = kept
+                return
+            graph = copy_graph(before.graph_module)
+            graph_module = before.graph_module
+            if set_mode(graph, training) or graph.find_nodes(op="call_module"):
+                graph_module = overlay(graph_module, graph, training)
+                graph_module.recompile()
+            self.running = before.with_mode(training, graph_module)
+            self._edits += 1
+
+    def _show_adapters(self) -> None:
+        """Let the graph module that runs hold the tensors of the adapters that there are now."""
+        share_adapters(self.running.graph_module, self.base.tree)
+        self.running.in_other_mode = None
+        self._edits += 1
+
+    # -- within -----------------------------------------------------------------------------------------------------
+
+    def _make(self, **changes: Any) -> None:
+        """Make and run the graph of the present state with other values of some fields; an error changes nothing."""
+        self.running = self._build(dataclasses.replace(self.state, **changes))
+
+    def _build(self, state: GraphState) -> Running:
+        """The graph of a state: a copy of the base's with its weights and adapters, over which the passes ran."""
+        traced = self.traced
+        graph_module = overlay(self.base.tree, copy_graph(traced.graph_module), state.training)
+        separate_weights(graph_module, [site for site in traced.sites if site.path in state.weights])
+        places = set_weights(graph_module, traced.sites, state.weights)
+        for name in state.active:
+            if name not in state.merged:
+                self.adapters[name].attach(graph_module)
+            self.adapters[name].own(graph_module, traced.tree)
+        _set_fresh_modes(graph_module.graph, state.training)
+        graph_module.graph.lint()
+        for graph_pass in state.passes:
+            run_pass(graph_module, graph_pass)
+        if state.passes:
+            protect_outputs(graph_module.graph)
+            _set_fresh_modes(graph_module.graph, state.training)
+            self._adopt(graph_module)
+        graph_module.recompile()
+        return Running(state, graph_module, self._casts(state), self._sources(state, graph_module, places))
+
+    def _adopt(self, graph_module: fx.GraphModule) -> None:
+        """Let the model own what a pass registered beside the base's modules, so that it trains and is saved."""
+        for table in ("_parameters", "_buffers", "_modules"):
+            owned: dict[str, Any] = self.base.tree.__dict__[table]
+            read = {str(node.target).partition(".")[0] for node in graph_module.graph.nodes}
+            owned |= {k: v for k, v in graph_module.__dict__[table].items() if k not in owned and k in read}
+
+    def _casts(self, state: GraphState) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
+        """The dtypes of adapters and layers, which a graph is made for."""
+        adapters = [self.adapters[name] for name in state.active if name not in state.merged]
+        return tuple((a.factors[p.site.path].A.dtype, p.site.weight.dtype) for a in adapters for p in a.plan.selected)
+
+    def _is_valid(self, running: Running) -> bool:
+        """Whether a graph is the one that its state would give now, its merged weights included."""
+        return running.is_fresh and running.casts == self._casts(running.state)
+
+    def _sources(self, state: GraphState, graph_module: fx.GraphModule, places: tuple[str, ...]) -> list[Source]:
+        """What merged weights were made from, and the tensors of the modules that were copied to hold them."""
+        if not state.merged:
+            return []
+        sources = []
+        modules = self.base.modules
+        for site in self.traced.sites:
+            if site.path in state.weights and id(site.weight) in modules:
+                sources.append(Source.of(*modules[id(site.weight)]))
+                for name in state.merged:
+                    adapter = self.adapters[name]
+                    owners = adapter.factors.owners(site.path) if site.path in adapter.factors else ()
+                    sources += [source for owner, key in owners for source in _tensor_sources(owner, key)]
+        for place in places:
+            owner, _, key = place.rpartition(".")
+            sources.append(Source.of(graph_module.get_submodule(owner), key))
+            if (module := _module_at(self.base.tree, owner)) is not None:
+                sources += [Source.of(module, other, with_values=False) for other in module._parameters]
+        return sources
+
+
+def _check_picklable(graph_pass: GraphPass) -> None:
+    try:
+        pickle.dumps(graph_pass)
+    except Exception as error:  # pickle and what it writes raise errors of many types
+        name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
+        raise RewriteError(
+            f"the graph pass {name} cannot be pickled ({first_line(error)}); define it at the top of a module, or take "
+            "it back with remove_pass() first"
+        ) from error
+
+
+def _tensor_sources(module: nn.Module, key: str) -> list[Source]:
+    """The parameters behind an attribute of a module: itself, or those of its parametrization."""
+    if key in module._parameters:
+        return [Source.of(module, key)]
+    behind = module.get_submodule(f"parametrizations.{key}")
+    return [Source.of(inner, name) for inner in behind.modules() for name in inner._parameters]
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _set_fresh_modes(graph: fx.Graph, training: bool) -> None:
+    record_switches(graph)
+    set_mode(graph, training)

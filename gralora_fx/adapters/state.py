@@ -1,0 +1,120 @@
+"""What state a rewritten graph is in, and the graph that computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.errors import MergeError
+from gralora_fx.tracing.user_pass import GraphPass
+
+
+@dataclass(frozen=True)
+class GraphState:
+    """A state of a rewritten graph.
+
+    Attributes:
+        active: Names of the adapters whose outputs are added, merged ones included.
+        merged: Names of those that are folded into `weights`.
+        weights: The folded weights by site path.
+        unties: Whether tied weights were split for that.
+        passes: The user's passes, which run over every graph.
+        training: The mode.
+    """
+
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    weights: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    unties: bool = False
+    passes: tuple[GraphPass, ...] = ()
+    training: bool = False
+
+
+class Source(NamedTuple):
+    """A tensor that a merged weight was computed from or stands beside, as it was then."""
+
+    table: Mapping[str, Tensor | None]
+    key: str
+    tensor: Tensor | None
+    values: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, module: nn.Module, key: str, *, with_values: bool = True) -> Source:
+        """A parameter of a module, as it is now; its values too, or only which it is."""
+        tensor = module._parameters[key]
+        return cls(module._parameters, key, tensor, _values(tensor) if with_values else None)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether it is the same tensor, with the values of then."""
+        tensor = self.table.get(self.key)
+        return tensor is self.tensor and (self.values is None or self.values == _values(tensor))
+
+
+class Running:
+    """A state and its graph: a reader takes one reference, and no later switch changes what it runs.
+
+    Attributes:
+        state: The state.
+        graph_module: The graph, over tensors of the parameter tree and the merged weights.
+        casts: The dtypes of adapters and layers that it was made for.
+        is_lent: Whether someone else may hold the merged weights (a caller that was given the graph, autograd, a
+            compiled program), so that their memory must not be written again.
+        in_other_mode: The same state in the other mode, if it was made.
+    """
+
+    def __init__(
+        self,
+        state: GraphState,
+        graph_module: fx.GraphModule,
+        casts: tuple[tuple[torch.dtype, torch.dtype], ...],
+        sources: Iterable[Source],
+    ) -> None:
+        """Put a state and its graph together."""
+        self.state = state
+        self.graph_module = graph_module
+        self.casts = casts
+        self.is_lent = False
+        self.in_other_mode: Running | None = None
+        self._code = graph_module.code
+        self._sources = tuple(sources)
+
+    def with_mode(self, training: bool, graph_module: fx.GraphModule) -> Running:
+        """The same state in the other mode, with its graph, over the same merged weights; each keeps the other."""
+        other = Running(dataclasses.replace(self.state, training=training), graph_module, self.casts, self._sources)
+        self.is_lent = other.is_lent = True
+        self.in_other_mode, other.in_other_mode = other, self
+        return other
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether someone has compiled the graph again since it was made."""
+        return self.graph_module.code is not self._code
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the merged weights are those of the tensors as they are now."""
+        return all(source.is_unchanged for source in self._sources)
+
+    def check_fresh(self) -> None:
+        """Refuse to compute with merged weights of tensors that have changed since.
+
+        Raises:
+            MergeError: A tensor that was folded, or a folded weight, was replaced or written.
+        """
+        if not self.is_fresh:
+            changed = next(source.key for source in self._sources if not source.is_unchanged)
+            raise MergeError(
+                f"a tensor ({changed}) changed after {', '.join(self.state.merged)} was merged, so the merged weights "
+                "are not those of the model any more; call unmerge_adapter(), and merge again"
+            )
+
+
+def _values(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Where a tensor's values are and how often they were written, which an inference tensor doesn't count."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
