@@ -130,7 +130,7 @@ class InstalledAdapter:
 
     def attach(self, graph_module: fx.GraphModule) -> None:
         """Insert the adapter's subgraphs."""
-        config = self.config
+        config, nodes = self.config, {node.name: node for node in graph_module.graph.nodes}
         for planned in self.plan.selected:
             site, dtype = planned.site, self.factors[planned.site.path].A.dtype
             insert_adapter(
@@ -142,6 +142,7 @@ class InstalledAdapter:
                 scale=planned.scale,
                 dropout=config.gralora_dropout,
                 dtype=dtype if dtype != site.weight.dtype else None,
+                nodes=nodes,
             )
 
     def own(self, graph_module: fx.GraphModule, tree: ModuleTree) -> None:

@@ -25,6 +25,7 @@ def insert_adapter(
     scale: float,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
+    nodes: Mapping[str, fx.Node] | None = None,
 ) -> tuple[fx.Node, ...]:
     """Add an adapter's output to a site's, at each of its calls.
 
@@ -42,6 +43,7 @@ def insert_adapter(
         scale: Factor of its output.
         dropout: Dropout probability of its input.
         dtype: The adapter's dtype where it differs from the layer's.
+        nodes: The graph's nodes by name, where they are known.
 
     Returns:
         The nodes inserted.
@@ -50,7 +52,7 @@ def insert_adapter(
         RewriteError: A call of the site is no longer in the graph, or no linear call any more.
     """
     graph = graph_module.graph
-    by_name = {node.name: node for node in graph.nodes}
+    by_name = {node.name: node for node in graph.nodes} if nodes is None else nodes
     inserted: list[fx.Node] = []
     for name in site.calls:
         node = by_name.get(name)
@@ -77,12 +79,14 @@ def insert_adapter(
 def _insert_at(
     graph: fx.Graph, call: LinearCall, path: str, adapter: str, names: Mapping[str, str], **options: Any
 ) -> list[fx.Node]:
-    node, before, tracer = call.node, set(graph.nodes), GraphAppendingTracer(graph)
-    with graph.inserting_before(node.next):
+    node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
+    with graph.inserting_before(after):
         tensors = {field: _proxy(graph.get_attr(attribute), tracer) for field, attribute in names.items()}
         x, y = _proxy(call.input, tracer), _proxy(node, tracer)
         result: Any = add_output(x, y, Factors(**tensors), rows=call.rows, **options)
-    made = [candidate for candidate in graph.nodes if candidate not in before]
+    made: list[fx.Node] = []
+    while (candidate := made[-1].next if made else node.next) is not after:
+        made.append(candidate)
     members = set(made)
     node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
     for candidate in made:
