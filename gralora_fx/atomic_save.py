@@ -16,9 +16,9 @@ import contextlib
 import errno
 import filecmp
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,8 +57,10 @@ def save_together(
     try:
         path = _checked(directory)
         _make_folder(path, made)
-        for other in (path.parent, *(path / folder for folder in folders if folder)):
-            _settle(other)
+        if _of_one_owner(path.parent / _COMMIT, path):
+            _settle(path.parent)
+        for folder in filter(None, folders):
+            _settle(path / folder)
         with _locked(path):
             _finish(path)
             _stage(path, folders, made)
@@ -107,10 +109,18 @@ def current_file(directory: Path, name: str) -> Path:
         directory: The directory in which it belongs; the save may have been of the directory above.
         name: The file's name.
     """
-    for unfinished in (directory / _COMMIT / name, directory.parent / _COMMIT / directory.name / name):
-        if unfinished.is_file():
-            return unfinished
-    return directory / name
+    unfinished = [directory / _COMMIT]
+    if _of_one_owner(directory.parent / _COMMIT, directory):
+        unfinished.append(directory.parent / _COMMIT / directory.name)
+    return next((folder / name for folder in unfinished if _version(folder / name)[1]), directory / name)
+
+
+def _of_one_owner(folder: Path, directory: Path) -> bool:
+    """Whether both exist and belong to one user: in a shared folder such as `/tmp`, anybody could place the first."""
+    try:
+        return folder.stat().st_uid == directory.stat().st_uid
+    except OSError:
+        return False
 
 
 def _version(path: Path) -> tuple[Path, tuple[int, ...] | None]:
@@ -197,7 +207,8 @@ def _stage(path: Path, folders: Mapping[str, Mapping[str, Writer]], made: list[P
         for place in (path / folder / name for name in files):
             if place.is_dir():
                 raise IsADirectoryError(errno.EISDIR, f"{place} is a directory")
-    stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=path))
+    stage = path / f"{_STAGE}{secrets.token_hex(4)}"
+    stage.mkdir()
     try:
         for folder, files in folders.items():
             (stage / folder).mkdir(exist_ok=True)

@@ -62,10 +62,13 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             revision: Revision of the hub repository.
 
         Raises:
+            RewriteError: The model is not traced.
             ConfigError: The adapter's configuration is missing or invalid.
             TargetError: The configuration does not fit the model.
             CheckpointError: The tensors do not fit the model.
         """
+        if not isinstance(traced, TracedModel):
+            raise RewriteError(f"cannot rewrite a {type(traced).__name__}; give what trace() returned")
         config, tensors = read_adapter(directory, revision=revision)
         model = cls(traced)
         model.add_adapter(adapter_name, config)

@@ -18,7 +18,7 @@ from traces import fresh, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.checkpoint import WEIGHTS_NAME, checkpoint_parameters
-from gralora_fx.errors import CheckpointError, ConfigError, TargetError
+from gralora_fx.errors import CheckpointError, ConfigError, RewriteError, TargetError
 
 SIZES = {
     "plain": {"r": 8, "gralora_k": 2, "alpha": 16},
@@ -362,6 +362,11 @@ def test_a_pickle_by_the_name_of_a_safetensors_file_is_refused(damaged: Path, mo
     torch.save(tensors_of(damaged / WEIGHTS_NAME), damaged / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match="no safetensors file"):
         model.load_adapter(damaged, "fresh")
+
+
+def test_a_model_that_is_not_traced_is_named(checkpoint: Path) -> None:
+    with pytest.raises(RewriteError, match="cannot rewrite a Linear; give what trace"):
+        GraloraModel.from_pretrained(torch.nn.Linear(2, 2), checkpoint)  # type: ignore[arg-type]
 
 
 def test_absent_files_are_named(damaged: Path, model: GraloraModel, tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ def read_fields(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such file, it cannot be read, it is not a JSON object, or a key is in it twice.
     """
-    if not path.is_file():
-        raise ConfigError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        data = path.read_bytes() if path.is_file() else None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from error
+    if data is None:
+        raise ConfigError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+    try:
+        fields = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of an integer with thousands of digits
         raise ConfigError(f"{path} is not valid JSON ({error}); save the adapter again") from error
     if not isinstance(fields, dict):
@@ -37,11 +39,11 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} stands in it twice")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the key {shown(name)} stands in it twice")
+        fields[name] = value
     return fields
 
 
@@ -59,8 +61,8 @@ def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: s
     parts = []
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-        value = shown(fields[name])
-        parts.append(f"{name}={value}" + (f" (is {near[0]} meant?)" if near else ""))
+        key = name if name.isidentifier() and len(name) < 60 else shown(name)
+        parts.append(f"{key}={shown(fields[name])}" + (f" (is {near[0]} meant?)" if near else ""))
     verb = "are not known fields" if len(unknown) > 1 else "is not a known field"
     warn_caller(f"{origin}: {', '.join(parts)} {verb} of a GraLoRA configuration, so nothing is done about it")
 
