@@ -185,7 +185,7 @@ def _describe_reference(model: TracedModel | GraloraModel, reference: TracedMode
 def _check_same_model(output_dir: str | Path, manifest: Mapping[str, Any], model: TracedModel | GraloraModel) -> None:
     """Refuse to compare an export with another model than its own: every difference would look like a fault."""
     expected, found = manifest.get("base_fingerprint"), fingerprint_of(model)
-    if expected is not None and expected != found:
+    if expected not in (None, found) and not _is_merged(model, str(expected)):
         names = manifest.get("inputs")
         if isinstance(names, dict) and all(isinstance(shape, list) for shape in names.values()):  # of a single file
             _check_inputs(list(names), base_of(model).example_inputs)
@@ -195,6 +195,11 @@ def _check_same_model(output_dir: str | Path, manifest: Mapping[str, Any], model
             "folded"
         )
     check_active_adapters(manifest, str(output_dir), model)
+
+
+def _is_merged(model: TracedModel | GraloraModel, fingerprint: str) -> bool:
+    """Whether weights with this fingerprint are the model's with its active adapters folded: exported after a merge."""
+    return bool(getattr(model, "active_adapters", ())) and fingerprint_of(as_traced(model)) == fingerprint
 
 
 def _check_inputs(names: list[str], case: Mapping[str, Any]) -> None:

@@ -222,3 +222,11 @@ def test_what_is_not_a_model_is_named(folder: Path, name: str, message: str) -> 
     with pytest.raises(TraceError, match=message) as error:
         load_model(name.format(folder=folder))
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(("is_dora", "kind"), [(False, "'LORA'"), (True, "'LORA' with use_dora")])
+def test_an_adapter_of_another_kind_is_named(folder: Path, tmp_path: Path, is_dora: bool, kind: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["query"], use_dora=is_dora)
+    peft.get_peft_model(tiny_model("bert", num_labels=3), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"peft_type is {kind}, not 'GRALORA'; give a GraLoRA adapter"):
+        load_base(str(folder / "classifier"), str(tmp_path), None)

@@ -228,7 +228,8 @@ class GraloraConfig:
         """
         peft_type = fields.get("peft_type")
         if str(peft_type).upper() != "GRALORA":
-            raise ConfigError(f"{origin}: peft_type is {shown(peft_type)}, not 'GRALORA'; give a GraLoRA adapter")
+            kind = f"{shown(peft_type)} with use_dora" if fields.get("use_dora") else shown(peft_type)
+            raise ConfigError(f"{origin}: peft_type is {kind}, not 'GRALORA'; give a GraLoRA adapter")
         known = {entry.name for entry in dataclasses.fields(cls)}
         absent = {name for name in _BEYOND_PEFT if fields.get(name) is None}
         values = {name: value for name, value in fields.items() if name in known - absent}
