@@ -57,6 +57,8 @@ def load_model(
     """
     model, report = load_with_report(name, task, num_labels=num_labels)
     _check_values(report, supplied, allow_random_head, num_labels)
+    if not report.problems() and supplied.isdisjoint(model.state_dict()):
+        warn_of_another_head(model, name)
     return model
 
 
@@ -83,10 +85,7 @@ def load_with_report(
         if directory is not None:
             check_readable(directory)
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
-    report = LoadReport.of(str(name), model, info)
-    if not report.problems():
-        warn_of_another_head(config, type(model).__name__, name)
-    return model.eval(), report
+    return model.eval(), LoadReport.of(str(name), model, info)
 
 
 def _check_values(
@@ -247,6 +246,8 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # so that an export with a random head can be verified later
                 loaded, report = load_with_report(name, task, num_labels=num_labels)
+    if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
+        warn_of_another_head(loaded, name)
     return Base(name, loaded, task, is_asked, adapter, config, supplied, num_labels, report)
 
 

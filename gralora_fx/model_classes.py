@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gralora_fx.errors import TraceError
 from gralora_fx.tasks import check_task
@@ -50,16 +50,15 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
     return getattr(transformers, name)
 
 
-def warn_of_another_head(config: PreTrainedConfig, class_name: str, origin: str | Path) -> None:
+def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
     """Warn where a head that was trained for one task is to do another: two classes may have the same tensors.
 
     Args:
-        config: The checkpoint's configuration.
-        class_name: The class that it was loaded as, without a tensor missing.
-        origin: Where it is, for the message.
+        model: A model whose checkpoint had all of its tensors.
+        origin: Where the checkpoint is, for the message.
     """
-    saved = _saved_class(config)
-    own, asked = task_of_class(saved or ""), task_of_class(class_name)
+    saved = _saved_class(model.config)
+    own, asked = task_of_class(saved or ""), task_of_class(type(model).__name__)
     if own != asked and own in _CLASSIFIERS and asked in _CLASSIFIERS:
         _log.warning(
             "%s was saved as %s: its head was trained for %s, not for %s; take --task %s",

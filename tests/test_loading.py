@@ -157,12 +157,27 @@ def test_the_base_that_an_adapter_was_made_for_is_named(folder: Path, tmp_path: 
     assert all(problem.startswith("- base_model.model.bert.encoder.layer.") for problem in problems)
 
 
-def test_a_base_whose_head_is_of_another_task_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load_base(str(folder / "classifier"), None, CLASSIFIER)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_base_whose_head_is_of_another_task_is_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    base = str(folder / "classifier")
+    load_base(base, None, CLASSIFIER, stream=stream)
+    config = peft.GraloraConfig(r=8, target_modules=["query"], task_type="TOKEN_CLS", init_weights=False)
+    peft.get_peft_model(tiny_model("bert", num_labels=3), config).save_pretrained(tmp_path)
+    load_base(base, str(tmp_path), None, stream=stream)  # has a head of its own
     assert "head was trained" not in caplog.text
-    load_base(str(folder / "classifier"), None, "token-classification")
+    load_base(base, None, "token-classification", stream=stream)
     message = "was saved as BertForSequenceClassification: its head was trained for text-classification, not for token-"
     assert message in caplog.text
+
+
+@pytest.mark.parametrize(("is_dora", "kind"), [(False, "'LORA'"), (True, "'LORA' with use_dora")])
+def test_an_adapter_of_another_kind_is_named(folder: Path, tmp_path: Path, is_dora: bool, kind: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["query"], use_dora=is_dora)
+    peft.get_peft_model(tiny_model("bert", num_labels=3), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"peft_type is {kind}, not 'GRALORA'; give a GraLoRA adapter"):
+        load_base(str(folder / "classifier"), str(tmp_path), None)
 
 
 # -- what is not a model ----------------------------------------------------------------------------------------------
@@ -222,11 +237,3 @@ def test_what_is_not_a_model_is_named(folder: Path, name: str, message: str) -> 
     with pytest.raises(TraceError, match=message) as error:
         load_model(name.format(folder=folder))
     assert len(str(error.value)) < 400
-
-
-@pytest.mark.parametrize(("is_dora", "kind"), [(False, "'LORA'"), (True, "'LORA' with use_dora")])
-def test_an_adapter_of_another_kind_is_named(folder: Path, tmp_path: Path, is_dora: bool, kind: str) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["query"], use_dora=is_dora)
-    peft.get_peft_model(tiny_model("bert", num_labels=3), config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=f"peft_type is {kind}, not 'GRALORA'; give a GraLoRA adapter"):
-        load_base(str(folder / "classifier"), str(tmp_path), None)
