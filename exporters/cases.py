@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import KeyPath, tree_map_with_path
 from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.exporters.context import CONTEXT_FIELDS
 from gralora_fx.exporters.naming import AXES
 from gralora_fx.tracing.cached import PAST, decoder_cache, empty_cache, pairs_of, positions
+from gralora_fx.tracing.input_trees import path_of, tensor_paths
 from gralora_fx.tracing.traced import TracedModel
 
 _LENGTHS = (1, 6, 11, 24)
@@ -53,12 +55,25 @@ def fresh_cases(model: TracedModel, seed: int, *, quick: bool = False) -> Iterat
     generator = torch.Generator().manual_seed(seed)
     if PAST in model.example_inputs:
         is_pair = isinstance(model.example_inputs[PAST], EncoderDecoderCache)
-        yield from (_step_cases if is_pair else _cached_cases)(model, generator, quick)
-        return
-    sample = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
-    if not any(AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",)) for name in sample):
+        cases = (_step_cases if is_pair else _cached_cases)(model, generator, quick)
+    else:
+        cases = _plain_cases(model, generator)
+    for description, case in cases:
+        yield description, {**model.constants, **case}
+
+
+def _plain_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Texts of several lengths, padded on either side; of other inputs, and of nested ones, several batches."""
+    inputs = model.graph_inputs
+    sample = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if len(sample) < len(inputs) or not any(
+        AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",)) for name in sample
+    ):
         for batch in (1, 3):
-            yield f"batch {batch}", {name: _like(value, batch, None, generator) for name, value in sample.items()}
+            yield (
+                f"batch {batch}",
+                {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()},
+            )
         return
     limit = _longest(model)
     for batch, length, padding in ((1, _LENGTHS[0], None), (1, _LENGTHS[3], None), (3, 11, "right"), (4, 6, "left")):
@@ -93,13 +108,13 @@ def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[s
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Inputs or outputs by the names of an exported graph, a cache by its layers."""
+    """Inputs or outputs by the names of an exported graph: nested ones by their paths, a cache by its layers."""
     found: dict[str, Tensor] = {}
     for name, value in values.items():
         if isinstance(value, (DynamicCache, EncoderDecoderCache)):
             found |= _named(value, "present" if "logits" in values else "past_key_values")
-        elif isinstance(value, Tensor):
-            found[name] = value
+        else:
+            found |= tensor_paths({name: value})
     return found
 
 
@@ -154,7 +169,7 @@ def _cached_cases(model: TracedModel, generator: torch.Generator, quick: bool) -
             if "position_ids" in case:
                 first["position_ids"] = positions(mask[:, :past])
             with torch.no_grad():
-                cache = model(**first)[PAST]
+                cache = model(**model.constants, **first)[PAST]
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
         yield name, {**case, PAST: cache}
 
@@ -212,6 +227,18 @@ def _text_like(
         ids[ids == end] = 1 if end != 1 else 0  # models that pool at the end token need one in every row
         ids[:, -1] = end
     return ids
+
+
+def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: torch.Generator) -> Any:
+    """Random values of the form of an example, with another batch where the trace lets it vary."""
+
+    def like(keys: KeyPath, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        rows, *_ = (*model.signature.fixed.get(path_of(name, keys), ()), None)
+        return _like(value, rows or batch, None, generator)
+
+    return tree_map_with_path(like, example)
 
 
 def _like(

@@ -38,7 +38,8 @@ def compare_tokens(
     empty = [case for _, case in cases if PAST in case and not case[PAST].get_seq_length()]
     case = max(empty, key=lambda case: len(case["decoder_input_ids"]))
     source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
-    found = greedy_tokens(session, source, case["decoder_input_ids"][:, :1], steps)
+    tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
+    found = greedy_tokens(session, tensors, case["decoder_input_ids"][:, :1], steps)
     cache, equal = None, []
     for place in range(steps):
         with torch.no_grad():

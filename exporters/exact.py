@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers import Cache
 
 from gralora_fx.errors import first_line
@@ -163,9 +163,7 @@ def _widened(graph_module: fx.GraphModule, round_off: _RoundOff) -> fx.GraphModu
 
 
 def _wide(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype == torch.float32 else value
     if isinstance(value, Cache):
         pairs = [[tensor.double() for tensor in pair] for pair in pairs_of(value)]
         return decoder_cache(pairs) if hasattr(value, "self_attention_cache") else cache_of(pairs)
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.dtype == torch.float32 else tensor, value)

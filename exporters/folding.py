@@ -5,7 +5,7 @@ from __future__ import annotations
 from gralora_fx.errors import ExportError
 from gralora_fx.merging import merge_deferred
 from gralora_fx.model import GraloraModel
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced import CALL_TRACE, TracedModel
 
 
 def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
@@ -19,7 +19,7 @@ def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
         return model
     if not isinstance(model, GraloraModel):
         raise ExportError(
-            f"cannot export a {type(model).__name__}; trace it first, or give a TracedModel or GraloraModel"
+            f"cannot export a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned"
         )
     return merge_deferred(model) if model.active_adapters else model.traced
 

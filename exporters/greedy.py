@@ -136,7 +136,8 @@ def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) ->
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
         try:
             with torch.no_grad():
-                outputs = model(**{n: v for n, v in inputs.items() if n in traced.input_names}, past_key_values=cache)
+                taken = {n: v for n, v in inputs.items() if n in traced.input_names}
+                outputs = model(**traced.constants, **taken, past_key_values=cache)
         except Exception as error:  # a model raises what it likes
             raise ExportError(f"the model itself fails on {prompts.description}: {first_line(error)}") from error
         cache = outputs[PAST]

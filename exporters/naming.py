@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import onnx_ir as ir
+from torch import Tensor
+
+from gralora_fx.errors import ExportError
+from gralora_fx.tracing.input_trees import leaf_paths
 
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")
@@ -38,28 +43,55 @@ def name_axes(model: ir.Model) -> None:
     has_cache = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
     for value in model.graph.inputs:
         for axis, symbol in enumerate(_symbols(value)):
-            if symbol is not None and not symbol.isdigit():
-                names.setdefault(symbol, _axis_name(str(value.name), axis, has_cache=has_cache))
+            if symbol is not None and not symbol.isdigit() and symbol not in names:
+                names[symbol] = _axis_name(str(value.name), axis, names.values(), has_cache=has_cache)
     inner = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
     for found in (*model.graph.inputs, *inner, *model.graph.outputs):
         _rename(found, names)
 
 
+def input_names(inputs: Mapping[str, Any]) -> list[str]:
+    """The names that a graph's inputs get, in order: `images.0`, `options.scales.left`.
+
+    Args:
+        inputs: What it was traced with, by name.
+
+    Raises:
+        ExportError: Two inputs would have one name.
+    """
+    paths = [path for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ExportError(f"two nested inputs of the model are called {twice!r}; name their keys without dots")
+    return paths
+
+
 def name_outputs(model: ir.Model) -> None:
-    """Name the outputs of a plain module `output`, or `output_0` and on; those of a transformers model are named."""
+    """Name the outputs of a plain module `output`, or `output_0` and on; those of a transformers model are named.
+
+    They are called `result` where an input has such a name.
+
+    Args:
+        model: The model; its outputs are renamed in place.
+    """
     outputs = model.graph.outputs
+    taken = {value.name for value in model.graph.inputs}
+    stem = "output" if taken.isdisjoint({"output", *(f"output_{index}" for index in range(len(outputs)))}) else "result"
     for index, value in enumerate(outputs):
         if not value.name or not str(value.name).isidentifier():
-            value.name = "output" if len(outputs) == 1 else f"output_{index}"
+            value.name = stem if len(outputs) == 1 else f"{stem}_{index}"
 
 
-def _axis_name(name: str, axis: int, *, has_cache: bool = False) -> str:
+def _axis_name(name: str, axis: int, taken: Collection[str], *, has_cache: bool = False) -> str:
     if name.startswith("past_key_values."):
         return _PAST[axis]
     if has_cache and name == "attention_mask" and axis == 1:
         return "total_sequence_length"
-    known = AXES.get(name, ("batch_size",))
-    return known[axis] if axis < len(known) else f"{name}_axis_{axis}"
+    own = f"{name}_axis_{axis}"
+    if name not in AXES:  # another symbol: its rows need not be as many
+        return "batch_size" if axis == 0 and "batch_size" not in taken else own
+    known = AXES[name]
+    return known[axis] if axis < len(known) else own
 
 
 def _symbols(value: ir.Value) -> list[str | None]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+import torch
 from torch import fx
 from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.collection import fewer_collections
-from gralora_fx.errors import ExportError, first_line
+from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.export_options import check_export_options
 from gralora_fx.exporters.contents import describe_files
 from gralora_fx.exporters.decoder import decoder_model
@@ -35,7 +36,7 @@ from gralora_fx.stages import timed
 from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.cached import PAST, cached_tensors
 from gralora_fx.tracing.clean import copy_graph
-from gralora_fx.tracing.modes import set_mode
+from gralora_fx.tracing.modes import draws_randomly, set_mode
 from gralora_fx.tracing.recapture import is_operator_graph, recapture
 from gralora_fx.tracing.traced import TracedModel
 
@@ -94,7 +95,7 @@ def export_onnx(
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
         traced = as_traced(model)
-        _refuse_unfit(traced)
+        _refuse_unfit(traced, verify=bool(verify))
         if verify:
             refuse_without_values(model)
         if not overwrite:
@@ -206,7 +207,25 @@ def _write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
 
 
-def _refuse_unfit(traced: TracedModel) -> None:
+def _refuse_unfit(traced: TracedModel, *, verify: bool) -> None:
     if not traced.example_inputs:
         raise ExportError("the trace has no example inputs, which the export runs with; give them to trace()")
+    (output,) = traced.graph_module.graph.find_nodes(op="output")
+    if not output.all_input_nodes:
+        raise ExportError("the model returns no tensor, so there is nothing to export; return one from its forward")
+    numbers = [str(node) for node in output.all_input_nodes if not _is_tensor(node)]
+    if numbers:
+        warn_caller(f"the model returns numbers beside tensors ({', '.join(numbers)}), which the export does not give")
+    graph = copy_graph(traced.graph_module)
+    set_mode(graph, False)
+    if verify and (drawn := draws_randomly(graph)) is not None:
+        raise ExportError(
+            f"the model draws random numbers in evaluation ({drawn}), so no two runs agree and none can be verified; "
+            "make the noise an input of its forward, or export with verify=False"
+        )
     precision_of(traced.graph_module)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a node is a tensor, as far as tracing noted."""
+    return "val" not in node.meta or isinstance(node.meta["val"], torch.Tensor)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from gralora_fx.exporters.conversion import translate
 from gralora_fx.exporters.decoder import store_as_used
-from gralora_fx.exporters.naming import name_axes, name_outputs
+from gralora_fx.exporters.naming import input_names, name_axes, name_outputs
 from gralora_fx.exporters.weights import unless_weight
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.quiet import quiet
@@ -49,7 +49,7 @@ def plain_model(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> ir.M
     DeduplicateInitializersPass()(model)  # it reads small ones alone
     CommonSubexpressionEliminationPass()(model)
     OutputFixPass()(model)
-    _name(model, list(leaf_names(dict(inputs))), outputs)
+    _name(model, input_names(inputs), outputs)
     NameFixPass()(model)
     name_outputs(model)
     name_axes(model)
@@ -91,10 +91,9 @@ def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, li
 
 
 def _name(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
-    """Give inputs and outputs their names; what is both gets a prefix."""
-    both = set(inputs) & set(outputs)
+    """Give inputs and outputs their names; an output called as an input is, gets a prefix."""
     if len(inputs) == len(model.graph.inputs):
         for value, name in zip(model.graph.inputs, inputs, strict=True):
-            value.name = f"input.{name}" if name in both else name
+            value.name = name
     for value, name in zip(model.graph.outputs, outputs, strict=True):
-        value.name = f"output.{name}" if name in both else name
+        value.name = f"output.{name}" if name in inputs else name

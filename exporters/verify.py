@@ -33,7 +33,8 @@ from gralora_fx.exporters.twin import write_float32_twin
 from gralora_fx.model import GraloraModel
 from gralora_fx.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.tracing.cached import PAST
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.input_trees import own_inputs, tensor_paths
+from gralora_fx.tracing.traced import CALL_TRACE, TracedModel
 
 _GIVEN_STEPS = 16
 
@@ -43,7 +44,7 @@ def verify_onnx(
     model: TracedModel | GraloraModel,
     level: Literal["quick", "full"] = "full",
     *,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     prompts: Sequence[Any] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -81,7 +82,7 @@ def verify_onnx(
     quick = level == "quick"
     manifest = read_manifest(output_dir)
     if not isinstance(model, (TracedModel, GraloraModel)):
-        raise ExportError(f"cannot run a {type(model).__name__}; give a TracedModel or GraloraModel")
+        raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
     refuse_without_values(model)
     _check_same_model(output_dir, manifest, model)
     session, arithmetic = _session(Path(output_dir), manifest)
@@ -266,7 +267,7 @@ def _compare(
 
 def _outputs(model: Callable[..., Any], case: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     """A model's outputs by name, the logits that the export gives."""
-    found = named_outputs(model(**case))
+    found = named_outputs(model(**own_inputs(case)))
     if manifest.get("logits") == "last":
         found["logits"] = last_logits(found["logits"], flat(case)["attention_mask"])
     return found
@@ -293,14 +294,11 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
         return {"output": outputs}
     if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), Cache):
         return flat(outputs)
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    found: dict[str, Tensor] = {}
-    for key, value in items:
-        if isinstance(value, Tensor):
-            found[str(key)] = value
-        elif isinstance(value, (Mapping, tuple, list)):
-            found |= {f"{key}.{name}": tensor for name, tensor in named_outputs(value).items()}
-    return found
+    if isinstance(outputs, (list, tuple)):
+        outputs = {str(index): value for index, value in enumerate(outputs)}
+    if isinstance(outputs, Mapping):
+        return tensor_paths({str(name): value for name, value in outputs.items()})
+    return {path.removeprefix("output."): tensor for path, tensor in tensor_paths({"output": outputs}).items()}
 
 
 def _difference(name: str, expected: Tensor, actual: Tensor) -> tuple[float, float, float | None]:

@@ -16,7 +16,7 @@ from gralora_fx.reweighted import with_weights
 from gralora_fx.store import adapter_names as as_names
 from gralora_fx.store import copy_path, put
 from gralora_fx.tracing.clean import copy_graph
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced import CALL_TRACE, TracedModel
 
 
 def merge(
@@ -70,7 +70,8 @@ def merge_deferred(model: GraloraModel, adapter_names: Sequence[str] | str | Non
 def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tuple[list[str], list[SiteUpdate]]:
     """The adapters to fold and their updates."""
     if not isinstance(model, GraloraModel):
-        raise MergeError(f"cannot merge a {type(model).__name__}; give what rewrite() returned")
+        first = "" if isinstance(model, TracedModel) else f"{CALL_TRACE} then rewrite(), and "
+        raise MergeError(f"cannot merge a {type(model).__name__}; {first}give what rewrite() returned")
     names = list(model.active_adapters) if adapter_names is None else as_names(adapter_names)
     if twice := [name for name in names if names.count(name) > 1]:
         raise MergeError(f"adapter {twice[0]!r} is named twice, and would be folded twice; name it once")

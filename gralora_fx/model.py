@@ -23,7 +23,7 @@ from gralora_fx.reweighted import with_weights
 from gralora_fx.store import adapter_names as as_names
 from gralora_fx.switching import AdapterSwitching
 from gralora_fx.tracing.clean import copy_graph
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced import TracedModel, check_traced
 
 _TREE = "graph_module"  # names of parameters begin with it
 
@@ -37,7 +37,12 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
     """
 
     def __new__(cls, traced: TracedModel) -> GraloraModel:
-        """A model whose class shows the traced inputs."""
+        """A model whose class shows the traced inputs.
+
+        Raises:
+            RewriteError: `traced` is not a traced model.
+        """
+        check_traced(traced, RewriteError, "rewrite")
         return super().__new__(class_for(cls, traced))
 
     def __init__(self, traced: TracedModel) -> None:
@@ -66,9 +71,9 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             ConfigError: The adapter's configuration is missing or invalid.
             TargetError: The configuration does not fit the model.
             CheckpointError: The tensors do not fit the model.
+            RewriteError: `traced` is not a traced model.
         """
-        if not isinstance(traced, TracedModel):
-            raise RewriteError(f"cannot rewrite a {type(traced).__name__}; give what trace() returned")
+        check_traced(traced, RewriteError, "load an adapter into")
         config, tensors = read_adapter(directory, revision=revision)
         model = cls(traced)
         model.add_adapter(adapter_name, config)

@@ -6,7 +6,7 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.model import GraloraModel
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced import TracedModel, check_traced
 
 
 def rewrite(
@@ -30,8 +30,7 @@ def rewrite(
         ConfigError: The adapter's name is invalid.
         RewriteError: The graph is not the one that was planned for. `traced` is as it was, after any error.
     """
-    if not isinstance(traced, TracedModel):
-        raise RewriteError(f"cannot rewrite a {type(traced).__name__}; give what trace() returned")
+    check_traced(traced, RewriteError, "rewrite")
     model = GraloraModel(traced)
     model.add_adapter(adapter_name, config_or_plan)
     model.freeze_base()

@@ -13,7 +13,7 @@ from gralora_fx.planning.checks import out_of_reach, problems_of, stores_transpo
 from gralora_fx.planning.rewrite_plan import PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.planning.targets import TargetRule, pattern_key, resolve_targets, saved_modules
 from gralora_fx.sites import LinearSite, names_of_site
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced import TracedModel, check_traced
 
 
 def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
@@ -31,8 +31,7 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
             not divisible by `gralora_k`, no layer of `layers_to_transform` exists, or a key of a pattern counts for
             nothing. Every problem is listed.
     """
-    if not isinstance(traced, TracedModel):
-        raise TargetError(f"cannot plan for a {type(traced).__name__}; give what trace() returned")
+    check_traced(traced, TargetError, "plan for")
     if not isinstance(config, GraloraConfig):
         raise TargetError(f"expected a GraloraConfig, but got a {type(config).__name__}; see GraloraConfig.from_peft")
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))

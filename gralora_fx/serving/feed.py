@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,17 @@ class Feed:
     is_encoder_decoder: bool = False
     position_offset: int = 0
 
+    def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs by the session's names: a list, tuple, dict or dataclass of inputs in its parts, by their paths.
+
+        Args:
+            inputs: Inputs by name.
+
+        Raises:
+            ServingError: One that has parts is given as something else.
+        """
+        return {path: part for name, value in inputs.items() for path, part in self._parts(str(name), value)}
+
     def arrays(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Arrays for every input of the session.
 
@@ -75,6 +87,20 @@ class Feed:
         self._check_equal_axes(arrays)
         self._check_length(arrays)
         return arrays
+
+    def _parts(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if name in self.inputs or not any(path.startswith(f"{name}.") for path in self.inputs):
+            yield name, value
+            return
+        parts: Mapping[Any, Any] = dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+        if isinstance(value, Mapping):
+            parts = value
+        elif not parts and dataclasses.is_dataclass(value):
+            parts = vars(value)
+        if not parts:
+            raise ServingError(f"input {name!r} is a {type(value).__name__}; give a list, tuple or dict of its parts")
+        for key, part in parts.items():
+            yield from self._parts(f"{name}.{key}", part)
 
     def _check_ids(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Refuse ids that no table holds: ONNX Runtime takes negative ones, and counts them from the end."""
@@ -156,7 +182,7 @@ def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
         least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
         if int(array.min()) < least or int(array.max()) > most:
             raise ServingError(f"input {name!r} holds {array.max()}, which {dtype} does not hold")
-    return np.ascontiguousarray(array, dtype=dtype)
+    return np.asarray(array, dtype=dtype, order="C")
 
 
 def _plain_array(name: str, value: Any) -> NDArray[Any]:

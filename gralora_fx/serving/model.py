@@ -107,7 +107,8 @@ class OrtModel:
         Args:
             *args: None: inputs are given by name.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
-                a cache empty. Integers and floats are cast to the graph's own width.
+                a cache empty. What the model takes as a list or dict of tensors is one by its name, or its parts by
+                theirs (`images.0`). Integers and floats are cast to the graph's own width.
 
         Returns:
             Outputs by name or place: tensors if any input was a tensor, else arrays.
@@ -118,8 +119,9 @@ class OrtModel:
         """
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
-        gives_tensors = any(isinstance(value, torch.Tensor) for value in inputs.values())
-        feed = self._feed.arrays({name: value for name, value in inputs.items() if value is not None})
+        parts = self._feed.parts({name: value for name, value in inputs.items() if value is not None})
+        gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
+        feed = self._feed.arrays(parts)
         try:
             results = self.session.run(None, feed, quiet_run())
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, first_line
-from gralora_fx.tracing.cached import PAST, copied, other_cached_sizes
+from gralora_fx.tracing.cached import PAST, other_cached_sizes
 from gralora_fx.tracing.encoder_decoder import other_step_sizes
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.input_trees import same_value, shown
+from gralora_fx.tracing.input_trees import own_inputs, same_value, shown
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.samples import other_sizes
@@ -47,7 +47,7 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
             ) from error
         torch.manual_seed(0)
         try:
-            actual = graph_module(**copied(sample))
+            actual = graph_module(**own_inputs(sample))
         except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
             return f"it fails with {type(error).__name__}: {first_line(error)}"
     return _gap(expected, actual)
@@ -96,7 +96,7 @@ def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> No
     buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]
     try:
         with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
-            graph_module(**copied(sample))
+            graph_module(**own_inputs(sample))
     except Exception as error:  # a graph raises what its operators do
         raise TraceError(
             f"the graph fails on the example inputs with {type(error).__name__}: {first_line(error)}; give inputs that "
@@ -177,7 +177,7 @@ def _other_calls(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
-    inputs = copied(sample)
+    inputs = own_inputs(sample)
     if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = PAST in sample
     return model(**inputs)

@@ -126,7 +126,8 @@ def register_dataclasses(value: Any) -> None:
     """Let `torch.export` see into every dataclass among some values, which it takes only after being told so."""
     for leaf in tree_leaves(value):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            torch.export.register_dataclass(type(leaf))
+            kind = type(leaf)
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
             register_dataclasses(leaf)
 
 

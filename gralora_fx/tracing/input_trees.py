@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import (
@@ -19,6 +20,7 @@ from torch.utils._pytree import (
 from transformers import Cache
 
 from gralora_fx.errors import TraceError
+from gralora_fx.tracing.cached import copied
 
 FixedAxes = Mapping[str, tuple[int | None, ...]]
 
@@ -32,7 +34,17 @@ def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in inputs.items():
         leaves, _ = tree_flatten_with_path(value, is_leaf=lambda found: isinstance(found, Cache))
         for keys, leaf in leaves:
-            yield ".".join((name, *map(_text, keys))), leaf
+            yield path_of(name, keys), leaf
+
+
+def path_of(name: str, keys: KeyPath) -> str:
+    """The path of a leaf of an input, such as `images.0`.
+
+    Args:
+        name: The input's name.
+        keys: Where the leaf is in it.
+    """
+    return ".".join((name, *map(_text, keys)))
 
 
 def tensor_paths(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -65,6 +77,18 @@ def distinct(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     result: dict[str, Any] = tree_map_only(Tensor, own, dict(inputs), is_leaf=lambda part: isinstance(part, Cache))
     return result
+
+
+def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of some inputs, for a run that may write into them: a model adds to the cache that it is given.
+
+    Args:
+        inputs: Inputs by name.
+    """
+    return {
+        name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
+        for name, value in copied(inputs).items()
+    }
 
 
 def same_value(one: Any, other: Any) -> bool:

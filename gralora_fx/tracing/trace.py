@@ -73,6 +73,10 @@ def trace(
         return trace_program(model, given, task)
     if isinstance(model, fx.GraphModule):
         return trace_graph(model, given, task)
+    if isinstance(model, TracedModel) or isinstance(getattr(model, "traced", None), TracedModel):
+        raise TraceError(
+            f"the {type(model).__name__} is traced already; trace its source model again, or use it as it is"
+        )
     if not isinstance(model, nn.Module):
         raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
     if isinstance(model, PreTrainedModel):

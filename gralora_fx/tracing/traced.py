@@ -12,7 +12,7 @@ from torch import fx
 from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig
 
 from gralora_fx.deferred import is_deferred, like_deferred
-from gralora_fx.errors import TargetError, TraceError
+from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.out_of_reach import why_out_of_reach
 from gralora_fx.sites import LinearSite, find_sites
@@ -23,6 +23,8 @@ from gralora_fx.tracing.graph_record import deep_copy, packed, unpacked
 from gralora_fx.tracing.modes import set_mode
 from gralora_fx.tracing.signature import CallSignature, refuse_misshapen_step
 from gralora_fx.tracing.user_pass import GraphPass, run_pass
+
+CALL_TRACE = "trace it first: call trace() with the model,"
 
 
 class TracedModel:
@@ -81,6 +83,11 @@ class TracedModel:
     def input_names(self) -> tuple[str, ...]:
         """The inputs of the graph, in its order."""
         return self.signature.inputs
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The arguments that it was traced with and that are part of the graph; a call gives them again."""
+        return {name: value for name, value in self.example_inputs.items() if name not in self.input_names}
 
     @property
     def graph_inputs(self) -> dict[str, Any]:
@@ -257,3 +264,22 @@ class TracedModel:
             f"TracedModel({name}, task={self.task!r}, {len(self.graph_module.graph.nodes)} nodes, "
             f"{len(self.sites)} linear sites)"
         )
+
+
+def check_traced(model: object, error: type[GraloraError], action: str) -> None:
+    """Check that something is a traced model.
+
+    Args:
+        model: What was given.
+        error: The error to raise.
+        action: What was to be done with it, such as `rewrite`.
+
+    Raises:
+        GraloraError: Of the given type: it is not.
+    """
+    if not isinstance(model, TracedModel):
+        is_rewritten = isinstance(getattr(model, "traced", None), TracedModel)
+        remedy = (
+            "it is rewritten already: give its .traced" if is_rewritten else f"{CALL_TRACE} and give what it returned"
+        )
+        raise error(f"cannot {action} a {type(model).__name__}; {remedy}")
