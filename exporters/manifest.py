@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -10,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from safetensors.torch import save
 
-from gralora_fx.checkpoint import checkpoint_parameters, saved_config
+from gralora_fx.checkpoint import describe_folded
 from gralora_fx.exporters.contents import SCHEMA_VERSION
 from gralora_fx.exporters.context import position_offset
 from gralora_fx.exporters.directory import MANIFEST_NAME
@@ -78,18 +76,10 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], verification: V
 
 
 def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, Any]:
-    """Configuration and digest of each adapter that an export of a model folds, by name."""
+    """Configuration and digest of each adapter that an export of a model folds, or that was merged before, by name."""
     if isinstance(model, TracedModel):
-        return {}
-    described = {}
-    for name in model.active_adapters:
-        adapter = model.installed(name)
-        tensors = {key: p.detach().cpu().contiguous() for key, p in sorted(checkpoint_parameters(adapter).items())}
-        described[name] = {
-            "config": json.loads(saved_config(adapter, model.traced).to_json()),
-            "sha256": hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest(),
-        }
-    return described
+        return dict(model.merged_adapters)
+    return describe_folded([model.installed(name) for name in model.active_adapters], model.traced)
 
 
 def _by_file(found: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gralora_fx.checkpoint import read_adapter
+from gralora_fx.checkpoint import read_adapter, tensors_digest
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.manifest import describe_adapters
@@ -121,7 +121,7 @@ def _possible_digests(config: GraloraConfig, tensors: Mapping[str, Tensor]) -> s
     for part in (tensors, kept):
         for dtype in (None, *_DTYPES):
             cast = {key: (tensor if dtype is None else tensor.to(dtype)).contiguous() for key, tensor in part.items()}
-            found.add(hashlib.sha256(save(cast, metadata={"format": "pt"})).hexdigest())
+            found |= {tensors_digest(cast, config), hashlib.sha256(save(cast, metadata={"format": "pt"})).hexdigest()}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from gralora_fx.adapters.installed import InstalledAdapter
@@ -202,31 +203,64 @@ def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Pa
 def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer]:
     """What writes each file of an adapter."""
     config = saved_config(adapter, traced)
-    metadata = {"format": "pt", _SIZES: json.dumps(_sizes(config), sort_keys=True)}
 
     def write_tensors(path: Path) -> None:
         # a parameter with two names is written under both
         parameters = sorted(checkpoint_parameters(adapter).items())
         tensors = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in parameters}
         try:
-            save_file(tensors, path, metadata=metadata)
+            save_file(tensors, path, metadata=_metadata(config))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
-        _sort_metadata(path)
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = _sorted_metadata(file.read(length))
+            file.seek(8)
+            file.write(header)
 
     return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
 
 
-def _sort_metadata(path: Path) -> None:
-    """Write the entries of a safetensors file's metadata in order: safetensors' own order is another each time."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
+def _metadata(config: GraloraConfig) -> dict[str, str]:
+    return {"format": "pt", _SIZES: json.dumps(_sizes(config), sort_keys=True)}
+
+
+def _sorted_metadata(header: bytes) -> bytes:
+    """A safetensors file's header with its metadata in order: safetensors' own order is another each time."""
+    found = json.loads(header)
+    found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(len(header)) if len(text) <= len(header) else header
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], config: GraloraConfig) -> str:
+    """SHA-256 of the `adapter_model.safetensors` that an adapter's tensors and saved configuration make."""
+    copies = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in sorted(tensors.items())}
+    content = memoryview(save(copies, metadata=_metadata(config)))
+    end = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[:8])
+    digest.update(_sorted_metadata(bytes(content[8:end])))
+    digest.update(content[end:])
+    return digest.hexdigest()
+
+
+def describe_folded(adapters: Iterable[InstalledAdapter], traced: TracedModel) -> dict[str, Any]:
+    """Configuration and SHA-256 of `adapter_model.safetensors` of adapters, by name, as if they were saved.
+
+    Args:
+        adapters: Adapters that are folded into a model.
+        traced: The model; what was merged into it before comes first, and keeps its name.
+    """
+    described = dict(traced.merged_adapters)
+    for adapter in adapters:
+        config = saved_config(adapter, traced)
+        name, count = adapter.name, 1
+        while name in described:
+            count += 1
+            name = f"{adapter.name}_{count}"
+        digest = tensors_digest(checkpoint_parameters(adapter), config)
+        described[name] = {"config": json.loads(config.to_json()), "sha256": digest}
+    return described
 
 
 def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfig:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 
 from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.checkpoint import describe_folded
 from gralora_fx.errors import MergeError
 from gralora_fx.model import GraloraModel
 from gralora_fx.passes.fold import SiteUpdate, deferred_weights, folded_weights
@@ -38,7 +39,7 @@ def merge(
         untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused.
 
     Returns:
-        A traced model in the mode of `model`.
+        A traced model in the mode of `model`, which remembers the adapters (`merged_adapters`).
 
     Raises:
         RewriteError: There is no such adapter, or two of them have no common result (see `set_adapter`).
@@ -46,7 +47,9 @@ def merge(
     """
     names, work = _work(model, adapter_names)
     weights = folded_weights(model.traced.graph_module, work, safe=safe, untie=untie)
-    return _merged(model, names, weights)
+    merged = _merged(model, names, weights)
+    merged.merged_adapters = describe_folded([model.installed(name) for name in names], model.traced)
+    return merged
 
 
 def merge_deferred(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
+from gralora_fx.checkpoint import check_state_dict, describe_folded, load_tensors, read_adapter, write_adapters
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.model_class import class_for
@@ -322,8 +322,12 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             MergeError: Nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
         """
         names = None if adapter_names is None else as_names(adapter_names)
+        folded = [self.installed(name) for name in names or self.active_adapters]
+        described = describe_folded(folded, self.traced)
         own = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
-        return with_weights(self.unload(), own)
+        merged = with_weights(self.unload(), own)
+        merged.merged_adapters = described
+        return merged
 
     def unload(self) -> TracedModel:
         """Take every adapter out and give the base model back: its graph node for node, its weights as they are.

@@ -45,6 +45,7 @@ class TracedModel:
         shift_labels: The model's own way from labels to decoder inputs, or None.
         training: Whether the graph stands in training mode.
         out_of_reach: Why an adapter would not act wherever a layer is called, by the path of such layers.
+        merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class TracedModel:
         loss_function: Callable[..., torch.Tensor] | None = None,
         shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None,
         training: bool = False,
+        merged_adapters: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap a cleaned graph; `trace` is the public way to make one."""
         self.graph_module = graph_module
@@ -74,6 +76,7 @@ class TracedModel:
         self.loss_function = loss_function
         self.shift_labels = shift_labels
         self.training = training
+        self.merged_adapters = dict(merged_adapters or {})
         self._sites = find_sites(graph_module, tree)
         self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
@@ -221,6 +224,7 @@ class TracedModel:
             loss_function=self.loss_function,
             shift_labels=self.shift_labels,
             training=self.training,
+            merged_adapters=self.merged_adapters,
         )
 
     def __getstate__(self) -> dict[str, Any]:
