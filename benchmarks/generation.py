@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.serving import load
-from gralora_fx.serving.generation import CHUNK
+from gralora_fx.serving.sampling import CHUNK
 
 RUNS = Path("runs/generation")
 OURS, GENAI = "ours", "genai's builder"

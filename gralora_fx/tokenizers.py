@@ -89,20 +89,36 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: ty
     Raises:
         GraloraError: Of the given type: it needs a tokenizer and there is none, or it is none of these.
     """
-    if isinstance(prompt, (torch.Tensor, np.ndarray)):
-        prompt = prompt.tolist()
-    if isinstance(prompt, str) or is_chat(prompt):
-        if tokenizer is None:
-            raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
+    if is_ids(prompt):
+        return [int(token) for token in prompt]
+    if isinstance(prompt, (list, tuple)) and not prompt:
+        return []
+    if not (isinstance(prompt, str) or is_chat(prompt)):
+        raise error(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+    if tokenizer is None:
+        raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
+    try:
         if isinstance(prompt, str):
+            prompt.encode()  # a lone surrogate is no text, which tokenizers say in no word that helps
             return list(tokenizer(prompt)["input_ids"])
         text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if isinstance(prompt, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-        return list(prompt)
-    raise error(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+    except Exception as failure:  # tokenizers and the templates of chats raise types of their own
+        raise error(f"the tokenizer does not take the prompt {prompt!r:.80} ({first_line(failure)})") from failure
 
 
 def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a list of messages."""
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
+
+
+def is_ids(prompt: Any) -> bool:
+    """Whether a prompt is token ids: a list of whole numbers, or an array or a tensor of one axis."""
+    if isinstance(prompt, torch.Tensor):
+        kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        return prompt.ndim == 1 and prompt.dtype in kinds and not prompt.is_meta
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-
-class TextStream(Protocol):
-    """Makes text of tokens as they come."""
-
-    def step(self, token: int) -> str:
-        """The text that a token adds, which waits where a character is not complete yet."""
+from gralora_fx.serving.text_stream import TextStream
 
 
 class Answer:
     """The tokens of one row and the text they make, cut before a stop string or an end token.
 
-    Text that may turn out to be the beginning of a stop string is held back until that is known.
+    Text that may turn out to be the beginning of a stop string is held back until that is known. Of stop strings that
+    overlap the one that is complete first ends the answer; of those complete at once, the longest.
 
     Attributes:
         ids: The new tokens.
@@ -35,12 +29,17 @@ class Answer:
             ends: Ids of the tokens that end an answer.
             stop: Strings that end an answer.
         """
-        self._stream = None if tokenizer is None else text_stream(tokenizer)
-        self._ends, self._stop = ends, tuple(stop)
+        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        self._ends, self._stops = ends, [_Stop(string) for string in stop]
         self._held = ""
+        self._pieces: list[str] = []
         self.ids: list[int] = []
-        self.text = ""
         self.has_ended = False
+
+    @property
+    def text(self) -> str:
+        """The text given so far."""
+        return "".join(self._pieces)
 
     def take(self, token: int) -> str:
         """Take a token; the result is the text that it adds."""
@@ -49,61 +48,65 @@ class Answer:
         if token in self._ends:
             return self.finish()
         self.ids.append(token)
-        if self._stream is None:
-            return ""
-        self._held += self._stream.step(token)
-        places = [place for string in self._stop if (place := self._held.find(string)) >= 0]
-        if places:
-            self._held, self.has_ended = self._held[: min(places)], True
-        return self._give(0 if places else _overlap(self._held, self._stop))
+        return "" if self._stream is None else self._add(self._stream.step(token))
 
     def finish(self) -> str:
         """End the answer; the result is the text that was held back."""
+        if self.has_ended:
+            return ""
+        rest = "" if self._stream is None else self._add(self._stream.finish())
         self.has_ended = True
-        return self._give(0)
+        return rest + self._give(len(self._held))
 
-    def _give(self, kept: int) -> str:
-        """Give the text that is held back but for its last `kept` letters."""
-        cut = len(self._held) - kept
+    def _add(self, piece: str) -> str:
+        """Take text; the result is what cannot begin a stop string."""
+        if not self._stops:
+            self._held += piece
+            return self._give(len(self._held))
+        for place, letter in enumerate(piece):
+            complete = [len(stop.string) for stop in self._stops if stop.step(letter)]
+            if complete:
+                before = self._held + piece[: place + 1]
+                self._held, self.has_ended = before[: len(before) - max(complete)], True
+                return self._give(len(self._held))
+        self._held += piece
+        return self._give(len(self._held) - max(stop.matched for stop in self._stops))
+
+    def _give(self, cut: int) -> str:
+        """Give the first `cut` letters of the text that is held back."""
         given, self._held = self._held[:cut], self._held[cut:]
-        self.text += given
+        self._pieces.append(given)
         return given
 
 
-def text_stream(tokenizer: PreTrainedTokenizerBase) -> TextStream:
-    """The stream of a tokenizer: the tokenizers library's own where it can be had."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return _WholeText(tokenizer) if backend is None else _Incremental(backend)
+class _Stop:
+    """How much of a stop string the text ends with: the search of Knuth, Morris and Pratt, a letter at a time.
 
+    Its table is made as far as the text has matched, so a long string costs no more than the text.
 
-class _Incremental:
-    """The tokenizers library's stream, which decodes a few tokens at every step."""
+    Attributes:
+        string: The stop string.
+        matched: How many of its letters the text ends with.
+    """
 
-    def __init__(self, backend: Any) -> None:
-        self._backend, self._stream = backend, DecodeStream(skip_special_tokens=True)
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.matched = 0
+        self._borders = [0]  # of each beginning: the length of its longest proper beginning that is also its end
 
-    def step(self, token: int) -> str:
-        return self._stream.step(self._backend, token) or ""
+    def step(self, letter: str) -> bool:
+        """Take a letter; the result is whether the string is complete."""
+        while self.matched and self.string[self.matched] != letter:
+            self.matched = self._borders[self.matched - 1]
+        if self.string[self.matched] == letter:
+            self.matched += 1
+            self._extend()
+        return self.matched == len(self.string)
 
-
-class _WholeText:
-    """Decodes the whole text at every step: tokenizers written in Python have no stream."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._text = ""
-
-    def step(self, token: int) -> str:
-        self._ids.append(token)
-        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if whole.endswith("\ufffd"):  # a character of several tokens
-            return ""
-        piece, self._text = whole[len(self._text) :], whole
-        return piece
-
-
-def _overlap(text: str, stop: Sequence[str]) -> int:
-    """How many letters at the end of a text may begin a stop string."""
-    lengths = (length for string in stop for length in range(1, len(string)) if text.endswith(string[:length]))
-    return max(lengths, default=0)
+    def _extend(self) -> None:
+        """Make the table as long as the match."""
+        while len(self._borders) < self.matched:
+            letter, border = self.string[len(self._borders)], self._borders[-1]
+            while border and self.string[border] != letter:
+                border = self._borders[border - 1]
+            self._borders.append(border + (self.string[border] == letter))

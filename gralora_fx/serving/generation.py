@@ -4,71 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.exporters.genai_schema import read_genai_config
 from gralora_fx.exporters.session import CPU, FATAL, Runtime
 from gralora_fx.serving.answer import Answer
-from gralora_fx.tokenizers import is_chat, prompt_ids
+from gralora_fx.serving.prompts import Prompts
+from gralora_fx.serving.sampling import Sampling
 
-CHUNK = 256  # positions of a prompt read at once: attention computes all of them by all, seen or not
-_NEW_TOKENS = 64
 _GENAI_NAMES = {"CUDAExecutionProvider": "cuda"}  # providers by the names that onnxruntime-genai has for them
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: How many tokens to add at most; None for 64, or fewer where the context ends before.
-        do_sample: Whether to draw; False takes the likeliest.
-        top_k: How many of the likeliest to draw from; 0 for all.
-        top_p: Share of the probability to draw from, in `(0, 1]`.
-        temperature: Divisor of the logits, above 0.
-        seed: Seed of the draws; None for another one in every call.
-    """
-
-    max_new_tokens: int | None = None
-    do_sample: bool = False
-    top_k: int = 50
-    top_p: float = 1.0
-    temperature: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        whole = [
-            ("max_new_tokens", 1 if self.max_new_tokens is None else self.max_new_tokens, 1),
-            ("top_k", self.top_k, 0),
-        ]
-        for name, value, least in whole:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ServingError(f"{name} must be a whole number from {least} on, but got {value!r}")
-        if not 0 < self.top_p <= 1:
-            raise ServingError(f"top_p must be in (0, 1], but got {self.top_p!r}; take 1 for no limit")
-        if not self.temperature > 0:
-            raise ServingError(f"temperature must be above 0, but got {self.temperature!r}; take do_sample=False")
-
-    def options(self, length: int, batch: int, context: int) -> dict[str, Any]:
-        """onnxruntime-genai's search options for prompts of a length."""
-        new = min(_NEW_TOKENS, context - length) if self.max_new_tokens is None else self.max_new_tokens
-        options: dict[str, Any] = {"max_length": length + new, "batch_size": batch}
-        options["do_sample"] = self.do_sample
-        if self.do_sample:
-            options |= {"top_k": self.top_k, "top_p": self.top_p, "temperature": self.temperature}
-            if self.seed is not None:
-                options["random_seed"] = self.seed
-        if batch == 1 and length > CHUNK:  # with several rows the runtime takes no prompt after a past
-            options["chunk_size"] = CHUNK
-        return options
 
 
 class Generator:
@@ -173,35 +122,28 @@ class Answers(Iterator[Any]):
     def __init__(
         self,
         generator: Generator,
-        prompts: Any,
+        prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase | None,
         sampling: Sampling,
-        stop: str | Sequence[str],
+        stop: Sequence[str],
     ) -> None:
         """Check the prompts and begin.
 
         Args:
             generator: The model.
-            prompts: One prompt, or a list of them, as `prompt_ids` takes them.
-            tokenizer: For texts and chats.
+            prompts: What is answered.
+            tokenizer: For texts, and for stop strings.
             sampling: How tokens are chosen.
             stop: Strings that end an answer.
 
         Raises:
-            ServingError: A prompt cannot be taken, a stop string is empty, or there is no tokenizer for them.
+            ServingError: A prompt cannot be taken.
         """
-        self._is_single = _is_one(prompts)
-        given = [prompts] if self._is_single else list(prompts)
-        rows = [prompt_ids(prompt, tokenizer, ServingError) for prompt in given]
-        generator.check(rows, sampling)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if stops and tokenizer is None:
-            raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
-        if "" in stops:
-            raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
-        self._gives_text = not any(_is_ids(prompt) for prompt in given)
-        self._answers = [Answer(tokenizer, generator.ends, stops) for _ in rows]
-        self._steps = generator.tokens(rows, sampling)
+        generator.check(prompts.rows, sampling)
+        self._prompts = prompts
+        reader = tokenizer if prompts.gives_text or stop else None
+        self._answers = [Answer(reader, generator.ends, stop) for _ in prompts.rows]
+        self._steps = generator.tokens(prompts.rows, sampling)
 
     def __next__(self) -> Any:
         """What the next step adds: a text or ids, for a list of prompts a list of them."""
@@ -212,17 +154,17 @@ class Answers(Iterator[Any]):
         for index, answer in enumerate(self._answers):
             before = len(answer.ids)
             text = answer.finish() if tokens is None else answer.take(tokens[index])
-            found.append(text if self._gives_text else answer.ids[before:])
+            found.append(text if self._prompts.gives_text else answer.ids[before:])
         if tokens is None and not any(found):  # every row is full, and no text was held back
             raise StopIteration
-        return found[0] if self._is_single else found
+        return found[0] if self._prompts.is_single else found
 
     def result(self) -> Any:
         """The whole answers."""
         for _ in self:
             pass
-        whole = [answer.text if self._gives_text else answer.ids for answer in self._answers]
-        return whole[0] if self._is_single else whole
+        whole = [answer.text if self._prompts.gives_text else answer.ids for answer in self._answers]
+        return whole[0] if self._prompts.is_single else whole
 
 
 def _session_options(threads: int | None) -> dict[str, int]:
@@ -243,13 +185,3 @@ def _genai_providers(runtime: Runtime) -> dict[str, Mapping[str, Any]]:
             f"{', '.join(others) or 'the providers of given SessionOptions'}; load the export with those providers"
         )
     return {_GENAI_NAMES[name]: options for name, options in runtime.providers if name != CPU}
-
-
-def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, (torch.Tensor, np.ndarray)):
-        return prompt.ndim == 1
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(token, int) for token in prompt)
-
-
-def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or is_chat(prompts) or _is_ids(prompts)

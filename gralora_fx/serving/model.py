@@ -17,9 +17,11 @@ from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.exporters.session import Runtime, open_session, quiet_run
 from gralora_fx.model_files import read_json_object
 from gralora_fx.serving.feed import Feed
-from gralora_fx.serving.generation import Answers, Generator, Sampling
+from gralora_fx.serving.generation import Answers, Generator
 from gralora_fx.serving.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.serving.outputs import Outputs
+from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
+from gralora_fx.serving.sampling import Sampling
 from gralora_fx.tokenizers import load_tokenizer
 
 
@@ -130,25 +132,57 @@ class OrtModel:
         found = zip(self.output_names, results, strict=True)
         return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in found})
 
-    def generate(self, prompts: Any, *, stop: str | Sequence[str] = (), stream: bool = False, **sampling: Any) -> Any:
+    def generate(
+        self,
+        prompts: Any = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        stop: str | Sequence[str] = (),
+        stream: bool = False,
+        **sampling: Any,
+    ) -> Any:
         """Answer prompts; onnxruntime-genai keeps the cache and chooses the tokens.
 
         Args:
             prompts: A text, a chat as a list of messages (`{"role": ..., "content": ...}`, by the tokenizer's
                 template), a list of token ids, or a list of any of them, which run together.
+            input_ids: Instead of prompts, what a tokenizer gave: `generate(**tokenizer(texts, padding=True))`.
+            attention_mask: Which of these ids are no padding, on either side; None where none is.
             stop: Strings that end an answer, which does not hold them.
             stream: Whether to give pieces of text (token ids, for prompts of ids) as they come.
-            **sampling: `max_new_tokens=None` (64, or what the context leaves), `do_sample=False`, `top_k=50`,
-                `top_p=1.0`, `temperature=1.0`, `seed=None`.
+            **sampling: `max_new_tokens=None` (64, or what the context leaves), `do_sample=False`, and with
+                `do_sample=True` `top_k=50`, `top_p=1.0`, `temperature=1.0`, `seed=None`.
 
         Returns:
-            The answer to one prompt, a list for a list of prompts: texts, or token ids for prompts of ids. With
+            The answer to one prompt, a list for a list of prompts: texts, or the new token ids for prompts of ids. With
             `stream` an iterator over pieces, of lists of pieces for a list of prompts.
 
         Raises:
             ServingError: The export has no cache, onnxruntime-genai is not installed, a prompt is empty, too long or
-                holds ids out of range, or an option is invalid.
+                holds ids out of range, or an option is unknown, invalid or without effect.
         """
+        self._check_generates()
+        if unknown := [name for name in sampling if name not in Sampling.__dataclass_fields__]:
+            known = ", ".join(("stop", "stream", *Sampling.__dataclass_fields__))
+            raise ServingError(f"unknown option {', '.join(unknown)}; there are {known}")
+        if not isinstance(stream, bool):
+            raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
+        chosen = Sampling(**sampling)
+        tokenizer = self._tokenizer_or_none
+        stops = stop_strings(stop, tokenizer)
+        if input_ids is None:
+            if prompts is None or attention_mask is not None:
+                raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
+            read = read_prompts(prompts, tokenizer)
+        elif prompts is not None:
+            raise ServingError("prompts and input_ids are both given; give one of them")
+        else:
+            read = read_tokenized(input_ids, attention_mask)
+        found = Answers(self._generator, read, tokenizer, chosen, stops)
+        return found if stream else found.result()
+
+    def _check_generates(self) -> None:
         if not any(name.startswith("past_key_values.") for name in self.input_names):
             raise ServingError(f"this export (task {self.task!r}) has no cache, so it cannot generate")
         if isinstance(self.session, EncoderDecoderSession):
@@ -156,12 +190,6 @@ class OrtModel:
                 "onnxruntime-genai does not run an encoder-decoder in this layout; generate with optimum's "
                 "ORTModelForSeq2SeqLM or ORTModelForSpeechSeq2Seq, or with transformers.js: they read this directory"
             )
-        unknown = [name for name in sampling if name not in Sampling.__dataclass_fields__]
-        if unknown:
-            known = ", ".join(Sampling.__dataclass_fields__)
-            raise ServingError(f"unknown option {', '.join(unknown)}; there are {known}")
-        found = Answers(self._generator, prompts, self._tokenizer_or_none, Sampling(**sampling), stop)
-        return found if stream else found.result()
 
     @cached_property
     def _generator(self) -> Generator:

@@ -16,7 +16,6 @@ from gralora_fx.serving import OrtModel, load
 KINDS = {
     "encoder": ("bert", "text-classification"),
     "decoder": ("mistral", "text-generation-with-past"),
-    "decoder without a cache": ("llama", "text-generation"),
     "encoder-decoder": ("t5", "text2text-generation-with-past"),
     "vision": ("vit", "image-classification"),
 }

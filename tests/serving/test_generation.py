@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.contents import read_manifest
-from gralora_fx.serving import generation, load
+from gralora_fx.serving import load
+from gralora_fx.serving import sampling as sampling_options
 from gralora_fx.serving.model import OrtModel
 
 PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]
@@ -67,7 +71,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt(name: str, tmp_path: Path, monkey
     traced = trace(decoder(name), task="text-generation-with-past")
     export_onnx(traced, tmp_path / "onnx")
     prompt = torch.randint(3, 100, (50,), generator=torch.Generator().manual_seed(1)).tolist()
-    monkeypatch.setattr(generation, "CHUNK", 16)
+    monkeypatch.setattr(sampling_options, "CHUNK", 16)
     assert load(tmp_path / "onnx").generate(prompt, max_new_tokens=8) == greedy(traced.eval(), prompt, 8)
 
 
@@ -141,8 +145,42 @@ def test_all_logits_are_given_on_request(llama: OrtModel) -> None:
         ([5], {"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 on, but got 0"),
         ([5], {"top_p": 0}, r"top_p must be in \(0, 1\], but got 0"),
         ([5], {"temperature": 0}, "temperature must be above 0, but got 0; take do_sample=False"),
-        ([5], {"beams": 2}, "unknown option beams; there are max_new_tokens"),
+        ([5], {"beams": 2}, "unknown option beams; there are stop, stream, max_new_tokens"),
+        ([5], {"token_type_ids": [0]}, "unknown option token_type_ids; there are stop, stream, max_new_tokens"),
+        (
+            [5],
+            {"temperature": 0.7},
+            "temperature has no effect where the likeliest token is taken; give do_sample=True",
+        ),
+        ([5], {"top_k": 5, "seed": 1}, "top_k, seed have no effect .* give do_sample=True, or leave them out"),
+        ([5], {"top_p": None}, r"top_p must be in \(0, 1\], but got None"),
+        ([5], {"temperature": float("nan")}, "temperature must be above 0, but got nan"),
+        ([5], {"temperature": "hot"}, "temperature must be above 0, but got 'hot'"),
+        ([5], {"do_sample": "yes"}, "do_sample must be True or False, but got 'yes'"),
+        ([5], {"do_sample": True, "seed": -1}, "seed must be a whole number from 0 on, but got -1"),
+        ([5], {"do_sample": True, "seed": 10**5000}, "seed must be 2147483647 at most"),
+        ([5], {"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+        ([5], {"stream": 1}, "stream must be True or False"),
+        ([5], {"stop": None}, "stop must be a string or a list of strings, but got None"),
+        ([5], {"stop": [b"."]}, "stop must be a string or a list of strings"),
         ([5.5], {}, "a prompt is text, a list of messages or a list of token ids, but got 5.5"),
+        ([True], {}, "a prompt is text, a list of messages or a list of token ids, but got True"),
+        ([[5, "a"]], {}, r"a prompt is text, .* but got \[5, 'a'\]"),
+        ([[5], None], {}, "a prompt is text, .* but got None"),
+        (5, {}, "prompts are a text, a list of messages, a list of token ids or a list of these, but got 5"),
+        (b"text", {}, "prompts are a text, .* but got b'text'"),
+        ({"input_ids": [5]}, {}, r"a tokenizer's result is given by name: generate\(\*\*tokenizer"),
+        (torch.ones(1, 1, 1, dtype=torch.long), {}, r"token ids have one or two axes, but got \[1, 1, 1\]"),
+        (torch.ones(1, 3), {}, "a prompt is text, a list of messages or a list of token ids, but got tensor"),
+        (None, {}, "give prompts, or input_ids and attention_mask"),
+        ([5], {"input_ids": [5]}, "prompts and input_ids are both given; give one of them"),
+        ([5], {"attention_mask": [1]}, "give prompts, or input_ids and attention_mask"),
+        (None, {"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"attention_mask must have the shape of input_ids"),
+        (None, {"input_ids": [[5]], "attention_mask": [[2]]}, "attention_mask must be 1 where a position counts"),
+        (None, {"input_ids": [[5]], "attention_mask": [[1.0]]}, "attention_mask must be 1 where a position counts"),
+        (None, {"input_ids": [[5], [7]], "attention_mask": [[1], [0]]}, "prompt 1 is empty"),
+        (None, {"input_ids": [[5.0]]}, "input_ids must be whole numbers of one or two axes"),
+        (None, {"input_ids": "abc"}, "input_ids must be a tensor, an array or lists, but got 'abc'"),
     ],
 )
 def test_bad_input_is_named(llama: OrtModel, prompts: Any, options: dict[str, Any], message: str) -> None:
@@ -198,6 +236,63 @@ def test_texts_are_those_of_their_tokens(speaking: OrtModel) -> None:
     ids = speaking.generate(speaking.tokenizer("abc")["input_ids"], **options)
     assert text == speaking.tokenizer.decode(ids, skip_special_tokens=True)
     assert list(speaking.generate("abc", stream=True, **options)) == list(text)
+
+
+def test_what_a_tokenizer_gives_is_generated_from(speaking: OrtModel) -> None:
+    """Padded on either side or not at all, as tensors, arrays or lists; the answers are those of the texts."""
+    texts, tokenizer = ["abc", "hello", "x"], speaking.tokenizer
+    expected = [speaking.generate(tokenizer(text)["input_ids"], max_new_tokens=6) for text in texts]
+    assert speaking.generate(**tokenizer(texts), max_new_tokens=6) == expected
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        for kind in (None, "np", "pt"):
+            given = tokenizer(texts, padding=True, return_tensors=kind)
+            assert speaking.generate(**given, max_new_tokens=6) == expected
+    assert speaking.generate(**tokenizer("abc"), max_new_tokens=6) == expected[0]
+    assert speaking.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=6) == expected[:1]
+    pieces = list(speaking.generate(**tokenizer(["abc"]), max_new_tokens=6, stream=True))
+    assert [token for (piece,) in pieces for token in piece] == expected[0]
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a"}], ["abc", "\udfff"]])
+def test_what_the_tokenizer_does_not_take_is_named(speaking: OrtModel, prompt: Any) -> None:
+    with pytest.raises(ServingError, match="the tokenizer does not take the prompt"):
+        speaking.generate(prompt)
+
+
+def test_several_threads_get_their_own_answers(llama: OrtModel) -> None:
+    expected = [llama.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: llama.generate(prompt, max_new_tokens=12), PROMPTS * 4))
+    assert found == expected * 4
+
+
+def test_generation_takes_the_threads_that_were_asked_for(llama: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime_genai
+
+    seen: list[dict[str, Any]] = []
+    make = onnxruntime_genai.Config
+
+    class Config:
+        def __init__(self, path: str) -> None:
+            self.real = make(path)
+
+        def overlay(self, text: str) -> None:
+            seen.append(json.loads(text)["model"]["decoder"]["session_options"])
+            self.real.overlay(text)
+
+    model = onnxruntime_genai.Model
+    monkeypatch.setattr(onnxruntime_genai, "Config", Config)
+    monkeypatch.setattr(onnxruntime_genai, "Model", lambda config: model(config.real))
+    for options in ({"threads": 3}, {"session_options": {"intra_op_num_threads": 3}}, {}):
+        load(llama.directory, **options).generate([5], max_new_tokens=1)
+    assert [found["intra_op_num_threads"] for found in seen] == [3, 3, len(os.sched_getaffinity(0))]
+
+
+def test_generation_on_another_provider_is_refused_by_name(llama: OrtModel) -> None:
+    other = load(llama.directory, ["AzureExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ServingError, match=r"generate runs on CPUExecutionProvider or .*, not on AzureExec"):
+        other.generate([5])
 
 
 @pytest.mark.parametrize("count", [5, 12])

@@ -1,0 +1,117 @@
+"""What `generate` answers: texts, chats and token ids, one or several, or what a tokenizer gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.tokenizers import is_chat, is_ids, prompt_ids
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as token ids.
+
+    Attributes:
+        rows: The ids of each, without padding.
+        is_single: Whether one prompt was given, rather than a list.
+        gives_text: Whether the answers are texts, rather than ids.
+    """
+
+    rows: list[list[int]]
+    is_single: bool
+    gives_text: bool
+
+
+def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
+    """Prompts as `generate` takes them.
+
+    Args:
+        prompts: One prompt, or several of them.
+        tokenizer: For texts and chats; None where there is none.
+
+    Raises:
+        ServingError: They are none of these, or need a tokenizer and there is none.
+    """
+    if isinstance(prompts, Mapping):
+        raise ServingError("a tokenizer's result is given by name: generate(**tokenizer(...))")
+    is_single = isinstance(prompts, str) or is_chat(prompts) or is_ids(prompts)
+    if is_single:
+        given = [prompts]
+    elif isinstance(prompts, (bytes, bytearray, set, frozenset)) or not isinstance(prompts, Iterable):
+        raise ServingError(
+            f"prompts are a text, a list of messages, a list of token ids or a list of these, but got {prompts!r:.80}"
+        )
+    else:
+        given = list(_rows(prompts))
+    rows = [prompt_ids(prompt, tokenizer, ServingError) for prompt in given]
+    return Prompts(rows, is_single, gives_text=not any(is_ids(prompt) for prompt in given))
+
+
+def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
+    """Prompts as a tokenizer gives them: padded on either side or not at all, tensors, arrays or lists.
+
+    Args:
+        input_ids: `[batch, length]`, or `[length]` for one prompt; rows of lists may differ in length.
+        attention_mask: As `input_ids`, 0 where a position is padding; None where there is none.
+
+    Raises:
+        ServingError: They are no ids, or the mask is not one of them.
+    """
+    ids = _as_lists("input_ids", input_ids)
+    is_single = not any(isinstance(row, list) for row in ids)
+    rows = [ids] if is_single and ids else ids
+    if attention_mask is None:
+        masks: list[Any] = [[1] * len(row) for row in rows if isinstance(row, list)]
+    else:
+        masks = _as_lists("attention_mask", attention_mask)
+        masks = [masks] if is_single and masks else masks
+    if not all(is_ids(row) or row == [] for row in rows):
+        raise ServingError(f"input_ids must be whole numbers of one or two axes, but got {input_ids!r:.80}")
+    sizes = [len(row) for row in rows]
+    if [len(mask) if isinstance(mask, list) else None for mask in masks] != sizes:
+        raise ServingError(f"attention_mask must have the shape of input_ids, rows of {sizes!r:.80}")
+    if any(value not in (0, 1) or not isinstance(value, int) for mask in masks for value in mask):
+        raise ServingError("attention_mask must be 1 where a position counts and 0 where it is padding")
+    kept = [[token for token, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)]
+    return Prompts(kept, is_single and bool(ids), gives_text=False)
+
+
+def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+    """Strings that end an answer, checked.
+
+    Raises:
+        ServingError: One is no text or empty, or there is no tokenizer for them.
+    """
+    if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
+        raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if stops and tokenizer is None:
+        raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
+    if "" in stops:
+        raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
+    return stops
+
+
+def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(prompts, (torch.Tensor, np.ndarray)) and prompts.ndim != 2:
+        raise ServingError(f"token ids have one or two axes, but got {list(prompts.shape)}")
+    return prompts
+
+
+def _as_lists(name: str, value: Any) -> list[Any]:
+    """Nested lists of a tensor, an array or a list of them."""
+    try:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            value = value.tolist()
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            return [row.tolist() if isinstance(row, (torch.Tensor, np.ndarray, np.generic)) else row for row in value]
+    except Exception as error:  # tensors without values raise what they like
+        raise ServingError(f"{name} cannot be read ({first_line(error)}); give a tensor, an array or lists") from error
+    raise ServingError(f"{name} must be a tensor, an array or lists, but got {value!r:.80}")
