@@ -26,7 +26,7 @@ def adapted(traced: TracedModel, r: int = 4, name: str = "default") -> GraloraMo
 
 
 def adapters(model: Any, tmp_path: Path) -> dict[str, Any]:
-    export_onnx(model, tmp_path / "onnx", verify=False)
+    export_onnx(model, tmp_path / "onnx", verify=False, overwrite=True)
     found: dict[str, Any] = read_manifest(tmp_path / "onnx")["adapters"]
     return found
 
