@@ -138,7 +138,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
             RewriteError: Labels were given, and the model has no loss for them.
         """
         traced = self._state.base.traced
-        inputs, labels = split_labels(kwargs)
+        inputs, labels = split_labels(kwargs, traced.input_names)
         item_count = inputs.pop(ITEM_COUNT, None)
         if not labels:
             return self._state.run(traced.bind(args, inputs))

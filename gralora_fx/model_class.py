@@ -40,8 +40,8 @@ def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
         base: `GraloraModel`, or a class of the user derived from it.
         traced: The traced model.
     """
-    labels = label_names(traced.loss_function) if traced.config is not None else ()
-    return _class(base, class_name(traced) if traced.config is not None else "", traced.input_names, labels)
+    source = class_name(traced) if traced.config is not None else ""
+    return _class(base, source, traced.input_names, label_names(traced.loss_function))
 
 
 def restored(base: type[_Model], *description: Any) -> _Model:

@@ -13,9 +13,7 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.queries import AdapterQueries
 from gralora_fx.store import adapter_names as as_names
-from gralora_fx.tracing.as_transformers import TransformersView, device_of, dtype_of, view_of
-
-_EMBEDDING, _LINEAR = "torch.nn.modules.sparse.Embedding", "torch.nn.modules.linear.Linear"
+from gralora_fx.tracing.as_transformers import TransformersView, view_of
 
 
 class PeftAttributes(AdapterQueries, nn.Module):
@@ -24,12 +22,12 @@ class PeftAttributes(AdapterQueries, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return device_of(self.parameters())
+        return self.base_model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the base model's parameters."""
-        return dtype_of(self.traced.graph_module.parameters())
+        return self.base_model.dtype
 
     @property
     def main_input_name(self) -> str:
@@ -59,7 +57,21 @@ class PeftAttributes(AdapterQueries, nn.Module):
     @property
     def base_model(self) -> TransformersView:
         """The model as transformers sees it, its adapters within, as PEFT's is."""
-        return view_of(self.traced, self.forward, self, labels=True)
+        parameters = dict(self.traced.tree.parameters)
+        for name in self.active_adapters:
+            for copies in self.installed(name).copies.values():
+                parameters |= copies
+        return view_of(self.traced, self.forward, parameters, labels=True)
+
+    @property
+    def loss_type(self) -> str | None:
+        """Name of the loss among those of transformers."""
+        return self.base_model.loss_type
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss takes `num_items_in_batch`."""
+        return self.base_model.accepts_loss_kwargs
 
     def get_base_model(self) -> TransformersView:
         """The model as transformers sees it, its adapters within, as PEFT's is; `traced` is the base without them."""
@@ -97,7 +109,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
             exclude_embeddings: Whether to leave tables of embeddings out.
         """
         tree = self.traced.tree
-        tables = {f"{path}.weight" for path, kind in tree.types.items() if kind == _EMBEDDING}
+        tables = {f"{path}.weight" for path, kind in tree.types.items() if kind.endswith("Embedding")}
         left_out = {id(p) for name, p in tree.parameters.items() if name in tables} if exclude_embeddings else set()
         return sum(
             parameter.numel()
@@ -114,18 +126,17 @@ class PeftAttributes(AdapterQueries, nn.Module):
         """The table of token embeddings, as a module over the parameter that the graph reads.
 
         Raises:
-            RewriteError: The model has none, or it is more than a table.
+            TraceError: The model has none, or it is more than a table.
         """
-        return self._module_at(self.traced.tree.input_embedding, "input embeddings", _EMBEDDING)
+        return self.base_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The language-model head, as a module over the parameters that the graph reads; None where there is none.
 
         Raises:
-            RewriteError: It is more than a linear layer.
+            TraceError: It is more than a linear layer.
         """
-        path = self.traced.tree.output_embedding
-        return None if path is None else self._module_at(path, "output embeddings", _LINEAR)
+        return self.base_model.get_output_embeddings()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, active or not.
@@ -163,29 +174,3 @@ class PeftAttributes(AdapterQueries, nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Never."""
         return False
-
-    def _module_at(self, path: str | None, what: str, kind: str) -> nn.Module:
-        """A module of torch's over the parameters that the graph reads at a path."""
-        tree = self.traced.tree
-        if path is None:
-            raise RewriteError(f"the traced model has no {what} by a path; traced.tree.parameters has its parameters")
-        if tree.types[path] != kind:
-            raise RewriteError(
-                f"the {what} at {path} are a {tree.types[path].rpartition('.')[2]}, not a plain module; its parameters "
-                f"are traced.tree.parameters['{path}.weight'] and its kin"
-            )
-        own = {
-            n: p for name in self.active_adapters for c in self.installed(name).copies.values() for n, p in c.items()
-        }
-        found = {name: own.get(f"{path}.{name}", tree.parameters.get(f"{path}.{name}")) for name in ("weight", "bias")}
-        weight = found["weight"]
-        assert weight is not None
-        shape = weight.shape
-        if kind == _EMBEDDING:
-            module: nn.Module = nn.Embedding(shape[0], shape[1], device="meta")
-        else:
-            module = nn.Linear(shape[1], shape[0], bias=found["bias"] is not None, device="meta")
-        for name, parameter in found.items():
-            if parameter is not None:
-                module.register_parameter(name, parameter)
-        return module.train(self.training)

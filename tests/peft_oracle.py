@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from peft.tuners.gralora.layer import GraloraLayer
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
+
+from gralora_fx import GraloraModel, trace
 
 
 def peft_model(model: PreTrainedModel, seed: int = 1, **fields: Any) -> peft.PeftModel:
@@ -55,3 +58,13 @@ def trainable_gradients(wrapped: peft.PeftModel) -> dict[str, torch.Tensor]:
         for name, parameter in wrapped.named_parameters()
         if "gralora_" in name and parameter.grad is not None
     }
+
+
+def same_adapter(
+    model: PreTrainedModel, directory: Path, *, task: str | None = None, **fields: Any
+) -> tuple[GraloraModel, peft.PeftModel]:
+    """A model of ours and one of PEFT's over copies of one base, with the same adapter."""
+    base = copy.deepcopy(model)
+    wrapped = peft_model(model, **{"r": 4, "gralora_k": 2, "alpha": 8, "target_modules": "all-linear", **fields})
+    wrapped.save_pretrained(str(directory))
+    return GraloraModel.from_pretrained(trace(base, task=task), directory), wrapped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.losses import counts_items, decoder_inputs, label_names
 from gralora_fx.tracing.cached import PAST, own_cache
+from gralora_fx.tracing.embeddings import module_at
 from gralora_fx.tracing.generation import check_generation
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     Args:
         traced: The traced model.
         run: Runs the graph: called as the model.
-        tensors: The parameters that `run` reads.
+        parameters: The parameters that `run` reads, by the names of the source model.
     """
 
     main_input_name = "input_ids"
@@ -36,7 +37,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     _is_stateful = False
     input_modalities = ("text",)
 
-    def __init__(self, traced: TracedModel, run: Callable[..., Any], module: nn.Module) -> None:
+    def __init__(self, traced: TracedModel, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter]) -> None:
         """Look at a traced model; `view_of` is the way to make one."""
         super().__init__()
         self.traced = traced
@@ -44,7 +45,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         self.is_encoder_decoder = bool(getattr(traced.config, "is_encoder_decoder", False))
         self.main_input_name = main_input(traced)
         self._run = run
-        self._parameters_of = module.parameters
+        self._read = parameters
         self._given_cache: Cache | None = None
 
     @property
@@ -63,8 +64,9 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     @property
     def loss_type(self) -> str | None:
-        """Name of the loss among those of transformers."""
-        return next((name for name, loss in LOSS_MAPPING.items() if loss is self.traced.loss_function), None)
+        """Name of the loss among those of transformers, where the class is named after it, as transformers has it."""
+        names = (name for name, loss in LOSS_MAPPING.items() if loss is self.traced.loss_function)
+        return next((name for name in names if name in class_name(self.traced)), None)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -74,12 +76,13 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return device_of(self._parameters_of())
+        return next((parameter.device for parameter in self._read.values()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
-        return dtype_of(self._parameters_of())
+        types = (parameter.dtype for parameter in self._read.values() if parameter.is_floating_point())
+        return next(types, torch.get_default_dtype())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph with what `generate` gives in a step.
@@ -87,7 +90,8 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         Raises:
             TraceError: An input was not part of the trace.
         """
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "use_cache")}
+        keeps_cache = kwargs.pop("use_cache", None) is not False
+        kwargs.pop("return_dict", None)
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None) and name not in self.traced.input_names:
                 raise TraceError(f"{name} was not part of the trace; trace the model with it among the example inputs")
@@ -99,7 +103,10 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
             kwargs[PAST] = own_cache(cache) if cache is self._given_cache else cache  # the loop has marked that one
         else:
             self._check_positions(kwargs.get("attention_mask"))
-        return self._run(*args, **kwargs)
+        outputs = self._run(*args, **kwargs)
+        if keeps_cache or "cache" not in outputs:
+            return outputs
+        return type(outputs)(**{name: value for name, value in outputs.items() if name != "cache"})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate by transformers' own loop, in the mode that the model stands in.
@@ -121,6 +128,26 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
                 )
             kwargs["use_cache"] = False
         return super().generate(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of token embeddings.
+
+        Raises:
+            TraceError: The model has none, or it is more than a table.
+        """
+        path = self.traced.tree.input_embedding
+        if path is None:
+            raise TraceError(f"{class_name(self.traced)} has no input embeddings that its class names")
+        return module_at(self.traced.tree, path, self._read)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language-model head, or None.
+
+        Raises:
+            TraceError: It is more than a linear layer.
+        """
+        path = self.traced.tree.output_embedding
+        return None if path is None else module_at(self.traced.tree, path, self._read)
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         """An encoder that lets the source through: the graph holds the encoder itself."""
@@ -162,28 +189,23 @@ class _Source(nn.Module):
         return BaseModelOutput(last_hidden_state=kwargs[self.name])
 
 
-def view_of(traced: TracedModel, run: Callable[..., Any], module: nn.Module, *, labels: bool) -> TransformersView:
+def view_of(
+    traced: TracedModel, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter], *, labels: bool
+) -> TransformersView:
     """A traced model as transformers sees one.
 
     Args:
         traced: The traced model.
         run: Runs the graph: called as the model.
-        module: Whose parameters `run` reads.
+        parameters: The parameters that `run` reads, by the names of the source model.
         labels: Whether `run` takes labels.
-
-    Raises:
-        TraceError: The model is none of transformers'.
     """
-    if traced.config is None:
-        raise TraceError(
-            "the traced model has no transformers configuration, so it cannot be seen as a transformers model"
-        )
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
-    if traced.config.is_encoder_decoder:
+    if getattr(traced.config, "is_encoder_decoder", False):
         inputs.append("encoder_outputs")
     forward = shown(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
     cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
-    view: TransformersView = cls(traced, run, module)
+    view: TransformersView = cls(traced, run, parameters)
     return view
 
 
@@ -228,17 +250,6 @@ def main_input(traced: TracedModel) -> str:
     """Name of the input that a model is about: token ids, pixels, or sound."""
     name = getattr(source_class(traced), "main_input_name", None)
     return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
-
-
-def device_of(parameters: Iterable[nn.Parameter]) -> torch.device:
-    """Where the first of some parameters is."""
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
-
-
-def dtype_of(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    """The type of the first parameter of floating point."""
-    types = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
-    return next(types, torch.get_default_dtype())
 
 
 def _option(view: TransformersView, options: dict[str, Any], name: str) -> Any:

@@ -197,6 +197,23 @@ def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in found.items() if isinstance(value, (bool, int, float, str))}
 
 
+def with_cache_name(names: Sequence[str], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keyword arguments whose `cache`, as transformers calls it by now, has the name that the trace has for it.
+
+    Args:
+        names: Inputs of the trace.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        TraceError: It was given under both names.
+    """
+    if "cache" not in kwargs or PAST not in names or "cache" in names:
+        return kwargs
+    if kwargs.get(PAST) is not None:
+        raise TraceError(f"cache and {PAST} are one input; give one of them")
+    return {**{name: value for name, value in kwargs.items() if name != "cache"}, PAST: kwargs["cache"]}
+
+
 def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool = False) -> torch.Tensor | None:
     """What a model takes for an input that it is not given, or None where it needs it.
 

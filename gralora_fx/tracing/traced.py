@@ -16,12 +16,12 @@ from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.out_of_reach import why_out_of_reach
 from gralora_fx.sites import LinearSite, find_sites
-from gralora_fx.tracing.as_transformers import device_of, dtype_of, main_input, view_of
+from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of
 from gralora_fx.tracing.cached import PAST, batch_of, empty_cache, own_cache
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.graph_record import deep_copy, packed, unpacked
 from gralora_fx.tracing.modes import set_mode
-from gralora_fx.tracing.signature import CallSignature, refuse_misshapen_step
+from gralora_fx.tracing.signature import CallSignature, refuse_misshapen_step, with_cache_name
 from gralora_fx.tracing.user_pass import GraphPass, run_pass
 
 CALL_TRACE = "trace it first: call trace() with the model,"
@@ -157,7 +157,7 @@ class TracedModel:
         Raises:
             TraceError: The model does not generate, or an option needs what a trace does not have.
         """
-        return view_of(self, self.__call__, self.graph_module, labels=False).generate(*args, **kwargs)
+        return self._view().generate(*args, **kwargs)
 
     def can_generate(self) -> bool:
         """Whether the model generates."""
@@ -171,12 +171,15 @@ class TracedModel:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return device_of(self.graph_module.parameters())
+        return self._view().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
-        return dtype_of(self.graph_module.parameters())
+        return self._view().dtype
+
+    def _view(self) -> TransformersView:
+        return view_of(self, self.__call__, self.tree.parameters, labels=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one call by name, with the defaults that the model itself has.
@@ -185,6 +188,7 @@ class TracedModel:
             TraceError: An input is missing, given twice, of another form than the example's, was not part of the
                 trace, or is no mask of all positions; or an argument that is part of the graph has another value.
         """
+        kwargs = with_cache_name(self.input_names, kwargs)
         example = self.example_inputs.get(PAST)
         if (
             isinstance(example, Cache)
