@@ -171,6 +171,8 @@ class PeftAttributes(AdapterQueries, nn.Module):
     disable_input_require_grads = activation_checkpointing_disable
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """Never."""
         return False
+
+    is_gradient_checkpointing = is_activation_checkpointing
