@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -145,7 +144,7 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     if isinstance(cache, EncoderDecoderCache):
         return encoder_decoder_models(graph_module, precision), None
     if cache is None:
-        graph_module = _as_operators(graph_module, traced.graph_inputs)
+        graph_module = _as_operators(graph_module, traced)
     graph_module = in_precision(graph_module, precision, kept=cached_tensors(traced.example_inputs))
     if cache is not None:
         model, attention = decoder_model(graph_module, logits=logits)
@@ -154,12 +153,12 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     return {"model": plain_model(graph_module, traced.graph_inputs)}, None
 
 
-def _as_operators(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> fx.GraphModule:
+def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:
     """The graph itself where it can be translated, else captured again; a symbolic trace calls modules, for one."""
     if is_operator_graph(graph_module.graph):
         return graph_module
     try:
-        return recapture(graph_module, inputs)
+        return recapture(graph_module, traced.graph_inputs, dynamic=traced.signature.dynamic)
     except Exception as error:  # torch.export raises errors of every type
         raise ExportError(f"the graph cannot be captured as PyTorch's operators: {first_line(error)}") from error
 

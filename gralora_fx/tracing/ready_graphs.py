@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from gralora_fx.errors import TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.tracing.check import check_example
 from gralora_fx.tracing.clean import without_guards
 from gralora_fx.tracing.example_inputs import check_leaves
-from gralora_fx.tracing.input_trees import fixed_axes
+from gralora_fx.tracing.input_trees import fixed_axes, leaf_paths
 from gralora_fx.tracing.leaves import inline_leaves
 from gralora_fx.tracing.modes import record_switches
 from gralora_fx.tracing.signature import CallSignature
@@ -35,6 +35,20 @@ def trace_program(program: torch.export.ExportedProgram, given: _Arguments | Non
         TraceError: The example inputs do not fit it.
     """
     graph_module = without_guards(program.module(check_guards=False))
+    given_to_export: Any = program.example_inputs or ((), {})
+    args, kwargs = given_to_export
+    names = _call_names(graph_module)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    read: dict[int, tuple[str, bool]] = {}
+    for (path, leaf), node in zip(
+        leaf_paths({**dict(zip(names, args, strict=False)), **kwargs}), placeholders, strict=False
+    ):
+        other, is_read = read.setdefault(id(leaf), (path, bool(node.users)))
+        if isinstance(leaf, Tensor) and other != path and not (is_read and node.users):
+            raise TraceError(
+                f"the program was exported with one tensor for {other!r} and {path!r}, so it reads one of them for "
+                "both; export it again with a tensor for each"
+            )
     return trace_graph(graph_module, program.example_inputs if given is None else given, task)
 
 

@@ -46,7 +46,7 @@ def _is_known(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or module in _SCALARS
 
 
-def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> fx.GraphModule:
+def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynamic: bool = True) -> fx.GraphModule:
     """Capture a graph by running it once more, every axis free to vary that may.
 
     Before: `x = input.flatten(1); y = self.act(torch.nn.functional.linear(x, w))`
@@ -55,13 +55,14 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> fx.Gra
     Args:
         graph_module: Any graph in evaluation mode; its parameters may stand on the meta device.
         inputs: Its inputs by name.
+        dynamic: Whether axes may vary; not those of a trace that was made for the example's sizes.
 
     Returns:
         A graph over the same parameters, under their own names.
     """
     graph_module.recompile()
     with stand_ins(graph_module) as own, quiet(), torch.no_grad():
-        named, shapes = _Named(graph_module, inputs), dynamic_axes(inputs)
+        named, shapes = _Named(graph_module, inputs), dynamic_axes(inputs) if dynamic else None
         program = torch.export.export(named, (), dict(inputs), dynamic_shapes=shapes, strict=False)
         captured = without_guards(program.run_decompositions({}).module(check_guards=False))
     take_own(captured, own)

@@ -32,6 +32,7 @@ class CallSignature:
         fillable: Inputs that may be left out: `default_input` makes what the source takes for them.
         counts_padding: Whether positions that are left out count the padding before them.
         fixed: Sizes of input tensors that the trace holds for.
+        dynamic: Whether the trace was to hold for other sizes than the example's.
         has_form: Whether inputs must have the form of the examples, as for a graph that has seen nothing else.
     """
 
@@ -44,6 +45,7 @@ class CallSignature:
     fillable: frozenset[str] = frozenset()
     counts_padding: bool = False
     fixed: FixedAxes = dataclasses.field(default_factory=dict)
+    dynamic: bool = True
     has_form: bool = True
 
     @property

@@ -103,6 +103,7 @@ def trace(
             signature,
             fillable=fillable,
             counts_padding=counts_padding,
+            dynamic=dynamic,
             fixed=fixed_axes(graph_module.graph, sample),
         ),
         task=task,

@@ -151,3 +151,18 @@ def test_a_number_beside_tensors_is_said_to_be_left_out(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"returns numbers beside tensors \(item\), which the export does not give"):
         export_onnx(model, tmp_path / "onnx")
     assert load(tmp_path / "onnx").input_names == ("y",)
+
+
+def test_a_trace_for_one_size_is_an_export_for_one_size(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x)
+            return y if x.shape[0] > 2 else 2 * y
+
+    export_onnx(trace(Branches().eval(), (rows(2, 0),), dynamic=False), tmp_path / "onnx")
+    with pytest.raises(ServingError, match=r"has shape \[3, 8\], but the model takes \[2, 8\]"):
+        load(tmp_path / "onnx")(x=rows(3, 0))

@@ -312,7 +312,7 @@ def program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
 @pytest.mark.parametrize("kind", ["symbolic", "program", "exported"])
 def test_examples_of_a_graph_are_checked(kind: str, args: Any, kwargs: Any, message: str) -> None:
     model = module(lambda self, x, mask: self.fc(x) * mask)
-    exported = program(model, (X, X))
+    exported = program(model, (X, X.clone()))
     graph = {"symbolic": fx.symbolic_trace(model), "program": exported, "exported": exported.module()}[kind]
     with pytest.raises(TraceError, match=message):
         trace(graph, args, kwargs)
@@ -332,3 +332,12 @@ def test_a_program_keeps_its_constants_and_its_nested_inputs() -> None:
         result([X, X])
     with pytest.raises(TraceError, match="input 'pair' has 3 items, but the trace takes 2"):
         result([X, X, X], n=3)
+
+
+def test_a_program_that_reads_one_tensor_for_two_inputs_is_refused() -> None:
+    model = module(lambda self, x, mask: self.fc(x) * mask)
+    with pytest.raises(
+        TraceError, match="exported with one tensor for 'x' and 'mask', so it reads one of them for both"
+    ):
+        trace(program(model, (X, X)))
+    assert trace(program(model, (X, X.clone()))).input_names == ("x", "mask")
