@@ -10,6 +10,7 @@ from pathlib import Path
 
 import peft
 import torch
+from acting import idle_sites
 from architectures import base_model, base_trace, model_inputs
 from cases import Case
 from peft.tuners.gralora.layer import GraloraLayer
@@ -109,6 +110,11 @@ def logits(pair: Pair) -> str:
     return _far({"logits": found}, {"logits": expected}, pair.tolerance.logits)
 
 
+def acts(pair: Pair) -> str:
+    """Every adapter changes what its own layer gives, unless it starts at zero."""
+    return "" if pair.case.fields.get("init_weights") else ", ".join(idle_sites(pair.ours, pair.inputs))
+
+
 def gradients(pair: Pair) -> str:
     """Every trained tensor has PEFT's gradient; without adapter dropout both sides are in training mode."""
     training = not pair.case.fields.get("gralora_dropout")
@@ -189,6 +195,7 @@ ASPECTS: dict[str, Callable[[Pair], str]] = {
     "sites": sites,
     "count": count,
     "logits": logits,
+    "each site": acts,
     "gradients": gradients,
     "step": step,
     "saved": saved,
