@@ -181,6 +181,32 @@ def add_output(
     return y
 
 
+def add_update(weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], rank: Rank) -> Tensor:
+    """Add an adapter's update to a weight as one matrix, for a layer whose input cannot be reached.
+
+    Gradients reach the factors. It runs on `torch.fx` proxies as on tensors.
+
+    Args:
+        weight: `[out, in]`.
+        factors: The adapter's tensors.
+        scale: Factor of the update.
+        features: Widths `in` and `out` of the layer.
+        rank: The adapter's sizes.
+
+    Returns:
+        `weight + scale * update`.
+    """
+    r, k, _ = rank
+    in_block, out_block, s = features[0] // k, features[1] // k, r // k
+    left = factors.B.view(k, k, s, out_block).transpose(2, 3).reshape(k * k, out_block, s)  # [(j, n), out/k, s]
+    right = factors.A.view(k, in_block, k, s).permute(2, 0, 3, 1).reshape(k * k, s, in_block)  # [(j, n), s, in/k]
+    blocks = torch.bmm(left, right).view(k, k, out_block, in_block).transpose(1, 2)  # [j, out/k, n, in/k]
+    update = blocks.reshape(features[1], features[0])
+    if factors.A_general is not None and factors.B_general is not None:
+        update = update + torch.mm(factors.B_general, factors.A_general)
+    return torch.add(weight, update, alpha=scale)
+
+
 def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
     """`into + scale * left @ right`, written into `into` itself where that is right and fast.
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from gralora_fx.module_tree import LINEAR_TYPES, ModuleTree, module_stack
 from gralora_fx.sites import LinearSite
+from gralora_fx.subgraph_calls import noted_weights
 from gralora_fx.weight_views import origin_of, tensor_at
 
 _KEY = "gralora_opaque"
@@ -39,6 +40,8 @@ def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iter
         where = _opaque(node, graph_module)
         if where is not None:
             for path in _layers_within(node, graph_module, tree, owners):
+                if noted_weights(node, path):
+                    continue
                 found.setdefault(path, f"it is called {where}")
         innermost = _innermost(node, tree)
         if innermost is not None and innermost in layers and not layers[innermost].calls:

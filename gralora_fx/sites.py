@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.module_tree import ModuleTree, module_stack
+from gralora_fx.subgraph_calls import note_weight, noted_weights, operands_of, weight_operands
 from gralora_fx.weight_views import Origin, origin_of, readers, tensor_at
 
 Kind = Literal["linear", "conv1d", "functional"]
@@ -59,6 +60,8 @@ class LinearCall:
         stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
         rows: First output feature of the call and the one after its last, where it uses a part of the weight only, as
             `nn.MultiheadAttention` does with its `in_proj_weight`; None where it uses the whole.
+        operand: Where a branch or a loop makes the call: the position of the weight among the operands of the node
+            that runs it. The input is that node's then, and not the layer's.
     """
 
     node: fx.Node
@@ -67,6 +70,7 @@ class LinearCall:
     bias: fx.Node | None
     stored_transposed: bool
     rows: tuple[int, int] | None = None
+    operand: tuple[int, int] | None = None
 
 
 def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | None:
@@ -119,6 +123,11 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     """
     tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
     weights = {call: tensors.get(str(call.weight.target)) for call in _calls(graph_module)}
+    weights |= {
+        call: weight
+        for call in _subgraph_calls(graph_module)
+        if _layer_of(weight := tensors.get(str(call.weight.target)), tree)
+    }
     calls = {call: w for call, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
     called = {path for call in calls if (path := _innermost(call, tree)) in tree.linear}
     groups: dict[tuple[str, int, bool], list[LinearCall]] = {}
@@ -136,6 +145,9 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
         if name in found:  # one weight used both ways round
             name = f"{name}.T"
         found[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
+        for call in group:
+            if call.operand is not None:
+                note_weight(call.node, name, call.operand)
     for path, group in _computed_calls(graph_module, tree, found).items():
         original = _original(path, group[0], tree)
         if original is not None:
@@ -184,7 +196,47 @@ def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
 def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> tuple[str, ...]:
     """Paths of the sites whose calls multiply by a weight that the graph computes, as a parametrization does."""
     by_name = {node.name: node for node in graph_module.graph.nodes}
-    return tuple(site.path for site in sites if any(match_linear_call(by_name[name]) is None for name in site.calls))
+    return tuple(
+        site.path
+        for site in sites
+        if any(
+            call.operand is None and match_linear_call(call.node) is None
+            for name in site.calls
+            for call in calls_at(by_name[name], site)
+        )
+    )
+
+
+def calls_at(node: fx.Node, site: LinearSite) -> tuple[LinearCall, ...]:
+    """The calls of a site that a node makes: itself, or in a subgraph that it runs; none where it is no such node."""
+    positions = noted_weights(node, site.path)
+    if positions:
+        operands: list[tuple[int, int]] = [(group, index) for group, index in positions]
+        return tuple(_subgraph_call(node, position) for position in operands)
+    call = match_linear_call(node, computed=True)
+    return () if call is None else (call,)
+
+
+def _subgraph_calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
+    for node in graph_module.graph.nodes:
+        for _, group, index in weight_operands(node, graph_module):
+            yield _subgraph_call(node, (group, index))
+
+
+def _subgraph_call(node: fx.Node, position: tuple[int, int]) -> LinearCall:
+    group, index = position
+    weight: fx.Node = operands_of(node, group)[index]
+    return LinearCall(node, node, weight, None, stored_transposed=False, operand=position)
+
+
+def _layer_of(weight: object, tree: ModuleTree) -> str | None:
+    """Path of the one linear layer that holds a weight."""
+    if not isinstance(weight, torch.Tensor):
+        return None
+    names = tree.names_of(weight)
+    paths = {tree.canonical(name.removesuffix(".weight")) for name in names if name.endswith(".weight")}
+    linear = sorted(paths & tree.linear)
+    return linear[0] if len(linear) == 1 else None
 
 
 def _computed_calls(
@@ -244,6 +296,8 @@ def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree, called: set
     A layer that is never called itself, and whose weight is used the way it would use it, is called by that use, as
     `nn.MultiheadAttention` uses its `out_proj`.
     """
+    if call.operand is not None and (layer := _layer_of(weight, tree)) is not None:
+        return layer
     innermost = _innermost(call, tree)
     if innermost in tree.linear:
         return innermost

@@ -25,6 +25,7 @@ ORDER = [
     "module_tree",
     "weight_views",
     "shared_memory",
+    "subgraph_calls",
     "sites",
     "out_of_reach",
     "losses",

@@ -13,7 +13,7 @@ from gralora_fx.deferred import defer, raw_values_of
 from gralora_fx.errors import MergeError
 from gralora_fx.overlay import replace_parameters
 from gralora_fx.shared_memory import overlapping
-from gralora_fx.sites import LinearSite, computed_sites, match_linear_call, other_readers
+from gralora_fx.sites import LinearSite, calls_at, computed_sites, other_readers
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ def set_weights(
         if site.path not in weights:
             continue
         for name in site.calls:
-            call = match_linear_call(by_name[name])
-            if call is not None:
+            for call in calls_at(by_name[name], site):
                 found[str(call.weight.target)] = weights[site.path]
     replace_parameters(graph_module, found)
     return tuple(found)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from gralora_fx.adapter import Factors, Rank, add_output
+from gralora_fx.adapter import Factors, Rank, add_output, add_update
 from gralora_fx.errors import RewriteError
 from gralora_fx.passes.marks import mark
-from gralora_fx.sites import LinearCall, LinearSite, match_linear_call
+from gralora_fx.sites import LinearCall, LinearSite, calls_at
+from gralora_fx.subgraph_calls import replace_operand
 
 
 def insert_adapter(
@@ -56,23 +57,19 @@ def insert_adapter(
     inserted: list[fx.Node] = []
     for name in site.calls:
         node = by_name.get(name)
-        call = None if node is None else match_linear_call(node, computed=True)
-        if node is None or call is None:
+        calls = () if node is None else calls_at(node, site)
+        if not calls:
             raise RewriteError(
                 f"{site.path}: node {name!r} is no linear call of this graph any more; trace the model again"
             )
-        inserted += _insert_at(
-            graph,
-            call,
-            site.path,
-            adapter,
-            names,
-            scale=scale,
-            features=(site.in_features, site.out_features),
-            rank=rank,
-            dropout=dropout,
-            dtype=dtype,
-        )
+        for call in calls:
+            insert, options = _insert_at, {"dropout": dropout, "dtype": dtype}
+            if call.operand is not None:
+                insert, options = _insert_into_operand, {}
+            features = (site.in_features, site.out_features)
+            inserted += insert(
+                graph, call, site.path, adapter, names, scale=scale, features=features, rank=rank, **options
+            )
     return tuple(inserted)
 
 
@@ -93,6 +90,28 @@ def _insert_at(
         mark(candidate, site=path, adapter=adapter, call=node.name)
         if "nn_module_stack" in node.meta:
             candidate.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    return made
+
+
+def _insert_into_operand(
+    graph: fx.Graph, call: LinearCall, path: str, adapter: str, names: Mapping[str, str], **options: Any
+) -> list[fx.Node]:
+    """Add an adapter's update to the weight that a branch or a loop is given.
+
+    Before: `y = cond(p, self.true, self.false, (x, w))`
+    After:  `...; w_1 = add(w, update); y = cond(p, self.true, self.false, (x, w_1))`
+    """
+    before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
+    with graph.inserting_before(call.node):
+        tensors = {field: _proxy(graph.get_attr(attribute), tracer) for field, attribute in names.items()}
+        result: Any = add_update(_proxy(call.weight, tracer), Factors(**tensors), **options)
+    assert call.operand is not None
+    replace_operand(call.node, call.operand, result.node)
+    made = [candidate for candidate in graph.nodes if candidate not in before]
+    for candidate in made:
+        mark(candidate, site=path, adapter=adapter, call=call.node.name)
+        if "nn_module_stack" in call.node.meta:
+            candidate.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
     return made
 
 

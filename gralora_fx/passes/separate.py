@@ -9,7 +9,7 @@ from torch import fx
 from gralora_fx.errors import MergeError
 from gralora_fx.overlay import replace_parameters
 from gralora_fx.passes.marks import mark
-from gralora_fx.sites import LinearSite, match_linear_call
+from gralora_fx.sites import LinearSite, calls_at
 from gralora_fx.weight_views import is_view, readers
 
 _KEY = "separated"
@@ -39,10 +39,10 @@ def separate_weights(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) 
     by_name = {node.name: node for node in graph.nodes}
     made: dict[str, str] = {}
     for site in sites:
-        calls = {call.node: call for name in site.calls if (call := match_linear_call(by_name[name])) is not None}
-        targets = {str(call.weight.target) for call in calls.values()}
+        found = [call for name in site.calls for call in calls_at(by_name[name], site)]
+        calls, targets = {call.node for call in found}, {str(call.weight.target) for call in found}
         sources = [node for node in graph.find_nodes(op="get_attr") if str(node.target) in targets]
-        inside, outside = _split_readers(sources, set(calls))
+        inside, outside = _split_readers(sources, calls)
         mixed = [user.name for user in set(inside) & set(outside)]
         if mixed:
             raise MergeError(

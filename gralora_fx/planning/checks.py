@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import warn_caller
 from gralora_fx.planning.rewrite_plan import PlannedSite
@@ -25,10 +27,16 @@ def trains_whole(path: str, saved: Iterable[str]) -> str | None:
     return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
 
 
-def out_of_reach(site: LinearSite, traced: TracedModel) -> str | None:
+def out_of_reach(site: LinearSite, traced: TracedModel, config: GraloraConfig) -> str | None:
     """Why a site gets no adapter whatever a configuration says: it would do nothing, or not act at every call."""
     if site.path in traced.out_of_reach:
         return f"{traced.out_of_reach[site.path]}, where no adapter can be put"
+    if site.path in traced.in_subgraphs:
+        where = f"it is called inside the subgraph of {traced.in_subgraphs[site.path]}, where its weight is adapted"
+        if config.gralora_dropout:
+            return f"{where} and not its output, so its input cannot have gralora_dropout={config.gralora_dropout}"
+        if site.weight.dtype in (torch.float16, torch.bfloat16):
+            return f"{where}, and {site.weight.dtype} would round the update away"
     if not (site.in_features and site.out_features):
         return "one of its widths is 0, so an adapter would add nothing"
     return None
@@ -52,7 +60,7 @@ def problems_of(
     """
     sites = {site.path: site for site in traced.sites}
     return [
-        *_missing(rule, traced, sites, saved),
+        *_missing(rule, config, traced, sites, saved),
         *_unsupported(rule, traced, sites),
         *_unused_exclusions(rule, traced),
         *_unused_keys(config, traced, selected),
@@ -60,7 +68,9 @@ def problems_of(
     ]
 
 
-def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]) -> list[str]:
+def _missing(
+    rule: TargetRule, config: GraloraConfig, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]
+) -> list[str]:
     """Problems of a rule that reaches no module at all."""
     paths = _paths(traced)
     named = [path for path in paths if rule.is_named(path)]
@@ -77,7 +87,7 @@ def _missing(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]
     reasons = {
         rule.rejection(path)
         or trains_whole(path, saved)
-        or (out_of_reach(sites[path], traced) if path in sites else None)
+        or (out_of_reach(sites[path], traced, config) if path in sites else None)
         for path in named
     }
     if None not in reasons:

@@ -37,7 +37,7 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
     sites = {site.path: site for site in traced.sites}
     saved = saved_modules(config, traced.tree)
-    reasons = {path: _reason_against(site, rule, saved, traced) for path, site in sites.items()}
+    reasons = {path: _reason_against(site, rule, saved, traced, config) for path, site in sites.items()}
     rejected = [RejectedSite(sites[path], reason) for path, reason in reasons.items() if reason]
     selected = tuple(_with_ranks(site, config, traced) for path, site in sites.items() if not reasons[path])
     problems = problems_of(rule, config, traced, saved, selected)
@@ -61,14 +61,16 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
     )
 
 
-def _reason_against(site: LinearSite, rule: TargetRule, saved: Iterable[str], traced: TracedModel) -> str | None:
+def _reason_against(
+    site: LinearSite, rule: TargetRule, saved: Iterable[str], traced: TracedModel, config: GraloraConfig
+) -> str | None:
     """Why a site gets no adapter, or None if it gets one."""
     is_layer = site.kind != "functional"
     reasons = [rule.rejection(name, is_linear_layer=is_layer) for name in names_of_site(site, traced.tree)]
     if any(rule.is_excluded(name) for name in names_of_site(site, traced.tree)):
         return reasons[0] or next(filter(None, reasons))
     reason = (reasons[0] if None not in reasons else None) or trains_whole(site.path, saved)
-    return reason or out_of_reach(site, traced)
+    return reason or out_of_reach(site, traced, config)
 
 
 def _with_ranks(site: LinearSite, config: GraloraConfig, traced: TracedModel) -> PlannedSite:

@@ -16,6 +16,7 @@ from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.module_tree import ModuleTree
 from gralora_fx.out_of_reach import why_out_of_reach
 from gralora_fx.sites import LinearSite, find_sites
+from gralora_fx.subgraph_calls import layers_in_subgraphs
 from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of
 from gralora_fx.tracing.cached import PAST, batch_of, empty_cache, own_cache
 from gralora_fx.tracing.clean import copy_graph
@@ -45,6 +46,7 @@ class TracedModel:
         shift_labels: The model's own way from labels to decoder inputs, or None.
         training: Whether the graph stands in training mode.
         out_of_reach: Why an adapter would not act wherever a layer is called, by the path of such layers.
+        in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
         merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
     """
 
@@ -79,6 +81,7 @@ class TracedModel:
         self.merged_adapters = dict(merged_adapters or {})
         self._sites = find_sites(graph_module, tree)
         self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
+        self.in_subgraphs = layers_in_subgraphs(graph_module.graph)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         self._optional = {str(node.target) for node in placeholders if node.args}
 
