@@ -66,7 +66,9 @@ class Feed:
             ServingError: An input is missing, unknown, empty, too long, of the wrong kind or shape, or holds ids out of
                 range.
         """
-        takes = f"the model takes {', '.join(self.inputs)}"
+        shown = [name for name in self.inputs if not name.startswith(f"{PAST}.")]
+        cache = [f"{PAST}..."] if len(shown) < len(self.inputs) else []
+        takes = f"the model takes {', '.join([*shown, *cache])}"
         if unknown := [str(name) for name in inputs if name not in self.inputs]:
             raise ServingError(f"unknown input {', '.join(unknown)}; {takes}, so leave out what it does not take")
         arrays = {name: as_array(name, value, self.inputs[name]) for name, value in inputs.items()}
@@ -103,9 +105,11 @@ class Feed:
             yield from self._parts(f"{name}.{key}", part)
 
     def _check_ids(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Refuse ids that no table holds: ONNX Runtime takes negative ones, and counts them from the end."""
+        """Refuse ids that no table holds, which ONNX Runtime takes below 0 and counts from the end, and other masks."""
         vocabulary = _text_field(self.config, "vocab_size")
         for name, array in arrays.items():
+            if name.endswith("attention_mask") and array.dtype.kind == "i" and not np.isin(array, (0, 1)).all():
+                raise ServingError(f"input {name!r} must be 1 where a position counts and 0 where it is padding")
             if not name.endswith("_ids") or not array.size:
                 continue
             if array.min() < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from gralora_fx.errors import ServingError
@@ -70,9 +71,9 @@ def _with_session_options(
 def _threads(value: object) -> int:
     if value is None:
         return available_threads()
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 1024:
         raise ServingError(f"threads must be a whole number from 1 to 1024, but got {value!r:.80}")
-    return value
+    return int(value)
 
 
 def _set_field(options: onnxruntime.SessionOptions, name: object, value: object) -> None:

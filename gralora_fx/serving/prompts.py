@@ -94,15 +94,20 @@ def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if stops and tokenizer is None:
         raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
+    if wrong := next((string for string in stops if any("\ud800" <= letter <= "\udfff" for letter in string)), None):
+        raise ServingError(f"the stop string {wrong!r:.80} has a lone surrogate, which no text has")
     if "" in stops:
         raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
     return stops
 
 
 def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(prompts, (torch.Tensor, np.ndarray)) and prompts.ndim != 2:
-        raise ServingError(f"token ids have one or two axes, but got {list(prompts.shape)}")
-    return prompts
+    """The prompts of several."""
+    if not isinstance(prompts, (torch.Tensor, np.ndarray)):
+        return prompts
+    if prompts.ndim not in (1, 2) or getattr(prompts, "is_meta", False):
+        raise ServingError(f"token ids have one or two axes and values, but got {prompts!r:.80}")
+    return prompts if prompts.ndim == 2 else _as_lists("prompts", prompts)
 
 
 def _as_lists(name: str, value: Any) -> list[Any]:

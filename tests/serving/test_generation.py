@@ -170,7 +170,8 @@ def test_all_logits_are_given_on_request(llama: OrtModel) -> None:
         (5, {}, "prompts are a text, a list of messages, a list of token ids or a list of these, but got 5"),
         (b"text", {}, "prompts are a text, .* but got b'text'"),
         ({"input_ids": [5]}, {}, r"a tokenizer's result is given by name: generate\(\*\*tokenizer"),
-        (torch.ones(1, 1, 1, dtype=torch.long), {}, r"token ids have one or two axes, but got \[1, 1, 1\]"),
+        (torch.ones(1, 1, 1, dtype=torch.long), {}, "token ids have one or two axes and values, but got tensor"),
+        (torch.ones(2, dtype=torch.long, device="meta"), {}, "token ids have one or two axes and values"),
         (torch.ones(1, 3), {}, "a prompt is text, a list of messages or a list of token ids, but got tensor"),
         (None, {}, "give prompts, or input_ids and attention_mask"),
         ([5], {"input_ids": [5]}, "prompts and input_ids are both given; give one of them"),
@@ -258,6 +259,11 @@ def test_what_a_tokenizer_gives_is_generated_from(speaking: OrtModel) -> None:
 def test_what_the_tokenizer_does_not_take_is_named(speaking: OrtModel, prompt: Any) -> None:
     with pytest.raises(ServingError, match="the tokenizer does not take the prompt"):
         speaking.generate(prompt)
+
+
+def test_a_stop_string_that_is_no_text_is_refused(speaking: OrtModel) -> None:
+    with pytest.raises(ServingError, match="has a lone surrogate, which no text has"):
+        speaking.generate("abc", stop=["a", "b\ud800"])
 
 
 def test_several_threads_get_their_own_answers(llama: OrtModel) -> None:
@@ -372,7 +378,8 @@ IDS = torch.tensor([[5, 9]])
         ({"input_ids": [[5, -1]]}, "'input_ids' holds -1, but ids are 0 or more; mask padding instead"),
         ({"input_ids": [[5, 101]]}, "'input_ids' holds token 101, outside the vocabulary of 101 tokens"),
         ({"input_ids": IDS, "position_ids": [[-1, 0]]}, "'position_ids' holds -1, but ids are 0 or more"),
-        ({"attention_mask": [[1]]}, "input 'input_ids' is missing"),
+        ({"attention_mask": [[1]]}, r"'input_ids' is missing; the model takes .*position_ids, past_key_values\.\.\.$"),
+        ({"input_ids": IDS, "attention_mask": [[1, 2]]}, "'attention_mask' must be 1 where a position counts and 0"),
     ],
 )
 def test_bad_steps_are_named(llama: OrtModel, inputs: dict[str, Any], message: str) -> None:
