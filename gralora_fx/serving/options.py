@@ -43,7 +43,8 @@ def runtime_of(
     fields = dict(session_options or {})
     if threads is not None and "intra_op_num_threads" in fields:
         raise ServingError("threads and session_options['intra_op_num_threads'] are the same; give one of them")
-    count = _threads(fields.pop("intra_op_num_threads", None) if threads is None else threads)
+    own = fields.pop("intra_op_num_threads", None)
+    count = _threads((None if own == 0 else own) if threads is None else threads)  # 0 leaves it to the runtime
     options = quiet_options(count)
     for name, value in fields.items():
         _set_field(options, name, value)

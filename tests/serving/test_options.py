@@ -111,6 +111,8 @@ def test_a_provider_that_does_not_start_is_not_replaced_in_silence(
 
 def test_threads_are_those_that_were_asked_for(exported: Path) -> None:
     assert options_of(load(exported)).intra_op_num_threads == len(os.sched_getaffinity(0))
+    unsaid = load(exported, session_options={"intra_op_num_threads": 0})
+    assert options_of(unsaid).intra_op_num_threads == len(os.sched_getaffinity(0))
     assert options_of(load(exported, threads=3)).intra_op_num_threads == 3
     assert options_of(load(exported, session_options={"intra_op_num_threads": 3})).intra_op_num_threads == 3
 
