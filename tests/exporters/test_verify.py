@@ -330,6 +330,15 @@ def test_another_adapter_of_the_same_base_is_refused(export: Path, model: Gralor
         verify_onnx(tmp_path / "onnx", model)
 
 
+def test_an_export_after_a_merge_is_verified_with_its_base_and_adapter(model: GraloraModel, tmp_path: Path) -> None:
+    merged = merge(model)
+    export_onnx(merged, tmp_path / "onnx", verify=False)
+    for same in (model, merged):
+        assert verify_onnx(tmp_path / "onnx", same, "quick").passed
+    with pytest.raises(ExportError, match="was exported from another base"):
+        verify_onnx(tmp_path / "onnx", model.traced)
+
+
 def test_a_fresh_head_that_an_adapter_replaces_is_no_other_base(tmp_path: Path) -> None:
     """A classifier's base has no head of its own: it is drawn anew in every run, and the adapter's copy is exported."""
     source = tiny_model("bert", num_labels=3)
