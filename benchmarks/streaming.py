@@ -1,23 +1,27 @@
-"""What memory an export takes: streamed from safetensors files, of a model of 1.1 B parameters with an adapter.
+"""What memory an export takes: streamed from safetensors files, of a decoder and of an encoder with an adapter.
 
-The model is a Llama of TinyLlama's shape with random weights, written shard by shard, so that this process never holds
-it either. Each export runs in a process of its own, whose peak is what the system says when it has ended.
+The models are a Llama of TinyLlama's shape and a wide RoBERTa with random weights, written shard by shard, so that this
+process never holds them either. Each export runs in a process of its own, whose peak is what the system says when it
+has ended.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import GraloraConfig
@@ -34,6 +38,16 @@ TINY_LLAMA: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+ROBERTA: dict[str, Any] = {
+    "vocab_size": 50265,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "num_labels": 2,
+}
 RANK, BLOCKS = 32, 2
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16 files to fp32": {},
@@ -42,28 +56,77 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One model.
+
+    Attributes:
+        name: What it is called in tables.
+        model_class: Its class in transformers.
+        sizes: Fields of its configuration.
+        task: What it is exported for.
+        adapted: Expression that matches the paths of its adapted layers.
+    """
+
+    name: str
+    model_class: str
+    sizes: dict[str, Any]
+    task: str
+    adapted: str
+
+    def config(self) -> PreTrainedConfig:
+        """Its configuration."""
+        config_class = getattr(transformers, self.model_class).config_class
+        config: PreTrainedConfig = config_class(**self.sizes, architectures=[self.model_class])
+        return config
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, of a model that takes no memory."""
+        with torch.device("meta"):
+            model = getattr(transformers, self.model_class)(self.config())
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+LLAMA = Kind("Llama", "LlamaForCausalLM", TINY_LLAMA, "text-generation-with-past", r".*_proj")
+ENCODER = Kind(
+    "RoBERTa",
+    "RobertaForSequenceClassification",
+    ROBERTA,
+    "text-classification",
+    r".*layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|output\.dense)",
+)
+
+
 def run() -> Report:
-    """Export the model in several precisions and print the peak memory of each process."""
-    report = Report("streaming", "streaming: exports of a Llama of 1.1 B parameters with a GraLoRA adapter, r=32 k=2")
-    with tempfile.TemporaryDirectory(prefix="gralora-streaming-") as scratch:
-        root = Path(scratch)
-        progress("streaming, writing the model's shards")
-        count = write_model(root / "base", TINY_LLAMA)
-        write_adapter(root / "adapter", TINY_LLAMA)
-        rows = []
-        for name, options in OPTIONS.items():
-            progress(f"streaming, {name}")
-            rows.append({"export": name, **measure_export(root, options)})
-    report.tables.append(Table(f"{count / 1e9:.2f} B parameters, {count * 2 / GIB:.2f} GiB of bfloat16 files", rows))
-    peak = rows[0]["peak GB"]
-    report.claims.append(Claim("peak memory of the streamed export to fp32, in GB", peak, at_most=2.0))
+    """Export the models in several precisions and print the peak memory of each process."""
+    report = Report("streaming", "streaming: exports of models of 1.1 B parameters with a GraLoRA adapter, r=32 k=2")
+    for kind in (LLAMA, ENCODER):
+        rows, count = _rows(kind)
+        title = f"{kind.name}: {count / 1e9:.2f} B parameters, {count * 2 / GIB:.2f} GiB of bfloat16 files"
+        report.tables.append(Table(title, rows))
+        peak = rows[0]["peak GB"]
+        report.claims.append(Claim(f"peak memory of the streamed {kind.name} to fp32, in GB", peak, at_most=2.0))
     report.notes.append("peak: largest resident set of the whole process; without verification, which needs the model")
+    report.notes.append("the largest tensor in float32: 0.26 GB of the Llama, 0.51 GB of the RoBERTa, its embeddings")
     return report
 
 
-def measure_export(root: Path, options: dict[str, Any]) -> dict[str, float]:
+def _rows(kind: Kind) -> tuple[list[dict[str, Any]], int]:
+    with tempfile.TemporaryDirectory(prefix="gralora-streaming-") as scratch:
+        root = Path(scratch)
+        progress(f"streaming, writing the shards of {kind.name}")
+        count = write_model(root / "base", kind)
+        write_adapter(root / "adapter", kind)
+        rows = []
+        for name, options in OPTIONS.items():
+            progress(f"streaming, {kind.name}, {name}")
+            rows.append({"export": name, **measure_export(root, kind.task, options)})
+    return rows, count
+
+
+def measure_export(root: Path, task: str, options: dict[str, Any]) -> dict[str, float]:
     """Peak memory and seconds of one export in a process of its own."""
-    arguments = [str(root / "base"), str(root / "adapter"), str(root / "onnx"), json.dumps(options)]
+    arguments = [str(root / "base"), str(root / "adapter"), str(root / "onnx"), task, json.dumps(options)]
     begin = time.perf_counter()
     code = "from benchmarks.streaming import export; export()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
@@ -76,9 +139,9 @@ def export() -> None:
     from gralora_fx.exporters import export_onnx
     from gralora_fx.loading import load_traced
 
-    base, adapter, output, options = sys.argv[1:]
+    base, adapter, output, task, options = sys.argv[1:]
     imports = _peak()
-    model = load_traced(base, adapter, "text-generation-with-past", stream=True)
+    model = load_traced(base, adapter, task, stream=True)
     export_onnx(model, output, verify=False, **json.loads(options))
     print(json.dumps({"imports": imports, "peak": _peak()}))
 
@@ -89,17 +152,18 @@ def _peak() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def write_model(directory: Path, sizes: dict[str, Any]) -> int:
-    """Write a Llama with random bfloat16 weights, one shard a layer; the result is its number of parameters."""
-    config = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
+def write_model(directory: Path, kind: Kind) -> int:
+    """Write a model with random bfloat16 weights, one shard a layer; the result is its number of parameters."""
+    config = kind.config()
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
     generator = torch.Generator().manual_seed(0)
     places: dict[str, str] = {}
     count = 0
-    layers = range(config.num_hidden_layers)
-    groups = [_ends(config), *(_layer(config, index) for index in layers)]
-    for number, shapes in enumerate(groups):
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in kind.shapes().items():
+        groups.setdefault(next((part for part in key.split(".") if part.isdigit()), "ends"), {})[key] = shape
+    for number, shapes in enumerate(groups.values()):
         name = f"model-{number:05}.safetensors"
         tensors = {key: _values(shape, generator) for key, shape in shapes.items()}
         save_file(tensors, directory / name, metadata={"format": "pt"})
@@ -110,46 +174,21 @@ def write_model(directory: Path, sizes: dict[str, Any]) -> int:
     return count
 
 
-def write_adapter(directory: Path, sizes: dict[str, Any]) -> None:
-    """Write a PEFT-format adapter of random values on all seven projections of every layer."""
-    config = LlamaConfig(**sizes)
+def write_adapter(directory: Path, kind: Kind) -> None:
+    """Write a PEFT-format adapter of random values on all linear layers of every block."""
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
-    for index in range(config.num_hidden_layers):
-        for key, shape in _layer(config, index).items():
-            if key.endswith("_proj.weight"):
-                shapes = factor_shapes(shape[1], shape[0], Rank(RANK, BLOCKS))
-                site = f"base_model.model.{key.removesuffix('.weight')}"
-                tensors |= {
-                    f"{site}.gralora_{name}": torch.randn(size, generator=generator) * 0.01
-                    for name, size in shapes.items()
-                }
+    for key, shape in kind.shapes().items():
+        path = key.removesuffix(".weight")
+        if path != key and re.fullmatch(kind.adapted, path):
+            shapes = factor_shapes(shape[1], shape[0], Rank(RANK, BLOCKS))
+            site = f"base_model.model.{path}"
+            tensors |= {
+                f"{site}.gralora_{name}": torch.randn(size, generator=generator) * 0.01 for name, size in shapes.items()
+            }
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    names = {key.split(".")[-2] for key in _layer(config, 0) if key.endswith("_proj.weight")}
-    GraloraConfig(r=RANK, gralora_k=BLOCKS, target_modules=names, task_type="CAUSAL_LM").save_pretrained(directory)
-
-
-def _ends(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    table = (config.vocab_size, config.hidden_size)
-    return {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": (config.hidden_size,)}
-
-
-def _layer(config: LlamaConfig, index: int) -> dict[str, tuple[int, ...]]:
-    width, inner = config.hidden_size, config.intermediate_size
-    cached = width // config.num_attention_heads * config.num_key_value_heads
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (cached, width),
-        "self_attn.v_proj": (cached, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    return {f"model.layers.{index}.{name}.weight": shape for name, shape in shapes.items()}
+    GraloraConfig(r=RANK, gralora_k=BLOCKS, target_modules=kind.adapted).save_pretrained(directory)
 
 
 def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.decomposition import decompose, fold_numbers
 from gralora_fx.exporters.operators import TRANSLATIONS
+from gralora_fx.exporters.retracing import note_values
 from gralora_fx.exporters.simplify import constant_slices, out_of_place, simplify, whole_products
 from gralora_fx.exporters.translations import batch_norm, dot_product_attention
 from gralora_fx.exporters.weights import weight_tensor
@@ -108,6 +109,7 @@ def _translate_into(
     whole_products(graph)
     module = fx.GraphModule({name: _stand_in(tensor) for name, (_, tensor) in weights.items()} | parts, graph)
     fix_for_onnx(module)
+    note_values(module.graph)
     once = CSEPass(banned_ops=get_CSE_banned_ops())(module)
     module = module if once is None else once.graph_module
     for graph_pass in passes:

@@ -75,6 +75,28 @@ def retrace(
         graph.erase_node(node)
 
 
+def note_values(graph: fx.Graph) -> None:
+    """Note the value of every call that a pass added without one, by PyTorch's own rules for shapes.
+
+    Args:
+        graph: A graph, every other node with the value that tracing noted; its nodes gain notes.
+    """
+    added = [node for node in graph.nodes if node.op == "call_function" and "val" not in node.meta]
+    if not added:
+        return
+    mode = detect_fake_mode([node.meta["val"] for node in graph.nodes if "val" in node.meta])
+    assert mode is not None
+
+    def value(node: fx.Node) -> Any:
+        noted = node.meta["val"]
+        return mode.from_tensor(noted) if isinstance(noted, Tensor) and not isinstance(noted, FakeTensor) else noted
+
+    with mode, torch.no_grad():
+        for node in added:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            node.meta["val"] = node.target(*args, **kwargs)
+
+
 def _let_read(new: fx.Node, old: fx.Node, reads: Callable[[fx.Node], bool]) -> None:
     old.replace_all_uses_with(new, delete_user_cb=reads)
 

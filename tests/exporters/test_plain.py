@@ -99,6 +99,24 @@ def test_copies_that_views_need_are_not_missed(tmp_path: Path) -> None:
     assert passed(DebertaV2Model(config).eval(), None, tmp_path / "onnx")
 
 
+class Cells(nn.Module):
+    """The least value of each cell, as TAPAS pools its tables; transformers rewrites the operator for ONNX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.up(x).reshape(-1)
+        cells = torch.arange(values.shape[0]) % 4
+        return torch.zeros(4).scatter_reduce(0, cells, values, "amin", include_self=False)
+
+
+def test_operators_that_a_rewrite_adds_have_shapes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert passed(Cells(), (torch.randn(3, 6),), tmp_path / "onnx")
+
+
 # -- graphs that are captured again -----------------------------------------------------------------------------------
 
 
