@@ -46,7 +46,8 @@ def _compare(report: Report, label: str, options: dict[str, Any], *, block: int,
     report.claims += [
         Claim(f"{label}: {theirs} / {ours}, ratio of medians", ratio.of_medians, at_least=15),
         Claim(f"{label}: the same, median of pairwise ratios", ratio.median_of_pairs, at_least=15),
-        Claim(f"{label}: temporary of our folds, in blocks", max(peaks[n] for n in names[2:]) / block, at_most=1),
+        Claim(f"{label}: temporary of our merge_adapter, in blocks", peaks[names[2]] / block, at_most=1),
+        Claim(f"{label}: temporary of our merge_and_unload, in weights", peaks[names[3]] / (4 * SIZE**2), at_most=1.01),
     ]
 
 

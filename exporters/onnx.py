@@ -141,10 +141,11 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     set_mode(graph_module.graph, False)
     graph_module.train(False)
     cache = traced.example_inputs.get(PAST)
+    is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle leaves it
+    if cache is None or not is_noted:
+        graph_module = _as_operators(graph_module, traced)
     if isinstance(cache, EncoderDecoderCache):
         return encoder_decoder_models(graph_module, precision), None
-    if cache is None:
-        graph_module = _as_operators(graph_module, traced)
     graph_module = in_precision(graph_module, precision, kept=cached_tensors(traced.example_inputs))
     if cache is not None:
         model, attention = decoder_model(graph_module, logits=logits)

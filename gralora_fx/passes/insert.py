@@ -78,7 +78,9 @@ def _insert_at(
 ) -> list[fx.Node]:
     node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
     with graph.inserting_before(after):
-        tensors = {field: _proxy(graph.get_attr(attribute), tracer) for field, attribute in names.items()}
+        tensors = {
+            field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names.items()
+        }
         x, y = _proxy(call.input, tracer), _proxy(node, tracer)
         result: Any = add_output(x, y, Factors(**tensors), rows=call.rows, **options)
     made: list[fx.Node] = []

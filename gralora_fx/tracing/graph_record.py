@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
+from transformers import Cache
 
 from gralora_fx.errors import TraceError
 from gralora_fx.tracing.clean import copy_graph
@@ -68,6 +69,8 @@ class _Spec:
     def spec(self) -> pytree.TreeSpec:
         if self.type is None:
             return pytree.treespec_leaf()
+        if self.type not in pytree.SUPPORTED_NODES:
+            _register(self.type)
         return pytree.TreeSpec(self.type, self.context, [child.spec() for child in self.children])
 
 
@@ -246,6 +249,16 @@ def _operator_at(operator: _Operator) -> Any:
             f"the graph calls the operator {name}, which is not registered; import what defines it"
         ) from error
     return found
+
+
+def _register(kind: type) -> None:
+    """Let torch take a class apart that the graph takes or gives, in a process that has traced nothing."""
+    if not issubclass(kind, Cache):
+        raise TraceError(
+            f"the graph takes or gives a {kind.__name__}, which is not registered with torch.utils._pytree here; "
+            "import what registers it"
+        )
+    importlib.import_module("gralora_fx.tracing.transformers_export").register_cache(kind)
 
 
 def _plain_attributes(module: fx.GraphModule) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from transformers import DynamicCache, PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter
 from transformers.exporters import utils as exporter_utils
-from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_pytree_node
 from transformers.exporters.exporter_onnx import _IR_FIXES, _ONNX_TRANSLATION_TABLE
 from transformers.exporters.utils import apply_fx_node_fixes, get_leaf_tensors
 
@@ -50,6 +50,15 @@ def export_transformers_model(
         exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
+
+
+def register_cache(kind: type) -> None:
+    """Let torch take a class of caches apart, as an export does: for a graph that another process has made.
+
+    Args:
+        kind: The class.
+    """
+    register_pytree_node(kind)
 
 
 def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:

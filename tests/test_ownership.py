@@ -1,0 +1,267 @@
+"""One module tree owns a model's tensors: whatever replaces, converts or loads them, the model is right or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.errors import GraloraError, MergeError, RewriteError
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Layers, a tied head, and a parameter at the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.second.weight
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.last(torch.tanh(self.second(torch.relu(self.first(x))))) * self.scale)
+
+
+def adapted(seed: int = 0, dtype: torch.dtype = torch.float32) -> GraloraModel:
+    """A model whose adapter works, trains a copy of a module, and has another waiting beside it."""
+    torch.manual_seed(seed)
+    base = trace(Net().to(dtype).eval(), (X.to(dtype),))
+    model = rewrite(base, GraloraConfig(r=4, target_modules=["first"], modules_to_save=["last"], init_weights=False))
+    model.add_adapter("other", GraloraConfig(r=2, target_modules=["first", "last"], init_weights=False))
+    with torch.no_grad():
+        for parameter in model.installed("default").copies["last"].values():
+            parameter.add_(0.1)
+    return model
+
+
+def outputs(model: GraloraModel, directory: Path) -> dict[str, Tensor]:
+    """What a model computes in every way: as it is, merged, saved and loaded, with its other adapter."""
+    x = X.to(next(model.traced.graph_module.parameters()).dtype)
+    with torch.no_grad():
+        found = {"active": model(x), "folded": merge(model)(x)}
+        model.save_pretrained(directory)
+        with model.disable_adapter():
+            found["disabled"] = model(x)
+        model.merge_adapter()
+        found["merged"] = model(x)
+        model.unmerge_adapter()
+        model.set_adapter("other")
+        found["other"] = model(x)
+        model.set_adapter("default")
+        found["back"] = model(x)
+        again = GraloraModel.from_pretrained(model.traced, directory)
+        found["loaded"] = again(x)
+        found["unloaded"] = again.unload()(x)
+    return found
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, expected in first.items():
+        assert torch.equal(second[name], expected), name
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_dict_is_what_everything_reads(tmp_path: Path, assign: bool, is_merged: bool) -> None:
+    model, source = adapted(), adapted(seed=1)
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    state["graph_module.tied.weight"] = state["graph_module.second.weight"]
+    if is_merged:
+        model.merge_adapter()
+    model.load_state_dict(state, assign=assign)
+    if is_merged:
+        source.merge_adapter()
+        assert torch.equal(model(X), source(X))
+        model.unmerge_adapter()
+        source.unmerge_adapter()
+    assert_same(outputs(source, tmp_path / "a"), outputs(model, tmp_path / "b"))
+
+
+def test_a_state_dict_is_the_same_merged_and_unmerged() -> None:
+    model = adapted()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    for change in (model.merge_adapter, model.train, model.unmerge_adapter, lambda: model.set_adapter("other")):
+        change()
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(after[name].data_ptr() == at and torch.equal(after[name], was) for name, (at, was) in before.items())
+
+
+CONVERSIONS: dict[str, Callable[[GraloraModel], Any]] = {
+    "double": lambda model: model.double(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+}
+
+
+@pytest.mark.parametrize("when", ["active", "merged", "disabled"])
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_converting_gives_the_converted_model(name: str, when: str, tmp_path: Path) -> None:
+    model, expected = adapted(), CONVERSIONS[name](adapted())
+    if when == "merged":
+        model.merge_adapter()
+        merged = CONVERSIONS[name](model)(X.to(model.dtype))
+        model.unmerge_adapter()
+        model.merge_adapter()
+        assert torch.equal(model(X.to(model.dtype)), merged)
+        model.unmerge_adapter()
+    elif when == "disabled":
+        with model.disable_adapter():
+            CONVERSIONS[name](model)
+    else:
+        CONVERSIONS[name](model)
+    assert_same(outputs(expected, tmp_path / "a"), outputs(model, tmp_path / "b"))
+
+
+def test_a_float32_adapter_follows_its_layer_to_half_precision_and_back() -> None:
+    model = adapted(dtype=torch.bfloat16)
+    assert model.factors("first").A.dtype == torch.float32
+    model.float()
+    again = adapted(dtype=torch.bfloat16)
+    again.half().float()
+    for other in (model, again):
+        assert other(X).dtype == torch.float32
+        assert torch.allclose(other(X), merge(other)(X), atol=1e-5)
+
+
+def test_a_conversion_that_makes_new_parameters(tmp_path: Path) -> None:
+    model, expected = adapted(), adapted().double()
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+    assert_same(outputs(expected, tmp_path / "a"), outputs(model, tmp_path / "b"))
+
+
+def set_by_attribute(model: GraloraModel, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(value))
+
+
+def set_by_data(model: GraloraModel, name: str, value: Tensor) -> None:
+    model.get_parameter(name).data = value
+
+
+@pytest.mark.parametrize("setter", [set_by_attribute, set_by_data])
+@pytest.mark.parametrize(
+    "name",
+    ["gralora.default.first.gralora_A", "gralora.default.last.bias", "gralora.other.first.gralora_B", "first.weight"],
+)
+def test_a_parameter_that_is_replaced_is_what_everything_reads(setter: Any, name: str, tmp_path: Path) -> None:
+    model, expected = adapted(), adapted()
+    with torch.no_grad():
+        expected.get_parameter(f"graph_module.{name}").mul_(1.5)
+    setter(model, f"graph_module.{name}", model.get_parameter(f"graph_module.{name}").detach() * 1.5)
+    assert_same(outputs(expected, tmp_path / "a"), outputs(model, tmp_path / "b"))
+
+
+@pytest.mark.parametrize("name", ["gralora.default.first.gralora_A", "first.weight"])
+@pytest.mark.parametrize("way", ["in place", "data", "attribute"])
+def test_merged_weights_of_tensors_that_changed_are_not_used(way: str, name: str) -> None:
+    model = adapted()
+    model.merge_adapter()
+    owner, _, attribute = name.rpartition(".")
+    holder = model._modules["graph_module"].get_submodule(owner)
+    parameter = holder.get_parameter(attribute)
+    if way == "in place":
+        with torch.no_grad():
+            parameter.mul_(2)
+    elif way == "data":
+        parameter.data = parameter.data * 2
+    else:
+        setattr(holder, attribute, nn.Parameter(parameter.detach() * 2))
+    with pytest.raises(MergeError, match="changed after default was merged, so the merged weights are not those"):
+        model(X)
+    model.unmerge_adapter()
+    expected = model(X)
+    model.merge_adapter()
+    assert torch.allclose(model(X), expected, atol=1e-4)
+
+
+def test_a_functional_call_reads_what_it_is_given() -> None:
+    model = adapted()
+    name = "graph_module.gralora.default.first.gralora_B"
+    zero = {name: torch.zeros_like(model.get_parameter(name)), "graph_module.first.weight": torch.zeros(8, 8)}
+    given = torch.func.functional_call(model, zero, (X,))
+    before = model(X)
+    assert not torch.equal(given, before)
+    with torch.no_grad():
+        for key, value in zero.items():
+            model.get_parameter(key).copy_(value)
+    assert torch.equal(model(X), given)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_parametrized_adapter_is_saved_and_merged_as_it_computes(tmp_path: Path) -> None:
+    model, expected = adapted(), adapted()
+    parametrize.register_parametrization(
+        model.get_submodule("graph_module.gralora.default.first"), "gralora_A", Doubled()
+    )
+    with torch.no_grad():
+        expected.factors("first").A.mul_(2)
+    assert torch.equal(model(X), expected(X))
+    assert torch.equal(merge(model)(X), merge(expected)(X))
+    model.merge_adapter()
+    expected.merge_adapter()
+    assert torch.equal(model(X), expected(X))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(GraloraModel.from_pretrained(expected.traced, tmp_path)(X), adapted_output(expected))
+    model.unmerge_adapter()
+    with pytest.raises(GraloraError, match="is the result of a parametrization here, which cannot be written"):
+        model.load_adapter(tmp_path)
+
+
+def adapted_output(model: GraloraModel) -> Tensor:
+    model.unmerge_adapter()
+    result: Tensor = model(X)
+    return result
+
+
+def test_a_parametrized_base_is_refused_where_its_weight_is_needed() -> None:
+    model = adapted()
+    parametrize.register_parametrization(model.get_submodule("graph_module.first"), "weight", Doubled())
+    for change in (model.merge_adapter, lambda: merge(model), lambda: model.set_adapter("other")):
+        with pytest.raises(RewriteError, match=r"first\.weight of the base model is not a parameter any more"):
+            change()
+
+
+def test_gradients_of_the_whole_model_reach_its_own_parameters() -> None:
+    model = adapted()
+    model.requires_grad_(True)
+    model(X).sum().backward()
+    assert model.get_parameter("graph_module.first.weight").grad is not None
+    model.requires_grad_(False)
+    model.set_adapter("other")
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == {name for name, _ in model.named_parameters() if ".other." in name}
+
+
+def test_a_model_without_memory_is_filled_while_merged() -> None:
+    source = adapted()
+    expected = source(X)
+    source.merge_adapter()
+    merged = source(X)
+    state = source.state_dict()
+    model = adapted(seed=1)
+    model.merge_adapter()
+    model.to_empty(device="meta").to_empty(device="cpu")
+    model.load_state_dict(state)
+    assert torch.equal(model(X), merged)
+    model.unmerge_adapter()
+    assert torch.equal(model(X), expected)
