@@ -28,7 +28,8 @@ def run(iterations: int = 30) -> Report:
         _compare(report, label, adapter_options(r, k, hybrid_r), block=(SIZE // k) ** 2 * 4, iterations=iterations)
     report.notes.append(
         "ours merge_adapter leaves the base's weight for a bit-exact unmerge and writes beside it, into the buffer of "
-        "the merge before; PEFT's has no backup. Peak temporary: what torch allocates during the call"
+        "the merge before; PEFT's has no backup. ours merge_and_unload makes every folded weight before it puts "
+        "the first in place, so that an error changes nothing. Peak temporary: what torch allocates during the call"
     )
     return report
 
