@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import fx
 
+from gralora_fx.layer_forwards import why_more_than_products
 from gralora_fx.module_tree import LINEAR_TYPES, ModuleTree, module_stack
 from gralora_fx.sites import LinearSite
 from gralora_fx.subgraph_calls import noted_weights
@@ -16,6 +17,9 @@ from gralora_fx.weight_views import origin_of, tensor_at
 _KEY = "gralora_opaque"
 # packages whose functions read a weight in a way that shows, such as an embedding's lookup
 _KNOWN = ("torch", "_operator", "operator", "math", __name__.partition(".")[0])
+
+# classes of layers that compute their product, with the bias, and no more
+_PRODUCTS = {f"{kind.__module__}.{kind.__qualname__}" for kind in LINEAR_TYPES}
 
 
 def note_opaque(node: fx.Node, reason: str) -> None:
@@ -40,13 +44,17 @@ def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iter
         where = _opaque(node, graph_module)
         if where is not None:
             for path in _layers_within(node, graph_module, tree, owners):
-                if noted_weights(node, path):
-                    continue
-                found.setdefault(path, f"it is called {where}")
+                if not noted_weights(node, path):
+                    found.setdefault(path, f"it is called {where}, where no adapter can be put")
+                elif tree.types[path] not in _PRODUCTS:
+                    found.setdefault(
+                        path, f"it is called {where}, which does not show what {tree.types[path]} computes"
+                    )
         innermost = _innermost(node, tree)
         if innermost is not None and innermost in layers and not layers[innermost].calls:
             found.setdefault(innermost, "what it computes is not a product of its input and a weight that it holds")
-    return found
+    calls = {name: path for path, site in layers.items() for name in site.calls}
+    return {**why_more_than_products(graph_module, tree, calls), **found}
 
 
 def _opaque(node: fx.Node, graph_module: fx.GraphModule) -> str | None:

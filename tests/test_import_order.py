@@ -27,6 +27,7 @@ ORDER = [
     "shared_memory",
     "subgraph_calls",
     "sites",
+    "layer_forwards",
     "out_of_reach",
     "losses",
     "tracing",

@@ -30,7 +30,7 @@ def trains_whole(path: str, saved: Iterable[str]) -> str | None:
 def out_of_reach(site: LinearSite, traced: TracedModel, config: GraloraConfig) -> str | None:
     """Why a site gets no adapter whatever a configuration says: it would do nothing, or not act at every call."""
     if site.path in traced.out_of_reach:
-        return f"{traced.out_of_reach[site.path]}, where no adapter can be put"
+        return traced.out_of_reach[site.path]
     if site.path in traced.in_subgraphs:
         where = f"it is called inside the subgraph of {traced.in_subgraphs[site.path]}, where its weight is adapted"
         if config.gralora_dropout:
@@ -87,7 +87,7 @@ def _missing(
     reasons = {
         rule.rejection(path)
         or trains_whole(path, saved)
-        or (out_of_reach(sites[path], traced, config) if path in sites else None)
+        or (f"{path}: {why}" if path in sites and (why := out_of_reach(sites[path], traced, config)) else None)
         for path in named
     }
     if None not in reasons:
