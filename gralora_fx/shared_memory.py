@@ -38,6 +38,23 @@ def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def is_writable(tensor: Tensor) -> bool:
+    """Whether values can be written into a tensor's memory, each element into one of its own.
+
+    Args:
+        tensor: A parameter. Expanded ones, those of other layouts and those of other classes are not writable.
+    """
+    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
+        return False
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent += (size - 1) * stride
+    return True
+
+
 def _span(name: str, tensor: Tensor) -> tuple[str, int, int, str] | None:
     """Device, first byte and the one after the last of a tensor in memory; None where it has none of its own."""
     if tensor.is_meta or tensor.layout is not torch.strided or type(tensor.data) is not Tensor or not tensor.numel():

@@ -99,11 +99,30 @@ def test_a_weight_whose_elements_share_memory_gets_its_own() -> None:
     assert torch.allclose(net(X), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("make", [expanded, side_by_side])
+def test_merge_and_unload_looks_for_what_is_wrong_before_it_changes_a_weight(make: Callable[[Pair], None]) -> None:
+    net, model = adapted(make, ["one", "two", "three"])
+    before, expected = [weight.clone() for weight in net.parameters()], model(X)
+    factor = model.installed("default").factors["three"].B
+    was = factor.detach().clone()
+    factor.data[0, 0, 0] = float("inf")
+    with pytest.raises(MergeError, match="three is not finite"):
+        model.merge_and_unload(safe_merge=True)
+    assert all(torch.equal(weight, was) for weight, was in zip(net.parameters(), before, strict=True))
+    factor.data.copy_(was)
+    assert torch.equal(model(X), expected)
+    assert torch.allclose(model.merge_and_unload(safe_merge=True)(X), expected, atol=1e-5)
+
+
+def test_merge_and_unload_takes_no_memory_beside_a_weight() -> None:
+    net, model = adapted(lambda _: None, ["one"])
+    address = net.one.weight.data_ptr()
+    model.merge_and_unload()
+    assert net.one.weight.data_ptr() == address
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_an_error_in_the_middle_of_a_fold_changes_nothing(
-    failing: int, call: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_the_middle_of_a_fold_changes_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, model = adapted(lambda _: None, ["one", "two", "three"])
     before, expected = [weight.clone() for weight in net.parameters()], model(X)
     fold, calls = gralora_fx.passes.fold.fold, 0
@@ -117,11 +136,11 @@ def test_an_error_in_the_middle_of_a_fold_changes_nothing(
 
     monkeypatch.setattr(gralora_fx.passes.fold, "fold", out_of_memory)
     with pytest.raises(MemoryError):
-        getattr(model, call)()
+        model.merge_adapter()
     assert all(torch.equal(weight, was) for weight, was in zip(net.parameters(), before, strict=True))
     assert torch.equal(model(X), expected)
     monkeypatch.undo()
-    getattr(model, call)()
+    model.merge_adapter()
 
 
 def test_a_copy_of_a_module_in_shared_memory_is_not_written_into_the_base() -> None:

@@ -13,7 +13,14 @@ from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.running import RunningGraph
 from gralora_fx.adapters.state import Running
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
-from gralora_fx.passes.fold import SiteUpdate, folded_weights, refuse_shared, replace_values, shared_sites
+from gralora_fx.passes.fold import (
+    SiteUpdate,
+    fold_in_place,
+    folded_weights,
+    refuse_shared,
+    replace_values,
+    shared_sites,
+)
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.shared_memory import overlapping
 from gralora_fx.store import drop
@@ -168,7 +175,9 @@ class AdapterGraph(RunningGraph):
     def fold_into_base(
         self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False
     ) -> dict[str, nn.Parameter]:
-        """Fold adapters and their copies of parameters into the base's own parameters, all of them or none.
+        """Fold adapters and their copies of parameters into the base's own parameters.
+
+        All that can be wrong is looked for before the first one changes.
 
         Returns:
             The folded weights of layers that share theirs (`untie`), by site path; the base keeps its own there.
@@ -177,13 +186,12 @@ class AdapterGraph(RunningGraph):
             chosen = self.mergeable(names, again=True)
             graph_module, work = self.traced.graph_module, self.updates(chosen)
             copies = self._settled_copies(chosen)
-            if not untie:
-                refuse_shared(graph_module, [entry.site for entry in work])
-            weights = folded_weights(graph_module, work, safe=safe, untie=True)
-            tied = shared_sites(graph_module, [entry.site for entry in work])
-            own = [(entry.site.weight, weights[entry.site.path]) for entry in work if entry.site.path not in tied]
-            replace_values([*own, *copies])
-            return {path: weights[path] for path in tied}
+            shared = shared_sites(graph_module, [entry.site for entry in work]) if untie else {}
+            tied = [entry for entry in work if entry.site.path in shared]
+            weights = folded_weights(graph_module, tied, safe=safe, untie=True)
+            fold_in_place(graph_module, [entry for entry in work if entry not in tied], safe=safe)
+            replace_values(copies)
+            return weights
 
     def _settled_copies(self, names: Sequence[str]) -> list[tuple[nn.Parameter, Tensor]]:
         """The base's parameters of which adapters train copies, with copies of those."""

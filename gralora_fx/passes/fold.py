@@ -12,7 +12,7 @@ from gralora_fx.adapter import Update, fold
 from gralora_fx.deferred import defer, raw_values_of
 from gralora_fx.errors import MergeError
 from gralora_fx.overlay import replace_parameters
-from gralora_fx.shared_memory import overlapping
+from gralora_fx.shared_memory import is_writable, overlapping
 from gralora_fx.sites import LinearSite, calls_at, computed_sites, other_readers
 
 
@@ -51,9 +51,8 @@ def folded_weights(
     weights: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for entry in work:
-            site, out = entry.site, (spare or {}).get(entry.site.path)
-            weight = fold(site.weight, entry.updates, transposed=site.kind == "conv1d", out=out)
-            weights[site.path] = nn.Parameter(weight, requires_grad=False)
+            weight = _folded(entry, (spare or {}).get(entry.site.path))
+            weights[entry.site.path] = nn.Parameter(weight, requires_grad=False)
     if safe:
         _refuse_non_finite(weights)
     return weights
@@ -93,20 +92,41 @@ def _deferred(entry: SiteUpdate) -> nn.Parameter:
 
 
 def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
-    """Give the weights themselves the folded values; all of them or none.
+    """Fold into the weights themselves, in the memory that they have; no copy is kept.
+
+    All that can be wrong with a weight is looked for before the first one changes. One that cannot be written into, as
+    an expanded one, whose elements share memory, gets memory of its own.
 
     Args:
         graph_module: The graph of the sites, over their weights.
         work: Sites and their updates.
-        safe: Whether to check first that every result is finite.
+        safe: Whether to check first, one site at a time, that every result is finite.
 
     Raises:
-        MergeError: A weight would not be finite (`safe`), or is tied to another layer. No weight has changed then, nor
-            after any other error.
+        MergeError: A weight is computed, would not be finite (`safe`), or is tied to another layer. No weight has
+            changed then.
     """
     work = list(work)
-    weights = folded_weights(graph_module, work, safe=safe)
-    replace_values([(entry.site.weight, weights[entry.site.path]) for entry in work])
+    check_foldable(graph_module, [entry.site for entry in work])
+    refuse_shared(graph_module, [entry.site for entry in work])
+    in_place = [entry for entry in work if is_writable(entry.site.weight)]
+    with torch.no_grad():
+        if safe:
+            for entry in in_place:
+                _refuse_non_finite({entry.site.path: _folded(entry)})
+        others = [entry for entry in work if entry not in in_place]
+        made = {entry.site.path: _folded(entry) for entry in others}
+        if safe:
+            _refuse_non_finite(made)
+        for entry in in_place:
+            _folded(entry, entry.site.weight.data)
+        replace_values([(entry.site.weight, made[entry.site.path]) for entry in others])
+
+
+def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
+    """A site's weight with its updates, in `out` or in memory of its own."""
+    site = entry.site
+    return fold(site.weight.data, entry.updates, transposed=site.kind == "conv1d", out=out)
 
 
 def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

@@ -1,0 +1,28 @@
+"""Exports whose weights are wrong, for tests of what notices it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+
+def shift_weight(directory: Path, name: str) -> None:
+    """Shift the values of the largest weight whose name holds a text by two bytes, round its end; sizes stay.
+
+    Args:
+        directory: An export.
+        name: Part of the weight's name.
+    """
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    places = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in model.graph.initializer
+        if name in tensor.name and tensor.external_data
+    ]
+    place = max(places, key=lambda found: int(found["length"]))
+    path, begin = directory / place["location"], int(place["offset"])
+    data = bytearray(path.read_bytes())
+    end = begin + int(place["length"])
+    data[begin:end] = data[begin + 2 : end] + data[begin : begin + 2]
+    path.write_bytes(data)
