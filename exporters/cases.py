@@ -76,12 +76,21 @@ def _plain_cases(model: TracedModel, generator: torch.Generator) -> Iterator[tup
             )
         return
     limit = _longest(model)
+    rows, positions_held = _held_sizes(model, sample)
     for batch, length, padding in ((1, _LENGTHS[0], None), (1, _LENGTHS[3], None), (3, 11, "right"), (4, 6, "left")):
-        size = min(length, limit)
+        batch, size = rows or batch, positions_held or min(length, limit)
         case = {name: _text_like(name, value, model, batch, size, generator) for name, value in sample.items()}
         if padding and size > 1:
             _pad(case, padding)
         yield f"{batch} x {size}" + (f" padded {padding}" if padding else ""), case
+
+
+def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """Batch and sequence length that a trace holds for, None for one that may vary."""
+    texts = [name for name in sample if AXES.get(name, ("", ""))[1:2] == ("sequence_length",)]
+    sizes = [model.signature.fixed.get(name, (None, None)) for name in texts]
+    rows, lengths = zip(*(size[:2] for size in sizes if len(size) > 1), strict=True) if sizes else ((), ())
+    return next(filter(None, rows), None), next(filter(None, lengths), None)
 
 
 def attended(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:

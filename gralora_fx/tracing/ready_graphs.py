@@ -76,6 +76,7 @@ def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: st
     else:  # a layer with a forward of its own, which a symbolic trace goes through, stands in its nodes alone
         kinds = {path: noted.types[path] for path in noted.linear if path in tree.types}
         tree = dataclasses.replace(tree, types={**tree.types, **kinds}, linear=tree.linear | kinds.keys())
+    fixed = fixed_axes(clean.graph, sample) if is_exported else {}
     traced = TracedModel(
         clean,
         tree=tree,
@@ -83,7 +84,8 @@ def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: st
         signature=CallSignature(
             inputs=names,
             positional=names,
-            fixed=fixed_axes(clean.graph, sample) if is_exported else {},
+            fixed=fixed,
+            dynamic=not fixed or any(size is None for sizes in fixed.values() for size in sizes),
             has_form=is_exported,
         ),
         task=task,
