@@ -105,7 +105,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
             return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # PyTorch, which opens it again, has the last one
         raise CheckpointError(
             f"{path} cannot be read ({error}); it is truncated or no safetensors file, so copy or save it again"
         ) from error

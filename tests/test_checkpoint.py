@@ -365,7 +365,7 @@ def test_a_pickle_by_the_name_of_a_safetensors_file_is_refused(damaged: Path, mo
 
 
 def test_a_model_that_is_not_traced_is_named(checkpoint: Path) -> None:
-    with pytest.raises(RewriteError, match="cannot rewrite a Linear; give what trace"):
+    with pytest.raises(RewriteError, match="cannot load an adapter into a Linear; trace it first"):
         GraloraModel.from_pretrained(torch.nn.Linear(2, 2), checkpoint)  # type: ignore[arg-type]
 
 

@@ -360,8 +360,10 @@ def test_problems_stand_on_lines_of_their_own(
 def test_warnings_are_lines_of_their_own(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = json.loads((checkpoint / "adapter" / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "gralora_dropout": -1}))
+    shutil.copytree(checkpoint / "adapter", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    changed = {"gralora_dropout": -1, "base_model_name_or_path": str(tmp_path / "nowhere")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changed}))
     monkeypatch.setattr(sys, "argv", ["gralora-fx", "inspect", "--adapter", str(tmp_path)])
     with warnings.catch_warnings(), pytest.raises(SystemExit):
         main()

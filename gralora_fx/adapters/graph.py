@@ -15,6 +15,7 @@ from gralora_fx.adapters.state import Running
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
 from gralora_fx.passes.fold import (
     SiteUpdate,
+    check_foldable,
     fold_in_place,
     folded_weights,
     refuse_shared,
@@ -155,8 +156,9 @@ class AdapterGraph(RunningGraph):
         with self._lock:
             state, chosen = self.state, self.mergeable(names)
             merged = (*state.merged, *chosen)
+            sites = [entry.site for entry in self.updates(merged)]
+            check_foldable(self.traced.graph_module, sites)
             if not untie:
-                sites = [entry.site for entry in self.updates(merged)]
                 refuse_shared(self.traced.graph_module, [s for s in sites if s.path not in state.weights])
             weights = self._folded(merged, safe=safe)
             self._make(merged=merged, weights=weights, unties=untie or state.unties)

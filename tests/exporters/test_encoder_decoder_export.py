@@ -218,7 +218,8 @@ def test_verification_finds_a_wrong_weight(bart: Exported, tmp_path: Path) -> No
     other = trace(tiny_model("bart", seed=1, **SPECIAL), task=task("bart"))
     shutil.copytree(bart.path, tmp_path / "onnx")
     path = tmp_path / "onnx" / "gralora_export.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": None}))  # else it is refused
+    unknown = {"base_fingerprint": None, "adapters": {}}  # else it is refused
+    path.write_text(json.dumps({**json.loads(path.read_text()), **unknown}))
     report = verify_onnx(tmp_path / "onnx", other)
     assert not report.passed
     assert next(check for check in report.tensors if check.name == "greedy tokens").argmax_agreement != 1.0

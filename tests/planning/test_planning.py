@@ -289,7 +289,7 @@ def test_layers_of_a_target_outside_all_layers() -> None:
 
 @pytest.mark.parametrize(("model", "config"), [(None, GraloraConfig()), (nn.Linear(2, 2), GraloraConfig())])
 def test_only_traced_models_are_planned(model: Any, config: GraloraConfig) -> None:
-    with pytest.raises(TargetError, match="give what trace\\(\\) returned"):
+    with pytest.raises(TargetError, match="trace it first: call trace\\(\\)"):
         plan(model, config)
 
 

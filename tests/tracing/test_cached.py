@@ -128,7 +128,7 @@ def test_a_cache_of_ones_own_size_may_be_the_example() -> None:
     [
         ((1, 3), r"attention_mask has shape \[1, 3\], but 0 cached and 4 new positions of 2 rows need \[2, 4\]"),
         ((2, 3), r"attention_mask has shape \[2, 3\], but 0 cached"),
-        ((2, 1, 4, 4), r"attention_mask has shape \[2, 1, 4, 4\], but 0 cached"),
+        ((2, 1, 4, 4), r"'attention_mask' has shape \[2, 1, 4, 4\], but the trace takes \[any, any\]"),
     ],
 )
 def test_a_mask_of_the_wrong_shape_is_named(mask: tuple[int, ...], message: str) -> None:
@@ -149,5 +149,5 @@ def test_a_mask_has_the_cached_positions_too_and_a_cache_the_rows_of_its_tokens(
         traced("llama")(**{**copied(inputs), PAST: copied(other)[PAST]})
     with pytest.raises(TraceError, match="past_key_values has no layers; leave it out for an empty cache"):
         traced("llama")(input_ids=inputs["input_ids"], past_key_values=DynamicCache())
-    with pytest.raises(TraceError, match=r"input_ids has shape \[3\], but a step takes \[batch, length\]"):
+    with pytest.raises(TraceError, match=r"'input_ids' has shape \[3\], but the trace takes \[any, any\]"):
         traced("llama")(**{**copied(inputs), "input_ids": torch.tensor([5, 6, 7])})
