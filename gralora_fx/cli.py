@@ -244,7 +244,10 @@ def verify(
         bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
     ] = False,
 ) -> None:
-    """Compare an export with the PyTorch model on fresh inputs, one that generates by its greedy tokens too."""
+    """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
+
+    One that generates is compared by its greedy tokens too.
+    """
     check_choice("verify", level or "full", LEVELS)
     if files:
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
@@ -253,7 +256,7 @@ def verify(
     with StageProgress():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.contents import read_manifest
+            from gralora_fx.exporters.contents import check_files, read_manifest
             from gralora_fx.exporters.manifest_adapters import check_given_adapter
             from gralora_fx.loading import load_traced
         manifest = read_manifest(output)
@@ -265,6 +268,9 @@ def verify(
                 f"{output} was exported for the task {exported}, which generates no text; leave --prompt out"
             )
         check_given_adapter(manifest, str(output), adapter)
+        if manifest.get("files"):  # a comparison runs some tokens only, and would not see every changed byte
+            with timed("verify files"):
+                check_files(output, manifest, digests=True)
         loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
         with timed("verify"):
             report = verify_onnx(output, loaded, prompts=prompt or None, level=level or "full")  # type: ignore[arg-type]

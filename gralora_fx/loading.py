@@ -15,7 +15,15 @@ from transformers import AutoConfig, PreTrainedModel
 from gralora_fx.adapter_tasks import task_of, with_past
 from gralora_fx.checkpoint import base_names, read_adapter
 from gralora_fx.config import GraloraConfig
-from gralora_fx.errors import CheckpointError, ConfigError, GraloraError, TargetError, TraceError, first_line
+from gralora_fx.errors import (
+    CheckpointError,
+    ConfigError,
+    GraloraError,
+    TargetError,
+    TraceError,
+    first_line,
+    warn_caller,
+)
 from gralora_fx.load_report import LoadReport, listed
 from gralora_fx.model import GraloraModel
 from gralora_fx.model_classes import class_for, warn_of_another_head
@@ -278,9 +286,14 @@ def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | Gralora
         return traced
     with timed("rewrite"):
         try:
-            return GraloraModel.from_pretrained(traced, base.adapter)
+            rewritten = GraloraModel.from_pretrained(traced, base.adapter)
         except (TargetError, CheckpointError) as error:
             raise type(error)(_misfit(error, base)) from error
+    if all(rewritten.installed(name).is_zero for name in rewritten.configs):
+        warn_caller(
+            f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"
+        )
+    return rewritten
 
 
 def base_name(model: str | None, adapter: str | None) -> str:

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from gralora_fx.cli import app, main
 from gralora_fx.errors import CheckpointError, ExportError, GraloraError, TraceError
+from gralora_fx.loading import load_traced
 from gralora_fx.serving import load
 from gralora_fx.tasks import TASKS
 
@@ -69,6 +70,22 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert "quick verification, compared with the PyTorch model with 'default' active" in result.stdout
     assert "full verification" in run("verify", *given).stdout
+    weights = tmp_path / "onnx" / "model.onnx_data"
+    data = bytearray(weights.read_bytes())
+    data[64] ^= 1
+    weights.write_bytes(data)
+    changed = CliRunner().invoke(app, ["verify", *map(str, given)])
+    assert isinstance(changed.exception, ExportError)
+    assert "model.onnx_data" in str(changed.exception)
+
+
+def test_an_adapter_that_changes_nothing_is_named(decoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(decoder / "adapter", tmp_path / "zero")
+    path = tmp_path / "zero" / "adapter_model.safetensors"
+    tensors = {k: torch.zeros_like(v) if "gralora_B" in k else v for k, v in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"zero changes nothing: all of its updates are zero"):
+        load_traced(str(decoder / "base"), str(tmp_path / "zero"), "text-generation")
 
 
 def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ class InstalledAdapter:
         """Every trainable parameter, those behind a parametrization instead of what it gives."""
         yield from self.factors.container(self.name).parameters()
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing: every update is zero, as before training, and it has no copies."""
+        return not self.copies and not any(_is_update(self.factors[path]) for path in self.factors)
+
     def update(self, site_path: str) -> Update:
         """The weight update at a site."""
         return Update(self.factors[site_path], self.planned()[site_path].scale)
@@ -171,3 +176,8 @@ def _initial(planned: PlannedSite, config: GraloraConfig) -> Factors:
         device=None if site.weight.is_meta else site.weight.device,
         dtype=torch.float32 if site.weight.dtype in _HALF else site.weight.dtype,
     )
+
+
+def _is_update(factors: Factors) -> bool:
+    pairs = ((factors.A, factors.B), (factors.A_general, factors.B_general))
+    return any(all(tensor is not None and bool(tensor.any()) for tensor in pair) for pair in pairs)

@@ -177,13 +177,13 @@ class RunningGraph:
             if name not in state.merged:
                 self.adapters[name].attach(graph_module)
             self.adapters[name].own(graph_module, traced.tree)
-        _set_fresh_modes(graph_module.graph, state.training)
+        _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
         graph_module.graph.lint()
         for graph_pass in state.passes:
             run_pass(graph_module, graph_pass)
         if state.passes:
             protect_outputs(graph_module.graph)
-            _set_fresh_modes(graph_module.graph, state.training)
+            _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
             self._adopt(graph_module)
         graph_module.recompile()
         return Running(state, graph_module, self._casts(state), self._sources(state, graph_module, places))
@@ -251,6 +251,7 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _set_fresh_modes(graph: fx.Graph, training: bool) -> None:
-    record_switches(graph)
+def _set_fresh_modes(graph: fx.Graph, training: bool, traced: fx.Graph) -> None:
+    """Set the mode of a graph whose new nodes have no notes yet; those of the trace are what they were traced as."""
+    record_switches(graph, known={node.name for node in traced.nodes})
     set_mode(graph, training)

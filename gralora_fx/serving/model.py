@@ -184,7 +184,10 @@ class OrtModel:
 
     def _check_generates(self) -> None:
         if not any(name.startswith("past_key_values.") for name in self.input_names):
-            raise ServingError(f"this export (task {self.task!r}) has no cache, so it cannot generate")
+            raise ServingError(
+                f"this export (task {self.task!r}) has no cache, so it cannot generate; "
+                "export the model for a task with one, such as text-generation-with-past"
+            )
         if isinstance(self.session, EncoderDecoderSession):
             raise ServingError(
                 "onnxruntime-genai does not run an encoder-decoder in this layout; generate with optimum's "

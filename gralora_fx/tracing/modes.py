@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ _FUNCTIONAL = {
 }
 
 
-def record_switches(graph: fx.Graph, *, in_training: bool | None = None) -> bool:
+def record_switches(graph: fx.Graph, *, in_training: bool | None = None, known: Collection[str] = ()) -> bool:
     """Note at every node whose behaviour depends on the mode what it takes in training and in evaluation.
 
     The note stands in `node.meta["custom"]`, which copies and re-exports keep. An attention node records its dropout
@@ -53,13 +54,14 @@ def record_switches(graph: fx.Graph, *, in_training: bool | None = None) -> bool
         graph: A traced graph; its nodes gain the notes.
         in_training: The mode that the model was traced in. What is on in evaluation, such as a dropout that is not told
             the mode, is on in both and no switch. None where it is not known.
+        known: Names of nodes that were noted before, or are no switches.
 
     Returns:
         Whether the graph stands in training mode, as far as its nodes tell.
     """
     is_training = False
     for node in graph.nodes:
-        switch = _switch_of(node)
+        switch = None if node.name in known else _switch_of(node)
         if switch is not None:
             argument, trained, evaluated = switch
             is_on = _read(node, argument) == trained

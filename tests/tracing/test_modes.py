@@ -160,3 +160,20 @@ def test_noise_of_training_is_no_part_of_evaluation() -> None:
     ):
         traced = trace(Router(), (torch.randn(3, 8),))
     assert not any("exponential" in str(node.target) for node in traced.graph_module.graph.nodes)
+
+
+def test_dropout_that_is_not_told_the_mode_is_on_in_both() -> None:
+    class Sampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(self.inner(x), 0.5, training=True)
+
+    x = torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="in evaluation too"):
+        traced = trace(Sampled().eval(), (x,))
+    model = rewrite(traced, GraloraConfig(r=4, target_modules=["inner"]))
+    for mode in (False, True):
+        assert not torch.equal(model.train(mode)(x), model(x))
