@@ -95,6 +95,8 @@ def export_onnx(
     with timed("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced, verify=bool(verify))
+        if logits == "all" and not isinstance(traced.example_inputs.get(PAST), DynamicCache):
+            warn_caller("logits='all' is for a decoder with a cache; this model gives what its forward returns")
         if verify:
             refuse_without_values(model)
         if not overwrite:

@@ -289,6 +289,8 @@ def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | Gralora
             rewritten = GraloraModel.from_pretrained(traced, base.adapter)
         except (TargetError, CheckpointError) as error:
             raise type(error)(_misfit(error, base)) from error
+    if base.made_for and Path(base.made_for).name.lower() != Path(base.name).name.lower():
+        warn_caller(f"{base.adapter} was made for {base.made_for}, and is used with {base.name}")
     if all(rewritten.installed(name).is_zero for name in rewritten.configs):
         warn_caller(
             f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"

@@ -79,13 +79,19 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     assert "model.onnx_data" in str(changed.exception)
 
 
-def test_an_adapter_that_changes_nothing_is_named(decoder: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_nothing_or_is_of_another_base_is_named(decoder: Path, tmp_path: Path) -> None:
     shutil.copytree(decoder / "adapter", tmp_path / "zero")
     path = tmp_path / "zero" / "adapter_model.safetensors"
     tensors = {k: torch.zeros_like(v) if "gralora_B" in k else v for k, v in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=r"zero changes nothing: all of its updates are zero"):
+    config = json.loads((tmp_path / "zero" / "adapter_config.json").read_text())
+    named = json.dumps({**config, "base_model_name_or_path": "org/another"})
+    (tmp_path / "zero" / "adapter_config.json").write_text(named)
+    with pytest.warns(UserWarning, match="zero") as found:
         load_traced(str(decoder / "base"), str(tmp_path / "zero"), "text-generation")
+    said = "\n".join(str(warning.message) for warning in found)
+    assert "zero changes nothing: all of its updates are zero" in said
+    assert f"zero was made for org/another, and is used with {decoder / 'base'}" in said
 
 
 def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path: Path) -> None:
