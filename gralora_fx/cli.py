@@ -269,7 +269,7 @@ def verify(
             )
         check_given_adapter(manifest, str(output), adapter)
         if manifest.get("files"):  # a comparison runs some tokens only, and would not see every changed byte
-            with timed("verify files"):
+            with timed("files"):
                 check_files(output, manifest, digests=True)
         loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
         with timed("verify"):
