@@ -14,7 +14,7 @@ from peft_oracle import peft_model, perturb_saved_modules, saved_by_peft
 from safetensors.torch import load, save_file
 from tiny_models import TINY, tiny_model
 from torch import Tensor
-from traces import fresh, inputs_of, relative_error, run, traced
+from traces import fresh, fresh_trace, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.checkpoint import WEIGHTS_NAME, checkpoint_parameters
@@ -433,7 +433,7 @@ def test_perturbing_the_oracle_moves_it() -> None:
 def test_pefts_repeated_biases_of_a_saved_head_are_taken(tmp_path: Path) -> None:
     fields = {"r": 4, "hybrid_r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", "bias": "all"}
     theirs = saved_by_peft("bert", tmp_path, **fields)
-    ours = GraloraModel.from_pretrained(fresh("bert")[1], tmp_path)
+    ours = GraloraModel.from_pretrained(fresh_trace("bert"), tmp_path)
     assert relative_error(run(ours, inputs_of("bert")), run(theirs, inputs_of("bert"))) < 1e-5
 
 
@@ -452,11 +452,11 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path, change: Any, messag
     key = sorted(tensors)[0]
     save_file({**tensors, key: change(tensors[key])}, tmp_path / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match=message):
-        GraloraModel.from_pretrained(fresh("bert")[1], tmp_path)
+        GraloraModel.from_pretrained(fresh_trace("bert"), tmp_path)
 
 
 def test_an_adapter_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    model = rewrite(fresh("bert")[1], GraloraConfig(r=4, target_modules=["query"]))
+    model = rewrite(fresh_trace("bert"), GraloraConfig(r=4, target_modules=["query"]))
     with pytest.raises(CheckpointError, match=r"cannot write .*file"):
         model.save_pretrained(tmp_path / "file")

@@ -17,6 +17,7 @@ from peft_oracle import same_adapter
 from tiny_models import text_batch, tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from torch import nn
+from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import RewriteError, TraceError
@@ -165,7 +166,7 @@ def test_options_without_effect_are_refused(llamas: Pair, options: dict[str, Any
 
 
 def test_models_that_do_not_generate_or_in_a_way_of_their_own() -> None:
-    model = rewrite(trace(tiny_model("bert")), GraloraConfig(r=4, target_modules=["query"]))
+    model = rewrite(fresh_trace("bert"), GraloraConfig(r=4, target_modules=["query"]))
     assert not model.can_generate()
     with pytest.raises(TraceError, match="BertForSequenceClassification does not generate"):
         model.generate(torch.tensor([[5, 6]]))
@@ -213,7 +214,7 @@ def test_embeddings_are_the_parameters_that_the_graph_reads(llamas: Pair) -> Non
     assert torch.equal(table(torch.tensor([3])), theirs.get_input_embeddings()(torch.tensor([3])))
     with pytest.raises(TraceError, match="a hook on it would never run"):
         table.register_forward_hook(lambda *_: None)
-    vision = rewrite(trace(tiny_model("vit")), GraloraConfig(r=4, target_modules="all-linear"))
+    vision = rewrite(fresh_trace("vit"), GraloraConfig(r=4, target_modules="all-linear"))
     assert vision.main_input_name == "pixel_values"
     with pytest.raises(TraceError, match=r"is a ViT.*Embeddings"):
         vision.get_input_embeddings()

@@ -12,7 +12,7 @@ import transformers
 from peft_oracle import peft_model, trainable_gradients
 from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
-from traces import fresh, inputs_of, relative_error, run, traced
+from traces import fresh, fresh_trace, inputs_of, relative_error, run, traced
 
 import gralora_fx.adapters.installed
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, plan, rewrite, trace
@@ -98,7 +98,7 @@ def test_a_plan_is_carried_out_as_it_stands() -> None:
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
-    other = plan(trace(tiny_model("bert", seed=1)), GraloraConfig(r=8, target_modules=["key"]))
+    other = plan(fresh_trace("bert", seed=1), GraloraConfig(r=8, target_modules=["key"]))
     with pytest.raises(RewriteError, match="of the plan is no site of this model; plan it again"):
         rewrite(traced("bert"), other)
 
@@ -230,7 +230,7 @@ def same_adapters(name: str, tmp_path: Any, **fields: Any) -> tuple[GraloraModel
     """One adapter, in our model and in PEFT's."""
     theirs = peft_model(tiny_model(name), **FIELDS, **fields)
     theirs.save_pretrained(str(tmp_path))
-    ours = GraloraModel.from_pretrained(trace(tiny_model(name)), tmp_path)
+    ours = GraloraModel.from_pretrained(fresh_trace(name), tmp_path)
     return ours, theirs
 
 

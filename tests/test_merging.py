@@ -9,7 +9,7 @@ import torch
 from peft_oracle import saved_by_peft
 from tiny_models import TINY, tiny_model
 from torch import Tensor
-from traces import inputs_of, relative_error, run, traced
+from traces import fresh_trace, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.adapter import Factors, Update, delta_weight
@@ -227,7 +227,7 @@ def test_half_precision_weights_are_rounded_once(dtype: torch.dtype) -> None:
 def test_a_trained_copy_of_a_tied_module_stays_its_own(name: str, module: str, sizes: dict[str, Any]) -> None:
     targets = {"gpt2": ["c_attn"], "llama": ["q_proj"], "bert": ["query"]}[name]
     config = GraloraConfig(r=4, target_modules=targets, modules_to_save=[module], init_weights=False)
-    model = rewrite(trace(tiny_model(name, **sizes)), config)
+    model = rewrite(fresh_trace(name, **sizes), config)
     with torch.no_grad():
         for owned in model.installed("default").copies.values():
             for parameter in owned.values():
@@ -241,7 +241,7 @@ def test_a_trained_copy_of_a_tied_module_stays_its_own(name: str, module: str, s
 
 def test_folding_a_tied_copy_into_the_base_itself_is_refused() -> None:
     config = GraloraConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head"])
-    model = rewrite(trace(tiny_model("gpt2")), config)
+    model = rewrite(fresh_trace("gpt2"), config)
     with pytest.raises(MergeError, match=r"lm_head.weight of lm_head is tied with transformer.wte.weight"):
         model.merge_and_unload()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
+from traces import fresh_trace
 from typer.testing import CliRunner
 
-from gralora_fx import trace
 from gralora_fx.cli import app
 from gralora_fx.errors import CheckpointError, ExportError, ServingError
 from gralora_fx.exporters import export_onnx
@@ -74,7 +74,7 @@ def test_an_export_with_a_damaged_tokenizer_writes_nothing(base: Path, tmp_path:
     assert isinstance(result.exception, CheckpointError)
     assert "load  " not in result.stderr  # it is told before the model is loaded
     with pytest.raises(ExportError, match=r"tokenizer.json cannot be read as JSON"):
-        export_onnx(trace(tiny_model("bert")), tmp_path / "onnx", tokenizer=path, verify=False)
+        export_onnx(fresh_trace("bert"), tmp_path / "onnx", tokenizer=path, verify=False)
     assert not (tmp_path / "onnx").exists()
     result = CliRunner().invoke(app, [*given, "--no-tokenizer"])
     assert result.exit_code == 0, result.output

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from peft_oracle import adapted_paths, saved_by_peft
-from tiny_models import tiny_model
-from traces import inputs_of, relative_error, run
+from traces import fresh_trace, inputs_of, relative_error, run
 
-from gralora_fx import GraloraConfig, GraloraModel, plan, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, plan, rewrite
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 def test_an_example_adapts_pefts_modules_and_gives_pefts_logits(example: Example, tmp_path: Path) -> None:
     theirs = saved_by_peft(example.model, tmp_path, sizes=example.sizes, **example.fields)
-    base = trace(tiny_model(example.model, **example.sizes))
+    base = fresh_trace(example.model, **example.sizes)
     config = GraloraConfig(**example.fields)
     paths = {entry.site.path for entry in plan(base, config).selected}
     assert paths == adapted_paths(theirs)

@@ -98,16 +98,17 @@ TINY: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 
-# encoder-decoders beside T5, BART and Whisper, in the same form
+# encoder-decoders beside T5, BART and Whisper, in the same form, with one layer
+_SHALLOW = {**_SEQ2SEQ, "encoder_layers": 1, "decoder_layers": 1}
 MORE_ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "marian": ("MarianConfig", {**_SEQ2SEQ, "decoder_vocab_size": 101}, "MarianMTModel"),
-    "mbart": ("MBartConfig", _SEQ2SEQ, "MBartForConditionalGeneration"),
-    "pegasus": ("PegasusConfig", _SEQ2SEQ, "PegasusForConditionalGeneration"),
-    "m2m_100": ("M2M100Config", _SEQ2SEQ, "M2M100ForConditionalGeneration"),
-    "blenderbot": ("BlenderbotConfig", _SEQ2SEQ, "BlenderbotForConditionalGeneration"),
+    "marian": ("MarianConfig", {**_SHALLOW, "decoder_vocab_size": 101}, "MarianMTModel"),
+    "mbart": ("MBartConfig", _SHALLOW, "MBartForConditionalGeneration"),
+    "pegasus": ("PegasusConfig", _SHALLOW, "PegasusForConditionalGeneration"),
+    "m2m_100": ("M2M100Config", _SHALLOW, "M2M100ForConditionalGeneration"),
+    "blenderbot": ("BlenderbotConfig", _SHALLOW, "BlenderbotForConditionalGeneration"),
     "mt5": (
         "MT5Config",
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 101},
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 101},
         "MT5ForConditionalGeneration",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from gralora_fx import TracedModel, trace
 
 ENCODER_DECODERS = ("t5", "bart", "whisper")
+_PAIRS: dict[str, tuple[PreTrainedModel, TracedModel]] = {}
 TEXT_MODELS = tuple(name for name in TINY if name not in ("vit", "whisper"))
 
 
@@ -32,10 +34,27 @@ def traced(name: str) -> TracedModel:
         return trace(source(name))
 
 
-def fresh(name: str, **overrides: Any) -> tuple[PreTrainedModel, TracedModel]:
-    """A tiny model and its trace, for a test to change."""
-    model = tiny_model(name, **overrides)
-    return model, trace(model)
+def fresh(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A tiny model and its trace over the same parameters, for a test to change: copies of a pair made once.
+
+    Args:
+        name: Name of a tiny model.
+        sizes: Its seed, if another than the usual one.
+        task: The task that the trace is for.
+        dtype: What the model's weights are.
+        overrides: Fields of its configuration.
+    """
+    key = repr((name, sizes, task, dtype, sorted(overrides.items())))
+    if key not in _PAIRS:
+        model = tiny_model(name, *sizes, **overrides).to(dtype)
+        _PAIRS[key] = model, trace(model, task=task)
+    return copy.deepcopy(_PAIRS[key])
+
+
+def fresh_trace(name: str, *sizes: Any, **options: Any) -> TracedModel:
+    """The trace of `fresh`, for a test to change."""
+    traced: TracedModel = fresh(name, *sizes, **options)[1]
+    return traced
 
 
 def inputs_of(name: str, batch: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from peft_oracle import saved_by_peft
 from tiny_models import WIDE, tiny_model
 from tokenizers import Tokenizer, models
 from torch import Tensor
+from traces import fresh_trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperProcessor
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
@@ -123,7 +124,7 @@ def test_a_checkpoint_of_peft_generates_as_in_peft(name: str, tmp_path: Path) ->
     sizes = {**SPECIAL, **WIDE[name]}
     fields = {"target_modules": "all-linear", "r": 4, "gralora_k": 2, "alpha": 4}
     wrapped = saved_by_peft(name, tmp_path / "adapter", sizes=sizes, **fields)
-    traced = trace(tiny_model(name, **sizes), task=task(name))
+    traced = fresh_trace(name, **sizes, task=task(name))
     model = GraloraModel.from_pretrained(traced, tmp_path / "adapter")
     export_onnx(model, tmp_path / "onnx")
     source, start = read(name), torch.tensor([[1, 7]] * 3)
@@ -136,7 +137,7 @@ def test_a_processor_is_saved_in_the_files_that_transformers_js_reads(tmp_path: 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     processor = WhisperProcessor(WhisperFeatureExtractor(feature_size=8), tokenizer)
-    traced = trace(tiny_model("whisper"), task=task("whisper"))
+    traced = fresh_trace("whisper", task=task("whisper"))
     report = export_onnx(traced, tmp_path / "onnx", tokenizer=processor, verify=False)
     assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= set(report.files)
     assert json.loads((tmp_path / "onnx" / "preprocessor_config.json").read_text())["feature_size"] == 8
@@ -175,7 +176,7 @@ def test_files_and_names_are_optimums(bart: Exported) -> None:
 
 
 def test_speech_has_no_mask_and_a_length_of_its_own(tmp_path: Path) -> None:
-    export_onnx(trace(tiny_model("whisper"), task=task("whisper")), tmp_path / "onnx")
+    export_onnx(fresh_trace("whisper", task=task("whisper")), tmp_path / "onnx")
     session = open_session(tmp_path / "onnx")
     assert list(names(session.encoder.get_inputs())) == ["input_features"]
     assert "encoder_attention_mask" not in names(session.decoder.get_inputs())
@@ -215,7 +216,7 @@ def test_the_projections_of_the_encoders_output_run_in_the_first_step_only(bart:
 
 
 def test_verification_finds_a_wrong_weight(bart: Exported, tmp_path: Path) -> None:
-    other = trace(tiny_model("bart", seed=1, **SPECIAL), task=task("bart"))
+    other = fresh_trace("bart", seed=1, **SPECIAL, task=task("bart"))
     shutil.copytree(bart.path, tmp_path / "onnx")
     path = tmp_path / "onnx" / "gralora_export.json"
     unknown = {"base_fingerprint": None, "adapters": {}}  # else it is refused
@@ -241,7 +242,7 @@ def test_serving_says_what_generates(bart: Exported) -> None:
 
 
 def test_a_decoder_that_reads_the_encoders_layers_cannot_be_split(tmp_path: Path) -> None:
-    model = trace(tiny_model("bart", **SPECIAL), task=task("bart"))
+    model = fresh_trace("bart", **SPECIAL, task=task("bart"))
 
     def reads_more(graph_module: torch.fx.GraphModule) -> None:
         graph = graph_module.graph

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import text_batch, tiny_model
 from torch import nn
+from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, TraceError
@@ -22,7 +23,7 @@ ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules
 
 
 def adapted(name: str) -> GraloraModel:
-    return rewrite(trace(tiny_model(name)), ALL_LINEAR)
+    return rewrite(fresh_trace(name), ALL_LINEAR)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_manifest_tells_where_the_export_comes_from(bert: GraloraModel, bert_exp
 
 def test_fingerprint_is_the_bases_whatever_the_adapter(bert: GraloraModel, bert_export: Path, tmp_path: Path) -> None:
     export_onnx(bert.traced, tmp_path / "base", verify=False)
-    export_onnx(trace(tiny_model("bert", seed=1)), tmp_path / "other", verify=False)
+    export_onnx(fresh_trace("bert", seed=1), tmp_path / "other", verify=False)
     prints = [
         json.loads((path / "gralora_export.json").read_text())["base_fingerprint"]
         for path in (bert_export, tmp_path / "base", tmp_path / "other")
@@ -171,7 +172,7 @@ def test_verification_takes_a_users_inputs(bert: GraloraModel, bert_export: Path
 
 def test_verification_refuses_a_model_of_another_shape(bert_export: Path) -> None:
     with pytest.raises(ExportError, match=r"the export takes .*token_type_ids"):
-        verify_onnx(bert_export, trace(tiny_model("distilbert")))
+        verify_onnx(bert_export, fresh_trace("distilbert"))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_an_untraced_model_is_refused(tmp_path: Path) -> None:
 
 def test_weights_of_double_precision_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"holds float64 weights; cast it to one of float32, float16, bfloat16"):
-        export_onnx(trace(tiny_model("bert").to(torch.float64)), tmp_path / "onnx")
+        export_onnx(fresh_trace("bert", dtype=torch.float64), tmp_path / "onnx")
 
 
 def test_a_trace_without_example_inputs_is_refused(tmp_path: Path) -> None:

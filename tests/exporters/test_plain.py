@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import text_batch, tiny_model
 from torch import Tensor, fx, nn
+from traces import fresh_trace
 from transformers import DebertaV2Config, DebertaV2Model, ResNetConfig, ResNetForImageClassification
 
 from gralora_fx import trace
@@ -61,13 +62,13 @@ class Norms(nn.Module):
 
 
 def test_a_trace_is_captured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = trace(tiny_model("distilbert"))
+    traced = fresh_trace("distilbert")
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("the graph is traced again"))
     export_onnx(traced, tmp_path / "onnx", verify=False)
 
 
 def test_attention_is_two_products_and_a_softmax(tmp_path: Path) -> None:
-    export_onnx(trace(tiny_model("bert")), tmp_path / "onnx", verify=False)
+    export_onnx(fresh_trace("bert"), tmp_path / "onnx", verify=False)
     counted = operators(tmp_path / "onnx")
     layers = 2
     assert (counted["Softmax"], counted["MatMul"], counted["IsNaN"]) == (layers, layers * 8, 0)

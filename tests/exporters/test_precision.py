@@ -14,6 +14,7 @@ import torch
 from damaged_exports import shift_weight
 from tiny_models import tiny_model
 from torch import Tensor, fx, nn
+from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError
@@ -26,7 +27,7 @@ ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules
 
 
 def adapted(name: str, task: str | None = CACHED) -> GraloraModel:
-    return rewrite(trace(tiny_model(name), task=task), ALL_LINEAR)
+    return rewrite(fresh_trace(name, task=task), ALL_LINEAR)
 
 
 def dtypes(graph_module: fx.GraphModule) -> list[torch.dtype]:
@@ -42,8 +43,8 @@ def dtypes(graph_module: fx.GraphModule) -> list[torch.dtype]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "opt"])
 def test_what_stays_float32_is_what_the_half_precision_model_computes_so(name: str) -> None:
-    changed = in_precision(trace(tiny_model(name), task=CACHED).graph_module, "fp16", kept=4)
-    half = trace(tiny_model(name).to(torch.float16), task=CACHED).graph_module
+    changed = in_precision(fresh_trace(name, task=CACHED).graph_module, "fp16", kept=4)
+    half = fresh_trace(name, task=CACHED, dtype=torch.float16).graph_module
     ours, models = dtypes(changed), dtypes(half)
     assert len(ours) == len(models)
     # cosines and sines are rounded where they meet the rest, the model rounds them a few views before
@@ -99,7 +100,7 @@ def test_half_precision_weights_take_half_the_space(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float16", "fp16"), ("bfloat16", "fp32"), ("bfloat16", "fp16")])
 def test_a_model_of_half_precision_exports_in_its_own_or_another(dtype: str, precision: Any, tmp_path: Path) -> None:
-    model = rewrite(trace(tiny_model("llama").to(getattr(torch, dtype)), task=CACHED), ALL_LINEAR)
+    model = rewrite(fresh_trace("llama", task=CACHED, dtype=getattr(torch, dtype)), ALL_LINEAR)
     report = export_onnx(model, tmp_path / "onnx", precision=precision)
     assert report.verification is not None
     assert report.verification.passed

@@ -15,8 +15,8 @@ import torch
 from damaged_exports import shift_weight
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from tiny_models import tiny_model
 from torch import Tensor, nn
+from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
@@ -28,7 +28,7 @@ ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules
 
 
 def adapted(name: str, task: str | None = CACHED) -> GraloraModel:
-    return rewrite(trace(tiny_model(name), task=task), ALL_LINEAR)
+    return rewrite(fresh_trace(name, task=task), ALL_LINEAR)
 
 
 def operators(path: Path) -> Counter[str]:
@@ -91,7 +91,7 @@ def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path) -
 
 
 def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> None:
-    traced = trace(tiny_model("gpt2"), task=CACHED)
+    traced = fresh_trace("gpt2", task=CACHED)
     report = export_onnx(traced, tmp_path / "onnx", quantize="int4")
     found = operators(tmp_path / "onnx")
     assert (found["MatMulNBits"], found["GatherBlockQuantized"], found["MatMul"]) == (9, 1, 0)
@@ -111,7 +111,7 @@ def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> 
 
 
 def test_an_embedding_whose_rows_are_no_whole_blocks_keeps_its_precision(tmp_path: Path) -> None:
-    report = export_onnx(trace(tiny_model("gpt2"), task=CACHED), tmp_path / "onnx", quantize="int4", block_size=64)
+    report = export_onnx(fresh_trace("gpt2", task=CACHED), tmp_path / "onnx", quantize="int4", block_size=64)
     assert operators(tmp_path / "onnx")["GatherBlockQuantized"] == 0
     assert report.verification is not None
     assert report.verification.passed

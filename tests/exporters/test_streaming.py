@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
+from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, shards, trace
 from gralora_fx.deferred import defer, values_of
@@ -28,7 +29,7 @@ def saved(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> tup
     """A tiny model in several shards and an adapter of it."""
     model = tiny_model(name).to(dtype)
     model.save_pretrained(directory / "base", max_shard_size="20KB")
-    rewrite(trace(tiny_model(name), task=CACHED), ADAPTER).save_pretrained(directory / "adapter")
+    rewrite(fresh_trace(name, task=CACHED), ADAPTER).save_pretrained(directory / "adapter")
     return str(directory / "base"), str(directory / "adapter")
 
 
@@ -64,7 +65,7 @@ def test_weights_of_half_precision_files_are_cast_as_loading_casts_them(tmp_path
 )
 def test_a_model_without_a_cache_streams_too(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    rewrite(trace(tiny_model(name)), ADAPTER).save_pretrained(tmp_path / "adapter")
+    rewrite(fresh_trace(name), ADAPTER).save_pretrained(tmp_path / "adapter")
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     for stream in (False, True):
         model = load_traced(base, adapter, None, stream=stream)
@@ -250,14 +251,14 @@ def test_weights_are_folded_one_by_one_while_they_are_written(tmp_path: Path, mo
         return result
 
     monkeypatch.setattr(fold_module, "fold", watched)
-    model = rewrite(trace(tiny_model("llama"), task=CACHED), ADAPTER)
+    model = rewrite(fresh_trace("llama", task=CACHED), ADAPTER)
     export_onnx(model, tmp_path / "onnx", verify=False)
     assert len(folded) == len(model.updates())
     assert most_alive <= 2
 
 
 def test_a_folded_weight_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
-    model = rewrite(trace(tiny_model("llama"), task=CACHED), ADAPTER)
+    model = rewrite(fresh_trace("llama", task=CACHED), ADAPTER)
     path = "model.layers.1.mlp.up_proj"
     with torch.no_grad():
         model.installed("default").factors[path].A.fill_(float("inf"))

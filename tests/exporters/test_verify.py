@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
+from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError
@@ -29,7 +30,7 @@ SIZES: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0
 
 def adapted(seed: int = 0, **sizes: Any) -> GraloraModel:
     torch.manual_seed(seed)
-    traced = trace(tiny_model("llama", seed, **{**SIZES, **sizes}), task="text-generation-with-past")
+    traced = fresh_trace("llama", seed, **{**SIZES, **sizes}, task="text-generation-with-past")
     return rewrite(traced, GraloraConfig(r=4, target_modules=["q_proj", "down_proj"], init_weights=False))
 
 
@@ -104,7 +105,7 @@ def test_prompts_that_do_not_fit_are_named(export: Path, model: GraloraModel, pr
 
 
 def test_prompts_need_a_cache(tmp_path: Path) -> None:
-    traced = trace(tiny_model("llama"))
+    traced = fresh_trace("llama")
     export_onnx(traced, tmp_path / "onnx", verify=False)
     with pytest.raises(ExportError, match="the export has no cache, so it takes no prompts"):
         verify_onnx(tmp_path / "onnx", traced, prompts=[[5]])
@@ -316,7 +317,7 @@ def test_an_export_of_another_base_is_refused(export: Path, model: GraloraModel)
 
 
 def test_another_adapter_of_the_same_base_is_refused(export: Path, model: GraloraModel, tmp_path: Path) -> None:
-    traced = trace(tiny_model("llama", **SIZES), task="text-generation-with-past")
+    traced = fresh_trace("llama", **SIZES, task="text-generation-with-past")
     sizes = r"the adapter 'default' \(r=4, hybrid_r=0, alpha=64, gralora_k=2, SHA-256 [0-9a-f]{12}\)"
     with pytest.raises(ExportError, match=f"was exported with {sizes}, but the given model has no active adapter"):
         verify_onnx(export, traced)

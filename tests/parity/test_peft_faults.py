@@ -22,7 +22,7 @@ from peft_oracle import adapted_paths, peft_model, saved_by_peft
 from safetensors.torch import save_file
 from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
-from traces import main_output, relative_error, run
+from traces import fresh_trace, main_output, relative_error, run
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, plan, rewrite, trace
 from gralora_fx.checkpoint import WEIGHTS_NAME
@@ -172,7 +172,7 @@ def test_a_row_of_the_batch_cannot_ask_for_an_adapter_of_its_own_unheard(tmp_pat
 
 def test_a_failed_injection_leaves_the_model_whole() -> None:
     fields = {"target_modules": ["query", "classifier"], "r": 8, "gralora_k": 4}  # 2 labels are not 4 blocks
-    base = trace(tiny_model("bert"))
+    base = fresh_trace("bert")
     before = str(base.graph_module.graph)
     with pytest.raises(TargetError, match="classifier"):
         rewrite(base, GraloraConfig(**fields))
@@ -208,7 +208,7 @@ def test_layers_to_transform_beside_a_regular_expression_is_refused() -> None:
 
 def test_a_safe_merge_that_fails_midway_changes_nothing(tmp_path: Path) -> None:
     theirs = saved_by_peft("bert", tmp_path, target_modules=["query"], **SMALL)
-    ours = GraloraModel.from_pretrained(trace(tiny_model("bert")), tmp_path)
+    ours = GraloraModel.from_pretrained(fresh_trace("bert"), tmp_path)
     early, late = (f"bert.encoder.layer.{layer}.attention.self.query" for layer in (0, 1))
     before = {name: p.detach().clone() for name, p in ours.traced.tree.parameters.items()}
     graph = str(ours.graph_module.graph)

@@ -8,8 +8,8 @@ from collections import OrderedDict
 import pytest
 import torch
 from reading_svg import SVG, boxes, parsed, tooltip, words
-from tiny_models import tiny_model
 from torch import Tensor, nn
+from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, TracedModel, plan, rewrite, trace
 from gralora_fx.picture import svg_of
@@ -17,7 +17,7 @@ from gralora_fx.picture import svg_of
 
 @functools.cache
 def deep() -> TracedModel:
-    return trace(tiny_model("llama", num_hidden_layers=6))
+    return fresh_trace("llama", num_hidden_layers=6)
 
 
 def test_layers_that_look_alike_are_folded() -> None:

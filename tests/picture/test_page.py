@@ -8,9 +8,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from reading_svg import SVG, parsed
-from tiny_models import tiny_model
 from torch import nn
-from traces import traced
+from traces import fresh_trace, traced
 
 from gralora_fx import GraloraConfig, plan, rewrite, trace
 from gralora_fx.picture import html_of
@@ -82,7 +81,7 @@ def test_a_page_of_a_plan_has_no_heat_maps() -> None:
 
 
 def test_deep_models_get_an_overview_by_layer() -> None:
-    model = rewrite(trace(tiny_model("llama", num_hidden_layers=4)), GraloraConfig(r=8, target_modules=["q_proj"]))
+    model = rewrite(fresh_trace("llama", num_hidden_layers=4), GraloraConfig(r=8, target_modules=["q_proj"]))
     torch.nn.init.normal_(model.installed("default").factors["model.layers.2.self_attn.q_proj"].B)
     rows = {row[0]: row[1:] for row in Reader(html_of(model)).rows if len(row) == 2}
     assert rows["block norms, root mean square"] == ["self_attn.q_proj"]
@@ -91,7 +90,7 @@ def test_deep_models_get_an_overview_by_layer() -> None:
 
 def test_one_scale_holds_for_every_colour_of_a_page() -> None:
     """Two adapters of very different size: their overviews and maps are coloured by one function of the number."""
-    model = rewrite(trace(tiny_model("llama", num_hidden_layers=3)), GraloraConfig(r=8, target_modules=["q_proj"]))
+    model = rewrite(fresh_trace("llama", num_hidden_layers=3), GraloraConfig(r=8, target_modules=["q_proj"]))
     model.add_adapter("large", GraloraConfig(r=8, target_modules=["q_proj"]))
     for name, std in (("default", 0.1), ("large", 10.0)):
         for factors in model.installed(name).factors.values():
@@ -108,7 +107,7 @@ def test_one_scale_holds_for_every_colour_of_a_page() -> None:
 
 
 def test_the_filter_knows_every_box() -> None:
-    model = rewrite(trace(tiny_model("llama", num_hidden_layers=4)), GraloraConfig(r=8, target_modules=["q_proj"]))
+    model = rewrite(fresh_trace("llama", num_hidden_layers=4), GraloraConfig(r=8, target_modules=["q_proj"]))
     page = html_of(model)
     picture = page[page.index("<svg") : page.index("</svg>") + 6]
     named: set[str] = set()

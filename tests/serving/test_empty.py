@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import tiny_model
+from traces import fresh_trace
 
-from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import OrtModel, load
@@ -26,7 +25,7 @@ SIZES = {"batch_size": 1, "sequence_length": 3, "decoder_sequence_length": 2}
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
     name, task = KINDS[request.param]
     path = tmp_path_factory.mktemp(name) / "onnx"
-    export_onnx(trace(tiny_model(name), task=task), path, verify=False)
+    export_onnx(fresh_trace(name, task=task), path, verify=False)
     return load(path)
 
 

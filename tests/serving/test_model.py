@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import text_batch, tiny_model
 from torch import nn
+from traces import fresh_trace
 from transformers import BatchEncoding
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
@@ -20,7 +21,7 @@ from gralora_fx.serving import OrtModel, load
 @pytest.fixture(scope="module")
 def model() -> GraloraModel:
     config = GraloraConfig(r=8, target_modules=["query"], init_weights=False)
-    return rewrite(trace(tiny_model("bert")), config)
+    return rewrite(fresh_trace("bert"), config)
 
 
 @pytest.fixture(scope="module")
