@@ -37,6 +37,7 @@ from gralora_fx.tracing.cached import PAST, cached_tensors
 from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import draws_randomly, set_mode
 from gralora_fx.tracing.recapture import is_operator_graph, recapture
+from gralora_fx.tracing.regions import drop_regions_for_inference
 from gralora_fx.tracing.traced import TracedModel
 
 _WRITERS, _IN_FLIGHT = 2, 2**28  # threads that make and write weights, and the bytes they hold
@@ -141,6 +142,7 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     """The ONNX models of a trace, by the names of their files, and how a decoder's attention was exported."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
+    drop_regions_for_inference(graph_module.graph)
     graph_module.train(False)
     cache = traced.example_inputs.get(PAST)
     is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle leaves it

@@ -12,7 +12,13 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from gralora_fx.module_tree import module_stack
-from gralora_fx.tracing.regions import LEAVE, enter_autocast, enter_grad_mode, leave_after_errors
+from gralora_fx.tracing.regions import (
+    LEAVE,
+    drop_idle_grad_regions,
+    enter_autocast,
+    enter_grad_mode,
+    leave_after_errors,
+)
 
 _hop = torch.ops.higher_order
 # operator that runs a subgraph as it is: position of the subgraph, and of the first operand
@@ -59,6 +65,7 @@ def inline_subgraphs(graph: fx.Graph, root: nn.Module) -> None:
             module = root.get_submodule(path)
             if isinstance(module, fx.GraphModule):
                 waiting.extendleft(inline_call(node, module.graph, node.args[first:], path))
+    drop_idle_grad_regions(graph, root)
     leave_after_errors(graph)
 
 

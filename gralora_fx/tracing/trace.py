@@ -199,7 +199,8 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
                 program = export_transformers_model(model, sample, dynamic=dynamic)
             else:
                 shapes = dynamic_axes(dict(sample)) if dynamic else None
-                program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
+                with torch.enable_grad():  # so that regions without gradients are recorded
+                    program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason_of(error)}") from error
     if checkpoints:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -46,10 +47,27 @@ def export_transformers_model(
     noted = inputs if isinstance(inputs.get(PAST), DynamicCache) else None
     operators = nullcontext() if noted is None else _operators(model)
     calling = _calling(model, use_cache=PAST in inputs, noted=noted)
-    with quiet(), _without_needless_imports(), calling, operators:
+    with quiet(), _without_needless_imports(), _recording_grad_modes(), calling, operators:
         exported = DynamoExporter().export(model, copied(inputs), DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
+
+
+@contextmanager
+def _recording_grad_modes() -> Iterator[None]:
+    """Let this thread's exports record where a model turns gradients off.
+
+    The exporter calls `torch.export.export` without gradients, where turning them off changes nothing and leaves no
+    trace, so that a layer within `torch.no_grad` would train.
+    """
+    export, thread = torch.export.export, threading.get_ident()
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
+        with torch.enable_grad() if threading.get_ident() == thread else nullcontext():
+            return export(*args, **kwargs)
+
+    with patch.object(torch.export, "export", recorded):
+        yield
 
 
 def register_cache(kind: type) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from tiny_models import text_batch, tiny_model
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from traces import traced as traced_of
+from transformers import BertForSequenceClassification
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, plan, rewrite, trace
-from gralora_fx.errors import TargetError
+from gralora_fx.errors import ExportError, TargetError
+from gralora_fx.exporters import export_onnx
 
 LAYERS = ["first", "inner", "last"]
 
@@ -310,3 +315,53 @@ def every_site_counts(traced: TracedModel, x: Tensor) -> None:
         factors.B.data.zero_()
         assert not torch.equal(model(x), before), planned.site.path
         factors.B.data.copy_(kept)
+
+
+class FrozenBody(BertForSequenceClassification):
+    """A classifier that computes its features without gradients, as is done to train a head alone."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            hidden = self.bert(input_ids, attention_mask).last_hidden_state
+        return self.classifier(hidden[:, 0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_region_of_a_transformers_model_keeps_gradients_out_as_in_peft(grad: bool, tmp_path: Path) -> None:
+    """Whether or not the caller, too, has turned them off while tracing."""
+    model = FrozenBody(tiny_model("bert").config).eval()
+    fields = {"r": 4, "target_modules": ["query", "classifier"], "init_weights": False}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.GraloraConfig(**fields)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    with torch.set_grad_enabled(grad):
+        traced = trace(model, text_batch())
+    ours = GraloraModel.from_pretrained(traced, tmp_path / "adapter")
+    expected, actual = theirs(**text_batch(2, 5)), ours(**text_batch(2, 5))
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected.square().mean().backward()
+    actual.square().mean().backward()
+    tensors = dict(theirs.named_parameters())
+    for site in ours.installed("default").factors:
+        for name in "AB":
+            other = tensors[f"base_model.model.{site}.gralora_{name}.default"].grad
+            mine = getattr(ours.factors(site), name).grad
+            assert (mine is None) == (other is None) == (site != "classifier")
+            if mine is not None and other is not None:
+                assert (mine - other).abs().max() <= 1e-4 * other.abs().max()
+    report = export_onnx(ours, tmp_path / "onnx")
+    assert report.verification is not None
+    assert report.verification.passed
+
+
+def test_a_region_that_no_gradient_would_pass_is_left_out() -> None:
+    """The angles of positions, which transformers computes without gradients."""
+    targets = {str(node.target) for node in traced_of("llama").graph_module.graph.nodes}
+    assert not any("grad_mode" in target for target in targets)
+
+
+@pytest.mark.parametrize("region", [autocast, no_autocast_within_no_grad])
+def test_a_layer_under_autocast_is_named_by_the_export(region: Callable[[Net, Tensor], Tensor], tmp_path: Path) -> None:
+    traced = trace(Net(region).eval(), (torch.randn(3, 8),))
+    with pytest.raises(ExportError, match=r"inner runs under torch\.autocast \(torch\.bfloat16\)"):
+        export_onnx(traced, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
