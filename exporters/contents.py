@@ -24,6 +24,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         ExportError: There is none, it cannot be read, or it is of a newer schema.
     """
     path = Path(directory) / MANIFEST_NAME
+    if path.parent.is_file():
+        raise ExportError(f"{directory} is a file; give the directory of the export, {path.parent.parent}")
     try:
         manifest: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

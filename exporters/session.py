@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.exporters.encoder_decoder import DECODER, ENCODER
@@ -93,7 +94,11 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
             enable_fallback=0,
         )
     except Exception as failure:  # ONNX Runtime raises types of its own, without a common base
-        raise error(f"ONNX Runtime cannot load {path} ({first_line(failure)}); export the model again") from failure
+        advice = "export the model again"
+        if isinstance(failure, NoKernel):
+            names = ", ".join(name for name, _ in runtime.providers) or "the providers of the session options"
+            advice = f"{names} cannot compute it: give providers that can, or export in another precision"
+        raise error(f"ONNX Runtime cannot load {path} ({first_line(failure)}); {advice}") from failure
     missing = [name for name, _ in runtime.providers if name not in session.get_providers()]
     if missing:
         raise error(

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.export_options import LEVELS, check_choice
 from gralora_fx.exporters.cases import attended, context_of, flat, fresh_cases, last_logits, vocabulary_of
-from gralora_fx.exporters.contents import read_manifest
+from gralora_fx.exporters.contents import check_files, read_manifest
 from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.exporters.encoder_decoder_tokens import compare_tokens
 from gralora_fx.exporters.exact import InFloat64, Judge
@@ -75,12 +75,14 @@ def verify_onnx(
         costs is for a task to say.
 
     Raises:
-        ExportError: The directory is no export or one of another base or adapter, its inputs or outputs are not the
-            model's, a prompt does not fit, or a case cannot run.
+        ExportError: The directory is no export or one of another base or adapter, a file is not what was exported, its
+            inputs or outputs are not the model's, a prompt does not fit, or a case cannot run.
     """
     check_choice("level", level, LEVELS)
     quick = level == "quick"
     manifest = read_manifest(output_dir)
+    if "files" in manifest:  # a comparison runs some inputs only, and would not see every changed byte
+        check_files(output_dir, manifest, digests=True)
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
     refuse_without_values(model)

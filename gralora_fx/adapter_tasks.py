@@ -16,12 +16,12 @@ _PEFT_TASKS = {
 }
 # other tasks that an adapter of such a task type may be used for
 _ALIKE = {"SEQ_CLS": ("image-classification",), "SEQ_2_SEQ_LM": ("automatic-speech-recognition",)}
-_WITH_CACHE = {"text-generation": "text-generation-with-past"}
+_WITH_CACHE = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 
 
 def with_past(task: str) -> str:
     """The task with a cache, of one that has such a task."""
-    return _WITH_CACHE.get(task, task)
+    return f"{task}-with-past" if task in _WITH_CACHE else task
 
 
 def asked_task(adapter: str | None, task: str | None, *, with_cache: bool) -> str | None:

@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+_shown: set[str] = set()  # warnings
 _notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -326,7 +327,10 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Show a warning as a line of its own, without the line of code that it was raised for."""
-    _notes.print(f"warning: {message}", markup=False)
+    text = str(message)
+    if text not in _shown:  # an adapter's configuration is read by several stages
+        _shown.add(text)
+        _notes.print(f"warning: {text}", markup=False)
 
 
 def _flush(end: SystemExit) -> None:

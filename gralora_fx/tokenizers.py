@@ -34,6 +34,7 @@ _FILES = (
     "merges.txt",
 )
 _CONFIGS = (*_JSON, "config.json")  # which say how the other files are read
+_MESSAGE_CONTENTS = {"content", "tool_calls"}  # an assistant may call tools and say nothing
 
 
 def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
@@ -95,6 +96,9 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: ty
         return []
     if not (isinstance(prompt, str) or is_chat(prompt)):
         raise error(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+    for message in () if isinstance(prompt, str) else prompt:
+        if "role" not in message or message.keys().isdisjoint(_MESSAGE_CONTENTS):
+            raise error(f"a message of a chat has a 'role' and its 'content', but got {message!r:.80}")
     if tokenizer is None:
         raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
     try:

@@ -166,6 +166,19 @@ def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path
     assert f"was exported without an adapter; leave --adapter {decoder / 'adapter'} out" in str(wrong.exception)
 
 
+def test_an_encoder_decoder_is_exported_with_its_cache_and_a_warning_is_shown_once(tmp_path: Path) -> None:
+    model = tiny_model("t5", pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.GraloraConfig(r=4, target_modules=["q"], task_type="SEQ_2_SEQ_LM", init_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alhpa": 3}))
+    given = ("--model", tmp_path / "base", "--adapter", tmp_path / "adapter")
+    printed = run("export", *given, "--output", tmp_path / "onnx", "--no-verify")
+    assert {"encoder_model.onnx", "decoder_model_merged.onnx"} <= {file.name for file in (tmp_path / "onnx").iterdir()}
+    assert printed.stderr.count("lora_alhpa=3 is not a known field") == 1
+
+
 def test_export_asks_before_it_replaces_an_export_of_another_task(decoder: Path, tmp_path: Path) -> None:
     named = ["export", "--model", str(decoder / "base"), "--output", str(tmp_path / "onnx"), "--no-verify"]
     assert CliRunner().invoke(app, [*named, "--task", "text-generation"]).exit_code == 0

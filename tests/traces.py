@@ -48,6 +48,7 @@ def fresh(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = 
     if key not in _PAIRS:
         model = tiny_model(name, *sizes, **overrides).to(dtype)
         _PAIRS[key] = model, trace(model, task=task)
+    torch.manual_seed(0)  # as a model made anew leaves it, for what is drawn next
     return copy.deepcopy(_PAIRS[key])
 
 

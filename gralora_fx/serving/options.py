@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, warn_caller
 from gralora_fx.exporters.session import CPU, Runtime, available_threads, quiet_options
 
 Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]]
@@ -139,4 +139,6 @@ def _provider_options(name: str, options: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise ServingError(f"options of {name} must be a dict by name, but got {options!r:.80}")
+    if name == CPU and options:
+        warn_caller(f"{', '.join(options)} has no effect: {CPU} has no options; give session_options for the session's")
     return dict(options)

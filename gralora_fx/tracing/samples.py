@@ -27,6 +27,7 @@ _HEADS = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
 }
+_CLASSIFIERS = {"text-classification", "token-classification", "question-answering", "image-classification"}
 _TAKES = {
     "image-classification": ("pixel_values",),
     "automatic-speech-recognition": ("input_features", "input_values"),
@@ -44,6 +45,21 @@ def infer_task(model: PreTrainedModel) -> str:
     if task == "text2text-generation" and model.main_input_name == "input_features":
         return "automatic-speech-recognition"
     return task
+
+
+def check_head(model: PreTrainedModel, task: str) -> None:
+    """Refuse a task that a model's head does not do, whose outputs would be taken for what they are not.
+
+    Raises:
+        TraceError: The class names a head, it or the task is a classifier's, and they differ.
+    """
+    check_task(task)
+    own, asked = infer_task(model), task.removesuffix("-with-past")
+    is_known = "feature-extraction" not in (own, asked)  # a class may name no head, and any will give its features
+    if own != asked and is_known and not _CLASSIFIERS.isdisjoint((own, asked)):
+        raise TraceError(
+            f"{type(model).__name__} is a model for {own}, not for {task}; leave task out, or load the class for {task}"
+        )
 
 
 def task_of_class(name: str) -> str:

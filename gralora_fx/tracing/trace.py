@@ -28,7 +28,7 @@ from gralora_fx.tracing.modes import draws_randomly, record_switches
 from gralora_fx.tracing.namespace import restore_operators
 from gralora_fx.tracing.quiet import quiet
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
-from gralora_fx.tracing.samples import infer_task, inputs_for_task, widen
+from gralora_fx.tracing.samples import check_head, infer_task, inputs_for_task, widen
 from gralora_fx.tracing.signature import signature_of
 from gralora_fx.tracing.stand_ins import stand_ins, take_own
 from gralora_fx.tracing.stochastic_depth import drop_paths_as_operators, without_layerdrop
@@ -81,6 +81,7 @@ def trace(
         raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
     if isinstance(model, PreTrainedModel):
         task = task or infer_task(model)
+        check_head(model, task)
     with stand_ins(model) as own:
         if given is None:
             if not isinstance(model, PreTrainedModel):

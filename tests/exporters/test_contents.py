@@ -18,7 +18,7 @@ from torch import nn
 
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
-from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.contents import check_files, read_manifest
 from gralora_fx.serving import load
 
@@ -134,6 +134,14 @@ def test_a_manifest_of_another_shape_is_refused(folder: Path, files: object) -> 
 def verify_files(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gralora_fx.cli", "verify", "--files", "--output", str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_verification_from_python_compares_the_files_first(folder: Path) -> None:
+    """A comparison of outputs need not see a changed byte, and a truncated file fails in the runtime's words."""
+    model = trace(nn.Sequential(nn.Linear(8, 200)).eval(), (torch.randn(1, 8),))
+    os.truncate(folder / "model.onnx_data", 100)
+    with pytest.raises(ExportError, match=r"is not what was exported: model.onnx_data has 100 bytes instead of"):
+        verify_onnx(folder, model)
 
 
 def test_verify_files_needs_no_model_and_names_the_file(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.precision import in_precision
 from gralora_fx.serving import load
@@ -109,6 +109,10 @@ def test_a_model_of_half_precision_exports_in_its_own_or_another(dtype: str, pre
 def test_verification_sees_wrong_weights_of_half_precision(tmp_path: Path) -> None:
     export_onnx(adapted("llama"), tmp_path / "onnx", precision="bf16", verify=False)
     assert verify_onnx(tmp_path / "onnx", adapted("llama")).passed
+    with pytest.raises(
+        ServingError, match="CPUExecutionProvider cannot compute it: give providers that can, or export in"
+    ):
+        load(tmp_path / "onnx")
     shift_weight(tmp_path / "onnx", "weight")
     assert not verify_onnx(tmp_path / "onnx", adapted("llama")).passed
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
+from damaged_exports import forget_digests
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from traces import fresh_trace
@@ -120,6 +121,7 @@ def damaged(export: Path, copy: Path, damage: Any) -> Path:
     model = ir.load(copy / "model.onnx")
     damage(model)
     ir.save(model, copy / "model.onnx", external_data="other_data")
+    forget_digests(copy)
     return copy
 
 

@@ -167,6 +167,12 @@ def test_all_logits_are_given_on_request(llama: OrtModel) -> None:
         ([True], {}, "a prompt is text, a list of messages or a list of token ids, but got True"),
         ([[5, "a"]], {}, r"a prompt is text, .* but got \[5, 'a'\]"),
         ([[5], None], {}, "a prompt is text, .* but got None"),
+        (
+            [{"role": "user", "contents": "a"}],
+            {},
+            r"a message of a chat has a 'role' and its 'content', but got",
+        ),
+        ([{"rol": "user", "content": "a"}], {}, "a message of a chat has a 'role' and its 'content'"),
         (5, {}, "prompts are a text, a list of messages, a list of token ids or a list of these, but got 5"),
         (b"text", {}, "prompts are a text, .* but got b'text'"),
         ({"input_ids": [5]}, {}, r"a tokenizer's result is given by name: generate\(\*\*tokenizer"),

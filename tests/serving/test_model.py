@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,14 @@ def test_generation_needs_a_cache(served: OrtModel) -> None:
 def test_a_directory_that_is_no_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match=r"no gralora_export.json in"):
         load(tmp_path)
+
+
+def test_a_file_of_an_export_is_not_its_directory(served: OrtModel) -> None:
+    file = served.directory / "model.onnx"
+    with pytest.raises(
+        ServingError, match=re.escape(f"{file} is a file; give the directory of the export, {file.parent}")
+    ):
+        load(file)
 
 
 def test_a_missing_provider_is_named(served: OrtModel) -> None:

@@ -40,7 +40,7 @@ def options_of(model: OrtModel) -> onnxruntime.SessionOptions:
         ({"providers": [CPU]}, [CPU]),
         ({"providers": (CPU,)}, [CPU]),
         ({"providers": (AZURE, CPU)}, [AZURE, CPU]),
-        ({"providers": (CPU, {"arena_extend_strategy": "kSameAsRequested"})}, [CPU]),
+        ({"providers": (CPU, {})}, [CPU]),
         ({"providers": [(CPU, {}), AZURE]}, [CPU, AZURE]),
         ({"providers": [AZURE, CPU], "provider_options": [{}, {}]}, [AZURE, CPU]),
         ({"providers": CPU, "provider_options": {}}, [CPU]),
@@ -52,19 +52,24 @@ def test_providers_in_every_spelling(exported: Path, options: dict[str, Any], ex
     assert model(input=torch.zeros(2, 8))[0].shape == (2, 4)
 
 
+def test_options_of_the_cpu_have_no_effect(exported: Path) -> None:
+    with pytest.warns(UserWarning, match="use_arena has no effect: CPUExecutionProvider has no options"):
+        load(exported, (CPU, {"use_arena": 1}))
+
+
 def test_options_of_a_provider_reach_it(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     make = onnxruntime.InferenceSession
 
     def record(*args: Any, **options: Any) -> Any:
         seen.append(options["providers"])
-        return make(*args, **{**options, "providers": [CPU]})
+        return make(*args, **{**options, "providers": [AZURE]})
 
     monkeypatch.setattr(session.onnxruntime, "InferenceSession", record)
-    load(exported, [(CPU, {"a": 1})])
-    load(exported, CPU, provider_options={"a": 1})
-    load(exported, [AZURE, CPU][1:], provider_options=[{"a": 1}])
-    assert seen == [[(CPU, {"a": 1})]] * 3
+    load(exported, [(AZURE, {"a": 1})])
+    load(exported, AZURE, provider_options={"a": 1})
+    load(exported, [CPU, AZURE][1:], provider_options=[{"a": 1}])
+    assert seen == [[(AZURE, {"a": 1})]] * 3
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.errors import TraceError
+from gralora_fx.tracing.samples import task_of_class
 
 
 class Mlp(nn.Module):
@@ -403,6 +404,16 @@ def test_wrong_example_inputs(model: Any, inputs: Any, message: str) -> None:
 )
 def test_wrong_tasks(name: str, task: str, message: str) -> None:
     with pytest.raises(TraceError, match=message):
+        trace(source(name), task=task)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("llama", "text-classification"), ("bert", "token-classification"), ("bert", "text-generation-with-past")],
+)
+def test_a_task_of_another_head_is_refused(name: str, task: str) -> None:
+    own = task_of_class(type(source(name)).__name__)
+    with pytest.raises(TraceError, match=f"is a model for {own}, not for {task}; leave task out, or load"):
         trace(source(name), task=task)
 
 
