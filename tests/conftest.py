@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub 
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 100)  # graphs are many small objects; the usual threshold looks them through all the time
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
