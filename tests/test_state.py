@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,3 +293,91 @@ def test_a_pass_that_fails_from_its_second_run_on_is_reported_once() -> None:
         with pytest.raises(RewriteError, match="failed with ValueError: not again"):
             call()
         assert snapshot(model) == before
+
+
+def test_a_switch_to_a_state_that_ran_before_makes_no_graph() -> None:
+    model = adapted()
+    made: dict[tuple[Any, ...], fx.GraphModule] = {}
+    outputs: dict[tuple[Any, ...], Tensor] = {}
+    for _ in range(2):
+        for names in (["default"], ["b"], ["default", "b"], ["b", "default"]):
+            for training in (True, False):
+                model.set_adapter(names)
+                model.train(training)
+                key = (*names, training)
+                assert made.setdefault(key, model.graph_module) is model.graph_module
+                assert torch.equal(outputs.setdefault(key, model(X)), model(X))
+        model.merge_adapter()
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            assert made.setdefault(("none",), model.graph_module) is model.graph_module
+    assert len({id(graph_module) for graph_module in made.values()}) >= 5
+
+
+def _replaced(model: GraloraModel) -> None:
+    tree = model.graph_module
+    tree.get_submodule("0").weight = nn.Parameter(torch.randn(8, 8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.to(torch.float64).to(torch.float32),
+        lambda model: model.load_state_dict(
+            {k: torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True
+        ),
+        lambda model: model.installed("default").factors["0"].A.data.mul_(2),
+        lambda model: (model.delete_adapter("default"), model.add_adapter("default", TWO)),
+        lambda model: model.add_pass(lambda graph_module: None),
+        lambda model: _halved(model.graph_module),
+        _replaced,
+    ],
+)
+def test_a_graph_that_was_kept_computes_with_the_tensors_there_are_now(change: Callable[[GraloraModel], Any]) -> None:
+    """What runs after a change and a switch back is what a copy, whose graphs are all made anew, computes."""
+    model = adapted()
+    model.set_adapter("b")
+    change(model)
+    model.set_adapter("default")
+    assert torch.equal(model(X), copy.deepcopy(model)(X))
+
+
+TWO = GraloraConfig(r=2, target_modules=["0", "2"], init_weights=False)
+
+
+def _halved(graph_module: fx.GraphModule) -> None:
+    """Edit the graph that runs, as a user might: an edit is not part of any state."""
+    output = graph_module.graph.output_node()
+    with graph_module.graph.inserting_before(output):
+        output.args = (graph_module.graph.call_function(torch.mul, (output.args[0], 0.5)),)
+    graph_module.recompile()
+
+
+def test_an_edit_of_a_graph_does_not_come_back_with_its_state() -> None:
+    model = adapted()
+    expected = model(X)
+    _halved(model.graph_module)
+    assert torch.equal(model(X), expected * 0.5)
+    model.set_adapter("b")
+    model.set_adapter("default")
+    assert torch.equal(model(X), expected)
+
+
+def test_a_pass_runs_again_with_every_switch() -> None:
+    model, runs = adapted(), []
+    model.add_pass(lambda graph_module: runs.append(len(graph_module.graph.nodes)))
+    for name in ("b", "default", "b"):
+        model.set_adapter(name)
+    assert len(runs) == 4
+
+
+def test_few_of_many_states_are_kept() -> None:
+    model = adapted()
+    for index in range(40):
+        model.add_adapter(f"a{index}", GraloraConfig(r=2, target_modules=["0"], init_weights=False))
+    seen = []
+    for index in range(40):
+        model.set_adapter(f"a{index}")
+        seen.append(weakref.ref(model.graph_module))
+    gc.collect()
+    assert 1 <= sum(found() is not None for found in seen) <= 32

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -26,6 +27,8 @@ from gralora_fx.tracing.clean import copy_graph
 from gralora_fx.tracing.modes import record_switches, set_mode
 from gralora_fx.tracing.traced import TracedModel
 from gralora_fx.tracing.user_pass import GraphPass, run_pass
+
+_MOST_KEPT = 32  # graphs; each is its nodes and code, over tensors that all share
 
 
 class RunningGraph:
@@ -51,6 +54,7 @@ class RunningGraph:
         self._lock = threading.RLock()
         self._readers = Readers()
         self._edits = 0  # of what graphs are made from, besides their state
+        self._made: OrderedDict[tuple[tuple[str, ...], bool], Running] = OrderedDict()  # by active adapters and mode
 
     def __getitem__(self, name: str) -> InstalledAdapter:
         """An adapter by name; a `RewriteError` where there is none."""
@@ -72,6 +76,7 @@ class RunningGraph:
                 sites = {site.path: site for site in self.base.traced.sites}
                 self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
                 self._edits += 1
+                self._made.clear()
         return self.base.traced
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -153,19 +158,44 @@ class RunningGraph:
                 graph_module = overlay(graph_module, graph, training)
                 graph_module.recompile()
             self.running = before.with_mode(training, graph_module)
+            self._keep()
             self._edits += 1
 
     def _show_adapters(self) -> None:
         """Let the graph module that runs hold the tensors of the adapters that there are now."""
         share_adapters(self.running.graph_module, self.base.tree)
         self.running.in_other_mode = None
+        self._made.clear()
+        self._keep()
         self._edits += 1
 
     # -- within -----------------------------------------------------------------------------------------------------
 
     def _make(self, **changes: Any) -> None:
-        """Make and run the graph of the present state with other values of some fields; an error changes nothing."""
-        self.running = self._build(dataclasses.replace(self.state, **changes))
+        """Run the graph of the present state with other values of some fields; an error changes nothing.
+
+        The graphs of the states that ran last are kept, so that a switch back makes none.
+        """
+        state = dataclasses.replace(self.state, **changes)
+        self.running = self._kept(state) or self._build(state)
+        self._keep()
+
+    def _kept(self, state: GraphState) -> Running | None:
+        """The graph that was made for a state, if it is the one that would be made now."""
+        found = None if state.merged or state.passes else self._made.get((state.active, state.training))
+        if found is None or found.is_edited or not (self.base.is_current and self._is_valid(found)):
+            return None
+        return found
+
+    def _keep(self) -> None:
+        """Keep the graph that runs, unless it holds weights of its own, or a pass made it, which may act otherwise."""
+        state = self.running.state
+        if state.merged or state.passes:
+            return
+        self._made[state.active, state.training] = self.running
+        self._made.move_to_end((state.active, state.training))
+        if len(self._made) > _MOST_KEPT:
+            self._made.popitem(last=False)
 
     def _build(self, state: GraphState) -> Running:
         """The graph of a state: a copy of the base's with its weights and adapters, over which the passes ran."""
