@@ -10,13 +10,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from gralora_fx.checkpoint import describe_folded
 from gralora_fx.exporters.contents import SCHEMA_VERSION
 from gralora_fx.exporters.context import position_offset
 from gralora_fx.exporters.directory import MANIFEST_NAME
 from gralora_fx.exporters.fingerprint import fingerprint_of
 from gralora_fx.exporters.folding import base_of
 from gralora_fx.exporters.reports import VerifyReport
+from gralora_fx.folded_adapters import describe_folded
 from gralora_fx.model import GraloraModel
 from gralora_fx.tracing.traced import TracedModel
 
@@ -79,7 +79,8 @@ def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, Any]:
     """Configuration and digest of each adapter that an export of a model folds, or that was merged before, by name."""
     if isinstance(model, TracedModel):
         return dict(model.merged_adapters)
-    return describe_folded([model.installed(name) for name in model.active_adapters], model.traced)
+    adapters = [model.installed(name) for name in model.active_adapters]
+    return dict(describe_folded(adapters, model.traced, own=True))
 
 
 def _by_file(found: dict[str, Any]) -> dict[str, Any]:

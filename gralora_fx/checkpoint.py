@@ -244,25 +244,6 @@ def tensors_digest(tensors: Mapping[str, Tensor], config: GraloraConfig) -> str:
     return digest.hexdigest()
 
 
-def describe_folded(adapters: Iterable[InstalledAdapter], traced: TracedModel) -> dict[str, Any]:
-    """Configuration and SHA-256 of `adapter_model.safetensors` of adapters, by name, as if they were saved.
-
-    Args:
-        adapters: Adapters that are folded into a model.
-        traced: The model; what was merged into it before comes first, and keeps its name.
-    """
-    described = dict(traced.merged_adapters)
-    for adapter in adapters:
-        config = saved_config(adapter, traced)
-        name, count = adapter.name, 1
-        while name in described:
-            count += 1
-            name = f"{adapter.name}_{count}"
-        digest = tensors_digest(checkpoint_parameters(adapter), config)
-        described[name] = {"config": json.loads(config.to_json()), "sha256": digest}
-    return described
-
-
 def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfig:
     """An adapter's configuration as it is saved, its shorthands written out."""
     config = adapter.config

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.checkpoint import describe_folded
 from gralora_fx.errors import MergeError
+from gralora_fx.folded_adapters import describe_folded
 from gralora_fx.model import GraloraModel
 from gralora_fx.passes.fold import SiteUpdate, deferred_weights, folded_weights
 from gralora_fx.passes.marks import mark_of, marked_nodes, unmark
@@ -48,7 +48,7 @@ def merge(
     names, work = _work(model, adapter_names)
     weights = folded_weights(model.traced.graph_module, work, safe=safe, untie=untie)
     merged = _merged(model, names, weights)
-    merged.merged_adapters = describe_folded([model.installed(name) for name in names], model.traced)
+    merged.merged_adapters = describe_folded([model.installed(name) for name in names], model.traced, own=False)
     return merged
 
 

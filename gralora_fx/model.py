@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.checkpoint import check_state_dict, describe_folded, load_tensors, read_adapter, write_adapters
+from gralora_fx.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
+from gralora_fx.folded_adapters import describe_folded
 from gralora_fx.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.model_class import class_for
 from gralora_fx.overlay import copy_in_mode
@@ -324,7 +325,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         """
         names = None if adapter_names is None else as_names(adapter_names)
         folded = [self.installed(name) for name in names or self.active_adapters]
-        described = describe_folded(folded, self.traced)
+        described = describe_folded(folded, self.traced, own=True)
         own = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
         merged = with_weights(self.unload(), own)
         merged.merged_adapters = described

@@ -44,6 +44,7 @@ ORDER = [
     "peft_attributes",
     "picture",
     "checkpoint",
+    "folded_adapters",
     "model_class",
     "model",
     "rewriting",

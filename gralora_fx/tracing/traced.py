@@ -78,7 +78,7 @@ class TracedModel:
         self.loss_function = loss_function
         self.shift_labels = shift_labels
         self.training = training
-        self.merged_adapters = dict(merged_adapters or {})
+        self.merged_adapters: Mapping[str, Any] = merged_adapters or {}
         self._sites = find_sites(graph_module, tree)
         self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
         self.in_subgraphs = layers_in_subgraphs(graph_module.graph)

@@ -73,3 +73,17 @@ def test_passes_keep_what_was_folded_and_training_on_does_not_change_it() -> Non
             parameter.add_(1)
     assert merged.with_pass(lambda graph_module: None).merged_adapters == before
     assert merge(model).merged_adapters != before
+
+
+def test_tensors_that_are_written_after_they_were_folded_have_no_digest_and_it_is_said() -> None:
+    """An optimizer, for one, may hold an adapter's tensors longer than the model does."""
+    model = adapted(base())
+    held = list(model.parameters())
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        for parameter in held:
+            parameter.add_(1)
+    with pytest.warns(UserWarning, match="tensors of adapter 'default' were written after it was folded"):
+        found = dict(merged.merged_adapters)
+    assert found["default"]["sha256"] is None
+    assert found["default"]["config"]["r"] == 4
