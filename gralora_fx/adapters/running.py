@@ -39,20 +39,20 @@ class RunningGraph:
 
     Attributes:
         base: The base model; its module tree owns every tensor.
-        running: The state and its graph.
         adapters: Adapters by name.
     """
 
     def __init__(self, traced: TracedModel) -> None:
         """Begin with a traced model and no adapter."""
         self._begin(Base(traced))
-        self.running = self._build(GraphState(training=traced.training))
+        self._state = GraphState(training=traced.training)
 
     def _begin(self, base: Base) -> None:
         self.base = base
         self.adapters: dict[str, InstalledAdapter] = {}
         self._lock = threading.RLock()
         self._readers = Readers()
+        self._running: Running | None = None  # made when it is first asked for, which an adapter may come before
         self._edits = 0  # of what graphs are made from, besides their state
         self._made: OrderedDict[tuple[tuple[str, ...], bool], Running] = OrderedDict()  # by active adapters and mode
 
@@ -65,7 +65,19 @@ class RunningGraph:
     @property
     def state(self) -> GraphState:
         """The present state."""
-        return self.running.state
+        return self._state if self._running is None else self._running.state
+
+    @property
+    def running(self) -> Running:
+        """The state and its graph."""
+        if self._running is None:
+            with self._lock:
+                self._running = self._running or self._build(self._state)
+        return self._running
+
+    @running.setter
+    def running(self, running: Running) -> None:
+        self._running = running
 
     @property
     def traced(self) -> TracedModel:
