@@ -349,7 +349,8 @@ def _halved(graph_module: fx.GraphModule) -> None:
     """Edit the graph that runs, as a user might: an edit is not part of any state."""
     output = graph_module.graph.output_node()
     with graph_module.graph.inserting_before(output):
-        output.args = (graph_module.graph.call_function(torch.mul, (output.args[0], 0.5)),)
+        (result,) = output.all_input_nodes
+        output.replace_input_with(result, graph_module.graph.call_function(torch.mul, (result, 0.5)))
     graph_module.recompile()
 
 
