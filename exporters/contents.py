@@ -41,12 +41,14 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file of an export but its manifest, by path within the directory."""
-    return {
-        name: {"size": (directory / name).stat().st_size, "sha256": _sha256(directory / name)}
-        for name in _names(directory)
-    }
+def describe_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of files of an export.
+
+    Args:
+        directory: The export directory.
+        names: Paths within it.
+    """
+    return {name: {"size": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in names}
 
 
 def check_files(
@@ -120,12 +122,12 @@ def _file_facts(files: Any, path: Path, error: type[GraloraError]) -> dict[str, 
 def _unnamed(folder: Path, files: Mapping[str, Any]) -> list[str]:
     return [
         name
-        for name in _names(folder)
+        for name in file_names(folder)
         if name not in files and any(fnmatch.fnmatch(PurePosixPath(name).name.lower(), pattern) for pattern in _READ)
     ]
 
 
-def _names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     """Every file of a directory and the folders in it but the manifest, as POSIX paths."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in found if name != MANIFEST_NAME)

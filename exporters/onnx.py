@@ -16,7 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.export_options import check_export_options
-from gralora_fx.exporters.contents import describe_files
+from gralora_fx.exporters.contents import describe_files, file_names
 from gralora_fx.exporters.decoder import decoder_model
 from gralora_fx.exporters.directory import check_output, check_replaced, require_space, staged
 from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
@@ -112,9 +112,10 @@ def export_onnx(
             counts = quantize_models(list(onnx_models.values()), how)
         quantized = dataclasses.asdict(how) | counts._asdict()
     report: VerifyReport | None = None
-    with staged(output_dir) as stage:
+    with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which makes digests beside everything else
         with timed("write", seconds):
             _save(onnx_models, stage, output_dir)
+            described = reader.submit(describe_files, stage, file_names(stage))
             _write_companions(stage, traced, tokenizer)
             is_decoder = isinstance(traced.example_inputs.get(PAST), DynamicCache)
             if is_decoder:
@@ -125,17 +126,17 @@ def export_onnx(
             manifest = describe(model, graphs, quantization=quantized, **facts)
             manifest |= {} if attention is None else {"attention": dataclasses.asdict(attention)}
             write_manifest(stage, manifest, None)
-        with ThreadPoolExecutor(1) as reader:  # digests are made while the export is verified
-            described = reader.submit(describe_files, stage)
-            if verify:
-                with timed("verify", seconds):
-                    report = verify_onnx(stage, model, "full" if verify == "full" else "quick")
+        if verify:
+            with timed("verify", seconds):
+                report = verify_onnx(stage, model, "full" if verify == "full" else "quick")
         if report is not None and not report.passed:
             raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
-        write_manifest(stage, {**manifest, "files": described.result()}, report)
+        files = described.result()
+        files |= describe_files(stage, [name for name in file_names(stage) if name not in files])
+        write_manifest(stage, {**manifest, "files": files}, report)
     path = Path(output_dir)
-    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    return ExportReport(path, files, seconds, report, attention)
+    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+    return ExportReport(path, sizes, seconds, report, attention)
 
 
 def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str, ir.Model], AttentionReport | None]:

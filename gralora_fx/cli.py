@@ -177,19 +177,24 @@ def export(
         no_verify=no_verify,
         stream=stream,
     )
-    with StageProgress():
-        with timed("import"), fewer_collections():
+    with StageProgress(), fewer_collections():
+        with timed("import"):
             from gralora_fx.adapter_tasks import asked_task
             from gralora_fx.exporters import export_onnx
             from gralora_fx.exporters.directory import check_output, check_replaced
             from gralora_fx.loading import base_name, load_traced
+            from gralora_fx.model_class import without_trainer
             from gralora_fx.tokenizers import load_tokenizer
+        gc.freeze()  # what was imported stays, and need not be looked through again
         check_output(output)
         known = asked_task(adapter, task, with_cache=True)
         if known is not None and not overwrite:
             check_replaced(output, task=known)
         tokenizer = None if no_tokenizer else load_tokenizer(base_name(model, adapter))
-        loaded = load_traced(model, adapter, task, with_cache=True, stream=stream, allow_random_head=allow_random_head)
+        options_of_load = {"with_cache": True, "stream": stream, "allow_random_head": allow_random_head}
+        with without_trainer():
+            loaded = load_traced(model, adapter, task, **options_of_load)
+        gc.freeze()
         report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, **options)
     print(report)
     if stream and not no_verify:
@@ -254,12 +259,13 @@ def verify(
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
         _verify_files(output, [name for name, value in others.items() if value])
         return
-    with StageProgress():
+    with StageProgress(), fewer_collections():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
             from gralora_fx.exporters.contents import check_files, read_manifest
             from gralora_fx.exporters.manifest_adapters import check_given_adapter
             from gralora_fx.loading import load_traced
+            from gralora_fx.model_class import without_trainer
         manifest = read_manifest(output)
         exported = manifest.get("task")
         if exported is not None and task not in (None, exported):
@@ -272,7 +278,8 @@ def verify(
         if manifest.get("files"):  # a comparison runs some tokens only, and would not see every changed byte
             with timed("files"):
                 check_files(output, manifest, digests=True)
-        loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
+        with without_trainer():
+            loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
         with timed("verify"):
             report = verify_onnx(output, loaded, prompts=prompt or None, level=level or "full")  # type: ignore[arg-type]
     print(report)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import trainer_utils
 
 from gralora_fx.errors import RewriteError
 from gralora_fx.losses import label_names
@@ -16,8 +17,7 @@ from gralora_fx.tracing.traced import TracedModel
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# transformers' Trainer writes and reads adapter files of this class alone; absent where PEFT is not installed
-_PEFT_MODEL: type[nn.Module] | None = getattr(trainer_utils, "PeftModel", None)
+_is_for_trainer = ContextVar("_is_for_trainer", default=True)
 
 # of PEFT's, what needs nothing but the attributes that a GraloraModel has
 _SHARED = {
@@ -27,6 +27,28 @@ _SHARED = {
     "base_model_torch_dtype",
     "modules_to_save",
 }
+
+
+@contextmanager
+def without_trainer() -> Iterator[None]:
+    """Let the models that are made in the block be ones that transformers' Trainer does not know: PEFT stays out.
+
+    For a process that exports, and would import it for nothing.
+    """
+    token = _is_for_trainer.set(False)
+    try:
+        yield
+    finally:
+        _is_for_trainer.reset(token)
+
+
+def _peft_model() -> type[nn.Module] | None:
+    """PEFT's class of models, of which alone Trainer writes and reads adapter files; None where it is not installed."""
+    if not _is_for_trainer.get():
+        return None
+    from transformers import trainer_utils
+
+    return getattr(trainer_utils, "PeftModel", None)
 
 
 def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
@@ -58,14 +80,15 @@ def _class(base: type[_Model], source: str, inputs: tuple[str, ...], labels: tup
         "__getattr__": base.__getattr__,  # PEFT's asks the base model for everything else
         "forward": shown(base.forward, inputs, labels),
     }
-    if _PEFT_MODEL is None:
+    peft_model = _peft_model()
+    if peft_model is None:
         return type(f"{base.__name__}{source}", (base,), members)
     refused = {
         name: _refusal(name) if inspect.isfunction(value) else property()  # none: an AttributeError
-        for name, value in vars(_PEFT_MODEL).items()
+        for name, value in vars(peft_model).items()
         if not name.startswith("_") and not hasattr(base, name) and name not in _SHARED
     }
-    return type(f"{base.__name__}{source}", (base, _PEFT_MODEL), {**refused, **members})
+    return type(f"{base.__name__}{source}", (base, peft_model), {**refused, **members})
 
 
 def _refusal(name: str) -> Callable[..., Any]:
