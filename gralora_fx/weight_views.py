@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 _aten = torch.ops.aten
 _TRANSPOSE = {_aten.numpy_T.default, _aten.t.default, "t"}
@@ -79,7 +79,7 @@ def is_view(node: fx.Node) -> bool:
     return node.op != "get_attr" and (origin_of(node) is not None or _splits(node))
 
 
-def tensor_at(graph_module: fx.GraphModule, target: str) -> torch.Tensor | None:
+def tensor_at(graph_module: nn.Module, target: str) -> torch.Tensor | None:
     """The parameter or buffer that a `get_attr` node of this target reads."""
     owner, _, name = target.rpartition(".")
     found = getattr(graph_module.get_submodule(owner), name, None)
