@@ -51,15 +51,23 @@ def check_head(model: PreTrainedModel, task: str) -> None:
     """Refuse a task that a model's head does not do, whose outputs would be taken for what they are not.
 
     Raises:
-        TraceError: The class names a head, it or the task is a classifier's, and they differ.
+        TraceError: The task takes another input, or the class names a head, it or the task is a classifier's, and they differ.
     """
     check_task(task)
+    _check_main_input(model, task)
     own, asked = infer_task(model), task.removesuffix("-with-past")
     is_known = "feature-extraction" not in (own, asked)  # a class may name no head, and any will give its features
     if own != asked and is_known and not _CLASSIFIERS.isdisjoint((own, asked)):
         raise TraceError(
             f"{type(model).__name__} is a model for {own}, not for {task}; leave task out, or load the class for {task}"
         )
+
+
+def _check_main_input(model: PreTrainedModel, task: str) -> None:
+    takes, main = _TAKES.get(task.removesuffix("-with-past")), model.main_input_name
+    if takes is not None and main not in takes:
+        named = " or ".join(takes)
+        raise TraceError(f"task {task!r} takes {named}, but {type(model).__name__} takes {main}; give its task")
 
 
 def task_of_class(name: str) -> str:
@@ -84,10 +92,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     with_past = task.endswith("-with-past")
     if with_past and (task == "text-generation-with-past" or not model.config.is_encoder_decoder):
         raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
-    takes = _TAKES.get(task.removesuffix("-with-past"))
-    if takes is not None and main not in takes:
-        named = " or ".join(takes)
-        raise TraceError(f"task {task!r} takes {named}, but {type(model).__name__} takes {main}; give its task")
+    _check_main_input(model, task)
     generator = torch.Generator().manual_seed(0)
     example = _main_input(model, main, generator)
     inputs = {main: example.to(model.dtype) if example.is_floating_point() else example}
