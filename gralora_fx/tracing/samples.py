@@ -51,7 +51,7 @@ def check_head(model: PreTrainedModel, task: str) -> None:
     """Refuse a task that a model's head does not do, whose outputs would be taken for what they are not.
 
     Raises:
-        TraceError: The task takes another input, or the class names a head, it or the task is a classifier's, and they differ.
+        TraceError: The task takes another input; or the class names a head, one of the two classifies, and they differ.
     """
     check_task(task)
     _check_main_input(model, task)
