@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.session import open_session
-from gralora_fx.tracing.cached import positions
+from gralora_fx.runtime.session import open_session
+from gralora_fx.tracing.inputs.decoder_cache import positions
 
 NEW_TOKENS = 8
 K = 2

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import GraloraConfig
-from gralora_fx.adapter import Rank, factor_shapes
+from gralora_fx.methods.gralora import Rank, factor_shapes
 
 GIB = 2**30
 TINY_LLAMA: dict[str, Any] = {
@@ -137,7 +137,7 @@ def measure_export(root: Path, task: str, options: dict[str, Any]) -> dict[str, 
 def export() -> None:
     """What the other process runs: a streamed export, then its peak memory in bytes."""
     from gralora_fx.exporters import export_onnx
-    from gralora_fx.loading import load_traced
+    from gralora_fx.loading.models import load_traced
 
     base, adapter, output, task, options = sys.argv[1:]
     imports = _peak()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness import Case, Report, Table, measure, progress
 from benchmarks.models import minilm, small_llama
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.tracing.transformers_export import export_transformers_model
+from gralora_fx.tracing.capture import export_transformers_model
 
 OPTIONS: dict[str, Any] = {"r": 8, "gralora_k": 2, "target_modules": "all-linear"}
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {

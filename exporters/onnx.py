@@ -13,32 +13,32 @@ import torch
 from torch import fx
 from transformers import DynamicCache, EncoderDecoderCache
 
-from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import ExportError, first_line, warn_caller
-from gralora_fx.export_options import check_export_options
-from gralora_fx.exporters.contents import describe_files, file_names
-from gralora_fx.exporters.decoder import decoder_model
-from gralora_fx.exporters.directory import check_output, check_replaced, require_space, staged
-from gralora_fx.exporters.encoder_decoder import encoder_decoder_models
-from gralora_fx.exporters.fingerprint import fingerprint_of
-from gralora_fx.exporters.folding import as_traced
-from gralora_fx.exporters.genai import write_genai_config
-from gralora_fx.exporters.manifest import describe, write_manifest
-from gralora_fx.exporters.naming import name_axes
-from gralora_fx.exporters.plain import plain_model
-from gralora_fx.exporters.precision import in_precision, precision_of, take_float32
-from gralora_fx.exporters.quantization import Quantization, quantize_models
+from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
+from gralora_fx.exporters.artifact.genai_config import write_genai_config
+from gralora_fx.exporters.artifact.manifest import describe, write_manifest
+from gralora_fx.exporters.artifact.staging import check_output, check_replaced, require_space, staged
+from gralora_fx.exporters.flavours.decoder import decoder_model
+from gralora_fx.exporters.flavours.encoder_decoder import encoder_decoder_models
+from gralora_fx.exporters.flavours.plain import plain_model
+from gralora_fx.exporters.folded_model import as_traced
+from gralora_fx.exporters.fx_passes.cast_graph import in_precision, precision_of, take_float32
+from gralora_fx.exporters.onnx_passes.quantize import Quantization, quantize_models
+from gralora_fx.exporters.options import check_export_options
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
+from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
-from gralora_fx.model import GraloraModel
-from gralora_fx.stages import timed
-from gralora_fx.tokenizers import load_tokenizer
-from gralora_fx.tracing.cached import PAST, cached_tensors
-from gralora_fx.tracing.clean import copy_graph
-from gralora_fx.tracing.modes import draws_randomly, set_mode
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.progress.gc_pause import fewer_collections
+from gralora_fx.progress.timing import timed
+from gralora_fx.runtime.manifest import describe_files, file_names
+from gralora_fx.tracing.inputs.decoder_cache import PAST, cached_tensors
+from gralora_fx.tracing.normalize.modes import draws_randomly, set_mode
+from gralora_fx.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.tracing.recapture import is_operator_graph, recapture
-from gralora_fx.tracing.regions import drop_regions_for_inference
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced_model import TracedModel
 
 _WRITERS, _IN_FLIGHT = 2, 2**28  # threads that make and write weights, and the bytes they hold
 

@@ -12,29 +12,29 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.export_options import LEVELS, check_choice
-from gralora_fx.exporters.cases import attended, context_of, flat, fresh_cases, last_logits, vocabulary_of
-from gralora_fx.exporters.contents import check_files, read_manifest
-from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
-from gralora_fx.exporters.encoder_decoder_tokens import compare_tokens
-from gralora_fx.exporters.exact import InFloat64, Judge
-from gralora_fx.exporters.fingerprint import fingerprint_of
-from gralora_fx.exporters.folding import as_traced, base_of
-from gralora_fx.exporters.greedy import Prompts, compare_greedy, drawn_prompts, together
-from gralora_fx.exporters.manifest_adapters import check_active_adapters
-from gralora_fx.exporters.precision import precision_of
-from gralora_fx.exporters.quantization import Quantization
+from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
+from gralora_fx.exporters.folded_model import as_traced, base_of
+from gralora_fx.exporters.fx_passes.cast_graph import precision_of
+from gralora_fx.exporters.onnx_passes.quantize import Quantization
+from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
-from gralora_fx.exporters.rounding import rounded
-from gralora_fx.exporters.running import as_tensor, run_values
-from gralora_fx.exporters.session import open_session
-from gralora_fx.exporters.tolerances import describe_weights, largest_gap, largest_value, tolerance_of
-from gralora_fx.exporters.twin import write_float32_twin
-from gralora_fx.model import GraloraModel
-from gralora_fx.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.tracing.cached import PAST
-from gralora_fx.tracing.input_trees import own_inputs, tensor_paths
-from gralora_fx.tracing.traced import CALL_TRACE, TracedModel
+from gralora_fx.exporters.verification.dequantized_model import rounded
+from gralora_fx.exporters.verification.float32_copy import write_float32_twin
+from gralora_fx.exporters.verification.float64_reference import InFloat64, Judge
+from gralora_fx.exporters.verification.greedy_tokens import Prompts, compare_greedy, drawn_prompts, together
+from gralora_fx.exporters.verification.inputs import attended, context_of, flat, fresh_cases, last_logits, vocabulary_of
+from gralora_fx.exporters.verification.manifest_adapters import check_active_adapters
+from gralora_fx.exporters.verification.seq2seq_tokens import compare_tokens
+from gralora_fx.exporters.verification.tolerances import describe_weights, largest_gap, largest_value, tolerance_of
+from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.runtime.manifest import check_files, read_manifest
+from gralora_fx.runtime.ort_values import as_tensor, run_values
+from gralora_fx.runtime.session import open_session
+from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.input_trees import own_inputs, tensor_paths
+from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
 
 _GIVEN_STEPS = 16
 

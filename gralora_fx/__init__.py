@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gralora_fx.config import GraloraConfig
-    from gralora_fx.merging import merge
-    from gralora_fx.model import GraloraModel
+    from gralora_fx.graph.sites import LinearSite
+    from gralora_fx.model.gralora_model import GraloraModel
+    from gralora_fx.model.merge import merge
+    from gralora_fx.model.rewrite import rewrite
     from gralora_fx.planning import plan
     from gralora_fx.planning.rewrite_plan import RewritePlan
-    from gralora_fx.rewriting import rewrite
-    from gralora_fx.sites import LinearSite
     from gralora_fx.tracing.trace import trace
-    from gralora_fx.tracing.traced import TracedModel
+    from gralora_fx.tracing.traced_model import TracedModel
 
 __all__ = [
     "GraloraConfig",
@@ -30,13 +30,13 @@ __all__ = [
 # only shows its help, or refuses its options, should not wait for.
 _HOMES = {
     "GraloraConfig": "config",
-    "GraloraModel": "model",
-    "LinearSite": "sites",
+    "GraloraModel": "model.gralora_model",
+    "LinearSite": "graph.sites",
     "RewritePlan": "planning",
-    "TracedModel": "tracing.traced",
-    "merge": "merging",
+    "TracedModel": "tracing.traced_model",
+    "merge": "model.merge",
     "plan": "planning",
-    "rewrite": "rewriting",
+    "rewrite": "model.rewrite",
     "trace": "tracing.trace",
 }
 

@@ -14,12 +14,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from gralora_fx.collection import fewer_collections
+from gralora_fx.config.tasks import TASKS, check_task
 from gralora_fx.errors import ConfigError, ExportError, GraloraError
-from gralora_fx.export_options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, check_choice, check_export_options
-from gralora_fx.progress import StageProgress
-from gralora_fx.stages import timed
-from gralora_fx.tasks import TASKS, check_task
+from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, check_choice, check_export_options
+from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.gc_pause import fewer_collections
+from gralora_fx.progress.timing import timed
 
 app = typer.Typer(
     name="gralora-fx",
@@ -101,8 +101,8 @@ def inspect(
     full: Annotated[bool, typer.Option("--full", help="Draw layers that look alike one by one.")] = False,
 ) -> None:
     """Trace a model and print its linear call sites, or what an adapter does with each of them."""
-    from gralora_fx.loading import load_base, trace_base
-    from gralora_fx.model import GraloraModel
+    from gralora_fx.loading.models import load_base, trace_base
+    from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
 
     with StageProgress():
@@ -179,12 +179,12 @@ def export(
     )
     with StageProgress(), fewer_collections():
         with timed("import"):
-            from gralora_fx.adapter_tasks import asked_task
+            from gralora_fx.config.adapter_tasks import asked_task
             from gralora_fx.exporters import export_onnx
-            from gralora_fx.exporters.directory import check_output, check_replaced
-            from gralora_fx.loading import base_name, load_traced
-            from gralora_fx.model_class import without_trainer
-            from gralora_fx.tokenizers import load_tokenizer
+            from gralora_fx.exporters.artifact.staging import check_output, check_replaced
+            from gralora_fx.loading.models import base_name, load_traced
+            from gralora_fx.loading.tokenizers import load_tokenizer
+            from gralora_fx.model.model_class import without_trainer
         gc.freeze()  # what was imported stays, and need not be looked through again
         check_output(output)
         known = asked_task(adapter, task, with_cache=True)
@@ -262,10 +262,10 @@ def verify(
     with StageProgress(), fewer_collections():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.contents import check_files, read_manifest
-            from gralora_fx.exporters.manifest_adapters import check_given_adapter
-            from gralora_fx.loading import load_traced
-            from gralora_fx.model_class import without_trainer
+            from gralora_fx.exporters.verification.manifest_adapters import check_given_adapter
+            from gralora_fx.loading.models import load_traced
+            from gralora_fx.model.model_class import without_trainer
+            from gralora_fx.runtime.manifest import check_files, read_manifest
         manifest = read_manifest(output)
         exported = manifest.get("task")
         if exported is not None and task not in (None, exported):
@@ -288,7 +288,7 @@ def verify(
 
 
 def _verify_files(output: Path, others: list[str]) -> None:
-    from gralora_fx.exporters.contents import check_files, read_manifest
+    from gralora_fx.runtime.manifest import check_files, read_manifest
 
     if others:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")

@@ -40,6 +40,10 @@ class ServingError(GraloraError):
     """An exported model cannot be loaded or run as asked."""
 
 
+class VersionError(GraloraError, ImportError):
+    """A package is installed in a version without the private API that is used of it."""
+
+
 _SHOWN = 100  # characters of a value in a message
 
 

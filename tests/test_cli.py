@@ -30,10 +30,10 @@ from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app, main
+from gralora_fx.config.tasks import TASKS
 from gralora_fx.errors import CheckpointError, ExportError, GraloraError, TraceError
-from gralora_fx.loading import load_traced
+from gralora_fx.loading.models import load_traced
 from gralora_fx.serving import load
-from gralora_fx.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

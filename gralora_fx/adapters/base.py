@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from gralora_fx.errors import RewriteError
-from gralora_fx.overlay import copy_in_mode, parameter_tree
-from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.passes.overlay import copy_in_mode, parameter_tree
 from gralora_fx.tracing.graph_record import packed, unpacked
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced_model import TracedModel
 
 
 class _Place(NamedTuple):

@@ -10,17 +10,17 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.adapter import Factors, Update, initial_factors
 from gralora_fx.adapters.storage import CopyTable, FactorTable
 from gralora_fx.config import GraloraConfig
-from gralora_fx.deferred import values_of
 from gralora_fx.errors import RewriteError
-from gralora_fx.module_tree import ModuleTree
-from gralora_fx.passes.insert import insert_adapter
-from gralora_fx.passes.own import own_parameters
+from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.graph.sites import LinearSite
+from gralora_fx.methods.gralora import Factors, Update, initial_factors
+from gralora_fx.passes.adapter_paths import copy_path, factor_paths, put
+from gralora_fx.passes.insert_adapter import insert_adapter
+from gralora_fx.passes.redirect_parameters import own_parameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
-from gralora_fx.sites import LinearSite
-from gralora_fx.store import copy_path, factor_paths, put
+from gralora_fx.sources.lazy_tensors import values_of
 
 _HALF = (torch.float16, torch.bfloat16)
 

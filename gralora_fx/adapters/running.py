@@ -19,14 +19,14 @@ from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.readers import Readers
 from gralora_fx.adapters.state import GraphState, Running, Source
 from gralora_fx.errors import RewriteError, first_line
-from gralora_fx.overlay import overlay, share_adapters
-from gralora_fx.passes.fold import set_weights
-from gralora_fx.passes.protect import protect_outputs
-from gralora_fx.passes.separate import separate_weights
-from gralora_fx.tracing.clean import copy_graph
-from gralora_fx.tracing.modes import record_switches, set_mode
-from gralora_fx.tracing.traced import TracedModel
-from gralora_fx.tracing.user_pass import GraphPass, run_pass
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.graph.user_pass import GraphPass, run_pass
+from gralora_fx.passes.fold_weights import set_weights
+from gralora_fx.passes.overlay import overlay, share_adapters
+from gralora_fx.passes.protect_outputs import protect_outputs
+from gralora_fx.passes.untie_weights import separate_weights
+from gralora_fx.tracing.normalize.modes import record_switches, set_mode
+from gralora_fx.tracing.traced_model import TracedModel
 
 _MOST_KEPT = 32  # graphs; each is its nodes and code, over tensors that all share
 

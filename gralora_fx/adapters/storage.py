@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gralora_fx.adapter import Factors
-from gralora_fx.store import ROOT
+from gralora_fx.methods.gralora import Factors
+from gralora_fx.passes.adapter_paths import ROOT
 
 
 class _Table:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gralora_fx.adapter import Factors, Update
-from gralora_fx.adapter_forms import summed
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ConfigError, RewriteError
+from gralora_fx.methods.forms import summed
+from gralora_fx.methods.gralora import Factors, Update
 
 
 def weighted_sum(

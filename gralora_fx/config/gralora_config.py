@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.atomic_save import read_together, save_together
 from gralora_fx.config.checks import check_alpha, check_integer, check_names, check_number
 from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, check_expression, check_expressions
 from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, from_paper, read_fields, warn_of_unknown
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.sources import resolve_directory
+from gralora_fx.sources.atomic_save import read_together, save_together
+from gralora_fx.sources.hub import resolve_directory
 
 CONFIG_NAME = "adapter_config.json"
 BIAS_MODES = ("none", "all", "gralora_only")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from gralora_fx.model import GraloraModel
+from gralora_fx.model.gralora_model import GraloraModel
 
 LENGTH = 96
 _BATCH = 16

@@ -19,13 +19,14 @@ from gralora_fx.demo.classifier import accuracy, logits_of, train
 from gralora_fx.demo.news import load_news, package_folder
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.directory import MANIFEST_NAME, check_output
-from gralora_fx.loading import load_model
-from gralora_fx.merging import merge
+from gralora_fx.exporters.artifact.staging import check_output
+from gralora_fx.loading.models import load_model
+from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.model.merge import merge
+from gralora_fx.model.rewrite import rewrite
 from gralora_fx.planning import plan
-from gralora_fx.rewriting import rewrite
+from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.serving import load
-from gralora_fx.tokenizers import load_tokenizer
 from gralora_fx.tracing.trace import trace
 
 _SHOWN = 5

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from gralora_fx.adapter import Rank
-from gralora_fx.adapter_forms import block_norms
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import RewriteError
+from gralora_fx.graph.sites import LinearSite, other_readers
+from gralora_fx.methods.forms import block_norms
+from gralora_fx.methods.gralora import Rank
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.sites import LinearSite, other_readers
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced_model import TracedModel
 
 PLANNED = "planned"  # name and state of the adapter of a plan that no rewrite has carried out
 _STATES = ("active", "merged", "waiting", PLANNED)  # the first one present paints the site

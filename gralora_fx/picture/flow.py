@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import fx, nn
 
-from gralora_fx.module_tree import module_stack
+from gralora_fx.graph.module_tree import module_stack
+from gralora_fx.graph.sites import other_readers
+from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.picture.blocks import BlockMap
 from gralora_fx.picture.facts import ModelFacts
-from gralora_fx.sites import other_readers
-from gralora_fx.weight_views import tensor_at
 
 _SHAPES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, getattr}
 

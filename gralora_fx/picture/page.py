@@ -18,7 +18,7 @@ from gralora_fx.picture.overview import overviews
 from gralora_fx.picture.picture import draw
 from gralora_fx.picture.text import printable
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced_model import TracedModel
 
 _MOST_CELLS = 20_000  # of all heat maps of a page; beyond, large ones are drawn coarser
 _CELL = (44.0, 22.0)  # points, where cells hold text

@@ -10,7 +10,7 @@ from gralora_fx.picture.flow import condense
 from gralora_fx.picture.folding import Folding
 from gralora_fx.picture.layout import lay_out
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced_model import TracedModel
 
 
 def svg_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = None, full: bool = False) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import warn_caller
+from gralora_fx.graph.sites import LinearSite, names_of_site
 from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.planning.targets import (
     TargetRule,
@@ -17,8 +18,7 @@ from gralora_fx.planning.targets import (
     pattern_key,
     unmatched_names,
 )
-from gralora_fx.sites import LinearSite, names_of_site
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.traced_model import TracedModel
 
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:

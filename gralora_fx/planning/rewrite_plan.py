@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gralora_fx.adapter import Rank, parameter_count
 from gralora_fx.config import GraloraConfig
-from gralora_fx.sites import LinearSite
+from gralora_fx.graph.sites import LinearSite
+from gralora_fx.methods.gralora import Rank, parameter_count
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from gralora_fx.config.expressions import (
     within,
 )
 from gralora_fx.errors import TargetError
-from gralora_fx.module_tree import ModuleTree
+from gralora_fx.graph.module_tree import ModuleTree
 
 _SEQ_CLS_HEADS = ("score", "classifier")  # the order in which PEFT looks for a head
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.exporters.context import context_length
-from gralora_fx.exporters.encoder_decoder_session import empty_past
-from gralora_fx.tracing.cached import PAST, cache_of
-from gralora_fx.tracing.signature import default_input
+from gralora_fx.runtime.context_length import context_length
+from gralora_fx.runtime.encoder_decoder_session import empty_past
+from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_of
+from gralora_fx.tracing.inputs.signature import default_input
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),

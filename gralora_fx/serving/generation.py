@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.exporters.genai_schema import read_genai_config
-from gralora_fx.exporters.session import CPU, FATAL, Runtime
+from gralora_fx.runtime.genai_schema import read_genai_config
+from gralora_fx.runtime.session import CPU, FATAL, Runtime
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling

@@ -12,17 +12,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ExportError, ServingError, first_line
-from gralora_fx.exporters.contents import check_files, read_manifest
-from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession
-from gralora_fx.exporters.session import Runtime, open_session, quiet_run
-from gralora_fx.model_files import read_json_object
+from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.runtime.manifest import check_files, read_manifest
+from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
 from gralora_fx.serving.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.tokenizers import load_tokenizer
+from gralora_fx.sources.model_files import read_json_object
 
 
 def load(

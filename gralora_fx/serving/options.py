@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from gralora_fx.errors import ServingError, warn_caller
-from gralora_fx.exporters.session import CPU, Runtime, available_threads, quiet_options
+from gralora_fx.runtime.session import CPU, Runtime, available_threads, quiet_options
 
 Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]]
 ProviderOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.tokenizers import is_chat, is_ids, prompt_ids
+from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.losses import counts_items, decoder_inputs, label_names
-from gralora_fx.tracing.cached import PAST, own_cache
-from gralora_fx.tracing.embeddings import module_at
 from gralora_fx.tracing.generation import check_generation
+from gralora_fx.tracing.inputs.decoder_cache import PAST, own_cache
+from gralora_fx.tracing.losses import counts_items, decoder_inputs, label_names
+from gralora_fx.tracing.normalize.embeddings import module_at
 
 if TYPE_CHECKING:
-    from gralora_fx.tracing.traced import TracedModel
+    from gralora_fx.tracing.traced_model import TracedModel
 
 
 class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types

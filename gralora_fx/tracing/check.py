@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import TraceError, first_line
-from gralora_fx.tracing.cached import PAST, other_cached_sizes
-from gralora_fx.tracing.encoder_decoder import other_step_sizes
+from gralora_fx.progress.silence import quiet
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.input_trees import own_inputs, same_value, shown
-from gralora_fx.tracing.modes import set_mode
-from gralora_fx.tracing.quiet import quiet
-from gralora_fx.tracing.samples import other_sizes
-from gralora_fx.tracing.signature import default_input
-from gralora_fx.tracing.stand_ins import is_without_values
+from gralora_fx.tracing.inputs.decoder_cache import PAST, other_cached_sizes
+from gralora_fx.tracing.inputs.encoder_decoder_cache import other_step_sizes
+from gralora_fx.tracing.inputs.input_trees import own_inputs, same_value, shown
+from gralora_fx.tracing.inputs.samples import other_sizes
+from gralora_fx.tracing.inputs.signature import default_input
+from gralora_fx.tracing.normalize.modes import set_mode
+from gralora_fx.tracing.patches.meta_parameters import is_without_values
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

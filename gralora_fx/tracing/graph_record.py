@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from gralora_fx.compat import pytree
+from gralora_fx.compat.calling_convention import convention_of, set_convention
+from gralora_fx.compat.operators import HigherOrderOperator, OpOverload, OpOverloadPacket
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.clean import copy_graph
+from gralora_fx.graph.surgery import copy_graph
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _KEPT = ("custom", "stack_trace")  # of a node's notes; shapes are those of one trace, in a form that cannot be written
@@ -114,7 +116,7 @@ class GraphRecord:
         Raises:
             TraceError: A node calls a function that no module has under its name.
         """
-        return cls(tuple(_record(node) for node in graph.nodes), _CallingConvention.of(graph._codegen))
+        return cls(tuple(_record(node) for node in graph.nodes), _CallingConvention.of(convention_of(graph)))
 
     def graph(self) -> fx.Graph:
         """The graph again."""
@@ -130,7 +132,7 @@ class GraphRecord:
             node = graph.create_node(record.op, target, args, kwargs, record.name, record.type)
             node.meta = dict(record.meta)
             made[record.name] = node
-        graph._codegen = self.convention.codegen()
+        set_convention(graph, self.convention.codegen())
         return graph
 
 
@@ -205,9 +207,9 @@ def _record(node: fx.Node) -> _NodeRecord:
         return _Reference(argument.name)
 
     target: Any = node.target
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
         target = _Operator(tuple(str(target).split(".")))
-    elif isinstance(target, torch._ops.HigherOrderOperator):
+    elif isinstance(target, HigherOrderOperator):
         target = _Operator(("higher_order", str(target.__name__)))
     elif node.op == "call_function":
         _check_function(node, target)
@@ -258,7 +260,7 @@ def _register(kind: type) -> None:
             f"the graph takes or gives a {kind.__name__}, which is not registered with torch.utils._pytree here; "
             "import what registers it"
         )
-    importlib.import_module("gralora_fx.tracing.transformers_export").register_cache(kind)
+    importlib.import_module("gralora_fx.compat.transformers_exporters").register_cache(kind)
 
 
 def _plain_attributes(module: fx.GraphModule) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.errors import TraceError
-from gralora_fx.module_tree import ModuleTree
+from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.tracing.check import check_example
-from gralora_fx.tracing.clean import without_guards
-from gralora_fx.tracing.example_inputs import check_leaves
-from gralora_fx.tracing.input_trees import fixed_axes, leaf_paths
-from gralora_fx.tracing.leaves import inline_leaves
-from gralora_fx.tracing.modes import record_switches
-from gralora_fx.tracing.signature import CallSignature
-from gralora_fx.tracing.traced import TracedModel
+from gralora_fx.tracing.inputs.arguments import check_leaves
+from gralora_fx.tracing.inputs.input_trees import fixed_axes, leaf_paths
+from gralora_fx.tracing.inputs.signature import CallSignature
+from gralora_fx.tracing.normalize.clean import without_guards
+from gralora_fx.tracing.normalize.leaves import inline_leaves
+from gralora_fx.tracing.normalize.modes import record_switches
+from gralora_fx.tracing.traced_model import TracedModel
 
 _Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -64,7 +65,7 @@ def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: st
         TraceError: The example inputs do not fit it.
     """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    is_exported = hasattr(graph_module.graph._codegen, "pytree_info")
+    is_exported = tree_info(graph_module.graph) is not None
     names = _call_names(graph_module) if is_exported else tuple(str(node.target) for node in placeholders)
     defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
     sample = {} if given is None else _named(names, defaults, *given)
@@ -120,4 +121,4 @@ def _named(
 
 def _call_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
     """Input names of the calling convention of an exported graph, nested inputs counted once."""
-    return tuple(graph_module.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
+    return tuple(tree_info(graph_module.graph).orig_args)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
 
-from gralora_fx.tracing.clean import without_guards
-from gralora_fx.tracing.quiet import quiet
-from gralora_fx.tracing.stand_ins import stand_ins, take_own
-from gralora_fx.tracing.transformers_export import dynamic_axes
+from gralora_fx.compat.operators import HigherOrderOperator, OpOverload
+from gralora_fx.progress.silence import quiet
+from gralora_fx.tracing.capture import dynamic_axes
+from gralora_fx.tracing.normalize.clean import without_guards
+from gralora_fx.tracing.patches.meta_parameters import stand_ins, take_own
 
 _CONTROL_FLOW = {"cond", "scan"}  # what has an ONNX form
 _SCALARS = {"_operator", "math", "torch"}  # modules of the functions that compute sizes
@@ -43,7 +43,7 @@ def _is_known(node: fx.Node) -> bool:
     if isinstance(node.target, HigherOrderOperator):
         return str(node.target) in _CONTROL_FLOW
     module = getattr(node.target, "__module__", "")
-    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or module in _SCALARS
+    return isinstance(node.target, OpOverload) or node.target is operator.getitem or module in _SCALARS
 
 
 def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynamic: bool = True) -> fx.GraphModule:

@@ -11,30 +11,30 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.collection import fewer_collections
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.module_tree import ModuleTree
-from gralora_fx.tracing.attention import padding_as_argument
-from gralora_fx.tracing.cached import PAST
+from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.operators.namespace import restore_operators
+from gralora_fx.progress.gc_pause import fewer_collections
+from gralora_fx.progress.silence import quiet
+from gralora_fx.tracing.capture import dynamic_axes, export_transformers_model
 from gralora_fx.tracing.check import difference, fillable_inputs, refuse_fixed_sizes
-from gralora_fx.tracing.clean import without_guards
-from gralora_fx.tracing.eager_modes import traceable_modes
-from gralora_fx.tracing.example_inputs import called_with, given_arguments, named_arguments, split_constants
 from gralora_fx.tracing.failures import reason as reason_of
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.input_trees import distinct, fixed_axes
-from gralora_fx.tracing.masks import without_empty_blocks
-from gralora_fx.tracing.modes import draws_randomly, record_switches
-from gralora_fx.tracing.namespace import restore_operators
-from gralora_fx.tracing.quiet import quiet
+from gralora_fx.tracing.inputs.arguments import called_with, given_arguments, named_arguments, split_constants
+from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.input_trees import distinct, fixed_axes
+from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task, widen
+from gralora_fx.tracing.inputs.signature import signature_of
+from gralora_fx.tracing.normalize.clean import without_guards
+from gralora_fx.tracing.normalize.modes import draws_randomly, record_switches
+from gralora_fx.tracing.normalize.training_branches import differing_modules, names_of_modules, updated_buffers
+from gralora_fx.tracing.patches.attention import padding_as_argument
+from gralora_fx.tracing.patches.eager_modes import traceable_modes
+from gralora_fx.tracing.patches.masks import without_empty_blocks
+from gralora_fx.tracing.patches.meta_parameters import stand_ins, take_own
+from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
-from gralora_fx.tracing.samples import check_head, infer_task, inputs_for_task, widen
-from gralora_fx.tracing.signature import signature_of
-from gralora_fx.tracing.stand_ins import stand_ins, take_own
-from gralora_fx.tracing.stochastic_depth import drop_paths_as_operators, without_layerdrop
-from gralora_fx.tracing.traced import TracedModel
-from gralora_fx.tracing.training_branches import differing_modules, names_of_modules, updated_buffers
-from gralora_fx.tracing.transformers_export import dynamic_axes, export_transformers_model
+from gralora_fx.tracing.traced_model import TracedModel
 
 _NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 

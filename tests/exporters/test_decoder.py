@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.conversion import translate
-from gralora_fx.exporters.decoder import store_as_used
+from gralora_fx.exporters.flavours.decoder import store_as_used
+from gralora_fx.exporters.translation.translate import translate
 
 
 def run(model: ir.Model, path: Path, *inputs: Tensor) -> tuple[Tensor, Counter[str]]:

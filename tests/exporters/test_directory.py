@@ -20,7 +20,7 @@ from torch import nn
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.directory import check_output, require_space, staged
+from gralora_fx.exporters.artifact.staging import check_output, require_space, staged
 
 
 def write(folder: Path, text: str) -> None:

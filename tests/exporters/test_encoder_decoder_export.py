@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, WhisperFeatur
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.encoder_decoder_session import EncoderDecoderSession, as_past, empty_past
-from gralora_fx.exporters.encoder_decoder_tokens import greedy_tokens
-from gralora_fx.exporters.session import open_session
+from gralora_fx.exporters.verification.seq2seq_tokens import greedy_tokens
+from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past, empty_past
+from gralora_fx.runtime.session import open_session
 from gralora_fx.serving import load
 
 NAMES = ("t5", "bart", "whisper", "marian", "mbart", "pegasus", "mt5", "m2m_100", "blenderbot")

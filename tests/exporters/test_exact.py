@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.exact import InFloat64, Judge
+from gralora_fx.exporters.verification.float64_reference import InFloat64, Judge
 
 
 class Magnifier(nn.Module):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import ExportError, ServingError, TraceError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.serving import load

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.exporters.conversion import OPSET, translate
-from gralora_fx.exporters.operators import DOMAIN
-from gralora_fx.exporters.plain_attention import lower_attention, lower_masks
-from gralora_fx.tracing import attention as _  # noqa: F401  # registers the operators
+from gralora_fx.exporters.fx_passes.operators import DOMAIN
+from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention, lower_masks
+from gralora_fx.exporters.translation.translate import OPSET, translate
+from gralora_fx.tracing.patches import attention as _  # noqa: F401  # registers the operators
 from gralora_fx.tracing.trace import trace
 
 BATCH, LENGTH, TOTAL, SIZE = 3, 4, 9, 8

@@ -19,7 +19,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.precision import in_precision
+from gralora_fx.exporters.fx_passes.cast_graph import in_precision
 from gralora_fx.serving import load
 
 CACHED = "text-generation-with-past"

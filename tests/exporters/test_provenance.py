@@ -12,7 +12,7 @@ from torch import nn
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.contents import read_manifest
+from gralora_fx.runtime.manifest import read_manifest
 
 
 def base() -> TracedModel:

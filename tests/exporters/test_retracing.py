@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx import trace
-from gralora_fx.exporters.decomposition import decompose
-from gralora_fx.exporters.writes import without_shared_writes
+from gralora_fx.exporters.fx_passes.decompose import decompose
+from gralora_fx.exporters.fx_passes.functionalize import without_shared_writes
 
 _aten = torch.ops.aten
 

@@ -20,11 +20,11 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.exact import Judge
-from gralora_fx.exporters.greedy import compare_greedy, drawn_prompts, together
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
-from gralora_fx.exporters.session import open_session
-from gralora_fx.exporters.tolerances import largest_gap, largest_value, tolerance_of
+from gralora_fx.exporters.verification.float64_reference import Judge
+from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, drawn_prompts, together
+from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value, tolerance_of
+from gralora_fx.runtime.session import open_session
 
 SIZES: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

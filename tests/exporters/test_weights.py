@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gralora_fx.exporters import weights
-from gralora_fx.exporters.building import known_size
-from gralora_fx.exporters.joint_products import join_products
-from gralora_fx.exporters.quantization import Quantization, quantize_weights
-from gralora_fx.exporters.weights import Columns, Turned, parts_of
+from gralora_fx.exporters.onnx_passes.builder import known_size
+from gralora_fx.exporters.onnx_passes.merge_matmuls import join_products
+from gralora_fx.exporters.onnx_passes.quantize import Quantization, quantize_weights
+from gralora_fx.exporters.translation import weights
+from gralora_fx.exporters.translation.weights import Columns, Turned, parts_of
 
 RNG = np.random.default_rng(0)
 

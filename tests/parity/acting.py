@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from gralora_fx import GraloraModel
-from gralora_fx.passes.marks import mark_of
+from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.graph.annotations import mark_of
 
 
 class _Recorder(fx.Interpreter):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from traces import main_output
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, plan
-from gralora_fx.checkpoint import WEIGHTS_NAME, checkpoint_parameters
+from gralora_fx.adapters.checkpoint import WEIGHTS_NAME, checkpoint_parameters
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.adapter import Factors, Rank, Update, initial_factors
 from gralora_fx.errors import MergeError, RewriteError
-from gralora_fx.passes.fold import SiteUpdate, fold_in_place, folded_weights, set_weights
-from gralora_fx.passes.insert import insert_adapter
-from gralora_fx.passes.marks import mark, mark_of, marked_nodes, unmark
-from gralora_fx.passes.own import own_parameters
-from gralora_fx.store import put
+from gralora_fx.graph.annotations import mark, mark_of, marked_nodes, unmark
+from gralora_fx.methods.gralora import Factors, Rank, Update, initial_factors
+from gralora_fx.passes.adapter_paths import put
+from gralora_fx.passes.fold_weights import SiteUpdate, fold_in_place, folded_weights, set_weights
+from gralora_fx.passes.insert_adapter import insert_adapter
+from gralora_fx.passes.redirect_parameters import own_parameters
 
 
 class Mlp(nn.Module):
@@ -63,7 +63,7 @@ graph():
     %reshape_1 : [num_users=1] = call_method[target=reshape](args = (%permute, 2, -1, 2), kwargs = {{}})
     %view_1 : [num_users=1] = call_method[target=view](args = (%linear, -1, 2, 3), kwargs = {{}})
     %transpose_1 : [num_users=1] = call_method[target=transpose](args = (%view_1, 0, 1), kwargs = {{}})
-    %accumulate : [num_users=1] = call_function[target=gralora_fx.adapter.accumulate]\
+    %accumulate : [num_users=1] = call_function[target=gralora_fx.methods.gralora.accumulate]\
 (args = (%transpose_1, %reshape_1, %{B}, 2.0), kwargs = {{}})
     %transpose_2 : [num_users=1] = call_method[target=transpose](args = (%accumulate, 0, 1), kwargs = {{}})
     %reshape_as : [num_users=1] = call_method[target=reshape_as](args = (%transpose_2, %linear), kwargs = {{}})

@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.contents import check_files, read_manifest
+from gralora_fx.runtime.manifest import check_files, read_manifest
 from gralora_fx.serving import load
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.contents import read_manifest
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 from gralora_fx.serving import sampling as sampling_options
 from gralora_fx.serving.model import OrtModel

@@ -10,8 +10,8 @@ from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 
 from gralora_fx import trace
-from gralora_fx.tracing.cheap_shapes import cheap_shapes
-from gralora_fx.tracing.namespace import restore_operators
+from gralora_fx.operators.namespace import restore_operators
+from gralora_fx.tracing.patches.shape_only_ops import cheap_shapes
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.cached import PAST, copied
-from gralora_fx.tracing.encoder_decoder import decoder_step
+from gralora_fx.tracing.inputs.decoder_cache import PAST, copied
+from gralora_fx.tracing.inputs.encoder_decoder_cache import decoder_step
 
 NAMES = ("t5", "bart", "whisper")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 
 from gralora_fx import trace
+from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import TraceError
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,1 @@
+"""The export directory: staging, manifest, files for other programs."""

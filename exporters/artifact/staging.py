@@ -1,0 +1,188 @@
+"""Writing an export directory whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gralora_fx.errors import ExportError
+from gralora_fx.runtime.names import MANIFEST_NAME
+
+_LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
+_LITTLE = 1 << 20  # bytes; some writers do not say why they stop
+
+
+def check_output(directory: str | Path) -> Path:
+    """The output path, if it may be written: new, empty, or an earlier export.
+
+    Raises:
+        ExportError: It is a file, or a directory that holds something else.
+    """
+    path = Path(directory)
+    try:
+        path.exists()
+        is_current = path.resolve() == Path.cwd()
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{str(directory)[:80]!r} is no usable path ({error}); give another output directory"
+        ) from error
+    if is_current:
+        raise ExportError("the output is the current directory, which cannot be replaced; give another one")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ExportError(f"{path} is not a directory; give another output directory")
+    parent = next((ancestor for ancestor in path.absolute().parents if ancestor.exists()), Path("/"))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ExportError(f"{path} cannot be made, since {parent} is not writable; give another output directory")
+    if path.is_dir() and any(path.iterdir()) and not _is_export(path):
+        raise ExportError(
+            f"{path} is not empty and holds no {MANIFEST_NAME}, so it is no earlier export; "
+            "give another output directory or empty this one"
+        )
+    return path
+
+
+def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str | None = None) -> None:
+    """Refuse to replace an earlier export of another model.
+
+    Args:
+        directory: The output directory.
+        task: Task of the new export.
+        fingerprint: Fingerprint of its base; None where it is not known yet, so that only the task is compared.
+
+    Raises:
+        ExportError: There is one, of another task or base.
+    """
+    path = Path(directory)
+    earlier = _manifest(path)
+    if earlier is None:
+        return
+    if earlier.get("task") != task:
+        what = f"for the task {earlier.get('task')}, not {task}"
+    elif fingerprint is not None and earlier.get("base_fingerprint") != fingerprint:
+        what = "of another base"
+    else:
+        return
+    raise ExportError(
+        f"{path} holds an export {what}; give --overwrite (overwrite=True) to replace it, or another output directory"
+    )
+
+
+def _is_export(path: Path) -> bool:
+    manifest = _manifest(path)
+    return manifest is not None and "schema_version" in manifest
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """What the manifest of an earlier export says, or None where there is none."""
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+@contextmanager
+def staged(directory: str | Path) -> Iterator[Path]:
+    """A directory to write into, which takes the output's place when the block ends without an error.
+
+    An earlier export there is replaced whole; after an error it is as it was, and nothing else is left. What a killed
+    run has left is cleaned up by the next one.
+
+    Args:
+        directory: The output directory.
+
+    Raises:
+        ExportError: The output may not be written, or the disk refuses.
+    """
+    path = check_output(directory).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up(path)
+        work = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write beside {path} ({error.strerror}); give another output directory") from error
+    lock = FileLock(work / _LOCK, blocking=False)
+    try:
+        lock.acquire()
+        stage = work / "new"
+        stage.mkdir()
+        yield stage
+        _replace(stage, path, work / _OLD)
+    except OSError as error:
+        raise ExportError(f"cannot write {path} ({_reason(error, path.parent)}); nothing was changed there") from error
+    finally:
+        lock.release()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def require_space(directory: str | Path, needed: int) -> None:
+    """Refuse to begin to write what the disk has no room for.
+
+    An earlier export is kept until the new one is whole, so its room does not count.
+
+    Args:
+        directory: The output directory, or one in which it is written.
+        needed: How many bytes will be written.
+
+    Raises:
+        ExportError: Fewer are free.
+    """
+    path = Path(directory).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise ExportError(
+            f"{directory} needs {needed:,} bytes, but its disk has {free:,} free; make room or give another output "
+            "directory"
+        )
+
+
+def _reason(error: OSError, path: Path) -> str:
+    """What the disk says, and how much room is left where that is why."""
+    reason = error.strerror or str(error)
+    free = shutil.disk_usage(path).free
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and free < _LITTLE)
+    return f"{reason}; {free:,} bytes are free" if is_full else reason
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.gralora-"
+
+
+def _clean_up(path: Path) -> None:
+    """Remove what killed runs left beside an output; an export that one was about to replace is put back."""
+    for work in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        lock = FileLock(work / _LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except (Timeout, FileNotFoundError):  # another run is at work in it, or has just ended
+            continue
+        try:
+            if (work / _OLD).is_dir() and not path.exists():
+                (work / _OLD).rename(path)
+        finally:
+            lock.release()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(stage: Path, path: Path, old: Path) -> None:
+    if not path.exists():
+        stage.rename(path)
+        return
+    path.rename(old)
+    try:
+        stage.rename(path)
+    except OSError:
+        old.rename(path)
+        raise

@@ -1,0 +1,1 @@
+"""Kinds of exports: without a cache, a decoder with one, an encoder-decoder."""

@@ -1,0 +1,29 @@
+"""The adapter-free graph that an export is made from."""
+
+from __future__ import annotations
+
+from gralora_fx.errors import ExportError
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.model.merge import merge_deferred
+from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
+
+
+def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
+    """The adapter-free model: a traced model itself, or a rewritten one whose active adapters fold as it is written.
+
+    Raises:
+        ExportError: It is neither.
+        MergeError: An adapter cannot be folded.
+    """
+    if isinstance(model, TracedModel):
+        return model
+    if not isinstance(model, GraloraModel):
+        raise ExportError(
+            f"cannot export a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned"
+        )
+    return merge_deferred(model) if model.active_adapters else model.traced
+
+
+def base_of(model: TracedModel | GraloraModel) -> TracedModel:
+    """The trace of the base, without adapters: a traced model itself, or what a rewritten one was made of."""
+    return model.traced if isinstance(model, GraloraModel) else model

@@ -1,0 +1,1 @@
+"""Passes over the `torch.fx` graph, before it is translated."""

@@ -1,0 +1,325 @@
+"""A traced graph in another float precision, as the model itself would run in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.compat.operators import OpOverload, base_name
+from gralora_fx.compat.pytree import tree_map
+from gralora_fx.errors import ExportError
+from gralora_fx.graph.module_tree import module_stack
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.graph.weight_views import tensor_at
+from gralora_fx.sources.lazy_tensors import defer, raw_values_of
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_aten = torch.ops.aten
+_CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
+_LIKE = {_aten.type_as.default, _aten.to.other}  # casts to the dtype of another tensor
+# multiplications with weights and between activations, which run in the model's own precision
+_CONTRACTIONS = {
+    "addbmm", "addmm", "addmv", "attention", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "convolution",
+    "einsum", "embedding", "grouped_mm_fallback", "linear", "matmul", "mm", "mv", "scaled_dot_product_attention",
+}  # fmt: skip
+
+_FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
+
+
+class _Kind(Enum):
+    """What the precision of a float value is decided by.
+
+    Attributes:
+        OWN: The model's: weights, and what is computed with them.
+        RAISED: float32, since the model asked for it: the inside of a normalisation, of a softmax.
+        FREE: float32, and computed without a weight, such as the angles of positions: cast where it meets the others.
+    """
+
+    OWN = "own"
+    RAISED = "raised"
+    FREE = "free"
+
+
+def in_precision(graph_module: fx.GraphModule, precision: str, *, kept: int = 0) -> fx.GraphModule:
+    """A graph with its weights and activations in a precision: itself where all are float32 and shall be.
+
+    Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
+    After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
+
+    What the model computes in float32 in half precision (its casts are in the graph, though they change nothing in
+    float32) stays in float32. Weights are cast from the values their sources have, so a folded weight is rounded once.
+    Outputs are float32 but for those of a cache; `take_float32` does the same for the inputs of the ONNX model.
+
+    Args:
+        graph_module: A graph in evaluation mode, every node with the shape and dtype that tracing noted; float
+            parameters of one precision. It is left as it is.
+        precision: `"fp32"`, `"fp16"` or `"bf16"`.
+        kept: How many outputs, from the second on, have the model's precision: those of a cache.
+
+    Returns:
+        A graph over new parameters, which stand on the meta device until they are read.
+
+    Raises:
+        ExportError: A weight, where it is read, is too large for float16.
+    """
+    if {precision, precision_of(graph_module)} == {"fp32"}:
+        return graph_module
+    return _Change(graph_module, DTYPES[precision], kept).run()
+
+
+def take_float32(model: ir.Model) -> None:
+    """Let a model take float32 where it takes another float, but for a cache.
+
+    Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
+    After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
+
+    Args:
+        model: The model; it is changed in place.
+    """
+    for value in model.graph.inputs:
+        dtype = value.dtype
+        if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or str(value.name).startswith("past_key_values"):
+            continue
+        cast = ir.node("Cast", [value], attributes={"to": dtype})
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape
+        value.replace_all_uses_with(cast.outputs[0])
+        cast.replace_input_with(0, value)
+        value.dtype = ir.DataType.FLOAT
+        model.graph.insert_before(model.graph[0], cast)
+
+
+def precision_of(graph_module: fx.GraphModule) -> str:
+    """The precision of a graph's float parameters; `fp32` where it has none.
+
+    Raises:
+        ExportError: There are several, or another one.
+    """
+    dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
+    found = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
+    if not found:
+        named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ExportError(f"the model holds {named} weights; cast it to one of float32, float16, bfloat16 and trace")
+    return found[0]
+
+
+class _Change:
+    """One change of precision."""
+
+    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, kept: int) -> None:
+        self.source = graph_module
+        self.dtype = dtype
+        self.before = DTYPES[precision_of(graph_module)]
+        self.kept = kept
+        self.graph = copy_graph(graph_module)
+        self.kinds: dict[fx.Node, _Kind] = {}
+        self.raised: dict[fx.Node, fx.Node] = {}
+        self.made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.module = fx.GraphModule(graph_module, self.graph)
+
+    def run(self) -> fx.GraphModule:
+        """The graph in the other precision."""
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder":
+                if _is_float(node):
+                    self._note(node, _Kind.OWN)
+            elif node.op == "get_attr":
+                self._take_attribute(node)
+            elif node.op == "output":
+                self._give_outputs(node)
+            elif node.target in _CASTS:
+                self._cast(node)
+            else:
+                self._call(node)
+        self._replace_parameters()
+        self.graph.lint()
+        self.module.recompile()
+        return self.module
+
+    def _take_attribute(self, node: fx.Node) -> None:
+        tensor = tensor_at(self.source, str(node.target))
+        if tensor is None or not tensor.is_floating_point():
+            return
+        node.meta.setdefault("val", tensor)
+        self._note(node, _Kind.OWN if isinstance(tensor, nn.Parameter) else _Kind.FREE)
+
+    def _give_outputs(self, node: fx.Node) -> None:
+        """Cast outputs to float32, but for a cache."""
+        given = [arg for arg in node.all_input_nodes if arg in self.kinds]
+        own = set(given[1 : 1 + self.kept])
+        for arg in dict.fromkeys(given):
+            wanted = self.dtype if arg in own else torch.float32
+            self._use(node, arg, wanted)
+
+    def _cast(self, node: fx.Node) -> None:
+        """A cast of the model's own: up to float32, back again, or of integers."""
+        (source,) = node.all_input_nodes
+        result = node.meta["val"]
+        if not result.is_floating_point():
+            return
+        kind = self.kinds.get(source)
+        if kind is None or kind is _Kind.FREE:
+            self._note(node, _Kind.FREE)
+        elif self.before == torch.float32 and node.target is not _aten.to.dtype:
+            self._note(node, kind)  # to a device or to another tensor's kind, not to float32
+        elif (
+            self.before == torch.float32
+        ):  # nothing in a float32 graph tells the way up from the way back but the order
+            self._note(node, _Kind.RAISED if kind is _Kind.OWN else _Kind.OWN)
+            self._part_from(node, source)
+        else:
+            self._note(node, _Kind.OWN if result.dtype == self.before else _Kind.RAISED)
+        self._set_dtype(node)
+
+    def _part_from(self, node: fx.Node, source: fx.Node) -> None:
+        """Let what reads a raised value outside the module that raised it read the value itself.
+
+        In float32 the two are one tensor, so that a trace has the residual connection read what a normalisation raised.
+        """
+        if self.kinds[node] is not _Kind.RAISED:
+            return
+        self.raised[node] = source
+        scope = _scope(node)
+        for user in list(node.users):
+            if not _scope(user).startswith(scope):
+                user.replace_input_with(node, source)
+
+    def _call(self, node: fx.Node) -> None:
+        """An operator: its float operands are brought to one precision, which is its result's."""
+        floats = [arg for arg in node.all_input_nodes if arg in self.kinds]
+        kind = self._kind_of(node, floats)
+        if any(_is_float(value) for value in _values(node)):
+            self._note(node, kind)
+        wanted = self._dtype_of(kind)
+        if node.target in _LIKE:
+            node.target, node.args, node.kwargs = _aten.to.dtype, (node.args[0], wanted), {}
+            return
+        for arg in floats:
+            self._use(node, arg, wanted)
+        if _dtype_argument(node) is not None:
+            self._set_dtype(node)
+        self._keep_finite(node, wanted)
+
+    def _kind_of(self, node: fx.Node, floats: list[fx.Node]) -> _Kind:
+        if node.target in _LIKE and isinstance(other := node.args[1], fx.Node):
+            return self.kinds.get(self.raised.get(other, other), _Kind.FREE)
+        kinds = {self.kinds[arg] for arg in floats}
+        dtype = _dtype_argument(node)
+        if dtype is not None and dtype.is_floating_point and kinds - {_Kind.FREE}:
+            return _Kind.RAISED if dtype == torch.float32 else _Kind.OWN
+        if kinds <= {_Kind.FREE}:
+            return _Kind.FREE
+        if _Kind.RAISED not in kinds or (_Kind.OWN in kinds and _name(node) in _CONTRACTIONS):
+            return _Kind.OWN
+        return _Kind.RAISED
+
+    def _dtype_of(self, kind: _Kind) -> torch.dtype:
+        return self.dtype if kind is _Kind.OWN else torch.float32
+
+    def _note(self, node: fx.Node, kind: _Kind) -> None:
+        self.kinds[node] = kind
+        self._retype(node, self._dtype_of(kind))
+
+    def _retype(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Note the dtype of a node's float values."""
+        node.meta["val"] = tree_map(lambda value: _as_dtype(value, dtype), node.meta["val"])
+
+    def _use(self, user: fx.Node, arg: fx.Node, dtype: torch.dtype) -> None:
+        """Let a node read a value in a precision."""
+        values = [value for value in _values(arg) if _is_float(value)]
+        if not values or values[0].dtype == dtype or not isinstance(arg.meta["val"], Tensor):
+            return
+        if (arg, dtype) not in self.made:
+            with self.graph.inserting_after(arg):
+                self.made[arg, dtype] = self._made_cast(arg, dtype, user)
+        user.replace_input_with(arg, self.made[arg, dtype])
+
+    def _made_cast(self, arg: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
+        cast = self.graph.call_function(_aten._to_copy.default, (arg,), {"dtype": dtype})
+        cast.meta = {k: v for k, v in (user.meta | arg.meta).items() if k != "custom"}
+        cast.meta["val"] = _as_dtype(arg.meta["val"], dtype)
+        return cast
+
+    def _set_dtype(self, node: fx.Node) -> None:
+        """Let the dtype that a node names be the one that was noted."""
+        dtype = next((value.dtype for value in _values(node) if isinstance(value, Tensor)), None)
+        if dtype is None:
+            return
+        node.args = tuple(dtype if isinstance(arg, torch.dtype) else arg for arg in node.args)
+        node.kwargs = {name: dtype if isinstance(arg, torch.dtype) else arg for name, arg in node.kwargs.items()}
+
+    def _keep_finite(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Bring constants such as the smallest float32, which hides a position, into the range of the precision."""
+        limit, extreme = torch.finfo(self.dtype).max, torch.finfo(self.before).max
+
+        def bounded(value: Any) -> Any:
+            if isinstance(value, float) and math.isfinite(value) and (dtype == self.dtype or abs(value) >= extreme):
+                return min(max(value, -limit), limit)
+            return value
+
+        node.args = tuple(bounded(arg) for arg in node.args)
+        node.kwargs = {name: bounded(arg) for name, arg in node.kwargs.items()}
+
+    def _replace_parameters(self) -> None:
+        made: dict[int, nn.Parameter] = {}
+        for path, module in self.module.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_floating_point() and parameter.dtype != self.dtype:
+                    full = f"{path}.{name}".lstrip(".")
+                    module._parameters[name] = made.setdefault(
+                        id(parameter), _cast_parameter(parameter, self.dtype, full)
+                    )
+
+
+def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:
+    def cast() -> Tensor:
+        values = raw_values_of(parameter, name)
+        largest = max(abs(float(bound)) for bound in torch.aminmax(values)) if values.numel() else 0.0
+        if dtype == torch.float16 and not largest < _FLOAT16_OVERFLOW:
+            raise ExportError(
+                f"{name} holds {largest:.3g}, which float16 cannot; take precision='bf16' or precision='fp32'"
+            )
+        return values.to(dtype)
+
+    return defer(cast, parameter.shape, dtype)
+
+
+def _scope(node: fx.Node) -> str:
+    """Path of the module that a node was traced in, ending in a dot."""
+    paths = [path for path, _ in module_stack(node)]
+    return f"{paths[-1]}." if paths and paths[-1] else ""
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return base_name(target) if isinstance(target, OpOverload) else str(target)
+
+
+def _dtype_argument(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a node names for its result."""
+    return next((arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, torch.dtype)), None)
+
+
+def _values(node: fx.Node) -> Iterator[Any]:
+    value = node.meta.get("val")
+    yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _is_float(value: Any) -> bool:
+    value = value.meta.get("val") if isinstance(value, fx.Node) else value
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A noted value with another dtype; its symbolic sizes stay."""
+    if not _is_float(value) or value.dtype == dtype:
+        return value
+    return (
+        value.to(dtype) if not isinstance(value, nn.Parameter) else torch.empty_like(value, dtype=dtype, device="meta")
+    )

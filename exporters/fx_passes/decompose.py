@@ -1,0 +1,96 @@
+"""Operators without an ONNX form as the smaller operators that PyTorch makes them of, or as what they compute."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gralora_fx.compat.operators import OpOverload, is_mutable
+from gralora_fx.exporters.fx_passes.matching import expression
+from gralora_fx.exporters.fx_passes.retrace import retrace
+
+Table = Mapping[Any, Callable[..., Any]]
+
+
+def decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[[], Table]) -> int:
+    """Replace every operator that is not known by what PyTorch computes it with; the rest of the graph stays.
+
+    Before: `y = square(x)`
+    After:  `y = pow(x, 2)`
+
+    An operator that is of no others stays too.
+
+    Args:
+        graph: A traced graph, every node with the value that tracing noted; it is changed in place.
+        known: Operators to leave as they are.
+        decompositions: Gives those that PyTorch does not apply by itself; called where an operator is not known.
+
+    Returns:
+        How many were replaced.
+    """
+    calls = [node for node in graph.nodes if isinstance(node.target, OpOverload)]
+    unknown = [node for node in calls if node.target not in known]
+    table = decompositions() if unknown else {}
+    replaced = 0
+    for node in unknown:
+        if node.target in table or node.target._can_decompose():
+            parts = [user for user in node.users if user.target is operator.getitem]
+            retrace([node, *sorted(parts)], table=table)
+            replaced += 1
+    return replaced
+
+
+def fold_numbers(graph: fx.Graph, known: Collection[Any], value_at: Callable[[str], Tensor | None]) -> int:
+    """Replace every operator that is not known and computes one number of constants by that number.
+
+    Before: `y = erf_inv(sub(full([], 1.9), 1))`
+    After:  `y = full([], 1.163...)`
+
+    Args:
+        graph: A traced graph, every node with the value that tracing noted; it is changed in place.
+        known: Operators to leave as they are.
+        value_at: A tensor of the graph's module by its path; None of one that training or a user may change.
+
+    Returns:
+        How many were replaced.
+    """
+    found: dict[fx.Node, Tensor | None] = {}
+
+    def value(node: fx.Node) -> Tensor | None:
+        if node not in found:
+            found[node] = _number_of(node, value, value_at)
+        return found[node]
+
+    replaced = 0
+    for node in list(graph.nodes):
+        if not isinstance(node.target, OpOverload) or node.target in known:
+            continue
+        number = value(node)
+        if number is not None:
+            node.target, node.args = torch.ops.aten.full.default, (list(number.shape), number.item())
+            node.kwargs = {"dtype": number.dtype}
+            replaced += 1
+    return replaced
+
+
+def _number_of(
+    node: fx.Node, value: Callable[[fx.Node], Tensor | None], value_at: Callable[[str], Tensor | None]
+) -> Tensor | None:
+    """The one value of a node that depends on constants only; None of any other node."""
+    noted = node.meta.get("val")
+    if not isinstance(noted, Tensor) or any(expression(size) != 1 for size in noted.shape):
+        return None
+    if node.op == "get_attr":
+        return value_at(str(node.target))
+    if not isinstance(node.target, OpOverload) or is_mutable(node.target):
+        return None
+    values = {source: value(source) for source in node.all_input_nodes}
+    if torch.Tag.nondeterministic_seeded in node.target.tags or any(number is None for number in values.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    result = node.target(*args, **kwargs)
+    return result if isinstance(result, Tensor) else None

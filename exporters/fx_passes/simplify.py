@@ -1,0 +1,211 @@
+"""What a trace holds and ONNX has no need of: casts that change nothing, copies, shapes computed at run time."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx
+
+from gralora_fx.compat.operators import base_name, is_mutable
+from gralora_fx.exporters.fx_passes.matching import (
+    MUL,
+    aten,
+    expression,
+    is_call,
+    joined,
+    limits,
+    number,
+    same_size,
+    shape,
+)
+from gralora_fx.exporters.fx_passes.operators import DROP_PATH, RESHAPE, SLICE
+
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+_COPIES = {aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default}
+_DROPOUTS = (aten.dropout.default, DROP_PATH)
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_SHAPES = {*_VIEWS, aten.reshape.default, aten.flatten.using_ints}
+
+
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Take out of a graph what computes nothing.
+
+    Casts to the dtype that a tensor has, copies, dropout in evaluation mode, products with 1 and pieces of no width go;
+    other casts get the form that has a translation. What is split becomes slices. A shape that can be written with the
+    numbers known when tracing, 0 for a size that stays and one -1, becomes a constant.
+
+    Args:
+        graph: A traced graph in evaluation mode, every node with what tracing noted of it; it is changed in place.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _CASTS:
+            _plain_cast(node)
+        elif _changes_nothing(node) or (
+            is_call(node, *MUL) and number(node.args[1]) == 1.0 and _alike(node, node.args[0])
+        ):
+            _drop(node, node.args[0])
+        elif node.target in _SHAPES:
+            _constant_shape(node)
+        elif node.target in _SPLITS:
+            _slices(node)
+        elif (pieces := joined(node)) is not None:
+            _drop_empty(node, pieces)
+    graph.eliminate_dead_code()
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    if is_call(node, aten.slice.Tensor):
+        before, after, step = shape(node.args[0]), shape(node), node.args[4] if len(node.args) > 4 else 1
+        return bool(step == 1) and all(same_size(a, b) for a, b in zip(before, after, strict=True))
+    return node.target in _COPIES or bool(is_call(node, *_DROPOUTS) and not node.args[2])
+
+
+def _alike(node: fx.Node, other: Any) -> bool:
+    if not isinstance(other, fx.Node) or not isinstance(value := other.meta.get("val"), Tensor):
+        return False
+    return bool(value.dtype == node.meta["val"].dtype) and len(value.shape) == len(node.meta["val"].shape)
+
+
+def _drop(node: fx.Node, source: Any) -> None:
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def _plain_cast(node: fx.Node) -> None:
+    """Turn a conversion into the one that has an ONNX form, or drop one that changes nothing."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        _drop(node, source)
+        return
+    node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _constant_shape(node: fx.Node) -> None:
+    """Write the sizes of a new shape as numbers, if no more than one of them must be worked out."""
+    before, after = shape(node.args[0]), shape(node)
+    sizes: list[int] = []
+    for axis, size in enumerate(after):
+        known = expression(size)
+        if isinstance(known, int):
+            sizes.append(known)
+        elif axis < len(before) and expression(before[axis]) == known:
+            sizes.append(0)
+        else:
+            sizes.append(-1)
+    if node.target in _VIEWS:
+        node.target = aten.reshape.default  # of a tensor whose copy may be gone, so that it is no view
+    if sizes.count(-1) > 1 or not after or any(known == 0 and axis >= len(before) for axis, known in enumerate(sizes)):
+        return
+    if any(expression(size) == 0 for size in after):  # 0 means another thing in a constant
+        return
+    node.target, node.args, node.kwargs = RESHAPE, (node.args[0], sizes), {}
+
+
+def _slices(node: fx.Node) -> None:
+    """Make each piece of a split a slice, if the pieces have sizes known when tracing."""
+    source = node.args[0]
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    if not isinstance(dim, int) or any(not is_call(user, operator.getitem) for user in node.users):
+        return
+    dim %= len(shape(source))
+    sizes = [expression(piece.shape[dim]) for piece in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    for user in list(node.users):
+        index = user.args[1]
+        assert isinstance(index, int)
+        start = sum(sizes[:index])
+        user.target, user.args = aten.slice.Tensor, (source, dim, start, start + sizes[index])
+
+
+def _drop_empty(node: fx.Node, pieces: list[Any]) -> None:
+    kept = [piece for piece in pieces if not shape(piece) or expression(shape(piece)[-1]) != 0]
+    if len(kept) == 1 and len(pieces) > 1:
+        _drop(node, kept[0])
+    elif kept and len(kept) < len(pieces):
+        node.args = (kept, *node.args[1:])
+
+
+def constant_slices(graph: fx.Graph) -> None:
+    """Write slices with limits that are known as such.
+
+    Args:
+        graph: A graph; it is changed in place.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        found = limits(node)
+        if found is not None:
+            node.target, node.args = SLICE, found
+
+
+def whole_products(graph: fx.Graph) -> None:
+    """Multiply tensors of three axes as they are.
+
+    Before: `y = reshape(addmm(bias, reshape(x, [-1, n]), weight), [b, s, m])`
+    After:  `y = matmul(x, weight) + bias`
+
+    Args:
+        graph: A simplified graph; it is changed in place.
+    """
+    for node in list(graph.nodes):
+        if not is_call(node, aten.addmm.default) or node.kwargs or len(node.args) != 3 or len(node.users) != 1:
+            continue
+        bias, rows, weight = node.args
+        (user,) = node.users
+        if not is_call(rows, RESHAPE) or not is_call(user, RESHAPE, *_SHAPES):
+            continue
+        x = rows.args[0]
+        before, after = shape(x), shape(user)
+        if len(before) != len(after) or not all(map(same_size, before[:-1], after[:-1])):
+            continue
+        with graph.inserting_before(user):
+            product = graph.call_function(aten.matmul.default, (x, weight))
+            result = graph.call_function(aten.add.Tensor, (product, bias))
+        product.meta, result.meta = dict(user.meta), dict(user.meta)
+        user.replace_all_uses_with(result)
+    graph.eliminate_dead_code()
+
+
+def out_of_place(node: fx.Node) -> bool:
+    """Let everything behind a write into a tensor read the operator's result instead.
+
+    Before: `x.add_(y); z = f(x)`
+    After:  `x2 = x.add(y); z = f(x2)`
+
+    Args:
+        node: A node of a graph; it is changed in place if its operator writes into its first argument.
+
+    Returns:
+        Whether it did.
+    """
+    functional = _functional(node.target)
+    if functional is None:
+        return False
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    node.target = functional
+    later = set()
+    follower = node.next
+    while follower.op != "root":
+        later.add(follower)
+        follower = follower.next
+    written.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+    return True
+
+
+def _functional(target: Any) -> Any:
+    """The operator that makes a new tensor where `target` writes into its first argument; None where it does not."""
+    if not is_mutable(target):
+        return None
+    name = base_name(target)
+    if not name.endswith("_"):
+        return None
+    return getattr(getattr(aten, name.removesuffix("_"), None), target._overloadname, None)

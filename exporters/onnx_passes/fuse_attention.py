@@ -1,0 +1,189 @@
+"""Attention with a cache as ONNX Runtime's fused operator, one a layer."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import onnx_ir as ir
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.fx_passes.operators import DOMAIN
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
+from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention, lower_masks
+from gralora_fx.exporters.onnx_passes.pack_qkv import flat, packed
+from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
+from gralora_fx.exporters.reports import AttentionReport
+
+_HEAD_MULTIPLE = 8  # GroupQueryAttention refuses other sizes of heads
+
+_Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with one mask share
+
+
+def fuse_attention(model: ir.Model, tables: RotaryTables) -> AttentionReport:
+    """Replace every attention operator and the concatenation of its cache by `GroupQueryAttention`.
+
+    Before: `key = Concat(past_key, new_key); y = Attention(query, key, value, mask)`
+    After:  `y, key, value = GroupQueryAttention(query, new_key, new_value, past_key, past_value, ..., bias)`
+
+    The bias that hides padding is made once, of the mask; causality and the window are the operator's own, since a
+    row's padding counts as positions in it. A layer of a form that the operator does not take becomes plain operators.
+
+    Args:
+        model: A translated model; it is changed in place.
+        tables: The tables of rotary embeddings in its graph.
+
+    Returns:
+        How many were replaced, and which became plain operators and why.
+
+    Raises:
+        ExportError: The number of heads of a layer is not known. The model must be discarded.
+    """
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Attention"]
+    lower_masks(model.graph, DOMAIN)
+    if not nodes:
+        return AttentionReport(0, {"every layer": "it computes attention itself, not by transformers' interface"})
+    plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
+    fitting = [node for node in nodes if node not in plain]
+    _give_own_caches(model.graph, fitting)
+    masks: dict[tuple[ir.Value, int], ir.Value] = {}
+    for node in plain:
+        lower_attention(model.graph, node, masks)
+    shared: _Shared = {}
+    for node in fitting:
+        _replace(model.graph, node, tables, shared)
+    if fitting:
+        model.graph.opset_imports[MICROSOFT] = 1
+    return AttentionReport(len(fitting), {_layer(node): why for node, why in plain.items()})
+
+
+def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Give each attention a concatenation of its own where layers share keys and values.
+
+    Before: `key = Concat(past_key, new_key); y = Attention(q, key, ...); z = Attention(p, key, ...)`
+    After:  the same with `key_2 = Concat(past_key, new_key)` for the second
+    """
+    seen: set[ir.Value] = set()
+    for node in nodes:
+        for index in (1, 2):
+            cached = node.inputs[index]
+            assert cached is not None
+            if cached in seen:
+                joined = cached.producer()
+                assert joined is not None
+                copy = ir.node("Concat", list(joined.inputs), attributes=joined.attributes)
+                copy.outputs[0].shape, copy.outputs[0].type = cached.shape, cached.type
+                graph.insert_before(node, copy)
+                node.replace_input_with(index, copy.outputs[0])
+            else:
+                seen.add(cached)
+
+
+def _unfit(node: ir.Node) -> str | None:
+    """Why the operator does not take an attention, or None if it does."""
+    query, key, value, mask = node.inputs[:4]
+    if mask is None or mask.shape is None or len(mask.shape) != 2:
+        return "its mask is more than padding and a window"
+    for name, cached in (("keys", key), ("values", value)):
+        producer = None if cached is None else cached.producer()
+        if producer is None or producer.op_type != "Concat" or len(producer.inputs) != 2:
+            return f"its {name} are not the cached ones and the new ones"
+        if producer.inputs[0] not in node.graph.inputs:  # type: ignore[union-attr]
+            return f"its {name} come from no input"
+    sizes = [None if v is None or v.shape is None else v.shape[3] for v in (query, key, value)]
+    if len({str(size) for size in sizes}) != 1:
+        return f"queries, keys and values have sizes {sizes}, which differ"
+    size = known_size(query, 3)
+    if size is not None and size % _HEAD_MULTIPLE:
+        return f"its heads have a size of {size}, and the operator takes multiples of {_HEAD_MULTIPLE}"
+    return None
+
+
+def _lengths_and_bias(
+    build: Builder, new: ir.Value, mask: ir.Value, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """`seqlens_k [batch]`, `total_sequence_length [1]` and the bias `[batch, 1, length, total]` of a padding mask.
+
+    `new` is `[batch, length, ...]`; the length of a cache does not tell the new positions, since it may be a buffer
+    that has room for more.
+    """
+    smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
+    total = build("Cast", build("Shape", mask, start=1, end=2), to=ir.DataType.INT32)
+    last = build("Sub", total, build.tensor([1], ir.DataType.INT32))
+    lengths = build("Expand", last, build("Shape", mask, start=0, end=1))
+    zero, hidden = build.tensor(0.0, dtype), build.tensor(float(smallest), dtype)
+    row = build("Where", build("Cast", mask, to=ir.DataType.BOOL), zero, hidden)
+    wide = build("Unsqueeze", row, build.ints(1, 2))  # [batch, 1, 1, total]
+    ones, length = build.ints(1), build("Shape", new, start=1, end=2)
+    bias = build("Expand", wide, build("Concat", ones, ones, length, ones, axis=0))
+    return lengths, total, bias
+
+
+def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shared) -> None:
+    query, key, value, mask, sinks = (*node.inputs, None)[:5]
+    assert mask is not None
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    key_cat, value_cat = key.producer(), value.producer()
+    assert key_cat is not None
+    assert value_cat is not None
+    heads, key_heads, size = (_number(value, axis) for value, axis in ((query, 1), (key, 1), (query, 3)))
+    build = Builder(graph)
+    attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": key_heads}
+    attributes["scale"] = node.attributes["scale"].as_float()
+    if window := node.attributes["window"].as_int():
+        attributes["local_window_size"] = window
+    if softcap := node.attributes["softcap"].as_float():
+        attributes["softcap"] = softcap
+    new_key, new_value = key_cat.inputs[1], value_cat.inputs[1]
+    assert new_key is not None
+    assert new_value is not None
+    joint = packed(build, graph, query, new_key, new_value, tables)
+    parts = [flat(build, part, tables) for part in (query, new_key, new_value)] if joint is None else [joint]
+    if mask not in shared:
+        shared[mask] = _lengths_and_bias(build, parts[0], mask, query.dtype or ir.DataType.FLOAT)
+    lengths, total, bias = shared[mask]
+    inputs = [
+        *parts,
+        *[None] * (3 - len(parts)),
+        key_cat.inputs[0],
+        value_cat.inputs[0],
+        lengths,
+        total,
+        None,
+        None,
+        None,
+        bias,
+        sinks,
+    ]
+    fused = build.node("GroupQueryAttention", inputs, domain=MICROSOFT, num_outputs=3, **attributes)
+    output = node.outputs[0]
+    for usage in list(output.uses()):
+        if _joins_heads(usage.node, heads * size):
+            take_place(fused.outputs[0], usage.node.outputs[0])
+    if output.uses() or output.is_graph_output():
+        take_place(build("Reshape", fused.outputs[0], build.ints(0, 0, heads, size)), output)
+    for new, old in ((fused.outputs[1], key), (fused.outputs[2], value)):
+        take_place(new, old)
+    build.insert_before(node)
+    graph.remove(node, safe=True)
+    graph.remove([key_cat, value_cat], safe=True)
+
+
+def _joins_heads(node: ir.Node, width: int) -> bool:
+    """Whether a node makes `[batch, length, heads * size]` of `[batch, length, heads, size]`."""
+    shape = node.outputs[0].shape
+    return node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width
+
+
+def _number(value: ir.Value, axis: int) -> int:
+    size = known_size(value, axis)
+    if size is None:
+        raise ExportError(f"axis {axis} of {value.name} is {value.shape}, which attention needs as a number")
+    return size
+
+
+def _layer(node: ir.Node) -> str:
+    """The module that an attention was traced in."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    names = [name.strip(" '\"[]") for name in scopes.split(",")]
+    return next((name for name in reversed(names[:-1]) if name), str(node.name))

@@ -1,0 +1,202 @@
+"""Normalisation as the runtime's operators, with the addition before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, is_call, number, operands, shape
+from gralora_fx.exporters.fx_passes.operators import DOMAIN, RMS_NORM
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
+
+
+def mark_rms_norms(graph: fx.Graph) -> int:
+    """Put root-mean-square normalisations in terms of one operator.
+
+    Before: `y = x * rsqrt(mean(x ** 2, -1) + eps) * weight`
+    After:  `y = rms_norm(x, weight, eps)`
+
+    Args:
+        graph: A traced graph in evaluation mode; it is changed in place.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if is_call(node, aten.rms_norm.default):
+            _as_operator(node)
+            count += 1
+            continue
+        found = _normalised(node)
+        if found is None:
+            continue
+        x, eps = found
+        source, last = _without_casts(x, node)
+        place, weight = _weighted(last, shape(x)[-1])
+        with graph.inserting_before(place):
+            norm = graph.call_function(RMS_NORM, (source, weight, eps))
+        norm.meta = dict(place.meta)
+        place.replace_all_uses_with(norm)
+        count += 1
+    graph.eliminate_dead_code()
+    return count
+
+
+def _as_operator(node: fx.Node) -> None:
+    """Make PyTorch's own operator ours, if it normalises the last axis alone."""
+    given: list[Any] = list(node.args)
+    x, sizes, weight, eps = given + [None] * (4 - len(given))
+    if len(sizes) == 1:
+        node.target, node.args = RMS_NORM, (x, weight, torch.finfo(node.meta["val"].dtype).eps if eps is None else eps)
+
+
+def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """`(x, eps)` where a node is `x * rsqrt(mean(x ** 2, -1) + eps)`; None of anything else."""
+    factors = operands(node, *MUL)
+    if factors is None:
+        return None
+    for x, root in (factors, factors[::-1]):
+        if not is_call(root, aten.rsqrt.default):
+            continue
+        terms = operands(root.args[0], *ADD)
+        if terms is None:
+            continue
+        for mean, eps in (terms, terms[::-1]):
+            if number(eps) is not None and _mean_of_squares(mean) is x:
+                return x, float(eps)
+    return None
+
+
+def _mean_of_squares(node: Any) -> Any:
+    """`x` where a node is `mean(x ** 2, -1, keepdim=True)`; None of anything else."""
+    if not is_call(node, aten.mean.dim) or len(node.args) < 3 or not node.args[2]:
+        return None
+    square, (axis, *more) = node.args[0], node.args[1]
+    if more or axis % len(shape(square)) != len(shape(square)) - 1:
+        return None
+    if is_call(square, aten.square.default) or (
+        is_call(square, aten.pow.Tensor_Scalar) and number(square.args[1]) == 2.0
+    ):
+        return square.args[0]
+    factors = operands(square, *MUL)
+    return factors[0] if factors is not None and factors[0] is factors[1] else None
+
+
+def _without_casts(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What is normalised and the result, without casts to float32 and back: the operator computes in float32 anyway."""
+    users = list(node.users)
+    if not is_call(x, aten._to_copy.default) or len(users) != 1 or not is_call(users[0], aten._to_copy.default):
+        return x, node
+    before = x.args[0]
+    assert isinstance(before, fx.Node)
+    same = before.meta["val"].dtype == users[0].meta["val"].dtype
+    return (before, users[0]) if same and x.meta["val"].dtype == torch.float32 else (x, node)
+
+
+def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
+    """The product with a weight behind a node and the weight, or the node itself and None."""
+    users = list(node.users)
+    factors = operands(users[0], *MUL) if len(users) == 1 else None
+    if factors is None:
+        return node, None
+    weight = factors[1] if factors[0] is node else factors[0]
+    if not isinstance(weight, fx.Node) or shape(weight) != (size,):
+        return node, None
+    same = weight.meta["val"].dtype == users[0].meta["val"].dtype == node.meta["val"].dtype
+    return (users[0], weight) if same else (node, None)
+
+
+def lower_norms(model: ir.Model) -> int:
+    """Replace normalisations by the runtime's operators, and fuse the addition of a residual before them.
+
+    Before: `s = Add(x, r); y = RMSNormalization(s, weight)`
+    After:  `y, s = SkipSimplifiedLayerNormalization(x, r, weight)`
+
+    The same for `LayerNormalization`; one without an addition becomes ONNX's own `RMSNormalization`.
+
+    Args:
+        model: A translated model; it is changed in place, its nodes sorted.
+
+    Returns:
+        How many additions were fused.
+    """
+    fused = 0
+    for node in list(model.graph):
+        rms = node.domain == DOMAIN and node.op_type == "RMSNormalization"
+        if not rms and node.op_type != "LayerNormalization":
+            continue
+        addition = _residual(node)
+        if addition is not None:
+            _fuse(model.graph, node, addition, rms)
+            fused += 1
+        elif rms:
+            build = Builder(model.graph)
+            weight = node.inputs[1] or _ones(build, node, node.inputs[0])
+            y = build("RMSNormalization", node.inputs[0], weight, epsilon=node.attributes["epsilon"].as_float())
+            take_place(y, node.outputs[0])
+            build.insert_before(node)
+            model.graph.remove(node, safe=True)
+    if fused:
+        model.graph.opset_imports[MICROSOFT] = 1
+        model.graph.sort()
+    return fused
+
+
+def _residual(node: ir.Node) -> ir.Node | None:
+    """The addition of two tensors of one shape that a normalisation over the last of three axes reads."""
+    x = node.inputs[0]
+    addition = None if x is None else x.producer()
+    axis = node.attributes.get("axis")
+    if addition is None or addition.op_type != "Add" or (axis is not None and axis.as_int() not in (-1, 2)):
+        return None
+    shapes = [None if value is None or value.shape is None else list(value.shape) for value in addition.inputs]
+    same = shapes[0] is not None and len(shapes[0]) == 3 and shapes[0] == shapes[1]
+    if any(_is_made_of(value, addition) for value in node.inputs[1:]):
+        return None  # a weight of ones that takes its size from the sum
+    return addition if same and not any(output.is_graph_output() for output in node.outputs[1:]) else None
+
+
+def _is_made_of(value: ir.Value | None, node: ir.Node) -> bool:
+    """Whether a value is worked out from what a node gives."""
+    seen, waiting = set(), [value]
+    while waiting:
+        current = waiting.pop()
+        producer = None if current is None else current.producer()
+        if producer is node:
+            return True
+        if producer is not None and producer not in seen:
+            seen.add(producer)
+            waiting.extend(producer.inputs)
+    return False
+
+
+def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, rms: bool) -> None:
+    build = Builder(graph)
+    inputs = [
+        *addition.inputs,
+        node.inputs[1] or _ones(build, node, addition.inputs[0]),
+        *([] if rms else node.inputs[2:]),
+    ]
+    eps = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    op_type = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
+    fused = build.node(op_type, inputs, domain=MICROSOFT, num_outputs=4, epsilon=eps)
+    for unused in fused.outputs[1:3]:
+        unused.name = ""
+    take_place(fused.outputs[0], node.outputs[0])
+    take_place(fused.outputs[3], addition.outputs[0])
+    build.insert_before(node)
+    graph.remove(node)
+    graph.remove(addition)
+
+
+def _ones(build: Builder, node: ir.Node, like: ir.Value | None) -> ir.Value:
+    """A weight of ones for a normalisation of tensors like another."""
+    size, dtype = known_size(like, -1), node.outputs[0].dtype or ir.DataType.FLOAT
+    if size is not None:
+        return build.tensor(np.ones(size, np.float32), dtype)
+    return build("Expand", build.tensor(1.0, dtype), build("Shape", like, start=-1))

@@ -1,0 +1,224 @@
+"""Queries, keys and values as fused attention takes them: heads side by side, and all three in one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+
+from gralora_fx.exporters.fx_passes.operators import DOMAIN
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, constant_of, known_size
+from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, turned
+from gralora_fx.exporters.translation.weights import Columns
+
+_SWAP = [0, 2, 1, 3]  # heads and length
+
+
+def flat(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
+    """`[batch, heads, length, size]` as `[batch, length, heads * size]`.
+
+    Args:
+        build: Makes the nodes that are needed.
+        tensor: Queries, keys or values.
+        tables: The tables of rotary embeddings in this graph.
+    """
+    turn = _rotary(tensor)
+    if turn is not None and turn.inputs[0] is not None:
+        return turned(build, turn, flat(build, turn.inputs[0], tables), tables)
+    swapped = _unswapped(build, tensor)
+    if swapped is None:
+        swapped = build("Transpose", tensor, perm=_SWAP)
+    return _before_split(swapped, tensor) or build("Reshape", swapped, build.ints(0, 0, -1))
+
+
+def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
+    """`[batch, length, heads, size]` that a tensor was made from by swapping axes, or None.
+
+    What works along the last axis is the same before the swap, so it is made again there.
+    """
+    swapped = _before_swap(tensor)
+    node = None if tensor is None else tensor.producer()
+    if swapped is not None or node is None or tensor is None or tensor.shape is None:
+        return swapped
+    if not (node.op_type == "RMSNormalization" and node.domain == DOMAIN) and not _slices_last_axis(node):
+        return None
+    before = _unswapped(build, node.inputs[0])
+    if before is None:
+        return None
+    made = build.node(node.op_type, [before, *node.inputs[1:]], domain=node.domain, **_attributes(node)).outputs[0]
+    made.shape, made.type = ir.Shape([tensor.shape[axis] for axis in _SWAP]), tensor.type
+    return made
+
+
+def _slices_last_axis(node: ir.Node) -> bool:
+    return node.op_type == "Slice" and len(node.inputs) > 3 and constant_of(node.inputs[3]) in ([3], [-1])
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def packed(
+    build: Builder, graph: ir.Graph, query: ir.Value, key: ir.Value, value: ir.Value, tables: RotaryTables
+) -> ir.Value | None:
+    """Queries, keys and values made in one product, if all three are projections of one tensor; else None.
+
+    Before: `q = rotary(x @ Wq + bq); k = rotary(x @ Wk + bk); v = x @ Wv + bv`
+    After:  `rotary(x @ [Wq Wk Wv] + [bq bk bv])`, values turned by an angle of zero, which leaves them bit for bit
+
+    Args:
+        build: Makes the nodes that are needed.
+        graph: The graph, to which a joined weight is added; it is put together when it is written.
+        query: `[batch, heads, length, size]`.
+        key: `[batch, key heads, length, size]`.
+        value: As `key`.
+        tables: The tables of rotary embeddings in this graph.
+
+    Returns:
+        `[batch, length, (heads + 2 * key heads) * size]`, or None.
+    """
+    turns = [_rotary(query), _rotary(key)]
+    if (turns[0] is None) != (turns[1] is None) or (turns[0] and turns[1] and not _alike(turns[0], turns[1])):
+        return None
+    parts = [query, key, value] if turns[0] is None else [turns[0].inputs[0], turns[1].inputs[0], value]  # type: ignore[union-attr]
+    result = _cut_from_one(parts) or _product(build, graph, parts)
+    if result is None or turns[0] is None:
+        return result
+    heads, key_heads, size = (known_size(v, axis) or 0 for v, axis in ((query, 1), (key, 1), (query, 3)))
+    _, cos, sin = turns[0].inputs
+    assert cos is not None
+    assert sin is not None
+    count = heads + 2 * key_heads
+    half = known_size(cos, 2) or 0
+    partial = {} if 2 * half == size else {"num_heads": 1, "rotary_embedding_dim": 2 * half}
+    apart = build("Reshape", result, build.ints(-1, count, size))  # each position a row of the batch
+    apart = build(
+        "RotaryEmbedding",
+        apart,
+        tables.rows_of_heads(cos, heads + key_heads, key_heads),
+        tables.table_after_rest(cos, 1.0, count),
+        tables.table_after_rest(sin, 0.0, count),
+        domain=MICROSOFT,
+        interleaved=turns[0].attributes["interleaved"].as_int(),
+        **partial,
+    )
+    whole = build("Reshape", apart, tables.flat_shape(cos, count * size))
+    whole.type = query.type
+    if query.shape is not None:  # the runtime reads the number of heads off the width, which it does not work out here
+        whole.shape = ir.Shape([query.shape[0], query.shape[2], count * size])
+    return whole
+
+
+def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value | None:
+    """The product with the joined weights of tensors that are projections of one."""
+    found = [_projection(part) for part in parts]
+    projections = [projection for projection in found if projection is not None]
+    if len(projections) < len(parts):
+        return None
+    first = projections[0]
+    if any(p.x is not first.x or (p.bias is None) != (first.bias is None) for p in projections):
+        return None
+    result = build("MatMul", first.x, side_by_side(graph, [projection.weight for projection in projections]))
+    if first.bias is None:
+        return result
+    return build("Add", result, side_by_side(graph, [p.bias for p in projections if p.bias is not None]))
+
+
+def _cut_from_one(parts: Sequence[ir.Value | None]) -> ir.Value | None:
+    """The tensor that others were cut from, one after the other, if they are all of it."""
+    whole, position = None, 0
+    for part in parts:
+        swapped = _before_swap(part)
+        value = None if swapped is None or part is None else _before_split(swapped, part)
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != "Slice" or node.inputs[0] is None:
+            return None
+        limits = [constant_of(limit) for limit in node.inputs[1:]]
+        width = known_size(node.inputs[0], -1)
+        if len(limits) != 4 or width is None or limits[2:] != [[2], [1]] or limits[0] != [position]:
+            return None
+        if whole is not None and node.inputs[0] is not whole:
+            return None
+        whole, position = node.inputs[0], min(limits[1][0], width)  # type: ignore[index]
+    return whole if position == known_size(whole, -1) else None
+
+
+class _Projection(NamedTuple):
+    """A product with a weight that only it reads."""
+
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value | None
+
+
+def _projection(tensor: ir.Value | None) -> _Projection | None:
+    """The projection that heads were split from, if nothing else reads it."""
+    swapped = _before_swap(tensor)
+    value = None if swapped is None or tensor is None else _before_split(swapped, tensor)
+    producer = None if value is None else value.producer()
+    bias = None
+    if producer is not None and producer.op_type == "Add":
+        bias = next((v for v in producer.inputs if v is not None and v.is_initializer()), None)
+        product = next((v for v in producer.inputs if v is not bias), None)
+        if bias is None or product is None or len(product.uses()) != 1:
+            return None
+        producer = product.producer()
+    if producer is None or producer.op_type != "MatMul":
+        return None
+    x, weight = producer.inputs
+    if x is None or weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+        return None
+    return _Projection(x, weight, bias)
+
+
+def _rotary(tensor: ir.Value) -> ir.Node | None:
+    producer = tensor.producer()
+    is_rotary = producer is not None and (producer.domain, producer.op_type) == (DOMAIN, "RotaryEmbedding")
+    return producer if is_rotary else None
+
+
+def _alike(first: ir.Node, second: ir.Node) -> bool:
+    """Whether two rotary operators turn by the same angles."""
+    same = first.attributes["interleaved"].as_int() == second.attributes["interleaved"].as_int()
+    return same and list(first.inputs[1:]) == list(second.inputs[1:])
+
+
+def _before_swap(tensor: ir.Value | None) -> ir.Value | None:
+    """`[batch, length, heads, size]` that a tensor was transposed from, or None."""
+    producer = None if tensor is None else tensor.producer()
+    swaps = producer is not None and producer.op_type == "Transpose"
+    return producer.inputs[0] if swaps and list(producer.attributes["perm"].as_ints()) == _SWAP else None  # type: ignore[union-attr]
+
+
+def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:
+    """`[batch, length, heads * size]` that `[batch, length, heads, size]` was reshaped from, or None."""
+    producer = swapped.producer()
+    before = None if producer is None or producer.op_type != "Reshape" else producer.inputs[0]
+    heads, size = known_size(tensor, 1), known_size(tensor, 3)
+    if before is None or before.shape is None or heads is None or size is None:
+        return None
+    return before if len(before.shape) == 3 and before.shape[2] == heads * size else None
+
+
+def side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
+    """An initializer of several joined along their last axis; it is put together when it is written.
+
+    Args:
+        graph: The graph, which gains the initializer; those it is made of stay until nothing reads them.
+        values: Initializers of one dtype that differ in their last axis only.
+    """
+    name = _joint_name([str(value.name) for value in values])
+    tensor = Columns(name, [value.const_value for value in values if value.const_value is not None])
+    joined = ir.Value(name=name, shape=tensor.shape, type=values[0].type, const_value=tensor)
+    graph.initializers[name] = joined
+    return joined
+
+
+def _joint_name(names: Sequence[str]) -> str:
+    """`attn.q_proj+k_proj+v_proj.weight` of `attn.q_proj.weight`, `attn.k_proj.weight` and `attn.v_proj.weight`."""
+    parts = [name.split(".") for name in names]
+    columns = list(zip(*parts, strict=False))
+    if len({len(part) for part in parts}) > 1:
+        return "+".join(names)
+    return ".".join(column[0] if len(set(column)) == 1 else "+".join(column) for column in columns)

@@ -1,0 +1,322 @@
+"""Weight-only quantization: matrices as int4 or int8 blocks with a scale each, by onnxruntime's own quantizer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
+from gralora_fx.exporters.options import check_quantization
+from gralora_fx.exporters.translation.weights import made_when_written, parts_of
+
+_BITS = {"int4": 4, "int8": 8}
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_COLUMNS = 4096  # quantized at once
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantized.
+
+    Attributes:
+        kind: `"int4"` or `"int8"`.
+        block_size: Values of a matrix's input axis that share a scale; a power of two, at least 16.
+        accuracy_level: How ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8.
+    """
+
+    kind: str
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse what the operators do not take."""
+        check_quantization(self.kind, self.block_size, self.accuracy_level)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a quantized value."""
+        return _BITS[self.kind]
+
+
+class Counts(NamedTuple):
+    """How many multiplications and how many lookups read blocks, and how many values those hold."""
+
+    multiplications: int
+    lookups: int
+    values: int
+
+
+def quantize_models(models: Sequence[ir.Model], how: Quantization) -> Counts:
+    """Quantize the weights of models that are parts of one; a table that is a head's weight in one is so in all.
+
+    Args:
+        models: The models; they are changed in place.
+        how: Width, block size and accuracy level.
+
+    Returns:
+        How many nodes were replaced in all.
+    """
+    tables = {name for model in models for name in _tables_of_heads(model)}
+    counts = [quantize_weights(model, how, tables=tables) for model in models]
+    multiplications, lookups, values = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return Counts(multiplications, lookups, values)
+
+
+def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[str] = ()) -> Counts:
+    """Store constant matrices as blocks of small integers, and multiply with them as they are.
+
+    Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`; `e = Gather(table, ids)`
+    After:  `y = MatMulNBits(x, w_Q4 [N, K/block, bytes], w_scales [N, K/block])`, and the bias added behind it;
+            `e = GatherBlockQuantized(table_Q4, ids, table_scales)` for a table that is a head's weight as well
+
+    The integers are symmetric around zero, as onnxruntime-genai has them. A matrix is read and quantized while it is
+    written. An embedding keeps its precision where no head is tied to it, as there.
+
+    Args:
+        model: The model; it is changed in place.
+        how: Width, block size and accuracy level.
+        tables: Names of embeddings that are blocks too, though no head of this model is tied to them.
+
+    Returns:
+        How many nodes were replaced.
+    """
+    made: dict[tuple[str, bool], tuple[ir.Value, ir.Value]] = {}
+    replaced = lookups = 0
+    for node in list(model.graph.all_nodes()):
+        found = _weight_of(node)
+        if found is None:
+            continue
+        weight, is_turned = found
+        key = (str(weight.name), is_turned)
+        if key not in made:
+            made[key] = _blocks(model.graph, weight, is_turned, how)
+        _multiply(node, *made[key], how)
+        replaced += 1
+    values = sum(_size(model.graph.initializers[name]) for name, _ in made)
+    for name in sorted(tables):
+        table = model.graph.initializers.get(name)
+        if table is not None and (name, True) not in made and _is_looked_up(table, how):
+            made[name, True] = _blocks(model.graph, table, True, how)
+    for (name, is_turned), (packed, scales) in made.items():
+        if is_turned:
+            lookups += _gather(model.graph.initializers[name], packed, scales, how)
+    if made:
+        model.graph.opset_imports[MICROSOFT] = 1
+        _drop_unread(model.graph, [name for name, _ in made])
+    return Counts(replaced, lookups, values)
+
+
+@dataclass
+class _Matrix:
+    """One matrix and its blocks, which are made together and kept only until the scales are written too."""
+
+    weight: ir.TensorProtocol
+    is_turned: bool
+    how: Quantization
+    dtype: ir.DataType
+    _scales: NDArray[Any] | None = field(default=None, init=False)
+
+    def packed(self) -> ir.TensorProtocol:
+        """`[N, K/block, block * bits / 8]`, uint8."""
+        packed, self._scales = self._quantized()
+        return ir.tensor(packed)
+
+    def scales(self) -> ir.TensorProtocol:
+        """`[N, K/block]`."""
+        scales = self._quantized()[1] if self._scales is None else self._scales
+        self._scales = None
+        return ir.tensor(scales)
+
+    def _quantized(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        packed, scales = (np.concatenate(arrays) for arrays in zip(*self._columns(), strict=True))
+        return packed, scales
+
+    def _columns(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """The blocks of some columns after the other; those of matrices side by side of one matrix at a time."""
+        for matrix in (self.weight,) if self.is_turned else parts_of(self.weight):
+            values = matrix.numpy()
+            for start in range(0, values.shape[0 if self.is_turned else 1], _COLUMNS):
+                yield self._part(values, start)
+
+    def _part(self, values: NDArray[Any], start: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The blocks of some columns; a copy of the whole matrix would be the largest thing in memory."""
+        columns = slice(start, start + _COLUMNS)
+        part = np.ascontiguousarray(values[columns].T if self.is_turned else values[:, columns])
+        part = part if part.dtype in (np.float32, np.float16) else part.astype(np.float32)
+        packed, scales, _ = _quantizer(self.how)(part)
+        return packed, scales.astype(self.dtype.numpy())
+
+
+@functools.cache
+def _quantizer(how: Quantization) -> Callable[[NDArray[Any]], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """ONNX Runtime's quantization of one matrix `[K, N]` to packed integers, scales and zero points."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    from onnxruntime.quantization import matmul_nbits_quantizer as quantizers  # it sets up logging when it is imported
+
+    root.handlers, root.level = handlers, level
+    config = quantizers.DefaultWeightOnlyQuantConfig(block_size=how.block_size, is_symmetric=True, bits=how.bits)
+    found: Callable[..., Any] = quantizers.DefaultWeightOnlyQuantizer(config).qbits_block_quant
+    return found
+
+
+def decoded(matrix: NDArray[Any], how: Quantization, dtype: torch.dtype) -> NDArray[np.float32]:
+    """A matrix as its blocks decode.
+
+    Args:
+        matrix: `[K, N]`, float32 or float16.
+        how: How it is quantized.
+        dtype: Dtype of the scales.
+    """
+    packed, found, _ = _quantizer(how)(matrix)
+    scales = torch.from_numpy(found).to(dtype).float().numpy()
+    if how.bits == 4:  # the lower half of a byte comes first
+        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
+    values = (packed.astype(np.float32) - 2.0 ** (how.bits - 1)) * scales[..., None]
+    rows: NDArray[np.float32] = values.reshape(matrix.shape[1], -1)[:, : matrix.shape[0]]
+    return np.ascontiguousarray(rows.T)
+
+
+def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """The constant matrix that a node multiplies with, and whether it is stored `[N, K]`; None for other nodes."""
+    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or node.inputs[1] is None:
+        return None
+    value, is_turned = node.inputs[1], False
+    if node.op_type == "Gemm":
+        numbers = {name: attribute.value for name, attribute in node.attributes.items()}
+        if numbers.get("transA") or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0:
+            return None
+        is_turned = bool(numbers.get("transB"))
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        value, is_turned = producer.inputs[0], not is_turned
+    tensor = value.const_value
+    if not value.is_initializer() or tensor is None or len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
+        return None
+    return value, is_turned
+
+
+def _blocks(graph: ir.Graph, weight: ir.Value, is_turned: bool, how: Quantization) -> tuple[ir.Value, ir.Value]:
+    """Initializers of a matrix's packed integers and scales."""
+    tensor = weight.const_value
+    assert tensor is not None
+    sizes = [int(size) for size in tensor.shape.numpy()]
+    inputs, outputs = reversed(sizes) if is_turned else sizes
+    count = -(-inputs // how.block_size)
+    matrix = _Matrix(tensor, is_turned, how, tensor.dtype)
+    name = f"{weight.name}_turned" if is_turned and _is_both(weight) else str(weight.name)
+    made = (
+        (f"{name}_Q{how.bits}", ir.DataType.UINT8, (outputs, count, how.block_size * how.bits // 8), matrix.packed),
+        (f"{name}_scales", tensor.dtype, (outputs, count), matrix.scales),
+    )
+    values: list[ir.Value] = []
+    for label, dtype, shape, make in made:
+        lazy = made_when_written(label, dtype, ir.Shape(shape), make)
+        values.append(ir.Value(name=label, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy))
+        graph.initializers[label] = values[-1]
+    return values[0], values[1]
+
+
+def _is_both(weight: ir.Value) -> bool:
+    """Whether a matrix is multiplied with both as it is and transposed."""
+    found = {_weight_of(use.node) for use in weight.uses()}
+    return (weight, False) in found and (weight, True) in found
+
+
+def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, how: Quantization) -> None:
+    graph = node.graph  # the model's, or a branch
+    assert isinstance(graph, ir.Graph)
+    assert packed.shape is not None
+    tensor = _weight_of(node)
+    assert tensor is not None
+    weight, is_turned = tensor
+    assert weight.shape is not None
+    inputs = weight.shape[1] if is_turned else weight.shape[0]
+    attributes: dict[str, Any] = {"K": inputs, "N": packed.shape[0], "bits": how.bits, "block_size": how.block_size}
+    if how.accuracy_level:
+        attributes["accuracy_level"] = how.accuracy_level
+    product = ir.node("MatMulNBits", [node.inputs[0], packed, scales], attributes=attributes, domain=MICROSOFT)
+    made = [product]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        made.append(ir.node("Add", [product.outputs[0], bias]))
+    old, new = node.outputs[0], made[-1].outputs[0]
+    for value in (product.outputs[0], new):
+        value.type, value.shape = old.type, old.shape
+    new.name = old.name
+    graph.insert_before(node, made)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    turned = node.inputs[1]
+    assert turned is not None
+    graph.remove(node, safe=True)
+    producer = turned.producer()
+    if producer is not None and not turned.uses():
+        graph.remove(producer, safe=True)
+
+
+def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantization) -> int:
+    """Let lookups in a table that is a head's weight too read the head's blocks, so that it is stored once."""
+    if not _is_looked_up(table, how):
+        return 0
+    assert table.shape is not None
+    rows = int(table.shape.numpy()[0])
+    readers = [use.node for use in table.uses()]
+    for node in readers:
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        shape = ir.node("Constant", [], attributes={"value_ints": [rows, -1]})
+        flat = ir.node("Reshape", [packed, shape.outputs[0]])
+        attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
+        found = ir.node(
+            "GatherBlockQuantized",
+            [flat.outputs[0], node.inputs[1], scales],
+            attributes=attributes,
+            domain=MICROSOFT,
+        )
+        old, new = node.outputs[0], found.outputs[0]
+        new.type, new.shape, new.name = old.type, old.shape, old.name
+        graph.insert_before(node, [shape, flat, found])
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    return len(readers)
+
+
+def _is_looked_up(table: ir.Value, how: Quantization) -> bool:
+    """Whether all that reads a table now are lookups of rows, which blocks can serve."""
+    assert table.shape is not None
+    width = table.shape[1] if len(table.shape) == 2 else None
+    fits = isinstance(width, int) and width % how.block_size == 0
+    return fits and all(use.node.op_type == "Gather" and _axis(use.node) == 0 for use in table.uses())
+
+
+def _tables_of_heads(model: ir.Model) -> set[str]:
+    """Names of matrices that are looked up and multiplied with."""
+    weights = [found[0] for node in model.graph.all_nodes() if (found := _weight_of(node)) is not None and found[1]]
+    return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}
+
+
+def _size(value: ir.Value) -> int:
+    assert value.shape is not None
+    sizes = [int(size) for size in value.shape.numpy()]
+    return math.prod(sizes)
+
+
+def _drop_unread(graph: ir.Graph, names: list[str]) -> None:
+    for name in names:
+        value = graph.initializers.get(name)
+        if value is not None and not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def _axis(node: ir.Node) -> int:
+    attribute = node.attributes.get("axis")
+    return 0 if attribute is None else attribute.as_int()

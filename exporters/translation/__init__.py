@@ -1,0 +1,1 @@
+"""From a `torch.fx` graph to an ONNX model."""

@@ -1,0 +1,121 @@
+"""The ecosystem's names for the inputs, outputs and axes of an exported graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from gralora_fx.errors import ExportError
+from gralora_fx.tracing.inputs.input_trees import leaf_paths
+
+_TEXT = ("batch_size", "sequence_length")
+_DECODER = ("batch_size", "decoder_sequence_length")
+_ENCODED = ("batch_size", "encoder_sequence_length", "hidden_size")
+_PAST = ("batch_size", "num_key_value_heads", "past_sequence_length", "head_size")
+AXES: Mapping[str, tuple[str, ...]] = {
+    "input_ids": _TEXT,
+    "attention_mask": _TEXT,
+    "token_type_ids": _TEXT,
+    "position_ids": _TEXT,
+    "inputs_embeds": _TEXT,
+    "decoder_input_ids": _DECODER,
+    "decoder_attention_mask": _DECODER,
+    "encoder_hidden_states": _ENCODED,
+    "encoder_attention_mask": _ENCODED,
+    "pixel_values": ("batch_size", "num_channels", "height", "width"),
+    "input_features": ("batch_size", "feature_size", "frames"),
+}
+
+
+def name_axes(model: ir.Model) -> None:
+    """Give the symbolic axes of a graph the names that tools look for.
+
+    Before: `input_ids [s72, s53] -> logits [s72, 5]`
+    After:  `input_ids [batch_size, sequence_length] -> logits [batch_size, 5]`
+
+    Args:
+        model: The model; its values are renamed in place.
+    """
+    names: dict[str, str] = {}
+    has_cache = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
+    for value in model.graph.inputs:
+        for axis, symbol in enumerate(_symbols(value)):
+            if symbol is not None and not symbol.isdigit() and symbol not in names:
+                names[symbol] = _axis_name(str(value.name), axis, names.values(), has_cache=has_cache)
+    inner = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
+    for found in (*model.graph.inputs, *inner, *model.graph.outputs):
+        _rename(found, names)
+
+
+def input_names(inputs: Mapping[str, Any]) -> list[str]:
+    """The names that a graph's inputs get, in order: `images.0`, `options.scales.left`.
+
+    Args:
+        inputs: What it was traced with, by name.
+
+    Raises:
+        ExportError: Two inputs would have one name.
+    """
+    paths = [path for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ExportError(f"two nested inputs of the model are called {twice!r}; name their keys without dots")
+    return paths
+
+
+def name_outputs(model: ir.Model) -> None:
+    """Name the outputs of a plain module `output`, or `output_0` and on; those of a transformers model are named.
+
+    They are called `result` where an input has such a name.
+
+    Args:
+        model: The model; its outputs are renamed in place.
+    """
+    outputs = model.graph.outputs
+    taken = {value.name for value in model.graph.inputs}
+    stem = "output" if taken.isdisjoint({"output", *(f"output_{index}" for index in range(len(outputs)))}) else "result"
+    for index, value in enumerate(outputs):
+        if not value.name or not str(value.name).isidentifier():
+            value.name = stem if len(outputs) == 1 else f"{stem}_{index}"
+
+
+def _axis_name(name: str, axis: int, taken: Collection[str], *, has_cache: bool = False) -> str:
+    if name.startswith("past_key_values."):
+        return _PAST[axis]
+    if has_cache and name == "attention_mask" and axis == 1:
+        return "total_sequence_length"
+    own = f"{name}_axis_{axis}"
+    if name not in AXES:  # another symbol: its rows need not be as many
+        return "batch_size" if axis == 0 and "batch_size" not in taken else own
+    known = AXES[name]
+    return known[axis] if axis < len(known) else own
+
+
+def _symbols(value: ir.Value) -> list[str | None]:
+    if value.shape is None:
+        return []
+    return [_symbol(dim) for dim in value.shape]
+
+
+def _symbol(dim: object) -> str | None:
+    """The text of a symbolic axis, a sum with its terms in order; None for a number."""
+    text = dim.value if isinstance(dim, ir.SymbolicDim) else None
+    return None if text is None else " + ".join(sorted(text.split(" + ")))
+
+
+def _rename(value: ir.Value, names: Mapping[str, str]) -> None:
+    if value.shape is None or value.const_value is not None:
+        return
+    dims: list[int | str | None] = []
+    for dim in value.shape:
+        symbol = _symbol(dim)
+        if symbol is None:
+            dims.append(dim if isinstance(dim, int) else None)
+        elif symbol.isdigit():  # an axis that turned out to be fixed
+            dims.append(int(symbol))
+        else:
+            dims.append(names.get(symbol) or " + ".join(names.get(term, term) for term in symbol.split(" + ")))
+    value.shape = ir.Shape(dims)

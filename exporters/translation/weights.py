@@ -1,0 +1,115 @@
+"""Weights of a graph as tensors of an ONNX model; those that are made when they are read stay so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+from gralora_fx.sources.lazy_tensors import values_of
+
+_WRITTEN_AT_ONCE = 2**24  # bytes
+
+
+def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
+    """A parameter as an initializer's value, which shares its memory or is made when it is written.
+
+    Args:
+        name: Name of the initializer.
+        tensor: The parameter; on the meta device it has a source (see `gralora_fx.sources.lazy_tensors`).
+    """
+    if not tensor.is_meta:
+        return TorchTensor(tensor.detach(), name=name)
+    shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
+    return made_when_written(name, dtype, shape, lambda: TorchTensor(values_of(tensor, name).contiguous()))
+
+
+def made_when_written(
+    name: str, dtype: ir.DataType, shape: ir.Shape, make: Callable[[], ir.TensorProtocol]
+) -> ir.LazyTensor:
+    """A tensor whose values a function makes whenever they are read, and which nothing keeps.
+
+    Args:
+        name: Name of the tensor.
+        dtype: Dtype of the values.
+        shape: Shape of the values.
+        make: Makes the values.
+    """
+
+    def values() -> ir.TensorProtocol:
+        with torch.no_grad():
+            return make()
+
+    return ir.LazyTensor(values, dtype=dtype, shape=shape, name=name)
+
+
+class Columns(ir.LazyTensor):
+    """Matrices side by side, put together when they are read; who can do with one at a time takes the parts.
+
+    Attributes:
+        parts: What stands side by side, of one dtype.
+    """
+
+    def __init__(self, name: str, parts: Sequence[ir.TensorProtocol]) -> None:
+        """Read nothing yet.
+
+        Args:
+            name: Name of the whole.
+            parts: Tensors that differ in their last axis only.
+        """
+        self.parts = tuple(parts)
+        first, widths = self.parts[0], [int(part.shape.numpy()[-1]) for part in self.parts]
+        shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
+
+        def whole() -> ir.TensorProtocol:
+            """One part after the other, so that no more than one is in memory beside the whole."""
+            values = np.empty(shape.numpy(), first.dtype.numpy())
+            for part, end, width in zip(self.parts, np.cumsum(widths), widths, strict=True):
+                values[..., end - width : end] = part.numpy()
+            return ir.tensor(values, dtype=first.dtype)
+
+        super().__init__(whole, dtype=first.dtype, shape=shape, name=name)
+
+
+class Turned(ir.LazyTensor):
+    """A matrix transposed: no copy of the whole is made, neither where it is read nor where it is written."""
+
+    def __init__(self, name: str | None, matrix: ir.TensorProtocol) -> None:
+        """Read nothing yet.
+
+        Args:
+            name: Name of the transposed matrix.
+            matrix: `[rows, columns]`.
+        """
+        shape = ir.Shape(list(reversed(matrix.shape.numpy())))
+        super().__init__(lambda: ir.tensor(matrix.numpy().T, dtype=matrix.dtype), matrix.dtype, shape, name=name)
+
+    def tofile(self, file: Any) -> None:
+        """Write the values to a binary file, some rows after the other."""
+        values = self.numpy()
+        step = max(1, _WRITTEN_AT_ONCE // max(1, values[:1].nbytes))
+        for start in range(0, len(values), step):
+            file.write(values[start : start + step].tobytes())
+
+
+def parts_of(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:
+    """The matrices that one was joined of, side by side; itself where it is one."""
+    return tensor.parts if isinstance(tensor, Columns) else (tensor,)
+
+
+def unless_weight(node: ir.Node) -> bool | None:
+    """Whether constants may be folded at a node: not where a weight is transposed, which would be stored twice.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        False for such a node, else None, which leaves it to the folding.
+    """
+    source = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+    return False if source is not None and source.is_initializer() else None

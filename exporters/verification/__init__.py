@@ -1,0 +1,1 @@
+"""Comparison of an export with its model: inputs, tokens, references, tolerances."""

@@ -1,0 +1,67 @@
+"""An export as ONNX Runtime's CPU provider can compute it exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gralora_fx.exporters.artifact.staging import require_space
+from gralora_fx.exporters.translation.weights import made_when_written
+from gralora_fx.runtime.session import check_external_data
+
+_IN_FLOAT32 = 1  # the accuracy level
+
+
+def write_float32_twin(directory: Path, target: Path) -> None:
+    """Write a graph that computes in float32 where another does in bfloat16, or multiplies by int8.
+
+    The weights keep the values that they were rounded to. The CPU provider has no bfloat16 kernel for multiplications,
+    attention or elementwise operators; and what a quantized operator loses by rounding activations would hide what is
+    wrong with the weights. The twin tells whether the graph and the weights are right.
+
+    Args:
+        directory: An export directory.
+        target: Where to write its models and their data.
+
+    Raises:
+        ExportError: Weights lie outside the directory, or the disk has no room.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(directory.glob("*.onnx")):
+        check_external_data(path)
+        model = ir.load(path)
+        _in_float32(model)
+        weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+        require_space(target, sum(tensor.nbytes for tensor in weights))
+        ir.save(model, target / path.name, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+
+
+def _in_float32(model: ir.Model) -> None:
+    for value in _values(model):
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.dtype = ir.DataType.FLOAT
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:
+            value.const_value = _as_float32(tensor)
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _IN_FLOAT32)
+        for name, attribute in list(node.attributes.items()):
+            if name in ("to", "dtype") and attribute.value == ir.DataType.BFLOAT16:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
+                node.attributes[name] = ir.AttrTensor(name, _as_float32(attribute.as_tensor()))
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    made = [value for node in model.graph.all_nodes() for value in node.outputs]
+    return [*model.graph.inputs, *model.graph.initializers.values(), *made]
+
+
+def _as_float32(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    shape = ir.Shape(tensor.shape.numpy())
+    return made_when_written(
+        tensor.name or "", ir.DataType.FLOAT, shape, lambda: ir.tensor(tensor.numpy().astype("float32"))
+    )

@@ -1,0 +1,131 @@
+"""Whether the adapters that an export was made with are those that are given to verify it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from gralora_fx.adapters.checkpoint import read_adapter, tensors_digest
+from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.artifact.manifest import describe_adapters
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.passes.adapter_paths import CHECKPOINT_SUFFIX, FACTOR_NAMES
+from gralora_fx.tracing.traced_model import TracedModel
+
+_SCALES = ("r", "hybrid_r", "alpha", "gralora_k", "rank_pattern", "alpha_pattern", "gralora_k_pattern")
+_FACTORS = tuple(f".{name}{CHECKPOINT_SUFFIX[field]}" for field, name in FACTOR_NAMES.items())
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_active_adapters(manifest: Mapping[str, Any], origin: str, model: TracedModel | GraloraModel) -> None:
+    """Refuse to compare an export with a model whose active adapters are not those that were exported.
+
+    Args:
+        manifest: The export's manifest.
+        origin: Its directory, for messages.
+        model: The model to compare it with.
+
+    Raises:
+        ExportError: They differ; the message names both.
+    """
+    exported, active = _entries(manifest), describe_adapters(model)
+    if _digests(exported) == _digests(active):
+        return
+    found = f"the given model has {_all(active)} active" if active else "the given model has no active adapter"
+    if not exported:
+        raise ExportError(f"{origin} was exported without an adapter, but {found}; deactivate it (disable_adapter)")
+    raise ExportError(f"{origin} was exported with {_all(exported)}, but {found}; give the model that was exported")
+
+
+def check_given_adapter(manifest: Mapping[str, Any], origin: str, adapter: str | None) -> None:
+    """Refuse an adapter directory that is not what was exported, before a base is loaded.
+
+    Args:
+        manifest: The export's manifest.
+        origin: Its directory, for messages.
+        adapter: Directory or hub id of the adapter that is given, or None.
+
+    Raises:
+        ExportError: The export has an adapter and none is given, or the other way round, or it is another one.
+        ConfigError: The given adapter's configuration is missing or invalid.
+        CheckpointError: Its tensors cannot be read.
+    """
+    exported = _entries(manifest)
+    if len(exported) > 1:
+        raise ExportError(
+            f"{origin} was exported with {_all(exported)}, and a command takes one adapter; compare it in Python, with "
+            "verify_onnx and a model where all of them are active"
+        )
+    if not exported:
+        if adapter is not None:
+            raise ExportError(f"{origin} was exported without an adapter; leave --adapter {adapter} out")
+        return
+    name, entry = next(iter(exported.items()))
+    if adapter is None:
+        raise ExportError(f"{origin} was exported with {_one(name, entry)}; give its directory with --adapter")
+    config, tensors = read_adapter(adapter)
+    differing = [
+        f"{field}={getattr(config, field)!r} instead of {entry['config'][field]!r}"
+        for field in _SCALES
+        if field in entry["config"] and getattr(config, field) != entry["config"][field]
+    ]
+    if not differing and entry.get("sha256") in _possible_digests(config, tensors):
+        return
+    why = ", ".join(differing) or "its tensors have another SHA-256"
+    raise ExportError(f"{origin} was exported with {_one(name, entry)}, and {adapter} is another one: {why}")
+
+
+def _entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The adapters of a manifest that are described as this package describes them."""
+    found = manifest.get("adapters")
+    items = found.items() if isinstance(found, dict) else ()
+    return {str(name): e for name, e in items if isinstance(e, dict) and isinstance(e.get("config"), dict)}
+
+
+def _digests(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return sorted(str(entry.get("sha256")) for entry in entries.values())
+
+
+def _all(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    return " and ".join(_one(name, entry) for name, entry in entries.items())
+
+
+def _one(name: str, entry: Mapping[str, Any]) -> str:
+    """An adapter by its name, sizes, base and digest."""
+    config = entry["config"]
+    sizes = ", ".join(f"{field}={config[field]}" for field in _SCALES[:4] if field in config)
+    base = config.get("base_model_name_or_path")
+    made_for = f", made for {base}" if base else ""
+    return f"the adapter {name!r} ({sizes}{made_for}, SHA-256 {str(entry.get('sha256'))[:12]})"
+
+
+def _possible_digests(config: GraloraConfig, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The digests that a manifest may have for a file: a model holds its tensors in a dtype of its own.
+
+    It also leaves out what only repeats the base: PEFT's copy of an adapted head's weight, or of an embedding.
+    """
+    saved = config.saved_module_names
+    biases = (".bias",) if config.bias != "none" else ()
+    kept = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key.endswith((*_FACTORS, *biases)) or any(_is_under(key, module) for module in saved)
+    }
+    found = set()
+    for part in (tensors, kept):
+        for dtype in (None, *_DTYPES):
+            cast = {key: (tensor if dtype is None else tensor.to(dtype)).contiguous() for key, tensor in part.items()}
+            found |= {tensors_digest(cast, config), hashlib.sha256(save(cast, metadata={"format": "pt"})).hexdigest()}
+    return found
+
+
+def _is_under(key: str, module: str) -> bool:
+    """Whether a key is of a tensor in a module that PEFT would save by this name: one that ends with it."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))

@@ -1,0 +1,293 @@
+"""Adapters of a traced model: which are active, which are merged, and the switches between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from gralora_fx.adapters.base import Base
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.running import RunningGraph
+from gralora_fx.adapters.state import Running
+from gralora_fx.errors import ConfigError, MergeError, RewriteError
+from gralora_fx.graph.shared_memory import overlapping
+from gralora_fx.graph.user_pass import GraphPass
+from gralora_fx.methods.gralora import Factors
+from gralora_fx.passes.adapter_paths import drop
+from gralora_fx.passes.fold_weights import (
+    SiteUpdate,
+    check_foldable,
+    fold_in_place,
+    folded_weights,
+    refuse_shared,
+    replace_values,
+    shared_sites,
+)
+from gralora_fx.planning.rewrite_plan import RewritePlan
+
+
+class AdapterGraph(RunningGraph):
+    """The changes of state; each leaves it complete, or as it was after an error."""
+
+    def _begin(self, base: Base) -> None:
+        super()._begin(base)
+        self._spare: dict[str, Tensor] = {}  # memory of merged weights that nobody reads any more
+        self._before: tuple[Running, int] | None = None  # what ran before it was disabled, and `_edits` then
+        self._depth = 0  # of disabling blocks
+
+    # -- adding and switching ---------------------------------------------------------------------------------------
+
+    def add(self, name: str, planned: RewritePlan, *, factors: Mapping[str, Factors] | None = None) -> None:
+        """Store a new adapter, with given tensors or fresh ones; the first one becomes active."""
+        with self._lock:
+            if name in self.adapters:
+                raise ConfigError(f"adapter {name!r} exists already; delete it first or take another name")
+            with_bias = [other for other, adapter in self.adapters.items() if adapter.config.bias != "none"]
+            if planned.config.bias != "none" and with_bias:
+                raise ConfigError(
+                    f"adapter {with_bias[0]!r} trains biases already, and only one adapter may; set bias='none'"
+                )
+            self.refuse_merged("add an adapter")
+            is_first = not self.adapters
+            try:
+                adapter = InstalledAdapter.create(self.base.tree, name, planned, self.traced.tree, factors)
+                adapter.requires_grad_(is_first)
+                self.adapters = {**self.adapters, name: adapter}
+                if is_first:
+                    self._make(active=(name,))
+            except BaseException:
+                self._drop(name)
+                raise
+            self._show_adapters()
+
+    def switch(self, names: Sequence[str]) -> None:
+        """Make these adapters active and let them train, and no others."""
+        with self._lock:
+            for name in names:
+                self[name]
+            self.refuse_merged("switch adapters")
+            if self._depth:
+                raise RewriteError("cannot switch adapters within disable_adapter(), which sets those before it again")
+            self.refuse_shared_copies(names)
+            if tuple(names) != self.state.active:
+                self._make(active=tuple(names))
+            for name, adapter in self.adapters.items():
+                adapter.requires_grad_(name in names)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base's graph while the block lasts; the last of several blocks, in whatever thread, ends it."""
+        with self._lock:
+            if not self._depth:
+                before = self.running, self._edits
+                self._make(active=(), merged=(), weights={}, unties=False)
+                self._before = before
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if not self._depth:
+                    self._enable()
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter that is not active, and its tensors."""
+        with self._lock:
+            self[name]
+            if name in self.state.active:
+                raise RewriteError(f"adapter {name!r} is active; set another one before deleting it")
+            self._drop(name)
+
+    def discard(self, name: str) -> None:
+        """Remove an adapter, active or not: one whose making failed."""
+        with self._lock:
+            if name in self.state.active:
+                self._make(active=tuple(other for other in self.state.active if other != name))
+            self._drop(name)
+
+    def clear(self) -> None:
+        """Remove every adapter and every pass: the graph is the base's again, node for node."""
+        with self._lock:
+            self._make(active=(), merged=(), weights={}, unties=False, passes=())
+            for name in list(self.adapters):
+                self._drop(name)
+            self._spare = {}
+
+    def add_pass(self, graph_pass: GraphPass) -> None:
+        """Run a pass over the graph, now and whenever it is made."""
+        with self._lock:
+            self._make(passes=(*self.state.passes, graph_pass))
+            self._edits += 1
+
+    def remove_pass(self, graph_pass: GraphPass) -> None:
+        """Take back a pass that was added."""
+        with self._lock:
+            passes = self.state.passes
+            if graph_pass not in passes:
+                raise RewriteError(f"{graph_pass!r} is no pass of this model; there are {list(passes)}")
+            index = passes.index(graph_pass)
+            self._make(passes=(*passes[:index], *passes[index + 1 :]))
+            self._edits += 1
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def mergeable(self, names: Sequence[str] | None, *, again: bool = False) -> list[str]:
+        """The adapters to merge: those named, or the active ones; without those merged, or with them (`again`)."""
+        state = self.state
+        done = () if again else state.merged
+        chosen = [name for name in state.active if name not in done] if names is None else list(names)
+        for name in chosen:
+            self[name]
+            if chosen.count(name) > 1:
+                raise MergeError(f"adapter {name!r} is named twice, and would be folded twice; name it once")
+            if name in done:
+                raise MergeError(f"adapter {name!r} is merged already; unmerge first")
+            if name not in state.active:
+                raise MergeError(f"adapter {name!r} is not active, so merging it would change the output; set it first")
+        if not chosen:
+            raise MergeError("there is no active adapter left to merge")
+        return chosen
+
+    def merge(self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False) -> None:
+        """Fold active adapters into copies of the weights; their nodes leave the graph."""
+        with self._lock:
+            state, chosen = self.state, self.mergeable(names)
+            merged = (*state.merged, *chosen)
+            sites = [entry.site for entry in self.updates(merged)]
+            check_foldable(self.traced.graph_module, sites)
+            if not untie:
+                refuse_shared(self.traced.graph_module, [s for s in sites if s.path not in state.weights])
+            weights = self._folded(merged, safe=safe)
+            self._make(merged=merged, weights=weights, unties=untie or state.unties)
+            self._spare = {}
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back and the adapters' nodes into the graph; the memory waits for a next merge."""
+        with self._lock:
+            retired = self.running
+            if not retired.state.merged:
+                raise MergeError("nothing is merged, so there is nothing to unmerge")
+            self._make(merged=(), weights={}, unties=False)
+            if not retired.is_lent and not self._readers.is_read:
+                self._spare = {path: weight.data for path, weight in retired.state.weights.items()}
+
+    def fold_into_base(
+        self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False
+    ) -> dict[str, nn.Parameter]:
+        """Fold adapters and their copies of parameters into the base's own parameters.
+
+        All that can be wrong is looked for before the first one changes.
+
+        Returns:
+            The folded weights of layers that share theirs (`untie`), by site path; the base keeps its own there.
+        """
+        with self._lock:
+            chosen = self.mergeable(names, again=True)
+            graph_module, work = self.traced.graph_module, self.updates(chosen)
+            copies = self._settled_copies(chosen)
+            shared = shared_sites(graph_module, [entry.site for entry in work]) if untie else {}
+            tied = [entry for entry in work if entry.site.path in shared]
+            weights = folded_weights(graph_module, tied, safe=safe, untie=True)
+            fold_in_place(graph_module, [entry for entry in work if entry not in tied], safe=safe)
+            replace_values(copies)
+            return weights
+
+    def _settled_copies(self, names: Sequence[str]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The base's parameters of which adapters train copies, with copies of those."""
+        tree = self.traced.tree
+        memory = overlapping(tree.parameters)
+        found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for name in names:
+            for module, owned in self.adapters[name].copies.items():
+                for base, parameter in owned.items():
+                    outside = [
+                        n for n in (*tree.names_of(tree.parameters[base]), *memory.get(base, ())) if n not in owned
+                    ]
+                    if outside:
+                        raise MergeError(
+                            f"{base} of {module} is tied with {', '.join(outside)}, which would change too; "
+                            "use gralora_fx.merge, which leaves the base as it is"
+                        )
+                    found[id(tree.parameters[base])] = tree.parameters[base], parameter.detach().clone()
+        return list(found.values())
+
+    def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
+        """The weight updates of adapters, site by site."""
+        chosen = [self[name] for name in names]
+        return [
+            SiteUpdate(site, updates)
+            for site in self.traced.sites
+            if (updates := tuple(a.update(site.path) for a in chosen if site.path in a.factors))
+        ]
+
+    def refuse_merged(self, what: str) -> None:
+        """Refuse a change that needs the base's own weights."""
+        if merged := self.state.merged:
+            raise MergeError(f"cannot {what} while {', '.join(merged)} is merged; call unmerge_adapter() first")
+
+    def refuse_shared_copies(self, names: Sequence[str]) -> None:
+        """Refuse adapters of which two train copies of one parameter, or one adapts what another trains as a copy."""
+        owners: dict[int, tuple[str, str]] = {}
+        for name in names:
+            for module, owned in self.adapters[name].copies.items():
+                for base in owned:
+                    parameter = id(self.traced.tree.parameters[base])
+                    other, _ = owners.setdefault(parameter, (name, module))
+                    if other != name:
+                        raise RewriteError(
+                            f"adapters {other!r} and {name!r} both train a copy of {module}; set one of them"
+                        )
+        for name in names:
+            for planned in self.adapters[name].plan.selected:
+                other, module = owners.get(id(planned.site.weight), (name, ""))
+                if other != name:
+                    raise RewriteError(
+                        f"adapter {name!r} adapts {planned.site.path}, of which adapter {other!r} trains a copy; "
+                        "set one of them"
+                    )
+
+    # -- after tensors changed --------------------------------------------------------------------------------------
+
+    def keep_up(self) -> None:
+        """Make the graph anew where tensors that it was made from were replaced, converted or written."""
+        with self._lock:
+            state = self.state
+            if not (self.base.is_current and self._is_valid(self.running)):
+                self._make(weights=self._folded(state.merged) if state.merged else {})
+
+    # -- within -----------------------------------------------------------------------------------------------------
+
+    def _folded(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
+        """Weights with adapters folded into them, in spare memory where there is some."""
+        work = self.updates(names)
+        spare = {
+            entry.site.path: memory
+            for entry in work
+            if (memory := self._spare.get(entry.site.path)) is not None
+            and (memory.shape, memory.dtype, memory.device)
+            == (entry.site.weight.shape, entry.site.weight.dtype, entry.site.weight.device)
+        }
+        return folded_weights(self.traced.graph_module, work, spare=spare, safe=safe, untie=True)
+
+    def _enable(self) -> None:
+        """Let what ran before the disabling blocks run again; without adapters that were deleted in them."""
+        assert self._before is not None
+        (before, edits), self._before = self._before, None
+        is_same_mode = before.state.training == self.state.training
+        if edits == self._edits and is_same_mode and self.base.is_current and self._is_valid(before):
+            self.running = before
+            return
+        active, merged = (
+            tuple(name for name in names if name in self.adapters)
+            for names in (before.state.active, before.state.merged)
+        )
+        weights = self._folded(merged) if merged else {}
+        self._make(active=active, merged=merged, weights=weights, unties=before.state.unties)
+
+    def _drop(self, name: str) -> None:
+        drop(self.base.tree, name)
+        self.adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
+        self._show_adapters()

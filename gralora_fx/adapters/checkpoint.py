@@ -1,0 +1,308 @@
+"""PEFT-format adapter files: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.config import CONFIG_NAME, GraloraConfig
+from gralora_fx.config.reading import read_fields
+from gralora_fx.errors import CheckpointError, shown, warn_caller
+from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.passes.adapter_paths import CHECKPOINT_SUFFIX, FACTOR_NAMES
+from gralora_fx.planning.targets import exact_targets, resolve_targets
+from gralora_fx.sources.atomic_save import Writer, read_together, save_together
+from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.lazy_tensors import values_of
+from gralora_fx.tracing.traced_model import TracedModel
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLE_NAME = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT does not look at
+_SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+_PATTERNS = ("rank_pattern", "alpha_pattern", "gralora_k_pattern")
+_SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *_PATTERNS)
+
+
+def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[GraloraConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of a saved adapter.
+
+    Args:
+        directory: Local directory or hub id.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: The configuration is missing or invalid.
+        CheckpointError: The tensors are missing, a pickle, or cannot be read.
+    """
+    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
+    config = GraloraConfig.from_fields(fields, str(path / CONFIG_NAME))
+    _check_sizes(config, sizes, path)
+    return config, tensors
+
+
+def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """The fields of a configuration, the tensors, and the sizes that the tensors were saved with (empty: unknown)."""
+    fields = read_fields(config)
+    tensors, metadata = _read_weights(weights)
+    record = metadata.get(_SIZES)
+    try:
+        sizes = {} if record is None else json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{weights} has a damaged header ({error}); copy or save it again") from error
+    return fields, tensors, sizes if isinstance(sizes, dict) else {}
+
+
+def _check_sizes(config: GraloraConfig, sizes: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a configuration beside tensors that were saved with other sizes or another scale.
+
+    Raises:
+        CheckpointError: They differ; every field is named.
+    """
+    differing = [
+        f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
+        for name, value in _sizes(config).items()
+        if name in sizes and sizes[name] != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{directory} holds the configuration of one adapter and the tensors of another: {'; '.join(differing)}; "
+            f"copy or save both files again, or put the value back if {CONFIG_NAME} was edited"
+        )
+
+
+def _sizes(config: GraloraConfig) -> dict[str, Any]:
+    """The fields that give tensors their meaning, and that their names and shapes alone would not show."""
+    return {name: getattr(config, name) for name in _SIZE_FIELDS}
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: There is no such file, or it is truncated or no safetensors file.
+    """
+    if not path.is_file():
+        if (path.parent / _PICKLE_NAME).is_file():
+            raise CheckpointError(
+                f"{path.parent} holds {_PICKLE_NAME}, a pickle, which can run code when it is read; "
+                f"save the adapter again with PEFT to get {WEIGHTS_NAME}"
+            )
+        raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError) as error:  # PyTorch, which opens it again, has the last one
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); it is truncated or no safetensors file, so copy or save it again"
+        ) from error
+
+
+def base_names(keys: Iterable[str]) -> set[str]:
+    """The names that keys of PEFT's file have in the base, for those that hold a parameter's own copy.
+
+    Args:
+        keys: Keys of the file; those of adapter tensors name nothing there.
+    """
+    return {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in keys}
+
+
+def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
+    """Copy a checkpoint's tensors into an adapter's, all or none.
+
+    Args:
+        adapter: The adapter to fill.
+        tensors: Tensors by PEFT's keys.
+        tree: The modules of the base model.
+        origin: Where the tensors come from, for messages.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected, shapes differ, or values are not finite; all are named.
+    """
+    wanted = checkpoint_parameters(adapter)
+    tensors, extra = _meant(tensors, wanted, tree)
+    problems = [f"missing {key}" for key in wanted if key not in tensors] + extra
+    for key, tensor in tensors.items():
+        target = wanted[key]
+        if not isinstance(target, nn.Parameter):
+            problems.append(f"{key} is the result of a parametrization here, which cannot be written")
+        elif tensor.shape != target.shape:
+            problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(target.shape)}")
+        elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            problems.append(f"{key} is {tensor.dtype}, not a float tensor")
+        elif not bool(torch.isfinite(tensor.to(target.dtype)).all()):
+            problems.append(f"{key} holds values that are not finite")
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems[:20])
+        more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"{origin} does not fit the adapter {adapter.name!r}; check its configuration and base model:\n"
+            f"{listed}{more}"
+        )
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+
+
+def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse the state dict of a model whose adapter has other values by now.
+
+    Args:
+        adapter: The adapter.
+        state_dict: Tensors by the model's names.
+
+    Raises:
+        CheckpointError: A tensor is missing or differs.
+    """
+    for path, parameter in adapter.named_parameters():
+        given = state_dict.get(f"graph_module.{path}")
+        if given is None or given.shape != parameter.shape or not torch.equal(given.to(parameter), parameter):
+            raise CheckpointError(
+                f"the state dict has {'no' if given is None else 'other values of'} graph_module.{path}; load it into "
+                "the model first, or leave state_dict out"
+            )
+
+
+def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Path, traced: TracedModel) -> None:
+    """Write adapters so that PEFT loads them with the same meaning: all of them, or none after an error.
+
+    Shorthands are written out as PEFT writes them: `all-linear` becomes the list of adapted layers. So do targets with
+    `exclude_modules`, which PEFT does not read.
+
+    Args:
+        adapters: The adapters by the folder that each is written into; `""` is the directory itself.
+        directory: Where to write; made if it does not exist.
+        traced: The base model.
+
+    Raises:
+        CheckpointError: The directory cannot be written; what was there is there still.
+    """
+    save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
+    for adapter in adapters.values():
+        if patterns := [name for name in _PATTERNS if getattr(adapter.config, name)]:
+            warn_caller(
+                f"adapter {adapter.name!r} has {', '.join(patterns)}, which PEFT's GraLoRA does not read: what was "
+                "saved loads here, but not in PEFT; a sum of it alone, "
+                f"add_weighted_adapter([{adapter.name!r}], [1.0], <name>), does without"
+            )
+
+
+def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer]:
+    """What writes each file of an adapter."""
+    config = saved_config(adapter, traced)
+
+    def write_tensors(path: Path) -> None:
+        # a parameter with two names is written under both
+        parameters = sorted(checkpoint_parameters(adapter).items())
+        tensors = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in parameters}
+        try:
+            save_file(tensors, path, metadata=_metadata(config))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = _sorted_metadata(file.read(length))
+            file.seek(8)
+            file.write(header)
+
+    return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
+
+
+def _metadata(config: GraloraConfig) -> dict[str, str]:
+    return {"format": "pt", _SIZES: json.dumps(_sizes(config), sort_keys=True)}
+
+
+def _sorted_metadata(header: bytes) -> bytes:
+    """A safetensors file's header with its metadata in order: safetensors' own order is another each time."""
+    found = json.loads(header)
+    found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(len(header)) if len(text) <= len(header) else header
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], config: GraloraConfig) -> str:
+    """SHA-256 of the `adapter_model.safetensors` that an adapter's tensors and saved configuration make."""
+    copies = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in sorted(tensors.items())}
+    content = memoryview(save(copies, metadata=_metadata(config)))
+    end = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[:8])
+    digest.update(_sorted_metadata(bytes(content[8:end])))
+    digest.update(content[end:])
+    return digest.hexdigest()
+
+
+def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfig:
+    """An adapter's configuration as it is saved, its shorthands written out."""
+    config = adapter.config
+    source = config.base_model_name_or_path or traced.tokenizer_source
+    changes: dict[str, object] = {
+        "base_model_name_or_path": source,
+        "inference_mode": True,
+    }
+    if config.adapts_all_linear or config.exclude_modules:
+        changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+        changes["target_modules"] = exact_targets((p.site.path for p in adapter.plan.selected), traced.tree)
+    elif config.target_modules is None:
+        rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
+        changes["target_modules"] = rule.pattern or set(rule.names)
+    return config.changed(**changes)
+
+
+def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:
+    """An adapter's trainable tensors by the keys of PEFT's file."""
+    found: dict[str, Tensor] = {}
+    for site_path, factors in adapter.factors.items():
+        for field, tensor in factors._asdict().items():
+            if tensor is not None:
+                found[f"{_PREFIX}{site_path}.{FACTOR_NAMES[field]}{CHECKPOINT_SUFFIX[field]}"] = tensor
+    for module, owned in adapter.copies.items():
+        for base, parameter in owned.items():
+            is_layers_own = module in adapter.factors and base == f"{module}.bias"
+            name = f"{module}.base_layer.bias" if is_layers_own else base
+            found[f"{_PREFIX}{name}"] = parameter
+    return found
+
+
+def _meant(
+    tensors: Mapping[str, Tensor], wanted: Container[str], tree: ModuleTree
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file by the keys under which an adapter wants them, and what is wrong with the others.
+
+    PEFT repeats some: the weight of an adapted head, and with `bias="all"` the biases of a saved module, as
+    `<module>.original_module.bias` (the base's) and `<module>.modules_to_save.bias` (the trained one).
+    """
+    found = {key: tensor for key, tensor in tensors.items() if key in wanted}
+    problems = []
+    for key, tensor in tensors.items():
+        if key in wanted:
+            continue
+        short = (key.replace(".modules_to_save.", ".", 1), _SAVED_MODULE.sub(".", key, count=1))
+        target = next((name for name in short if name in wanted), None)
+        if target is None:
+            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+            base = tree.parameters.get(name)
+            if base is None:
+                problems.append(f"unexpected {key}")
+            elif not _repeats(tensor, values_of(base, name)):
+                problems.append(f"unexpected {key}, whose values are not those of the base's {name}")
+        elif not _repeats(tensor, found.setdefault(target, tensor)):
+            problems.append(f"unexpected {key}, whose values are not those of {target}")
+    return found, problems
+
+
+def _repeats(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor only repeats another, in its own dtype."""
+    return tensor.shape == other.shape and bool(torch.equal(other.cpu().to(tensor), tensor))

@@ -1,0 +1,101 @@
+"""What was folded into a model: each adapter's configuration and the digest of its tensors, as it was then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gralora_fx.adapters.checkpoint import checkpoint_parameters, saved_config, tensors_digest
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.errors import warn_caller
+from gralora_fx.tracing.traced_model import TracedModel
+
+
+def describe_folded(adapters: Iterable[InstalledAdapter], traced: TracedModel, *, own: bool) -> FoldedAdapters:
+    """What is folded into a model, by name.
+
+    Args:
+        adapters: The adapters.
+        traced: The model; what was merged into it before comes first, and keeps its name.
+        own: Whether the adapters leave the model, so that their tensors need not be copied.
+    """
+    entries: dict[str, Any] = {name: traced.merged_adapters[name] for name in traced.merged_adapters}
+    for adapter in adapters:
+        name, count = adapter.name, 1
+        while name in entries:
+            count += 1
+            name = f"{adapter.name}_{count}"
+        entries[name] = _Folded.of(adapter, traced, own=own)
+    return FoldedAdapters(entries)
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """An adapter as it was when it was folded: its tensors, and where its configuration comes from."""
+
+    adapter: InstalledAdapter
+    traced: TracedModel
+    tensors: Mapping[str, Tensor]
+
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, adapter: InstalledAdapter, traced: TracedModel, *, own: bool) -> _Folded:
+        tensors = {key: tensor.detach() for key, tensor in checkpoint_parameters(adapter).items()}
+        tensors = tensors if own else {key: tensor.clone() for key, tensor in tensors.items()}
+        return cls(adapter, traced, tensors, _versions(tensors))
+
+    def described(self) -> dict[str, Any]:
+        config = saved_config(self.adapter, self.traced)
+        digest: str | None = tensors_digest(self.tensors, config)
+        if self.versions != _versions(self.tensors):
+            warn_caller(
+                f"tensors of adapter {self.adapter.name!r} were written after it was folded into the model and taken "
+                "out, so the SHA-256 of what was folded is not known"
+            )
+            digest = None
+        return {"config": json.loads(config.to_json()), "sha256": digest}
+
+
+def _versions(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """How often each tensor was written, which an inference tensor does not count."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors.values())
+
+
+class FoldedAdapters(Mapping[str, dict[str, Any]]):
+    """Configuration and SHA-256 of `adapter_model.safetensors` of folded adapters, by name, as if they were saved.
+
+    They are worked out when they are first read: to hash an adapter takes as long as to fold it.
+    """
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        """Take descriptions, or what they are made of."""
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """The description of one."""
+        entry = self._entries[name]
+        if isinstance(entry, _Folded):
+            entry = self._entries[name] = entry.described()
+        described: dict[str, Any] = entry
+        return described
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        """As a dict."""
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What pickle and `copy.deepcopy` take: the descriptions."""
+        return FoldedAdapters, (dict(self),)

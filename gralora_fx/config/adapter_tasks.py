@@ -1,0 +1,57 @@
+"""Which task an adapter was trained for, by PEFT's task types."""
+
+from __future__ import annotations
+
+from gralora_fx.config import GraloraConfig
+from gralora_fx.config.tasks import check_task
+from gralora_fx.errors import ConfigError
+
+_PEFT_TASKS = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+# other tasks that an adapter of such a task type may be used for
+_ALIKE = {"SEQ_CLS": ("image-classification",), "SEQ_2_SEQ_LM": ("automatic-speech-recognition",)}
+_WITH_CACHE = ("text-generation", "text2text-generation", "automatic-speech-recognition")
+
+
+def with_past(task: str) -> str:
+    """The task with a cache, of one that has such a task."""
+    return f"{task}-with-past" if task in _WITH_CACHE else task
+
+
+def asked_task(adapter: str | None, task: str | None, *, with_cache: bool) -> str | None:
+    """The task that `load_traced` will trace for, as far as it is known without the base.
+
+    Args:
+        adapter: PEFT-format adapter, or None.
+        task: Task name, or None.
+        with_cache: As for `load_traced`.
+    """
+    if task is not None or adapter is None:
+        return task
+    own = _PEFT_TASKS.get(GraloraConfig.from_pretrained(adapter).task_type or "")
+    return with_past(own) if with_cache and own else own
+
+
+def task_of(config: GraloraConfig, task: str | None, adapter: str) -> str | None:
+    """The task that is asked for, which has to be one that the adapter was trained for; or the adapter's own.
+
+    Raises:
+        ConfigError: The adapter was trained for another task.
+        TraceError: The task is unknown.
+    """
+    own = _PEFT_TASKS.get(config.task_type or "")
+    if task is None or own is None:
+        return task or own
+    check_task(task)
+    if task.removesuffix("-with-past") in (own, *_ALIKE.get(config.task_type or "", ())):
+        return task
+    raise ConfigError(
+        f"the adapter {adapter} was trained for task_type {config.task_type}, which is --task {own}, not {task}; "
+        f"give --task {own}, or another adapter"
+    )

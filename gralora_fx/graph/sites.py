@@ -1,0 +1,323 @@
+"""Linear call sites: where a graph multiplies an activation by a weight parameter."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from gralora_fx.graph.module_tree import ModuleTree, module_stack
+from gralora_fx.graph.subgraph_calls import note_weight, noted_weights, operands_of, weight_operands
+from gralora_fx.graph.weight_views import Origin, origin_of, readers, tensor_at
+
+Kind = Literal["linear", "conv1d", "functional"]
+
+_aten = torch.ops.aten
+_LINEAR = {_aten.linear.default, torch.nn.functional.linear}
+_ADDMM = {_aten.addmm.default, torch.addmm}
+_MATMUL = {_aten.matmul.default, _aten.mm.default, torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear layer of the model, with every place in the graph that calls it.
+
+    Attributes:
+        path: Innermost module path of the calls, such as `model.layers.0.self_attn.q_proj`.
+        kind: `"linear"` (weight `[out, in]`), `"conv1d"` (weight `[in, out]`), or `"functional"` for a call whose
+            weight no linear layer owns (weight `[out, in]`).
+        in_features: Width of the input.
+        out_features: Width of the output.
+        weight: The parameter itself.
+        bias: The bias parameter, or None.
+        calls: Names of the nodes that compute `x @ weight`; empty if the traced forward never calls the layer.
+        tied_with: Other names under which the model holds the same weight.
+    """
+
+    path: str
+    kind: Kind
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    calls: tuple[str, ...]
+    tied_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One node that multiplies an input by a weight.
+
+    Attributes:
+        node: The node whose value is `input @ weight` (with the bias, if the operator adds it).
+        input: The activation, `[..., in]`.
+        weight: The `get_attr` node of the weight, or the node that computes it.
+        bias: The `get_attr` node of the bias, or None.
+        stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
+        rows: First output feature of the call and the one after its last, where it uses a part of the weight only, as
+            `nn.MultiheadAttention` does with its `in_proj_weight`; None where it uses the whole.
+        operand: Where a branch or a loop makes the call: the position of the weight among the operands of the node
+            that runs it. The input is that node's then, and not the layer's.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    stored_transposed: bool
+    rows: tuple[int, int] | None = None
+    operand: tuple[int, int] | None = None
+
+
+def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | None:
+    """Recognise `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, with `w` a parameter, its transpose or some rows.
+
+    Args:
+        node: Any node of a graph.
+        computed: Whether to recognise `linear(x, w, b)` with any other `w` too, as parametrizations make it.
+
+    Returns:
+        The call, or None where the node is no such call.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return None
+    operands: list[object] = [*node.args, *node.kwargs.values()]
+    bias: object = None
+    if node.target in _LINEAR and len(operands) in (2, 3):
+        x, operand, bias = operands if len(operands) == 3 else (*operands, None)
+        multiplies_transpose = True
+    elif node.target in _ADDMM and len(operands) == 3:
+        bias, x, operand = operands
+        multiplies_transpose = False
+    elif node.target in _MATMUL and len(operands) == 2:
+        x, operand = operands
+        multiplies_transpose = False
+    else:
+        return None
+    weight = origin_of(operand)
+    if weight is None and computed and multiplies_transpose and isinstance(operand, fx.Node):
+        weight = Origin(operand)
+    if not isinstance(x, fx.Node) or weight is None:
+        return None
+    stored_transposed = multiplies_transpose == weight.is_transposed
+    if weight.rows is not None and stored_transposed:
+        return None
+    bias_origin = origin_of(bias)
+    bias_node = None if bias_origin is None else bias_origin.node
+    return LinearCall(node, x, weight.node, bias_node, stored_transposed, weight.rows)
+
+
+def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
+    """Every linear layer of the model, in the order of its modules, with the calls that the graph makes to it.
+
+    A layer called several times is one site; one that the traced forward never calls is a site without calls, so that
+    adapters and checkpoints cover the same layers as in the module world.
+
+    Args:
+        graph_module: The traced graph.
+        tree: The modules of the model it was traced from.
+    """
+    tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
+    weights = {call: tensors.get(str(call.weight.target)) for call in _calls(graph_module)}
+    weights |= {
+        call: weight
+        for call in _subgraph_calls(graph_module)
+        if _layer_of(weight := tensors.get(str(call.weight.target)), tree)
+    }
+    calls = {call: w for call, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
+    called = {path for call in calls if (path := _innermost(call, tree)) in tree.linear}
+    groups: dict[tuple[str, int, bool], list[LinearCall]] = {}
+    for call, weight in calls.items():
+        groups.setdefault((_owner(call, weight, tree, called), id(weight), call.stored_transposed), []).append(call)
+    found: dict[str, LinearSite] = {}
+    shared_paths = [path for path, _, _ in groups]
+    for (path, _, _), group in groups.items():
+        weight = calls[group[0]]
+        own_bias = f"{path}.bias" if path in tree.linear else ""  # added after the product, as Falcon's layers do
+        bias_name = group[0].bias.target if group[0].bias is not None else own_bias
+        name = path
+        if path not in tree.linear and (not path or shared_paths.count(path) > 1):
+            name = _weight_name(path, weight, tree)
+        if name in found:  # one weight used both ways round
+            name = f"{name}.T"
+        found[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
+        for call in group:
+            if call.operand is not None:
+                note_weight(call.node, name, call.operand)
+    for path, group in _computed_calls(graph_module, tree, found).items():
+        original = _original(path, group[0], tree)
+        if original is not None:
+            found[path] = _site(path, original, tree.parameters.get(f"{path}.bias"), group, tree)
+    for path in tree.linear - set(found):
+        own = tree.parameters.get(f"{path}.weight", _original(path, None, tree))
+        if own is not None and own.ndim == 2:
+            found[path] = _site(path, own, tree.parameters.get(f"{path}.bias"), [], tree)
+    order = {path: index for index, path in enumerate(tree.types)}
+    ranked = sorted(found, key=lambda path: order.get(path, order.get(path.rpartition(".")[0], len(order))))
+    return tuple(found[path] for path in ranked)
+
+
+def names_of_site(site: LinearSite, tree: ModuleTree) -> tuple[str, ...]:
+    """The names by which a configuration can name a site: its path, and a functional call's weight too."""
+    weights = tree.names_of(site.weight) if site.kind == "functional" else ()
+    return tuple(dict.fromkeys((site.path, *weights)))
+
+
+def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, tuple[str, ...]]:
+    """Names of the nodes that read a site's weight other than by calling the layer, such as a tied embedding.
+
+    Args:
+        graph_module: The graph that the sites were found in.
+        sites: The sites.
+
+    Returns:
+        Names by the site's path, empty where nothing else reads the weight.
+    """
+    sources: dict[int, list[fx.Node]] = {}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
+    found = {}
+    for site in sites:
+        names = [reader.name for source in sources.get(id(site.weight), []) for reader in readers(source)]
+        found[site.path] = tuple(name for name in names if name not in site.calls)
+    return found
+
+
+def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
+    for node in graph_module.graph.nodes:
+        if (call := match_linear_call(node)) is not None:
+            yield call
+
+
+def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> tuple[str, ...]:
+    """Paths of the sites whose calls multiply by a weight that the graph computes, as a parametrization does."""
+    by_name = {node.name: node for node in graph_module.graph.nodes}
+    return tuple(
+        site.path
+        for site in sites
+        if any(
+            call.operand is None and match_linear_call(call.node) is None
+            for name in site.calls
+            for call in calls_at(by_name[name], site)
+        )
+    )
+
+
+def calls_at(node: fx.Node, site: LinearSite) -> tuple[LinearCall, ...]:
+    """The calls of a site that a node makes: itself, or in a subgraph that it runs; none where it is no such node."""
+    positions = noted_weights(node, site.path)
+    if positions:
+        operands: list[tuple[int, int]] = [(group, index) for group, index in positions]
+        return tuple(_subgraph_call(node, position) for position in operands)
+    call = match_linear_call(node, computed=True)
+    return () if call is None else (call,)
+
+
+def _subgraph_calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
+    for node in graph_module.graph.nodes:
+        for _, group, index in weight_operands(node, graph_module):
+            yield _subgraph_call(node, (group, index))
+
+
+def _subgraph_call(node: fx.Node, position: tuple[int, int]) -> LinearCall:
+    group, index = position
+    weight: fx.Node = operands_of(node, group)[index]
+    return LinearCall(node, node, weight, None, stored_transposed=False, operand=position)
+
+
+def _layer_of(weight: object, tree: ModuleTree) -> str | None:
+    """Path of the one linear layer that holds a weight."""
+    if not isinstance(weight, torch.Tensor):
+        return None
+    names = tree.names_of(weight)
+    paths = {tree.canonical(name.removesuffix(".weight")) for name in names if name.endswith(".weight")}
+    linear = sorted(paths & tree.linear)
+    return linear[0] if len(linear) == 1 else None
+
+
+def _computed_calls(
+    graph_module: fx.GraphModule, tree: ModuleTree, known: Collection[str]
+) -> dict[str, list[LinearCall]]:
+    """Calls of linear layers with a weight that is computed in the graph, by path of the layer.
+
+    A layer that multiplies by several of them in one call is left out.
+    """
+    found: dict[str, list[LinearCall]] = {}
+    runs: list[tuple[str, str]] = []
+    for node in graph_module.graph.nodes:
+        call = match_linear_call(node, computed=True)
+        path = None if call is None else _innermost(call, tree)
+        if call is not None and path in tree.linear and path not in known:
+            found.setdefault(path, []).append(call)
+            runs.append((path, str(list(node.meta.get("nn_module_stack", {}).values())[-1:])))
+    return {path: calls for path, calls in found.items() if all(runs.count(run) == 1 for run in runs if run[0] == path)}
+
+
+def _original(path: str, call: LinearCall | None, tree: ModuleTree) -> nn.Parameter | None:
+    """The parameter that a layer's weight is computed from: the one of the weight's own shape."""
+    noted = None if call is None else call.weight.meta.get("val")
+    own = [p for name, p in tree.parameters.items() if name.startswith(f"{path}.") and p.ndim == 2]
+    if isinstance(noted, torch.Tensor):
+        own = [p for p in own if p.shape == noted.shape]
+    return max(own, key=lambda parameter: parameter.numel(), default=None)
+
+
+def _site(
+    path: str, weight: nn.Parameter, bias: nn.Parameter | None, calls: list[LinearCall], tree: ModuleTree
+) -> LinearSite:
+    is_transposed = calls[0].stored_transposed if calls else tree.types[path].endswith("Conv1D")
+    kind: Kind = "conv1d" if is_transposed else "linear" if path in tree.linear else "functional"
+    rows, columns = weight.shape
+    return LinearSite(
+        path=path,
+        kind=kind,
+        in_features=rows if is_transposed else columns,
+        out_features=columns if is_transposed else rows,
+        weight=weight,
+        bias=bias,
+        calls=tuple(call.node.name for call in calls),
+        tied_with=tuple(name for name in tree.names_of(weight) if not _is_own_name(name, path, tree)),
+    )
+
+
+def _innermost(call: LinearCall, tree: ModuleTree) -> str:
+    """Path of the innermost module that a call was traced in."""
+    stack = [path for path, _ in module_stack(call.node)]
+    return tree.canonical(stack[-1]) if stack else str(call.weight.target).rpartition(".")[0]
+
+
+def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree, called: set[str]) -> str:
+    """Path of the linear layer that a call belongs to, or of the module around a functional call.
+
+    A layer that is never called itself, and whose weight is used the way it would use it, is called by that use, as
+    `nn.MultiheadAttention` uses its `out_proj`.
+    """
+    if call.operand is not None and (layer := _layer_of(weight, tree)) is not None:
+        return layer
+    innermost = _innermost(call, tree)
+    if innermost in tree.linear:
+        return innermost
+    prefix = f"{innermost}." if innermost else ""
+    for name in tree.names_of(weight):
+        path = tree.canonical(name.removesuffix(".weight"))
+        is_child = name.endswith(".weight") and name.startswith(prefix) and path in tree.linear
+        if is_child and path not in called and call.stored_transposed == tree.types[path].endswith("Conv1D"):
+            return path
+    return innermost
+
+
+def _weight_name(path: str, weight: nn.Parameter, tree: ModuleTree) -> str:
+    """A name for a functional site whose module makes several such calls: the weight's own."""
+    names = tree.names_of(weight)
+    return next((name for name in names if name.rpartition(".")[0] == path), names[0] if names else path)
+
+
+def _is_own_name(name: str, path: str, tree: ModuleTree) -> bool:
+    if path in tree.linear and name.startswith(f"{path}."):
+        return True
+    owner = tree.canonical(name.rpartition(".")[0])
+    return owner == path or name == path or (path not in tree.linear and owner == path.rpartition(".")[0])

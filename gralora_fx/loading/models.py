@@ -1,0 +1,327 @@
+"""Base models and adapters by name, as the command line takes them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from gralora_fx.adapters.checkpoint import base_names, read_adapter
+from gralora_fx.config import GraloraConfig
+from gralora_fx.config.adapter_tasks import task_of, with_past
+from gralora_fx.errors import (
+    CheckpointError,
+    ConfigError,
+    GraloraError,
+    TargetError,
+    TraceError,
+    first_line,
+    warn_caller,
+)
+from gralora_fx.loading.load_report import LoadReport, listed
+from gralora_fx.loading.model_classes import class_for, warn_of_another_head
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.timing import timed
+from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.model_files import check_model_files
+from gralora_fx.sources.safetensors_files import attach_shards, check_readable, empty_model
+from gralora_fx.tracing.inputs.samples import infer_task
+from gralora_fx.tracing.trace import trace
+from gralora_fx.tracing.traced_model import TracedModel
+
+_log = logging.getLogger(__name__)
+
+_HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
+
+
+def load_model(
+    name: str | Path,
+    task: str | None = None,
+    *,
+    num_labels: int | None = None,
+    supplied: Set[str] = frozenset(),
+    allow_random_head: bool = False,
+) -> PreTrainedModel:
+    """A transformers model in float32 and evaluation mode.
+
+    Args:
+        name: Local directory or hub id.
+        task: One of optimum's task names; None for the class that the model's configuration names.
+        num_labels: Number of classes of a classification head; None for the configuration's.
+        supplied: Names of parameters that the checkpoint may lack, since an adapter brings its own.
+        allow_random_head: Whether the checkpoint may lack others, which then have random values; for a head that is
+            still to be trained.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be loaded.
+        CheckpointError: The checkpoint lacks tensors of the model, or has them in other shapes; each is named.
+    """
+    model, report = load_with_report(name, task, num_labels=num_labels)
+    _check_values(report, supplied, allow_random_head, num_labels)
+    if not report.problems() and supplied.isdisjoint(model.state_dict()):
+        warn_of_another_head(model, name)
+    return model
+
+
+def load_with_report(
+    name: str | Path, task: str | None = None, *, num_labels: int | None = None
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The model as `load_model` gives it, with random values where the checkpoint has none, and which those are.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be loaded.
+        CheckpointError: A file of its weights is damaged.
+    """
+    directory = check_model_files(name, TraceError)
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(name)
+            model, info = class_for(config, task).from_pretrained(
+                name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+    except GraloraError:
+        raise
+    except Exception as error:  # transformers, safetensors and pickle raise types of their own
+        if directory is not None:
+            check_readable(directory)
+        raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
+    return model.eval(), LoadReport.of(str(name), model, info)
+
+
+def _check_values(
+    report: LoadReport, supplied: Set[str], allow_random_head: bool, num_labels: int | None, made_for: str | None = None
+) -> None:
+    """Refuse tensors with random values, or say which have some."""
+    heads = {key for key, (_, own) in report.mismatched.items() if own[:1] == (num_labels,)}  # of other classes
+    if allow_random_head and report.mismatched.keys() <= heads | set(supplied):
+        for problem in report.problems(supplied):
+            _log.warning("%s: %s, so it has random values", report.name, problem)
+        return
+    base = f"the base that the adapter was made for ({made_for})" if made_for else "a checkpoint that has them"
+    advice = (
+        f"give {base}, the --task it was saved for, an adapter that brings them (modules_to_save), or "
+        "--allow-random-head (allow_random_head=True) for a head that is still to be trained"
+    )
+    report.check(supplied, advice=advice)
+
+
+def load_streamed(
+    name: str | Path, task: str | None = None, *, num_labels: int | None = None, supplied: Set[str] = frozenset()
+) -> PreTrainedModel:
+    """The same model without its weights: parameters stand on the meta device and know their safetensors file.
+
+    It can be traced, rewritten and exported, which reads one tensor at a time, but not run.
+
+    Args:
+        name: Local directory or hub id, of safetensors files.
+        task: One of optimum's task names; None for the class that the model's configuration names.
+        num_labels: Number of classes of a classification head; None for the configuration's.
+        supplied: Names of parameters that the files may lack, since an adapter brings its own.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be made.
+        CheckpointError: The files do not fit the model.
+    """
+    check_model_files(name, TraceError)
+    directory = resolve_directory(name, TraceError)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory)
+            config.dtype = torch.float32  # as `load_model`
+            if num_labels is not None:
+                config.num_labels = num_labels
+            model_class = class_for(config, task)
+            make = model_class.from_config if hasattr(model_class, "from_config") else model_class
+            model = empty_model(lambda: make(config))
+    except GraloraError:
+        raise
+    except Exception as error:  # transformers raises types of its own
+        raise TraceError(f"no model can be made of {name} ({first_line(error)})") from error
+    return attach_shards(model, directory, supplied)
+
+
+def load_traced(
+    model: str | None,
+    adapter: str | None,
+    task: str | None,
+    *,
+    with_cache: bool = False,
+    stream: bool = False,
+    allow_random_head: bool = False,
+) -> TracedModel | GraloraModel:
+    """A traced model, rewritten with an adapter if one is given.
+
+    Args:
+        model: Local directory or hub id of the base; None for the one that the adapter names.
+        adapter: PEFT-format adapter, or None.
+        task: Task name; None for the adapter's or the model's own.
+        with_cache: Whether a task that is not named is the one with a cache, where there is one: what generates.
+        stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
+        allow_random_head: Whether the base may lack tensors that the adapter does not bring, such as a head; they have
+            random values, the same in every run.
+
+    Raises:
+        ConfigError: Neither names a base model, or the adapter is of another task.
+        TraceError: The base cannot be loaded or traced.
+        TargetError: The adapter's configuration does not fit the base.
+        CheckpointError: The base lacks tensors, or the adapter's do not fit it.
+    """
+    base = load_base(model, adapter, task, stream=stream)
+    base.check(allow_random_head=allow_random_head)
+    return trace_base(base, with_cache=with_cache)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in memory, and what it was loaded for.
+
+    Attributes:
+        name: Local directory or hub id.
+        model: The model.
+        task: The task that was asked for, or the adapter's; None for the model's own.
+        is_asked: Whether the task was asked for.
+        adapter: Directory or hub id of the adapter, or None.
+        config: The adapter's configuration, or None.
+        supplied: Names of the parameters that the adapter brings its own of.
+        num_labels: Number of classes of the adapter's head, or None.
+        report: How the checkpoint fits the model; None where the weights are streamed, which has checked it.
+    """
+
+    name: str
+    model: PreTrainedModel
+    task: str | None
+    is_asked: bool
+    adapter: str | None
+    config: GraloraConfig | None
+    supplied: Set[str]
+    num_labels: int | None
+    report: LoadReport | None
+
+    @property
+    def made_for(self) -> str | None:
+        """The base that the adapter says it was made for."""
+        return self.config.base_model_name_or_path if self.config else None
+
+    def check(self, *, allow_random_head: bool = False) -> None:
+        """Refuse a base with random values that the adapter does not replace.
+
+        Raises:
+            CheckpointError: There are some; each is named.
+        """
+        if self.report is not None:
+            _check_values(self.report, self.supplied, allow_random_head, self.num_labels, self.made_for)
+
+
+def load_base(model: str | None, adapter: str | None, task: str | None, *, stream: bool = False) -> Base:
+    """The base model for a task and an adapter, with random values where its checkpoint has none.
+
+    The random values are the same in every run.
+
+    Args:
+        model: Local directory or hub id of the base; None for the one that the adapter names.
+        adapter: PEFT-format adapter, or None.
+        task: Task name; None for the adapter's or the model's own.
+        stream: Whether to leave the weights in their files (see `load_streamed`).
+
+    Raises:
+        ConfigError: Neither names a base model, or the adapter is of another task.
+        TraceError: The base cannot be loaded.
+        CheckpointError: The adapter cannot be read, or files to stream lack tensors.
+    """
+    config: GraloraConfig | None = None
+    heads: list[int] = []
+    supplied: set[str] = set()
+    is_asked = task is not None
+    with timed("load"):
+        if adapter is not None:
+            config, tensors = read_adapter(adapter)
+            task = task_of(config, task, adapter)
+            heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
+            supplied = base_names(tensors)
+            del tensors  # they are read again when it is known where they go
+        name, num_labels, report = base_name(model, adapter), heads[-1] if heads else None, None
+        if stream:
+            loaded = load_streamed(name, task, num_labels=num_labels, supplied=supplied)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # so that an export with a random head can be verified later
+                loaded, report = load_with_report(name, task, num_labels=num_labels)
+    if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
+        warn_of_another_head(loaded, name)
+    return Base(name, loaded, task, is_asked, adapter, config, supplied, num_labels, report)
+
+
+def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | GraloraModel:
+    """Trace a base, and rewrite it with its adapter if it has one.
+
+    Args:
+        base: What `load_base` gave.
+        with_cache: Whether a task that was not asked for is the one with a cache, where there is one.
+
+    Raises:
+        TraceError: The base cannot be traced.
+        TargetError: The adapter's configuration does not fit the base.
+        CheckpointError: The adapter's tensors do not fit the base.
+    """
+    task = base.task or infer_task(base.model)
+    if with_cache and not base.is_asked:
+        task = with_past(task)
+    with timed("trace"):
+        try:
+            traced = trace(base.model, task=task)
+        except TraceError as error:
+            if not base.is_asked and task.endswith("-with-past"):
+                without = task.removesuffix("-with-past")
+                raise TraceError(f"{error}; take --task {without} for an export without a cache") from error
+            raise
+    if base.adapter is None:
+        return traced
+    with timed("rewrite"):
+        try:
+            rewritten = GraloraModel.from_pretrained(traced, base.adapter)
+        except (TargetError, CheckpointError) as error:
+            raise type(error)(_misfit(error, base)) from error
+    if base.made_for and Path(base.made_for).name.lower() != Path(base.name).name.lower():
+        warn_caller(f"{base.adapter} was made for {base.made_for}, and is used with {base.name}")
+    if all(rewritten.installed(name).is_zero for name in rewritten.configs):
+        warn_caller(
+            f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"
+        )
+    return rewritten
+
+
+def base_name(model: str | None, adapter: str | None) -> str:
+    """The base that is named, or that an adapter's configuration names.
+
+    Args:
+        model: Local directory or hub id of the base, or None.
+        adapter: PEFT-format adapter, or None.
+
+    Raises:
+        ConfigError: Neither names one.
+    """
+    if model is None and adapter is None:
+        raise ConfigError("no model was named; give --model, or --adapter with a base_model_name_or_path")
+    name = model or GraloraConfig.from_pretrained(adapter or "").base_model_name_or_path
+    if name is None:
+        raise ConfigError(f"{adapter} names no base model; give --model")
+    return name
+
+
+def _misfit(error: GraloraError, base: Base) -> str:
+    """An adapter's misfit in terms of the command line: a headline, then a line for each problem."""
+    lines = str(error).splitlines()
+    problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
+    hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"
+    return (
+        f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
+        "so give that base with --model, or another --adapter:\n" + listed(problems)
+    )

@@ -1,0 +1,128 @@
+"""Tokenizers beside models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gralora_fx.errors import CheckpointError, GraloraError, first_line
+from gralora_fx.progress.silence import quiet
+from gralora_fx.sources.model_files import check_json_objects, local_directory
+
+_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+_FILES = (
+    *_JSON[:2],
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_CONFIGS = (*_JSON, "config.json")  # which say how the other files are read
+_MESSAGE_CONTENTS = {"content", "tool_calls"}  # an assistant may call tools and say nothing
+
+
+def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local directory or a hub id, or None where there are no files of one.
+
+    Args:
+        name: Local directory or hub id. For a directory with a model alone transformers makes up an empty tokenizer;
+            that counts as none.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: there are files of a tokenizer, and they are damaged or cannot be loaded.
+    """
+    directory = local_directory(name, error)
+    if directory is not None:
+        present = [file for file in _FILES if (directory / file).is_file()]
+        if not present:
+            return None
+        check_json_objects(directory, _CONFIGS, error)
+        if empty := [file for file in present if not (directory / file).stat().st_size]:
+            raise error(f"{directory / empty[0]} is empty; copy it again")
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as failure:  # transformers and tokenizers raise types of their own
+        if directory is None:
+            present = _downloaded(str(name))
+        if not present:
+            return None
+        raise error(
+            f"the tokenizer of {name} cannot be loaded from {', '.join(present)} ({first_line(failure)}); mend these "
+            "files, or leave the tokenizer out"
+        ) from failure
+    return tokenizer
+
+
+def _downloaded(name: str) -> list[str]:
+    """The tokenizer's files of a hub repository that are in the cache, where an attempt to load it has put them."""
+    try:
+        return [file for file in _FILES if isinstance(try_to_load_from_cache(name, file), str)]
+    except HFValidationError:  # neither a directory nor a hub id
+        return []
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: type[GraloraError]) -> list[int]:
+    """The token ids of a prompt: a text, a chat as a list of messages, or ids as they are.
+
+    Args:
+        prompt: The prompt.
+        tokenizer: For texts and chats; None where there is none.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: it needs a tokenizer and there is none, or it is none of these.
+    """
+    if is_ids(prompt):
+        return [int(token) for token in prompt]
+    if isinstance(prompt, (list, tuple)) and not prompt:
+        return []
+    if not (isinstance(prompt, str) or is_chat(prompt)):
+        raise error(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+    for message in () if isinstance(prompt, str) else prompt:
+        if "role" not in message or message.keys().isdisjoint(_MESSAGE_CONTENTS):
+            raise error(f"a message of a chat has a 'role' and its 'content', but got {message!r:.80}")
+    if tokenizer is None:
+        raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
+    try:
+        if isinstance(prompt, str):
+            prompt.encode()  # a lone surrogate is no text, which tokenizers say in no word that helps
+            return list(tokenizer(prompt)["input_ids"])
+        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as failure:  # tokenizers and the templates of chats raise types of their own
+        raise error(f"the tokenizer does not take the prompt {prompt!r:.80} ({first_line(failure)})") from failure
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
+
+
+def is_ids(prompt: Any) -> bool:
+    """Whether a prompt is token ids: a list of whole numbers, or an array or a tensor of one axis."""
+    if isinstance(prompt, torch.Tensor):
+        kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        return prompt.ndim == 1 and prompt.dtype in kinds and not prompt.is_meta
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt)

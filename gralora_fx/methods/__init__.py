@@ -1,0 +1,1 @@
+"""Adapter mathematics, one method a file."""

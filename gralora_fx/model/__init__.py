@@ -1,0 +1,1 @@
+"""`GraloraModel`: switching, inspection, merging, and what users of PEFT and transformers ask a model."""

@@ -1,0 +1,372 @@
+"""`GraloraModel`: a rewritten graph as the module that a user trains, switches, saves and merges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from gralora_fx.adapters.adapter_graph import AdapterGraph
+from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
+from gralora_fx.adapters.folded_adapters import describe_folded
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.model.model_class import class_for
+from gralora_fx.model.peft_attributes import PeftAttributes
+from gralora_fx.model.switching import AdapterSwitching
+from gralora_fx.passes.adapter_paths import adapter_names as as_names
+from gralora_fx.passes.fold_weights import SiteUpdate
+from gralora_fx.passes.overlay import copy_in_mode
+from gralora_fx.passes.replace_weights import with_weights
+from gralora_fx.picture import html_of, save, svg_of
+from gralora_fx.planning.rewrite_plan import RewritePlan
+from gralora_fx.tracing.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
+from gralora_fx.tracing.traced_model import TracedModel, check_traced
+
+_TREE = "graph_module"  # names of parameters begin with it
+
+
+class GraloraModel(AdapterSwitching, PeftAttributes):
+    """A traced model with GraLoRA adapters in its graph.
+
+    Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
+    copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost
+    nothing. The first switch to a state makes its graph and compiles it, which takes milliseconds for each hundred
+    nodes; the graphs of the last 32 states are kept.
+    """
+
+    def __new__(cls, traced: TracedModel) -> GraloraModel:
+        """A model whose class shows the traced inputs.
+
+        Raises:
+            RewriteError: `traced` is not a traced model.
+        """
+        check_traced(traced, RewriteError, "rewrite")
+        return super().__new__(class_for(cls, traced))
+
+    def __init__(self, traced: TracedModel) -> None:
+        """Copy a traced model's graph, without an adapter; `rewrite` is the public way to make one."""
+        nn.Module.__init__(self)
+        self._state = AdapterGraph(traced)
+        self._modules[_TREE] = self._state.base.tree
+        self._was_trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
+        self.register_load_state_dict_post_hook(_keep_up)  # type: ignore[no-untyped-call]
+        super().train(traced.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, traced: TracedModel, directory: str | Path, *, adapter_name: str = "default", revision: str | None = None
+    ) -> GraloraModel:
+        """Rewrite a traced model as a saved adapter says, and load its tensors.
+
+        Args:
+            traced: The traced base model.
+            directory: A PEFT-format adapter: a local directory or a hub id.
+            adapter_name: Name to give the adapter.
+            revision: Revision of the hub repository.
+
+        Raises:
+            RewriteError: The model is not traced.
+            ConfigError: The adapter's configuration is missing or invalid.
+            TargetError: The configuration does not fit the model.
+            CheckpointError: The tensors do not fit the model.
+            RewriteError: `traced` is not a traced model.
+        """
+        check_traced(traced, RewriteError, "load an adapter into")
+        config, tensors = read_adapter(directory, revision=revision)
+        model = cls(traced)
+        model.add_adapter(adapter_name, config)
+        load_tensors(model.installed(adapter_name), tensors, traced.tree, str(directory))
+        model.freeze_base()
+        return model
+
+    # -- pictures ---------------------------------------------------------------------------------------------------
+
+    def to_svg(self, path: str | Path, *, full: bool = False) -> None:
+        """Draw the graph by block: what is adapted, what is left and why, how large each block of an update is.
+
+        Args:
+            path: The file to write.
+            full: Whether layers that look alike are all drawn, rather than one for each run of three or more.
+
+        Raises:
+            RewriteError: It cannot be drawn or written.
+        """
+        save(svg_of(self, full=full), path)
+
+    def to_html(self, path: str | Path, *, full: bool = False) -> None:
+        """Write the picture with its numbers, every site and every heat map on one page that fetches nothing.
+
+        Args:
+            path: The file to write.
+            full: Whether layers that look alike are all drawn.
+
+        Raises:
+            RewriteError: It cannot be drawn or written.
+        """
+        save(html_of(self, full=full), path)
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and `copy.deepcopy` take: everything but the graph, which is made again."""
+        modules = {name: module for name, module in self._modules.items() if name != _TREE}
+        return {**self.__dict__, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let the model own its tensors again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._modules = {_TREE: self._state.base.tree, **self._modules}
+
+    # -- running and training ---------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph as the model would run.
+
+        Args:
+            *args: Inputs by position.
+            **kwargs: Inputs by name; with `labels` (or `start_positions` and `end_positions`) the result has `.loss`,
+                by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum
+                divided by it, as Trainer asks for when it accumulates gradients.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            TraceError: An input is missing or was not part of the trace.
+            RewriteError: Labels were given, and the model has no loss for them.
+        """
+        traced = self._state.base.traced
+        inputs, labels = split_labels(kwargs, traced.input_names)
+        item_count = inputs.pop(ITEM_COUNT, None)
+        if not labels:
+            return self._state.run(traced.bind(args, inputs))
+        if "decoder_input_ids" in traced.input_names and inputs.get("decoder_input_ids") is None and "labels" in labels:
+            inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, traced.shift_labels)
+        outputs = self._state.run(traced.bind(args, inputs))
+        loss = model_loss(outputs, labels, traced.loss_function, self.config, item_count)
+        return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph that runs now: another object after every change of adapters or mode, over the same parameters.
+
+        While adapters are merged it holds the merged weights; `parameters()` and `state_dict()` of the model are the
+        base's own and the adapters' at any time.
+        """
+        return self._state.lend()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict()` gave, as any module does; merged weights are folded again from what was loaded."""
+        with self._state.writing():
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
+        """Convert or move every tensor, as `to()`, `half()` and `to_empty()` do, and fold merged weights again."""
+        with self._state.writing():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._state.keep_up()
+        return self
+
+    def train(self, mode: bool = True) -> GraloraModel:
+        """Switch dropout, attention dropout, adapter dropout and batch statistics."""
+        super().train(mode)
+        self._state.set_mode(mode)
+        return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of values that train, and of all values."""
+        return self.num_parameters(only_trainable=True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many values train."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def freeze_base(self) -> None:
+        """Stop the base model's parameters from requiring gradients."""
+        for parameter in self.traced.tree.parameters.values():
+            parameter.requires_grad_(False)
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        adapter_names: Sequence[str] | str | None = None,
+        *,
+        selected_adapters: Sequence[str] | str | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        save_function: object = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
+
+        Args:
+            directory: Where to write; made if it does not exist.
+            adapter_names: Which adapters; None for all.
+            selected_adapters: PEFT's name for `adapter_names`.
+            is_main_process: Whether to write at all; the other processes of a distributed training do not.
+            state_dict: The model's state dict, as Accelerate gathers it; it must hold the values that the model has.
+            safe_serialization: True, the only one: pickles are not written.
+            save_function: Taken as Accelerate's loops give it; the files are written by safetensors all the same.
+            max_shard_size: Taken as `push_to_hub` gives it; an adapter is one file.
+
+        All of them are written, or none after an error; other files in the directory stay.
+
+        Raises:
+            RewriteError: There is no such adapter.
+            CheckpointError: The directory cannot be written, or the state dict holds other values; what was there is
+                there still.
+        """
+        if not safe_serialization:
+            raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
+        if adapter_names is not None and selected_adapters is not None:
+            raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
+        chosen = selected_adapters if adapter_names is None else adapter_names
+        names = list(self._state.adapters) if chosen is None else as_names(chosen)
+        adapters = {"" if name == "default" else name: self.installed(name) for name in names}
+        for adapter in adapters.values() if state_dict is not None else ():
+            check_state_dict(adapter, state_dict or {})
+        if is_main_process:
+            write_adapters(adapters, directory, self.traced)
+
+    def load_adapter(
+        self,
+        directory: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool | None = None,
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Load a PEFT-format adapter under a new name, or into an existing adapter of the same configuration.
+
+        Args:
+            directory: Local directory or hub id.
+            adapter_name: Name of the adapter.
+            is_trainable: Whether its tensors train; None for what active and waiting adapters do.
+            revision: Revision of the hub repository.
+
+        Raises:
+            ConfigError: The adapter's configuration is missing, invalid, or differs from the existing adapter's.
+            TargetError: It does not fit the model.
+            CheckpointError: The tensors do not fit. Nothing has changed, after any error.
+        """
+        config, tensors = read_adapter(directory, revision=revision)
+        if adapter_name in self._state.adapters:
+            with self._state.writing():
+                self._state.refuse_merged("load tensors")
+                _refuse_other_config(self.installed(adapter_name), self._plan(config), adapter_name)
+                load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
+        else:
+            self.add_adapter(adapter_name, config)
+            try:
+                load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
+            except CheckpointError:
+                self._state.discard(adapter_name)
+                raise
+        if is_trainable is not None:
+            self.installed(adapter_name).requires_grad_(is_trainable)
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
+    ) -> None:
+        """Fold active adapters into the weights; their nodes leave the graph, the output stays.
+
+        The base's own weights are kept for `unmerge_adapter`, so the adapted layers stand in memory twice; the buffers
+        are kept for the next merge.
+
+        Args:
+            adapter_names: Which active adapters; None for all.
+            safe_merge: Whether to check that every merged weight is finite.
+            untie: Whether a layer with a tied weight gets one of its own, instead of being refused.
+
+        Raises:
+            MergeError: Nothing to merge, an adapter is not active or merged already, a weight is tied or would not be
+                finite. Nothing has changed, after any error.
+        """
+        names = None if adapter_names is None else as_names(adapter_names)
+        self._state.merge(names, safe=safe_merge, untie=untie)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
+
+        Raises:
+            MergeError: Nothing is merged.
+        """
+        self._state.unmerge()
+
+    def merge_and_unload(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
+    ) -> TracedModel:
+        """Fold active adapters into the base's weights themselves, and give the base model back.
+
+        As in PEFT the base changes and no copy is kept; `gralora_fx.merge` keeps it instead. The model is empty
+        afterwards.
+
+        Args:
+            safe_merge: Whether to check first that every merged weight is finite.
+            adapter_names: Which active adapters; None for all.
+            untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused; the
+                base keeps the tied weight as it is.
+
+        Returns:
+            The base model, node for node, with folded weights.
+
+        Raises:
+            MergeError: Nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
+        """
+        names = None if adapter_names is None else as_names(adapter_names)
+        folded = [self.installed(name) for name in names or self.active_adapters]
+        described = describe_folded(folded, self.traced, own=True)
+        own = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
+        merged = with_weights(self.unload(), own)
+        merged.merged_adapters = described
+        return merged
+
+    def unload(self) -> TracedModel:
+        """Take every adapter out and give the base model back: its graph node for node, its weights as they are.
+
+        The model is empty afterwards; parameters that required gradients before the rewrite do so again.
+        """
+        self._state.clear()
+        traced = self.traced
+        for name in self._was_trainable:
+            traced.tree.parameters[name].requires_grad_(True)
+        graph = copy_graph(traced.graph_module)
+        graph_module = copy_in_mode(self._state.base.tree, graph, self.training, "GraloraGraph")
+        return traced.with_graph(graph_module, traced.tree).train(self.training)
+
+    def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
+        """The weight updates of adapters, site by site; None for the active ones.
+
+        Raises:
+            RewriteError: There is no such adapter, or two of them cannot be active together.
+        """
+        names = self._state.state.active if adapter_names is None else adapter_names
+        found = self._state.updates(names)
+        self._state.refuse_shared_copies(names)
+        return found
+
+
+def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
+    mine, theirs = (
+        {planned.site.path: (planned.rank, planned.scale) for planned in chosen.selected}
+        for chosen in (adapter.plan, other)
+    )
+    if mine != theirs or adapter.plan.saved_modules != other.saved_modules:
+        raise ConfigError(
+            f"adapter {name!r} exists with another configuration; delete it first or load under another name"
+        )
+
+
+def _keep_up(model: GraloraModel, _: Any) -> None:
+    """After a state dict was loaded into the model, alone or as a part of another."""
+    model._state.keep_up()

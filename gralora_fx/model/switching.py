@@ -1,0 +1,135 @@
+"""What changes the adapters of a rewritten model: adding, switching, combining, removing; and passes of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from gralora_fx.adapters.weighted import weighted_sum
+from gralora_fx.config import GraloraConfig
+from gralora_fx.errors import ConfigError, RewriteError
+from gralora_fx.graph.user_pass import GraphPass
+from gralora_fx.model.inspection import AdapterQueries
+from gralora_fx.passes.adapter_paths import adapter_names, check_adapter_name
+from gralora_fx.planning import RewritePlan, plan
+from gralora_fx.planning.targets import exact_targets
+
+
+class AdapterSwitching(AdapterQueries):
+    """The changes: each leaves the graph complete, or as it was after an error."""
+
+    def add_adapter(self, adapter_name: str, config_or_plan: GraloraConfig | RewritePlan) -> None:
+        """Add an adapter; the first one becomes active, later ones wait for `set_adapter`.
+
+        Args:
+            adapter_name: A new name.
+            config_or_plan: What to adapt, or the plan already made of it.
+
+        Raises:
+            ConfigError: The name is taken or invalid, or a second adapter would train biases.
+            TargetError: The configuration cannot be met.
+            RewriteError: The plan is not one of this model. Nothing has changed, after any error.
+        """
+        check_adapter_name(adapter_name)
+        self._state.add(adapter_name, self._plan(config_or_plan))
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make one adapter active, or several that sum; the others leave the graph and stop training.
+
+        Args:
+            adapter_name: Name or names of existing adapters.
+
+        Raises:
+            RewriteError: There is no such adapter, two of them train copies of the same module, one adapts what another
+                trains as a copy, or the block of `disable_adapter` is not left yet.
+            MergeError: Adapters are merged; unmerge first.
+        """
+        self._state.switch(list(dict.fromkeys(adapter_names(adapter_name))))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base model while the block lasts: its graph, node for node, over its own parameters."""
+        with self._state.disabled():
+            yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors.
+
+        Raises:
+            RewriteError: There is no such adapter, or it is active.
+        """
+        self._state.remove(adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter whose weight update is the weighted sum of others; it waits for `set_adapter`.
+
+        The sum is exact. Adapters of the same `gralora_k` give one of that `k` whose rank is the sum of theirs; where
+        different `k` meet at a site, it gets the exact LoRA form (`k = 1`, rank `sum of k*r`).
+
+        Args:
+            adapters: Names of the adapters to combine; sizes, scales and targets may differ.
+            weights: A factor for each, negative ones included.
+            adapter_name: A new name.
+            combination_type: `"linear"`, the only one.
+
+        Raises:
+            ConfigError: The name is taken or invalid, counts differ, a weight is not finite, or the type is another.
+            RewriteError: There is no such adapter, or one trains biases or whole modules.
+            MergeError: Adapters are merged; unmerge first.
+        """
+        check_adapter_name(adapter_name)
+        if combination_type != "linear":
+            raise ConfigError(f"combination_type must be 'linear', but got {combination_type!r}")
+        if isinstance(adapters, str):
+            raise ConfigError(f"adapters must be a list of names, but got {adapters!r}; give [{adapters!r}]")
+        if not isinstance(weights, (list, tuple)):
+            raise ConfigError(f"weights must be a list of numbers, but got {weights!r}")
+        config, factors = weighted_sum([self.installed(name) for name in adapter_names(adapters)], weights)
+        config = config.changed(target_modules=exact_targets(factors, self.traced.tree))
+        self._state.add(adapter_name, self._plan(config), factors=factors)
+
+    # -- passes of the user -----------------------------------------------------------------------------------------
+
+    def add_pass(self, graph_pass: GraphPass) -> None:
+        """Run a pass of your own over the rewritten graph, now and again after every change of adapters.
+
+        It gets a copy of the graph, so that adapters go in and out as if it were not there, and `remove_pass` undoes
+        it. It holds for running and training: `merge`, `unload` and exports give the base's graph, over which
+        `TracedModel.with_pass` runs one.
+
+        Args:
+            graph_pass: Takes the `GraphModule` and edits it in place. `nodes` finds what serves a site or an adapter.
+
+        Raises:
+            RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is as
+                it was.
+        """
+        self._state.add_pass(graph_pass)
+
+    def remove_pass(self, graph_pass: GraphPass) -> None:
+        """Take back a pass that was added.
+
+        Raises:
+            RewriteError: It was not added.
+        """
+        self._state.remove_pass(graph_pass)
+
+    def _plan(self, config_or_plan: GraloraConfig | RewritePlan) -> RewritePlan:
+        if isinstance(config_or_plan, GraloraConfig):
+            return plan(self.traced, config_or_plan)
+        if not isinstance(config_or_plan, RewritePlan):
+            raise ConfigError(
+                f"expected a GraloraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
+                "convert a live PEFT configuration with GraloraConfig.from_peft"
+            )
+        known = {site.path: site.weight for site in self.sites}
+        for planned in config_or_plan.selected:
+            if known.get(planned.site.path) is not planned.site.weight:
+                raise RewriteError(f"{planned.site.path} of the plan is no site of this model; plan it again")
+        return config_or_plan

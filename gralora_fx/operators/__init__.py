@@ -1,0 +1,1 @@
+"""The project's operators for `torch.fx` graphs."""

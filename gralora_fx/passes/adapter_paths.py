@@ -1,0 +1,81 @@
+"""Where adapters keep their tensors in a graph module: `gralora.<adapter>.<site path>.gralora_A` and its kin."""
+
+from __future__ import annotations
+
+import keyword
+
+from torch import nn
+
+from gralora_fx.errors import ConfigError, RewriteError
+from gralora_fx.methods.gralora import Factors
+
+ROOT = "gralora"
+
+# field of `Factors`: the tensor's name below its site, and the rest of its key in a PEFT checkpoint
+FACTOR_NAMES = {"A": "gralora_A", "B": "gralora_B", "A_general": "gralora_A_general", "B_general": "gralora_B_general"}
+CHECKPOINT_SUFFIX = {"A": "", "B": "", "A_general": ".weight", "B_general": ".weight"}
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse a name that cannot be part of an attribute path, of code and of a file's path.
+
+    Raises:
+        ConfigError: It is no string, is empty, is an attribute of every module or a word of Python, or holds a dot, a
+            slash, a quote or a character that cannot be printed.
+    """
+    is_fit = (
+        isinstance(name, str)
+        and bool(name)
+        and name.isprintable()
+        and not set(name) & set("./\\'\"")
+        and not keyword.iskeyword(name)
+        and not hasattr(nn.Module(), name)
+    )
+    if not is_fit:
+        raise ConfigError(
+            f"{name!r} cannot name an adapter; take letters, digits, _ and -, no attribute of nn.Module, no dots "
+            "and no word of Python"
+        )
+
+
+def adapter_names(names: object) -> list[str]:
+    """One adapter's name, or several, as a list.
+
+    Raises:
+        RewriteError: It is neither a string nor a list of strings.
+    """
+    given = [names] if isinstance(names, str) else names
+    if not isinstance(given, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in given):
+        raise RewriteError(f"expected the name of an adapter or a list of names, but got {names!r}")
+    return list(given)
+
+
+def put(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Register a parameter at a dotted path, making the modules on the way."""
+    *owners, attribute = path.split(".")
+    module = root
+    for owner in owners:
+        if owner not in module._modules:
+            module.add_module(owner, nn.Module())
+        module = module.get_submodule(owner)
+    module.register_parameter(attribute, parameter)
+
+
+def drop(root: nn.Module, adapter: str) -> None:
+    """Remove everything an adapter stored."""
+    adapters = root._modules.get(ROOT)
+    if adapters is not None:
+        adapters._modules.pop(adapter, None)
+        if not adapters._modules:
+            del root._modules[ROOT]
+
+
+def factor_paths(adapter: str, site_path: str, factors: Factors) -> dict[str, str]:
+    """Attribute paths of an adapter's tensors at one site, by field of `Factors`."""
+    present = {field for field, tensor in factors._asdict().items() if tensor is not None}
+    return {field: f"{ROOT}.{adapter}.{site_path}.{name}" for field, name in FACTOR_NAMES.items() if field in present}
+
+
+def copy_path(adapter: str, name: str) -> str:
+    """Attribute path of an adapter's own copy of the base's parameter `name`."""
+    return f"{ROOT}.{adapter}.{name}"

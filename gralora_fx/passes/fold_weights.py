@@ -1,0 +1,228 @@
+"""Fold weight updates into the weights of a graph; the graph itself keeps every node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.errors import MergeError
+from gralora_fx.graph.shared_memory import is_writable, overlapping
+from gralora_fx.graph.sites import LinearSite, calls_at, computed_sites, other_readers
+from gralora_fx.methods.gralora import Update, fold
+from gralora_fx.passes.overlay import replace_parameters
+from gralora_fx.sources.lazy_tensors import defer, raw_values_of
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """The updates to fold into one site's weight."""
+
+    site: LinearSite
+    updates: tuple[Update, ...]
+
+
+def folded_weights(
+    graph_module: fx.GraphModule,
+    work: Iterable[SiteUpdate],
+    *,
+    spare: Mapping[str, Tensor] | None = None,
+    safe: bool = False,
+    untie: bool = False,
+) -> dict[str, nn.Parameter]:
+    """New weights by site path; nothing is changed.
+
+    Args:
+        graph_module: The graph of the sites, over their weights.
+        work: Sites and their updates.
+        spare: Buffers to reuse, by site path.
+        safe: Whether to check that every weight is finite.
+        untie: Whether a tied weight is taken too, its layer to read the result alone (see `passes.separate`).
+
+    Raises:
+        MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    if not untie:
+        refuse_shared(graph_module, [entry.site for entry in work])
+    weights: dict[str, nn.Parameter] = {}
+    with torch.no_grad():
+        for entry in work:
+            weight = _folded(entry, (spare or {}).get(entry.site.path))
+            weights[entry.site.path] = nn.Parameter(weight, requires_grad=False)
+    if safe:
+        _refuse_non_finite(weights)
+    return weights
+
+
+def deferred_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
+    """New weights by site path, each folded when it is read (see `gralora_fx.sources.lazy_tensors`).
+
+    Weights of half precision are folded into a float32 result, so that whoever reads them rounds once.
+
+    Args:
+        graph_module: The graph of the sites, over their weights.
+        work: Sites and their updates.
+
+    Raises:
+        MergeError: A weight is tied to another layer, which would change with it; where a weight is read, it is not
+            finite.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    refuse_shared(graph_module, [entry.site for entry in work])
+    return {entry.site.path: _deferred(entry) for entry in work}
+
+
+def _deferred(entry: SiteUpdate) -> nn.Parameter:
+    site = entry.site
+
+    def folded() -> Tensor:
+        stored = raw_values_of(site.weight, site.path)
+        weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        out = weight if weight is not stored else None  # a copy already, else the base's own
+        result = fold(weight, entry.updates, transposed=site.kind == "conv1d", out=out)
+        _refuse_non_finite({site.path: result})
+        return result
+
+    return defer(folded, site.weight.shape, site.weight.dtype)
+
+
+def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
+    """Fold into the weights themselves, in the memory that they have; no copy is kept.
+
+    All that can be wrong with a weight is looked for before the first one changes. One that cannot be written into, as
+    an expanded one, whose elements share memory, gets memory of its own.
+
+    Args:
+        graph_module: The graph of the sites, over their weights.
+        work: Sites and their updates.
+        safe: Whether to check first, one site at a time, that every result is finite.
+
+    Raises:
+        MergeError: A weight is computed, would not be finite (`safe`), or is tied to another layer. No weight has
+            changed then.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    refuse_shared(graph_module, [entry.site for entry in work])
+    in_place = [entry for entry in work if is_writable(entry.site.weight)]
+    with torch.no_grad():
+        if safe:
+            for entry in in_place:
+                _refuse_non_finite({entry.site.path: _folded(entry)})
+        others = [entry for entry in work if entry not in in_place]
+        made = {entry.site.path: _folded(entry) for entry in others}
+        if safe:
+            _refuse_non_finite(made)
+        for entry in in_place:
+            _folded(entry, entry.site.weight.data)
+        replace_values([(entry.site.weight, made[entry.site.path]) for entry in others])
+
+
+def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
+    """A site's weight with its updates, in `out` or in memory of its own."""
+    site = entry.site
+    return fold(site.weight.data, entry.updates, transposed=site.kind == "conv1d", out=out)
+
+
+def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Let parameters hold other values, which are not copied: all of them, or none after any error.
+
+    Args:
+        updates: Parameters, each with its new values.
+    """
+    before = [parameter.data for parameter, _ in updates]
+    try:
+        for parameter, values in updates:
+            parameter.data = values.data
+    except BaseException:
+        for (parameter, _), values in zip(updates, before, strict=True):
+            parameter.data = values
+        raise
+
+
+def set_weights(
+    graph_module: fx.GraphModule, sites: Sequence[LinearSite], weights: Mapping[str, nn.Parameter]
+) -> tuple[str, ...]:
+    """Let the calls of sites read other weights, by site path; no node changes.
+
+    Returns:
+        The attribute paths at which the weights now stand in `graph_module`.
+    """
+    by_name = {node.name: node for node in graph_module.graph.nodes}
+    found: dict[str, nn.Parameter] = {}
+    for site in sites:
+        if site.path not in weights:
+            continue
+        for name in site.calls:
+            for call in calls_at(by_name[name], site):
+                found[str(call.weight.target)] = weights[site.path]
+    replace_parameters(graph_module, found)
+    return tuple(found)
+
+
+def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
+    """What else reads the weights of sites, in words, by path of the sites that share theirs."""
+    found: dict[str, str] = {}
+    sites = list(sites)
+    others, memory = other_readers(graph_module, sites), _sharing_memory(graph_module, sites)
+    for site in sites:
+        readers = others[site.path]
+        if site.tied_with:
+            found[site.path] = f"tied with {', '.join(site.tied_with)}"
+        elif readers:
+            found[site.path] = f"read by {', '.join(readers)} outside a linear call"
+        elif site.path in memory:
+            found[site.path] = f"in memory that {', '.join(memory[site.path])} uses too"
+    return found
+
+
+def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+    """Refuse sites whose weight is computed: there is no parameter to fold into."""
+    computed = computed_sites(graph_module, sites)
+    if computed:
+        raise MergeError(
+            f"the weight of {', '.join(computed)} is computed from other parameters (a parametrization), so nothing "
+            "can be folded into it; remove it before tracing (torch.nn.utils.parametrize.remove_parametrizations), or "
+            "leave the layer out of target_modules"
+        )
+
+
+def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -> dict[str, tuple[str, ...]]:
+    """Other tensors of a graph that share memory with the weights of sites, by the sites' paths."""
+    tensors: dict[str, Tensor] = dict(graph_module.named_parameters())
+    tensors |= dict(graph_module.named_buffers())
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    for site in sites:
+        if id(site.weight) not in names:  # a layer without a call
+            names[id(site.weight)] = f"{site.path}.weight"
+            tensors[names[id(site.weight)]] = site.weight
+    shared = overlapping(tensors)
+    return {site.path: shared[name] for site in sites if (name := names[id(site.weight)]) in shared}
+
+
+def refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+    """Refuse weights that something else reads too: folding would change what that computes."""
+    shared = [f"{path} ({why})" for path, why in shared_sites(graph_module, sites).items()]
+    if shared:
+        raise MergeError(
+            f"the weight of {'; '.join(shared)} is shared, so folding into it would change more than the layer; "
+            "merge with untie=True to give the layer a weight of its own, or leave it out of target_modules"
+        )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether every value is finite; the sum tells it sooner, but may overflow where all values are."""
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
+    bad = [path for path, weight in weights.items() if not _is_finite(weight)]
+    if bad:
+        raise MergeError(
+            f"the merged weight of {', '.join(bad)} is not finite; the adapter is damaged, nothing was changed"
+        )

@@ -1,0 +1,127 @@
+"""Module trees over other trees: they share tables of tensors, and what is replaced in one is replaced nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from gralora_fx.passes.adapter_paths import ROOT
+
+
+def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
+    """A plain module that holds what a graph module holds, at the same paths.
+
+    Containers are new; layers that the graph calls as modules are copies over the same tables of tensors.
+
+    Args:
+        graph_module: A graph module that nothing else uses.
+    """
+    tree = nn.Module()
+    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        tree.__dict__[table] = graph_module.__dict__[table]
+    for path in _called(graph_module.graph):
+        _replace_module(tree, path, _in_mode(tree.get_submodule(path)))
+    return tree
+
+
+def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
+    """A graph module with containers of its own over the tensors of a tree, in a mode of its own.
+
+    Args:
+        root: Any module with what the graph reads.
+        graph: A graph that nothing else uses.
+        training: The mode of the layers that the graph calls as modules; the graph has its own already.
+        class_name: Name of the result's class.
+    """
+    graph_module = fx.GraphModule(root, graph, class_name)
+    graph_module.training = training
+    for path in _called(graph):
+        _replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+    return graph_module
+
+
+def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
+    """A graph module over a tree's tensors, which is compiled when its graph is complete.
+
+    Whatever replaces a tensor in a container of the tree is read by the graph. What is put into the result by
+    `replace_parameters`, and an adapter removed from the tree, changes the one and not the other.
+
+    Args:
+        tree: What `parameter_tree` made.
+        graph: A graph that nothing else uses, over the tensors of the tree.
+        training: The mode of the layers that the graph calls as modules.
+    """
+    graph_module = fx.GraphModule(nn.Module(), fx.Graph(), "GraloraGraph")
+    for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        graph_module.__dict__[table] = tree.__dict__[table]
+    graph_module.__dict__["_modules"] = dict(tree._modules)
+    share_adapters(graph_module, tree)
+    graph.owning_module = graph_module
+    graph_module._graph = graph  # the public setter would compile it before it is complete
+    graph_module.training = training
+    for path in _called(graph):
+        _replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+    return graph_module
+
+
+def share_adapters(graph_module: fx.GraphModule, tree: nn.Module) -> None:
+    """Let a graph module show the adapters that a tree has now."""
+    if (adapters := tree._modules.get(ROOT)) is not None:
+        graph_module._modules[ROOT] = _shallow(adapters)
+    else:
+        graph_module._modules.pop(ROOT, None)
+
+
+def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let a tree hold other parameters, by path; modules on the way are copied, for whoever else holds them."""
+    own = {id(root)}
+    for path, parameter in parameters.items():
+        owner, _, attribute = path.rpartition(".")
+        module = _own_container(root, owner, own)
+        module.__dict__["_parameters"] = {**module._parameters, attribute: parameter}
+
+
+def _replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Let a tree hold another module at a path; modules on the way are copied, for whoever else holds them."""
+    owner, _, name = path.rpartition(".")
+    _own_container(root, owner, {id(root)})._modules[name] = module
+
+
+def _in_mode(module: nn.Module, training: bool | None = None) -> nn.Module:
+    """A copy of a module and those within it, over the same tables of tensors, whose mode is its own.
+
+    Args:
+        module: Any module.
+        training: The copy's mode; None for the module's own.
+    """
+    copy = _shallow(module)
+    copy.training = module.training if training is None else training
+    for name, child in module._modules.items():
+        copy._modules[name] = None if child is None else _in_mode(child, training)
+    return copy
+
+
+def _called(graph: fx.Graph) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module")))
+
+
+def _own_container(root: nn.Module, path: str, own: set[int]) -> nn.Module:
+    """The module at a path, each on the way copied unless it is among `own`."""
+    module = root
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None or id(child) not in own:
+            child = nn.Module() if child is None else _shallow(child)
+            own.add(id(child))
+            module._modules[name] = child
+        module = child
+    return module
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same module with a table of modules of its own; its tensors stand in the same tables."""
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = dict(copy.__dict__["_modules"])
+    return copy

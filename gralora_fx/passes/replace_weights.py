@@ -1,0 +1,43 @@
+"""A traced model with other weights at some of its sites, beside the one it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.passes.fold_weights import set_weights
+from gralora_fx.passes.untie_weights import separate_weights
+from gralora_fx.tracing.traced_model import TracedModel
+
+
+def with_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> TracedModel:
+    """The same graph over other weights; the given model and its parameters stay as they are.
+
+    A layer whose weight something else reads too, such as a head tied to the embedding, gets the new one alone.
+
+    Args:
+        traced: A traced model.
+        weights: New weights by site path, of the shapes of the old ones.
+
+    Raises:
+        MergeError: A layer shares a view of its weight with something else.
+    """
+    if not weights:
+        return traced
+    sites = [site for site in traced.sites if site.path in weights]
+    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
+    separated = separate_weights(graph_module, sites)
+    set_weights(graph_module, sites, weights)
+    parameters = dict(traced.tree.parameters)
+    for site in sites:
+        names = set(traced.tree.names_of(site.weight)) - set(site.tied_with)
+        if site.path in separated:
+            names = {separated[site.path]}
+        parameters |= dict.fromkeys(names, weights[site.path])
+    graph_module = fx.GraphModule(graph_module, graph_module.graph, "MergedGraph")  # without what it no longer reads
+    return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(
+        traced.training
+    )

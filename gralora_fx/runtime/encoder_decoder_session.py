@@ -1,0 +1,137 @@
+"""The two sessions of an exported encoder-decoder, run like the one model that it was exported from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnxruntime import OrtValue
+
+from gralora_fx.runtime.names import FLAG
+
+Arrays = Mapping[str, NDArray[Any]]
+PAST, PRESENT = "past_key_values.", "present."
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An input or output of the whole model, as ONNX Runtime describes one."""
+
+    name: str
+    shape: list[int | str]
+    type: str
+
+
+class EncoderDecoderSession:
+    """Encoder and decoder as one model with the interface of an `onnxruntime.InferenceSession`.
+
+    Its inputs are those of the model: what the encoder reads, `decoder_input_ids`, and the past keys and values of the
+    decoder's own positions. With a past, keys and values of the encoder's output are cached first, then taken, as a
+    generator does.
+
+    Attributes:
+        encoder: Session of `encoder_model.onnx`.
+        decoder: Session of `decoder_model_merged.onnx`.
+    """
+
+    def __init__(self, encoder: Any, decoder: Any) -> None:
+        """Take the two opened sessions."""
+        self.encoder, self.decoder = encoder, decoder
+        self._own = [value for value in decoder.get_inputs() if value.name.startswith(PAST)]
+        self._decoder_names = {value.name for value in decoder.get_inputs()}
+
+    def get_inputs(self) -> list[Argument]:
+        """The inputs of the whole model."""
+        ids = next(value for value in self.decoder.get_inputs() if value.name == "input_ids")
+        shape = [ids.shape[0], "decoder_sequence_length"]
+        pasts = [Argument(value.name, value.shape, value.type) for value in self._own if ".decoder." in value.name]
+        own = [Argument(value.name, value.shape, value.type) for value in self.encoder.get_inputs()]
+        return [*own, Argument("decoder_input_ids", shape, ids.type), *pasts]
+
+    def get_outputs(self) -> list[Argument]:
+        """`logits`, the keys and values, and `encoder_last_hidden_state`."""
+        (hidden,) = self.encoder.get_outputs()
+        found = [Argument(value.name, value.shape, value.type) for value in self.decoder.get_outputs()]
+        return [*found, Argument("encoder_last_hidden_state", hidden.shape, hidden.type)]
+
+    def get_providers(self) -> list[str]:
+        """The execution providers that both sessions run on."""
+        return [name for name in self.encoder.get_providers() if name in self.decoder.get_providers()]
+
+    def run(self, names: Sequence[str] | None, feed: Arrays, options: Any = None) -> list[NDArray[Any]]:
+        """One call of the whole model.
+
+        Args:
+            names: Outputs to give; None for all, in the order of `get_outputs`.
+            feed: Inputs by name.
+            options: An `onnxruntime.RunOptions`, for every run of either session.
+        """
+        ids, mask = feed["decoder_input_ids"], feed.get("attention_mask")
+        past = {name: value for name, value in feed.items() if name.startswith(PAST)}
+        hidden = self.encode(feed, options)
+        if any(value.shape[2] for value in past.values()):
+            first = self.step(ids[:, :1], hidden, mask, options=options)
+            found = self.step(ids, hidden, mask, {**as_past(first), **past}, options=options)
+        else:
+            found = self.step(ids, hidden, mask, options=options)
+        found["encoder_last_hidden_state"] = hidden
+        return [found[name] for name in names or [value.name for value in self.get_outputs()]]
+
+    def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+        """The same with `OrtValue`s in and out."""
+        results = self.run(names, {name: value.numpy() for name, value in feed.items()})
+        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(result)) for result in results]
+
+    def encode(self, feed: Arrays, options: Any = None) -> NDArray[Any]:
+        """The encoder's output `[batch, length, size]` for its inputs, by name."""
+        names = [value.name for value in self.encoder.get_inputs()]
+        hidden: NDArray[Any] = self.encoder.run(None, {name: feed[name] for name in names}, options)[0]
+        return hidden
+
+    def step(
+        self,
+        ids: NDArray[Any],
+        hidden: NDArray[Any],
+        mask: NDArray[Any] | None,
+        past: Arrays | None = None,
+        *,
+        options: Any = None,
+    ) -> dict[str, NDArray[Any]]:
+        """One step of the decoder.
+
+        Args:
+            ids: `[batch, length]`, the new tokens.
+            hidden: The encoder's output.
+            mask: `[batch, encoder length]`, 0 where a position of the encoder is padding.
+            past: Keys and values by the names of the inputs; None for the first step.
+            options: An `onnxruntime.RunOptions`.
+
+        Returns:
+            `logits` and `present.N.decoder|encoder.key|value` by name.
+        """
+        feed: dict[str, NDArray[Any]] = {"input_ids": ids, "encoder_hidden_states": hidden}
+        if mask is not None:
+            feed["encoder_attention_mask"] = mask
+        feed[FLAG] = np.array([past is not None])
+        feed |= past if past is not None else empty_past(self._own, ids.shape[0])
+        given = {name: value for name, value in feed.items() if name in self._decoder_names}
+        results = self.decoder.run(None, given, options)
+        return {value.name: result for value, result in zip(self.decoder.get_outputs(), results, strict=True)}
+
+
+def as_past(outputs: Arrays) -> dict[str, NDArray[Any]]:
+    """The keys and values that a step gave, by the names of the next one's inputs."""
+    return {name.replace(PRESENT, PAST, 1): value for name, value in outputs.items() if name.startswith(PRESENT)}
+
+
+def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
+    """Keys and values of no positions `[batch, heads, 0, size]`, for those inputs of a session that are a past."""
+    dtypes = {"tensor(float16)": np.float16}
+    return {
+        value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtypes.get(value.type, np.float32))
+        for value in inputs
+        if value.name.startswith(PAST)
+    }

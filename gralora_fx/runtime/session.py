@@ -1,0 +1,176 @@
+"""ONNX Runtime sessions over an export directory, opened only when its files stay within it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+
+from gralora_fx.compat.onnxruntime import NoKernel
+from gralora_fx.errors import ExportError, GraloraError, first_line
+from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.runtime.names import DECODER, ENCODER, MODEL_NAME
+
+CPU = "CPUExecutionProvider"
+FATAL = 4  # ONNX Runtime's log level above its errors, which are raised; to print them too says them twice
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How ONNX Runtime runs a model.
+
+    Attributes:
+        providers: Execution providers in order of preference, each with its options; empty for those that the session
+            options hold themselves.
+        session_options: Session options; None for those of `quiet_options`.
+    """
+
+    providers: tuple[tuple[str, Mapping[str, Any]], ...] = ((CPU, {}),)
+    session_options: onnxruntime.SessionOptions | None = field(default=None, compare=False)
+
+
+def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Session options that leave errors to exceptions.
+
+    Args:
+        threads: Threads of an operator; None for ONNX Runtime's choice.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def quiet_run() -> onnxruntime.RunOptions:
+    """Options of a run that leave errors to exceptions."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = FATAL
+    return options
+
+
+def available_threads() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_session(
+    directory: str | Path, runtime: Runtime | None = None, *, error: type[GraloraError] = ExportError
+) -> Any:
+    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over its two.
+
+    Args:
+        directory: An export directory.
+        runtime: How to run it; None for the CPU.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type, when there is no model, its weights lie outside the directory, or ONNX Runtime
+            cannot load it.
+    """
+    folder, runtime = Path(directory), runtime or Runtime()
+    if (folder / f"{ENCODER}.onnx").is_file():
+        parts = [_open(folder / f"{name}.onnx", runtime, error) for name in (ENCODER, DECODER)]
+        return EncoderDecoderSession(*parts)
+    return _open(folder / MODEL_NAME, runtime, error)
+
+
+def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
+    if not path.is_file():
+        raise error(f"no {path.name} in {path.parent}; give the directory of an export")
+    check_external_data(path, error)
+    providers = [(name, dict(options)) for name, options in runtime.providers]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path),
+            runtime.session_options or quiet_options(),
+            providers=providers or None,
+            enable_fallback=0,
+        )
+    except Exception as failure:  # ONNX Runtime raises types of its own, without a common base
+        advice = "export the model again"
+        if isinstance(failure, NoKernel):
+            names = ", ".join(name for name, _ in runtime.providers) or "the providers of the session options"
+            advice = f"{names} cannot compute it: give providers that can, or export in another precision"
+        raise error(f"ONNX Runtime cannot load {path} ({first_line(failure)}); {advice}") from failure
+    missing = [name for name, _ in runtime.providers if name not in session.get_providers()]
+    if missing:
+        raise error(
+            f"ONNX Runtime could not start {', '.join(missing)} and would run {path.name} on "
+            f"{', '.join(session.get_providers())}; install what the provider needs, or leave it out"
+        )
+    return session
+
+
+def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> None:
+    """Refuse a model that would read a file outside its directory.
+
+    ONNX Runtime follows symbolic and hard links to external data, so a crafted model could read any file of the
+    machine; some execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
+
+    Raises:
+        GraloraError: Of the given type, naming what is outside.
+    """
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise error(f"{path} is a link to a file outside its directory; copy the file itself into it")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as failure:  # protobuf raises types of its own
+        raise error(f"{path} is no ONNX model ({failure}); export the model again") from failure
+    nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
+    if compiled := next((node for node in nodes if node.op_type == "EPContext"), None):
+        raise error(f"{path} holds a part compiled elsewhere (EPContext {compiled.name!r}); export the model again")
+    locations = {
+        entry.value
+        for tensor in (*_initializers(model.graph), *_constants(nodes))
+        for entry in tensor.external_data
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
+    }
+    for location in sorted(locations):
+        _check_location(path, location, error)
+
+
+def _check_location(path: Path, location: str, error: type[GraloraError]) -> None:
+    file = path.parent / location
+    if Path(location).name != location:
+        raise error(f"{path} keeps weights at {location!r}, outside its directory; refuse it or export again")
+    if not file.is_file():
+        raise error(f"{file} is missing; copy the whole export directory")
+    if file.is_symlink() or file.stat().st_nlink > 1:
+        raise error(f"{file} is a link; copy the file itself into the export directory")
+
+
+def _within(nodes: Any) -> Iterator[Any]:
+    """Nodes and those of their branches."""
+    for node in nodes:
+        yield node
+        for graph in _branches(node):
+            yield from _within(graph.node)
+
+
+def _branches(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)
+
+
+def _initializers(graph: Any) -> Iterator[Any]:
+    """The initializers of a graph, sparse ones and those of its branches included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for branch in _branches(node):
+            yield from _initializers(branch)
+
+
+def _constants(nodes: Sequence[Any]) -> Iterator[Any]:
+    """The tensors among nodes' attributes."""
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)

@@ -1,0 +1,204 @@
+"""A model without weights in memory: its parameters know where their values stand in safetensors files."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gralora_fx.compat.transformers_loading import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
+from gralora_fx.errors import CheckpointError
+from gralora_fx.sources.lazy_tensors import with_source
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file; calling it reads it. The file is open only while its values are used."""
+
+    file: Path
+    key: str
+
+    def __call__(self) -> Tensor:
+        """The values, mapped from the file.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        with _opened(self.file) as file:
+            tensor: Tensor = file.get_tensor(self.key)
+        return tensor
+
+    def facts(self) -> tuple[list[int], str]:
+        """Shape and dtype, as the file's header has them."""
+        with _opened(self.file) as file:
+            part = file.get_slice(self.key)
+            return list(part.get_shape()), str(part.get_dtype())
+
+
+def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model whose parameters stand on the meta device; buffers, such as rotary frequencies, have their values.
+
+    Args:
+        make: Builds the model from its configuration.
+    """
+    with _parameters_on_meta():
+        model = make()
+    return model.eval()
+
+
+def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = frozenset()) -> PreTrainedModel:
+    """Tell the parameters of an empty model where their values are.
+
+    Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
+
+    Args:
+        model: What `empty_model` made.
+        directory: The model's directory.
+        supplied: Names of parameters that may be missing or have another shape, since an adapter brings its own;
+            they are zero.
+
+    Raises:
+        CheckpointError: There are no safetensors files, a parameter is missing or has another shape, or a key holds
+            only a part of a parameter. All are named.
+    """
+    found = _by_parameter_name(model, stored_tensors(directory))
+    problems: list[str] = []
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for same in names.values():
+        name = next((name for name in same if name in found), None)
+        unfit = [f"missing {same[0]}"] if name is None else _unfit(name, found[name], parameters[name])
+        if name is None or (unfit and not supplied.isdisjoint(same)):
+            with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
+        else:
+            with_source(parameters[name], found[name])
+        problems += unfit if supplied.isdisjoint(same) else []
+    persistent = model.state_dict().keys()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in found:
+                buffer.copy_(found[name]())
+            elif name in persistent and buffer.is_floating_point():
+                problems.append(f"missing {name}")
+    if problems:
+        more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
+        shown = "\n".join(f"- {problem}" for problem in problems[:20])
+        raise CheckpointError(
+            f"{directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n{shown}{more}"
+        )
+    return model
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a saved model by their keys, of one file or of several with an index.
+
+    Raises:
+        CheckpointError: There are none, the index is damaged, or it names a file outside the directory.
+    """
+    index = directory / _INDEX
+    if not index.is_file():
+        file = directory / _SINGLE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{directory} holds neither {_SINGLE} nor {_INDEX}; save the model with transformers, as safetensors"
+            )
+        with _opened(file) as opened:
+            return {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118  # it is no mapping
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {key: directory / name for key, name in places.items() if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}); copy or save the model again") from error
+    if len(files) != len(places):
+        outside = sorted({str(name) for name in places.values() if Path(name).name != name})
+        raise CheckpointError(f"{index} names {', '.join(outside)}, outside its directory; refuse it or save it again")
+    return {key: StoredTensor(file, key) for key, file in files.items()}
+
+
+def check_readable(directory: Path) -> None:
+    """Refuse a directory where the header of a safetensors file cannot be read, or the file is shorter than it says.
+
+    Raises:
+        CheckpointError: One cannot; it is named.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        with _opened(file):
+            pass
+
+
+def _by_parameter_name(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stored tensors by the names that the model has for them."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    own = model.state_dict()
+    prefix = model.base_model_prefix
+    found: dict[str, StoredTensor] = {}
+    parts: list[str] = []
+    for key, tensor in stored.items():
+        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
+        if name not in own and key in own:
+            name, pattern = rename_source_key(key, [], [], prefix, own)
+        if pattern is not None and name in own:
+            parts.append(f"{key} is a part of {name}")
+        found[name] = tensor
+    if parts:
+        shown = "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
+        raise CheckpointError(
+            f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
+            "cannot be streamed; load the model whole instead"
+        )
+    return found
+
+
+def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str]:
+    shape, dtype = stored.facts()
+    if shape != list(parameter.shape):
+        return [f"{name} has shape {shape} in {stored.file.name} instead of {list(parameter.shape)}"]
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        return [f"{name} is {dtype} in {stored.file.name}, no float tensor; it may be quantized"]
+    return []
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); copy or save the model again") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let every module that is made meanwhile put its parameters on the meta device; tied ones stay tied."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

@@ -1,0 +1,104 @@
+"""A transformers model captured as an exported program, decoders with operators for attention."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import fx
+from transformers import DynamicCache, PreTrainedModel
+
+from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
+from gralora_fx.progress.silence import quiet
+from gralora_fx.tracing.inputs.decoder_cache import PAST, copied, equal_sizes, tensors_of
+from gralora_fx.tracing.patches.attention import fused_attention
+from gralora_fx.tracing.patches.llama_functions import known_as_operators
+from gralora_fx.tracing.patches.shape_only_ops import cheap_shapes
+
+
+def export_transformers_model(
+    model: PreTrainedModel, inputs: Mapping[str, Any], *, dynamic: bool
+) -> torch.export.ExportedProgram:
+    """Export a transformers model in the mode it stands in, with a cache if one is given.
+
+    Attention of a decoder with a cache is one node.
+
+    Args:
+        model: The model; its modules and parameters are left as they are.
+        inputs: Keyword inputs of its forward; past keys and values among them mean a step with a cache.
+        dynamic: Whether every axis of every input that may vary does.
+
+    Returns:
+        A program over the model's own parameters.
+    """
+    shapes = dynamic_axes(inputs) if dynamic else None
+    noted = inputs if isinstance(inputs.get(PAST), DynamicCache) else None
+    operators = nullcontext() if noted is None else _operators(model)
+    calling = _calling(model, use_cache=PAST in inputs, noted=noted)
+    with quiet(), calling, operators:
+        return export_program(model, copied(inputs), shapes, dynamic=dynamic)
+
+
+def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`dynamic_shapes` for `torch.export`: every axis may vary, of images the batch only, of a cache batch and length.
+
+    Vision models are made for one size of image; with free height and width some cannot be traced.
+    """
+    shapes = auto_dynamic_shapes(inputs)
+    if "pixel_values" in shapes:
+        shapes["pixel_values"] = {0: torch.export.Dim.AUTO}
+    if PAST in shapes:
+        shapes[PAST] = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO} for _ in shapes[PAST]]
+    return shapes
+
+
+@contextmanager
+def _operators(model: PreTrainedModel) -> Iterator[None]:
+    """Let a decoder call one operator for attention, and for what else is known by its code.
+
+    The nodes get no stack trace, which takes a tenth of the time; the module that made each is noted all the same.
+    """
+    without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True)
+    with fused_attention(model), known_as_operators(model), cheap_shapes(), without_stacks:
+        yield
+
+
+@contextmanager
+def _calling(model: PreTrainedModel, *, use_cache: bool, noted: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Call the model with this `use_cache`, whether its config or only its forward knows the flag.
+
+    With `noted`, example inputs of a step, the tracer is told first which sizes are one.
+    """
+    own = model.__dict__.get("forward")  # an override on the instance; the exporter leaves one behind
+    forward = model.forward
+    if "use_cache" in inspect.signature(forward).parameters:
+        forward = functools.partial(forward, use_cache=use_cache)
+    model.forward = forward if noted is None else _with_noted_sizes(forward, noted)
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        if own is not None:
+            model.forward = own
+
+
+def _with_noted_sizes(forward: Callable[..., Any], example: Mapping[str, Any]) -> Callable[..., Any]:
+    """A step's forward that first tells the tracer which sizes are one.
+
+    Otherwise every layer tells it of its own cache, and each time the tracer works out anew what it knew.
+    """
+    equal = equal_sizes(example)
+
+    @functools.wraps(forward)
+    def noted(*args: Any, **inputs: Any) -> Any:
+        tensors = [tensor for _, tensor in tensors_of(inputs)]
+        for (first, first_axis), (second, second_axis) in equal:
+            torch._check(tensors[first].shape[first_axis] == tensors[second].shape[second_axis])  # type: ignore[no-untyped-call]
+        return forward(*args, **inputs)
+
+    return noted

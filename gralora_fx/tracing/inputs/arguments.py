@@ -1,0 +1,167 @@
+"""A user's example inputs, as positional and keyword arguments, read into the named inputs of a forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.errors import TraceError
+from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.input_trees import has_tensor, leaf_paths
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def given_arguments(example_inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments, of which `example_inputs` may be either.
+
+    Raises:
+        TraceError: They are of other types, or keyword arguments are given twice.
+    """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TraceError(f"kwargs are a {type(kwargs).__name__}; give a dict of keyword arguments")
+    if isinstance(example_inputs, Mapping):
+        if kwargs is not None:
+            raise TraceError("example_inputs are a dict of keyword arguments already; put those of kwargs into it")
+        example_inputs, kwargs = (), example_inputs
+    args = () if example_inputs is None else example_inputs
+    if not isinstance(args, tuple):
+        raise TraceError(f"example_inputs are a {type(args).__name__}; give a dict or a tuple of arguments")
+    named = dict(kwargs or {})
+    wrong = next((name for name in named if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise TraceError(f"an example input is named {wrong!r}; give a dict whose keys are names of arguments")
+    return args, named
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Example inputs by name, in the order of the forward's parameters; None where that is the default is left out.
+
+    Raises:
+        TraceError: They do not fit the forward's signature.
+    """
+    kind = type(model).__name__
+    signature = inspect.signature(model.forward)
+    if "self" in kwargs:
+        raise TraceError(f"an input of {kind} is named 'self', which PyTorch cannot call by name; give it another name")
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        names = ", ".join(signature.parameters)
+        raise TraceError(
+            f"the example inputs do not fit {kind}.forward({names}): {error}; "
+            "give a dict of its keyword arguments or a tuple of its arguments"
+        ) from error
+    inputs: dict[str, Any] = {}
+    for name, value in bound.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise TraceError(f"{kind}.forward takes *{name}; trace a module with named arguments")
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise TraceError(f"{kind}.forward takes {name!r} by position only; take the / out of its signature")
+        if parameter.kind is parameter.VAR_KEYWORD:
+            inputs.update(value)
+        elif value is not None or parameter.default is not None:
+            inputs[name] = value
+    check_leaves(inputs)
+    if not any(has_tensor(value) for value in inputs.values()):
+        raise TraceError(f"the example inputs of {kind} hold no tensor; give at least one")
+    return inputs
+
+
+def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that hold tensors, which become inputs of a graph, and the others, which become part of it.
+
+    Raises:
+        TraceError: One of transformers' arguments cannot be part of a trace.
+    """
+    constants = {name: value for name, value in inputs.items() if not has_tensor(value)}
+    tensors = {name: value for name, value in inputs.items() if name not in constants}
+    if isinstance(model, PreTrainedModel):
+        if "labels" in tensors:
+            raise TraceError(
+                "labels are not part of a trace; leave them out of the example inputs, and give them to the rewritten "
+                "model, which computes the loss"
+            )
+        asked = constants.pop("use_cache", None)
+        if asked is not None and bool(asked) is not (PAST in tensors):
+            raise TraceError(
+                f"use_cache={asked!r} does not fit the example inputs, which hold {'a' if PAST in tensors else 'no'} "
+                f"cache; give {PAST} exactly where the trace takes one, or trace for a task that ends in -with-past"
+            )
+    return tensors, constants
+
+
+def check_leaves(inputs: Mapping[str, Any]) -> None:
+    """Check that what stands beside tensors is something that a graph can take or hold.
+
+    A dataclass is registered for `torch.export`, as a user would have to.
+
+    Raises:
+        TraceError: It is not; arrays of numpy are named as well, which would become constants.
+    """
+    register_dataclasses(inputs)
+    for path, leaf in leaf_paths(inputs):
+        if isinstance(leaf, np.ndarray):
+            raise TraceError(f"example input {path!r} is a numpy array; give torch.from_numpy of it")
+        name = path.split(".", maxsplit=1)[0]
+        if not isinstance(leaf, (Tensor, Cache, *_PLAIN)) and has_tensor(inputs[name]):
+            raise TraceError(
+                f"example input {path!r} is a {type(leaf).__name__}, which torch.export cannot take; give tensors, or "
+                "lists, tuples, dicts or dataclasses of them"
+            )
+
+
+def register_dataclasses(value: Any) -> None:
+    """Let `torch.export` see into every dataclass among some values, which it takes only after being told so."""
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            kind = type(leaf)
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+            register_dataclasses(leaf)
+
+
+@contextmanager
+def called_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Iterator[None]:
+    """Let a model's forward take some arguments as they are; a plain module's as if its signature were its inputs.
+
+    What a plain module returns may hold dataclasses, and its inputs may be keywords that its signature does not name.
+
+    Args:
+        model: The model; its forward is the old one when the block ends.
+        inputs: Names of the arguments that are given by name.
+        constants: The other arguments by name.
+    """
+    own = model.__dict__.get("forward")
+    if isinstance(model, PreTrainedModel):
+        model.forward = functools.partial(model.forward, **constants) if constants else model.forward
+    else:
+        model.forward = _flat(functools.partial(model.forward, **constants), inputs)
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        if own is not None:
+            model.forward = own
+
+
+def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:
+    def flat(**given: Any) -> Any:
+        outputs = forward(**given)
+        register_dataclasses(outputs)
+        return outputs
+
+    flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
+    )
+    return flat

@@ -1,0 +1,162 @@
+"""Example inputs of a decoder with a cache: ids, mask, positions and past keys and values, of several sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+
+from gralora_fx.errors import TraceError, first_line
+from gralora_fx.progress.silence import quiet
+
+if TYPE_CHECKING:  # it imports much that serving has no need of
+    from transformers import PreTrainedModel
+
+PAST = "past_key_values"
+_BATCH, _PAST, _LENGTH = 2, 6, 3
+
+
+def cached_inputs(
+    model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH
+) -> dict[str, Any]:
+    """Inputs of one step: `length` new positions after `past` cached ones, a row of which begins with padding.
+
+    Args:
+        model: A decoder.
+        batch: Number of rows.
+        past: Number of cached positions; 0 for an empty cache.
+        length: Number of new positions.
+
+    Returns:
+        `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
+        model takes them, and a `DynamicCache` with keys and values `[batch, key heads, past, size]` a layer.
+
+    Raises:
+        TraceError: The model has no such cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = getattr(model.config.get_text_config(), "vocab_size", 100)
+    ids = torch.randint(min(3, size - 1), size, (batch, max(past, 1) + length), generator=generator)
+    mask = torch.ones_like(ids)
+    if batch > 1 and past > 1:
+        mask[-1, :2] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = positions(mask)
+    cached = max(past, 1)
+    first = {name: value[:, :cached] for name, value in inputs.items()}
+    try:
+        with torch.no_grad(), quiet():
+            cache = model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    skip = cached - past  # a cache of no positions is one of one position, cut
+    step = {name: value[:, cached:] for name, value in inputs.items()}
+    step["attention_mask"] = mask[:, skip:]
+    return {**step, PAST: cache_of([(key[:, :, : past or 0], value[:, :, : past or 0]) for key, value in layers])}
+
+
+def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
+    """A cache of keys and values, by layer."""
+    cache = DynamicCache()
+    for index, (key, value) in enumerate(layers):
+        cache.update(key, value, index)
+    return cache
+
+
+def decoder_cache(layers: Iterable[Sequence[Tensor]]) -> EncoderDecoderCache:
+    """An encoder-decoder's cache of the decoder's own keys and values, by layer, none of the encoder's output."""
+    return EncoderDecoderCache(cache_of(layers), DynamicCache())
+
+
+def pairs_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of a decoder's own positions, by layer."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return [(layer.keys, layer.values) for layer in own.layers]
+
+
+def own_cache(cache: Cache) -> Cache:
+    """A cache of its own with what a trace takes of one: keys and values of the decoder's own positions."""
+    return (decoder_cache if isinstance(cache, EncoderDecoderCache) else cache_of)(pairs_of(cache))
+
+
+def empty_cache(like: Cache, batch: int) -> Cache:
+    """A cache of no positions, for a number of rows."""
+    layers = [[t.new_empty(batch, t.shape[1], 0, t.shape[3]) for t in pair] for pair in pairs_of(like)]
+    return (decoder_cache if isinstance(like, EncoderDecoderCache) else cache_of)(layers)
+
+
+def cached_tensors(inputs: Mapping[str, Any]) -> int:
+    """How many tensors the cache among some inputs holds; 0 where there is none."""
+    cache = inputs.get(PAST)
+    return 2 * len(cache.layers) if isinstance(cache, DynamicCache) else 0
+
+
+def batch_of(values: Iterable[Any]) -> int:
+    """The number of rows of the first tensor."""
+    return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
+
+
+def positions(mask: Tensor, length: int | None = None) -> Tensor:
+    """Position of each of the last `length` positions in its row, padding not counted.
+
+    Args:
+        mask: `[batch, total]`, 0 where a position is padding.
+        length: How many; None for all.
+    """
+    counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return counted if length is None else counted[:, counted.shape[1] - length :]
+
+
+def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with a cache of their own, since a model adds to the one it is given."""
+    given = dict(inputs)
+    if isinstance(cache := given.get(PAST), Cache):
+        given[PAST] = own_cache(cache)
+    return given
+
+
+def equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
+    """Axes of a step's inputs that are one size by their meaning: batch, new tokens, and what each layer has cached.
+
+    Args:
+        inputs: The inputs of a step by name.
+
+    Returns:
+        Pairs of axes, each a place among the inputs' tensors (`tensors_of`) and an axis; layers that cache another
+        number of positions are left out.
+    """
+    tensors = tensors_of(inputs)
+    cached = [index for index, (name, _) in enumerate(tensors) if name == PAST]
+    new = [index for index, (name, _) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]
+    axes = [((cached[0], axis), (index, axis)) for index in cached[1:] for axis in (0, 2)] if cached else []
+    axes += [((new[0], 1), (index, 1)) for index in new[1:]]
+    axes += [((cached[0], 0), (index, 0)) for index in new if cached]
+    return [
+        pair for pair in axes if tensors[pair[0][0]][1].shape[pair[0][1]] == tensors[pair[1][0]][1].shape[pair[1][1]]
+    ]
+
+
+_Axis = tuple[int, int]
+
+
+def tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Every tensor of a step's inputs with the input's name, those of a cache layer by layer."""
+    found: list[tuple[str, Tensor]] = []
+    for name, value in inputs.items():
+        if isinstance(value, DynamicCache):
+            found += [(name, t) for layer in value.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+        elif isinstance(value, Tensor):
+            found.append((name, value))
+    return found
+
+
+def other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
+    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1)
+    yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5)

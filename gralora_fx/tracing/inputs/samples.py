@@ -1,0 +1,231 @@
+"""Example inputs for a trace: made for a task, or a user's own widened so that no axis is fixed by chance."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gralora_fx.compat.pytree import tree_leaves, tree_map
+from gralora_fx.config.tasks import check_task
+from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.tracing.inputs.decoder_cache import PAST, cached_inputs
+from gralora_fx.tracing.inputs.encoder_decoder_cache import decoder_step
+
+_HEADS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForConditionalGeneration": "text2text-generation",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
+_CLASSIFIERS = {"text-classification", "token-classification", "question-answering", "image-classification"}
+_TAKES = {
+    "image-classification": ("pixel_values",),
+    "automatic-speech-recognition": ("input_features", "input_values"),
+}
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+_MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
+_BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
+_SAMPLES = 4000  # a quarter of a second of speech
+
+
+def infer_task(model: PreTrainedModel) -> str:
+    """The task that a model's class name tells; `feature-extraction` for a bare model."""
+    task = task_of_class(type(model).__name__)
+    if task == "text2text-generation" and model.main_input_name == "input_features":
+        return "automatic-speech-recognition"
+    return task
+
+
+def check_head(model: PreTrainedModel, task: str) -> None:
+    """Refuse a task that a model's head does not do, whose outputs would be taken for what they are not.
+
+    Raises:
+        TraceError: The task takes another input; or the class names a head, one of the two classifies, and they differ.
+    """
+    check_task(task)
+    _check_main_input(model, task)
+    own, asked = infer_task(model), task.removesuffix("-with-past")
+    is_known = "feature-extraction" not in (own, asked)  # a class may name no head, and any will give its features
+    if own != asked and is_known and not _CLASSIFIERS.isdisjoint((own, asked)):
+        raise TraceError(
+            f"{type(model).__name__} is a model for {own}, not for {task}; leave task out, or load the class for {task}"
+        )
+
+
+def _check_main_input(model: PreTrainedModel, task: str) -> None:
+    takes, main = _TAKES.get(task.removesuffix("-with-past")), model.main_input_name
+    if takes is not None and main not in takes:
+        named = " or ".join(takes)
+        raise TraceError(f"task {task!r} takes {named}, but {type(model).__name__} takes {main}; give its task")
+
+
+def task_of_class(name: str) -> str:
+    """The task that the name of a class of transformers tells; `feature-extraction` where it names no head."""
+    return next((task for head, task in _HEADS.items() if name.endswith(head)), "feature-extraction")
+
+
+def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
+    """Random inputs of the shapes that a task needs, read from the model's configuration.
+
+    Args:
+        model: The model to run.
+        task: One of `TASKS`.
+
+    Raises:
+        TraceError: The task is unknown, needs a cache, or does not fit the model.
+    """
+    check_task(task)
+    if task == "text-generation-with-past" and model.main_input_name == "input_ids":
+        return cached_inputs(model)
+    main = model.main_input_name
+    with_past = task.endswith("-with-past")
+    if with_past and (task == "text-generation-with-past" or not model.config.is_encoder_decoder):
+        raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
+    _check_main_input(model, task)
+    generator = torch.Generator().manual_seed(0)
+    example = _main_input(model, main, generator)
+    inputs = {main: example.to(model.dtype) if example.is_floating_point() else example}
+    accepted = inspect.signature(model.forward).parameters
+    if main == "input_ids":
+        inputs["attention_mask"] = torch.ones_like(inputs[main])
+        if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", None):
+            inputs["token_type_ids"] = torch.zeros_like(inputs[main])
+    if with_past:
+        return decoder_step(model, _padded(inputs))
+    feeds_decoder = task.startswith(("text2text", "automatic-speech")) or task == "feature-extraction"
+    if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
+    return inputs
+
+
+def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs with at least two rows, three positions and one padded row, so that none of it is fixed.
+
+    `torch.export` takes an axis of size 1 as a constant, and drops a mask that masks nothing.
+
+    Args:
+        model: The model to run.
+        inputs: A user's inputs, a single text included.
+    """
+    sample = {name: value for name, value in inputs.items() if value is not None}
+    if PAST in sample and isinstance(model, PreTrainedModel):
+        if model.config.is_encoder_decoder:
+            return _widen_step(model, sample)
+        return cached_inputs(model)  # the values do not matter, and the sizes would have to grow together
+    if isinstance(model, PreTrainedModel):
+        accepted = inspect.signature(model.forward).parameters
+        for mask, ids in _MASKS.items():
+            if mask == "attention_mask" and ids in sample and mask in accepted and mask not in sample:
+                sample[mask] = torch.ones_like(sample[ids])
+        for group in (_TEXT_INPUTS, _DECODER_INPUTS):
+            sample = _with_positions(sample, group)
+    tensors = [leaf for leaf in tree_leaves(sample) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
+    if tensors and all(leaf.shape[0] == 1 for leaf in tensors):
+        sample = tree_map(_with_two_rows, sample)
+    for name, value in sample.items():
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 1:
+            warn_caller(
+                f"axis 1 of the example input {name!r} has size 1 and stays fixed; a longer example lets it vary"
+            )
+    return _padded(sample)
+
+
+def _widen_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
+    source = {name: value for name, value in sample.items() if name not in (*_DECODER_INPUTS, PAST)}
+    return decoder_step(model, widen(model, source))
+
+
+def other_sizes(sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same inputs with one row, with one more, and with longer sequences, to hold a trace against.
+
+    Args:
+        sample: What a model was traced with.
+    """
+    tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
+    if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
+        yield "one row", tree_map(lambda value: _rows(value, slice(0, 1)), dict(sample))
+        yield "another row", tree_map(_with_another_row, dict(sample))
+    text = [name for name in _TEXT_INPUTS if _is_sequence(sample.get(name))]
+    if text:
+        longer = {name: torch.cat([v, v[:, :3]], dim=1) if name in text else v for name, v in sample.items()}
+        yield "a longer sequence", longer
+    elif all(leaf.ndim == 3 for leaf in tensors) and len({leaf.shape[1] for leaf in tensors}) == 1:
+        yield "a longer sequence", tree_map(_with_another_position, dict(sample))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim >= 2
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_row(value: Any) -> Any:
+    return torch.cat([value, value[:1]]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_position(value: Any) -> Any:
+    return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
+
+
+def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor:
+    config = model.config
+    if name == "input_ids":
+        return _token_ids(model, _LENGTH, generator)
+    if name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return torch.randn(_BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+    if name == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 64)
+        return torch.randn(_BATCH, config.num_mel_bins, frames, generator=generator)
+    if name == "input_values":
+        return torch.randn(_BATCH, _SAMPLES, generator=generator)
+    raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
+
+
+def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) -> torch.Tensor:
+    text_config = model.config.get_text_config()
+    size = getattr(text_config, "vocab_size", 100)
+    ids = torch.randint(min(3, size - 1), size, (_BATCH, length), generator=generator)
+    for special in ("pad_token_id", "eos_token_id"):
+        token = getattr(text_config, special, None)
+        if isinstance(token, int):
+            ids[ids == token] = 1 if token != 1 else 2
+    end = getattr(text_config, "eos_token_id", None)
+    if isinstance(end, int) and end < size:  # models that pool at the end token need one in every row
+        ids[:, -1] = end
+    return ids
+
+
+def _with_positions(sample: dict[str, Any], group: tuple[str, ...]) -> dict[str, Any]:
+    present = [name for name in group if isinstance(sample.get(name), torch.Tensor) and sample[name].ndim >= 2]
+    if not present or any(sample[name].shape[1] >= 3 for name in present):
+        return sample
+    return {name: torch.cat([value] * 4, dim=1) if name in present else value for name, value in sample.items()}
+
+
+def _with_two_rows(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _padded(sample: dict[str, Any]) -> dict[str, Any]:
+    for mask in _MASKS:
+        value = sample.get(mask)
+        if isinstance(value, torch.Tensor) and value.ndim == 2 and bool(value.all()) and value.shape[1] > 1:
+            value = value.clone()
+            value[-1, -1] = 0
+            sample[mask] = value
+    return sample

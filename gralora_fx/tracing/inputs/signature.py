@@ -1,0 +1,271 @@
+"""How a traced graph is called: inputs by name or position, with the defaults that the model itself has."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from gralora_fx.errors import TraceError
+from gralora_fx.tracing.inputs.decoder_cache import PAST, positions
+from gralora_fx.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
+
+_RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSignature:
+    """What the forward of a traced model's source takes, and what became of it in the graph.
+
+    Attributes:
+        inputs: Arguments that the graph takes, in its order.
+        positional: Arguments that the source takes by position, in its order.
+        values: The value that every other argument had while the model was traced; it is part of the graph.
+        defaults: What the source takes for an argument that it is not given.
+        nullable: Arguments for which None means that they are not given, though their default is something else.
+        takes_any: Whether the source takes arguments by names that its signature does not hold.
+        fillable: Inputs that may be left out: `default_input` makes what the source takes for them.
+        counts_padding: Whether positions that are left out count the padding before them.
+        fixed: Sizes of input tensors that the trace holds for.
+        dynamic: Whether the trace was to hold for other sizes than the example's.
+        has_form: Whether inputs must have the form of the examples, as for a graph that has seen nothing else.
+    """
+
+    inputs: tuple[str, ...]
+    positional: tuple[str, ...]
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    nullable: frozenset[str] = frozenset()
+    takes_any: bool = False
+    fillable: frozenset[str] = frozenset()
+    counts_padding: bool = False
+    fixed: FixedAxes = dataclasses.field(default_factory=dict)
+    dynamic: bool = True
+    has_form: bool = True
+
+    @property
+    def may_be_left_out(self) -> tuple[str, ...]:
+        """Inputs that the source need not be given, and for which there is a rule."""
+        return tuple(name for name in _RULES if name in self.inputs and name in self.defaults)
+
+    def bind(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        examples: Mapping[str, Any],
+        *,
+        optional: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """The inputs of one call by name, in the graph's order.
+
+        A mask that was traced but not given is all ones, token types are zeros, positions count from zero, where that
+        is what the source takes when it is not told.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+            examples: The inputs that the model was traced with; those of the call must have their form.
+            optional: Inputs for which the graph has a default of its own; left out where they are not given.
+
+        Raises:
+            TraceError: An input is missing, given twice, of another form, or was not part of the trace; or an argument
+                that is part of the graph has another value.
+        """
+        given = self._by_name(args, kwargs)
+        for name, value in given.items():
+            if name not in self.inputs:
+                self._check_constant(name, value, by_position=name not in kwargs, count=len(args))
+        for name in self.values:
+            if given.get(name) is None:
+                self._check_left_out(name, given)
+        inputs = {name: given.get(name) for name in self.inputs if name in given or name not in optional}
+        for name in inputs:
+            if inputs[name] is None and not (name in examples and examples[name] is None):
+                inputs[name] = self._filled(name, inputs)
+            if self.has_form and name in examples:
+                check_form(name, examples[name], inputs[name], self.fixed)
+        return inputs
+
+    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self.positional):
+            raise TraceError(
+                f"the trace takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), but got {len(args)} by position"
+            )
+        given = dict(zip(self.positional, args, strict=False))
+        twice = [name for name in kwargs if name in given]
+        if twice:
+            raise TraceError(f"input {twice[0]!r} was given twice, by position and by name")
+        return {**given, **kwargs}
+
+    def _check_constant(self, name: str, value: Any, *, by_position: bool, count: int) -> None:
+        """Refuse an argument that is not an input of the graph, unless it has the value that is part of it."""
+        if value is None and (name in self.nullable or (name not in self.values and self.takes_any)):
+            return
+        traced = self.values.get(name)
+        if name in self.values and same_value(traced, value):
+            return
+        if traced is None:
+            names = ", ".join(self.inputs)
+            if by_position:
+                raise TraceError(
+                    f"the trace takes {len(self.inputs)} inputs ({names}), but got {count}: {name!r} was not part of "
+                    "it; trace again with it among the example inputs"
+                )
+            raise TraceError(
+                f"input {name!r} was not part of the trace, which takes {names}; "
+                "trace again with it among the example inputs"
+            )
+        if name == "use_cache" and value is True:
+            remedy = 'trace again for a task with a cache, such as task="text-generation-with-past"'
+        else:
+            remedy = "trace again with that value among the example inputs"
+        raise TraceError(
+            f"input {name!r} was {traced!r} when the model was traced and is part of the graph, so it cannot be "
+            f"{shown(value)}; {remedy}"
+        )
+
+    def _check_left_out(self, name: str, given: Mapping[str, Any]) -> None:
+        """Refuse to leave out an argument that the source would take another value for."""
+        if name in given and name not in self.nullable:
+            return
+        if name not in self.defaults:
+            raise TraceError(f"input {name!r} is missing; it was {self.values[name]!r} when the model was traced")
+        if not same_value(self.defaults[name], self.values[name]):
+            raise TraceError(
+                f"input {name!r} was {self.values[name]!r} when the model was traced and is part of the graph; left "
+                f"out, the model takes {shown(self.defaults[name])}: give {name}={self.values[name]!r}, or trace again "
+                "without it"
+            )
+
+    def _filled(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
+        known = {other: value for other, value in inputs.items() if value is not None}
+        value = None
+        if name in self.fillable:
+            value = default_input(name, known, counts_padding=self.counts_padding)
+        if value is None:
+            own = f"; the model's own default, {shown(self.defaults[name])}, is not" if name in self.defaults else ""
+            remedy = ": give it, or trace again without it" if own else ""
+            raise TraceError(f"input {name!r} is missing; it was part of the trace{own}{remedy}")
+        return value
+
+
+def signature_of(
+    model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any], *, has_cache: bool
+) -> CallSignature:
+    """What a model's forward takes, seen from a trace of it.
+
+    Args:
+        model: The source model, with the configuration that it was traced with.
+        inputs: Arguments that became inputs of the graph.
+        constants: Arguments that were given while tracing and became part of the graph.
+        has_cache: Whether a cache is among the inputs.
+
+    Returns:
+        The signature; which inputs are fillable is for the caller to find out.
+    """
+    from transformers import PreTrainedModel  # it imports much that serving has no need of
+
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = [p for p in parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    defaults = {p.name: p.default for p in named if p.default is not p.empty}
+    config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
+    answered = {} if config is None else {**_answered_by_config(config, defaults), "use_cache": has_cache}
+    defaults |= answered
+    if PAST in inputs:
+        named = [p.replace(name=PAST) if p.name == "cache" else p for p in named]  # transformers' newer name for it
+    others = {name: value for name, value in defaults.items() if name not in inputs}
+    return CallSignature(
+        inputs=tuple(inputs),
+        positional=tuple(p.name for p in named if p.kind is not p.KEYWORD_ONLY),
+        values={**others, **constants},
+        defaults=defaults,
+        nullable=frozenset(answered),
+        takes_any=takes_any,
+    )
+
+
+def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a transformers model that its configuration answers where they are None or not given.
+
+    Decorators of transformers take `return_dict` and the `output_...` flags of any forward, whatever its signature.
+    """
+    names = {name for name, default in defaults.items() if default is None}
+    names |= {"return_dict", *(name for name in dir(config) if name.startswith("output_"))}
+    found = {name: getattr(config, name, None) for name in sorted(names)}
+    return {name: value for name, value in found.items() if isinstance(value, (bool, int, float, str))}
+
+
+def with_cache_name(names: Sequence[str], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keyword arguments whose `cache`, as transformers calls it by now, has the name that the trace has for it.
+
+    Args:
+        names: Inputs of the trace.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        TraceError: It was given under both names.
+    """
+    if "cache" not in kwargs or PAST not in names or "cache" in names:
+        return kwargs
+    if kwargs.get(PAST) is not None:
+        raise TraceError(f"cache and {PAST} are one input; give one of them")
+    return {**{name: value for name, value in kwargs.items() if name != "cache"}, PAST: kwargs["cache"]}
+
+
+def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool = False) -> torch.Tensor | None:
+    """What a model takes for an input that it is not given, or None where it needs it.
+
+    Args:
+        name: Name of the input.
+        inputs: The inputs that are given; their token ids tell the shape.
+        counts_padding: Whether the positions of a step count the padding before them.
+    """
+    ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
+    if not isinstance(ids, torch.Tensor):
+        return None
+    if isinstance(cache := inputs.get(PAST), DynamicCache):
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = ids.new_ones(ids.shape[0], cache.get_seq_length() + ids.shape[1])
+        counted = positions(torch.ones_like(mask) if counts_padding else mask, ids.shape[1])
+        return {"attention_mask": mask, "position_ids": counted}.get(name)
+    if name in ("attention_mask", "decoder_attention_mask"):
+        return torch.ones_like(ids)
+    if name == "token_type_ids":
+        return torch.zeros_like(ids)
+    if name == "position_ids":
+        return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    return None
+
+
+def refuse_misshapen_step(inputs: Mapping[str, Any]) -> None:
+    """Refuse a step of a decoder whose mask or cache does not fit its tokens; the graph would fail far from here.
+
+    Args:
+        inputs: The inputs of one call, all of them.
+
+    Raises:
+        TraceError: The mask is not `[batch, past + length]`, or the cache has other rows than the tokens.
+    """
+    ids, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", PAST))
+    if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor) and isinstance(cache, DynamicCache)):
+        return
+    if ids.ndim != 2:
+        raise TraceError(f"input_ids has shape {list(ids.shape)}, but a step takes [batch, length]")
+    if not cache.layers:
+        raise TraceError(f"{PAST} has no layers; leave it out for an empty cache, or give one that the model returned")
+    keys = cache.layers[0].keys
+    past, (batch, length) = keys.shape[2], ids.shape
+    if keys.shape[0] != batch:
+        raise TraceError(f"{PAST} has {keys.shape[0]} rows, but input_ids has shape {list(ids.shape)}; give one of it")
+    if tuple(mask.shape) != (batch, past + length):
+        raise TraceError(
+            f"attention_mask has shape {list(mask.shape)}, but {past} cached and {length} new positions of {batch} "
+            f"rows need {[batch, past + length]}; give a mask over all of them"
+        )

@@ -1,0 +1,76 @@
+"""Cleaning of a fresh trace: guards on sample sizes go, subgraphs that run as they are join the graph."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from gralora_fx.graph.surgery import copy_graph, erase_unused
+from gralora_fx.tracing.normalize.inline import inline_subgraphs
+
+_ASSERTIONS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
+
+
+def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of an exported graph that checks no sizes, so that batch 1 and length 1 run, without needless subgraphs.
+
+    Before: `_guards_fn(x); _assert_tensor_metadata(x, None, None, torch.float32); y = linear(x, w)`
+    After:  `y = linear(x, w)`
+
+    Args:
+        graph_module: What `ExportedProgram.module()` returned; it is left as it is.
+
+    Returns:
+        A plain `GraphModule` over the same parameters and buffers.
+    """
+    graph = copy_graph(graph_module)
+    inline_subgraphs(graph, graph_module)
+    for node in reversed(graph.nodes):
+        if (node.op == "call_module" and "_guards_fn" in str(node.target)) or node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    _drop_empty_parts(graph)
+    _drop_dead_scalars(graph)
+    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
+    result.graph.lint()
+    return result
+
+
+def _drop_empty_parts(graph: fx.Graph) -> None:
+    """Take what is put behind an empty tensor as it is: a cache that begins empty adds nothing.
+
+    Before: `keys = cat([detach_(lift_fresh_copy(empty)), new_keys], -2)`
+    After:  `keys = new_keys`
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.cat.default:
+            continue
+        parts = [part for part in node.args[0] if not _is_empty(part)]
+        if len(parts) == 1:
+            empty = [part for part in node.args[0] if part is not parts[0]]
+            node.replace_all_uses_with(parts[0])
+            graph.erase_node(node)
+            for chain in empty:
+                erase_unused(graph, chain)
+
+
+def _is_empty(node: fx.Node) -> bool:
+    """Whether a node is a tensor of shape `[0]`, which `cat` passes over."""
+    value = node.meta.get("val")
+    return (
+        isinstance(value, torch.Tensor) and value.ndim == 1 and isinstance(value.shape[0], int) and not value.shape[0]
+    )
+
+
+def _drop_dead_scalars(graph: fx.Graph) -> None:
+    """Erase the size comparisons that only served the guards."""
+    for node in reversed(graph.nodes):
+        is_size = node.target is torch.ops.aten.sym_size.int or getattr(node.target, "__module__", "") == "_operator"
+        if node.op == "call_function" and is_size and not node.users and node.target is not operator.setitem:
+            graph.erase_node(node)

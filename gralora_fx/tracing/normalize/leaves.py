@@ -1,0 +1,181 @@
+"""Leaf modules of a symbolic trace taken into its graph, so that the linear layers in them show."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from gralora_fx.errors import first_line
+from gralora_fx.graph.module_tree import LINEAR_TYPES, module_stack
+from gralora_fx.graph.out_of_reach import note_opaque
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.tracing.normalize.inline import has_hooks, inline_call, inline_subgraphs
+from gralora_fx.tracing.normalize.modes import record_switches, set_mode
+
+_INNER = "leaf"
+
+
+def inline_leaves(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a symbolic trace in which modules that hold linear layers are calls on their weights and biases.
+
+    Before: `y = self.fc(x); z = self.feed_forward(y)`
+    After:  `y = linear(x, self.fc.weight, self.fc.bias); ...; z = linear(h, self.feed_forward.2.weight, ...)`
+
+    A module that cannot be traced by itself, or has hooks, stays a call; its node notes why (see `out_of_reach`).
+
+    Args:
+        graph_module: A symbolic trace; it is left as it is.
+    """
+    graph = copy_graph(graph_module)
+    waiting = deque(graph.nodes)
+    while waiting:
+        node = waiting.popleft()
+        if node.op != "call_module":
+            continue
+        module = graph_module.get_submodule(str(node.target))
+        if _is_plain(module, nn.Linear, nn.Linear.forward) or _is_plain(module, Conv1D, Conv1D.forward):
+            _inline_linear(graph, node, module)
+        elif holds_linear(module):
+            waiting.extendleft(_inline_traced(node, module))
+    inline_subgraphs(graph, graph_module)
+    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
+    result.graph.lint()
+    return result
+
+
+def holds_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or has one within."""
+    return any(isinstance(part, LINEAR_TYPES) for part in module.modules())
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module], forward: Any) -> bool:
+    """Whether a module is a linear layer that computes what its class does, and nothing around it."""
+    return (
+        isinstance(module, kind)
+        and type(module).forward is forward
+        and not has_hooks(module)
+        and not parametrize.is_parametrized(module)
+    )
+
+
+def _inline_linear(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
+    x = node.args[0] if node.args else node.kwargs["input" if isinstance(module, nn.Linear) else "x"]
+    stack = {**node.meta.get("nn_module_stack", {}), str(node.target): (str(node.target), type(module))}
+    with graph.inserting_before(node):
+        weight = graph.get_attr(f"{node.target}.weight")
+        bias = graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
+        if isinstance(module, nn.Linear):
+            result = graph.call_function(torch.nn.functional.linear, (x, weight, bias))
+        else:
+            weight_t = graph.call_function(torch.ops.aten.t.default, (weight,))
+            result = graph.call_function(torch.nn.functional.linear, (x, weight_t, bias))
+    result.meta = {**node.meta, "nn_module_stack": stack}
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _inline_traced(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+    """Replace the call of a module by the nodes that its own trace makes; where there is none, the node is told why."""
+    template = (node.args, dict(node.kwargs))
+    if has_hooks(module):
+        note_opaque(node, "it has hooks")
+        return []
+    try:
+        inner = _traced(module, template)
+    except _Untraced as error:
+        note_opaque(node, str(error))
+        return []
+    return inline_call(node, inner, _nodes_of(template), str(node.target))
+
+
+class _Untraced(Exception):
+    """Why a module cannot be traced by itself."""
+
+
+class _Tracer(fx.Tracer):
+    """Goes into the modules that hold linear layers, and leaves the others calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        plain = _is_plain(m, nn.Linear, nn.Linear.forward) or _is_plain(m, Conv1D, Conv1D.forward)
+        return plain or has_hooks(m) or not holds_linear(m)
+
+
+class _Call(nn.Module):
+    """The call of a module with given arguments, where nodes stand for the values that it is called with."""
+
+    def __init__(self, module: nn.Module, template: Any) -> None:
+        super().__init__()
+        self.leaf = module  # its name is `_INNER`
+        self.template = template
+        self.sources = _nodes_of(template)
+
+    def forward(self, values: Any) -> Any:
+        places = {source: values[index] for index, source in enumerate(self.sources)}
+        args, kwargs = fx.map_arg(self.template, places.__getitem__)
+        return self.leaf(*args, **kwargs)
+
+
+def _nodes_of(template: Any) -> list[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    fx.map_arg(template, found.setdefault)
+    return list(found)
+
+
+def _traced(module: nn.Module, template: Any) -> fx.Graph:
+    """The graph of a module for one call of it, a placeholder for each node that the call reads.
+
+    Raises:
+        _Untraced: It cannot be traced, or its two modes differ by more than switches.
+    """
+    graphs = []
+    for training in (True, False):
+        with _in_mode(module, training):
+            try:
+                graphs.append(_Tracer().trace(_Call(module, template)))
+            except Exception as error:  # a forward raises what it likes of symbolic values
+                raise _Untraced(f"torch.fx cannot trace it ({type(error).__name__}: {first_line(error)})") from error
+        record_switches(graphs[-1])
+        set_mode(graphs[-1], module.training)
+    first, second = graphs
+    if str(first) != str(second):
+        raise _Untraced("its forward differs between training and evaluation by more than dropout")
+    _settle(first, len(_nodes_of(template)))
+    return first
+
+
+def _settle(graph: fx.Graph, count: int) -> None:
+    """Give a graph of `_Call` a placeholder for each value, and its targets and modules their paths in the module."""
+    (values,) = graph.find_nodes(op="placeholder")
+    with graph.inserting_before(values):
+        own = [graph.placeholder(f"value_{index}") for index in range(count)]
+    for item in list(values.users):
+        item.replace_all_uses_with(own[item.args[1]])
+        graph.erase_node(item)
+    graph.erase_node(values)
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            if not str(node.target).startswith(f"{_INNER}."):
+                raise _Untraced("it uses a tensor that is neither a parameter nor a buffer of it")
+            node.target = str(node.target).removeprefix(f"{_INNER}.")
+        stack = {name.removeprefix(_INNER).removeprefix("."): kind for name, kind in module_stack(node)}
+        node.meta["nn_module_stack"] = {name: (name, kind) for name, kind in stack.items()}
+
+
+@contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Let a module stand in a mode while the block lasts."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = training
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,177 @@
+"""Training and evaluation mode of a traced graph: the arguments that a trace bakes in, made switchable."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+import gralora_fx.tracing.patches.attention
+import gralora_fx.tracing.patches.stochastic_depth  # noqa: F401  # both register their operators
+from gralora_fx.tracing.failures import line_of
+
+_KEY = "gralora_mode"
+_aten = torch.ops.aten
+
+# operator: position of its `train` flag
+_FLAGS: dict[Any, int] = {
+    _aten.dropout.default: 2,
+    _aten.feature_dropout.default: 2,
+    _aten.alpha_dropout.default: 2,
+    _aten.feature_alpha_dropout.default: 2,
+    _aten.dropout_.default: 2,
+    _aten.native_dropout.default: 2,
+    torch.ops.gralora.drop_path.default: 2,
+    _aten.rrelu.default: 3,
+    _aten.batch_norm.default: 5,
+    _aten.lstm.input: 6,
+    _aten.gru.input: 6,
+    _aten.rnn_tanh.input: 6,
+    _aten.rnn_relu.input: 6,
+}
+# operator: position of its dropout probability, which evaluation sets to zero
+_PROBABILITIES: dict[Any, int] = {
+    _aten.scaled_dot_product_attention.default: 4,
+    torch.ops.gralora.attention.default: 8,
+}
+_FUNCTIONAL = {
+    torch.nn.functional.dropout,
+    torch.nn.functional.alpha_dropout,
+    torch.nn.functional.batch_norm,
+    torch.nn.functional.rrelu,
+}
+
+
+def record_switches(graph: fx.Graph, *, in_training: bool | None = None, known: Collection[str] = ()) -> bool:
+    """Note at every node whose behaviour depends on the mode what it takes in training and in evaluation.
+
+    The note stands in `node.meta["custom"]`, which copies and re-exports keep. An attention node records its dropout
+    only in a graph traced in training mode: a trace in evaluation mode has lost it.
+
+    Args:
+        graph: A traced graph; its nodes gain the notes.
+        in_training: The mode that the model was traced in. What is on in evaluation, such as a dropout that is not told
+            the mode, is on in both and no switch. None where it is not known.
+        known: Names of nodes that were noted before, or are no switches.
+
+    Returns:
+        Whether the graph stands in training mode, as far as its nodes tell.
+    """
+    is_training = False
+    for node in graph.nodes:
+        switch = None if node.name in known else _switch_of(node)
+        if switch is not None:
+            argument, trained, evaluated = switch
+            is_on = _read(node, argument) == trained
+            if in_training is False and is_on:
+                continue
+            is_training |= is_on
+            note_switch(node, argument, trained, evaluated)
+    return is_training
+
+
+def draws_randomly(graph: fx.Graph) -> str | None:
+    """The operator of a graph that draws random numbers in either mode, and where it was called, or None.
+
+    A model that does so in training alone, as some routers of experts do, shows no switch in a training trace.
+
+    Args:
+        graph: A traced graph whose switches are recorded.
+    """
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+        if torch.Tag.nondeterministic_seeded in tags and _KEY not in node.meta.get("custom", {}) and _is_on(node):
+            place = line_of(node.meta.get("stack_trace"))
+            return f"{node.target} at {place}" if place else str(node.target)
+    return None
+
+
+def _is_on(node: fx.Node) -> bool:
+    """Whether an operator that draws random numbers in one mode does so as it is written in the graph."""
+    argument = switched_argument(node)
+    return argument is None or bool(_read(node, argument))
+
+
+def note_switch(node: fx.Node, argument: int | str, in_training: Any, in_evaluation: Any) -> None:
+    """Note what a node takes in each mode.
+
+    Args:
+        node: The node.
+        argument: Position or keyword of the argument.
+        in_training: Its value in training.
+        in_evaluation: Its value in evaluation.
+    """
+    note = {"argument": argument, "train": in_training, "eval": in_evaluation}
+    node.meta.setdefault("custom", {})[_KEY] = note
+
+
+def set_mode(graph: fx.Graph, training: bool) -> bool:
+    """Switch every recorded argument.
+
+    Before (training):  `dropout(x, 0.1, True)`
+    After (evaluation): `dropout(x, 0.1, False)`
+
+    Args:
+        graph: A graph that `record_switches` has seen.
+        training: The mode to set.
+
+    Returns:
+        Whether any node changed, so that the module must be recompiled.
+    """
+    has_changed = False
+    for node in graph.nodes:
+        switch = node.meta.get("custom", {}).get(_KEY)
+        if switch is not None:
+            value = switch["train" if training else "eval"]
+            if _read(node, switch["argument"]) != value:
+                _write(node, switch["argument"], value)
+                has_changed = True
+    return has_changed
+
+
+def switched_argument(node: fx.Node) -> int | str | None:
+    """Position or keyword of the argument of a node that depends on the mode, whatever it is now, or None.
+
+    Args:
+        node: A node of a trace in either mode.
+    """
+    if node.op == "call_function" and node.target in _PROBABILITIES:
+        return _PROBABILITIES[node.target]
+    switch = _switch_of(node)
+    return None if switch is None else switch[0]
+
+
+def _switch_of(node: fx.Node) -> tuple[int | str, Any, Any] | None:
+    """The mode-dependent argument of a node with its values in training and in evaluation."""
+    if node.op != "call_function":
+        return None
+    if node.target in _FLAGS:
+        return _FLAGS[node.target], True, False
+    if node.target in _FUNCTIONAL and "training" in node.kwargs:
+        return "training", True, False
+    if node.target in _PROBABILITIES:
+        position = _PROBABILITIES[node.target]
+        probability = _read(node, position)
+        return (position, probability, 0.0) if probability else None
+    if node.target is _aten.add_.Tensor and isinstance(counter := node.args[0], fx.Node):
+        # BatchNorm counts its training batches in place
+        if counter.op == "get_attr" and str(counter.target).endswith("num_batches_tracked"):
+            return 1, 1, 0
+    return None
+
+
+def _read(node: fx.Node, argument: int | str) -> Any:
+    if isinstance(argument, str):
+        return node.kwargs.get(argument)
+    return node.args[argument] if argument < len(node.args) else node.kwargs.get("dropout_p")
+
+
+def _write(node: fx.Node, argument: int | str, value: Any) -> None:
+    if isinstance(argument, str):
+        node.update_kwarg(argument, value)
+    elif argument < len(node.args):
+        node.update_arg(argument, value)
+    else:
+        node.update_kwarg("dropout_p", value)

@@ -1,0 +1,94 @@
+"""Stochastic depth in a trace: samples whose residual branch is dropped, and layers that a step leaves out.
+
+What drops a branch by sample is one operator of the graph, which `train()` and `eval()` switch like any dropout. Which
+layers a step leaves out as a whole (layerdrop) is decided in Python, and is not part of a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.errors import warn_caller
+from gralora_fx.operators.namespace import NAMESPACE
+from gralora_fx.tracing.patches.llama_functions import same_code
+
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("drop_path(Tensor x, float p, bool train) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def drop_path(x: Tensor, p: float, train: bool) -> Tensor:
+    """Set samples to zero at random in training and scale the others, as transformers' models do.
+
+    From "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; a generator in the same state gives
+    transformers' draws.
+
+    Args:
+        x: `[batch, ...]`, the output of a residual branch.
+        p: Probability of a sample to be dropped, in `[0, 1)`.
+        train: Whether to drop; otherwise `x` itself is returned.
+
+    Returns:
+        As `x`.
+    """
+    if not train or p == 0.0:
+        return x
+    kept = torch.floor(torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device) + (1 - p))
+    return x.div(1 - p) * kept
+
+
+_library.impl("drop_path", drop_path, "CompositeImplicitAutograd")
+
+
+@contextmanager
+def drop_paths_as_operators(model: nn.Module) -> Iterator[None]:
+    """Let the modules of a model that drop paths, by the code that transformers' have, call the operator.
+
+    Args:
+        model: The model; its modules are as before when the block ends.
+    """
+    found = [module for module in model.modules() if type(module).__name__.endswith("DropPath")]
+    with ExitStack() as changed:
+        if found:
+            from transformers.models.swin.modeling_swin import SwinDropPath
+
+            for module in found:
+                is_known = same_code(type(module).forward, SwinDropPath.forward) and "forward" not in vars(module)
+                if is_known and isinstance(module.drop_prob, float):
+                    changed.enter_context(patch.object(module, "forward", functools.partial(_drop, module)))
+        yield
+
+
+def _drop(module: Any, hidden_states: Tensor) -> Tensor:
+    result: Tensor = torch.ops.gralora.drop_path(hidden_states, module.drop_prob, module.training)
+    return result
+
+
+@contextmanager
+def without_layerdrop(model: nn.Module) -> Iterator[None]:
+    """Set layerdrop to zero while the block lasts, and warn that training runs every layer in every step."""
+    holders: list[tuple[str, Any]] = [("config", getattr(model, "config", None)), *model.named_modules()]
+    changed: list[tuple[Any, str, float]] = []
+    names: list[str] = []
+    for path, holder in holders:
+        for name in _LAYERDROP:
+            value = getattr(holder, name, None)
+            if isinstance(value, float) and value > 0:
+                changed.append((holder, name, value))
+                names.append(f"{path}.{name}={value:g}".removeprefix("."))
+                setattr(holder, name, 0.0)
+    if changed:
+        warn_caller(f"layerdrop is not part of a trace ({', '.join(names)}); training runs every layer in every step")
+    try:
+        yield
+    finally:
+        for holder, name, value in changed:
+            setattr(holder, name, value)

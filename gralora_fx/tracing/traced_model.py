@@ -1,0 +1,296 @@
+"""`TracedModel`: a graph over a model's own parameters, with what is known of the model it came from."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig
+
+from gralora_fx.errors import GraloraError, TargetError, TraceError
+from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.graph.out_of_reach import why_out_of_reach
+from gralora_fx.graph.sites import LinearSite, find_sites
+from gralora_fx.graph.subgraph_calls import layers_in_subgraphs
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.graph.user_pass import GraphPass, run_pass
+from gralora_fx.sources.lazy_tensors import is_deferred, like_deferred
+from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of
+from gralora_fx.tracing.graph_record import deep_copy, packed, unpacked
+from gralora_fx.tracing.inputs.decoder_cache import PAST, batch_of, empty_cache, own_cache
+from gralora_fx.tracing.inputs.signature import CallSignature, refuse_misshapen_step, with_cache_name
+from gralora_fx.tracing.normalize.modes import set_mode
+
+CALL_TRACE = "trace it first: call trace() with the model,"
+
+
+class TracedModel:
+    """A traced model: callable like the model, its graph open to passes.
+
+    It shares the source model's parameters and copies none.
+
+    Attributes:
+        graph_module: The graph; calling it takes every traced input by name.
+        tree: Module paths and parameters of the source model.
+        example_inputs: The arguments it was traced with, by name: inputs, and constants that are part of the graph.
+        signature: How it is called, and the value of every argument that is part of the graph.
+        task: The task it was traced for, or None.
+        config: The model's transformers configuration, or None.
+        generation_config: How the model generates, or None.
+        tokenizer_source: Where the model's tokenizer can be loaded from, or None.
+        loss_function: transformers' loss of the model's class, or None.
+        shift_labels: The model's own way from labels to decoder inputs, or None.
+        training: Whether the graph stands in training mode.
+        out_of_reach: Why an adapter would not act wherever a layer is called, by the path of such layers.
+        in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
+        merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        *,
+        tree: ModuleTree,
+        example_inputs: Mapping[str, Any],
+        signature: CallSignature,
+        task: str | None = None,
+        config: PreTrainedConfig | None = None,
+        generation_config: GenerationConfig | None = None,
+        tokenizer_source: str | None = None,
+        loss_function: Callable[..., torch.Tensor] | None = None,
+        shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        training: bool = False,
+        merged_adapters: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Wrap a cleaned graph; `trace` is the public way to make one."""
+        self.graph_module = graph_module
+        self.tree = tree
+        self.example_inputs = dict(example_inputs)
+        self.signature = signature
+        self.task = task
+        self.config = config
+        self.generation_config = generation_config
+        self.tokenizer_source = tokenizer_source
+        self.loss_function = loss_function
+        self.shift_labels = shift_labels
+        self.training = training
+        self.merged_adapters: Mapping[str, Any] = merged_adapters or {}
+        self._sites = find_sites(graph_module, tree)
+        self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
+        self.in_subgraphs = layers_in_subgraphs(graph_module.graph)
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        self._optional = {str(node.target) for node in placeholders if node.args}
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of the graph, in its order."""
+        return self.signature.inputs
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The arguments that it was traced with and that are part of the graph; a call gives them again."""
+        return {name: value for name, value in self.example_inputs.items() if name not in self.input_names}
+
+    @property
+    def graph_inputs(self) -> dict[str, Any]:
+        """The example inputs without the constants that are part of the graph."""
+        return {name: value for name, value in self.example_inputs.items() if name in self.input_names}
+
+    @property
+    def sites(self) -> tuple[LinearSite, ...]:
+        """Every linear layer of the model, in the order of its modules."""
+        return self._sites
+
+    def site(self, path: str) -> LinearSite:
+        """The linear layer at a module path.
+
+        Raises:
+            TargetError: There is none.
+        """
+        found = next((site for site in self._sites if site.path == path), None)
+        if found is None:
+            near = ", ".join(difflib.get_close_matches(str(path), [site.path for site in self._sites], n=3, cutoff=0.4))
+            raise TargetError(f"there is no linear layer at {path!r}; nearest: {near or 'none'}")
+        return found
+
+    def with_pass(self, graph_pass: GraphPass) -> TracedModel:
+        """A copy of the traced model, over the same parameters, whose graph a pass has edited.
+
+        Args:
+            graph_pass: Takes the copy's `GraphModule` and edits it in place. Linear layers are looked up again
+                afterwards.
+
+        Raises:
+            RewriteError: The pass failed, or left a graph that does not lint. This model is as it was.
+        """
+        graph_module = fx.GraphModule(self.graph_module, copy_graph(self.graph_module), "TracedGraph")
+        run_pass(graph_module, graph_pass)
+        return self.with_graph(graph_module, self.tree)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph as the model would run.
+
+        Args:
+            *args: Inputs by position, in the order of the model's forward.
+            **kwargs: Inputs by name. A mask, token types, positions or a cache that were traced may be left out.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            TraceError: An input is missing or was not part of the trace.
+        """
+        return self.graph_module(**self.bind(args, kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by transformers' own loop, as the traced model's `generate` does.
+
+        Args:
+            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
+            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
+                `streamer`, `generation_config` and the others.
+
+        Returns:
+            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
+
+        Raises:
+            TraceError: The model does not generate, or an option needs what a trace does not have.
+        """
+        return self._view().generate(*args, **kwargs)
+
+    def can_generate(self) -> bool:
+        """Whether the model generates."""
+        return self.generation_config is not None
+
+    @property
+    def main_input_name(self) -> str:
+        """Name of the input that the model is about."""
+        return main_input(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._view().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return self._view().dtype
+
+    def _view(self) -> TransformersView:
+        return view_of(self, self.__call__, self.tree.parameters, labels=False)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of one call by name, with the defaults that the model itself has.
+
+        Raises:
+            TraceError: An input is missing, given twice, of another form than the example's, was not part of the
+                trace, or is no mask of all positions; or an argument that is part of the graph has another value.
+        """
+        kwargs = with_cache_name(self.input_names, kwargs)
+        example = self.example_inputs.get(PAST)
+        if (
+            isinstance(example, Cache)
+            and kwargs.get(PAST) is None
+            and PAST not in self.signature.positional[: len(args)]
+        ):
+            kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
+        inputs = self.signature.bind(args, kwargs, self.example_inputs, optional=self._optional)
+        if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
+            inputs[PAST] = own_cache(cache)  # the graph holds the encoder, whose output it reads itself
+        refuse_misshapen_step(inputs)
+        return inputs
+
+    def train(self, mode: bool = True) -> TracedModel:
+        """Switch dropout, attention dropout and batch statistics as the source model's `train()` does."""
+        self.graph_module.train(mode)
+        if set_mode(self.graph_module.graph, mode):
+            self.graph_module.recompile()
+        self.training = mode
+        return self
+
+    def eval(self) -> TracedModel:
+        """Switch to evaluation mode."""
+        return self.train(False)
+
+    def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
+        """The same model with another graph, such as one with folded weights."""
+        return TracedModel(
+            graph_module,
+            tree=tree,
+            example_inputs=self.example_inputs,
+            signature=self.signature,
+            task=self.task,
+            config=self.config,
+            generation_config=self.generation_config,
+            tokenizer_source=self.tokenizer_source,
+            loss_function=self.loss_function,
+            shift_labels=self.shift_labels,
+            training=self.training,
+            merged_adapters=self.merged_adapters,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle writes: the graph as a record of its nodes (see `graph_record`).
+
+        Raises:
+            TraceError: The graph calls a function that cannot be found by its name, or weights are left in their files.
+        """
+        if streamed := [name for name, parameter in self.tree.parameters.items() if is_deferred(parameter)]:
+            raise TraceError(
+                f"{streamed[0]} is read from its file when it is needed, so the model cannot be pickled; load it with "
+                "its weights"
+            )
+        state = {key: value for key, value in self.__dict__.items() if key != "_sites"}
+        return {**state, "graph_module": packed(self.graph_module)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the graph of its record."""
+        self.__dict__.update(state)
+        self.graph_module = unpacked(state["graph_module"])  # type: ignore[assignment]
+        self._sites = find_sites(self.graph_module, self.tree)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
+        """A copy with parameters of its own, tied where these are."""
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        for parameter in self.tree.parameters.values():
+            if is_deferred(parameter):
+                memo[id(parameter)] = like_deferred(parameter)
+        for key, value in self.__dict__.items():
+            if key not in ("graph_module", "_sites"):
+                other.__dict__[key] = copy.deepcopy(value, memo)
+        other.graph_module = deep_copy(self.graph_module, memo)
+        other._sites = find_sites(other.graph_module, other.tree)
+        return other
+
+    def __repr__(self) -> str:
+        """One line: what was traced, and how large it is."""
+        name = type(self.config).__name__.removesuffix("Config") if self.config is not None else "module"
+        return (
+            f"TracedModel({name}, task={self.task!r}, {len(self.graph_module.graph.nodes)} nodes, "
+            f"{len(self.sites)} linear sites)"
+        )
+
+
+def check_traced(model: object, error: type[GraloraError], action: str) -> None:
+    """Check that something is a traced model.
+
+    Args:
+        model: What was given.
+        error: The error to raise.
+        action: What was to be done with it, such as `rewrite`.
+
+    Raises:
+        GraloraError: Of the given type: it is not.
+    """
+    if not isinstance(model, TracedModel):
+        is_rewritten = isinstance(getattr(model, "traced", None), TracedModel)
+        remedy = (
+            "it is rewritten already: give its .traced" if is_rewritten else f"{CALL_TRACE} and give what it returned"
+        )
+        raise error(f"cannot {action} a {type(model).__name__}; {remedy}")

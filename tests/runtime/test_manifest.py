@@ -1,0 +1,166 @@
+"""The manifest knows every file of an export: loading compares sizes, on request digests, and names what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_tokenizers import tiny_tokenizer
+from torch import nn
+
+from gralora_fx import trace
+from gralora_fx.errors import ExportError, ServingError
+from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.runtime.manifest import check_files, read_manifest
+from gralora_fx.serving import load
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "onnx"
+    traced = trace(nn.Sequential(nn.Linear(8, 200)).eval(), (torch.randn(1, 8),))
+    export_onnx(traced, path, tokenizer=tiny_tokenizer(), verify=False)
+    return path
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "onnx"))
+
+
+def test_the_manifest_holds_size_and_digest_of_every_other_file(exported: Path) -> None:
+    files = read_manifest(exported)["files"]
+    assert set(files) == {path.name for path in exported.iterdir()} - {"gralora_export.json"}
+    assert {"model.onnx", "model.onnx_data", "tokenizer.json"} <= set(files)
+    for name, facts in files.items():
+        content = (exported / name).read_bytes()
+        assert facts == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_an_untouched_export_passes_and_is_counted(exported: Path) -> None:
+    assert check_files(exported, read_manifest(exported), digests=True) == len(list(exported.iterdir())) - 1
+    assert load(exported, check=True)(input=torch.zeros(1, 8))[0].shape == (1, 200)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.onnx_data", "tokenizer.json"])
+def test_one_flipped_bit_is_found_by_its_digest_alone(folder: Path, name: str) -> None:
+    flip(folder / name)
+    load(folder)  # of the same size, and not read through
+    with pytest.raises(ServingError, match=f"is not what was exported: {name} has another SHA-256"):
+        load(folder, check=True)
+
+
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / "model.onnx_data").unlink(), "model.onnx_data is missing"),
+    (lambda folder: os.truncate(folder / "model.onnx_data", 100), r"model.onnx_data has 100 bytes instead of \d"),
+    (lambda folder: (folder / "model.onnx_data").open("ab").write(b"x"), "model.onnx_data has .* bytes instead of"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_sizes_are_compared_at_every_load(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    with pytest.raises(ServingError, match=message):
+        load(folder)
+
+
+def test_every_file_that_differs_is_named_at_once(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    flip(folder / "model.onnx")
+    with pytest.raises(ExportError, match=r"model.onnx has another SHA-256 .*; tokenizer.json is missing"):
+        check_files(folder, read_manifest(folder), digests=True)
+
+
+def test_files_that_nothing_reads_may_be_added(folder: Path) -> None:
+    (folder / "README.md").write_text("a model card")
+    (folder / ".gitattributes").write_text("")
+    load(folder, check=True)
+    (folder / "special_tokens_map.json").write_text("{}")
+    load(folder)  # a tokenizer may be saved into an export later
+    with pytest.raises(ServingError, match=r"special_tokens_map.json is not in the manifest, but would be read"):
+        load(folder, check=True)
+
+
+def rewrite_manifest(folder: Path, files: object) -> None:
+    manifest = {**read_manifest(folder), "files": files}
+    if files is None:
+        del manifest["files"]
+    (folder / "gralora_export.json").write_text(json.dumps(manifest))
+
+
+def test_an_export_made_before_digests_loads_and_says_that_it_has_none(folder: Path) -> None:
+    rewrite_manifest(folder, None)
+    load(folder)
+    with pytest.raises(ServingError, match="has no digests of its files; export the model again to get them"):
+        load(folder, check=True)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [],
+        {"../secret": {"size": 1, "sha256": "00"}},
+        {"/etc/hostname": {"size": 1, "sha256": "00"}},
+        {"model.onnx": 5},
+        {"model.onnx": {"size": 5}},
+        {"model.onnx": {"size": True, "sha256": "00"}},
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(folder: Path, files: object) -> None:
+    rewrite_manifest(folder, files)
+    with pytest.raises(ServingError, match="does not describe its files as an export does"):
+        load(folder)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def verify_files(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gralora_fx.cli", "verify", "--files", "--output", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_verification_from_python_compares_the_files_first(folder: Path) -> None:
+    """A comparison of outputs need not see a changed byte, and a truncated file fails in the runtime's words."""
+    model = trace(nn.Sequential(nn.Linear(8, 200)).eval(), (torch.randn(1, 8),))
+    os.truncate(folder / "model.onnx_data", 100)
+    with pytest.raises(ExportError, match=r"is not what was exported: model.onnx_data has 100 bytes instead of"):
+        verify_onnx(folder, model)
+
+
+def test_verify_files_needs_no_model_and_names_the_file(folder: Path) -> None:
+    done = verify_files(folder)
+    assert (done.returncode, done.stdout) == (0, f"4 files of {folder} are what was exported\n")
+    flip(folder / "model.onnx_data")
+    done = verify_files(folder)
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "model.onnx_data has another SHA-256" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = verify_files(folder, "--model", "x")
+    assert (done.returncode, "--model would have no effect" in done.stderr) == (1, True)
+
+
+def test_files_are_verified_without_torch(exported: Path) -> None:
+    script = (
+        "import sys; from gralora_fx.runtime.manifest import check_files, read_manifest; "
+        f"check_files({str(exported)!r}, read_manifest({str(exported)!r}), digests=True); "
+        "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

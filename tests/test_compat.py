@@ -1,0 +1,120 @@
+"""The fence around private API: every name is there with the signature that is relied on, and nobody else names one."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx, nn
+
+from gralora_fx.compat import calling_convention, operators, torch_onnx
+from gralora_fx.compat.versions import TESTED, fenced
+from gralora_fx.errors import VersionError
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    file
+    for folder in ("gralora_fx", "exporters")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+    if "compat" not in file.parts
+]
+# attributes of torch.fx and of operators, without a public name
+ATTRIBUTES = {"_codegen", "_schema", "_body_transformer", "_enter_autocast", "_exit_autocast", "_PATCHES"}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "gralora_fx" / "compat").glob("[a-z]*.py"))])
+def test_every_name_is_there(name: str) -> None:
+    module = importlib.import_module(f"gralora_fx.compat.{name}")
+    assert all(hasattr(module, name) for name in getattr(module, "__all__", ()))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "parameters"),
+    [
+        ("torch._guards", "detect_fake_mode", ["inputs"]),
+        ("torch.utils._pytree", "tree_map", ["func", "tree", "rests", "is_leaf"]),
+        ("torch.utils._pytree", "tree_leaves", ["tree", "is_leaf"]),
+        ("torch.utils._pytree", "tree_unflatten", ["leaves", "treespec"]),
+        ("torch.amp.autocast_mode", "_enter_autocast", ["vals"]),
+        ("torch.amp.autocast_mode", "_exit_autocast", ["mode"]),
+        ("torch.onnx._internal.exporter._decomp", "get_onnx_implemented_overloads", ["registry"]),
+        ("torch.onnx._internal.exporter._decomp", "create_onnx_friendly_decomposition_table", ["onnx_registered_ops"]),
+        ("torch.onnx._internal.exporter._fx_passes", "insert_type_promotion_nodes", ["graph_module"]),
+        ("torch.onnx._internal.exporter._ir_passes", "add_opset_imports", ["model"]),
+        (
+            "torch.onnx._internal.exporter._core",
+            "_translate_fx_graph",
+            ["fx_graph", "model", "graph_like", "owned_graphs", "lower", "registry"],
+        ),
+        ("transformers.exporters.exporter_dynamo", "get_auto_dynamic_shapes", ["inputs"]),
+        ("transformers.exporters.exporter_dynamo", "register_pytree_node", ["object_cls"]),
+        ("transformers.exporters.utils", "apply_fx_node_fixes", ["backend", "graph_module"]),
+        ("transformers.exporters.utils", "get_leaf_tensors", ["obj"]),
+        ("transformers.core_model_loading", "rename_source_key", ["source_key", "weight_renamings"]),
+        ("transformers.conversion_mapping", "get_model_conversion_mapping", ["model"]),
+    ],
+)
+def test_signatures_are_those_that_are_relied_on(module: str, name: str, parameters: list[str]) -> None:
+    found = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    assert found[: len(parameters)] == parameters
+
+
+def test_tables_of_transformers_are_of_the_form_that_is_read() -> None:
+    utils = importlib.import_module("transformers.exporters.utils")
+    onnx = importlib.import_module("transformers.exporters.exporter_onnx")
+    assert utils._PATCHES["dynamo"]
+    assert all(isinstance(patch[0], str) for patch in utils._PATCHES["dynamo"])
+    assert all(callable(fix) for fix in onnx._IR_FIXES)
+    assert onnx._ONNX_TRANSLATION_TABLE
+
+
+def test_the_code_generator_of_a_graph() -> None:
+    exported = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)).module()
+    assert isinstance(exported, fx.GraphModule)
+    assert list(calling_convention.tree_info(exported.graph).orig_args) == ["input"]
+    assert calling_convention.tree_info(fx.symbolic_trace(nn.Linear(2, 2)).graph) is None
+    assert calling_convention.code_transformer(exported.graph) is None
+    assert operators.is_mutable(torch.ops.aten.add_.Tensor)
+    assert not operators.is_mutable(torch.ops.aten.add.Tensor)
+    assert operators.base_name(torch.ops.aten.add_.Tensor) == "add_"
+
+
+@pytest.mark.parametrize("package", sorted(TESTED))
+def test_another_version_is_named_with_those_that_were_tested(package: str) -> None:
+    found = re.escape(f"{package} {version(package)}")
+    message = f"{found} is not a version .*it was tested with {package} .*: install one"
+    with pytest.raises(VersionError, match=message), fenced(package):
+        importlib.import_module(package)._no_such_name  # noqa: B018
+
+
+def test_the_registry_knows_operators() -> None:
+    known = torch_onnx.operators_in(torch_onnx.new_registry(20))
+    assert torch.ops.aten.add.Tensor in known
+    assert torch.ops.aten.add.Tensor not in torch_onnx.decomposition_table(known)
+
+
+def _private(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ATTRIBUTES:
+            yield f".{node.attr}"
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+        for name in names:
+            parts = name.split(".")
+            is_private = parts[0] in ("torch", "transformers", "onnxruntime") and any(p[:1] == "_" for p in parts)
+            if is_private or name.startswith(
+                ("onnxruntime.capi", "transformers.exporters", "transformers.masking_utils", "transformers.core_model")
+            ):
+                yield name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_other_file_names_private_api(file: Path) -> None:
+    assert list(_private(file)) == []
