@@ -25,8 +25,8 @@ from gralora_fx.exporters.folded_model import as_traced
 from gralora_fx.exporters.fx_passes.cast_graph import in_precision, precision_of, take_float32
 from gralora_fx.exporters.onnx_passes.quantize import Quantization, quantize_models
 from gralora_fx.exporters.options import check_export_options
+from gralora_fx.exporters.pipeline import PassLog
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
-from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.loading.tokenizers import load_tokenizer
@@ -56,6 +56,7 @@ def export_onnx(
     tokenizer: Any = None,
     verify: bool | Literal["quick", "full"] = True,
     overwrite: bool = False,
+    dump: str | Path | None = None,
 ) -> ExportReport:
     """Export a model to `model.onnx` with its weights in `model.onnx_data`, and check it against PyTorch.
 
@@ -80,9 +81,11 @@ def export_onnx(
             how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
             (`loading.load_streamed`), which cannot be run.
         overwrite: Whether an earlier export of another base or task may be replaced.
+        dump: A directory to write the graph to after each pass, as text; None for that of the environment variable
+            `GRALORA_FX_DUMP`, or none.
 
     Returns:
-        Files, seconds of each stage, and what verification found.
+        Files, seconds of each stage, what verification found, and what every pass did.
 
     Raises:
         ExportError: The output may not be written, the model cannot be exported, or the export does not compute what
@@ -92,6 +95,7 @@ def export_onnx(
     check_export_options(adapters=adapters, precision=precision, logits=logits, verify=verify)
     how = None if quantize is None else Quantization(quantize, block_size, accuracy_level)
     check_output(output_dir)
+    log = PassLog.asked_for(dump)
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
         traced = as_traced(model)
@@ -103,7 +107,7 @@ def export_onnx(
         if not overwrite:
             check_replaced(output_dir, task=traced.task, fingerprint=fingerprint_of(model))
     with timed("convert", seconds), fewer_collections():
-        onnx_models, attention = _convert(traced, logits, precision)
+        onnx_models, attention = _convert(traced, logits, precision, log)
         for onnx_model in onnx_models.values():
             take_float32(onnx_model)
     quantized: dict[str, Any] | None = None
@@ -125,6 +129,7 @@ def export_onnx(
             facts = {"adapters": adapters, "precision": precision, "logits": positions}
             manifest = describe(model, graphs, quantization=quantized, **facts)
             manifest |= {} if attention is None else {"attention": dataclasses.asdict(attention)}
+            manifest["passes"] = [report.to_dict() for report in log.reports]
             write_manifest(stage, manifest, None)
         if verify:
             with timed("verify", seconds):
@@ -136,10 +141,12 @@ def export_onnx(
         write_manifest(stage, {**manifest, "files": files}, report)
     path = Path(output_dir)
     sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    return ExportReport(path, sizes, seconds, report, attention)
+    return ExportReport(path, sizes, seconds, report, attention, tuple(log.reports))
 
 
-def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str, ir.Model], AttentionReport | None]:
+def _convert(
+    traced: TracedModel, logits: str, precision: str, log: PassLog
+) -> tuple[dict[str, ir.Model], AttentionReport | None]:
     """The ONNX models of a trace, by the names of their files, and how a decoder's attention was exported."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
@@ -150,13 +157,12 @@ def _convert(traced: TracedModel, logits: str, precision: str) -> tuple[dict[str
     if cache is None or not is_noted:
         graph_module = _as_operators(graph_module, traced)
     if isinstance(cache, EncoderDecoderCache):
-        return encoder_decoder_models(graph_module, precision), None
+        return encoder_decoder_models(graph_module, precision, log), None
     graph_module = in_precision(graph_module, precision, kept=cached_tensors(traced.example_inputs))
     if cache is not None:
-        model, attention = decoder_model(graph_module, logits=logits)
-        name_axes(model)
+        model, attention = decoder_model(graph_module, logits=logits, log=log)
         return {"model": model}, attention
-    return {"model": plain_model(graph_module, traced.graph_inputs)}, None
+    return {"model": plain_model(graph_module, traced.graph_inputs, log)}, None
 
 
 def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:

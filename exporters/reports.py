@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,40 @@ def _layers_as_one(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
     return list(found.values())
 
 
+class Skip(NamedTuple):
+    """A place that a pass left as it is.
+
+    Attributes:
+        place: The layer or node.
+        reason: Why.
+    """
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass of an export did.
+
+    Attributes:
+        pipeline: The pipeline it belongs to.
+        name: Its name.
+        changed: How many places it changed.
+        skipped: Places that it left as they are, each with the reason.
+    """
+
+    pipeline: str
+    name: str
+    changed: int
+    skipped: tuple[Skip, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, as `gralora_export.json` holds it."""
+        skipped = {"skipped": [skip._asdict() for skip in self.skipped]} if self.skipped else {}
+        return {"pipeline": self.pipeline, "name": self.name, "changed": self.changed, **skipped}
+
+
 @dataclass(frozen=True)
 class AttentionReport:
     """How the attention of a decoder was exported.
@@ -182,6 +216,7 @@ class ExportReport:
         seconds: Seconds that each stage took.
         verification: What verification found, or None where it was left out.
         attention: Which layers' attention is fused, for a decoder with a cache.
+        passes: What every pass did, in order.
     """
 
     output_dir: Path
@@ -189,6 +224,7 @@ class ExportReport:
     seconds: dict[str, float] = field(default_factory=dict)
     verification: VerifyReport | None = None
     attention: AttentionReport | None = None
+    passes: tuple[PassReport, ...] = ()
 
     def __str__(self) -> str:
         """The files, the time of each stage and the verification."""

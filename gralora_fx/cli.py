@@ -166,6 +166,9 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export of another base or task.")
     ] = False,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=_utf8)
+    ] = None,
 ) -> None:
     """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch.
 
@@ -195,7 +198,7 @@ def export(
         with without_trainer():
             loaded = load_traced(model, adapter, task, **options_of_load)
         gc.freeze()
-        report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, **options)
+        report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, dump=dump, **options)
     print(report)
     if stream and not no_verify:
         _notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")

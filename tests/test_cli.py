@@ -261,8 +261,9 @@ def test_an_adapter_of_a_decoder_is_exported_so_that_it_generates(decoder: Path,
 
 def test_a_named_task_is_taken_as_it_is(decoder: Path, tmp_path: Path) -> None:
     arguments = ["export", "--model", decoder / "base", "--task", "text-generation", "--output", tmp_path / "onnx"]
-    result = CliRunner().invoke(app, [*map(str, arguments), "--no-verify"])
+    result = CliRunner().invoke(app, [*map(str, arguments), "--no-verify", "--dump", str(tmp_path / "dump")])
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "dump" / "01-graph-fx-without_shared_writes.txt").is_file()
     assert [line.split()[0] for line in result.stderr.splitlines()] == [
         n for n in STAGES if n not in ("rewrite", "verify")
     ]

@@ -35,6 +35,7 @@ ORDER = [
     "runtime",
     "exporters.options",
     "exporters.reports",
+    "exporters.pipeline",
     "exporters.folded_model",
     "exporters.fx_passes",
     "exporters.translation",

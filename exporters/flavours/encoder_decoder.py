@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnxscript import optimizer
 from torch import fx
 
-from gralora_fx.exporters.flavours.decoder import store_as_used
 from gralora_fx.exporters.fx_passes.cast_graph import in_precision
-from gralora_fx.exporters.fx_passes.operators import DOMAIN
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
+from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.cross_attention import take_cached
+from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
+from gralora_fx.exporters.pipeline import PassLog, Pipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.progress.silence import quiet
 from gralora_fx.runtime.names import DECODER, ENCODER
 
 
-def encoder_decoder_models(graph_module: fx.GraphModule, precision: str) -> dict[str, ir.Model]:
+def encoder_decoder_models(graph_module: fx.GraphModule, precision: str, log: PassLog) -> dict[str, ir.Model]:
     """The two ONNX models of a traced encoder-decoder, by the names of their files.
 
     `encoder_model`: `input_ids` or `input_features`, `attention_mask` -> `last_hidden_state`.
@@ -33,31 +32,33 @@ def encoder_decoder_models(graph_module: fx.GraphModule, precision: str) -> dict
         graph_module: A graph traced with a cache, without adapters, in evaluation mode.
         precision: Precision of weights, activations and the cache (see `precision`); what the decoder reads of the
             encoder is float32.
+        log: Gets a report for each pass.
 
     Raises:
         ExportError: The graph cannot be split or has no ONNX form.
     """
     parts = split(graph_module)
-    encoder = _translated(in_precision(parts.encoder, precision))
-    decoder = _translated(in_precision(parts.decoder, precision, kept=len(parts.outputs) - 1))
+    encoder = _translated("encoder", in_precision(parts.encoder, precision), log)
+    decoder = _translated("decoder", in_precision(parts.decoder, precision, kept=len(parts.outputs) - 1), log)
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):
         value.name = f"past_key_values.{index // 2}.decoder.{'value' if index % 2 else 'key'}"
     for value, name in zip(decoder.graph.outputs, parts.outputs, strict=True):
         value.name = name
-    for model in (encoder, decoder):
-        name_axes(model)
-    take_cached(decoder)
+    Pipeline("encoder", (name_axes,)).run(encoder, log)
+    Pipeline("decoder", (name_axes, take_cached)).run(decoder, log)  # the cache goes by the names
     return {ENCODER: encoder, DECODER: decoder}
 
 
-def _translated(graph_module: fx.GraphModule) -> ir.Model:
-    model = translate(graph_module, mark_rms_norms)
-    store_as_used(model)
-    lower_norms(model)
-    model.graph.opset_imports.pop(DOMAIN, None)
-    with quiet():
-        optimizer.fold_constants(model, should_fold=unless_weight)
-    optimizer.remove_unused_nodes(model)
-    return model
+def _translated(name: str, graph_module: fx.GraphModule, log: PassLog) -> ir.Model:
+    model = translate(graph_module, mark_rms_norms, log=log, name=name)
+    return Pipeline(
+        name,
+        (
+            fold_transposes,  # first: what folds constants would compute the transposes of weights
+            lower_norms,
+            FoldConstants(unless_weight),
+            remove_unused_nodes,
+        ),
+    ).run(model, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -14,48 +15,62 @@ from onnx_ir.passes.common import (
     NameFixPass,
     OutputFixPass,
 )
-from onnxscript import optimizer
 from torch import Tensor, fx
 
 from gralora_fx.compat import pytree
 from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
-from gralora_fx.exporters.flavours.decoder import store_as_used
+from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
+from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.progress.silence import quiet
 
 OPSET = 20  # what runtimes other than ONNX Runtime read too
 
 
-def plain_model(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> ir.Model:
+def plain_model(graph_module: fx.GraphModule, inputs: Mapping[str, Any], log: PassLog) -> ir.Model:
     """The ONNX model of a traced graph without a cache.
 
     Args:
         graph_module: The graph, without adapters, in evaluation mode, every node with the value that tracing noted.
         inputs: The inputs it was traced with, by name.
+        log: Gets a report for each pass.
 
     Raises:
         ExportError: The graph has no ONNX form.
     """
     graph_module, outputs = _with_flat_outputs(graph_module)
-    model = translate(graph_module, opset=OPSET)
-    store_as_used(model)
-    with quiet():
-        optimizer.fold_constants(model, should_fold=_may_fold)
-    optimizer.remove_unused_nodes(model)
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    DeduplicateInitializersPass()(model)  # it reads small ones alone
-    CommonSubexpressionEliminationPass()(model)
-    OutputFixPass()(model)
-    _name(model, input_names(inputs), outputs)
-    NameFixPass()(model)
-    name_outputs(model)
-    name_axes(model)
-    fix_model(model)
-    return model
+    model = translate(graph_module, opset=OPSET, log=log)
+    return plain_pipeline(input_names(inputs), outputs).run(model, log)
+
+
+def plain_pipeline(inputs: list[str], outputs: list[str]) -> Pipeline[ir.Model]:
+    """What a translated graph without a cache goes through.
+
+    Args:
+        inputs: Names of its inputs.
+        outputs: Names of its outputs.
+    """
+    return Pipeline(
+        "plain",
+        (
+            fold_transposes,  # first: what folds constants would compute the transposes of weights
+            FoldConstants(_may_fold),
+            remove_unused_nodes,
+            OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
+            OnnxIrPass(DeduplicateInitializersPass()),  # it reads small ones alone
+            OnnxIrPass(CommonSubexpressionEliminationPass()),  # constants that are alike have one name by now
+            OnnxIrPass(OutputFixPass()),  # two outputs may be one value by now
+            NameEnds(tuple(inputs), tuple(outputs)),
+            OnnxIrPass(NameFixPass()),
+            name_outputs,
+            name_axes,
+            fix_nodes,
+        ),
+    )
 
 
 def _may_fold(node: ir.Node) -> bool | None:
@@ -91,10 +106,30 @@ def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, li
     return fx.GraphModule(graph_module, graph), list(named)
 
 
-def _name(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
-    """Give inputs and outputs their names; an output called as an input is, gets a prefix."""
-    if len(inputs) == len(model.graph.inputs):
-        for value, name in zip(model.graph.inputs, inputs, strict=True):
-            value.name = name
-    for value, name in zip(model.graph.outputs, outputs, strict=True):
-        value.name = f"output.{name}" if name in inputs else name
+@dataclass(frozen=True)
+class NameEnds:
+    """Give inputs and outputs their names; an output called as an input is, gets a prefix.
+
+    Attributes:
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Rename them, in place."""
+        if len(self.inputs) == len(model.graph.inputs):
+            for value, name in zip(model.graph.inputs, self.inputs, strict=True):
+                value.name = name
+        for value, name in zip(model.graph.outputs, self.outputs, strict=True):
+            value.name = f"output.{name}" if name in self.inputs else name
+        return PassResult(len(model.graph.inputs) + len(model.graph.outputs))
+
+
+def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
+    """Rewrite nodes that a provider of ONNX Runtime refuses, as transformers' exporter does; in place."""
+    before = len(model.graph)
+    fix_model(model)
+    return PassResult(abs(len(model.graph) - before))

@@ -9,11 +9,12 @@ from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import aten, number, shape
 from gralora_fx.exporters.fx_passes.operators import ATTENTION
+from gralora_fx.exporters.pipeline import PassResult
 
 _SDPA = aten.scaled_dot_product_attention.default
 
 
-def mark_shared_heads(graph: fx.Graph) -> int:
+def mark_shared_heads(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Put attention of many heads over fewer keys in terms of one operator.
 
     Before: `y = scaled_dot_product_attention(query, key, value, mask)`, key and value of one head
@@ -48,7 +49,7 @@ def mark_shared_heads(graph: fx.Graph) -> int:
         node.replace_all_uses_with(apart)
         graph.erase_node(node)
         count += 1
-    return count
+    return PassResult(count)
 
 
 def _added(graph: fx.Graph, mask: fx.Node, query: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:

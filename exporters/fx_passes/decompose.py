@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, fx
 from gralora_fx.compat.operators import OpOverload, is_mutable
 from gralora_fx.exporters.fx_passes.matching import expression
 from gralora_fx.exporters.fx_passes.retrace import retrace
+from gralora_fx.exporters.pipeline import PassResult
 
 Table = Mapping[Any, Callable[..., Any]]
 
 
-def decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[[], Table]) -> int:
+@dataclass(frozen=True)
+class Decompose:
     """Replace every operator that is not known by what PyTorch computes it with; the rest of the graph stays.
 
     Before: `y = square(x)`
@@ -24,14 +27,20 @@ def decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[
 
     An operator that is of no others stays too.
 
-    Args:
-        graph: A traced graph, every node with the value that tracing noted; it is changed in place.
+    Attributes:
         known: Operators to leave as they are.
         decompositions: Gives those that PyTorch does not apply by itself; called where an operator is not known.
-
-    Returns:
-        How many were replaced.
     """
+
+    known: Collection[Any]
+    decompositions: Callable[[], Table]
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Replace them, in place, in a graph every node of which has the value that tracing noted."""
+        return PassResult(_decompose(graph, self.known, self.decompositions))
+
+
+def _decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[[], Table]) -> int:
     calls = [node for node in graph.nodes if isinstance(node.target, OpOverload)]
     unknown = [node for node in calls if node.target not in known]
     table = decompositions() if unknown else {}
@@ -44,20 +53,27 @@ def decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[
     return replaced
 
 
-def fold_numbers(graph: fx.Graph, known: Collection[Any], value_at: Callable[[str], Tensor | None]) -> int:
+@dataclass(frozen=True)
+class FoldNumbers:
     """Replace every operator that is not known and computes one number of constants by that number.
 
     Before: `y = erf_inv(sub(full([], 1.9), 1))`
     After:  `y = full([], 1.163...)`
 
-    Args:
-        graph: A traced graph, every node with the value that tracing noted; it is changed in place.
+    Attributes:
         known: Operators to leave as they are.
         value_at: A tensor of the graph's module by its path; None of one that training or a user may change.
-
-    Returns:
-        How many were replaced.
     """
+
+    known: Collection[Any]
+    value_at: Callable[[str], Tensor | None]
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Replace them, in place, in a graph every node of which has the value that tracing noted."""
+        return PassResult(_fold_numbers(graph, self.known, self.value_at))
+
+
+def _fold_numbers(graph: fx.Graph, known: Collection[Any], value_at: Callable[[str], Tensor | None]) -> int:
     found: dict[fx.Node, Tensor | None] = {}
 
     def value(node: fx.Node) -> Tensor | None:

@@ -8,9 +8,10 @@ from torch import fx
 
 from gralora_fx.compat.operators import OpOverload, is_mutable, schema_of
 from gralora_fx.exporters.fx_passes.retrace import retrace
+from gralora_fx.exporters.pipeline import PassResult
 
 
-def without_shared_writes(graph: fx.Graph) -> int:
+def without_shared_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace writes into tensors that others share, such as a slice of a tensor that is read afterwards.
 
     Before: `y = new_empty(...); part = slice(y, ...); copy_(part, x); z = y + 1`
@@ -41,7 +42,7 @@ def without_shared_writes(graph: fx.Graph) -> int:
         calls = [node for node in span if _is_computed(node) or _shares_with(node) is not None]
         outer = [root for root in roots if root not in calls]
         retrace(calls, written=outer)
-    return len(spans)
+    return PassResult(len(spans))
 
 
 def _joined(spans: list[tuple[int, int, fx.Node]]) -> list[tuple[int, int, list[fx.Node]]]:

@@ -11,6 +11,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gralora_fx.compat.operators import FakeTensor, detect_fake_mode
+from gralora_fx.exporters.pipeline import PassResult
 
 Function = Callable[..., Any]
 
@@ -75,7 +76,7 @@ def retrace(
         graph.erase_node(node)
 
 
-def note_values(graph: fx.Graph) -> None:
+def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Note the value of every call that a pass added without one, by PyTorch's own rules for shapes.
 
     Args:
@@ -83,7 +84,7 @@ def note_values(graph: fx.Graph) -> None:
     """
     added = [node for node in graph.nodes if node.op == "call_function" and "val" not in node.meta]
     if not added:
-        return
+        return PassResult(0)
     mode = detect_fake_mode([node.meta["val"] for node in graph.nodes if "val" in node.meta])
     assert mode is not None
 
@@ -95,6 +96,7 @@ def note_values(graph: fx.Graph) -> None:
         for node in added:
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             node.meta["val"] = node.target(*args, **kwargs)
+    return PassResult(len(added))
 
 
 def _let_read(new: fx.Node, old: fx.Node, reads: Callable[[fx.Node], bool]) -> None:

@@ -20,6 +20,7 @@ from gralora_fx.exporters.fx_passes.matching import (
     shape,
 )
 from gralora_fx.exporters.fx_passes.operators import DROP_PATH, RESHAPE, SLICE
+from gralora_fx.exporters.pipeline import PassResult
 
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 _COPIES = {aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default}
@@ -31,7 +32,7 @@ _SHAPES = {*_VIEWS, aten.reshape.default, aten.flatten.using_ints}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
 
 
-def simplify(graph: fx.Graph) -> None:
+def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Take out of a graph what computes nothing.
 
     Casts to the dtype that a tensor has, copies, dropout in evaluation mode, products with 1 and pieces of no width go;
@@ -40,7 +41,11 @@ def simplify(graph: fx.Graph) -> None:
 
     Args:
         graph: A traced graph in evaluation mode, every node with what tracing noted of it; it is changed in place.
+
+    Returns:
+        How many nodes went.
     """
+    before = len(graph.nodes)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -57,6 +62,7 @@ def simplify(graph: fx.Graph) -> None:
         elif (pieces := joined(node)) is not None:
             _drop_empty(node, pieces)
     graph.eliminate_dead_code()
+    return PassResult(before - len(graph.nodes))
 
 
 def _changes_nothing(node: fx.Node) -> bool:
@@ -134,19 +140,22 @@ def _drop_empty(node: fx.Node, pieces: list[Any]) -> None:
         node.args = (kept, *node.args[1:])
 
 
-def constant_slices(graph: fx.Graph) -> None:
+def constant_slices(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Write slices with limits that are known as such.
 
     Args:
         graph: A graph; it is changed in place.
     """
+    count = 0
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
         found = limits(node)
         if found is not None:
             node.target, node.args = SLICE, found
+            count += 1
+    return PassResult(count)
 
 
-def whole_products(graph: fx.Graph) -> None:
+def whole_products(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Multiply tensors of three axes as they are.
 
     Before: `y = reshape(addmm(bias, reshape(x, [-1, n]), weight), [b, s, m])`
@@ -155,6 +164,7 @@ def whole_products(graph: fx.Graph) -> None:
     Args:
         graph: A simplified graph; it is changed in place.
     """
+    count = 0
     for node in list(graph.nodes):
         if not is_call(node, aten.addmm.default) or node.kwargs or len(node.args) != 3 or len(node.users) != 1:
             continue
@@ -171,21 +181,24 @@ def whole_products(graph: fx.Graph) -> None:
             result = graph.call_function(aten.add.Tensor, (product, bias))
         product.meta, result.meta = dict(user.meta), dict(user.meta)
         user.replace_all_uses_with(result)
+        count += 1
     graph.eliminate_dead_code()
+    return PassResult(count)
 
 
-def out_of_place(node: fx.Node) -> bool:
-    """Let everything behind a write into a tensor read the operator's result instead.
+def out_of_place(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Let everything behind a write into a tensor read the operator's result instead, in place.
 
     Before: `x.add_(y); z = f(x)`
     After:  `x2 = x.add(y); z = f(x2)`
 
     Args:
-        node: A node of a graph; it is changed in place if its operator writes into its first argument.
-
-    Returns:
-        Whether it did.
+        graph: A graph whose tensors do not share memory where one is written.
     """
+    return PassResult(sum(_out_of_place(node) for node in list(graph.nodes) if node.op == "call_function"))
+
+
+def _out_of_place(node: fx.Node) -> bool:
     functional = _functional(node.target)
     if functional is None:
         return False

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.runtime.names import FLAG
 
 _EVERYTHING = 2**63 - 1
 
 
-def take_cached(model: ir.Model) -> None:
+def take_cached(model: ir.Model) -> PassResult[ir.Model]:
     """Let a decoder take keys and values of the encoder's output from the past, once there are any.
 
     Before: `present.N.encoder.key = Transpose(Reshape(MatMul(encoder_hidden_states, w)))`
@@ -37,6 +38,7 @@ def take_cached(model: ir.Model) -> None:
         pasts += [own[f"past_key_values.{index}.decoder.{kind}"] for kind in ("key", "value")] + cached
     graph.inputs[:] = [*others, *pasts, flag]
     graph.sort()
+    return PassResult(2 * layers)
 
 
 def _read_past_if(graph: ir.Graph, flag: ir.Value, pasts: Iterable[ir.Value]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import ml_dtypes
 import onnx_ir as ir
 
@@ -11,14 +13,16 @@ from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_s
 from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention, lower_masks
 from gralora_fx.exporters.onnx_passes.pack_qkv import flat, packed
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
-from gralora_fx.exporters.reports import AttentionReport
+from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.exporters.reports import Skip
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention refuses other sizes of heads
 
 _Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with one mask share
 
 
-def fuse_attention(model: ir.Model, tables: RotaryTables) -> AttentionReport:
+@dataclass(frozen=True)
+class FuseAttention:
     """Replace every attention operator and the concatenation of its cache by `GroupQueryAttention`.
 
     Before: `key = Concat(past_key, new_key); y = Attention(query, key, value, mask)`
@@ -27,20 +31,26 @@ def fuse_attention(model: ir.Model, tables: RotaryTables) -> AttentionReport:
     The bias that hides padding is made once, of the mask; causality and the window are the operator's own, since a
     row's padding counts as positions in it. A layer of a form that the operator does not take becomes plain operators.
 
-    Args:
-        model: A translated model; it is changed in place.
-        tables: The tables of rotary embeddings in its graph.
-
-    Returns:
-        How many were replaced, and which became plain operators and why.
-
-    Raises:
-        ExportError: The number of heads of a layer is not known. The model must be discarded.
+    Attributes:
+        tables: The tables of rotary embeddings in the graph.
     """
+
+    tables: RotaryTables
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Replace them, in place; skipped are the layers that became plain operators.
+
+        Raises:
+            ExportError: The number of heads of a layer is not known. The model must be discarded.
+        """
+        return _fuse_attention(model, self.tables)
+
+
+def _fuse_attention(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Model]:
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Attention"]
     lower_masks(model.graph, DOMAIN)
     if not nodes:
-        return AttentionReport(0, {"every layer": "it computes attention itself, not by transformers' interface"})
+        return PassResult(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
     plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
     fitting = [node for node in nodes if node not in plain]
     _give_own_caches(model.graph, fitting)
@@ -50,9 +60,7 @@ def fuse_attention(model: ir.Model, tables: RotaryTables) -> AttentionReport:
     shared: _Shared = {}
     for node in fitting:
         _replace(model.graph, node, tables, shared)
-    if fitting:
-        model.graph.opset_imports[MICROSOFT] = 1
-    return AttentionReport(len(fitting), {_layer(node): why for node, why in plain.items()})
+    return PassResult(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
 
 
 def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:

@@ -6,9 +6,10 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, known_size, take_place
 from gralora_fx.exporters.onnx_passes.pack_qkv import side_by_side
+from gralora_fx.exporters.pipeline import PassResult
 
 
-def join_products(model: ir.Model) -> int:
+def join_products(model: ir.Model) -> PassResult[ir.Model]:
     """Multiply a tensor once with weights of one width that are laid side by side.
 
     Before: `gate = MatMul(x, Wg); up = MatMul(x, Wu)`
@@ -31,7 +32,7 @@ def join_products(model: ir.Model) -> int:
     joint = [nodes for nodes in groups.values() if len(nodes) > 1]
     for nodes in joint:
         _join(model.graph, nodes)
-    return sum(len(nodes) - 1 for nodes in joint)
+    return PassResult(sum(len(nodes) - 1 for nodes in joint))
 
 
 def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:

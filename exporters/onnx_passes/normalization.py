@@ -12,9 +12,10 @@ from torch import fx
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, is_call, number, operands, shape
 from gralora_fx.exporters.fx_passes.operators import DOMAIN, RMS_NORM
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
+from gralora_fx.exporters.pipeline import PassResult
 
 
-def mark_rms_norms(graph: fx.Graph) -> int:
+def mark_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Put root-mean-square normalisations in terms of one operator.
 
     Before: `y = x * rsqrt(mean(x ** 2, -1) + eps) * weight`
@@ -44,7 +45,7 @@ def mark_rms_norms(graph: fx.Graph) -> int:
         place.replace_all_uses_with(norm)
         count += 1
     graph.eliminate_dead_code()
-    return count
+    return PassResult(count)
 
 
 def _as_operator(node: fx.Node) -> None:
@@ -111,7 +112,7 @@ def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
     return (users[0], weight) if same else (node, None)
 
 
-def lower_norms(model: ir.Model) -> int:
+def lower_norms(model: ir.Model) -> PassResult[ir.Model]:
     """Replace normalisations by the runtime's operators, and fuse the addition of a residual before them.
 
     Before: `s = Add(x, r); y = RMSNormalization(s, weight)`
@@ -141,10 +142,8 @@ def lower_norms(model: ir.Model) -> int:
             take_place(y, node.outputs[0])
             build.insert_before(node)
             model.graph.remove(node, safe=True)
-    if fused:
-        model.graph.opset_imports[MICROSOFT] = 1
         model.graph.sort()
-    return fused
+    return PassResult(fused)
 
 
 def _residual(node: ir.Node) -> ir.Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +25,10 @@ from gralora_fx.exporters.fx_passes.matching import (
 )
 from gralora_fx.exporters.fx_passes.operators import DOMAIN, RESHAPE, ROTARY, ROTATE
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
+from gralora_fx.exporters.pipeline import PassResult
 
 
-def mark_rotary(graph: fx.Graph) -> int:
+def mark_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Put rotary embeddings in terms of one operator.
 
     Before: `y = x * cos + cat(-x[..., half:], x[..., :half]) * sin`, or with neighbours in place of halves
@@ -58,7 +60,7 @@ def mark_rotary(graph: fx.Graph) -> int:
         place.replace_all_uses_with(turned)
         count += 1
     graph.eliminate_dead_code()
-    return count
+    return PassResult(count)
 
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, _Table, _Table, bool] | None:
@@ -283,16 +285,22 @@ class RotaryTables:
         return self._made[values, *key]
 
 
-def lower_rotary(model: ir.Model, tables: RotaryTables) -> int:
+@dataclass(frozen=True)
+class LowerRotary:
     """Replace rotary operators by `com.microsoft.RotaryEmbedding`.
 
-    Args:
-        model: A translated model; it is changed in place.
-        tables: The tables of its graph.
-
-    Returns:
-        How many were replaced.
+    Attributes:
+        tables: The tables of the graph.
     """
+
+    tables: RotaryTables
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Replace them, in place."""
+        return _lower_rotary(model, self.tables)
+
+
+def _lower_rotary(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Model]:
     nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, "RotaryEmbedding")]
     for node in nodes:
         if node.outputs[0].uses():
@@ -301,7 +309,7 @@ def lower_rotary(model: ir.Model, tables: RotaryTables) -> int:
             take_place(turned(build, node, node.inputs[0], tables), node.outputs[0])
             build.insert_before(node)
         model.graph.remove(node, safe=True)
-    return len(nodes)
+    return PassResult(len(nodes))
 
 
 def turned(build: Builder, node: ir.Node, x: ir.Value, tables: RotaryTables) -> ir.Value:

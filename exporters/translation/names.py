@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 
 _TEXT = ("batch_size", "sequence_length")
@@ -30,7 +31,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def name_axes(model: ir.Model) -> None:
+def name_axes(model: ir.Model) -> PassResult[ir.Model]:
     """Give the symbolic axes of a graph the names that tools look for.
 
     Before: `input_ids [s72, s53] -> logits [s72, 5]`
@@ -48,6 +49,7 @@ def name_axes(model: ir.Model) -> None:
     inner = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
     for found in (*model.graph.inputs, *inner, *model.graph.outputs):
         _rename(found, names)
+    return PassResult(len(names))
 
 
 def input_names(inputs: Mapping[str, Any]) -> list[str]:
@@ -66,7 +68,7 @@ def input_names(inputs: Mapping[str, Any]) -> list[str]:
     return paths
 
 
-def name_outputs(model: ir.Model) -> None:
+def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
     """Name the outputs of a plain module `output`, or `output_0` and on; those of a transformers model are named.
 
     They are called `result` where an input has such a name.
@@ -77,9 +79,10 @@ def name_outputs(model: ir.Model) -> None:
     outputs = model.graph.outputs
     taken = {value.name for value in model.graph.inputs}
     stem = "output" if taken.isdisjoint({"output", *(f"output_{index}" for index in range(len(outputs)))}) else "result"
-    for index, value in enumerate(outputs):
-        if not value.name or not str(value.name).isidentifier():
-            value.name = stem if len(outputs) == 1 else f"{stem}_{index}"
+    nameless = [index for index, value in enumerate(outputs) if not value.name or not str(value.name).isidentifier()]
+    for index in nameless:
+        outputs[index].name = stem if len(outputs) == 1 else f"{stem}_{index}"
+    return PassResult(len(nameless))
 
 
 def _axis_name(name: str, axis: int, taken: Collection[str], *, has_cache: bool = False) -> str:

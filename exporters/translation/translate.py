@@ -6,7 +6,7 @@ in a graph that is a clean trace already. Here only the translation is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -14,23 +14,23 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from onnxscript import opset18
 from torch import Tensor, fx, nn
-from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from gralora_fx.compat.torch_onnx import (
     add_opset_imports,
     decomposition_table,
     new_registry,
     operators_in,
-    promote_types,
     translate_graph,
 )
-from gralora_fx.compat.transformers_exporters import fix_for_onnx, onnx_translations
+from gralora_fx.compat.transformers_exporters import onnx_translations
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.fx_passes.decompose import decompose, fold_numbers
+from gralora_fx.exporters.fx_passes.decompose import Decompose, FoldNumbers
 from gralora_fx.exporters.fx_passes.functionalize import without_shared_writes
+from gralora_fx.exporters.fx_passes.libraries import eliminate_common_subexpressions, fix_calls, promote_types
 from gralora_fx.exporters.fx_passes.operators import TRANSLATIONS
 from gralora_fx.exporters.fx_passes.retrace import note_values
 from gralora_fx.exporters.fx_passes.simplify import constant_slices, out_of_place, simplify, whole_products
+from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention
 from gralora_fx.exporters.translation.weights import weight_tensor
 from gralora_fx.graph.surgery import copy_graph
@@ -41,25 +41,18 @@ OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11
 _FUNCTIONS = "gralora.functions"  # domain of graphs that others call, until they are inlined
 
-GraphPass = Callable[[fx.Graph], object]
 Weights = dict[str, tuple[str, Tensor]]  # path and values by the node that reads them
 
 _aten = torch.ops.aten
-# operators that take tensors of several dtypes as they are, or whose result has another by its meaning
-_MIXED = {
-    _aten._to_copy.default,
-    _aten.batch_norm.default,
-    _aten.embedding.default,
-    _aten.gather.default,
-    _aten.index.Tensor,
-    _aten.index_select.default,
-    _aten.masked_fill.Scalar,
-    _aten.where.self,
-    *TRANSLATIONS,
-}
 
 
-def translate(graph_module: fx.GraphModule, *passes: GraphPass, opset: int = OPSET) -> ir.Model:
+def translate(
+    graph_module: fx.GraphModule,
+    *passes: Pass[fx.Graph],
+    opset: int = OPSET,
+    log: PassLog | None = None,
+    name: str = "graph",
+) -> ir.Model:
     """Translate a traced graph in evaluation mode; its weights become initializers under their own names.
 
     Inputs keep the names of the graph's placeholders, outputs those of its nodes. Operators of `exporters.operators`
@@ -70,6 +63,8 @@ def translate(graph_module: fx.GraphModule, *passes: GraphPass, opset: int = OPS
         graph_module: The graph, every node with the shape and dtype that tracing noted; it is left as it is.
         passes: What to do with a copy of the graph first, once it is simplified.
         opset: Version of ONNX's operators.
+        log: Gets a report for each pass over the copy.
+        name: What the graph is called in reports.
 
     Raises:
         ExportError: An operator has no ONNX form; the message names it.
@@ -77,7 +72,8 @@ def translate(graph_module: fx.GraphModule, *passes: GraphPass, opset: int = OPS
     with quiet():
         registry = _registry(opset)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
-    weights = _translate_into(model.graph, graph_module, model, registry, passes)
+    log = PassLog() if log is None else log
+    weights = _translate_into(model.graph, graph_module, model, registry, log, f"{name}-fx", passes)
     add_opset_imports(model)
     model.graph.opset_imports[""] = opset
     for function in model.functions.values():
@@ -98,38 +94,41 @@ def _translate_into(
     graph_module: fx.GraphModule,
     model: ir.Model,
     registry: Any,
-    passes: Sequence[GraphPass] = (),
+    log: PassLog,
+    name: str,
+    passes: Sequence[Pass[fx.Graph]] = (),
 ) -> Weights:
     """Translate a graph into one of a model; those that it calls become functions of the model."""
-    parts = {name: part for name, part in graph_module.named_children() if isinstance(part, fx.GraphModule)}
-    functions = {name: _function(name, part, model, registry) for name, part in parts.items()}
+    parts = {path: part for path, part in graph_module.named_children() if isinstance(part, fx.GraphModule)}
+    functions = {path: _function(path, part, model, registry, log) for path, part in parts.items()}
     graph = copy_graph(graph_module)
     graph.set_codegen(fx.graph.CodeGen())
     weights = _take_weights(graph, graph_module, parts)
-    without_shared_writes(graph)
-    for node in list(graph.nodes):
-        if node.name in weights:
-            node.target = node.name
-        elif node.op == "call_function":
-            out_of_place(node)
-    simplify(graph)
-    whole_products(graph)
-    module = fx.GraphModule({name: _stand_in(tensor) for name, (_, tensor) in weights.items()} | parts, graph)
-    fix_for_onnx(module)
-    note_values(module.graph)
-    once = CSEPass(banned_ops=get_CSE_banned_ops())(module)
-    module = module if once is None else once.graph_module
-    for graph_pass in passes:
-        graph_pass(module.graph)
+    for node in graph.find_nodes(op="get_attr"):
+        node.target = node.name if node.name in weights else node.target
+    values = {path: _stand_in(tensor) for path, (_, tensor) in weights.items()}
+    graph = fx.GraphModule(values | parts, graph).graph
     known = operators_in(registry)
-    decompose(module.graph, known, lambda: decomposition_table(known))
-    fold_numbers(module.graph, known, lambda name: _constant(weights[name][1]) if name in weights else None)
-    constant_slices(module.graph)
+    graph = Pipeline(
+        name,
+        (
+            without_shared_writes,  # first: what is written in place must be seen before anything is moved
+            out_of_place,
+            simplify,
+            whole_products,
+            fix_calls,  # transformers' own; before common subexpressions, since it writes arguments out
+            note_values,  # of what it added
+            eliminate_common_subexpressions,
+            *passes,  # on a graph that spells one thing in one way
+            Decompose(known, lambda: decomposition_table(known)),  # what no pass has taken
+            FoldNumbers(known, lambda path: _constant(weights[path][1]) if path in weights else None),
+            constant_slices,
+            promote_types,  # last: it runs the whole graph
+        ),
+    ).run(graph, log)
     try:
         with quiet():
-            if any(_promotes(node) for node in module.graph.nodes):  # it runs the whole graph, which takes seconds
-                promote_types(module)
-            translate_graph(module.graph, model, place, functions, registry)
+            translate_graph(graph, model, place, functions, registry)
     except Exception as error:  # torch.onnx raises errors of every type
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -167,11 +166,11 @@ def _memory(tensor: Tensor) -> Any:
     return *place, tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, registry: Any) -> ir.Function:
+def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, registry: Any, log: PassLog) -> ir.Function:
     """A graph that another calls as a function of a model."""
     name = f"{name}_{len(model.functions)}"
     function = ir.Function(_FUNCTIONS, name, graph=ir.Graph((), (), nodes=()), attributes=())
-    _translate_into(function, graph_module, model, registry)
+    _translate_into(function, graph_module, model, registry, log, f"{name}-fx")
     model.functions[function.identifier()] = function
     return function
 
@@ -184,16 +183,6 @@ def _stand_in(tensor: Tensor) -> Tensor:
 def _constant(tensor: Tensor) -> Tensor | None:
     """A tensor that is no parameter and has values."""
     return None if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor
-
-
-def _promotes(node: fx.Node) -> bool:
-    """Whether an operator mixes dtypes, or makes floats of integers, which ONNX operators do not do by themselves."""
-    result = node.meta.get("val")
-    if node.op != "call_function" or node.target in _MIXED or not isinstance(result, Tensor):
-        return False
-    values = [arg.meta.get("val") for arg in node.all_input_nodes]
-    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
-    return len(dtypes) > 1 or (result.dtype != torch.bool and dtypes not in (set(), {result.dtype}))
 
 
 def _registry(opset: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.flavours.decoder import store_as_used
+from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.translation.translate import translate
 
 
@@ -41,7 +41,7 @@ class Tied(nn.Module):
 def test_weights_are_stored_as_they_are_used_and_tied_ones_once(tmp_path: Path) -> None:
     source, ids = Tied(), torch.tensor([[1, 2, 9]])
     model = translate(trace(source, (ids,)).graph_module)
-    store_as_used(model)
+    fold_transposes(model)
     shapes = {name: list(value.shape or ()) for name, value in model.graph.initializers.items() if "weight" in name}
     assert shapes == {"table.weight": [10, 8], "up.weight": [8, 8]}
     assert sum(node.op_type == "Transpose" for node in model.graph) == 1
@@ -66,7 +66,7 @@ class Looked(nn.Module):
 def test_a_table_that_is_looked_up_is_stored_as_it_is(tmp_path: Path) -> None:
     source, ids = Looked(), torch.tensor([[1, 2, 9]])
     model = translate(trace(source, (ids,)).graph_module)
-    store_as_used(model)
+    fold_transposes(model)
     assert torch.equal(run(model, tmp_path, ids)[0], source(ids))
 
 

@@ -1,0 +1,69 @@
+"""Passes of PyTorch and transformers over a graph, as ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
+
+from gralora_fx.compat import torch_onnx
+from gralora_fx.compat.transformers_exporters import fix_for_onnx
+from gralora_fx.exporters.fx_passes.operators import TRANSLATIONS
+from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.progress.silence import quiet
+
+_aten = torch.ops.aten
+# operators that take tensors of several dtypes as they are, or whose result has another by its meaning
+_MIXED = {
+    _aten._to_copy.default,
+    _aten.batch_norm.default,
+    _aten.embedding.default,
+    _aten.gather.default,
+    _aten.index.Tensor,
+    _aten.index_select.default,
+    _aten.masked_fill.Scalar,
+    _aten.where.self,
+    *TRANSLATIONS,
+}
+
+
+def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Rewrite calls that torch's translation to ONNX misreads, as transformers' exporter does; in place."""
+    before = len(graph.nodes)
+    fix_for_onnx(_module_of(graph))
+    return PassResult(abs(len(graph.nodes) - before))
+
+
+def eliminate_common_subexpressions(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Compute what several nodes compute alike once; the result is another graph."""
+    done = CSEPass(banned_ops=get_CSE_banned_ops())(_module_of(graph))
+    if done is None:
+        return PassResult(0)
+    result = done.graph_module.graph
+    return PassResult(len(graph.nodes) - len(result.nodes), graph=result)
+
+
+def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Write the casts out that PyTorch's operators do by themselves, where an operator mixes dtypes."""
+    count = sum(_promotes(node) for node in graph.nodes)
+    if not count:  # it runs the whole graph, which takes seconds
+        return PassResult(0)
+    module = _module_of(graph)
+    with quiet():
+        torch_onnx.promote_types(module)
+    return PassResult(count, graph=module.graph)
+
+
+def _module_of(graph: fx.Graph) -> fx.GraphModule:
+    assert graph.owning_module is not None
+    return graph.owning_module
+
+
+def _promotes(node: fx.Node) -> bool:
+    """Whether an operator mixes dtypes, or makes floats of integers, which ONNX operators do not do by themselves."""
+    result = node.meta.get("val")
+    if node.op != "call_function" or node.target in _MIXED or not isinstance(result, Tensor):
+        return False
+    values = [arg.meta.get("val") for arg in node.all_input_nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
+    return len(dtypes) > 1 or (result.dtype != torch.bool and dtypes not in (set(), {result.dtype}))

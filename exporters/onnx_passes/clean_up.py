@@ -1,0 +1,37 @@
+"""Constants folded and unused nodes removed, by onnxscript's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import optimizer
+
+from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.progress.silence import quiet
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    """Compute nodes of constants.
+
+    Attributes:
+        should_fold: Whether constants may be folded at a node; None leaves it to the optimizer.
+    """
+
+    should_fold: Callable[[ir.Node], bool | None]
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Fold them, in place; counted are the nodes that went."""
+        before = len(model.graph)
+        with quiet():  # it says what it leaves
+            optimizer.fold_constants(model, should_fold=self.should_fold)
+        return PassResult(before - len(model.graph))
+
+
+def remove_unused_nodes(model: ir.Model) -> PassResult[ir.Model]:
+    """Remove nodes whose values nothing reads, in place."""
+    before = len(model.graph)
+    optimizer.remove_unused_nodes(model)
+    return PassResult(before - len(model.graph))

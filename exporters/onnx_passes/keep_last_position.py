@@ -1,0 +1,55 @@
+"""Logits of the last position alone."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.fx_passes.matching import END
+from gralora_fx.exporters.onnx_passes.builder import Builder
+from gralora_fx.exporters.pipeline import PassResult
+
+# operators between the last projection and the logits that a model may have, such as a soft cap or a factor
+_ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
+
+
+def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
+    """Compute logits for the last position of each row only, the last that is no padding: a prompt needs no others."""
+    logits = model.graph.outputs[0]
+    value, chain = logits, [logits]
+    node = value.producer()
+    while node is not None and node.op_type in _ELEMENTWISE:
+        varying = [v for v in node.inputs if v is not None and v.producer() is not None and v.const_value is None]
+        if len(varying) != 1:
+            varying = [v for v in varying if v.shape is not None and len(v.shape) == 3]
+        if len(varying) != 1:
+            break
+        value, node = varying[0], varying[0].producer()
+        chain.append(value)
+    if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
+        raise ExportError(
+            "no projection leads to the logits, so the last position cannot be cut out; take logits='all'"
+        )
+    hidden = node.inputs[0]
+    ids, mask = (_input(model, name) for name in ("input_ids", "attention_mask"))
+    build = Builder(model.graph)
+    length = build("Shape", ids, start=1, end=2)
+    window = build("Slice", mask, build("Neg", length), build.ints(END), build.ints(1))  # the mask of new positions
+    last = build("ArgMax", window, axis=1, keepdims=1, select_last_index=1)  # [batch, 1]
+    cut = build("GatherND", hidden, build("Unsqueeze", last, build.ints(2)), batch_dims=1)  # [batch, 1, size]
+    if hidden.shape is not None:
+        cut.shape = ir.Shape([hidden.shape[0], 1, *hidden.shape[2:]])
+    cut.type = hidden.type
+    build.insert_before(node)
+    node.replace_input_with(0, cut)
+    for member in chain:
+        if member.shape is not None and len(member.shape) == 3:
+            member.shape = ir.Shape([member.shape[0], 1, member.shape[2]])
+    return PassResult(1)
+
+
+def _input(model: ir.Model, name: str) -> ir.Value:
+    found = next((value for value in model.graph.inputs if value.name == name), None)
+    if found is None:
+        raise ExportError(f"the trace takes no {name}, so the last position cannot be cut out; take logits='all'")
+    return found

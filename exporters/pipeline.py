@@ -1,0 +1,166 @@
+"""Passes and pipelines of them: each pass is named, what it leaves is checked, counted and, if asked for, written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass
+from torch import fx
+
+from gralora_fx.errors import ExportError, GraloraError, first_line
+from gralora_fx.exporters.reports import PassReport, Skip
+
+DUMP = "GRALORA_FX_DUMP"  # environment variable: the directory that graphs are written to
+
+Graph = TypeVar("Graph", fx.Graph, ir.Model)
+
+
+@dataclass(frozen=True)
+class PassResult(Generic[Graph]):
+    """What a pass did.
+
+    Attributes:
+        changed: How many places it changed.
+        skipped: Places that it would have changed, each with the reason why it did not.
+        graph: The graph that takes the place of the given one; None where that was changed in place.
+    """
+
+    changed: int
+    skipped: tuple[Skip, ...] = ()
+    graph: Graph | None = None
+
+
+Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass whose fields are its options
+
+
+@dataclass(frozen=True)
+class OnnxIrPass:
+    """A pass of the `onnx_ir` library as one of ours."""
+
+    wrapped: InPlacePass
+
+    @property
+    def name(self) -> str:
+        """The class's own name."""
+        return type(self.wrapped).__name__
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Run it; it says only whether it changed anything."""
+        return PassResult(int(self.wrapped(model).modified))
+
+
+@dataclass
+class PassLog:
+    """What the passes of an export did, in order.
+
+    Attributes:
+        dump: The directory that the graph is written to after each pass; None for none.
+        reports: A report for each pass that ran.
+    """
+
+    dump: Path | None = None
+    reports: list[PassReport] = field(default_factory=list)
+
+    @classmethod
+    def asked_for(cls, dump: str | Path | None) -> PassLog:
+        """A log that writes graphs where an argument or, without one, the environment says.
+
+        Raises:
+            ExportError: The directory cannot be made.
+        """
+        directory = dump or os.environ.get(DUMP) or None
+        if directory is None:
+            return cls()
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise ExportError(f"graphs cannot be written to {directory} ({first_line(error)})") from error
+        return cls(Path(directory))
+
+    def add(self, pipeline: str, name: str, result: PassResult[Any], graph: fx.Graph | ir.Model) -> None:
+        """Note what a pass did, and write the graph that it left."""
+        self.reports.append(PassReport(pipeline, name, result.changed, result.skipped))
+        if self.dump is not None:
+            path = self.dump / f"{len(self.reports):02d}-{pipeline}-{name}.txt"
+            path.write_text(f"{graph}\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Pipeline(Generic[Graph]):
+    """Passes in their order.
+
+    Attributes:
+        name: What it is called in reports.
+        passes: The passes.
+    """
+
+    name: str
+    passes: tuple[Pass[Graph], ...]
+
+    def run(self, graph: Graph, log: PassLog) -> Graph:
+        """Run every pass, and check that each leaves a graph whose nodes read only what comes before them.
+
+        Args:
+            graph: The graph; it may be changed in place.
+            log: Gets a report for each pass.
+
+        Returns:
+            The graph that the last pass left.
+
+        Raises:
+            ExportError: A pass failed, or left a graph that does not lint; the message names it.
+        """
+        for graph_pass in self.passes:
+            name = name_of(graph_pass)
+            try:
+                result = graph_pass(graph)
+            except GraloraError:
+                raise
+            except Exception as error:  # of whatever library the pass uses
+                raise ExportError(f"the pass {name} of {self.name} failed: {first_line(error)}") from error
+            graph = graph if result.graph is None else result.graph
+            for problem in _problems(graph):
+                raise ExportError(f"the pass {name} of {self.name} left a graph that does not lint: {problem}")
+            log.add(self.name, name, result, graph)
+        if isinstance(graph, ir.Model):
+            import_domains(graph)
+        return graph
+
+
+def import_domains(model: ir.Model) -> None:
+    """Import the domains of the operators that a model has, and no others; in place."""
+    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    imports = model.graph.opset_imports
+    for domain in [domain for domain in imports if domain and domain not in used]:
+        del imports[domain]
+    for domain in sorted(used):
+        imports.setdefault(domain, 1)
+
+
+def name_of(graph_pass: Any) -> str:
+    """A pass by the name of its function or class, in words with underscores."""
+    given = getattr(graph_pass, "name", None) or getattr(graph_pass, "__name__", None) or type(graph_pass).__name__
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(given)).lower()
+
+
+def _problems(graph: fx.Graph | ir.Model) -> Iterator[str]:
+    """Nodes that read what no node before them gives."""
+    if isinstance(graph, fx.Graph):
+        seen: set[fx.Node] = set()
+        for node in graph.nodes:
+            yield from (f"{node} reads {source}" for source in node.all_input_nodes if source not in seen)
+            seen.add(node)
+        return
+    made: set[ir.Node] = set()
+    for node in graph.graph:
+        for value in node.inputs:
+            source = None if value is None else value.producer()
+            if source is not None and source not in made:
+                yield f"{node.name} reads {value.name if value else ''}"
+        made.add(node)
