@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -11,22 +12,19 @@ from typing import Any, Literal
 import onnx_ir as ir
 import torch
 from torch import fx
-from transformers import DynamicCache, EncoderDecoderCache
 
 from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
-from gralora_fx.exporters.artifact.genai_config import write_genai_config
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
 from gralora_fx.exporters.artifact.staging import check_output, check_replaced, require_space, staged
-from gralora_fx.exporters.flavours.decoder import decoder_model
-from gralora_fx.exporters.flavours.encoder_decoder import encoder_decoder_models
-from gralora_fx.exporters.flavours.plain import plain_model
+from gralora_fx.exporters.flavours.flavour import Request
+from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.folded_model import as_traced
-from gralora_fx.exporters.fx_passes.cast_graph import in_precision, precision_of, take_float32
+from gralora_fx.exporters.fx_passes.cast_graph import precision_of, take_float32
 from gralora_fx.exporters.onnx_passes.quantize import Quantization, quantize_models
 from gralora_fx.exporters.options import check_export_options
 from gralora_fx.exporters.pipeline import PassLog
-from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
+from gralora_fx.exporters.reports import ExportReport, VerifyReport
 from gralora_fx.exporters.verify import refuse_without_values, verify_onnx
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.loading.tokenizers import load_tokenizer
@@ -34,7 +32,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.gc_pause import fewer_collections
 from gralora_fx.progress.timing import timed
 from gralora_fx.runtime.manifest import describe_files, file_names
-from gralora_fx.tracing.inputs.decoder_cache import PAST, cached_tensors
+from gralora_fx.tracing.inputs.decoder_cache import PAST
 from gralora_fx.tracing.normalize.modes import draws_randomly, set_mode
 from gralora_fx.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.tracing.recapture import is_operator_graph, recapture
@@ -100,14 +98,17 @@ def export_onnx(
     with timed("fold", seconds):
         traced = as_traced(model)
         _refuse_unfit(traced, verify=bool(verify))
-        if logits == "all" and not isinstance(traced.example_inputs.get(PAST), DynamicCache):
+        flavour = flavour_of(traced)
+        if logits == "all" and not flavour.has_last_logits:
             warn_caller("logits='all' is for a decoder with a cache; this model gives what its forward returns")
         if verify:
             refuse_without_values(model)
         if not overwrite:
             check_replaced(output_dir, task=traced.task, fingerprint=fingerprint_of(model))
     with timed("convert", seconds), fewer_collections():
-        onnx_models, attention = _convert(traced, logits, precision, log)
+        request = Request(traced, _graph_to_translate(traced), precision, logits, log)
+        exported = flavour.convert(request)
+        onnx_models, attention = exported.models, exported.attention
         for onnx_model in onnx_models.values():
             take_float32(onnx_model)
     quantized: dict[str, Any] | None = None
@@ -121,15 +122,13 @@ def export_onnx(
             _save(onnx_models, stage, output_dir)
             described = reader.submit(describe_files, stage, file_names(stage))
             _write_companions(stage, traced, tokenizer)
-            is_decoder = isinstance(traced.example_inputs.get(PAST), DynamicCache)
-            if is_decoder:
-                write_genai_config(stage, traced.config, onnx_models["model"])
+            flavour.write_files(stage, traced, onnx_models)
             graphs = {name: onnx_model.graph for name, onnx_model in onnx_models.items()}
-            positions = logits if is_decoder else "all"
+            positions = logits if flavour.has_last_logits else "all"
             facts = {"adapters": adapters, "precision": precision, "logits": positions}
             manifest = describe(model, graphs, quantization=quantized, **facts)
             manifest |= {} if attention is None else {"attention": dataclasses.asdict(attention)}
-            manifest["passes"] = [report.to_dict() for report in log.reports]
+            manifest["passes"] = [entry.to_dict() for entry in log.reports]
             write_manifest(stage, manifest, None)
         if verify:
             with timed("verify", seconds):
@@ -144,25 +143,16 @@ def export_onnx(
     return ExportReport(path, sizes, seconds, report, attention, tuple(log.reports))
 
 
-def _convert(
-    traced: TracedModel, logits: str, precision: str, log: PassLog
-) -> tuple[dict[str, ir.Model], AttentionReport | None]:
-    """The ONNX models of a trace, by the names of their files, and how a decoder's attention was exported."""
+def _graph_to_translate(traced: TracedModel) -> fx.GraphModule:
+    """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with the value that tracing noted."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     drop_regions_for_inference(graph_module.graph)
     graph_module.train(False)
-    cache = traced.example_inputs.get(PAST)
     is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle leaves it
-    if cache is None or not is_noted:
-        graph_module = _as_operators(graph_module, traced)
-    if isinstance(cache, EncoderDecoderCache):
-        return encoder_decoder_models(graph_module, precision, log), None
-    graph_module = in_precision(graph_module, precision, kept=cached_tensors(traced.example_inputs))
-    if cache is not None:
-        model, attention = decoder_model(graph_module, logits=logits, log=log)
-        return {"model": model}, attention
-    return {"model": plain_model(graph_module, traced.graph_inputs, log)}, None
+    if traced.example_inputs.get(PAST) is not None and is_noted:
+        return graph_module
+    return _as_operators(graph_module, traced)
 
 
 def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:
@@ -175,7 +165,7 @@ def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.Graph
         raise ExportError(f"the graph cannot be captured as PyTorch's operators: {first_line(error)}") from error
 
 
-def _save(onnx_models: dict[str, ir.Model], stage: Path, output_dir: str | Path) -> None:
+def _save(onnx_models: Mapping[str, ir.Model], stage: Path, output_dir: str | Path) -> None:
     """Write models, each with its weights in a file beside it, if there is room for them."""
     weights = [v.const_value for m in onnx_models.values() for v in m.graph.initializers.values()]
     require_space(output_dir, sum(tensor.nbytes for tensor in weights if tensor is not None))

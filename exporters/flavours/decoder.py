@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import onnx_ir as ir
 from torch import fx
+from transformers import DynamicCache
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.artifact.genai_config import write_genai_config
+from gralora_fx.exporters.flavours.flavour import Exported, Flavour, Request
 from gralora_fx.exporters.fx_passes.broadcast_attention import mark_shared_heads
+from gralora_fx.exporters.fx_passes.cast_graph import in_precision
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
@@ -19,6 +26,8 @@ from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.tracing.inputs.decoder_cache import PAST, cached_tensors
+from gralora_fx.tracing.traced_model import TracedModel
 
 
 def decoder_model(
@@ -84,3 +93,23 @@ def name_cache(model: ir.Model) -> PassResult[ir.Model]:
         part = f"{index // 2}.{'value' if index % 2 else 'key'}"
         past.name, present.name = f"past_key_values.{part}", f"present.{part}"
     return PassResult(2 * len(pasts) + 1)
+
+
+def _convert(request: Request) -> Exported:
+    kept = cached_tensors(request.traced.example_inputs)
+    graph_module = in_precision(request.graph_module, request.precision, kept=kept)
+    model, attention = decoder_model(graph_module, logits=request.logits, log=request.log)
+    return Exported({"model": model}, attention)
+
+
+def _write_files(directory: Path, traced: TracedModel, models: Mapping[str, ir.Model]) -> None:
+    write_genai_config(directory, traced.config, models["model"])
+
+
+DECODER = Flavour(
+    "decoder",
+    fits=lambda traced: isinstance(traced.example_inputs.get(PAST), DynamicCache),
+    convert=_convert,
+    write_files=_write_files,
+    has_last_logits=True,
+)

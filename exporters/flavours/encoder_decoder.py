@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from torch import fx
+from transformers import EncoderDecoderCache
 
+from gralora_fx.exporters.flavours.flavour import Exported, Flavour
 from gralora_fx.exporters.fx_passes.cast_graph import in_precision
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
@@ -16,6 +18,7 @@ from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.runtime.names import DECODER, ENCODER
+from gralora_fx.tracing.inputs.decoder_cache import PAST
 
 
 def encoder_decoder_models(graph_module: fx.GraphModule, precision: str, log: PassLog) -> dict[str, ir.Model]:
@@ -62,3 +65,10 @@ def _translated(name: str, graph_module: fx.GraphModule, log: PassLog) -> ir.Mod
             remove_unused_nodes,
         ),
     ).run(model, log)
+
+
+ENCODER_DECODER = Flavour(
+    "encoder-decoder",
+    fits=lambda traced: isinstance(traced.example_inputs.get(PAST), EncoderDecoderCache),
+    convert=lambda request: Exported(encoder_decoder_models(request.graph_module, request.precision, request.log)),
+)

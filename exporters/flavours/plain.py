@@ -20,6 +20,8 @@ from torch import Tensor, fx
 from gralora_fx.compat import pytree
 from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
+from gralora_fx.exporters.flavours.flavour import Exported, Flavour, Request
+from gralora_fx.exporters.fx_passes.cast_graph import in_precision
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
@@ -133,3 +135,11 @@ def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
     before = len(model.graph)
     fix_model(model)
     return PassResult(abs(len(model.graph) - before))
+
+
+def _convert(request: Request) -> Exported:
+    graph_module = in_precision(request.graph_module, request.precision)
+    return Exported({"model": plain_model(graph_module, request.traced.graph_inputs, request.log)})
+
+
+PLAIN = Flavour("plain", fits=lambda traced: True, convert=_convert)
