@@ -207,3 +207,28 @@ def test_a_pass_over_a_trace_is_looked_at_again() -> None:
     assert [len(site.calls) for site in result.sites] == [0, 1]
     x = torch.randn(3, 4)
     assert torch.equal(result(x), source.b(x))
+
+
+def test_a_pass_that_goes_wrong_is_shown_with_what_it_had_changed() -> None:
+    class Chain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.neg(torch.relu(x))
+
+    def swap(graph_module: fx.GraphModule) -> None:
+        x, relu, neg, _ = graph_module.graph.nodes
+        relu.target = torch.tanh
+        neg.args = (x,)
+        graph_module.graph.erase_node(relu)
+        x.prepend(graph_module.graph.call_function(torch.exp, (x,)))
+
+    with pytest.raises(RewriteError) as caught:
+        trace(fx.symbolic_trace(Chain()), (torch.ones(2),)).with_pass(swap)
+    lines = str(caught.value).splitlines()
+    assert "the graph pass" in lines[0]
+    assert lines[0].endswith("it had changed:")
+    assert lines[1:] == [
+        "- relu = call_function relu(x)",
+        "- neg = call_function neg(relu)",
+        "+ neg = call_function neg(x)",
+        "+ exp = call_function exp(x)",
+    ]
