@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-
-from benchmarks.tiny_decoders import tiny_decoder
-from gralora_fx import trace
-from gralora_fx.compat.transformers_masks import (
+from transformers.masking_utils import (
     blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
     sliding_window_causal_mask_function,
 )
+
+from benchmarks.tiny_decoders import tiny_decoder
+from gralora_fx import trace
 from gralora_fx.tracing.patches.masks import _blocks_beside, _is_same, without_empty_blocks
 
 TASK = "text-generation-with-past"
