@@ -366,7 +366,7 @@ def test_without_peft_labels_and_losses_are_found_all_the_same(
     monkeypatch: pytest.MonkeyPatch, pair_of: Any, tmp_path: Path
 ) -> None:
     traces = {kind: pair_of(kind)[0].traced for kind in ("answers", "sequences")}
-    monkeypatch.setattr(model_class, "_PEFT_MODEL", None)
+    monkeypatch.setattr(model_class, "_peft_model", lambda: None)
     monkeypatch.setattr(transformers.trainer, "_is_peft_model", lambda _: False)
     monkeypatch.setattr(transformers.trainer_utils, "is_peft_available", lambda *_: False)
     for kind, labels in (("answers", ["start_positions", "end_positions"]), ("sequences", ["labels"])):
