@@ -14,7 +14,7 @@ from gralora_fx.exporters.artifact.genai_config import write_genai_config
 from gralora_fx.exporters.flavours.flavour import Exported, Flavour, Request
 from gralora_fx.exporters.fx_passes.broadcast_attention import mark_shared_heads
 from gralora_fx.exporters.fx_passes.cast_graph import in_precision
-from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
@@ -78,6 +78,7 @@ def decoder_pipeline(tables: RotaryTables, logits: str) -> Pipeline[ir.Model]:
             FoldConstants(unless_weight),
             remove_unused_nodes,
             name_axes,
+            drop_stack_traces,
         ),
     )
 

@@ -9,7 +9,7 @@ from transformers import EncoderDecoderCache
 from gralora_fx.exporters.flavours.flavour import Exported, Flavour
 from gralora_fx.exporters.fx_passes.cast_graph import in_precision
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
-from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.cross_attention import take_cached
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
@@ -63,6 +63,7 @@ def _translated(name: str, graph_module: fx.GraphModule, log: PassLog) -> ir.Mod
             lower_norms,
             FoldConstants(unless_weight),
             remove_unused_nodes,
+            drop_stack_traces,
         ),
     ).run(model, log)
 

@@ -22,7 +22,7 @@ from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.exporters.flavours.flavour import Exported, Flavour, Request
 from gralora_fx.exporters.fx_passes.cast_graph import in_precision
-from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
@@ -71,6 +71,7 @@ def plain_pipeline(inputs: list[str], outputs: list[str]) -> Pipeline[ir.Model]:
             name_outputs,
             name_axes,
             fix_nodes,
+            drop_stack_traces,
         ),
     )
 

@@ -11,6 +11,8 @@ from onnxscript import optimizer
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.progress.silence import quiet
 
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
+
 
 @dataclass(frozen=True)
 class FoldConstants:
@@ -35,3 +37,9 @@ def remove_unused_nodes(model: ir.Model) -> PassResult[ir.Model]:
     before = len(model.graph)
     optimizer.remove_unused_nodes(model)
     return PassResult(before - len(model.graph))
+
+
+def drop_stack_traces(model: ir.Model) -> PassResult[ir.Model]:
+    """Leave out where in the source each node was traced, in place: paths of the machine that made the export."""
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    return PassResult(sum(node.metadata_props.pop(_STACK_TRACE, None) is not None for node in nodes))

@@ -161,6 +161,14 @@ def test_a_model_without_a_cache_and_an_encoder_decoder_have_pipelines_too(tmp_p
     assert {entry.pipeline for entry in pair.passes} == {"encoder-fx", "encoder", "decoder-fx", "decoder"}
 
 
+@pytest.mark.parametrize(("name", "task"), [("bert", None), ("gpt2", CACHED), ("t5", "text2text-generation-with-past")])
+def test_an_export_names_no_path_of_the_machine_that_made_it(name: str, task: str | None, tmp_path: Path) -> None:
+    export_onnx(fresh_trace(name, task=task), tmp_path / "onnx", verify=False)
+    for file in (tmp_path / "onnx").glob("*.onnx"):
+        assert str(Path(torch.__file__).parent.parent).encode() not in file.read_bytes()
+        assert str(Path(__file__).parent.parent.parent).encode() not in file.read_bytes()
+
+
 def test_a_pipeline_reads_as_the_list_of_its_passes() -> None:
     tables = RotaryTables(onnx_model("").graph)
     last = [name_of(entry) for entry in decoder_pipeline(tables, "last").passes]
