@@ -2,7 +2,8 @@
 
 Run: python examples/peft_to_onnx.py --model BASE --adapter ADAPTER --output DIRECTORY
 
-BASE and ADAPTER are local directories or hub ids. Without them a small random model and adapter are made with peft.
+BASE and ADAPTER are local directories or hub ids. Without them a small random model and adapter are made with peft, in
+the folder `peft_checkpoint` beside DIRECTORY.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gralora_fx import GraloraModel, trace
 from gralora_fx.exporters import export_onnx
@@ -47,20 +49,45 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_checkpoint(folder: Path) -> tuple[str, str]:
-    """A small random Llama and a GraLoRA adapter of it, saved by transformers and peft."""
+    """A small random Llama with a tokenizer of bytes, and a GraLoRA adapter of it, as transformers and peft save them.
+
+    Args:
+        folder: Gets the folders `base` and `adapter`.
+    """
     import peft
 
     torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=256
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     settings = peft.GraloraConfig(
         r=16, gralora_k=2, alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False
     )
     peft.get_peft_model(model, settings).save_pretrained(folder / "adapter")
     return str(folder / "base"), str(folder / "adapter")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Text as its UTF-8 bytes, after three special tokens."""
+    special = ["<pad>", "<s>", "</s>"]
+    letters = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    pad, start, end = special
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=start, eos_token=end)
 
 
 if __name__ == "__main__":
