@@ -1,0 +1,76 @@
+"""The documentation points at what exists: links, paths, folders, options of the command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from test_import_order import ORDER
+from typer.main import get_command
+
+from gralora_fx.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = ("make demo", "make test")
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page by GitHub's names for them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    named = re.findall(r"`((?:gralora_fx|exporters|tests|benchmarks|examples|docs)/[\w./]*)`", page.read_text("utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@every_page
+def test_options_of_commands_exist(page: Path) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name, arguments in re.findall(r"gralora-fx (\w+) +(--[^`#\n]*)", page.read_text(encoding="utf-8")):
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", arguments)) <= known, f"gralora-fx {name} {arguments}"
+
+
+def test_every_option_of_an_export_is_described() -> None:
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    options = {option for parameter in get_command(app).commands["export"].params for option in parameter.opts}  # type: ignore[attr-defined]
+    assert [option for option in sorted(options) if option not in page] == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"{page.relative_to(ROOT)})" not in readme] == []
+
+
+def test_the_two_commands_are_in_the_readmes_first_screen() -> None:
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:15])
+    assert all(f"\n{command} " in first for command in COMMANDS)
+
+
+@pytest.mark.parametrize("root", ["gralora_fx", "exporters"])
+def test_folders_are_described_in_the_order_of_imports(root: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.split(f"| folder of `{root}/`")[1].split("\n\n")[0]
+    described = re.findall(r"^\| `(\w+)/` \|", table, re.MULTILINE)
+    folders = {path.name for path in (ROOT / root).iterdir() if (path / "__init__.py").is_file()}
+    assert set(described) == folders
+    prefix = "exporters." if root == "exporters" else ""
+    assert described == sorted(described, key=lambda name: ORDER.index(f"{prefix}{name}"))
