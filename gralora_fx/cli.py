@@ -16,7 +16,7 @@ from rich.console import Console
 
 from gralora_fx.config.tasks import TASKS, check_task
 from gralora_fx.errors import ConfigError, ExportError, GraloraError
-from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, check_choice, check_export_options
+from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, ExportOptions, check_choice
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.gc_pause import fewer_collections
 from gralora_fx.progress.timing import timed
@@ -228,7 +228,7 @@ def _export_options(
         raise ConfigError(f"--verify {options['verify']} contradicts {other}; leave one of them out")
     level = options["verify"] or not (no_verify or stream)
     found = {**options, **given, "verify": level}
-    check_export_options(**found)
+    ExportOptions(**found)  # which checks them
     return found
 
 
@@ -268,9 +268,10 @@ def verify(
             from gralora_fx.exporters.verification.manifest_adapters import check_given_adapter
             from gralora_fx.loading.models import load_traced
             from gralora_fx.model.model_class import without_trainer
-            from gralora_fx.runtime.manifest import check_files, read_manifest
+            from gralora_fx.runtime.export_files import check_files
+            from gralora_fx.runtime.manifest import read_manifest
         manifest = read_manifest(output)
-        exported = manifest.get("task")
+        exported = manifest.task
         if exported is not None and task not in (None, exported):
             raise ExportError(f"{output} was exported for the task {exported}, not {task}; leave --task out")
         if prompt and exported != "text-generation-with-past":
@@ -278,7 +279,7 @@ def verify(
                 f"{output} was exported for the task {exported}, which generates no text; leave --prompt out"
             )
         check_given_adapter(manifest, str(output), adapter)
-        if manifest.get("files"):  # a comparison runs some tokens only, and would not see every changed byte
+        if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
             with timed("files"):
                 check_files(output, manifest, digests=True)
         with without_trainer():
@@ -292,7 +293,8 @@ def verify(
 
 
 def _verify_files(output: Path, others: list[str]) -> None:
-    from gralora_fx.runtime.manifest import check_files, read_manifest
+    from gralora_fx.runtime.export_files import check_files
+    from gralora_fx.runtime.manifest import read_manifest
 
     if others:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
