@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
+from gralora_fx.runtime.decoder_steps import DecoderSteps, greedy_tokens
 from gralora_fx.runtime.session import open_session
-from gralora_fx.tracing.inputs.decoder_cache import positions
 
 NEW_TOKENS = 8
 K = 2
@@ -67,8 +66,10 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
         for path, parameter in model.named_parameters(remove_duplicate=False):
             if path in merged:
                 parameter.copy_(merged[path])
+    session = open_session(directory)
     equal = all(
-        torch.equal(greedy_tokens(directory, ids, mask), generated(model, ids, mask)) for ids, mask in prompts(model)
+        torch.equal(greedy_tokens(DecoderSteps(session, len(ids)), ids, NEW_TOKENS, mask), generated(model, ids, mask))
+        for ids, mask in prompts(model)
     )
     assert report.attention is not None
     return Checked(report.attention.fused, dict(report.attention.plain), equal, len(traced.sites))
@@ -93,27 +94,3 @@ def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     model.generation_config.forced_eos_token_id = None
     result = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
     return result[:, ids.shape[1] :]
-
-
-def greedy_tokens(directory: Path, ids: Tensor, mask: Tensor) -> Tensor:
-    """`[batch, NEW_TOKENS]` by the exported graph on ONNX Runtime, the cache fed back from step to step."""
-    session = open_session(directory)
-    inputs = {value.name: value for value in session.get_inputs()}
-    cache = {
-        name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)
-        for name, value in inputs.items()
-        if name.startswith("past_key_values.")
-    }
-    names = [value.name for value in session.get_outputs()]
-    tokens: list[Tensor] = []
-    new = ids
-    for _ in range(NEW_TOKENS):
-        feed = {"input_ids": new.numpy(), "attention_mask": mask.numpy(), **cache}
-        if "position_ids" in inputs:
-            feed["position_ids"] = positions(mask, new.shape[1]).numpy()
-        outputs = dict(zip(names, session.run(None, {name: feed[name] for name in inputs}), strict=True))
-        cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
-        new = torch.from_numpy(outputs["logits"][:, -1].argmax(-1)).unsqueeze(1)
-        tokens.append(new)
-        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
-    return torch.cat(tokens, dim=1)

@@ -1,8 +1,10 @@
-"""The choices of an export's options, checked before anything is loaded."""
+"""The options of an export, checked before anything is loaded."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from gralora_fx.errors import ExportError
 
@@ -12,34 +14,104 @@ LOGITS = ("last", "all")
 LEVELS = ("quick", "full")
 ADAPTER_MODES = ("merged",)
 _SMALLEST_BLOCK = 16
+_BITS = {"int4": 4, "int8": 8}
 
 
-def check_export_options(
-    *,
-    precision: str = "fp32",
-    quantize: str | None = None,
-    block_size: int = 32,
-    accuracy_level: int = 4,
-    logits: str = "last",
-    adapters: str = "merged",
-    verify: bool | str = True,
-) -> None:
-    """Refuse values that an export does not take.
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantized.
 
-    Raises:
-        ExportError: A value is not among the choices; the message lists them.
+    Attributes:
+        kind: `"int4"` or `"int8"`.
+        block_size: Values of a matrix's input axis that share a scale; a power of two, at least 16.
+        accuracy_level: How ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8.
     """
-    check_choice("adapters", adapters, ADAPTER_MODES)
-    check_choice("precision", precision, PRECISIONS)
-    check_choice("logits", logits, LOGITS)
-    if not isinstance(verify, bool):
-        check_choice("verify", verify, LEVELS)
-    if quantize is not None:
-        check_quantization(quantize, block_size, accuracy_level)
+
+    kind: str
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ExportError: The quantized operators do not take a value; the message says which there are.
+        """
+        if self.kind not in QUANTIZATIONS:
+            choices = " or ".join(map(repr, QUANTIZATIONS))
+            raise ExportError(f"quantize={self.kind!r} is not available; take {choices} or None")
+        _check_blocks(self.block_size, self.accuracy_level)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a quantized value."""
+        return _BITS[self.kind]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model is exported; `export_onnx` says what each option means.
+
+    Attributes:
+        adapters: How adapters are held.
+        precision: Precision of weights, activations and the cache.
+        quantize: Kind of weight-only quantization; None for none.
+        block_size: Quantized values that share a scale.
+        accuracy_level: How ONNX Runtime multiplies with quantized weights.
+        logits: Whether a decoder with a cache gives the last position's logits or all.
+        tokenizer: A tokenizer, a processor, or the directory of a tokenizer; None for none.
+        verify: Whether to compare the export with the model: a level, True for `"quick"`, or False.
+        overwrite: Whether an earlier export of another base or task may be replaced.
+        dump: The directory to write the graph to after each pass; None for that of the environment, or none.
+    """
+
+    adapters: str = "merged"
+    precision: str = "fp32"
+    quantize: str | None = None
+    block_size: int = 32
+    accuracy_level: int = 4
+    logits: str = "last"
+    tokenizer: Any = None
+    verify: bool | Literal["quick", "full"] = True
+    overwrite: bool = False
+    dump: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            ExportError: A value is not one that the option takes; the message says which there are.
+        """
+        check_choice("adapters", self.adapters, ADAPTER_MODES)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("logits", self.logits, LOGITS)
+        if not isinstance(self.verify, bool):
+            check_choice("verify", self.verify, LEVELS)
+        if not isinstance(self.overwrite, bool):
+            raise ExportError(f"overwrite must be True or False, but got {self.overwrite!r:.80}")
+        if not (self.dump is None or isinstance(self.dump, (str, Path))):
+            raise ExportError(f"dump must be the path of a directory or None, but got {self.dump!r:.80}")
+        if not (isinstance(self.tokenizer, (str, Path, type(None))) or hasattr(self.tokenizer, "save_pretrained")):
+            raise ExportError(
+                f"{self.tokenizer!r:.80} is not a tokenizer; give one of transformers, or the directory of one"
+            )
+        _check_blocks(self.block_size, self.accuracy_level)
+        if self.quantize is not None:
+            Quantization(self.quantize)  # which checks its kind
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How weights are quantized, or None."""
+        return None if self.quantize is None else Quantization(self.quantize, self.block_size, self.accuracy_level)
+
+    @property
+    def level(self) -> Literal["quick", "full"] | None:
+        """How thoroughly the export is compared with the model, or None where it is not."""
+        return ("quick" if self.verify else None) if isinstance(self.verify, bool) else self.verify
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices.
+    """Check that a value is among the choices.
 
     Raises:
         ExportError: It is not; the message lists them.
@@ -48,20 +120,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ExportError(f"{name}={value!r} is not available; take {' or '.join(map(repr, choices))}")
 
 
-def check_quantization(kind: Any, block_size: Any, accuracy_level: Any) -> None:
-    """Refuse what the quantized operators do not take.
-
-    Raises:
-        ExportError: A value is not among the choices; the message says which there are.
-    """
-    if kind not in QUANTIZATIONS:
-        choices = " or ".join(map(repr, QUANTIZATIONS))
-        raise ExportError(f"quantize={kind!r} is not available; take {choices} or None")
+def _check_blocks(block_size: Any, accuracy_level: Any) -> None:
     if not _is_int(block_size) or block_size < _SMALLEST_BLOCK or block_size & (block_size - 1):
-        raise ExportError(f"block_size={block_size!r} is no block size; take a power of two, 16 or more, such as 32")
+        raise ExportError(f"block_size={block_size!r} is not a block size; take a power of two, 16 or more, such as 32")
     if not _is_int(accuracy_level) or not 0 <= accuracy_level <= 4:
         raise ExportError(
-            f"accuracy_level={accuracy_level!r} is no accuracy level; take 0 (the runtime's choice), "
+            f"accuracy_level={accuracy_level!r} is not an accuracy level; take 0 (the runtime's choice), "
             "1 (float32), 2 (float16), 3 (bfloat16) or 4 (int8)"
         )
 

@@ -19,6 +19,7 @@ from gralora_fx.exporters.reports import PassReport, Skip
 DUMP = "GRALORA_FX_DUMP"  # environment variable: the directory that graphs are written to
 
 Graph = TypeVar("Graph", fx.Graph, ir.Model)
+Summary = TypeVar("Summary")
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class PassResult(Generic[Graph]):
         changed: How many places it changed.
         skipped: Places that it would have changed, each with the reason why it did not.
         graph: The graph that takes the place of the given one; None where that was changed in place.
+        summary: What it found besides, as a value of a type of its own (see `PassLog.summaries`).
     """
 
     changed: int
     skipped: tuple[Skip, ...] = ()
     graph: Graph | None = None
+    summary: object = None
 
 
 Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass whose fields are its options
@@ -66,6 +69,7 @@ class PassLog:
 
     dump: Path | None = None
     reports: list[PassReport] = field(default_factory=list)
+    _summaries: list[object] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
     def asked_for(cls, dump: str | Path | None) -> PassLog:
@@ -86,9 +90,14 @@ class PassLog:
     def add(self, pipeline: str, name: str, result: PassResult[Any], graph: fx.Graph | ir.Model) -> None:
         """Note what a pass did, and write the graph that it left."""
         self.reports.append(PassReport(pipeline, name, result.changed, result.skipped))
+        self._summaries.append(result.summary)
         if self.dump is not None:
             path = self.dump / f"{len(self.reports):02d}-{pipeline}-{name}.txt"
             path.write_text(f"{graph}\n", encoding="utf-8")
+
+    def summaries(self, kind: type[Summary]) -> list[Summary]:
+        """What passes found besides, of a type, in order."""
+        return [summary for summary in self._summaries if isinstance(summary, kind)]
 
 
 @dataclass(frozen=True)

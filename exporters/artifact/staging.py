@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from gralora_fx.errors import ExportError
+from gralora_fx.runtime.manifest import is_export, read_manifest
 from gralora_fx.runtime.names import MANIFEST_NAME
 
 _LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
@@ -43,9 +42,9 @@ def check_output(directory: str | Path) -> Path:
     parent = next((ancestor for ancestor in path.absolute().parents if ancestor.exists()), Path("/"))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ExportError(f"{path} cannot be made, since {parent} is not writable; give another output directory")
-    if path.is_dir() and any(path.iterdir()) and not _is_export(path):
+    if path.is_dir() and any(path.iterdir()) and not is_export(path):
         raise ExportError(
-            f"{path} is not empty and holds no {MANIFEST_NAME}, so it is no earlier export; "
+            f"{path} is not empty and holds no {MANIFEST_NAME}, so it is not an earlier export; "
             "give another output directory or empty this one"
         )
     return path
@@ -60,35 +59,23 @@ def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str 
         fingerprint: Fingerprint of its base; None where it is not known yet, so that only the task is compared.
 
     Raises:
-        ExportError: There is one, of another task or base.
+        ExportError: There is one, of another task or base, or of one that cannot be told.
     """
     path = Path(directory)
-    earlier = _manifest(path)
-    if earlier is None:
+    if not is_export(path):
         return
-    if earlier.get("task") != task:
-        what = f"for the task {earlier.get('task')}, not {task}"
-    elif fingerprint is not None and earlier.get("base_fingerprint") != fingerprint:
+    remedy = "give --overwrite (overwrite=True) to replace it, or another output directory"
+    try:
+        earlier = read_manifest(path)
+    except ExportError as error:
+        raise ExportError(f"{path} holds an export of which nothing is known ({error}); {remedy}") from error
+    if earlier.task != task:
+        what = f"for the task {earlier.task}, not {task}"
+    elif fingerprint is not None and earlier.base_fingerprint != fingerprint:
         what = "of another base"
     else:
         return
-    raise ExportError(
-        f"{path} holds an export {what}; give --overwrite (overwrite=True) to replace it, or another output directory"
-    )
-
-
-def _is_export(path: Path) -> bool:
-    manifest = _manifest(path)
-    return manifest is not None and "schema_version" in manifest
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """What the manifest of an earlier export says, or None where there is none."""
-    try:
-        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+    raise ExportError(f"{path} holds an export {what}; {remedy}")
 
 
 @contextmanager

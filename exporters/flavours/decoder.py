@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import fx
-from transformers import DynamicCache
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.genai_config import write_genai_config
-from gralora_fx.exporters.flavours.flavour import Exported, Flavour, Request
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.broadcast_attention import mark_shared_heads
-from gralora_fx.exporters.fx_passes.cast_graph import in_precision
+from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.merge_matmuls import join_products
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
+from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, mark_rotary
+from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, PassResult, Pipeline
-from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.tracing.inputs.decoder_cache import PAST, cached_tensors
+from gralora_fx.exporters.verification.cases import Verification
+from gralora_fx.exporters.verification.decoder_inputs import decoder_inputs, drop_padding
+from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
+from gralora_fx.exporters.verification.prompts import random_prompts
+from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 
 
 def decoder_model(
-    graph_module: fx.GraphModule, *, logits: str, log: PassLog | None = None
-) -> tuple[ir.Model, AttentionReport]:
+    graph_module: fx.GraphModule, options: ExportOptions, log: PassLog, *, num_cache_outputs: int = 0
+) -> ir.Model:
     """The ONNX model of a traced decoder step.
 
     Before: `logits, keys and values = forward(input_ids, attention_mask, position_ids, past keys and values)`
@@ -41,29 +44,32 @@ def decoder_model(
 
     Args:
         graph_module: A graph traced with a cache, without adapters, in evaluation mode.
-        logits: `"last"` or `"all"`.
-        log: Gets a report for each pass.
-
-    Returns:
-        The model, and which layers' attention is fused.
+        options: The options of the export.
+        log: Gets a report for each pass, and an `AttentionReport`.
+        num_cache_outputs: How many outputs after the logits are a cache's.
 
     Raises:
         ExportError: The graph has no ONNX form.
     """
-    log = PassLog() if log is None else log
-    model = translate(graph_module, mark_rms_norms, mark_rotary, mark_shared_heads, log=log)
-    decoder_pipeline(RotaryTables(model.graph), logits).run(model, log)
-    attention = next(report for report in log.reports if report.name == "fuse_attention")
-    return model, AttentionReport(attention.changed, {skip.place: skip.reason for skip in attention.skipped})
+    model = translate(
+        graph_module,
+        mark_rms_norms,
+        mark_rotary,
+        mark_shared_heads,
+        first=[CastGraph(options.precision, num_cache_outputs)],  # casts are seen before anything is simplified
+        log=log,
+    )
+    return decoder_pipeline(RotaryTables(model.graph), options).run(model, log)
 
 
-def decoder_pipeline(tables: RotaryTables, logits: str) -> Pipeline[ir.Model]:
+def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[ir.Model]:
     """What a translated decoder goes through.
 
     Args:
         tables: The tables of rotary embeddings in its graph.
-        logits: `"last"` or `"all"`.
+        options: The options of the export.
     """
+    quantization = options.quantization
     return Pipeline(
         "decoder",
         (
@@ -71,7 +77,7 @@ def decoder_pipeline(tables: RotaryTables, logits: str) -> Pipeline[ir.Model]:
             FuseAttention(tables),  # takes the rotary embeddings before it into itself where it can
             LowerRotary(tables),  # what attention left of them
             name_cache,
-            *([keep_last_position] if logits == "last" else []),  # before norms, whose fused form it would have to cut
+            *([keep_last_position] if options.logits == "last" else []),  # before norms, which fused it could not cut
             lower_norms,
             remove_unused_nodes,  # so that a product that nothing reads any more is not merged
             join_products,
@@ -79,6 +85,8 @@ def decoder_pipeline(tables: RotaryTables, logits: str) -> Pipeline[ir.Model]:
             remove_unused_nodes,
             name_axes,
             drop_stack_traces,
+            float32_inputs,  # after the inputs have their names, which tell those of the cache
+            *([QuantizeWeights(quantization)] if quantization else []),  # last: all others look for matrices
         ),
     )
 
@@ -96,21 +104,21 @@ def name_cache(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(2 * len(pasts) + 1)
 
 
-def _convert(request: Request) -> Exported:
-    kept = cached_tensors(request.traced.example_inputs)
-    graph_module = in_precision(request.graph_module, request.precision, kept=kept)
-    model, attention = decoder_model(graph_module, logits=request.logits, log=request.log)
-    return Exported({"model": model}, attention)
+def _convert(request: Request) -> Models:
+    count = cached_tensors(request.traced.example_inputs)
+    model = decoder_model(request.graph_module, request.options, request.log, num_cache_outputs=count)
+    return {"model": model}
 
 
-def _write_files(directory: Path, traced: TracedModel, models: Mapping[str, ir.Model]) -> None:
+def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
     write_genai_config(directory, traced.config, models["model"])
 
 
 DECODER = Flavour(
     "decoder",
-    fits=lambda traced: isinstance(traced.example_inputs.get(PAST), DynamicCache),
+    fits=lambda traced: traced.cache_layout is CacheLayout.DECODER,
     convert=_convert,
+    verification=Verification(decoder_inputs, drop_padding, random_prompts, compare_tokens),
     write_files=_write_files,
     has_last_logits=True,
 )

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from torch import fx
-from transformers import EncoderDecoderCache
 
-from gralora_fx.exporters.flavours.flavour import Exported, Flavour
-from gralora_fx.exporters.fx_passes.cast_graph import in_precision
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
+from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.cross_attention import take_cached
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
+from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights, tables_of_heads
+from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, Pipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.exporters.verification.cases import Verification
+from gralora_fx.exporters.verification.encoder_decoder_inputs import drop_padding, encoder_decoder_inputs
+from gralora_fx.exporters.verification.seq2seq_tokens import compare_tokens
 from gralora_fx.runtime.names import DECODER, ENCODER
-from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 
 
-def encoder_decoder_models(graph_module: fx.GraphModule, precision: str, log: PassLog) -> dict[str, ir.Model]:
+def encoder_decoder_models(request: Request) -> Models:
     """The two ONNX models of a traced encoder-decoder, by the names of their files.
 
     `encoder_model`: `input_ids` or `input_features`, `attention_mask` -> `last_hidden_state`.
@@ -29,33 +33,38 @@ def encoder_decoder_models(graph_module: fx.GraphModule, precision: str, log: Pa
     `decoder_model_merged`: `input_ids, encoder_hidden_states, encoder_attention_mask, use_cache_branch` and
     `past_key_values.N.decoder|encoder.key|value` -> `logits` of every position and
     `present.N.decoder|encoder.key|value`. Without `use_cache_branch` the past is not read; with it, keys and values of
-    the encoder's output are those of the past, and given on.
-
-    Args:
-        graph_module: A graph traced with a cache, without adapters, in evaluation mode.
-        precision: Precision of weights, activations and the cache (see `precision`); what the decoder reads of the
-            encoder is float32.
-        log: Gets a report for each pass.
+    the encoder's output are those of the past, and given on. What the decoder reads of the encoder is float32.
 
     Raises:
         ExportError: The graph cannot be split or has no ONNX form.
     """
-    parts = split(graph_module)
-    encoder = _translated("encoder", in_precision(parts.encoder, precision), log)
-    decoder = _translated("decoder", in_precision(parts.decoder, precision, kept=len(parts.outputs) - 1), log)
+    options, log = request.options, request.log
+    parts = split(request.graph_module)
+    encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), log)
+    decoder = _translated("decoder", parts.decoder, CastGraph(options.precision, len(parts.outputs) - 1), log)
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):
         value.name = f"past_key_values.{index // 2}.decoder.{'value' if index % 2 else 'key'}"
     for value, name in zip(decoder.graph.outputs, parts.outputs, strict=True):
         value.name = name
-    Pipeline("encoder", (name_axes,)).run(encoder, log)
-    Pipeline("decoder", (name_axes, take_cached)).run(decoder, log)  # the cache goes by the names
+    tables = frozenset(tables_of_heads(encoder) | tables_of_heads(decoder))
+    for name, model in (("encoder", encoder), ("decoder", decoder)):
+        named_pipeline(name, options, tables).run(model, log)
     return {ENCODER: encoder, DECODER: decoder}
 
 
-def _translated(name: str, graph_module: fx.GraphModule, log: PassLog) -> ir.Model:
-    model = translate(graph_module, mark_rms_norms, log=log, name=name)
+def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, log: PassLog) -> ir.Model:
+    first = [cast]  # casts are seen before anything is simplified
+    return translated_pipeline(name).run(translate(graph_module, mark_rms_norms, first=first, log=log, name=name), log)
+
+
+def translated_pipeline(name: str) -> Pipeline[ir.Model]:
+    """What either part goes through as it was translated.
+
+    Args:
+        name: The part.
+    """
     return Pipeline(
         name,
         (
@@ -65,11 +74,32 @@ def _translated(name: str, graph_module: fx.GraphModule, log: PassLog) -> ir.Mod
             remove_unused_nodes,
             drop_stack_traces,
         ),
-    ).run(model, log)
+    )
+
+
+def named_pipeline(name: str, options: ExportOptions, tables: frozenset[str]) -> Pipeline[ir.Model]:
+    """What a part goes through once its inputs and outputs have their names.
+
+    Args:
+        name: The part.
+        options: The options of the export.
+        tables: Names of embeddings that are a head's weight in either part.
+    """
+    quantization = options.quantization
+    return Pipeline(
+        name,
+        (
+            name_axes,
+            *([take_cached] if name == "decoder" else []),  # the cache goes by the names
+            float32_inputs,  # so do those inputs that are not of the cache
+            *([QuantizeWeights(quantization, tables)] if quantization else []),  # last: all others look for matrices
+        ),
+    )
 
 
 ENCODER_DECODER = Flavour(
     "encoder-decoder",
-    fits=lambda traced: isinstance(traced.example_inputs.get(PAST), EncoderDecoderCache),
-    convert=lambda request: Exported(encoder_decoder_models(request.graph_module, request.precision, request.log)),
+    fits=lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
+    convert=encoder_decoder_models,
+    verification=Verification(encoder_decoder_inputs, drop_padding, compare_tokens=compare_tokens),
 )

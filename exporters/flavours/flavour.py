@@ -1,4 +1,4 @@
-"""What a kind of export is: which traces it is for, how they become ONNX models, and what else it writes."""
+"""What a kind of export is: which traces it is for, how they become ONNX models, what else it writes and compares."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import fx
 
+from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog
-from gralora_fx.exporters.reports import AttentionReport
+from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.tracing.traced_model import TracedModel
+
+Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 
 @dataclass(frozen=True)
@@ -21,32 +24,17 @@ class Request:
     Attributes:
         traced: The trace, adapters folded.
         graph_module: A copy of its graph in evaluation mode, every node with the value that tracing noted.
-        precision: Precision of weights, activations and the cache.
-        logits: Whether the last position's logits are given or all, where a flavour knows the difference.
+        options: The options of the export.
         log: Gets a report for each pass.
     """
 
     traced: TracedModel
     graph_module: fx.GraphModule
-    precision: str
-    logits: str
+    options: ExportOptions
     log: PassLog
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What a flavour made.
-
-    Attributes:
-        models: ONNX models by the names of their files, without a suffix.
-        attention: Which layers' attention is fused, of a decoder.
-    """
-
-    models: Mapping[str, ir.Model]
-    attention: AttentionReport | None = None
-
-
-def _write_nothing(directory: Path, traced: TracedModel, models: Mapping[str, ir.Model]) -> None:
+def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None:
     """Most flavours write models alone."""
 
 
@@ -57,13 +45,19 @@ class Flavour:
     Attributes:
         name: What it is called.
         fits: Whether a trace is of this kind.
-        convert: Makes the ONNX models.
-        write_files: Writes what other programs read beside them.
+        convert: Makes the ONNX models, by pipelines of passes.
+        verification: What is compared with the model.
+        write_files: Writes what other programs read beside the models.
         has_last_logits: Whether it can give the last position's logits alone.
     """
 
     name: str
     fits: Callable[[TracedModel], bool]
-    convert: Callable[[Request], Exported]
-    write_files: Callable[[Path, TracedModel, Mapping[str, ir.Model]], None] = _write_nothing
+    convert: Callable[[Request], Models]
+    verification: Verification
+    write_files: Callable[[Path, TracedModel, Models], None] = _write_nothing
     has_last_logits: bool = False
+
+    def logits(self, options: ExportOptions) -> str:
+        """Which positions' logits an export gives: `"last"` or `"all"`."""
+        return options.logits if self.has_last_logits else "all"

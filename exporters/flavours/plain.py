@@ -20,42 +20,52 @@ from torch import Tensor, fx
 from gralora_fx.compat import pytree
 from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
-from gralora_fx.exporters.flavours.flavour import Exported, Flavour, Request
-from gralora_fx.exporters.fx_passes.cast_graph import in_precision
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
+from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
+from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
+from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.exporters.verification.cases import Verification
+from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
 from gralora_fx.graph.surgery import copy_graph
 
 OPSET = 20  # what runtimes other than ONNX Runtime read too
 
 
-def plain_model(graph_module: fx.GraphModule, inputs: Mapping[str, Any], log: PassLog) -> ir.Model:
+def plain_model(
+    graph_module: fx.GraphModule, inputs: Mapping[str, Any], options: ExportOptions, log: PassLog
+) -> ir.Model:
     """The ONNX model of a traced graph without a cache.
 
     Args:
         graph_module: The graph, without adapters, in evaluation mode, every node with the value that tracing noted.
         inputs: The inputs it was traced with, by name.
+        options: The options of the export.
         log: Gets a report for each pass.
 
     Raises:
         ExportError: The graph has no ONNX form.
     """
     graph_module, outputs = _with_flat_outputs(graph_module)
-    model = translate(graph_module, opset=OPSET, log=log)
-    return plain_pipeline(input_names(inputs), outputs).run(model, log)
+    first = [CastGraph(options.precision)]  # casts are seen before anything is simplified
+    model = translate(graph_module, first=first, opset=OPSET, log=log)
+    return plain_pipeline(input_names(inputs), outputs, options).run(model, log)
 
 
-def plain_pipeline(inputs: list[str], outputs: list[str]) -> Pipeline[ir.Model]:
+def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions) -> Pipeline[ir.Model]:
     """What a translated graph without a cache goes through.
 
     Args:
         inputs: Names of its inputs.
         outputs: Names of its outputs.
+        options: The options of the export.
     """
+    quantization = options.quantization
     return Pipeline(
         "plain",
         (
@@ -72,6 +82,8 @@ def plain_pipeline(inputs: list[str], outputs: list[str]) -> Pipeline[ir.Model]:
             name_axes,
             fix_nodes,
             drop_stack_traces,
+            float32_inputs,  # after the inputs have their names
+            *([QuantizeWeights(quantization)] if quantization else []),  # last: all others look for matrices
         ),
     )
 
@@ -138,9 +150,13 @@ def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(abs(len(model.graph) - before))
 
 
-def _convert(request: Request) -> Exported:
-    graph_module = in_precision(request.graph_module, request.precision)
-    return Exported({"model": plain_model(graph_module, request.traced.graph_inputs, request.log)})
+def _convert(request: Request) -> Models:
+    return {"model": plain_model(request.graph_module, request.traced.graph_inputs, request.options, request.log)}
 
 
-PLAIN = Flavour("plain", fits=lambda traced: True, convert=_convert)
+PLAIN = Flavour(
+    "plain",
+    fits=lambda traced: True,
+    convert=_convert,
+    verification=Verification(plain_inputs, drop_padding),
+)

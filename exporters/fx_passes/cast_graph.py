@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from gralora_fx.compat.operators import OpOverload, base_name
 from gralora_fx.compat.pytree import tree_map
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
@@ -47,42 +49,66 @@ class _Kind(Enum):
     FREE = "free"
 
 
-def in_precision(graph_module: fx.GraphModule, precision: str, *, kept: int = 0) -> fx.GraphModule:
-    """A graph with its weights and activations in a precision: itself where all are float32 and shall be.
+@dataclass(frozen=True)
+class CastGraph:
+    """Bring a graph's weights and activations to a precision; nothing changes where all are float32 and shall be.
 
     Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
     After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
 
     What the model computes in float32 in half precision (its casts are in the graph, though they change nothing in
     float32) stays in float32. Weights are cast from the values their sources have, so a folded weight is rounded once.
-    Outputs are float32 but for those of a cache; `take_float32` does the same for the inputs of the ONNX model.
+    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model.
 
-    Args:
-        graph_module: A graph in evaluation mode, every node with the shape and dtype that tracing noted; float
-            parameters of one precision. It is left as it is.
+    Attributes:
         precision: `"fp32"`, `"fp16"` or `"bf16"`.
-        kept: How many outputs, from the second on, have the model's precision: those of a cache.
-
-    Returns:
-        A graph over new parameters, which stand on the meta device until they are read.
-
-    Raises:
-        ExportError: A weight, where it is read, is too large for float16.
+        num_cache_outputs: How many outputs, from the second on, have the model's precision: those of a cache.
     """
-    if {precision, precision_of(graph_module)} == {"fp32"}:
-        return graph_module
-    return _Change(graph_module, DTYPES[precision], kept).run()
+
+    precision: str
+    num_cache_outputs: int = 0
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Give a graph over new parameters, which stand on the meta device until they are read.
+
+        Args:
+            graph: The graph of a `GraphModule` in evaluation mode, every node with the shape and dtype that tracing
+                noted; float parameters of one precision. It is left as it is.
+
+        Raises:
+            ExportError: The parameters are of several precisions. A weight that is too large for float16 raises it
+                where it is read.
+        """
+        graph_module = graph.owning_module
+        assert graph_module is not None
+        if {self.precision, precision_of(graph_module)} == {"fp32"}:
+            return PassResult(0)
+        change = _Change(graph_module, DTYPES[self.precision], self.num_cache_outputs)
+        changed = change.run()
+        return PassResult(len(change.kinds), graph=changed.graph)
 
 
-def take_float32(model: ir.Model) -> None:
+def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
+    """A model's graph in a precision, itself where it has that (see `CastGraph`)."""
+    graph = CastGraph(precision)(graph_module.graph).graph
+    found = graph_module if graph is None else graph.owning_module
+    assert found is not None
+    return found
+
+
+def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
     """Let a model take float32 where it takes another float, but for a cache.
 
     Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
     After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
 
     Args:
-        model: The model; it is changed in place.
+        model: The model, its inputs named; it is changed in place.
+
+    Returns:
+        How many inputs there were of another precision.
     """
+    count = 0
     for value in model.graph.inputs:
         dtype = value.dtype
         if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or str(value.name).startswith("past_key_values"):
@@ -93,6 +119,8 @@ def take_float32(model: ir.Model) -> None:
         cast.replace_input_with(0, value)
         value.dtype = ir.DataType.FLOAT
         model.graph.insert_before(model.graph[0], cast)
+        count += 1
+    return PassResult(count)
 
 
 def precision_of(graph_module: fx.GraphModule) -> str:
@@ -112,11 +140,11 @@ def precision_of(graph_module: fx.GraphModule) -> str:
 class _Change:
     """One change of precision."""
 
-    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, kept: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, num_cache_outputs: int) -> None:
         self.source = graph_module
         self.dtype = dtype
         self.before = DTYPES[precision_of(graph_module)]
-        self.kept = kept
+        self.num_cache_outputs = num_cache_outputs
         self.graph = copy_graph(graph_module)
         self.kinds: dict[fx.Node, _Kind] = {}
         self.raised: dict[fx.Node, fx.Node] = {}
@@ -152,7 +180,7 @@ class _Change:
     def _give_outputs(self, node: fx.Node) -> None:
         """Cast outputs to float32, but for a cache."""
         given = [arg for arg in node.all_input_nodes if arg in self.kinds]
-        own = set(given[1 : 1 + self.kept])
+        own = set(given[1 : 1 + self.num_cache_outputs])
         for arg in dict.fromkeys(given):
             wanted = self.dtype if arg in own else torch.float32
             self._use(node, arg, wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.translation.weights import Turned
+from gralora_fx.exporters.translation.weights import transposed_tensor
 
 
 def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
@@ -28,7 +28,7 @@ def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
             continue
         (node,) = users
         assert tensor is not None
-        value.const_value = Turned(value.name, tensor)
+        value.const_value = transposed_tensor(value.name, tensor)
         value.shape = value.const_value.shape
         ir.convenience.replace_all_uses_with(node.outputs[0], value)
         model.graph.remove(node, safe=True)

@@ -14,7 +14,7 @@ from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import flat, packed
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.reports import Skip
+from gralora_fx.exporters.reports import AttentionReport, Skip
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention refuses other sizes of heads
 
@@ -40,6 +40,8 @@ class FuseAttention:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place; skipped are the layers that became plain operators.
 
+        The summary is an `AttentionReport`.
+
         Raises:
             ExportError: The number of heads of a layer is not known. The model must be discarded.
         """
@@ -50,7 +52,7 @@ def _fuse_attention(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Mode
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Attention"]
     lower_masks(model.graph, DOMAIN)
     if not nodes:
-        return PassResult(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
+        return _result(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
     plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
     fitting = [node for node in nodes if node not in plain]
     _give_own_caches(model.graph, fitting)
@@ -60,7 +62,11 @@ def _fuse_attention(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Mode
     shared: _Shared = {}
     for node in fitting:
         _replace(model.graph, node, tables, shared)
-    return PassResult(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
+    return _result(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
+
+
+def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:
+    return PassResult(fused, plain, summary=AttentionReport(fused, {skip.place: skip.reason for skip in plain}))
 
 
 def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from gralora_fx.exporters.fx_passes.operators import DOMAIN
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, constant_of, known_size
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, turned
-from gralora_fx.exporters.translation.weights import Columns
+from gralora_fx.exporters.translation.weights import concat_tensor
 
 _SWAP = [0, 2, 1, 3]  # heads and length
 
@@ -209,7 +209,7 @@ def side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
         values: Initializers of one dtype that differ in their last axis only.
     """
     name = _joint_name([str(value.name) for value in values])
-    tensor = Columns(name, [value.const_value for value in values if value.const_value is not None])
+    tensor = concat_tensor(name, [value.const_value for value in values if value.const_value is not None])
     joined = ir.Value(name=name, shape=tensor.shape, type=values[0].type, const_value=tensor)
     graph.initializers[name] = joined
     return joined

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,36 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
-from gralora_fx.exporters.options import check_quantization
-from gralora_fx.exporters.translation.weights import made_when_written, parts_of
+from gralora_fx.exporters.options import Quantization
+from gralora_fx.exporters.pipeline import PassLog, PassResult
+from gralora_fx.exporters.translation.weights import LazyTensor, parts_of
+from gralora_fx.runtime.manifest import QuantizedWeights
 
-_BITS = {"int4": 4, "int8": 8}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _COLUMNS = 4096  # quantized at once
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How weights are quantized.
-
-    Attributes:
-        kind: `"int4"` or `"int8"`.
-        block_size: Values of a matrix's input axis that share a scale; a power of two, at least 16.
-        accuracy_level: How ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8.
-    """
-
-    kind: str
-    block_size: int = 32
-    accuracy_level: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuse what the operators do not take."""
-        check_quantization(self.kind, self.block_size, self.accuracy_level)
-
-    @property
-    def bits(self) -> int:
-        """Bits of a quantized value."""
-        return _BITS[self.kind]
 
 
 class Counts(NamedTuple):
@@ -55,20 +33,37 @@ class Counts(NamedTuple):
     values: int
 
 
-def quantize_models(models: Sequence[ir.Model], how: Quantization) -> Counts:
-    """Quantize the weights of models that are parts of one; a table that is a head's weight in one is so in all.
+def quantized_weights(how: Quantization | None, log: PassLog) -> QuantizedWeights | None:
+    """What the manifest says of the quantized weights of all models of an export; None where there are none.
 
     Args:
-        models: The models; they are changed in place.
-        how: Width, block size and accuracy level.
-
-    Returns:
-        How many nodes were replaced in all.
+        how: How they were quantized.
+        log: What the passes did, those that quantized among them.
     """
-    tables = {name for model in models for name in _tables_of_heads(model)}
-    counts = [quantize_weights(model, how, tables=tables) for model in models]
+    if how is None:
+        return None
+    counts = log.summaries(Counts)
     multiplications, lookups, values = (sum(numbers) for numbers in zip(*counts, strict=True))
-    return Counts(multiplications, lookups, values)
+    return QuantizedWeights(**dataclasses.asdict(how), multiplications=multiplications, lookups=lookups, values=values)
+
+
+@dataclass(frozen=True)
+class QuantizeWeights:
+    """Store constant matrices as blocks of small integers (see `quantize_weights`).
+
+    Attributes:
+        how: Width, block size and accuracy level.
+        tables: Names of embeddings that are a head's weight in another part of the model, so that they are blocks in
+            this one too.
+    """
+
+    how: Quantization
+    tables: frozenset[str] = frozenset()
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Quantize them, in place; the summary is `Counts`."""
+        counts = quantize_weights(model, self.how, tables=self.tables | tables_of_heads(model))
+        return PassResult(counts.multiplications + counts.lookups, summary=counts)
 
 
 def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[str] = ()) -> Counts:
@@ -110,7 +105,6 @@ def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[s
         if is_turned:
             lookups += _gather(model.graph.initializers[name], packed, scales, how)
     if made:
-        model.graph.opset_imports[MICROSOFT] = 1
         _drop_unread(model.graph, [name for name, _ in made])
     return Counts(replaced, lookups, values)
 
@@ -220,7 +214,7 @@ def _blocks(graph: ir.Graph, weight: ir.Value, is_turned: bool, how: Quantizatio
     )
     values: list[ir.Value] = []
     for label, dtype, shape, make in made:
-        lazy = made_when_written(label, dtype, ir.Shape(shape), make)
+        lazy = LazyTensor(label, dtype, ir.Shape(shape), make)
         values.append(ir.Value(name=label, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy))
         graph.initializers[label] = values[-1]
     return values[0], values[1]
@@ -298,7 +292,7 @@ def _is_looked_up(table: ir.Value, how: Quantization) -> bool:
     return fits and all(use.node.op_type == "Gather" and _axis(use.node) == 0 for use in table.uses())
 
 
-def _tables_of_heads(model: ir.Model) -> set[str]:
+def tables_of_heads(model: ir.Model) -> set[str]:
     """Names of matrices that are looked up and multiplied with."""
     weights = [found[0] for node in model.graph.all_nodes() if (found := _weight_of(node)) is not None and found[1]]
     return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}

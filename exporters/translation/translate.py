@@ -49,6 +49,7 @@ _aten = torch.ops.aten
 def translate(
     graph_module: fx.GraphModule,
     *passes: Pass[fx.Graph],
+    first: Sequence[Pass[fx.Graph]] = (),
     opset: int = OPSET,
     log: PassLog | None = None,
     name: str = "graph",
@@ -61,7 +62,8 @@ def translate(
 
     Args:
         graph_module: The graph, every node with the shape and dtype that tracing noted; it is left as it is.
-        passes: What to do with a copy of the graph first, once it is simplified.
+        passes: What to do with a copy of the graph, once it is simplified.
+        first: What to do with it before, as it was traced: its weights are parameters of its module.
         opset: Version of ONNX's operators.
         log: Gets a report for each pass over the copy.
         name: What the graph is called in reports.
@@ -73,6 +75,11 @@ def translate(
         registry = _registry(opset)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     log = PassLog() if log is None else log
+    if first:
+        copied = fx.GraphModule(graph_module, copy_graph(graph_module))
+        graph = Pipeline(f"{name}-fx", tuple(first)).run(copied.graph, log)
+        assert graph.owning_module is not None
+        graph_module = graph.owning_module
     weights = _translate_into(model.graph, graph_module, model, registry, log, f"{name}-fx", passes)
     add_opset_imports(model)
     model.graph.opset_imports[""] = opset

@@ -26,80 +26,87 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
     if not tensor.is_meta:
         return TorchTensor(tensor.detach(), name=name)
     shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
-    return made_when_written(name, dtype, shape, lambda: TorchTensor(values_of(tensor, name).contiguous()))
+    return LazyTensor(name, dtype, shape, lambda: TorchTensor(values_of(tensor, name).contiguous()))
 
 
-def made_when_written(
-    name: str, dtype: ir.DataType, shape: ir.Shape, make: Callable[[], ir.TensorProtocol]
-) -> ir.LazyTensor:
+class LazyTensor(ir.LazyTensor):
     """A tensor whose values a function makes whenever they are read, and which nothing keeps.
 
-    Args:
-        name: Name of the tensor.
-        dtype: Dtype of the values.
-        shape: Shape of the values.
-        make: Makes the values.
-    """
-
-    def values() -> ir.TensorProtocol:
-        with torch.no_grad():
-            return make()
-
-    return ir.LazyTensor(values, dtype=dtype, shape=shape, name=name)
-
-
-class Columns(ir.LazyTensor):
-    """Matrices side by side, put together when they are read; who can do with one at a time takes the parts.
-
     Attributes:
-        parts: What stands side by side, of one dtype.
+        parts: The tensors that it joins along its last axis, for who can do with one at a time; else empty.
     """
 
-    def __init__(self, name: str, parts: Sequence[ir.TensorProtocol]) -> None:
-        """Read nothing yet.
+    def __init__(
+        self,
+        name: str | None,
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        make: Callable[[], ir.TensorProtocol],
+        parts: Sequence[ir.TensorProtocol] = (),
+    ) -> None:
+        """Make nothing yet.
 
         Args:
-            name: Name of the whole.
-            parts: Tensors that differ in their last axis only.
+            name: Name of the tensor.
+            dtype: Dtype of the values.
+            shape: Shape of the values.
+            make: Makes the values.
+            parts: The tensors that it joins, if any.
         """
+
+        def values() -> ir.TensorProtocol:
+            with torch.no_grad():
+                return make()
+
+        super().__init__(values, dtype=dtype, shape=shape, name=name)
         self.parts = tuple(parts)
-        first, widths = self.parts[0], [int(part.shape.numpy()[-1]) for part in self.parts]
-        shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
-
-        def whole() -> ir.TensorProtocol:
-            """One part after the other, so that no more than one is in memory beside the whole."""
-            values = np.empty(shape.numpy(), first.dtype.numpy())
-            for part, end, width in zip(self.parts, np.cumsum(widths), widths, strict=True):
-                values[..., end - width : end] = part.numpy()
-            return ir.tensor(values, dtype=first.dtype)
-
-        super().__init__(whole, dtype=first.dtype, shape=shape, name=name)
-
-
-class Turned(ir.LazyTensor):
-    """A matrix transposed: no copy of the whole is made, neither where it is read nor where it is written."""
-
-    def __init__(self, name: str | None, matrix: ir.TensorProtocol) -> None:
-        """Read nothing yet.
-
-        Args:
-            name: Name of the transposed matrix.
-            matrix: `[rows, columns]`.
-        """
-        shape = ir.Shape(list(reversed(matrix.shape.numpy())))
-        super().__init__(lambda: ir.tensor(matrix.numpy().T, dtype=matrix.dtype), matrix.dtype, shape, name=name)
 
     def tofile(self, file: Any) -> None:
-        """Write the values to a binary file, some rows after the other."""
-        values = self.numpy()
+        """Write the values to a binary file; of a transposed matrix some rows after the other, without a copy."""
+        tensor = self.raw()
+        values = tensor.numpy()
+        if isinstance(tensor, ir.Tensor) and (values.ndim < 2 or values.flags.c_contiguous):
+            tensor.tofile(file)
+            return
         step = max(1, _WRITTEN_AT_ONCE // max(1, values[:1].nbytes))
         for start in range(0, len(values), step):
             file.write(values[start : start + step].tobytes())
 
 
+def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:
+    """Tensors joined along their last axis, put together when they are read.
+
+    Args:
+        name: Name of the whole.
+        parts: Tensors of one dtype that differ in their last axis only.
+    """
+    first, widths = parts[0], [int(part.shape.numpy()[-1]) for part in parts]
+    shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
+
+    def whole() -> ir.TensorProtocol:
+        """One part after the other, so that no more than one is in memory beside the whole."""
+        values = np.empty(shape.numpy(), first.dtype.numpy())
+        for part, end, width in zip(parts, np.cumsum(widths), widths, strict=True):
+            values[..., end - width : end] = part.numpy()
+        return ir.tensor(values, dtype=first.dtype)
+
+    return LazyTensor(name, first.dtype, shape, whole, parts)
+
+
+def transposed_tensor(name: str | None, matrix: ir.TensorProtocol) -> LazyTensor:
+    """A matrix transposed: no copy of the whole is made, neither where it is read nor where it is written.
+
+    Args:
+        name: Name of the transposed matrix.
+        matrix: `[rows, columns]`.
+    """
+    shape = ir.Shape(list(reversed(matrix.shape.numpy())))
+    return LazyTensor(name, matrix.dtype, shape, lambda: ir.tensor(matrix.numpy().T, dtype=matrix.dtype))
+
+
 def parts_of(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:
     """The matrices that one was joined of, side by side; itself where it is one."""
-    return tensor.parts if isinstance(tensor, Columns) else (tensor,)
+    return tensor.parts if isinstance(tensor, LazyTensor) and tensor.parts else (tensor,)
 
 
 def unless_weight(node: ir.Node) -> bool | None:

@@ -9,16 +9,46 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, in_precision
-from gralora_fx.exporters.onnx_passes.quantize import Quantization, decoded
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.folded_model import as_traced, base_of
+from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
+from gralora_fx.exporters.onnx_passes.quantize import decoded
+from gralora_fx.exporters.options import Quantization
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.passes.replace_weights import with_weights
+from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.normalize.modes import set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 
 _COLUMNS = 4096  # decoded at once
+
+
+def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> TracedModel | GraloraModel:
+    """The model itself; for an export of another precision the adapter-free one with the same rounded weights.
+
+    Args:
+        model: The model that was exported.
+        manifest: The export's manifest.
+
+    Raises:
+        ExportError: The export holds quantized matrices that no linear layer of the model has.
+    """
+    precision, found = manifest.precision, manifest.quantization
+    traced = base_of(model)
+    if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
+        return model
+    how = None if found is None else Quantization(found.kind, found.block_size, found.accuracy_level)
+    known = sum({id(site.weight): site.weight.numel() for site in traced.sites}.values())
+    if found is not None and found.values != known:
+        raise ExportError(
+            f"the export holds {found.values:,} quantized values and the model's linear layers {known:,}, so there "
+            "is no model with the same rounded weights to compare it with; export with verify=False and judge it by "
+            "what it is for"
+        )
+    return rounded(as_traced(model), precision, how, with_tables=found is not None and found.lookups > 0)
 
 
 def rounded(
@@ -52,7 +82,7 @@ def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
     """The model with float32 weights that were cast to another dtype before."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)
-    graph_module = in_precision(graph_module, "fp32")
+    graph_module = cast_graph(graph_module, "fp32")
     made: dict[int, nn.Parameter] = {}
 
     def cast(parameter: nn.Parameter, name: str) -> nn.Parameter:

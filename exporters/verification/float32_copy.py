@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from gralora_fx.exporters.artifact.staging import require_space
-from gralora_fx.exporters.translation.weights import made_when_written
-from gralora_fx.runtime.session import check_external_data
+from gralora_fx.exporters.translation.weights import LazyTensor
+from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.session import check_external_data, open_session
 
 _IN_FLOAT32 = 1  # the accuracy level
 
 
-def write_float32_twin(directory: Path, target: Path) -> None:
+def open_comparable(directory: Path, manifest: Manifest) -> tuple[Any, str]:
+    """A session over an export, or over its float32 copy where that is needed, and the precision it computes in.
+
+    Args:
+        directory: An export directory.
+        manifest: Its manifest.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load it, or the disk has no room for the copy.
+    """
+    precision = manifest.precision
+    if precision != "bf16" and manifest.quantization is None:
+        return open_session(directory), precision
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
+        write_float32_copy(directory, Path(copy))
+        return open_session(copy), "fp16" if precision == "fp16" else "fp32"
+
+
+def write_float32_copy(directory: Path, target: Path) -> None:
     """Write a graph that computes in float32 where another does in bfloat16, or multiplies by int8.
 
     The weights keep the values that they were rounded to. The CPU provider has no bfloat16 kernel for multiplications,
     attention or elementwise operators; and what a quantized operator loses by rounding activations would hide what is
-    wrong with the weights. The twin tells whether the graph and the weights are right.
+    wrong with the weights. The copy tells whether the graph and the weights are right.
 
     Args:
         directory: An export directory.
@@ -60,8 +81,6 @@ def _values(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *model.graph.initializers.values(), *made]
 
 
-def _as_float32(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+def _as_float32(tensor: ir.TensorProtocol) -> LazyTensor:
     shape = ir.Shape(tensor.shape.numpy())
-    return made_when_written(
-        tensor.name or "", ir.DataType.FLOAT, shape, lambda: ir.tensor(tensor.numpy().astype("float32"))
-    )
+    return LazyTensor(tensor.name or "", ir.DataType.FLOAT, shape, lambda: ir.tensor(tensor.numpy().astype("float32")))

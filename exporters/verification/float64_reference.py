@@ -14,11 +14,11 @@ from gralora_fx.compat.pytree import tree_map, tree_map_only
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.folded_model import base_of
 from gralora_fx.exporters.reports import RoundingCheck
-from gralora_fx.exporters.verification.inputs import last_logits
+from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_of, decoder_cache, empty_cache, pairs_of, positions
+from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_like, empty_cache, pairs_of, positions
 from gralora_fx.tracing.traced_model import TracedModel
 
 _ALLOWED = 4  # times what float32 itself rounds
@@ -164,6 +164,5 @@ def _widened(graph_module: fx.GraphModule, round_off: _RoundOff) -> fx.GraphModu
 
 def _wide(value: Any) -> Any:
     if isinstance(value, Cache):
-        pairs = [[tensor.double() for tensor in pair] for pair in pairs_of(value)]
-        return decoder_cache(pairs) if hasattr(value, "self_attention_cache") else cache_of(pairs)
+        return cache_like(value, [[tensor.double() for tensor in pair] for pair in pairs_of(value)])
     return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.dtype == torch.float32 else tensor, value)

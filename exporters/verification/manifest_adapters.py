@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -16,6 +15,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.passes.adapter_paths import CHECKPOINT_SUFFIX, FACTOR_NAMES
+from gralora_fx.runtime.manifest import AdapterEntry, Manifest
 from gralora_fx.tracing.traced_model import TracedModel
 
 _SCALES = ("r", "hybrid_r", "alpha", "gralora_k", "rank_pattern", "alpha_pattern", "gralora_k_pattern")
@@ -23,7 +23,7 @@ _FACTORS = tuple(f".{name}{CHECKPOINT_SUFFIX[field]}" for field, name in FACTOR_
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_active_adapters(manifest: Mapping[str, Any], origin: str, model: TracedModel | GraloraModel) -> None:
+def check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | GraloraModel) -> None:
     """Refuse to compare an export with a model whose active adapters are not those that were exported.
 
     Args:
@@ -34,7 +34,7 @@ def check_active_adapters(manifest: Mapping[str, Any], origin: str, model: Trace
     Raises:
         ExportError: They differ; the message names both.
     """
-    exported, active = _entries(manifest), describe_adapters(model)
+    exported, active = manifest.adapters, describe_adapters(model)
     if _digests(exported) == _digests(active):
         return
     found = f"the given model has {_all(active)} active" if active else "the given model has no active adapter"
@@ -43,7 +43,7 @@ def check_active_adapters(manifest: Mapping[str, Any], origin: str, model: Trace
     raise ExportError(f"{origin} was exported with {_all(exported)}, but {found}; give the model that was exported")
 
 
-def check_given_adapter(manifest: Mapping[str, Any], origin: str, adapter: str | None) -> None:
+def check_given_adapter(manifest: Manifest, origin: str, adapter: str | None) -> None:
     """Refuse an adapter directory that is not what was exported, before a base is loaded.
 
     Args:
@@ -56,7 +56,7 @@ def check_given_adapter(manifest: Mapping[str, Any], origin: str, adapter: str |
         ConfigError: The given adapter's configuration is missing or invalid.
         CheckpointError: Its tensors cannot be read.
     """
-    exported = _entries(manifest)
+    exported = manifest.adapters
     if len(exported) > 1:
         raise ExportError(
             f"{origin} was exported with {_all(exported)}, and a command takes one adapter; compare it in Python, with "
@@ -71,38 +71,31 @@ def check_given_adapter(manifest: Mapping[str, Any], origin: str, adapter: str |
         raise ExportError(f"{origin} was exported with {_one(name, entry)}; give its directory with --adapter")
     config, tensors = read_adapter(adapter)
     differing = [
-        f"{field}={getattr(config, field)!r} instead of {entry['config'][field]!r}"
+        f"{field}={getattr(config, field)!r} instead of {entry.config[field]!r}"
         for field in _SCALES
-        if field in entry["config"] and getattr(config, field) != entry["config"][field]
+        if field in entry.config and getattr(config, field) != entry.config[field]
     ]
-    if not differing and entry.get("sha256") in _possible_digests(config, tensors):
+    if not differing and entry.sha256 in _possible_digests(config, tensors):
         return
     why = ", ".join(differing) or "its tensors have another SHA-256"
     raise ExportError(f"{origin} was exported with {_one(name, entry)}, and {adapter} is another one: {why}")
 
 
-def _entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The adapters of a manifest that are described as this package describes them."""
-    found = manifest.get("adapters")
-    items = found.items() if isinstance(found, dict) else ()
-    return {str(name): e for name, e in items if isinstance(e, dict) and isinstance(e.get("config"), dict)}
+def _digests(entries: Mapping[str, AdapterEntry]) -> list[str]:
+    return sorted(str(entry.sha256) for entry in entries.values())
 
 
-def _digests(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return sorted(str(entry.get("sha256")) for entry in entries.values())
-
-
-def _all(entries: Mapping[str, Mapping[str, Any]]) -> str:
+def _all(entries: Mapping[str, AdapterEntry]) -> str:
     return " and ".join(_one(name, entry) for name, entry in entries.items())
 
 
-def _one(name: str, entry: Mapping[str, Any]) -> str:
+def _one(name: str, entry: AdapterEntry) -> str:
     """An adapter by its name, sizes, base and digest."""
-    config = entry["config"]
+    config = entry.config
     sizes = ", ".join(f"{field}={config[field]}" for field in _SCALES[:4] if field in config)
     base = config.get("base_model_name_or_path")
     made_for = f", made for {base}" if base else ""
-    return f"the adapter {name!r} ({sizes}{made_for}, SHA-256 {str(entry.get('sha256'))[:12]})"
+    return f"the adapter {name!r} ({sizes}{made_for}, SHA-256 {str(entry.sha256)[:12]})"
 
 
 def _possible_digests(config: GraloraConfig, tensors: Mapping[str, Tensor]) -> set[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from gralora_fx.runtime.manifest import Manifest
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
 # seen 0.004 on tiny random models of 13 architectures, 0.009 on SmolLM2-135M. Those in bfloat16 run in float32 with
@@ -14,29 +13,28 @@ from torch import Tensor
 _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
 
 
-def tolerance_of(manifest: Mapping[str, Any]) -> float:
+def tolerance_of(precision: str) -> float:
     """The largest difference from the model with the same weights that an export's arithmetic explains.
 
     A larger one is a fault. Quantized weights add nothing: the model that they are compared with has them too.
 
     Args:
-        manifest: What `gralora_export.json` holds.
+        precision: Precision of the weights that are not quantized.
 
     Returns:
         A difference relative to a tensor's largest value, or to 1 where that is smaller.
     """
-    return _TOLERANCES.get(str(manifest.get("precision")), _TOLERANCES["fp32"])
+    return _TOLERANCES[precision]
 
 
-def describe_weights(manifest: Mapping[str, Any]) -> str:
+def describe_weights(manifest: Manifest) -> str:
     """Precision of an export's weights, quantized ones first, such as `fp16` or `int4, else fp32`.
 
     Args:
-        manifest: What `gralora_export.json` holds.
+        manifest: The export's manifest.
     """
-    quantization = manifest.get("quantization") or {}
-    kinds = [str(quantization["kind"])] if "kind" in quantization else []
-    return ", else ".join([*kinds, str(manifest.get("precision", "fp32"))])
+    kinds = [] if manifest.quantization is None else [manifest.quantization.kind]
+    return ", else ".join([*kinds, manifest.precision])
 
 
 def largest_gap(expected: Tensor, actual: Tensor) -> float:

@@ -122,7 +122,7 @@ class EncoderDecoderSession:
         return {value.name: result for value, result in zip(self.decoder.get_outputs(), results, strict=True)}
 
 
-def as_past(outputs: Arrays) -> dict[str, NDArray[Any]]:
+def as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
     """The keys and values that a step gave, by the names of the next one's inputs."""
     return {name.replace(PRESENT, PAST, 1): value for name, value in outputs.items() if name.startswith(PRESENT)}
 

@@ -1,138 +1,255 @@
-"""What an export directory contains, by its manifest: read and checked without torch or a model."""
+"""`gralora_export.json`, the manifest of an export: what the directory holds and what it was made from, typed."""
 
 from __future__ import annotations
 
-import fnmatch
-import hashlib
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.names import MANIFEST_NAME
 
 SCHEMA_VERSION = 1
-# files that serving or a tokenizer reads when they are there, by the names that libraries look for
-_READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx_data", "vocab.txt", "merges.txt")
+_PRECISIONS = ("fp32", "fp16", "bf16")
+_TEXT_OR_NONE = (str, type(None))
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """How an export's matrices are quantized, and how much of it is.
+
+    Attributes:
+        kind: `"int4"` or `"int8"`.
+        block_size: Values of a matrix's input axis that share a scale.
+        accuracy_level: How ONNX Runtime multiplies with them.
+        multiplications: Nodes that multiply with blocks.
+        lookups: Nodes that look up rows of blocks.
+        values: Values of the matrices that are multiplied with.
+    """
+
+    kind: str
+    block_size: int
+    accuracy_level: int
+    multiplications: int
+    lookups: int
+    values: int
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter that was folded into an export.
+
+    Attributes:
+        config: Its `adapter_config.json`.
+        sha256: Digest of its `adapter_model.safetensors`, or None where that is not known.
+    """
+
+    config: Mapping[str, Any]
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of an export: its size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """A linear layer of the model that was exported (see `LinearSite`)."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `gralora_export.json` says; fields with a default are not in every export.
+
+    Attributes:
+        schema_version: Version of the file's form.
+        task: The task the model was exported for, or None.
+        precision: Precision of the weights that are not quantized, and of the cache.
+        quantization: How matrices are quantized, or None.
+        adapters_mode: How adapters are held: `"merged"`.
+        logits: Which positions' logits the graph gives: `"last"` or `"all"`.
+        position_offset: How many rows of the table of positions no position has.
+        adapters: Adapters that were folded, by name.
+        base_fingerprint: A digest of the base's weights.
+        sites: The linear layers of the model.
+        inputs: Shapes of the graph's inputs by name; of several graphs, those of each by the name of its file.
+        outputs: As `inputs`.
+        packages: Versions of the packages that made it.
+        attention: Which layers' attention is fused, of a decoder with a cache.
+        passes: What every pass did, in order.
+        verification: What verification measured, or None.
+        files: Every other file of the directory by its path; None where they were not recorded.
+    """
+
+    schema_version: int
+    task: str | None
+    precision: str
+    quantization: QuantizedWeights | None
+    adapters_mode: str
+    logits: str
+    position_offset: int
+    adapters: Mapping[str, AdapterEntry]
+    base_fingerprint: str | None
+    sites: tuple[SiteEntry, ...]
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    packages: Mapping[str, str]
+    attention: Mapping[str, Any] | None = None
+    passes: tuple[Mapping[str, Any], ...] = ()
+    verification: Mapping[str, Any] | None = None
+    files: Mapping[str, FileEntry] | None = None
+
+    def to_json(self) -> str:
+        """The text of the file, keys in order; what an export may lack is left out where it does."""
+        found = dataclasses.asdict(self)
+        optional = ("attention", "files")
+        fields = {name: value for name, value in found.items() if name not in optional or value is not None}
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError) -> Manifest:
     """The manifest of an export directory.
 
+    Args:
+        directory: The directory.
+        error: The error type to raise.
+
     Raises:
-        ExportError: There is none, it cannot be read, or it is of a newer schema.
+        GraloraError: Of the given type: there is no manifest, it cannot be read, it is of another schema, or a field
+            is missing or of another type.
     """
     path = Path(directory) / MANIFEST_NAME
     if path.parent.is_file():
-        raise ExportError(f"{directory} is a file; give the directory of the export, {path.parent.parent}")
+        raise error(f"{directory} is a file; give the directory of the export, {path.parent.parent}")
     try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ExportError(f"no {MANIFEST_NAME} in {directory}; give the directory of an export") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path} cannot be read ({error}); export the model again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema_version"), int):
-        raise ExportError(f"{path} is no manifest of an export; export the model again")
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise ExportError(
-            f"{path} has schema {manifest['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx"
-        )
-    return dict(manifest)
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as failure:
+        raise error(f"no {MANIFEST_NAME} in {directory}; give the directory of an export") from failure
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(f"{path} cannot be read ({failure}); export the model again") from failure
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if type(version) is not int:
+        raise error(f"{path} has no schema_version, so it is not the manifest of an export; export the model again")
+    if version > SCHEMA_VERSION:
+        raise error(f"{path} has schema {version}, newer than {SCHEMA_VERSION}; update gralora-fx")
+    if version < SCHEMA_VERSION:
+        raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; export the model again")
+    return _Reader(found, path, error).manifest()
 
 
-def describe_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of files of an export.
-
-    Args:
-        directory: The export directory.
-        names: Paths within it.
-    """
-    return {name: {"size": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in names}
-
-
-def check_files(
-    directory: str | Path,
-    manifest: Mapping[str, Any],
-    *,
-    digests: bool,
-    error: type[GraloraError] = ExportError,
-) -> int:
-    """Compare the files of an export directory with what its manifest says of them.
-
-    Files that the manifest does not name are allowed, such as a README; with `digests` none that would be read.
-
-    Args:
-        directory: An export directory.
-        manifest: Its manifest.
-        digests: Whether to read every file and compare its SHA-256; sizes are compared always.
-        error: The error type to raise.
-
-    Returns:
-        How many files were compared; 0 for a manifest without them, of an export made before they were recorded.
-
-    Raises:
-        GraloraError: Of the given type, naming each file that is missing or differs; or digests are asked for and the
-            manifest has none.
-    """
-    folder = Path(directory)
-    if "files" not in manifest:
-        if digests:
-            raise error(f"{folder / MANIFEST_NAME} has no digests of its files; export the model again to get them")
-        return 0
-    files = _file_facts(manifest["files"], folder / MANIFEST_NAME, error)
-    problems = [problem for name, facts in files.items() for problem in _differences(folder, name, facts, digests)]
-    if digests:
-        problems += [f"{name} is not in the manifest, but would be read" for name in _unnamed(folder, files)]
-    if problems:
-        raise error(f"{folder} is not what was exported: {'; '.join(problems)}. Copy the directory or export it again")
-    return len(files)
-
-
-def _differences(folder: Path, name: str, facts: Mapping[str, Any], digests: bool) -> Iterator[str]:
-    path = folder / name
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds a manifest, of whatever schema."""
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            yield f"{name} is not a file"
-        elif size != facts["size"]:
-            yield f"{name} has {size:,} bytes instead of {facts['size']:,}"
-        elif digests and _sha256(path) != facts["sha256"]:
-            yield f"{name} has another SHA-256 than the manifest says"
-    except FileNotFoundError:
-        yield f"{name} is missing"
-    except (OSError, ValueError) as failure:
-        yield f"{name} cannot be read ({failure})"
+        found = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "schema_version" in found
 
 
-def _file_facts(files: Any, path: Path, error: type[GraloraError]) -> dict[str, Mapping[str, Any]]:
-    """The manifest's entry `files`, if every name is a path within the directory and every fact of its type."""
-    entries: Iterable[tuple[Any, Any]] = files.items() if isinstance(files, dict) else [(None, None)]
-    for name, facts in entries:
-        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-        is_within = bool(parts) and not name.startswith("/") and ".." not in parts
-        is_described = (
-            isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)
+@dataclass(frozen=True)
+class _Reader:
+    """Takes the fields of an object of the file, each of the type that an export writes."""
+
+    fields: Mapping[str, Any]
+    path: Path
+    error: type[GraloraError]
+    place: str = ""
+
+    def manifest(self) -> Manifest:
+        quantization = self.take("quantization", dict, type(None), default=None)
+        return Manifest(
+            schema_version=self.take("schema_version", int),
+            task=self.take("task", *_TEXT_OR_NONE),
+            precision=self._precision(),
+            quantization=None if quantization is None else self.within("quantization").record(QuantizedWeights),
+            adapters_mode=self.take("adapters_mode", str, default="merged"),
+            logits=self.take("logits", str, default="all"),
+            position_offset=self.take("position_offset", int, default=0),
+            adapters=self._adapters(),
+            base_fingerprint=self.take("base_fingerprint", *_TEXT_OR_NONE, default=None),
+            sites=tuple(
+                _Reader(site, self.path, self.error, f"sites.{index}").record(SiteEntry)
+                for index, site in enumerate(self._objects("sites"))
+            ),
+            inputs=self.take("inputs", dict, default={}),
+            outputs=self.take("outputs", dict, default={}),
+            packages=self.take("packages", dict, default={}),
+            attention=self.take("attention", dict, type(None), default=None),
+            passes=tuple(self._objects("passes")),
+            verification=self.take("verification", dict, type(None), default=None),
+            files=self._files(),
         )
-        if not (is_within and is_described):
-            raise error(f"{path} does not describe its files as an export does ({name!r:.80}); export the model again")
-    return dict(files)
 
+    def take(self, name: str, *kinds: type, default: Any = ...) -> Any:
+        """A field of one of some types; `default` where the file lacks it."""
+        if name not in self.fields and default is not ...:
+            return default
+        value = self.fields.get(name, ...)
+        if type(value) not in kinds:
+            self._refuse(name, value)
+        return value
 
-def _unnamed(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    return [
-        name
-        for name in file_names(folder)
-        if name not in files and any(fnmatch.fnmatch(PurePosixPath(name).name.lower(), pattern) for pattern in _READ)
-    ]
+    def within(self, name: str) -> _Reader:
+        """A reader of the object that a field is."""
+        place = f"{self.place}.{name}" if self.place else name
+        return _Reader(self.take(name, dict), self.path, self.error, place)
 
+    def record(self, kind: type[Any]) -> Any:
+        """The object as a record of texts and whole numbers."""
+        types = {"str": (str,), "int": (int,)}
+        return kind(
+            **{field.name: self.take(field.name, *types[str(field.type)]) for field in dataclasses.fields(kind)}
+        )
 
-def file_names(folder: Path) -> list[str]:
-    """Every file of a directory and the folders in it but the manifest, as POSIX paths."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != MANIFEST_NAME)
+    def _precision(self) -> str:
+        found: str = self.take("precision", str)
+        if found not in _PRECISIONS:
+            self._refuse("precision", found)
+        return found
 
+    def _adapters(self) -> dict[str, AdapterEntry]:
+        names = self.take("adapters", dict, default={})
+        entries = {name: self.within("adapters").within(name) for name in names}
+        return {
+            name: AdapterEntry(entry.take("config", dict), entry.take("sha256", *_TEXT_OR_NONE))
+            for name, entry in entries.items()
+        }
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def _objects(self, name: str) -> list[Mapping[str, Any]]:
+        found: list[Mapping[str, Any]] = self.take(name, list, default=[])
+        if wrong := [entry for entry in found if not isinstance(entry, dict)]:
+            self._refuse(name, wrong[0])
+        return found
+
+    def _files(self) -> dict[str, FileEntry] | None:
+        """The files, if every name is a path within the directory and every fact of its type."""
+        if "files" not in self.fields:
+            return None
+        found = self.fields["files"]
+        entries: list[tuple[Any, Any]] = list(found.items()) if isinstance(found, dict) else [(None, None)]
+        for name, facts in entries:
+            parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+            is_within = bool(parts) and not name.startswith("/") and ".." not in parts
+            is_described = isinstance(facts, dict) and {"size", "sha256"} <= facts.keys()
+            if not (is_within and is_described and type(facts["size"]) is int and isinstance(facts["sha256"], str)):
+                raise self.error(
+                    f"{self.path} does not describe its files as an export does ({name!r:.80}); export the model again"
+                )
+        return {name: FileEntry(facts["size"], facts["sha256"]) for name, facts in entries}
+
+    def _refuse(self, name: str, value: Any) -> NoReturn:
+        where = f"{self.place}.{name}" if self.place else name
+        what = "is missing" if value is ... else f"is {value!r:.80}, which no export writes"
+        raise self.error(f"{self.path}: {where} {what}; export the model again")

@@ -11,10 +11,11 @@ import onnxruntime
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ExportError, ServingError, first_line
+from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
-from gralora_fx.runtime.manifest import check_files, read_manifest
+from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
@@ -63,7 +64,7 @@ class OrtModel:
 
     Attributes:
         directory: The export directory.
-        manifest: What `gralora_export.json` says.
+        manifest: What `gralora_export.json` says, typed.
         config: The model's `config.json`, empty where there is none.
         input_names: Inputs of the graph.
         output_names: Outputs of the graph.
@@ -74,22 +75,21 @@ class OrtModel:
     ) -> None:
         """Open an export; `load` is the public way."""
         self.directory = _directory(export_dir)
-        self.manifest = _read_manifest(self.directory)
+        self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
         self.config = _read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
         self.session = open_session(self.directory, self._runtime, error=ServingError)
         inputs = {value.name: value for value in self.session.get_inputs()}
-        is_pair, offset = isinstance(self.session, EncoderDecoderSession), self.manifest.get("position_offset", 0)
-        self._feed = Feed(inputs, self.config, is_pair, offset if type(offset) is int else 0)
+        is_pair = isinstance(self.session, EncoderDecoderSession)
+        self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset)
         self.input_names = tuple(inputs)
         self.output_names = tuple(value.name for value in self.session.get_outputs())
 
     @property
     def task(self) -> str | None:
         """The task the model was exported for."""
-        task: str | None = self.manifest.get("task")
-        return task
+        return self.manifest.task
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -212,7 +212,7 @@ class OrtModel:
         """
         if not self.directory.is_dir():
             raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
-        if _read_manifest(self.directory) != self.manifest:
+        if read_manifest(self.directory, ServingError) != self.manifest:
             raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
 
 
@@ -224,13 +224,6 @@ def _directory(export_dir: str | Path) -> Path:
     except (TypeError, ValueError, OSError) as error:
         raise ServingError(f"{export_dir!r:.80} is no path of a directory ({first_line(error)})") from error
     return path
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    try:
-        return read_manifest(directory)
-    except ExportError as error:
-        raise ServingError(str(error)) from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

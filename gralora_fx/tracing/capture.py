@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import torch
 from torch import fx
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.progress.silence import quiet
-from gralora_fx.tracing.inputs.decoder_cache import PAST, copied, equal_sizes, tensors_of
+from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.patches.attention import fused_attention
 from gralora_fx.tracing.patches.llama_functions import known_as_operators
 from gralora_fx.tracing.patches.shape_only_ops import cheap_shapes
@@ -37,7 +37,7 @@ def export_transformers_model(
         A program over the model's own parameters.
     """
     shapes = dynamic_axes(inputs) if dynamic else None
-    noted = inputs if isinstance(inputs.get(PAST), DynamicCache) else None
+    noted = inputs if cache_layout(inputs) is CacheLayout.DECODER else None
     operators = nullcontext() if noted is None else _operators(model)
     calling = _calling(model, use_cache=PAST in inputs, noted=noted)
     with quiet(), calling, operators:

@@ -21,7 +21,7 @@ from gralora_fx.graph.user_pass import GraphPass, run_pass
 from gralora_fx.sources.lazy_tensors import is_deferred, like_deferred
 from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of
 from gralora_fx.tracing.graph_record import deep_copy, packed, unpacked
-from gralora_fx.tracing.inputs.decoder_cache import PAST, batch_of, empty_cache, own_cache
+from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, batch_of, cache_layout, empty_cache, own_cache
 from gralora_fx.tracing.inputs.signature import CallSignature, refuse_misshapen_step, with_cache_name
 from gralora_fx.tracing.normalize.modes import set_mode
 
@@ -89,6 +89,11 @@ class TracedModel:
     def input_names(self) -> tuple[str, ...]:
         """The inputs of the graph, in its order."""
         return self.signature.inputs
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What the model keeps between its steps."""
+        return cache_layout(self.example_inputs)
 
     @property
     def constants(self) -> dict[str, Any]:

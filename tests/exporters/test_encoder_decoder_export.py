@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, WhisperFeatur
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification.seq2seq_tokens import greedy_tokens
+from gralora_fx.runtime.decoder_steps import EncoderDecoderSteps, greedy_tokens
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past, empty_past
 from gralora_fx.runtime.session import open_session
 from gralora_fx.serving import load
@@ -102,10 +102,9 @@ def test_greedy_tokens_of_padded_batches_are_those_of_generate(exported: Exporte
     if exported.name == "whisper":
         start[:, 1] = 7
     expected = exported.folded.generate(**source, decoder_input_ids=start, **options)
-    session = open_session(exported.path)
-    found = greedy_tokens(session, source, start, 12)
-    assert found[:, -12:].tolist() == expected[:, -12:].tolist()
-    assert len(set(found[:, -12:].flatten().tolist())) > 1
+    found = greedy_tokens(EncoderDecoderSteps(open_session(exported.path), source), start, 12)
+    assert found.tolist() == expected[:, -12:].tolist()
+    assert len(set(found.flatten().tolist())) > 1
 
 
 def test_the_encoder_and_a_first_step_are_the_models(exported: Exported) -> None:
@@ -130,7 +129,8 @@ def test_a_checkpoint_of_peft_generates_as_in_peft(name: str, tmp_path: Path) ->
     source, start = read(name), torch.tensor([[1, 7]] * 3)
     options = {"max_new_tokens": 10, "do_sample": False, "num_beams": 1, "eos_token_id": None}
     expected = wrapped.generate(**source, decoder_input_ids=start, **options)
-    assert greedy_tokens(open_session(tmp_path / "onnx"), source, start, 10)[:, -10:].equal(expected[:, -10:])
+    step = EncoderDecoderSteps(open_session(tmp_path / "onnx"), source)
+    assert greedy_tokens(step, start, 10).equal(expected[:, -10:])
 
 
 def test_a_processor_is_saved_in_the_files_that_transformers_js_reads(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from gralora_fx.exporters.flavours.decoder import decoder_model
 from gralora_fx.exporters.fx_passes.operators import rotary
 from gralora_fx.exporters.fx_passes.simplify import simplify
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
-from gralora_fx.exporters.pipeline import import_domains
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.pipeline import PassLog, import_domains
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.tracing.patches.llama_functions import rms_norm
@@ -131,7 +132,7 @@ def test_layers_become_the_operators_that_the_runtime_is_fast_at(
     config: Any, sizes: dict[str, Any], expected: dict[str, int]
 ) -> None:
     traced = trace(AutoModelForCausalLM.from_config(config(**sizes)).eval(), task="text-generation-with-past").eval()
-    model, _ = decoder_model(traced.graph_module, logits="last")
+    model = decoder_model(traced.graph_module, ExportOptions(), PassLog())
     operators = Counter(node.op_type for node in model.graph)
     assert operators["GroupQueryAttention"] == 2
     assert all(node.inputs[0].is_initializer() for node in model.graph if node.op_type == "Transpose")  # a tied head
@@ -142,6 +143,7 @@ def test_a_merged_graph_has_the_operators_of_the_base_one_for_one() -> None:
     config = LlamaConfig(**SIZES)
     traced = trace(AutoModelForCausalLM.from_config(config).eval(), task="text-generation-with-past").eval()
     adapted = rewrite(traced, GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False))
-    graphs = [decoder_model(model.graph_module, logits="last")[0].graph for model in (traced, merge(adapted))]
+    models = (traced, merge(adapted))
+    graphs = [decoder_model(model.graph_module, ExportOptions(), PassLog()).graph for model in models]
     base, merged = ([(node.domain, node.op_type, len(node.inputs)) for node in graph] for graph in graphs)
     assert merged == base

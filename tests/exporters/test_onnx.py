@@ -263,9 +263,9 @@ def test_the_current_directory_is_refused(bert: GraloraModel, tmp_path: Path, mo
 def test_a_foreign_manifest_is_no_export(bert: GraloraModel, tmp_path: Path) -> None:
     (tmp_path / "gralora_export.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match="is no earlier export"):
+    with pytest.raises(ExportError, match="is not an earlier export"):
         export_onnx(bert, tmp_path)
-    with pytest.raises(ExportError, match="is no manifest of an export"):
+    with pytest.raises(ExportError, match="has no schema_version, so it is not the manifest of an export"):
         verify_onnx(tmp_path, bert)
     assert (tmp_path / "notes.txt").exists()
 

@@ -18,6 +18,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import decoder_pipeline
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
+from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import DUMP, PassLog, PassResult, Pipeline, import_domains, name_of
 from gralora_fx.exporters.reports import Skip
 
@@ -140,7 +141,7 @@ def test_report_and_manifest_of_a_decoder_say_what_every_pass_did(tmp_path: Path
     assert manifest["passes"] == [entry.to_dict() for entry in report.passes]
     dumped = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert len(dumped) == len(report.passes)
-    assert dumped[0].startswith("01-graph-fx-")
+    assert dumped[0] == "01-graph-fx-cast_graph.txt"
     assert "GroupQueryAttention" in next((tmp_path / "dump").glob("*-decoder-fuse_attention.txt")).read_text()
 
 
@@ -171,7 +172,9 @@ def test_an_export_names_no_path_of_the_machine_that_made_it(name: str, task: st
 
 def test_a_pipeline_reads_as_the_list_of_its_passes() -> None:
     tables = RotaryTables(onnx_model("").graph)
-    last = [name_of(entry) for entry in decoder_pipeline(tables, "last").passes]
-    every = [name_of(entry) for entry in decoder_pipeline(tables, "all").passes]
+    last = [name_of(entry) for entry in decoder_pipeline(tables, ExportOptions()).passes]
+    every = [name_of(entry) for entry in decoder_pipeline(tables, ExportOptions(logits="all")).passes]
+    small = [name_of(entry) for entry in decoder_pipeline(tables, ExportOptions(quantize="int4")).passes]
     assert last[:3] == ["fold_transposes", "fuse_attention", "lower_rotary"]
     assert [name for name in last if name != "keep_last_position"] == every
+    assert small == [*last, "quantize_weights"]

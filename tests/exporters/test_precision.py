@@ -19,7 +19,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.fx_passes.cast_graph import in_precision
+from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.serving import load
 
 CACHED = "text-generation-with-past"
@@ -30,10 +30,10 @@ def adapted(name: str, task: str | None = CACHED) -> GraloraModel:
     return rewrite(fresh_trace(name, task=task), ALL_LINEAR)
 
 
-def dtypes(graph_module: fx.GraphModule) -> list[torch.dtype]:
+def dtypes(graph: fx.Graph) -> list[torch.dtype]:
     """Dtypes of what the operators of a graph give, without casts."""
     found = []
-    for node in graph_module.graph.nodes:
+    for node in graph.nodes:
         is_cast = str(node.target).startswith(("aten._to_copy", "aten.to.", "aten.type_as"))
         if node.op == "call_function" and not is_cast and isinstance(value := node.meta.get("val"), Tensor):
             if value.is_floating_point():
@@ -43,8 +43,9 @@ def dtypes(graph_module: fx.GraphModule) -> list[torch.dtype]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "opt"])
 def test_what_stays_float32_is_what_the_half_precision_model_computes_so(name: str) -> None:
-    changed = in_precision(fresh_trace(name, task=CACHED).graph_module, "fp16", kept=4)
-    half = fresh_trace(name, task=CACHED, dtype=torch.float16).graph_module
+    changed = CastGraph("fp16", num_cache_outputs=4)(fresh_trace(name, task=CACHED).graph_module.graph).graph
+    assert changed is not None
+    half = fresh_trace(name, task=CACHED, dtype=torch.float16).graph_module.graph
     ours, models = dtypes(changed), dtypes(half)
     assert len(ours) == len(models)
     # cosines and sines are rounded where they meet the rest, the model rounds them a few views before
@@ -151,7 +152,7 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
 
 def test_weights_of_several_precisions_are_refused() -> None:
     with pytest.raises(ExportError, match="holds float32, float64 weights; cast it to one of"):
-        in_precision(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())), "fp16")
+        CastGraph("fp16")(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())).graph)
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"quantize": "int4"}, {"quantize": "int8"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import nn
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.manifest import read_manifest
 
 
 def base() -> TracedModel:
@@ -27,7 +27,7 @@ def adapted(traced: TracedModel, r: int = 4, name: str = "default") -> GraloraMo
 
 def adapters(model: Any, tmp_path: Path) -> dict[str, Any]:
     export_onnx(model, tmp_path / "onnx", verify=False, overwrite=True)
-    found: dict[str, Any] = read_manifest(tmp_path / "onnx")["adapters"]
+    found: dict[str, Any] = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["adapters"]
     return found
 
 

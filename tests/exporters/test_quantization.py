@@ -21,7 +21,8 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.onnx_passes.quantize import Quantization, decoded
+from gralora_fx.exporters.onnx_passes.quantize import decoded
+from gralora_fx.exporters.options import Quantization
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
@@ -161,11 +162,11 @@ def test_a_constant_matrix_that_is_no_linear_layer_cannot_be_compared(tmp_path: 
     ("options", "message"),
     [
         ({"quantize": "int3"}, "quantize='int3' is not available; take 'int4' or 'int8' or None"),
-        ({"quantize": "int4", "block_size": 24}, "block_size=24 is no block size; take a power of two, 16 or more"),
-        ({"quantize": "int4", "block_size": 8}, "block_size=8 is no block size"),
-        ({"quantize": "int8", "block_size": True}, "block_size=True is no block size"),
-        ({"quantize": "int8", "accuracy_level": 5}, "accuracy_level=5 is no accuracy level; take 0"),
-        ({"quantize": "int8", "accuracy_level": -1}, "accuracy_level=-1 is no accuracy level"),
+        ({"quantize": "int4", "block_size": 24}, "block_size=24 is not a block size; take a power of two, 16 or more"),
+        ({"quantize": "int4", "block_size": 8}, "block_size=8 is not a block size"),
+        ({"quantize": "int8", "block_size": True}, "block_size=True is not a block size"),
+        ({"quantize": "int8", "accuracy_level": 5}, "accuracy_level=5 is not an accuracy level; take 0"),
+        ({"quantize": "int8", "accuracy_level": -1}, "accuracy_level=-1 is not an accuracy level"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(options: dict[str, Any], message: str, tmp_path: Path) -> None:

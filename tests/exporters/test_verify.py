@@ -22,7 +22,8 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.exporters.verification.float64_reference import Judge
-from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, drawn_prompts, together
+from gralora_fx.exporters.verification.greedy_tokens import compare_greedy
+from gralora_fx.exporters.verification.prompts import pad_prompts, random_prompts
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value, tolerance_of
 from gralora_fx.runtime.session import open_session
 
@@ -75,9 +76,9 @@ def test_a_report_is_read_at_a_glance(export: Path, model: GraloraModel) -> None
 
 def test_a_context_of_a_thousand_positions_is_filled() -> None:
     long = adapted(max_position_embeddings=4096, num_hidden_layers=1)
-    assert [case.ids.shape[1] for case in drawn_prompts(long.traced, 0)] == [12, 17, 9, 996]
+    assert [case.ids.shape[1] for case in random_prompts(long.traced, 0)] == [12, 17, 9, 996]
     short = adapted(max_position_embeddings=12, num_hidden_layers=1)
-    assert [tuple(case.mask.sum(1).tolist()) for case in drawn_prompts(short.traced, 0)] == [(6, 5, 6), (6,)]
+    assert [tuple(case.mask.sum(1).tolist()) for case in random_prompts(short.traced, 0)] == [(6, 5, 6), (6,)]
 
 
 def test_prompts_of_ones_own_are_compared_in_addition(export: Path, model: GraloraModel) -> None:
@@ -251,7 +252,7 @@ def test_a_cache_that_is_given_back_wrong_is_seen_by_its_tokens(
         graph.graph.outputs[list(graph.graph.outputs).index(value)] = doubled.outputs[0]
 
     session = open_session(damaged(export, tmp_path / "onnx", damage))
-    tokens = compare_greedy(session, model, [together([[5, 9, 12]], steps=4)], Judge(model, 1e-4, exact=False))
+    tokens = compare_greedy(session, model, [pad_prompts([[5, 9, 12]], steps=4)], Judge(model, 1e-4, exact=False))
     assert tokens.step_errors[0] <= 1e-6
     assert min(tokens.step_errors[1:]) > 1e-3
 
@@ -262,7 +263,7 @@ def test_a_near_tie_is_no_fault(export: Path, model: GraloraModel) -> None:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.01)
-    cases = [together([[5, 9, 12], [7, 3]], steps=16)]
+    cases = [pad_prompts([[5, 9, 12], [7, 3]], steps=16)]
     wide = compare_greedy(open_session(export), other.eval(), cases, Judge(other, 10.0, exact=False))
     strict = compare_greedy(open_session(export), other.eval(), cases, Judge(other, 0.0, exact=False))
     assert wide.compared == strict.compared == 32
@@ -283,8 +284,7 @@ def test_a_step_beyond_the_tolerance_fails(export: Path, model: GraloraModel) ->
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", 1e-4), ("fp16", 1e-2), ("bf16", 1e-2)])
 def test_tolerance_is_what_the_arithmetic_explains(precision: str, expected: float) -> None:
-    assert tolerance_of({"precision": precision}) == expected
-    assert tolerance_of({"precision": precision, "quantization": {"kind": "int4"}}) == expected
+    assert tolerance_of(precision) == expected
 
 
 def test_gaps_count_what_is_no_number() -> None:

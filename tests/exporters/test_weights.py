@@ -12,9 +12,10 @@ import pytest
 
 from gralora_fx.exporters.onnx_passes.builder import known_size
 from gralora_fx.exporters.onnx_passes.merge_matmuls import join_products
-from gralora_fx.exporters.onnx_passes.quantize import Quantization, quantize_weights
+from gralora_fx.exporters.onnx_passes.quantize import quantize_weights
+from gralora_fx.exporters.options import Quantization
 from gralora_fx.exporters.translation import weights
-from gralora_fx.exporters.translation.weights import Columns, Turned, parts_of
+from gralora_fx.exporters.translation.weights import concat_tensor, parts_of, transposed_tensor
 
 RNG = np.random.default_rng(0)
 
@@ -26,7 +27,7 @@ def matrix(rows: int, columns: int, dtype: type = np.float32) -> ir.TensorProtoc
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_columns_are_the_parts_side_by_side(dtype: type) -> None:
     parts = [matrix(3, width, dtype) for width in (2, 5, 1)]
-    whole = Columns("whole", parts)
+    whole = concat_tensor("whole", parts)
     expected = np.concatenate([part.numpy() for part in parts], axis=1)
     assert (whole.name, list(whole.shape), whole.dtype) == ("whole", [3, 8], parts[0].dtype)
     assert np.array_equal(whole.numpy(), expected)
@@ -39,7 +40,7 @@ def test_columns_are_the_parts_side_by_side(dtype: type) -> None:
 def test_a_turned_matrix_is_written_row_by_row(dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_WRITTEN_AT_ONCE", 16)
     source = matrix(3, 7, dtype)
-    turned = Turned("turned", source)
+    turned = transposed_tensor("turned", source)
     assert list(turned.shape) == [7, 3]
     assert np.array_equal(turned.numpy(), source.numpy().T)
     with (tmp_path / "values").open("wb") as file:
@@ -48,7 +49,7 @@ def test_a_turned_matrix_is_written_row_by_row(dtype: type, tmp_path: Path, monk
 
 
 def test_a_turned_matrix_is_not_copied_to_be_written(tmp_path: Path) -> None:
-    turned = Turned("turned", matrix(4096, 4096))
+    turned = transposed_tensor("turned", matrix(4096, 4096))
     with (tmp_path / "values").open("wb") as file:
         tracemalloc.start()
         turned.tofile(file)

@@ -19,7 +19,8 @@ from torch import nn
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.runtime.manifest import check_files, read_manifest
+from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 
 
@@ -38,7 +39,7 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 
 def test_the_manifest_holds_size_and_digest_of_every_other_file(exported: Path) -> None:
-    files = read_manifest(exported)["files"]
+    files = json.loads((exported / "gralora_export.json").read_text())["files"]
     assert set(files) == {path.name for path in exported.iterdir()} - {"gralora_export.json"}
     assert {"model.onnx", "model.onnx_data", "tokenizer.json"} <= set(files)
     for name, facts in files.items():
@@ -98,7 +99,7 @@ def test_files_that_nothing_reads_may_be_added(folder: Path) -> None:
 
 
 def rewrite_manifest(folder: Path, files: object) -> None:
-    manifest = {**read_manifest(folder), "files": files}
+    manifest = {**json.loads((folder / "gralora_export.json").read_text()), "files": files}
     if files is None:
         del manifest["files"]
     (folder / "gralora_export.json").write_text(json.dumps(manifest))
@@ -159,8 +160,56 @@ def test_verify_files_needs_no_model_and_names_the_file(folder: Path) -> None:
 
 def test_files_are_verified_without_torch(exported: Path) -> None:
     script = (
-        "import sys; from gralora_fx.runtime.manifest import check_files, read_manifest; "
+        "import sys; from gralora_fx.runtime.export_files import check_files; "
+        "from gralora_fx.runtime.manifest import read_manifest; "
         f"check_files({str(exported)!r}, read_manifest({str(exported)!r}), digests=True); "
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+# -- its fields --------------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_is_written_as_it_was_read(exported: Path) -> None:
+    assert read_manifest(exported).to_json() == (exported / "gralora_export.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema_version": None}, "has no schema_version, so it is not the manifest of an export"),
+        ({"schema_version": "1"}, "has no schema_version, so it is not the manifest of an export"),
+        ({"schema_version": 2}, "has schema 2, newer than 1; update gralora-fx"),
+        ({"schema_version": 0}, "has schema 0, older than 1; export the model again"),
+        ({"precision": None}, "precision is None, which no export writes; export the model again"),
+        ({"precision": "fp8"}, "precision is 'fp8', which no export writes"),
+        ({"task": 5}, "task is 5, which no export writes"),
+        ({"position_offset": True}, "position_offset is True, which no export writes"),
+        ({"adapters": {"default": {"config": []}}}, r"adapters.default.config is \[\], which no export writes"),
+        ({"adapters": {"default": {"config": {}}}}, "adapters.default.sha256 is missing"),
+        ({"quantization": {"kind": "int4"}}, "quantization.block_size is missing; export the model again"),
+        ({"sites": [{"path": "0"}]}, "sites.0.kind is missing"),
+        ({"passes": [1]}, "passes is 1, which no export writes"),
+    ],
+)
+def test_a_field_of_another_type_is_named(folder: Path, fields: dict[str, object], message: str) -> None:
+    path = folder / "gralora_export.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ExportError, match=message):
+        read_manifest(folder)
+    with pytest.raises(ServingError, match=message):
+        load(folder)
+
+
+def test_what_an_export_may_lack_has_its_meaning(folder: Path) -> None:
+    path = folder / "gralora_export.json"
+    known = json.loads(path.read_text())
+    optional = ("files", "position_offset", "quantization", "logits", "passes", "verification", "base_fingerprint")
+    path.write_text(json.dumps({name: value for name, value in known.items() if name not in optional}))
+    manifest = read_manifest(folder)
+    assert (manifest.files, manifest.position_offset, manifest.quantization, manifest.logits) == (None, 0, None, "all")
+    assert (manifest.passes, manifest.verification, manifest.base_fingerprint) == ((), None, None)
+    path.write_text(json.dumps({name: value for name, value in known.items() if name != "precision"}))
+    with pytest.raises(ExportError, match="precision is missing; export the model again"):
+        read_manifest(folder)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged_exports import forget_digests
 from tiny_models import tiny_model
 
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.manifest import check_files, read_manifest
+from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 
 
@@ -31,10 +33,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(exported: Path, tmp_path: Path) -> Path:
     """A copy of an export whose manifest knows no sizes, so that what is read is refused and not its length."""
     folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, digests=True)
-    del manifest["files"]
-    (folder / "gralora_export.json").write_text(json.dumps(manifest))
+    check_files(folder, read_manifest(folder), digests=True)
+    forget_digests(folder)
     return folder
 
 

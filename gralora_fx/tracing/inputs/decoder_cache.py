@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,30 @@ if TYPE_CHECKING:  # it imports much that serving has no need of
     from transformers import PreTrainedModel
 
 PAST = "past_key_values"
+
+
+class CacheLayout(Enum):
+    """What a model keeps between its steps.
+
+    Attributes:
+        NONE: Nothing.
+        DECODER: Keys and values of a decoder's positions, by layer.
+        ENCODER_DECODER: Those of the decoder's positions, and those of the encoder's output.
+    """
+
+    NONE = "none"
+    DECODER = "decoder"
+    ENCODER_DECODER = "encoder-decoder"
+
+
+def cache_layout(inputs: Mapping[str, Any]) -> CacheLayout:
+    """The layout of the cache among some inputs."""
+    cache = inputs.get(PAST)
+    if isinstance(cache, EncoderDecoderCache):
+        return CacheLayout.ENCODER_DECODER
+    return CacheLayout.DECODER if isinstance(cache, DynamicCache) else CacheLayout.NONE
+
+
 _BATCH, _PAST, _LENGTH = 2, 6, 3
 
 
@@ -80,21 +105,25 @@ def pairs_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in own.layers]
 
 
+def cache_like(cache: Cache, layers: Iterable[Sequence[Tensor]]) -> Cache:
+    """A cache of the same layout with other keys and values of the decoder's own positions, by layer."""
+    return (decoder_cache if isinstance(cache, EncoderDecoderCache) else cache_of)(layers)
+
+
 def own_cache(cache: Cache) -> Cache:
     """A cache of its own with what a trace takes of one: keys and values of the decoder's own positions."""
-    return (decoder_cache if isinstance(cache, EncoderDecoderCache) else cache_of)(pairs_of(cache))
+    return cache_like(cache, pairs_of(cache))
 
 
 def empty_cache(like: Cache, batch: int) -> Cache:
     """A cache of no positions, for a number of rows."""
     layers = [[t.new_empty(batch, t.shape[1], 0, t.shape[3]) for t in pair] for pair in pairs_of(like)]
-    return (decoder_cache if isinstance(like, EncoderDecoderCache) else cache_of)(layers)
+    return cache_like(like, layers)
 
 
 def cached_tensors(inputs: Mapping[str, Any]) -> int:
     """How many tensors the cache among some inputs holds; 0 where there is none."""
-    cache = inputs.get(PAST)
-    return 2 * len(cache.layers) if isinstance(cache, DynamicCache) else 0
+    return 2 * len(inputs[PAST].layers) if cache_layout(inputs) is CacheLayout.DECODER else 0
 
 
 def batch_of(values: Iterable[Any]) -> int:

@@ -1,0 +1,47 @@
+"""What stands beside the models of an export: the configuration and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.traced_model import TracedModel
+
+
+def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
+    """Write `config.json`, `generation_config.json` of a model that generates, and the tokenizer's files.
+
+    Args:
+        stage: Where to write them.
+        traced: The trace that is exported.
+        tokenizer: A tokenizer, a processor, or the directory of a tokenizer; None for none.
+
+    Raises:
+        ExportError: The tokenizer cannot be loaded or saved.
+    """
+    if traced.config is not None:
+        traced.config.save_pretrained(stage)
+        path = stage / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["transformers.js_config"] = {"use_external_data_format": True}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if traced.generation_config is not None and PAST in traced.example_inputs:
+        traced.generation_config.save_pretrained(stage)
+    if tokenizer is None:
+        return
+    if isinstance(tokenizer, (str, Path)):
+        loaded = load_tokenizer(tokenizer, ExportError)
+        if loaded is None:
+            raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
+        tokenizer = loaded
+    features = getattr(tokenizer, "feature_extractor", None)
+    try:
+        tokenizer.save_pretrained(stage)
+        if features is not None:
+            features.save_pretrained(stage)  # as preprocessor_config.json, which transformers.js reads
+    except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
+        raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error

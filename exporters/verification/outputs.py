@@ -1,0 +1,122 @@
+"""Outputs of an export compared with the model's on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.reports import TensorCheck
+from gralora_fx.exporters.verification.cases import Case, Verification
+from gralora_fx.exporters.verification.float64_reference import InFloat64, Judge
+from gralora_fx.exporters.verification.tensor_names import flat, last_logits, named_outputs
+from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.ort_values import as_tensor, run_values
+from gralora_fx.tracing.inputs.input_trees import own_inputs
+from gralora_fx.tracing.traced_model import TracedModel
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """An export and the model that it is compared with.
+
+    Attributes:
+        session: The export.
+        model: The model, in evaluation mode.
+        verification: What is compared of this kind of export.
+        logits: Which positions' logits the export gives: `"last"` or `"all"`.
+        judge: Says which differences are allowed.
+    """
+
+    session: Any
+    model: TracedModel | GraloraModel
+    verification: Verification
+    logits: str
+    judge: Judge
+
+    def run(self, cases: Sequence[Case]) -> tuple[list[TensorCheck], bool]:
+        """Compare every output on inputs: how each differs at most, and whether all are close enough everywhere.
+
+        Raises:
+            ExportError: The model or the export cannot run, or they give other outputs than each other.
+        """
+        differences: dict[str, list[tuple[float, float, float | None]]] = {}
+        passed = True
+        for description, case in cases:
+            exactly = self._exactly(case)
+            for index, (name, expected, actual) in enumerate(self._compare(case, description)):
+                differences.setdefault(name, []).append(_difference(name, expected, actual))
+                passed &= self.judge.accepts(f"{description}, {name}", expected, actual, exactly(index))
+        return [_summary(name, found) for name, found in differences.items()], passed
+
+    def _compare(self, case: Mapping[str, Any], description: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        feed, names = flat(case), [value.name for value in self.session.get_inputs()]
+        try:
+            with torch.no_grad():
+                expected = self._outputs(self.model, case)
+        except Exception as error:  # a model raises what it likes
+            raise ExportError(f"the model itself fails on {description}: {first_line(error)}") from error
+        missing = [name for name in names if name not in feed]
+        if missing:
+            raise ExportError(f"{description} lack {', '.join(missing)}, which the export takes; give every input")
+        results = run_values(self.session, {name: feed[name] for name in names}, description)
+        found = {name: as_tensor(value) for name, value in results.items()}
+        if len(expected) != len(found):
+            raise ExportError(f"the export gives {', '.join(found)}, the model {', '.join(expected)}; export it again")
+        if set(expected) != set(found):
+            expected = dict(zip(found, expected.values(), strict=True))
+        drop_padding = self.verification.drop_padding
+        kept_expected, kept_actual = drop_padding(expected, case), drop_padding(found, case)
+        for name, value in kept_expected.items():
+            if value.shape != kept_actual[name].shape:
+                ours, models = list(kept_actual[name].shape), list(value.shape)
+                raise ExportError(
+                    f"{name} has shape {ours} in the export and {models} in the model on {description}; it is an "
+                    "export of another model"
+                )
+            yield name, value.float(), kept_actual[name].float()
+
+    def _outputs(self, model: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A model's outputs by name, the logits that the export gives."""
+        found = named_outputs(model(**own_inputs(case)))
+        if self.logits == "last":
+            found["logits"] = last_logits(found["logits"], flat(case)["attention_mask"])
+        return found
+
+    def _exactly(self, case: Mapping[str, Any]) -> Callable[[int], Callable[[InFloat64], Tensor]]:
+        """Gives an output of a case by its place, as a model to run computes it; each model is run once."""
+        made: dict[int, list[Tensor]] = {}
+
+        def at(index: int) -> Callable[[InFloat64], Tensor]:
+            def run(model: InFloat64) -> Tensor:
+                if model.draw not in made:
+                    outputs = self._outputs(model, case)
+                    made[model.draw] = list(self.verification.drop_padding(outputs, case).values())
+                return made[model.draw][index]
+
+            return run
+
+        return at
+
+
+def _difference(name: str, expected: Tensor, actual: Tensor) -> tuple[float, float, float | None]:
+    absolute, largest = largest_gap(expected, actual), largest_value(expected)
+    agreement = None
+    if "logits" in name and expected.numel():
+        agreement = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
+    return absolute, absolute / largest if largest else absolute, agreement
+
+
+def _summary(name: str, found: list[tuple[float, float, float | None]]) -> TensorCheck:
+    agreements = [agreement for _, _, agreement in found if agreement is not None]
+    return TensorCheck(
+        name=name,
+        max_abs_error=max(absolute for absolute, _, _ in found),
+        max_rel_error=max(relative for _, relative, _ in found),
+        argmax_agreement=min(agreements) if agreements else None,
+    )

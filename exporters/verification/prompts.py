@@ -1,0 +1,112 @@
+"""Prompts whose greedy tokens are compared: random ones, and a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.verification.random_values import context_of, vocabulary_of
+from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.tracing.traced_model import TracedModel
+
+_GIVEN_STEPS = 16  # tokens that are compared after a user's own prompts
+_LONG = 1000  # positions of the longest context, where the model has as many
+# lengths of the prompts that run together, the side of their padding, and how many tokens are compared
+_DRAWN: tuple[tuple[tuple[int, ...], str, int], ...] = (
+    ((12,), "left", 16),
+    ((17, 3, 11, 6), "left", 16),
+    ((9, 5, 7), "right", 4),
+    ((_LONG,), "left", 4),
+)
+_QUICK: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that run together.
+
+    Attributes:
+        description: What they are.
+        ids: `[batch, length]`.
+        mask: `[batch, length]`, 0 where a position is padding.
+        steps: How many tokens to compare.
+    """
+
+    description: str
+    ids: Tensor
+    mask: Tensor
+    steps: int
+
+
+def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[Prompts]:
+    """Random prompts: one, several of unequal length padded on either side, and one that fills the context.
+
+    Args:
+        model: A model traced with a cache.
+        seed: Seed of the tokens.
+        quick: Whether two short ones are enough, padded left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, context = vocabulary_of(model) or 4, context_of(model) or _LONG
+    for lengths, side, steps in _QUICK if quick else _DRAWN:
+        room = min(context, _LONG) - steps
+        if room < 1:
+            continue
+        sizes = [min(length, room) for length in lengths]
+        rows = [torch.randint(min(3, vocabulary - 1), vocabulary, (size,), generator=generator) for size in sizes]
+        yield pad_prompts([row.tolist() for row in rows], side=side, steps=steps)
+
+
+def pad_prompts(rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 16, what: str = "prompt") -> Prompts:
+    """Prompts as one batch, shorter ones padded.
+
+    Args:
+        rows: Token ids by prompt.
+        side: Where padding stands.
+        steps: How many tokens to compare.
+        what: What they are called.
+    """
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        kept = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[index, kept], mask[index, kept] = torch.tensor(row), 1
+    sizes = sorted({len(row) for row in rows})
+    size = f"{sizes[0]} to {sizes[-1]} tokens padded {side}" if len(sizes) > 1 else f"{longest} tokens"
+    return Prompts(f"{len(rows)} {what}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
+
+
+def given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
+    """A user's prompts as one batch, padded on the left.
+
+    Args:
+        prompts: Texts, chats or token ids.
+        output_dir: The export directory, which holds the tokenizer for texts and chats.
+        traced: The model.
+
+    Raises:
+        ExportError: A prompt is empty, too long or of another kind, or holds ids out of range.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
+    tokenizer = load_tokenizer(output_dir, ExportError)
+    rows = [prompt_ids(prompt, tokenizer, ExportError) for prompt in prompts]
+    vocabulary, context = vocabulary_of(traced), context_of(traced)
+    for index, row in enumerate(rows):
+        wrong = [token for token in row if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        if not row or wrong:
+            what = f"holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens" if wrong else "is empty"
+            raise ExportError(f"prompt {index} {what}; give other ids")
+        if context is not None and len(row) > context - _GIVEN_STEPS:
+            raise ExportError(
+                f"prompt {index} has {len(row)} tokens, and {_GIVEN_STEPS} are added, more than the context of "
+                f"{context}; shorten it"
+            )
+    return pad_prompts(rows, steps=_GIVEN_STEPS, what="given prompt")

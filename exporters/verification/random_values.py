@@ -1,0 +1,88 @@
+"""Random values of the kind of example inputs, in other sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.exporters.translation.names import AXES
+from gralora_fx.runtime.context_length import context_length
+from gralora_fx.tracing.traced_model import TracedModel
+
+LENGTHS = (1, 6, 11, 24)  # of texts
+
+
+def context_of(model: TracedModel) -> int | None:
+    """How many positions a model has, two less for those that count from two on; None where it says no limit."""
+    config = {} if model.config is None else model.config.get_text_config().to_dict()
+    limits = [context_length(config, name) for name in ("input_ids", "decoder_input_ids")]
+    known = [limit for limit in limits if limit is not None]
+    return max(1, min(known) - 2) if known else None
+
+
+def vocabulary_of(model: TracedModel) -> int | None:
+    """How many tokens a model knows; None where its configuration does not say."""
+    config = None if model.config is None else model.config.get_text_config()
+    return getattr(config, "vocab_size", None)
+
+
+def longest_text(model: TracedModel) -> int:
+    """How many positions a text may have: the context, or 24 where that has no limit."""
+    return context_of(model) or max(LENGTHS)
+
+
+def text_like(
+    name: str, value: Tensor, model: TracedModel, batch: int, length: int, generator: torch.Generator
+) -> Tensor:
+    """Random values for an input of a text, with another batch and length; of another input with another batch.
+
+    Args:
+        name: The input.
+        value: Its example.
+        model: The model.
+        batch: Number of rows.
+        length: Number of positions.
+        generator: Draws the values.
+    """
+    if AXES.get(name, ("", ""))[1:2] not in (("sequence_length",), ("decoder_sequence_length",)):
+        return like(value, batch, None, generator)
+    if name.endswith("attention_mask"):
+        return torch.ones(batch, length, dtype=value.dtype)
+    if name == "position_ids":
+        return torch.arange(length, dtype=value.dtype).expand(batch, length).contiguous()
+    if name == "token_type_ids":
+        return torch.zeros(batch, length, dtype=value.dtype)
+    ids = like(value, batch, length, generator, vocabulary_of(model))
+    end = getattr(model.config, "eos_token_id", None)
+    if name.endswith("input_ids") and isinstance(end, int) and 0 <= end < (vocabulary_of(model) or 0):
+        ids[ids == end] = 1 if end != 1 else 0  # models that pool at the end token need one in every row
+        ids[:, -1] = end
+    return ids
+
+
+def like(
+    value: Tensor, batch: int, length: int | None, generator: torch.Generator, vocabulary: int | None = None
+) -> Tensor:
+    """Random values of the same kind, with another batch and, if given, another length."""
+    if value.ndim == 0:
+        return value
+    shape = [batch, *value.shape[1:]]
+    if length is not None and value.ndim > 1:
+        shape[1] = length
+    if value.is_floating_point():
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    if value.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    low, high = min(3, (vocabulary or 4) - 1), vocabulary or int(value.max().item()) + 1
+    return torch.randint(min(low, max(high - 1, 0)), max(high, 1), shape, generator=generator).to(value.dtype)
+
+
+def pad(case: dict[str, Any], side: str) -> None:
+    """Hide a different number of positions in every row but the first."""
+    for name, mask in case.items():
+        if name == "attention_mask":
+            for row in range(1, mask.shape[0]):
+                hidden = min(row, mask.shape[1] - 1)
+                mask[row, slice(0, hidden) if side == "left" else slice(mask.shape[1] - hidden, None)] = 0

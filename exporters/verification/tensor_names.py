@@ -1,0 +1,61 @@
+"""Inputs and outputs of a model by the names of an exported graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+
+from gralora_fx.tracing.inputs.decoder_cache import PAST, pairs_of
+from gralora_fx.tracing.inputs.input_trees import tensor_paths
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs or outputs by the names of an exported graph: nested ones by their paths, a cache by its layers."""
+    found: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if isinstance(value, Cache):
+            found |= _named(value, "present" if "logits" in values else "past_key_values")
+        else:
+            found |= tensor_paths({name: value})
+    return found
+
+
+def _named(cache: Cache, prefix: str) -> dict[str, Tensor]:
+    parts = {"": cache}
+    if isinstance(cache, EncoderDecoderCache):
+        parts = {".decoder": cache.self_attention_cache, ".encoder": cache.cross_attention_cache}
+    return {
+        f"{prefix}.{index}{part}.{kind}": tensor
+        for part, layers in parts.items()
+        for index, pair in enumerate(pairs_of(layers))
+        for kind, tensor in zip(("key", "value"), pair, strict=True)
+    }
+
+
+def named_outputs(outputs: Any) -> dict[str, Tensor]:
+    """The tensors of a model's return value by name, nested ones by their path."""
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), Cache):
+        return flat(outputs)
+    if isinstance(outputs, (list, tuple)):
+        outputs = {str(index): value for index, value in enumerate(outputs)}
+    if isinstance(outputs, Mapping):
+        return tensor_paths({str(name): value for name, value in outputs.items()})
+    return {path.removeprefix("output."): tensor for path, tensor in tensor_paths({"output": outputs}).items()}
+
+
+def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the last position of each row that is no padding, `[batch, 1, vocabulary]`.
+
+    Args:
+        logits: `[batch, length, vocabulary]`.
+        mask: `[batch, past + length]`.
+    """
+    window = mask[:, mask.shape[1] - logits.shape[1] :]
+    last = window.shape[1] - 1 - window.flip(1).argmax(1)
+    return logits[torch.arange(logits.shape[0]), last].unsqueeze(1)

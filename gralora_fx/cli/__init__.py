@@ -1,0 +1,6 @@
+"""The command line: `gralora-fx inspect | export | verify | demo`."""
+
+from gralora_fx.cli.commands import app
+from gralora_fx.cli.program import main
+
+__all__ = ["app", "main"]

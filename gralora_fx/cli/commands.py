@@ -1,0 +1,185 @@
+"""The commands: what each option leads to, in the order of its steps."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from gralora_fx.cli import options as opt
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.options import LEVELS, check_choice
+from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.gc_pause import fewer_collections
+from gralora_fx.progress.timing import timed
+
+app = typer.Typer(
+    name="gralora-fx",
+    help="Rewrite traced models with GraLoRA adapters, export them to ONNX and check the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@app.callback()
+def _program(_: opt.Version = False) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def inspect(
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    task: opt.Task = None,
+    html: opt.Html = None,
+    svg: opt.Svg = None,
+    full: opt.Full = False,
+) -> None:
+    """Trace a model and print its linear call sites, or what an adapter does with each of them."""
+    from gralora_fx.loading.models import load_base, trace_base
+    from gralora_fx.model.gralora_model import GraloraModel
+    from gralora_fx.picture import html_of, save, svg_of
+
+    with StageProgress():
+        base = load_base(model, adapter, task)
+        loaded = trace_base(base)
+        drawn = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
+    for path in drawn:
+        notes.print(f"wrote {path}")
+    if base.report is not None:
+        print(base.report.describe(base.supplied))
+    if isinstance(loaded, GraloraModel):
+        print(loaded.plans["default"])
+        return
+    print(loaded)
+    for site in loaded.sites:
+        tied = f"  tied with {', '.join(site.tied_with)}" if site.tied_with else ""
+        print(f"{site.path}  {site.kind}  {site.in_features} -> {site.out_features}  calls={len(site.calls)}{tied}")
+
+
+@app.command()
+def export(
+    output: opt.Output,
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    task: opt.Task = None,
+    precision: opt.Precision = "fp32",
+    quantize: opt.Quantize = None,
+    block_size: opt.BlockSize = None,
+    accuracy_level: opt.AccuracyLevel = None,
+    logits: opt.Logits = "last",
+    allow_random_head: opt.RandomHead = False,
+    no_tokenizer: opt.NoTokenizer = False,
+    stream: opt.Stream = False,
+    verify: opt.Verify = None,
+    no_verify: opt.NoVerify = False,
+    overwrite: opt.Overwrite = False,
+    dump: opt.Dump = None,
+) -> None:
+    """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch.
+
+    A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
+    """
+    options = opt.export_options(
+        {"precision": precision, "quantize": quantize, "logits": logits, "verify": verify},
+        {"block_size": block_size, "accuracy_level": accuracy_level},
+        no_verify=no_verify,
+        stream=stream,
+    )
+    with StageProgress(), fewer_collections():
+        with timed("import"):
+            from gralora_fx.config.adapter_tasks import asked_task
+            from gralora_fx.exporters import export_onnx
+            from gralora_fx.exporters.artifact.staging import check_output, check_replaced
+            from gralora_fx.loading.models import base_name, load_traced
+            from gralora_fx.loading.tokenizers import load_tokenizer
+            from gralora_fx.model.model_class import without_trainer
+        gc.freeze()  # what was imported stays, and need not be looked through again
+        check_output(output)
+        known = asked_task(adapter, task, with_cache=True)
+        if known is not None and not overwrite:
+            check_replaced(output, task=known)
+        tokenizer = None if no_tokenizer else load_tokenizer(base_name(model, adapter))
+        options_of_load = {"with_cache": True, "stream": stream, "allow_random_head": allow_random_head}
+        with without_trainer():
+            loaded = load_traced(model, adapter, task, **options_of_load)
+        gc.freeze()
+        report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, dump=dump, **options)
+    print(report)
+    if stream and not no_verify:
+        notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
+
+
+@app.command()
+def verify(
+    output: opt.Output,
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    task: opt.Task = None,
+    allow_random_head: opt.ExportedHead = False,
+    level: opt.Level = None,
+    prompt: opt.Prompts = None,
+    files: opt.Files = False,
+) -> None:
+    """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
+
+    One that generates is compared by its greedy tokens too.
+    """
+    check_choice("verify", level or "full", LEVELS)
+    if files:
+        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
+        _verify_files(output, [name for name, value in others.items() if value])
+        return
+    with StageProgress(), fewer_collections():
+        with timed("import"):
+            from gralora_fx.exporters import verify_onnx
+            from gralora_fx.exporters.verification.manifest_adapters import check_given_adapter
+            from gralora_fx.loading.models import load_traced
+            from gralora_fx.model.model_class import without_trainer
+            from gralora_fx.runtime.export_files import check_files
+            from gralora_fx.runtime.manifest import read_manifest
+        manifest = read_manifest(output)
+        exported = manifest.task
+        if exported is not None and task not in (None, exported):
+            raise ExportError(f"{output} was exported for the task {exported}, not {task}; leave --task out")
+        if prompt and exported != "text-generation-with-past":
+            raise ExportError(
+                f"{output} was exported for the task {exported}, which generates no text; leave --prompt out"
+            )
+        check_given_adapter(manifest, str(output), adapter)
+        if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
+            with timed("files"):
+                check_files(output, manifest, digests=True)
+        with without_trainer():
+            loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
+        with timed("verify"):
+            options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
+            report = verify_onnx(output, loaded, **options)
+    print(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _verify_files(output: Path, others: list[str]) -> None:
+    from gralora_fx.runtime.export_files import check_files
+    from gralora_fx.runtime.manifest import read_manifest
+
+    if others:
+        raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
+    with StageProgress(), timed("verify files"):
+        count = check_files(output, read_manifest(output), digests=True)
+    print(f"{count} files of {output} are what was exported")
+
+
+@app.command()
+def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, seed: opt.Seed = 0) -> None:
+    """Train MiniLM to sort BBC news with GraLoRA, merge, export, verify and classify on ONNX Runtime."""
+    from gralora_fx.demo import run
+
+    run(output, epochs=epochs, seed=seed)

@@ -1,0 +1,144 @@
+"""The options of the commands, each declared once, checked before anything is imported."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gralora_fx.config.tasks import TASKS, check_task
+from gralora_fx.errors import ConfigError
+from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, ExportOptions
+
+
+def _utf8(value: Any) -> Any:
+    """A value of an option, or several, whose bytes are text: what the system hands over is not always."""
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        try:
+            str(part).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{str(part)[:80]!a} is not valid UTF-8; give text in UTF-8") from error
+    return value
+
+
+def _name(name: str | None) -> str | None:
+    """A directory or hub id, which is not empty."""
+    if name is not None and not name.strip():
+        raise ConfigError("--model and --adapter take a local directory or a hub id, but one of them is empty")
+    return _utf8(name)  # type: ignore[no-any-return]
+
+
+def _task(task: str | None) -> str | None:
+    """A task's name, checked before anything is imported."""
+    check_task(_utf8(task))
+    return task
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"gralora-fx {version('gralora-fx')}")
+        raise typer.Exit
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    """How the help shows choices."""
+    return f"[{'|'.join(choices)}]"
+
+
+_TASKS = "\n".join(TASKS)
+Model = Annotated[str | None, typer.Option(help="Base model: a local directory or a hub id.", callback=_name)]
+Adapter = Annotated[
+    str | None, typer.Option(help="PEFT-format GraLoRA adapter: a local directory or a hub id.", callback=_name)
+]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="TASK", help=f"Task, by optimum's names:\n\n\b\n{_TASKS}", callback=_task),
+]
+Output = Annotated[Path, typer.Option(help="The export directory.", callback=_utf8)]
+Version = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+]
+# of inspect
+Html = Annotated[
+    Path | None, typer.Option(help="Also write a page with the graph's picture and heat maps.", callback=_utf8)
+]
+Svg = Annotated[Path | None, typer.Option(help="Also write the picture alone.", callback=_utf8)]
+Full = Annotated[bool, typer.Option("--full", help="Draw layers that look alike one by one.")]
+# of export
+Precision = Annotated[str, typer.Option(metavar=_either(PRECISIONS), help="Precision of weights and cache.")]
+Quantize = Annotated[
+    str | None, typer.Option(metavar=_either(QUANTIZATIONS), help="Store matrices as blocks of small integers.")
+]
+BlockSize = Annotated[
+    int | None, typer.Option(help="Quantized values that share a scale: a power of two, 16 or more.  [default: 32]")
+]
+AccuracyLevel = Annotated[
+    int | None,
+    typer.Option(
+        metavar="[0|1|2|3|4]",
+        help="How quantized weights multiply: 0 the runtime's choice, 1 float32, 2 float16, 3 bfloat16, 4 int8, "
+        "the fastest.  [default: 4]",
+    ),
+]
+Logits = Annotated[
+    str, typer.Option(metavar=_either(LOGITS), help="Of a model with a cache: logits of the last position, or all.")
+]
+RandomHead = Annotated[
+    bool, typer.Option("--allow-random-head", help="Export a head that the checkpoint lacks, with random values.")
+]
+NoTokenizer = Annotated[bool, typer.Option("--no-tokenizer", help="Leave the base's tokenizer out.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Read weights one by one while writing; nothing is compared.")]
+Verify = Annotated[
+    str | None,
+    typer.Option(metavar=_either(LEVELS), help="How thoroughly to compare with PyTorch.  [default: quick]"),
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export of another base or task.")]
+Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=_utf8)]
+# of verify
+ExportedHead = Annotated[bool, typer.Option("--allow-random-head", help="For an export that was made with it.")]
+Level = Annotated[
+    str | None,
+    typer.Option("--verify", metavar=_either(LEVELS), help="How thoroughly to compare.  [default: full]"),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.", callback=_utf8),
+]
+Files = Annotated[
+    bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
+]
+# of demo
+DemoOutput = Annotated[Path, typer.Option(help="Where to write.", callback=_utf8)]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training texts.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split, the initial values and the batches.")]
+
+
+def export_options(
+    options: dict[str, Any], blocks: dict[str, int | None], *, no_verify: bool, stream: bool
+) -> dict[str, Any]:
+    """Options of `export_onnx`, checked before anything is imported.
+
+    Args:
+        options: Those that stand by themselves.
+        blocks: Those that need `--quantize`; None where they were not given.
+        no_verify: Whether the comparison is left out.
+        stream: Whether there is nothing to compare with.
+
+    Raises:
+        ConfigError: An option has no effect beside the others.
+        ExportError: A value is not among its choices.
+    """
+    given = {name: value for name, value in blocks.items() if value is not None}
+    if given and options["quantize"] is None:
+        option = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{option} has no effect without --quantize; give --quantize too, or leave it out")
+    if options["verify"] is not None and (no_verify or stream):
+        other = "--no-verify" if no_verify else "--stream, which leaves nothing to compare with"
+        raise ConfigError(f"--verify {options['verify']} contradicts {other}; leave one of them out")
+    level = options["verify"] or not (no_verify or stream)
+    found = {**options, **given, "verify": level}
+    ExportOptions(**found)  # which checks them
+    return found

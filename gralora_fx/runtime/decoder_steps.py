@@ -1,0 +1,101 @@
+"""An exported decoder run step by step: what it cached in one step goes into the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past
+from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
+from gralora_fx.tracing.inputs.decoder_cache import positions
+
+Step = Callable[[Tensor, Tensor], Tensor]  # from new ids and the mask of all positions to logits
+
+
+class DecoderSteps:
+    """A decoder of one graph, with the cache of the steps that it has taken."""
+
+    def __init__(self, session: Any, batch: int, description: str = "a step") -> None:
+        """Begin with an empty cache.
+
+        Args:
+            session: A session over an export with a cache.
+            batch: Number of rows.
+            description: What is run, for messages.
+        """
+        self._session, self._description = session, description
+        self._takes = {value.name for value in session.get_inputs()}
+        self._cache = empty_values(session, batch)
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read new tokens.
+
+        Args:
+            ids: `[batch, new]`.
+            mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
+
+        Returns:
+            Logits `[batch, new, vocabulary]`, or `[batch, 1, vocabulary]` of an export that gives the last alone.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+        """
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
+        feed = {name: value for name, value in inputs.items() if name in self._takes}
+        results = run_values(self._session, {**feed, **self._cache}, self._description)
+        self._cache = as_past(results)
+        return as_tensor(results["logits"])
+
+
+class EncoderDecoderSteps:
+    """An encoder-decoder that has read its source, with the cache of the decoder's steps."""
+
+    def __init__(self, session: EncoderDecoderSession, source: Mapping[str, Tensor]) -> None:
+        """Run the encoder, and begin with an empty cache.
+
+        Args:
+            session: The export.
+            source: What the encoder reads, by name.
+        """
+        feed = {name: value.numpy() for name, value in source.items()}
+        self._session, self._mask = session, feed.get("attention_mask")
+        self._hidden = session.encode(feed)
+        self._past: dict[str, Any] | None = None
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read new tokens.
+
+        Args:
+            ids: `[batch, new]`.
+            mask: Not read: the decoder's own positions are not padded.
+
+        Returns:
+            Logits `[batch, new, vocabulary]`.
+        """
+        results = self._session.step(ids.numpy(), self._hidden, self._mask, self._past)
+        self._past = as_past(results)
+        return torch.from_numpy(results["logits"])
+
+
+def greedy_tokens(step: Step, ids: Tensor, steps: int, mask: Tensor | None = None) -> Tensor:
+    """The likeliest tokens, one after another.
+
+    Args:
+        step: What reads tokens, nothing read so far.
+        ids: `[batch, length]`, the tokens to begin with.
+        steps: How many to add.
+        mask: As `ids`, 0 where a position is padding on the left; None where none is.
+
+    Returns:
+        The new tokens, `[batch, steps]`.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
+    found: list[Tensor] = []
+    for _ in range(steps):
+        ids = step(ids, mask)[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        found.append(ids)
+    return torch.cat(found, dim=1)

@@ -1,0 +1,43 @@
+"""Options of an export check themselves: every bad value is one error, before anything is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.options import ExportOptions, Quantization
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapters": "loose"}, "adapters='loose' is not available; take 'merged'"),
+        ({"precision": "fp8"}, "precision='fp8' is not available; take 'fp32' or 'fp16' or 'bf16'"),
+        ({"precision": None}, "precision=None is not available"),
+        ({"quantize": "int3"}, "quantize='int3' is not available; take 'int4' or 'int8' or None"),
+        ({"block_size": 24}, "block_size=24 is not a block size; take a power of two, 16 or more"),
+        ({"accuracy_level": 2.0}, "accuracy_level=2.0 is not an accuracy level; take 0"),
+        ({"logits": "first"}, "logits='first' is not available; take 'last' or 'all'"),
+        ({"verify": "slow"}, "verify='slow' is not available; take 'quick' or 'full'"),
+        ({"verify": None}, "verify=None is not available"),
+        ({"overwrite": "yes"}, "overwrite must be True or False, but got 'yes'"),
+        ({"dump": 5}, "dump must be the path of a directory or None, but got 5"),
+        ({"tokenizer": 5}, "5 is not a tokenizer; give one of transformers, or the directory of one"),
+    ],
+)
+def test_a_bad_value_is_one_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        ExportOptions(**options)
+
+
+def test_options_say_what_they_mean() -> None:
+    assert [ExportOptions(verify=value).level for value in (True, "quick", "full", False)] == [
+        "quick",
+        "quick",
+        "full",
+        None,
+    ]
+    assert ExportOptions().quantization is None
+    assert ExportOptions(quantize="int4", block_size=64).quantization == Quantization("int4", 64, 4)
