@@ -26,11 +26,10 @@ from gralora_fx.tracing.inputs.input_trees import distinct, fixed_axes
 from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task, widen
 from gralora_fx.tracing.inputs.signature import signature_of
 from gralora_fx.tracing.normalize.clean import without_guards
+from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
 from gralora_fx.tracing.normalize.modes import draws_randomly, record_switches
 from gralora_fx.tracing.normalize.training_branches import differing_modules, names_of_modules, updated_buffers
-from gralora_fx.tracing.patches.attention import padding_as_argument
 from gralora_fx.tracing.patches.eager_modes import traceable_modes
-from gralora_fx.tracing.patches.masks import without_empty_blocks
 from gralora_fx.tracing.patches.meta_parameters import stand_ins, take_own
 from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program

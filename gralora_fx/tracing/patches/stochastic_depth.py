@@ -12,40 +12,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor, nn
 
 from gralora_fx.errors import warn_caller
-from gralora_fx.operators.namespace import NAMESPACE
+from gralora_fx.operators.drop_path import DropPath
 from gralora_fx.tracing.patches.llama_functions import same_code
 
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("drop_path(Tensor x, float p, bool train) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-
-
-def drop_path(x: Tensor, p: float, train: bool) -> Tensor:
-    """Set samples to zero at random in training and scale the others, as transformers' models do.
-
-    From "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; a generator in the same state gives
-    transformers' draws.
-
-    Args:
-        x: `[batch, ...]`, the output of a residual branch.
-        p: Probability of a sample to be dropped, in `[0, 1)`.
-        train: Whether to drop; otherwise `x` itself is returned.
-
-    Returns:
-        As `x`.
-    """
-    if not train or p == 0.0:
-        return x
-    kept = torch.floor(torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device) + (1 - p))
-    return x.div(1 - p) * kept
-
-
-_library.impl("drop_path", drop_path, "CompositeImplicitAutograd")
 
 
 @contextmanager
@@ -68,8 +41,7 @@ def drop_paths_as_operators(model: nn.Module) -> Iterator[None]:
 
 
 def _drop(module: Any, hidden_states: Tensor) -> Tensor:
-    result: Tensor = torch.ops.gralora.drop_path(hidden_states, module.drop_prob, module.training)
-    return result
+    return DropPath.compute(x=hidden_states, p=module.drop_prob, train=module.training)
 
 
 @contextmanager
