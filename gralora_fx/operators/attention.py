@@ -52,8 +52,9 @@ def attention(
         padding = key.new_ones(1, key.shape[2]) if mask is None else mask
         bias = causal_mask(padding, length, window, query.dtype)
     if not softcap and sinks is None:
+        # bool: a comparison of symbolic sizes is not one
         result = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=bool(groups > 1)
         )
         return result.transpose(1, 2).contiguous()
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -34,8 +34,8 @@ from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms
 from gralora_fx.exporters.pipeline import import_domains
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.operators.rms_norm import rms_norm
 from gralora_fx.operators.rotary import rotary
-from gralora_fx.tracing.patches.llama_functions import rms_norm
 
 
 class Norm(nn.Module):
