@@ -22,8 +22,8 @@ _SHAPES = "gralora_shapes"
 
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _shapes: Any = torch.library.Library(_SHAPES, "DEF")  # type: ignore[no-untyped-call]
-_stands_for: dict[Any, Any] = {}  # what computes, by what stands for it
-_stand_ins: dict[Any, Any] = {}
+_stands_for: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
+_shape_only: dict[Any, Any] = {}  # the other way round
 
 
 def define(
@@ -70,10 +70,10 @@ def define_shape_only(schema: str, rule: Callable[..., Tensor], operator: Any) -
     _shapes.define(schema)
     name = schema.partition("(")[0]
     _shapes.impl(name, rule, "CompositeImplicitAutograd")
-    stand_in = getattr(getattr(torch.ops, _SHAPES), name).default
-    _stands_for[stand_in] = operator
-    _stand_ins[operator] = stand_in
-    return stand_in
+    shape_only = getattr(getattr(torch.ops, _SHAPES), name).default
+    _stands_for[shape_only] = operator
+    _shape_only[operator] = shape_only
+    return shape_only
 
 
 def is_shape_only(tensor: object) -> bool:
@@ -83,7 +83,7 @@ def is_shape_only(tensor: object) -> bool:
 
 def operator_for(operator: Any, tensor: Tensor) -> Any:
     """What to call with a tensor: what stands for an operator if the tensor has no values, else the operator itself."""
-    return _stand_ins.get(operator, operator) if is_shape_only(tensor) else operator
+    return _shape_only.get(operator, operator) if is_shape_only(tensor) else operator
 
 
 def restore_operators(graph: fx.Graph) -> None:

@@ -188,9 +188,9 @@ def test_a_tensor_without_values_gets_the_shape_of_the_result(name: str, sizes: 
 def test_what_a_traced_model_calls_often_has_a_rule_for_its_shape() -> None:
     with FakeTensorMode():
         fake = torch.empty(1)
-    stand_ins = {operator for operator in OPERATORS if operator_for(operator.target, fake) is not operator.target}
-    assert stand_ins == {Attention, Mask, RmsNorm, Rotate}
-    for operator in stand_ins:
+    ruled = {operator for operator in OPERATORS if operator_for(operator.target, fake) is not operator.target}
+    assert ruled == {Attention, Mask, RmsNorm, Rotate}
+    for operator in ruled:
         assert schema_names(operator_for(operator.target, fake)) == schema_names(operator.target)
 
 
