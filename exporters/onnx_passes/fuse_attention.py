@@ -43,24 +43,20 @@ class FuseAttention:
         Raises:
             ExportError: The number of heads of a layer is not known. The model must be discarded.
         """
-        return _fuse_attention(model, self.tables)
-
-
-def _fuse_attention(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Model]:
-    nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
-    lower_masks(model.graph)
-    if not nodes:
-        return PassResult(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
-    plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
-    fitting = [node for node in nodes if node not in plain]
-    _give_own_caches(model.graph, fitting)
-    masks: dict[tuple[ir.Value, int], ir.Value] = {}
-    for node in plain:
-        lower_attention(model.graph, node, masks)
-    shared: _Shared = {}
-    for node in fitting:
-        _replace(model.graph, node, tables, shared)
-    return PassResult(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
+        nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
+        lower_masks(model.graph)
+        if not nodes:
+            return PassResult(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
+        plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
+        fitting = [node for node in nodes if node not in plain]
+        _give_own_caches(model.graph, fitting)
+        masks: dict[tuple[ir.Value, int], ir.Value] = {}
+        for node in plain:
+            lower_attention(model.graph, node, masks)
+        shared: _Shared = {}
+        for node in fitting:
+            _replace(model.graph, node, self.tables, shared)
+        return PassResult(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
 
 
 def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:

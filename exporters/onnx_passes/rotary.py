@@ -300,19 +300,15 @@ class LowerRotary:
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place."""
-        return _lower_rotary(model, self.tables)
-
-
-def _lower_rotary(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Model]:
-    count = 0
-    for node, rotary in RotaryNode.all_in(model.graph):
-        if node.outputs[0].uses():
-            build = Builder(model.graph)
-            take_place(turned(build, rotary, rotary.x, tables), node.outputs[0])
-            build.insert_before(node)
-        model.graph.remove(node, safe=True)
-        count += 1
-    return PassResult(count)
+        count = 0
+        for node, rotary in RotaryNode.all_in(model.graph):
+            if node.outputs[0].uses():
+                build = Builder(model.graph)
+                take_place(turned(build, rotary, rotary.x, self.tables), node.outputs[0])
+                build.insert_before(node)
+            model.graph.remove(node, safe=True)
+            count += 1
+        return PassResult(count)
 
 
 def turned(build: Builder, rotary: RotaryNode, x: ir.Value, tables: RotaryTables) -> ir.Value:
