@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -30,16 +30,23 @@ def known_as_operators(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as changed:
         for module in model.modules():
-            if same_code(type(module).forward, modeling_llama.LlamaRMSNorm.forward) and "forward" not in vars(module):
+            if is_rms_norm(type(module)) and "forward" not in vars(module):
                 changed.enter_context(patch.object(module, "forward", functools.partial(_norm, module)))
         for name in sorted({type(module).__module__ for module in model.modules()}):
-            held = vars(sys.modules[name])
-            if all(same_code(held.get(known.__name__), known) for known in _ROTARY):
+            if has_rotary_embedding(sys.modules[name]):
                 changed.enter_context(patch.object(sys.modules[name], "apply_rotary_pos_emb", _rotate_both))
         yield
 
 
-_ROTARY: tuple[FunctionType, ...] = (modeling_llama.apply_rotary_pos_emb, modeling_llama.rotate_half)
+def is_rms_norm(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules normalises by the code that Llama's has."""
+    return same_code(kind.forward, modeling_llama.LlamaRMSNorm.forward)
+
+
+def has_rotary_embedding(module: ModuleType) -> bool:
+    """Whether a Python module turns queries and keys by the code that Llama's has."""
+    known = (modeling_llama.apply_rotary_pos_emb, modeling_llama.rotate_half)
+    return all(same_code(getattr(module, function.__name__, None), function) for function in known)
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:

@@ -28,16 +28,20 @@ def drop_paths_as_operators(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model; its modules are as before when the block ends.
     """
-    found = [module for module in model.modules() if type(module).__name__.endswith("DropPath")]
     with ExitStack() as changed:
-        if found:
-            from transformers.models.swin.modeling_swin import SwinDropPath
-
-            for module in found:
-                is_known = same_code(type(module).forward, SwinDropPath.forward) and "forward" not in vars(module)
-                if is_known and isinstance(module.drop_prob, float):
-                    changed.enter_context(patch.object(module, "forward", functools.partial(_drop, module)))
+        for module in model.modules():
+            if is_drop_path(type(module)) and "forward" not in vars(module) and isinstance(module.drop_prob, float):
+                changed.enter_context(patch.object(module, "forward", functools.partial(_drop, module)))
         yield
+
+
+def is_drop_path(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules drops paths by the code that transformers' have."""
+    if not kind.__name__.endswith("DropPath"):
+        return False
+    from transformers.models.swin.modeling_swin import SwinDropPath  # which few models need
+
+    return same_code(kind.forward, SwinDropPath.forward)
 
 
 def _drop(module: Any, hidden_states: Tensor) -> Tensor:
