@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import aten, number, shape
-from gralora_fx.exporters.fx_passes.operators import ATTENTION
 from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.operators.attention import Attention
 
 _SDPA = aten.scaled_dot_product_attention.default
 
@@ -41,8 +39,8 @@ def mark_shared_heads(graph: fx.Graph) -> PassResult[fx.Graph]:
         scale = number(node.kwargs.get("scale")) or float(sizes[0][3]) ** -0.5
         with graph.inserting_before(node):
             bias = _added(graph, mask, query, masks)
-            arguments: tuple[Any, ...] = (query, key, value, bias, None, scale, 0, 0.0, 0.0)
-            together = graph.call_function(ATTENTION, arguments)
+            attention = Attention(query, key, value, bias, None, scale=scale, window=0, softcap=0.0, dropout=0.0)
+            together = attention.insert(graph)
             apart = graph.call_function(aten.transpose.int, (together, 1, 2))
         together.meta = {**node.meta, "val": node.meta["val"].transpose(1, 2)}
         apart.meta = dict(node.meta)

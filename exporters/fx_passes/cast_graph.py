@@ -17,6 +17,7 @@ from gralora_fx.compat.pytree import tree_map
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.graph.module_tree import module_stack
+from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.sources.lazy_tensors import defer, raw_values_of
@@ -165,7 +166,7 @@ class _Change:
                 self._cast(node)
             else:
                 self._call(node)
-        self._replace_parameters()
+        map_parameters(self.module, self._in_dtype)
         self.graph.lint()
         self.module.recompile()
         return self.module
@@ -294,15 +295,10 @@ class _Change:
         node.args = tuple(bounded(arg) for arg in node.args)
         node.kwargs = {name: bounded(arg) for name, arg in node.kwargs.items()}
 
-    def _replace_parameters(self) -> None:
-        made: dict[int, nn.Parameter] = {}
-        for path, module in self.module.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point() and parameter.dtype != self.dtype:
-                    full = f"{path}.{name}".lstrip(".")
-                    module._parameters[name] = made.setdefault(
-                        id(parameter), _cast_parameter(parameter, self.dtype, full)
-                    )
+    def _in_dtype(self, parameter: nn.Parameter, name: str) -> nn.Parameter:
+        if not parameter.is_floating_point() or parameter.dtype == self.dtype:
+            return parameter
+        return _cast_parameter(parameter, self.dtype, name)
 
 
 def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:

@@ -37,20 +37,15 @@ class Decompose:
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Replace them, in place, in a graph every node of which has the value that tracing noted."""
-        return PassResult(_decompose(graph, self.known, self.decompositions))
-
-
-def _decompose(graph: fx.Graph, known: Collection[Any], decompositions: Callable[[], Table]) -> int:
-    calls = [node for node in graph.nodes if isinstance(node.target, OpOverload)]
-    unknown = [node for node in calls if node.target not in known]
-    table = decompositions() if unknown else {}
-    replaced = 0
-    for node in unknown:
-        if node.target in table or node.target._can_decompose():
-            parts = [user for user in node.users if user.target is operator.getitem]
-            retrace([node, *sorted(parts)], table=table)
-            replaced += 1
-    return replaced
+        unknown = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target not in self.known]
+        table = self.decompositions() if unknown else {}
+        count = 0
+        for node in unknown:
+            if node.target in table or node.target._can_decompose():
+                parts = [user for user in node.users if user.target is operator.getitem]
+                retrace([node, *sorted(parts)], table=table)
+                count += 1
+        return PassResult(count)
 
 
 @dataclass(frozen=True)
@@ -70,43 +65,35 @@ class FoldNumbers:
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Replace them, in place, in a graph every node of which has the value that tracing noted."""
-        return PassResult(_fold_numbers(graph, self.known, self.value_at))
+        numbers: dict[fx.Node, Tensor | None] = {}
+        count = 0
+        for node in list(graph.nodes):
+            if not isinstance(node.target, OpOverload) or node.target in self.known:
+                continue
+            number = self._number(node, numbers)
+            if number is not None:
+                node.target, node.args = torch.ops.aten.full.default, (list(number.shape), number.item())
+                node.kwargs = {"dtype": number.dtype}
+                count += 1
+        return PassResult(count)
 
+    def _number(self, node: fx.Node, numbers: dict[fx.Node, Tensor | None]) -> Tensor | None:
+        """The one value of a node that depends on constants only; None of any other node."""
+        if node not in numbers:
+            numbers[node] = self._computed(node, numbers)
+        return numbers[node]
 
-def _fold_numbers(graph: fx.Graph, known: Collection[Any], value_at: Callable[[str], Tensor | None]) -> int:
-    found: dict[fx.Node, Tensor | None] = {}
-
-    def value(node: fx.Node) -> Tensor | None:
-        if node not in found:
-            found[node] = _number_of(node, value, value_at)
-        return found[node]
-
-    replaced = 0
-    for node in list(graph.nodes):
-        if not isinstance(node.target, OpOverload) or node.target in known:
-            continue
-        number = value(node)
-        if number is not None:
-            node.target, node.args = torch.ops.aten.full.default, (list(number.shape), number.item())
-            node.kwargs = {"dtype": number.dtype}
-            replaced += 1
-    return replaced
-
-
-def _number_of(
-    node: fx.Node, value: Callable[[fx.Node], Tensor | None], value_at: Callable[[str], Tensor | None]
-) -> Tensor | None:
-    """The one value of a node that depends on constants only; None of any other node."""
-    noted = node.meta.get("val")
-    if not isinstance(noted, Tensor) or any(expression(size) != 1 for size in noted.shape):
-        return None
-    if node.op == "get_attr":
-        return value_at(str(node.target))
-    if not isinstance(node.target, OpOverload) or is_mutable(node.target):
-        return None
-    values = {source: value(source) for source in node.all_input_nodes}
-    if torch.Tag.nondeterministic_seeded in node.target.tags or any(number is None for number in values.values()):
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    result = node.target(*args, **kwargs)
-    return result if isinstance(result, Tensor) else None
+    def _computed(self, node: fx.Node, numbers: dict[fx.Node, Tensor | None]) -> Tensor | None:
+        noted = node.meta.get("val")
+        if not isinstance(noted, Tensor) or any(expression(size) != 1 for size in noted.shape):
+            return None
+        if node.op == "get_attr":
+            return self.value_at(str(node.target))
+        if not isinstance(node.target, OpOverload) or is_mutable(node.target):
+            return None
+        values = {source: self._number(source, numbers) for source in node.all_input_nodes}
+        if torch.Tag.nondeterministic_seeded in node.target.tags or any(number is None for number in values.values()):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        result = node.target(*args, **kwargs)
+        return result if isinstance(result, Tensor) else None

@@ -8,8 +8,12 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from gralora_fx.compat import torch_onnx
 from gralora_fx.compat.transformers_exporters import fix_for_onnx
-from gralora_fx.exporters.fx_passes.operators import TRANSLATIONS
 from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.operators.attention import Attention
+from gralora_fx.operators.constant_sizes import Reshape, Slice
+from gralora_fx.operators.mask import Mask
+from gralora_fx.operators.rms_norm import RmsNorm
+from gralora_fx.operators.rotary import Rotary
 from gralora_fx.progress.silence import quiet
 
 _aten = torch.ops.aten
@@ -23,7 +27,7 @@ _MIXED = {
     _aten.index_select.default,
     _aten.masked_fill.Scalar,
     _aten.where.self,
-    *TRANSLATIONS,
+    *(call.target for call in (Attention, Mask, Reshape, RmsNorm, Rotary, Slice)),
 }
 
 

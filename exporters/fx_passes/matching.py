@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gralora_fx.operators.constant_sizes import Slice
+
 aten = torch.ops.aten
 MUL = (aten.mul.Tensor, aten.mul.Scalar, operator.mul)
 END = 2**63 - 1  # of an axis, whatever its size
@@ -50,8 +52,8 @@ def expression(size: Any) -> Any:
     return size
 
 
-def limits(node: Any) -> tuple[Any, int, int, int, int] | None:
-    """`(x, axis, start, stop, step)` where a node is a slice with limits known when tracing; None of anything else."""
+def limits(node: Any) -> Slice | None:
+    """A slice with limits known when tracing, its axis counted from the front; None of anything else."""
     if not is_call(node, aten.slice.Tensor) or node.kwargs:
         return None
     given: list[Any] = list(node.args)
@@ -61,17 +63,19 @@ def limits(node: Any) -> tuple[Any, int, int, int, int] | None:
     rank = len(shape(x))
     if not rank or not all(isinstance(limit, int) for limit in (axis, start, stop, step)):
         return None
-    return x, axis % rank, start, stop, step
+    return Slice(x, axis % rank, start, stop, step)
 
 
 def part(node: Any) -> tuple[fx.Node, int, int, int] | None:
     """`(x, start, stop, step)` where a node is `x[..., start:stop:step]`; None of anything else."""
     found = limits(node)
-    if found is None or found[1] != len(shape(found[0])) - 1:
+    if found is None or found.axis != len(shape(found.x)) - 1:
         return None
-    x, _, start, stop, step = found
-    size = expression(shape(x)[-1])
-    return (x, *slice(start, stop).indices(size)[:2], step) if isinstance(size, int) else None
+    size = expression(shape(found.x)[-1])
+    if not isinstance(size, int):
+        return None
+    start, stop, _ = slice(found.start, found.stop).indices(size)
+    return found.x, start, stop, found.step
 
 
 def joined(node: Any) -> list[Any] | None:

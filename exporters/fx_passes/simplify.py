@@ -19,12 +19,12 @@ from gralora_fx.exporters.fx_passes.matching import (
     same_size,
     shape,
 )
-from gralora_fx.exporters.fx_passes.operators import DROP_PATH, RESHAPE, SLICE
 from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.operators.constant_sizes import Reshape
+from gralora_fx.operators.drop_path import DropPath
 
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 _COPIES = {aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default}
-_DROPOUTS = (aten.dropout.default, DROP_PATH)
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _SHAPES = {*_VIEWS, aten.reshape.default, aten.flatten.using_ints}
 
@@ -51,10 +51,8 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
             continue
         if node.target in _CASTS:
             _plain_cast(node)
-        elif _changes_nothing(node) or (
-            is_call(node, *MUL) and number(node.args[1]) == 1.0 and _alike(node, node.args[0])
-        ):
-            _drop(node, node.args[0])
+        elif (source := _unchanged(node)) is not None:
+            _drop(node, source)
         elif node.target in _SHAPES:
             _constant_shape(node)
         elif node.target in _SPLITS:
@@ -65,11 +63,20 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
     return PassResult(before - len(graph.nodes))
 
 
-def _changes_nothing(node: fx.Node) -> bool:
+def _unchanged(node: fx.Node) -> Any:
+    """What a node gives again as it is; None where it computes something."""
+    drop_path = DropPath.of(node)
+    if drop_path is not None:
+        return None if drop_path.train else drop_path.x
+    source = node.args[0] if node.args else None
     if is_call(node, aten.slice.Tensor):
-        before, after, step = shape(node.args[0]), shape(node), node.args[4] if len(node.args) > 4 else 1
-        return bool(step == 1) and all(same_size(a, b) for a, b in zip(before, after, strict=True))
-    return node.target in _COPIES or bool(is_call(node, *_DROPOUTS) and not node.args[2])
+        before, after, step = shape(source), shape(node), node.args[4] if len(node.args) > 4 else 1
+        whole = step == 1 and all(same_size(a, b) for a, b in zip(before, after, strict=True))
+    elif is_call(node, *MUL):
+        whole = number(node.args[1]) == 1.0 and _alike(node, source)
+    else:
+        whole = node.target in _COPIES or (is_call(node, aten.dropout.default) and not node.args[2])
+    return source if whole else None
 
 
 def _alike(node: fx.Node, other: Any) -> bool:
@@ -112,7 +119,9 @@ def _constant_shape(node: fx.Node) -> None:
         return
     if any(expression(size) == 0 for size in after):  # 0 means another thing in a constant
         return
-    node.target, node.args, node.kwargs = RESHAPE, (node.args[0], sizes), {}
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    Reshape(source, sizes).write(node)
 
 
 def _slices(node: fx.Node) -> None:
@@ -150,7 +159,7 @@ def constant_slices(graph: fx.Graph) -> PassResult[fx.Graph]:
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
         found = limits(node)
         if found is not None:
-            node.target, node.args = SLICE, found
+            found.write(node)
             count += 1
     return PassResult(count)
 
@@ -170,14 +179,14 @@ def whole_products(graph: fx.Graph) -> PassResult[fx.Graph]:
             continue
         bias, rows, weight = node.args
         (user,) = node.users
-        if not is_call(rows, RESHAPE) or not is_call(user, RESHAPE, *_SHAPES):
+        flat = Reshape.of(rows)
+        if flat is None or not is_call(user, Reshape.target, *_SHAPES):
             continue
-        x = rows.args[0]
-        before, after = shape(x), shape(user)
+        before, after = shape(flat.x), shape(user)
         if len(before) != len(after) or not all(map(same_size, before[:-1], after[:-1])):
             continue
         with graph.inserting_before(user):
-            product = graph.call_function(aten.matmul.default, (x, weight))
+            product = graph.call_function(aten.matmul.default, (flat.x, weight))
             result = graph.call_function(aten.add.Tensor, (product, bias))
         product.meta, result.meta = dict(user.meta), dict(user.meta)
         user.replace_all_uses_with(result)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.onnx_passes.builder import Builder, known_size, take_place
+from gralora_fx.exporters.translation.operators import AttentionNode, MaskNode
 
 
 def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.Value]) -> None:
@@ -19,23 +20,18 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
 
     Args:
         graph: The graph of the node; it is changed in place.
-        node: The operator: query `[batch, heads, length, size]`, key `[batch, key heads, total, size]`, value
-            `[batch, key heads, total, value size]`, a padding mask `[batch, total]` or one that is added to the scores
-            `[batch, 1 or heads, length, total]`, and sinks `[heads]` or none.
+        node: The operator, an `AttentionNode`.
         masks: What was made of padding masks and windows so far; gains what this layer needs.
 
     Raises:
         ExportError: The number of heads is not known.
     """
-    query, key, value, mask, sinks = (*node.inputs, None, None)[:5]
-    assert query is not None
-    assert key is not None
-    assert value is not None
+    attention = AttentionNode.read(node)
+    query, key, value, sinks = attention.query, attention.key, attention.value, attention.sinks
     heads, key_heads, size, value_size = _axis(query, 1), _axis(key, 1), _axis(query, 3), _axis(value, 3)
-    window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
     dtype = query.dtype or ir.DataType.FLOAT
     build = Builder(graph)
-    bias = _bias(graph, node, masks, build, mask, window, dtype)
+    bias = _bias(graph, node, attention, masks)
     shared = heads != key_heads
     if shared:  # [batch, key heads, heads / key heads, length, size] and [batch, key heads, 1, total, size]
         query = build("Reshape", query, build.ints(0, key_heads, heads // key_heads, -1, size))
@@ -46,10 +42,9 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
             shape = build("Concat", build.ints(0, key_heads, heads // key_heads), length, axis=0) if per_head else None
             bias = build("Unsqueeze", bias, build.ints(2)) if shape is None else build("Reshape", bias, shape)
     turned = build("Transpose", key, perm=[0, 1, 2, 4, 3] if shared else [0, 1, 3, 2])
-    scale = node.attributes["scale"].as_float()
-    scores = build("MatMul", build("Mul", query, build.tensor(scale, dtype)), turned)
-    if softcap:
-        bound = build.tensor(softcap, dtype)
+    scores = build("MatMul", build("Mul", query, build.tensor(attention.scale, dtype)), turned)
+    if attention.softcap:
+        bound = build.tensor(attention.softcap, dtype)
         scores = build("Mul", build("Tanh", build("Div", scores, bound)), bound)
     if bias is not None:
         scores = build("Add", scores, bias)
@@ -67,7 +62,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
     _replace(node, build("Transpose", result, perm=[0, 2, 1, 3]), build)
 
 
-def lower_masks(graph: ir.Graph, domain: str) -> int:
+def lower_masks(graph: ir.Graph) -> int:
     """Replace every mask operator, whose result something else than attention reads.
 
     Before: `m = Mask(padding)`
@@ -75,41 +70,30 @@ def lower_masks(graph: ir.Graph, domain: str) -> int:
 
     Args:
         graph: A graph; it is changed in place.
-        domain: The operator's domain.
 
     Returns:
         How many were replaced.
     """
-    nodes = [node for node in graph if node.domain == domain and node.op_type == "Mask"]
-    for node in nodes:
+    count = 0
+    for node, mask in MaskNode.all_in(graph):
         build = Builder(graph)
-        padding, length = node.inputs
-        assert padding is not None
-        assert length is not None
-        window, dtype = node.attributes["window"].as_int(), ir.DataType(node.attributes["dtype"].as_int())
-        rows = build("Reshape", length, build.ints(1))
-        _replace(node, _causal(build, padding, rows, window, dtype), build)
-    return len(nodes)
+        length = build("Reshape", mask.length, build.ints(1))
+        _replace(node, _causal(build, mask.padding, length, mask.window, ir.DataType(mask.dtype)), build)
+        count += 1
+    return count
 
 
 def _bias(
-    graph: ir.Graph,
-    node: ir.Node,
-    masks: dict[tuple[ir.Value, int], ir.Value],
-    build: Builder,
-    mask: ir.Value | None,
-    window: int,
-    dtype: ir.DataType,
+    graph: ir.Graph, node: ir.Node, attention: AttentionNode, masks: dict[tuple[ir.Value, int], ir.Value]
 ) -> ir.Value | None:
     """What is added to the scores, made once for all layers with one padding mask and window."""
+    query, mask, window = attention.query, attention.mask, attention.window
     if mask is None or (mask.shape is not None and len(mask.shape) == 4):
         return mask
     if (mask, window) not in masks:
-        query = node.inputs[0]
-        assert query is not None
-        apart = Builder(graph)
-        masks[mask, window] = _causal(apart, mask, apart("Shape", query, start=2, end=3), window, dtype)
-        apart.insert_before(node)
+        build, dtype = Builder(graph), query.dtype or ir.DataType.FLOAT
+        masks[mask, window] = _causal(build, mask, build("Shape", query, start=2, end=3), window, dtype)
+        build.insert_before(node)
     return masks[mask, window]
 
 

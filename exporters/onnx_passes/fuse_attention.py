@@ -8,13 +8,13 @@ import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.fx_passes.operators import DOMAIN
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
 from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention, lower_masks
 from gralora_fx.exporters.onnx_passes.pack_qkv import flat, packed
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionReport, Skip
+from gralora_fx.exporters.translation.operators import AttentionNode
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention refuses other sizes of heads
 
@@ -45,24 +45,20 @@ class FuseAttention:
         Raises:
             ExportError: The number of heads of a layer is not known. The model must be discarded.
         """
-        return _fuse_attention(model, self.tables)
-
-
-def _fuse_attention(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Model]:
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Attention"]
-    lower_masks(model.graph, DOMAIN)
-    if not nodes:
-        return _result(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
-    plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
-    fitting = [node for node in nodes if node not in plain]
-    _give_own_caches(model.graph, fitting)
-    masks: dict[tuple[ir.Value, int], ir.Value] = {}
-    for node in plain:
-        lower_attention(model.graph, node, masks)
-    shared: _Shared = {}
-    for node in fitting:
-        _replace(model.graph, node, tables, shared)
-    return _result(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
+        nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
+        lower_masks(model.graph)
+        if not nodes:
+            return _result(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
+        plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
+        fitting = [node for node in nodes if node not in plain]
+        _give_own_caches(model.graph, fitting)
+        masks: dict[tuple[ir.Value, int], ir.Value] = {}
+        for node in plain:
+            lower_attention(model.graph, node, masks)
+        shared: _Shared = {}
+        for node in fitting:
+            _replace(model.graph, node, self.tables, shared)
+        return _result(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
 
 
 def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:
@@ -77,32 +73,32 @@ def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     """
     seen: set[ir.Value] = set()
     for node in nodes:
-        for index in (1, 2):
-            cached = node.inputs[index]
-            assert cached is not None
+        attention = AttentionNode.read(node)
+        for name, cached in (("key", attention.key), ("value", attention.value)):
             if cached in seen:
                 joined = cached.producer()
                 assert joined is not None
                 copy = ir.node("Concat", list(joined.inputs), attributes=joined.attributes)
                 copy.outputs[0].shape, copy.outputs[0].type = cached.shape, cached.type
                 graph.insert_before(node, copy)
-                node.replace_input_with(index, copy.outputs[0])
+                node.replace_input_with(AttentionNode.position(name), copy.outputs[0])
             else:
                 seen.add(cached)
 
 
 def _unfit(node: ir.Node) -> str | None:
     """Why the operator does not take an attention, or None if it does."""
-    query, key, value, mask = node.inputs[:4]
+    attention = AttentionNode.read(node)
+    query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
     if mask is None or mask.shape is None or len(mask.shape) != 2:
         return "its mask is more than padding and a window"
     for name, cached in (("keys", key), ("values", value)):
-        producer = None if cached is None else cached.producer()
+        producer = cached.producer()
         if producer is None or producer.op_type != "Concat" or len(producer.inputs) != 2:
             return f"its {name} are not the cached ones and the new ones"
         if producer.inputs[0] not in node.graph.inputs:  # type: ignore[union-attr]
             return f"its {name} come from no input"
-    sizes = [None if v is None or v.shape is None else v.shape[3] for v in (query, key, value)]
+    sizes = [None if v.shape is None else v.shape[3] for v in (query, key, value)]
     if len({str(size) for size in sizes}) != 1:
         return f"queries, keys and values have sizes {sizes}, which differ"
     size = known_size(query, 3)
@@ -132,22 +128,20 @@ def _lengths_and_bias(
 
 
 def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shared) -> None:
-    query, key, value, mask, sinks = (*node.inputs, None)[:5]
-    assert mask is not None
-    assert query is not None
-    assert key is not None
-    assert value is not None
+    attention = AttentionNode.read(node)
+    query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
+    assert mask is not None  # see `_unfit`
     key_cat, value_cat = key.producer(), value.producer()
     assert key_cat is not None
     assert value_cat is not None
     heads, key_heads, size = (_number(value, axis) for value, axis in ((query, 1), (key, 1), (query, 3)))
     build = Builder(graph)
     attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": key_heads}
-    attributes["scale"] = node.attributes["scale"].as_float()
-    if window := node.attributes["window"].as_int():
-        attributes["local_window_size"] = window
-    if softcap := node.attributes["softcap"].as_float():
-        attributes["softcap"] = softcap
+    attributes["scale"] = attention.scale
+    if attention.window:
+        attributes["local_window_size"] = attention.window
+    if attention.softcap:
+        attributes["softcap"] = attention.softcap
     new_key, new_value = key_cat.inputs[1], value_cat.inputs[1]
     assert new_key is not None
     assert new_value is not None
@@ -167,7 +161,7 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
         None,
         None,
         bias,
-        sinks,
+        attention.sinks,
     ]
     fused = build.node("GroupQueryAttention", inputs, domain=MICROSOFT, num_outputs=3, **attributes)
     output = node.outputs[0]

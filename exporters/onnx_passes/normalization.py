@@ -10,9 +10,11 @@ import torch
 from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, is_call, number, operands, shape
-from gralora_fx.exporters.fx_passes.operators import DOMAIN, RMS_NORM
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
 from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.exporters.translation.operators import RmsNormNode
+from gralora_fx.operators.call import named_arguments
+from gralora_fx.operators.rms_norm import RmsNorm
 
 
 def mark_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
@@ -40,7 +42,7 @@ def mark_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
         source, last = _without_casts(x, node)
         place, weight = _weighted(last, shape(x)[-1])
         with graph.inserting_before(place):
-            norm = graph.call_function(RMS_NORM, (source, weight, eps))
+            norm = RmsNorm(source, weight, eps).insert(graph)
         norm.meta = dict(place.meta)
         place.replace_all_uses_with(norm)
         count += 1
@@ -50,10 +52,10 @@ def mark_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 def _as_operator(node: fx.Node) -> None:
     """Make PyTorch's own operator ours, if it normalises the last axis alone."""
-    given: list[Any] = list(node.args)
-    x, sizes, weight, eps = given + [None] * (4 - len(given))
-    if len(sizes) == 1:
-        node.target, node.args = RMS_NORM, (x, weight, torch.finfo(node.meta["val"].dtype).eps if eps is None else eps)
+    norm = named_arguments(node)
+    if len(norm["normalized_shape"]) == 1:
+        eps = torch.finfo(node.meta["val"].dtype).eps if norm["eps"] is None else norm["eps"]
+        RmsNorm(norm["input"], norm["weight"], eps).write(node)
 
 
 def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
@@ -128,17 +130,17 @@ def lower_norms(model: ir.Model) -> PassResult[ir.Model]:
     """
     fused = 0
     for node in list(model.graph):
-        rms = node.domain == DOMAIN and node.op_type == "RMSNormalization"
-        if not rms and node.op_type != "LayerNormalization":
+        norm = RmsNormNode.of(node)
+        if norm is None and node.op_type != "LayerNormalization":
             continue
         addition = _residual(node)
         if addition is not None:
-            _fuse(model.graph, node, addition, rms)
+            _fuse(model.graph, node, addition, norm)
             fused += 1
-        elif rms:
+        elif norm is not None:
             build = Builder(model.graph)
-            weight = node.inputs[1] or _ones(build, node, node.inputs[0])
-            y = build("RMSNormalization", node.inputs[0], weight, epsilon=node.attributes["epsilon"].as_float())
+            weight = norm.weight or _ones(build, node, norm.x)
+            y = build("RMSNormalization", norm.x, weight, epsilon=norm.epsilon)
             take_place(y, node.outputs[0])
             build.insert_before(node)
             model.graph.remove(node, safe=True)
@@ -174,15 +176,14 @@ def _is_made_of(value: ir.Value | None, node: ir.Node) -> bool:
     return False
 
 
-def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, rms: bool) -> None:
+def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, norm: RmsNormNode | None) -> None:
     build = Builder(graph)
-    inputs = [
-        *addition.inputs,
-        node.inputs[1] or _ones(build, node, addition.inputs[0]),
-        *([] if rms else node.inputs[2:]),
-    ]
-    eps = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    op_type = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
+    if norm is not None:
+        op_type, weight, rest, eps = "SkipSimplifiedLayerNormalization", norm.weight, [], norm.epsilon
+    else:
+        op_type, weight, rest = "SkipLayerNormalization", node.inputs[1], list(node.inputs[2:])
+        eps = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    inputs = [*addition.inputs, weight or _ones(build, node, addition.inputs[0]), *rest]
     fused = build.node(op_type, inputs, domain=MICROSOFT, num_outputs=4, epsilon=eps)
     for unused in fused.outputs[1:3]:
         unused.name = ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.fx_passes.operators import DOMAIN
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, constant_of, known_size
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, turned
+from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
 from gralora_fx.exporters.translation.weights import concat_tensor
 
 _SWAP = [0, 2, 1, 3]  # heads and length
@@ -23,9 +24,9 @@ def flat(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
         tensor: Queries, keys or values.
         tables: The tables of rotary embeddings in this graph.
     """
-    turn = _rotary(tensor)
-    if turn is not None and turn.inputs[0] is not None:
-        return turned(build, turn, flat(build, turn.inputs[0], tables), tables)
+    rotary = RotaryNode.of(tensor.producer())
+    if rotary is not None:
+        return turned(build, rotary, flat(build, rotary.x, tables), tables)
     swapped = _unswapped(build, tensor)
     if swapped is None:
         swapped = build("Transpose", tensor, perm=_SWAP)
@@ -41,7 +42,7 @@ def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
     node = None if tensor is None else tensor.producer()
     if swapped is not None or node is None or tensor is None or tensor.shape is None:
         return swapped
-    if not (node.op_type == "RMSNormalization" and node.domain == DOMAIN) and not _slices_last_axis(node):
+    if RmsNormNode.of(node) is None and not _slices_last_axis(node):
         return None
     before = _unswapped(build, node.inputs[0])
     if before is None:
@@ -78,17 +79,14 @@ def packed(
     Returns:
         `[batch, length, (heads + 2 * key heads) * size]`, or None.
     """
-    turns = [_rotary(query), _rotary(key)]
-    if (turns[0] is None) != (turns[1] is None) or (turns[0] and turns[1] and not _alike(turns[0], turns[1])):
+    of_query, of_key = RotaryNode.of(query.producer()), RotaryNode.of(key.producer())
+    if of_query is None or of_key is None:
+        return _joint(build, graph, [query, key, value]) if of_query is of_key else None
+    result = _joint(build, graph, [of_query.x, of_key.x, value]) if _alike(of_query, of_key) else None
+    if result is None:
         return None
-    parts = [query, key, value] if turns[0] is None else [turns[0].inputs[0], turns[1].inputs[0], value]  # type: ignore[union-attr]
-    result = _cut_from_one(parts) or _product(build, graph, parts)
-    if result is None or turns[0] is None:
-        return result
     heads, key_heads, size = (known_size(v, axis) or 0 for v, axis in ((query, 1), (key, 1), (query, 3)))
-    _, cos, sin = turns[0].inputs
-    assert cos is not None
-    assert sin is not None
+    cos, sin = of_query.cos, of_query.sin
     count = heads + 2 * key_heads
     half = known_size(cos, 2) or 0
     partial = {} if 2 * half == size else {"num_heads": 1, "rotary_embedding_dim": 2 * half}
@@ -100,7 +98,7 @@ def packed(
         tables.table_after_rest(cos, 1.0, count),
         tables.table_after_rest(sin, 0.0, count),
         domain=MICROSOFT,
-        interleaved=turns[0].attributes["interleaved"].as_int(),
+        interleaved=of_query.interleaved,
         **partial,
     )
     whole = build("Reshape", apart, tables.flat_shape(cos, count * size))
@@ -108,6 +106,11 @@ def packed(
     if query.shape is not None:  # the runtime reads the number of heads off the width, which it does not work out here
         whole.shape = ir.Shape([query.shape[0], query.shape[2], count * size])
     return whole
+
+
+def _joint(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value]) -> ir.Value | None:
+    """What tensors were cut from, or the product that gives them all, one after the other."""
+    return _cut_from_one(parts) or _product(build, graph, parts)
 
 
 def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value | None:
@@ -172,16 +175,9 @@ def _projection(tensor: ir.Value | None) -> _Projection | None:
     return _Projection(x, weight, bias)
 
 
-def _rotary(tensor: ir.Value) -> ir.Node | None:
-    producer = tensor.producer()
-    is_rotary = producer is not None and (producer.domain, producer.op_type) == (DOMAIN, "RotaryEmbedding")
-    return producer if is_rotary else None
-
-
-def _alike(first: ir.Node, second: ir.Node) -> bool:
+def _alike(first: RotaryNode, second: RotaryNode) -> bool:
     """Whether two rotary operators turn by the same angles."""
-    same = first.attributes["interleaved"].as_int() == second.attributes["interleaved"].as_int()
-    return same and list(first.inputs[1:]) == list(second.inputs[1:])
+    return replace(first, x=second.x) == second
 
 
 def _before_swap(tensor: ir.Value | None) -> ir.Value | None:

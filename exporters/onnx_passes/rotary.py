@@ -23,9 +23,11 @@ from gralora_fx.exporters.fx_passes.matching import (
     same_size,
     shape,
 )
-from gralora_fx.exporters.fx_passes.operators import DOMAIN, RESHAPE, ROTARY, ROTATE
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
 from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.exporters.translation.operators import RotaryNode
+from gralora_fx.operators.constant_sizes import Reshape
+from gralora_fx.operators.rotary import Rotary, Rotate
 
 
 def mark_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
@@ -55,7 +57,7 @@ def mark_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
         cos, sin = (_in_rows(graph, _half(graph, table, interleaved, halves), x, wide) for table in tables)
         place, x = _with_rest(node, x)
         with graph.inserting_before(place):
-            turned = graph.call_function(ROTARY, (x, cos, sin, interleaved))
+            turned = Rotary(x, cos, sin, interleaved).insert(graph)
         turned.meta = dict(place.meta)
         place.replace_all_uses_with(turned)
         count += 1
@@ -65,10 +67,10 @@ def mark_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, _Table, _Table, bool] | None:
     """`(x, cos, sin, interleaved)` of a rotation; None of anything else."""
-    if is_call(node, ROTATE) and node.args[3] in (1, -3):
-        whole, *factors = node.args[:3]
-        known = [table for factor in factors if (table := _flat_table(factor, False)) is not None]
-        return (whole, known[0], known[1], False) if isinstance(whole, fx.Node) and len(known) == 2 else None
+    rotate = Rotate.of(node)
+    if rotate is not None and rotate.axis in (1, -3):
+        cos, sin = (_flat_table(factor, False) for factor in (rotate.cos, rotate.sin))
+        return None if cos is None or sin is None else (rotate.x, cos, sin, False)
     terms = operands(node, *ADD)
     if terms is None or len(shape(node)) != 4:
         return None
@@ -98,9 +100,10 @@ def _quarter_turn(node: Any) -> tuple[fx.Node, bool] | None:
         size = shape(first[0])[-1]
         fits = first[1:] == (0, size // 2, 1) and second[1:] == (size // 2, size, 1)
         return (first[0], False) if fits else None
-    if not is_call(node, RESHAPE):
+    reshape = Reshape.of(node)
+    if reshape is None:
         return None
-    stack = node.args[0]
+    stack: Any = reshape.x
     if not is_call(stack, aten.stack.default) or stack.args[1:] != (-1,) or len(stack.args[0]) != 2:
         return None
     second, first = stack.args[0]
@@ -297,38 +300,31 @@ class LowerRotary:
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place."""
-        return _lower_rotary(model, self.tables)
+        count = 0
+        for node, rotary in RotaryNode.all_in(model.graph):
+            if node.outputs[0].uses():
+                build = Builder(model.graph)
+                take_place(turned(build, rotary, rotary.x, self.tables), node.outputs[0])
+                build.insert_before(node)
+            model.graph.remove(node, safe=True)
+            count += 1
+        return PassResult(count)
 
 
-def _lower_rotary(model: ir.Model, tables: RotaryTables) -> PassResult[ir.Model]:
-    nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, "RotaryEmbedding")]
-    for node in nodes:
-        if node.outputs[0].uses():
-            build = Builder(model.graph)
-            assert node.inputs[0] is not None
-            take_place(turned(build, node, node.inputs[0], tables), node.outputs[0])
-            build.insert_before(node)
-        model.graph.remove(node, safe=True)
-    return PassResult(len(nodes))
-
-
-def turned(build: Builder, node: ir.Node, x: ir.Value, tables: RotaryTables) -> ir.Value:
+def turned(build: Builder, rotary: RotaryNode, x: ir.Value, tables: RotaryTables) -> ir.Value:
     """The runtime's operator in place of a rotary operator.
 
     Args:
         build: Makes the node.
-        node: The rotary operator.
+        rotary: The rotary operator.
         x: What is turned: its input, `[batch, heads, length, size]`, or that as `[batch, length, heads * size]`.
         tables: The tables of the graph.
     """
-    before, cos, sin = node.inputs
-    assert cos is not None
-    assert sin is not None
-    heads, size, half = known_size(before, 1), known_size(before, 3), known_size(cos, 2)
-    attributes = {"interleaved": node.attributes["interleaved"].as_int()}
+    heads, size, half = known_size(rotary.x, 1), known_size(rotary.x, 3), known_size(rotary.cos, 2)
+    attributes = {"interleaved": rotary.interleaved}
     if size is None or half is None or size != 2 * half:
         attributes |= {"rotary_embedding_dim": 2 * int(half or 0), "num_heads": int(heads or 0)}
-    inputs = (x, tables.rows(cos), tables.table(cos), tables.table(sin))
+    inputs = (x, tables.rows(rotary.cos), tables.table(rotary.cos), tables.table(rotary.sin))
     result = build("RotaryEmbedding", *inputs, domain=MICROSOFT, **attributes)
     result.shape, result.type = x.shape, x.type
     return result

@@ -27,10 +27,10 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.fx_passes.decompose import Decompose, FoldNumbers
 from gralora_fx.exporters.fx_passes.functionalize import without_shared_writes
 from gralora_fx.exporters.fx_passes.libraries import eliminate_common_subexpressions, fix_calls, promote_types
-from gralora_fx.exporters.fx_passes.operators import TRANSLATIONS
 from gralora_fx.exporters.fx_passes.retrace import note_values
 from gralora_fx.exporters.fx_passes.simplify import constant_slices, out_of_place, simplify, whole_products
 from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
+from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention
 from gralora_fx.exporters.translation.weights import weight_tensor
 from gralora_fx.graph.surgery import copy_graph
@@ -56,7 +56,7 @@ def translate(
 ) -> ir.Model:
     """Translate a traced graph in evaluation mode; its weights become initializers under their own names.
 
-    Inputs keep the names of the graph's placeholders, outputs those of its nodes. Operators of `exporters.operators`
+    Inputs keep the names of the graph's placeholders, outputs those of its nodes. This project's operators
     become nodes of a domain that ONNX Runtime does not know: later passes have to replace them. Branches of a condition
     become those of `If`.
 

@@ -1,1 +1,1 @@
-"""The project's operators for `torch.fx` graphs."""
+"""The operators of this project for `torch.fx` graphs: schema, reference, shape rule and calls of each in one place."""

@@ -39,8 +39,8 @@ def export_transformers_model(
     shapes = dynamic_axes(inputs) if dynamic else None
     noted = inputs if cache_layout(inputs) is CacheLayout.DECODER else None
     operators = nullcontext() if noted is None else _operators(model)
-    calling = _calling(model, use_cache=PAST in inputs, noted=noted)
-    with quiet(), calling, operators:
+    forward = _step_forward(model, use_cache=PAST in inputs, noted=noted)
+    with quiet(), patch.object(model, "forward", forward), operators:
         return export_program(model, copied(inputs), shapes, dynamic=dynamic)
 
 
@@ -68,23 +68,17 @@ def _operators(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _calling(model: PreTrainedModel, *, use_cache: bool, noted: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Call the model with this `use_cache`, whether its config or only its forward knows the flag.
+def _step_forward(
+    model: PreTrainedModel, *, use_cache: bool, noted: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The model's forward with this `use_cache`, whether its config or only its forward knows the flag.
 
-    With `noted`, example inputs of a step, the tracer is told first which sizes are one.
+    With `noted`, example inputs of a step, it tells the tracer first which sizes are one.
     """
-    own = model.__dict__.get("forward")  # an override on the instance; the exporter leaves one behind
     forward = model.forward
     if "use_cache" in inspect.signature(forward).parameters:
         forward = functools.partial(forward, use_cache=use_cache)
-    model.forward = forward if noted is None else _with_noted_sizes(forward, noted)
-    try:
-        yield
-    finally:
-        model.__dict__.pop("forward", None)
-        if own is not None:
-            model.forward = own
+    return forward if noted is None else _with_noted_sizes(forward, noted)
 
 
 def _with_noted_sizes(forward: Callable[..., Any], example: Mapping[str, Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx, nn
@@ -20,17 +21,16 @@ from gralora_fx.tracing.capture import dynamic_axes, export_transformers_model
 from gralora_fx.tracing.check import difference, fillable_inputs, refuse_fixed_sizes
 from gralora_fx.tracing.failures import reason as reason_of
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.inputs.arguments import called_with, given_arguments, named_arguments, split_constants
+from gralora_fx.tracing.inputs.arguments import forward_with, given_arguments, named_arguments, split_constants
 from gralora_fx.tracing.inputs.decoder_cache import PAST
 from gralora_fx.tracing.inputs.input_trees import distinct, fixed_axes
 from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task, widen
 from gralora_fx.tracing.inputs.signature import signature_of
 from gralora_fx.tracing.normalize.clean import without_guards
+from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
 from gralora_fx.tracing.normalize.modes import draws_randomly, record_switches
 from gralora_fx.tracing.normalize.training_branches import differing_modules, names_of_modules, updated_buffers
-from gralora_fx.tracing.patches.attention import padding_as_argument
 from gralora_fx.tracing.patches.eager_modes import traceable_modes
-from gralora_fx.tracing.patches.masks import without_empty_blocks
 from gralora_fx.tracing.patches.meta_parameters import stand_ins, take_own
 from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
@@ -90,7 +90,7 @@ def trace(
         tensors, constants = split_constants(model, named_arguments(model, *given))
         sample = distinct(widen(model, tensors) if dynamic else tensors)
         signature = signature_of(model, sample, constants, has_cache=PAST in sample)
-        with called_with(model, tuple(sample), constants):
+        with patch.object(model, "forward", forward_with(model, tuple(sample), constants)):
             with fewer_collections():
                 graph_module = _trace_both_modes(model, sample, dynamic)
             fillable, counts_padding = fillable_inputs(model, sample, signature.may_be_left_out)

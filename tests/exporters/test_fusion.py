@@ -29,14 +29,14 @@ from transformers import (
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters.flavours.decoder import decoder_model
-from gralora_fx.exporters.fx_passes.operators import rotary
 from gralora_fx.exporters.fx_passes.simplify import simplify
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, import_domains
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.tracing.patches.llama_functions import rms_norm
+from gralora_fx.operators.rms_norm import rms_norm
+from gralora_fx.operators.rotary import rotary
 
 
 class Norm(nn.Module):

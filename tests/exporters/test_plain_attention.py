@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.exporters.fx_passes.operators import DOMAIN
 from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention, lower_masks
+from gralora_fx.exporters.translation.operators import DOMAIN
 from gralora_fx.exporters.translation.translate import OPSET, translate
-from gralora_fx.tracing.patches import attention as _  # noqa: F401  # registers the operators
 from gralora_fx.tracing.trace import trace
 
 BATCH, LENGTH, TOTAL, SIZE = 3, 4, 9, 8
@@ -92,7 +91,7 @@ def test_a_mask_that_a_model_reads_itself_is_made(tmp_path: Path, window: int) -
 
     values = (padding(), torch.zeros(BATCH, LENGTH))
     model = translate(trace(Mask(), values).graph_module)
-    assert lower_masks(model.graph, DOMAIN) == 1
+    assert lower_masks(model.graph) == 1
     model.graph.opset_imports[""] = OPSET
     model.graph.opset_imports.pop(DOMAIN)
     actual = run(model, tmp_path, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.operators.attention import Attention
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 from gralora_fx.serving import sampling as sampling_options
@@ -205,11 +207,11 @@ def test_an_attention_that_cannot_be_fused_is_plain_and_named(tmp_path: Path) ->
     traced = trace(decoder("llama"), task="text-generation-with-past")
 
     def scale_the_keys(graph_module: torch.fx.GraphModule) -> None:
-        node = graph_module.graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default)[0]
+        node, attention = next(Attention.all_in(graph_module.graph))
         with graph_module.graph.inserting_before(node):
-            scaled = graph_module.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], 2.0))
-        scaled.meta["val"] = node.args[1].meta["val"]
-        node.update_arg(1, scaled)
+            scaled = graph_module.graph.call_function(torch.ops.aten.mul.Tensor, (attention.key, 2.0))
+        scaled.meta["val"] = attention.key.meta["val"]
+        replace(attention, key=scaled).write(node)
 
     report = export_onnx(traced.with_pass(scale_the_keys), tmp_path / "onnx")
     assert report.attention is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from transformers.masking_utils import (
     blockwise_overlay,
     causal_mask_function,
@@ -17,15 +17,18 @@ from transformers.masking_utils import (
 
 from benchmarks.tiny_decoders import tiny_decoder
 from gralora_fx import trace
-from gralora_fx.tracing.patches.masks import _blocks_beside, _is_same, without_empty_blocks
+from gralora_fx.operators.attention import Attention
+from gralora_fx.operators.mask import Mask, MaskOfBlocks
+from gralora_fx.tracing.normalize.masks import without_empty_blocks
+from gralora_fx.tracing.patches.masks import _blocks_beside, _is_same
 
 TASK = "text-generation-with-past"
 
 
-def attention_nodes(name: str, **fields: Any) -> list[fx.Node]:
+def attentions(name: str, **fields: Any) -> list[Attention]:
     graph = trace(tiny_decoder(name, **fields), task=TASK).graph_module.graph
-    assert not graph.find_nodes(op="call_function", target=torch.ops.gralora.mask.default)
-    return list(graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default))
+    assert not list(Mask.all_in(graph))
+    return [attention for _, attention in Attention.all_in(graph)]
 
 
 @pytest.mark.parametrize(
@@ -34,20 +37,20 @@ def attention_nodes(name: str, **fields: Any) -> list[fx.Node]:
 )
 def test_all_layers_read_the_padding_mask_itself(name: str, fields: dict[str, bool]) -> None:
     kinds = ["sliding_attention", "full_attention"]
-    nodes = attention_nodes(name, layer_types=kinds, sliding_window=4, **fields)
-    assert [node.args[6] for node in nodes] == [4, 0]
-    assert {str(node.args[3]) for node in nodes} == {"attention_mask"}
+    layers = attentions(name, layer_types=kinds, sliding_window=4, **fields)
+    assert [layer.window for layer in layers] == [4, 0]
+    assert {str(layer.mask) for layer in layers} == {"attention_mask"}
 
 
 def test_a_mask_of_chunks_is_made_by_the_model() -> None:
-    masks = [node.args[3] for node in attention_nodes("Llama4ForCausalLM")]
-    ranks = [mask.meta["val"].ndim for mask in masks if isinstance(mask, fx.Node)]
+    masks = [layer.mask for layer in attentions("Llama4ForCausalLM")]
+    ranks = [mask.meta["val"].ndim for mask in masks if mask is not None]
     assert sorted(ranks) == [2, 4, 4, 4]
 
 
 def test_a_mask_of_blocks_that_there_are_none_of_is_plain() -> None:
-    nodes = attention_nodes("Gemma4UnifiedForConditionalGeneration")
-    assert {str(node.args[3]) for node in nodes} == {"attention_mask"}
+    layers = attentions("Gemma4UnifiedForConditionalGeneration")
+    assert {str(layer.mask) for layer in layers} == {"attention_mask"}
 
 
 def test_a_mask_of_blocks_stays_where_the_inputs_tell_them() -> None:
@@ -61,7 +64,7 @@ def test_a_mask_of_blocks_stays_where_the_inputs_tell_them() -> None:
     graph_module = torch.export.export(Masked(), inputs).module(check_guards=False)
     without_empty_blocks(graph_module.graph)
     graph_module.recompile()
-    assert not graph_module.graph.find_nodes(op="call_function", target=torch.ops.gralora.mask_of_blocks.default)
+    assert not list(MaskOfBlocks.all_in(graph_module.graph))
     torch.testing.assert_close(graph_module(*inputs), Masked()(*inputs))
 
 
@@ -69,7 +72,7 @@ def test_attention_that_does_not_go_through_the_interface_is_left_alone() -> Non
     model = tiny_decoder("BloomForCausalLM")
     before = model.config._attn_implementation
     graph = trace(model, task=TASK).graph_module.graph
-    assert not graph.find_nodes(op="call_function", target=torch.ops.gralora.attention.default)
+    assert not list(Attention.all_in(graph))
     assert model.config._attn_implementation == before
 
 

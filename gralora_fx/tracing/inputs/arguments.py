@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -131,28 +130,19 @@ def register_dataclasses(value: Any) -> None:
             register_dataclasses(leaf)
 
 
-@contextmanager
-def called_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Iterator[None]:
-    """Let a model's forward take some arguments as they are; a plain module's as if its signature were its inputs.
+def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
+    """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
 
     What a plain module returns may hold dataclasses, and its inputs may be keywords that its signature does not name.
 
     Args:
-        model: The model; its forward is the old one when the block ends.
+        model: The model.
         inputs: Names of the arguments that are given by name.
         constants: The other arguments by name.
     """
-    own = model.__dict__.get("forward")
     if isinstance(model, PreTrainedModel):
-        model.forward = functools.partial(model.forward, **constants) if constants else model.forward
-    else:
-        model.forward = _flat(functools.partial(model.forward, **constants), inputs)
-    try:
-        yield
-    finally:
-        model.__dict__.pop("forward", None)
-        if own is not None:
-            model.forward = own
+        return functools.partial(model.forward, **constants) if constants else model.forward
+    return _flat(functools.partial(model.forward, **constants), inputs)
 
 
 def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import gralora_fx.tracing.patches.attention
-import gralora_fx.tracing.patches.stochastic_depth  # noqa: F401  # both register their operators
+from gralora_fx.operators.attention import Attention
+from gralora_fx.operators.drop_path import DropPath
 from gralora_fx.tracing.failures import line_of
 
 _KEY = "gralora_mode"
@@ -23,7 +23,7 @@ _FLAGS: dict[Any, int] = {
     _aten.feature_alpha_dropout.default: 2,
     _aten.dropout_.default: 2,
     _aten.native_dropout.default: 2,
-    torch.ops.gralora.drop_path.default: 2,
+    DropPath.target: DropPath.position("train"),
     _aten.rrelu.default: 3,
     _aten.batch_norm.default: 5,
     _aten.lstm.input: 6,
@@ -34,7 +34,7 @@ _FLAGS: dict[Any, int] = {
 # operator: position of its dropout probability, which evaluation sets to zero
 _PROBABILITIES: dict[Any, int] = {
     _aten.scaled_dot_product_attention.default: 4,
-    torch.ops.gralora.attention.default: 8,
+    Attention.target: Attention.position("dropout"),
 }
 _FUNCTIONAL = {
     torch.nn.functional.dropout,

@@ -11,55 +11,49 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import fx, nn
+from torch import nn
+
+from gralora_fx.graph.parameters import map_parameters
 
 _MARK = "_gralora_stand_in"
 
 
 @contextmanager
-def stand_ins(model: nn.Module) -> Iterator[dict[int, nn.Parameter]]:
+def stand_ins(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Put parameters without memory in the place of those on the meta device while the block lasts.
 
     Args:
         model: The model; a parameter with several names gets one stand-in.
 
     Yields:
-        The model's own parameters by the identity of what stands in for them; empty where there are none.
+        The model's own parameters by what stands in for them; empty where there are none.
     """
-    places = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_meta
-    ]
-    made: dict[int, nn.Parameter] = {}
-    for _, _, parameter in places:
-        if id(parameter) not in made:
-            zero = torch.zeros((), dtype=parameter.dtype)
-            stand_in = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
-            setattr(stand_in, _MARK, True)
-            made[id(parameter)] = stand_in
-    own = {id(made[id(parameter)]): parameter for _, _, parameter in places}
+    own: dict[nn.Parameter, nn.Parameter] = {}
+
+    def stand_in(parameter: nn.Parameter, _: str) -> nn.Parameter:
+        if not parameter.is_meta:
+            return parameter
+        zero = torch.zeros((), dtype=parameter.dtype)
+        made = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+        setattr(made, _MARK, True)
+        own[made] = parameter
+        return made
+
+    map_parameters(model, stand_in)
     try:
-        for module, name, parameter in places:
-            module._parameters[name] = made[id(parameter)]
         yield own
     finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
+        take_own(model, own)
 
 
-def take_own(graph_module: fx.GraphModule, own: Mapping[int, nn.Parameter]) -> None:
-    """Put a model's own parameters where a trace holds what stood in for them.
+def take_own(module: nn.Module, own: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Put a model's own parameters where a module, such as a trace, holds what stood in for them.
 
     Args:
-        graph_module: A trace that was made within `stand_ins`.
-        own: What it yielded.
+        module: The model itself, or a trace of it that was made within `stand_ins`.
+        own: What that yielded.
     """
-    for module in graph_module.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in own:
-                module._parameters[name] = own[id(parameter)]
+    map_parameters(module, lambda parameter, _: own.get(parameter, parameter))
 
 
 def is_without_values(model: nn.Module) -> bool:

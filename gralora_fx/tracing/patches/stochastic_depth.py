@@ -12,40 +12,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor, nn
 
 from gralora_fx.errors import warn_caller
-from gralora_fx.operators.namespace import NAMESPACE
+from gralora_fx.operators.drop_path import DropPath
 from gralora_fx.tracing.patches.llama_functions import same_code
 
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("drop_path(Tensor x, float p, bool train) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-
-
-def drop_path(x: Tensor, p: float, train: bool) -> Tensor:
-    """Set samples to zero at random in training and scale the others, as transformers' models do.
-
-    From "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; a generator in the same state gives
-    transformers' draws.
-
-    Args:
-        x: `[batch, ...]`, the output of a residual branch.
-        p: Probability of a sample to be dropped, in `[0, 1)`.
-        train: Whether to drop; otherwise `x` itself is returned.
-
-    Returns:
-        As `x`.
-    """
-    if not train or p == 0.0:
-        return x
-    kept = torch.floor(torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device) + (1 - p))
-    return x.div(1 - p) * kept
-
-
-_library.impl("drop_path", drop_path, "CompositeImplicitAutograd")
 
 
 @contextmanager
@@ -55,21 +28,24 @@ def drop_paths_as_operators(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model; its modules are as before when the block ends.
     """
-    found = [module for module in model.modules() if type(module).__name__.endswith("DropPath")]
     with ExitStack() as changed:
-        if found:
-            from transformers.models.swin.modeling_swin import SwinDropPath
-
-            for module in found:
-                is_known = same_code(type(module).forward, SwinDropPath.forward) and "forward" not in vars(module)
-                if is_known and isinstance(module.drop_prob, float):
-                    changed.enter_context(patch.object(module, "forward", functools.partial(_drop, module)))
+        for module in model.modules():
+            if is_drop_path(type(module)) and "forward" not in vars(module) and isinstance(module.drop_prob, float):
+                changed.enter_context(patch.object(module, "forward", functools.partial(_drop, module)))
         yield
 
 
+def is_drop_path(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules drops paths by the code that transformers' have."""
+    if not kind.__name__.endswith("DropPath"):
+        return False
+    from transformers.models.swin.modeling_swin import SwinDropPath  # which few models need
+
+    return same_code(kind.forward, SwinDropPath.forward)
+
+
 def _drop(module: Any, hidden_states: Tensor) -> Tensor:
-    result: Tensor = torch.ops.gralora.drop_path(hidden_states, module.drop_prob, module.training)
-    return result
+    return DropPath.compute(x=hidden_states, p=module.drop_prob, train=module.training)
 
 
 @contextmanager

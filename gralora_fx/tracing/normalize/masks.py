@@ -1,0 +1,66 @@
+"""What attention reads of the mask that a model made: its padding, where that with a window tells all of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from gralora_fx.graph.surgery import erase_unused
+from gralora_fx.operators.attention import Attention
+from gralora_fx.operators.mask import Mask, MaskOfBlocks
+
+_CASTS = (
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.device,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten._to_copy.default,
+)
+
+
+def without_empty_blocks(graph: fx.Graph) -> None:
+    """Leave one of both masks: the plain one where no position is in a block.
+
+    Before: `blocks = full(size, -1); m = mask_of_blocks(blocks, mask(padding, ...), whole)`
+    After:  `m = mask(padding, ...)`
+
+    Args:
+        graph: A fresh trace; it is changed in place.
+    """
+    for node, mask in MaskOfBlocks.all_in(graph):
+        node.replace_all_uses_with(mask.plain if _holds_only(mask.blocks, -1) else mask.whole)
+        erase_unused(graph, node)
+
+
+def _holds_only(node: Any, number: int) -> bool:
+    """Whether every value of a tensor is one number, as its making says."""
+    while isinstance(node, fx.Node) and node.target in _CASTS:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is torch.ops.aten.pad.default:
+        return node.args[2:] == ("constant", number) and _holds_only(node.args[0], number)
+    return node.target is torch.ops.aten.full.default and node.args[1:] == (number,)
+
+
+def padding_as_argument(graph: fx.Graph) -> None:
+    """Let attention take the padding mask and the window of the mask that its model made of them.
+
+    Before: `m = gralora.mask(to(padding, bool), length, 4); y = attention(query, key, value, m, window=0)`
+    After:  `y = attention(query, key, value, padding, window=4)`
+
+    A mask that something else reads too, such as an addition to it, stays for that.
+
+    Args:
+        graph: A fresh trace; it is changed in place.
+    """
+    for node, attention in Attention.all_in(graph):
+        mask = Mask.of(attention.mask)
+        if mask is not None and attention.mask is not None:
+            padding: Any = mask.padding
+            while padding.target in _CASTS:
+                padding = padding.args[0]
+            replace(attention, mask=padding, window=mask.window).write(node)
+            erase_unused(graph, attention.mask)

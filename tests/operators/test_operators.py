@@ -1,0 +1,230 @@
+"""What holds of every operator: PyTorch's own checks, its decomposition, its shape rule, its calls and ONNX forms."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import gralora_fx.operators
+from gralora_fx.exporters.translation.operators import TRANSLATIONS
+from gralora_fx.operators.attention import Attention, attention
+from gralora_fx.operators.call import Call, named_arguments
+from gralora_fx.operators.constant_sizes import Reshape, Slice, reshape, slice_axis
+from gralora_fx.operators.drop_path import DropPath, drop_path
+from gralora_fx.operators.mask import Mask, MaskOfBlocks, causal_mask, mask_of_blocks
+from gralora_fx.operators.namespace import operator_for
+from gralora_fx.operators.rms_norm import RmsNorm, rms_norm
+from gralora_fx.operators.rotary import Rotary, Rotate, rotary, rotate
+
+for module in pkgutil.iter_modules(gralora_fx.operators.__path__):
+    importlib.import_module(f"gralora_fx.operators.{module.name}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of an operator for a batch and a length.
+
+    Attributes:
+        operator: The operator.
+        reference: What it computes.
+        tensors: Its tensors by name, of a batch and a length; three positions come before it.
+        options: Its other arguments.
+    """
+
+    operator: type[Call]
+    reference: Callable[..., Tensor]
+    tensors: Callable[[int, int], dict[str, Tensor]]
+    options: dict[str, Any]
+
+    def arguments(self, batch: int, length: int) -> dict[str, Any]:
+        """Every argument by name, drawn anew the same way, in the order of the schema."""
+        torch.manual_seed(0)
+        given = {**self.tensors(batch, length), **self.options}
+        return {field.name: given[field.name] for field in fields(self.operator)}
+
+    def of_tensors(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function of the operator's arguments as one of its tensors alone."""
+        names = list(self.tensors(1, 1))
+        return lambda *tensors: function(**dict(zip(names, tensors, strict=True)), **self.options)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def padding(batch: int, length: int) -> Tensor:
+    """A mask over three past positions and the new ones; the last row has two positions of padding."""
+    mask = torch.ones(batch, 3 + length, dtype=torch.long)
+    mask[-1, :2] = 0
+    return mask
+
+
+def heads(batch: int, length: int) -> dict[str, Tensor]:
+    """Four heads of queries over two of keys and values."""
+    total = 3 + length
+    return {
+        "query": random(batch, 4, length, 8),
+        "key": random(batch, 2, total, 8),
+        "value": random(batch, 2, total, 6),
+    }
+
+
+def masks(batch: int, length: int) -> dict[str, Tensor]:
+    shape = (batch, 1, length, 3 + length)
+    return {"blocks": padding(batch, length), "plain": random(*shape), "whole": random(*shape)}
+
+
+def angles(batch: int, length: int, size: int) -> dict[str, Tensor]:
+    angle = torch.randn(batch, length, size)
+    return {"x": random(batch, 2, length, 8), "cos": angle.cos(), "sin": angle.sin()}
+
+
+SCALED = {"scale": 0.3, "window": 0, "softcap": 0.0, "dropout": 0.0}
+CASES = {
+    "attention": Case(
+        Attention, attention, lambda b, n: {**heads(b, n), "mask": padding(b, n)}, {**SCALED, "sinks": None}
+    ),
+    "attention without a mask": Case(Attention, attention, heads, {**SCALED, "mask": None, "sinks": None}),
+    "attention over a mask of its own": Case(
+        Attention,
+        attention,
+        lambda b, n: {**heads(b, n), "mask": random(b, 1, n, 3 + n)},
+        {**SCALED, "sinks": None},
+    ),
+    "attention with a window, a soft cap and sinks": Case(
+        Attention,
+        attention,
+        lambda b, n: {**heads(b, n), "mask": padding(b, n), "sinks": random(4)},
+        {**SCALED, "window": 2, "softcap": 5.0},
+    ),
+    "mask": Case(
+        Mask, causal_mask, lambda b, n: {"padding": padding(b, n)}, {"length": 2, "window": 2, "dtype": torch.float32}
+    ),
+    "mask_of_blocks": Case(MaskOfBlocks, mask_of_blocks, masks, {}),
+    "rms_norm": Case(RmsNorm, rms_norm, lambda b, n: {"x": random(b, n, 8), "weight": random(8)}, {"eps": 1e-6}),
+    "rms_norm without a weight": Case(
+        RmsNorm, rms_norm, lambda b, n: {"x": random(b, n, 8)}, {"weight": None, "eps": 1e-6}
+    ),
+    "rms_norm of half precision under a float32 weight": Case(
+        RmsNorm,
+        rms_norm,
+        lambda b, n: {"x": random(b, n, 8, dtype=torch.float16), "weight": random(8)},
+        {"eps": 1e-6},
+    ),
+    "rotate": Case(Rotate, rotate, lambda b, n: angles(b, n, 8), {"axis": 1}),
+    "rotary": Case(Rotary, rotary, lambda b, n: angles(b, n, 4), {"interleaved": False}),
+    "rotary of neighbours, in part": Case(Rotary, rotary, lambda b, n: angles(b, n, 3), {"interleaved": True}),
+    "drop_path": Case(DropPath, drop_path, lambda b, n: {"x": random(b, n, 8)}, {"p": 0.5, "train": True}),
+    "reshape": Case(Reshape, reshape, lambda b, n: {"x": random(b, n, 8)}, {"shape": [0, -1, 4]}),
+    "slice": Case(
+        Slice, slice_axis, lambda b, n: {"x": random(b, n, 8)}, {"axis": 2, "start": 1, "stop": 6, "step": 2}
+    ),
+}
+OPERATORS = sorted(Call.__subclasses__(), key=lambda operator: operator.__name__)
+each_case = pytest.mark.parametrize("name", CASES)
+each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
+
+
+def schema_names(target: Any) -> list[str]:
+    return [argument.name for argument in target._schema.arguments]
+
+
+def test_every_operator_has_a_case() -> None:
+    assert {case.operator for case in CASES.values()} == set(OPERATORS)
+    assert {operator.target for operator in OPERATORS} >= set(TRANSLATIONS)
+
+
+@each_case
+def test_pytorchs_checks_of_schema_fake_tensors_and_gradients_pass(name: str) -> None:
+    case = CASES[name]
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if " " not in name:  # gradients under symbolic sizes, once an operator, since it takes seconds
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(case.operator.target, (), case.arguments(2, 5), test_utils=checks)
+
+
+@each_case
+def test_the_decomposition_computes_what_the_reference_does_on_every_size(name: str) -> None:
+    case = CASES[name]
+    inputs = case.tensors(2, 5).values()
+    operator, reference = case.of_tensors(case.operator.target), case.of_tensors(case.reference)
+    graph_module = make_fx(operator, tracing_mode="symbolic")(*inputs)
+    assert not any("gralora" in str(node.target) for node in graph_module.graph.nodes)
+    for sizes in ((2, 5), (3, 4), (4, 7)):
+        tensors = list(case.tensors(*sizes).values())
+        torch.manual_seed(1)
+        expected = reference(*tensors)
+        torch.manual_seed(1)
+        torch.testing.assert_close(graph_module(*tensors), expected)
+
+
+@each_case
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 5), (3, 2)])
+def test_a_tensor_without_values_gets_the_shape_of_the_result(name: str, sizes: tuple[int, int]) -> None:
+    case = CASES[name]
+    arguments = case.arguments(*sizes)
+    if case.operator is Mask:
+        arguments["length"] = sizes[1]
+    expected = case.operator.compute(**arguments)
+    with FakeTensorMode() as mode:
+        fakes = {
+            key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in arguments.items()
+        }
+        actual = case.operator.compute(**fakes)
+    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
+    assert case.operator.target._schema.name.startswith("gralora::")
+
+
+def test_what_a_traced_model_calls_often_has_a_rule_for_its_shape() -> None:
+    with FakeTensorMode():
+        fake = torch.empty(1)
+    ruled = {operator for operator in OPERATORS if operator_for(operator.target, fake) is not operator.target}
+    assert ruled == {Attention, Mask, RmsNorm, Rotate}
+    for operator in ruled:
+        assert schema_names(operator_for(operator.target, fake)) == schema_names(operator.target)
+
+
+@each_operator
+def test_a_call_names_the_arguments_of_the_schema_in_their_order(operator: type[Call]) -> None:
+    assert [field.name for field in fields(operator)] == schema_names(operator.target)
+    assert [operator.position(name) for name in schema_names(operator.target)] == list(range(len(fields(operator))))
+
+
+@pytest.mark.parametrize("target", TRANSLATIONS, ids=str)
+def test_an_onnx_form_takes_the_arguments_of_the_schema_in_their_order(target: Any) -> None:
+    assert list(inspect.signature(TRANSLATIONS[target]).parameters) == schema_names(target)
+
+
+def test_a_call_is_read_and_written_whether_arguments_have_positions_or_names() -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    node = graph.call_function(RmsNorm.target, (x,), {"eps": 1e-5, "weight": weight})
+    norm = RmsNorm.of(node)
+    assert norm == RmsNorm(x, weight, 1e-5)
+    assert Rotate.of(node) is None
+    assert RmsNorm.of(x) is None
+    assert list(RmsNorm.all_in(graph)) == [(node, norm)]
+    RmsNorm(x, None, 1e-6).write(node)
+    assert (node.args, node.kwargs) == ((x, None, 1e-6), {})
+    copy = RmsNorm(node, weight, 1e-6).insert(graph)
+    assert RmsNorm.of(copy) == RmsNorm(node, weight, 1e-6)
+    graph.lint()
+
+
+def test_arguments_of_pytorchs_operators_have_names_too() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(torch.ops.aten.rms_norm.default, (x, [8]), {"eps": 1e-5})
+    assert named_arguments(node) == {"input": x, "normalized_shape": [8], "weight": None, "eps": 1e-5}
+    with pytest.raises(TypeError, match=r"relu calls <.*>, which is not an operator; read its arguments by hand"):
+        named_arguments(graph.call_function(torch.relu, (x,)))

@@ -1,0 +1,100 @@
+"""Which of transformers' architectures have a norm, a rotary embedding or stochastic depth of known code.
+
+A model whose code is not recognised is traced all the same, into more nodes, so that a change in transformers would
+pass unseen: here it fails, by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import transformers.models
+from torch import nn
+
+from gralora_fx.tracing.patches.llama_functions import has_rotary_embedding, is_rms_norm
+from gralora_fx.tracing.patches.stochastic_depth import is_drop_path
+
+NORMS = """
+    aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe
+    cosmos3_edge csm cwm deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 deimv2 dia diffllama doge dots1
+    dots3_note emu3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe eurobert evolla exaone4 exaone4_5 exaone_moe falcon_h1
+    falcon_mamba glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_image glm_moe_dsa glm_ocr granite
+    granite4_vision granite_docling granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared
+    higgs_audio_v2 hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hy_v3 hy_v4 hy_v4_vl hyperclovax idefics2 idefics3
+    inkling internvl jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 lfm3_vl lighton_ocr llama
+    longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral
+    mistral3 mistral4 mistral_large4 mixtral mllama molmo2 muse_glimmer_assistant neucodec olmoe ovis2 paddleocr_vl
+    pe_audio pe_audio_video pe_video phi3 phi4_multimodal pixtral qianfan_ocr qwen2 qwen2_5_omni qwen2_5_vl
+    qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_omni_moe qwen3_vl qwen3_vl_moe sapiens2 seed_oss smollm3 solar_open
+    timesfm timesfm2_5 ultrabert ultravbert unlimited_ocr vibevoice vibevoice_acoustic_tokenizer vibevoice_asr
+    voxtral_realtime xcodec2 youtu zamba zamba2 zaya
+"""
+ROTARY_EMBEDDINGS = """
+    afmoe apertus apertus1p5 arcee aria axk1 axk2 bitnet chameleon cohere_compass cosmos3_edge csm cwm dbrx
+    deepseek_ocr2 deepseek_v3 deepseek_v32 dia diffllama doge dory dots1 embedding_gemma2 emu3 esmc esmfold2
+    eurobert exaone4 exaone4_5 exaone_moe falcon falcon_h1 flint gemma gemma2 gemma3 glm4_moe_lite gpt_neox_japanese
+    gradium_phonon_tts granite granite4_vision granite_docling granite_swa granitemoe granitemoe_swa
+    granitemoehybrid granitemoeshared gte higgs_audio_v2 hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4
+    hyperclovax idefics jais2 jamba jetmoe jina_embeddings_v3 kolibri1 kyutai_speech_to_text lara_mini lasr lfm2
+    lfm2_moe llama mellum mimi minicpm3 minimax ministral ministral3 mistral mistral4 mixtral mllama molmo2 moshi
+    muse_glimmer muse_spark nemotron_asr_streaming nemotron_h neucodec nomic_bert olmoe paddleocr_vl parakeet
+    persimmon phi phimoe pixtral pocket_tts pocket_tts_audio_tokenizer qwen2 qwen2_5_omni qwen2_5_vl qwen2_moe
+    qwen2_vl qwen3 qwen3_moe qwen3_omni_moe qwen3_vl qwen3_vl_moe seed_oss smollm3 solar_open stablelm starcoder2
+    t5gemma t5gemma2 timesfm2_5 ultrabert unlimited_ocr vaultgemma voxtral_realtime xcodec2 youtu zamba2
+"""
+DROP_PATHS = """
+    beit bit clap convnext convnextv2 cvt data2vec_vision dinat dinov2 dinov2_with_registers dinov3_convnext
+    dinov3_vit donut_swin eomt eomt_dinov3 florence2 focalnet glpn grounding_dino hiera maskformer_swin mgp_str
+    mm_grounding_dino pixio poolformer pvt pvt_v2 qianfan_ocr radio rf_detr sapiens2 segformer seggpt swiftformer
+    swin swin2sr swinv2 timesformer tipsv2 videomt vitdet vjepa2 x_clip
+"""
+
+_TELLING = ("variance_epsilon", "apply_rotary_pos_emb", "DropPath")  # in the source of what may be recognised
+
+
+@cache
+def modeling_modules() -> dict[str, ModuleType]:
+    """Transformers' modules that may have such code, by architecture; without those that need packages not here."""
+    modules = {}
+    for file in sorted(Path(transformers.models.__path__[0]).glob("*/modeling_*.py")):
+        if any(word in file.read_text() for word in _TELLING):
+            try:
+                module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            except ImportError:
+                continue
+            modules[file.stem.removeprefix("modeling_")] = module
+    return modules
+
+
+def own_classes(module: ModuleType) -> Iterator[type[nn.Module]]:
+    """The classes of `nn.Module` that a Python module defines."""
+    for kind in vars(module).values():
+        if inspect.isclass(kind) and issubclass(kind, nn.Module) and kind.__module__ == module.__name__:
+            yield kind
+
+
+@pytest.mark.parametrize(
+    ("names", "is_recognised"),
+    [
+        (NORMS, lambda module: any(map(is_rms_norm, own_classes(module)))),
+        (ROTARY_EMBEDDINGS, has_rotary_embedding),
+        (DROP_PATHS, lambda module: any(map(is_drop_path, own_classes(module)))),
+    ],
+    ids=["norm", "rotary embedding", "stochastic depth"],
+)
+def test_architectures_are_recognised(names: str, is_recognised: Callable[[ModuleType], bool]) -> None:
+    known, recognised = (
+        set(names.split()),
+        {name for name, module in modeling_modules().items() if is_recognised(module)},
+    )
+    lost, gained = sorted(known - recognised), sorted(recognised - known)
+    assert not lost, (
+        f"no longer recognised, so their traces are larger: {', '.join(lost)}; look at what changed in them"
+    )
+    assert not gained, f"recognised too: {', '.join(gained)}; add them to the list"
