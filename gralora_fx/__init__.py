@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gralora_fx.config import GraloraConfig
     from gralora_fx.graph.sites import LinearSite
+    from gralora_fx.methods.lora import LoraConfig
     from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.model.merge import merge
     from gralora_fx.model.rewrite import rewrite
@@ -18,6 +19,7 @@ __all__ = [
     "GraloraConfig",
     "GraloraModel",
     "LinearSite",
+    "LoraConfig",
     "RewritePlan",
     "TracedModel",
     "merge",
@@ -32,6 +34,7 @@ _HOMES = {
     "GraloraConfig": "config",
     "GraloraModel": "model.gralora_model",
     "LinearSite": "graph.sites",
+    "LoraConfig": "methods.lora",
     "RewritePlan": "planning",
     "TracedModel": "tracing.traced_model",
     "merge": "model.merge",

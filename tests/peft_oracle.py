@@ -1,4 +1,4 @@
-"""PEFT's own GraLoRA, which decides what is right."""
+"""PEFT's own GraLoRA and LoRA, which decide what is right."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.gralora.layer import GraloraLayer
+from peft.tuners.lora.layer import LoraLayer
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraModel, trace
 
 
-def peft_model(model: PreTrainedModel, seed: int = 1, **fields: Any) -> peft.PeftModel:
+def peft_model(model: PreTrainedModel, seed: int = 1, *, method: str = "GRALORA", **fields: Any) -> peft.PeftModel:
     """A model that PEFT wrapped in place, its `B` drawn at random so that the adapter does something."""
+    config = peft.GraloraConfig if method == "GRALORA" else peft.LoraConfig
+    initial = {"init_weights" if method == "GRALORA" else "init_lora_weights": False}
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fan_in_fan_out, which PEFT corrects by itself
-        wrapped = peft.get_peft_model(model, peft.GraloraConfig(**{"init_weights": False, **fields}))
+        wrapped = peft.get_peft_model(model, config(**{**initial, **fields}))
     return wrapped.eval()
 
 
@@ -47,7 +50,7 @@ def perturb_saved_modules(wrapped: peft.PeftModel) -> None:
 
 def adapted_paths(wrapped: peft.PeftModel) -> set[str]:
     """Module paths that PEFT put an adapter at."""
-    found = {name for name, module in wrapped.named_modules() if isinstance(module, GraloraLayer)}
+    found = {name for name, module in wrapped.named_modules() if isinstance(module, (GraloraLayer, LoraLayer))}
     return {name.removeprefix("base_model.model.") for name in found}
 
 

@@ -107,6 +107,36 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     assert "model.onnx_data" in str(changed.exception)
 
 
+def test_a_lora_adapter_is_exported_and_verified_like_one_of_gralora(decoder: Path, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        tiny_model("llama", bos_token_id=1, eos_token_id=2),
+        peft.LoraConfig(
+            r=4,
+            use_rslora=True,
+            target_modules=["q_proj", "up_proj"],
+            rank_pattern={"up_proj": 2},
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+        ),
+    ).eval()
+    theirs.save_pretrained(str(tmp_path / "lora"))
+    given = ("--model", decoder / "base", "--adapter", tmp_path / "lora", "--output", tmp_path / "onnx")
+    assert "r=2" in run("inspect", *given[:4]).stdout
+    assert "compared with the PyTorch model with 'default' active" in run("export", *given).stdout
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+    logits = load(tmp_path / "onnx")(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    assert torch.allclose(torch.as_tensor(logits)[:, -1], expected[:, -1], atol=1e-4 * float(expected.abs().max()))
+    assert "full verification" in run("verify", *given).stdout
+    entry = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["adapters"]["default"]
+    assert (entry["config"]["peft_type"], entry["config"]["use_rslora"]) == ("LORA", True)
+    other = CliRunner().invoke(app, ["verify", *map(str, (*given[:3], decoder / "adapter", *given[4:]))])
+    assert isinstance(other.exception, ExportError)
+    assert "r=4, lora_alpha=8, use_rslora=True" in str(other.exception)
+    assert "peft_type='GRALORA' instead of 'LORA'" in str(other.exception)
+
+
 def test_an_adapter_that_changes_nothing_or_is_of_another_base_is_named(decoder: Path, tmp_path: Path) -> None:
     shutil.copytree(decoder / "adapter", tmp_path / "zero")
     path = tmp_path / "zero" / "adapter_model.safetensors"

@@ -16,6 +16,7 @@ def test_the_package_exports_these_names() -> None:
         "GraloraConfig",
         "GraloraModel",
         "LinearSite",
+        "LoraConfig",
         "RewritePlan",
         "TracedModel",
         "merge",

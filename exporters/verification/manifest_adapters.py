@@ -10,16 +10,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gralora_fx.adapters.checkpoint import read_adapter, tensors_digest
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.manifest import describe_adapters
+from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.passes.adapter_paths import CHECKPOINT_SUFFIX, FACTOR_NAMES
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest
 from gralora_fx.tracing.traced_model import TracedModel
 
-_SCALES = ("r", "hybrid_r", "alpha", "gralora_k", "rank_pattern", "alpha_pattern", "gralora_k_pattern")
-_FACTORS = tuple(f".{name}{CHECKPOINT_SUFFIX[field]}" for field, name in FACTOR_NAMES.items())
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -71,9 +69,9 @@ def check_given_adapter(manifest: Manifest, origin: str, adapter: str | None) ->
         raise ExportError(f"{origin} was exported with {_one(name, entry)}; give its directory with --adapter")
     config, tensors = read_adapter(adapter)
     differing = [
-        f"{field}={getattr(config, field)!r} instead of {entry.config[field]!r}"
-        for field in _SCALES
-        if field in entry.config and getattr(config, field) != entry.config[field]
+        f"{field}={value!r} instead of {entry.config[field]!r}"
+        for field, value in ({"peft_type": config.peft_type} | config.sizes).items()
+        if field in entry.config and value != entry.config[field]
     ]
     if not differing and entry.sha256 in _possible_digests(config, tensors):
         return
@@ -92,23 +90,24 @@ def _all(entries: Mapping[str, AdapterEntry]) -> str:
 def _one(name: str, entry: AdapterEntry) -> str:
     """An adapter by its name, sizes, base and digest."""
     config = entry.config
-    sizes = ", ".join(f"{field}={config[field]}" for field in _SCALES[:4] if field in config)
+    sizes = ", ".join(f"{field}={value}" for field, value in config_from_fields(config, name).sizes.items() if value)
     base = config.get("base_model_name_or_path")
     made_for = f", made for {base}" if base else ""
     return f"the adapter {name!r} ({sizes}{made_for}, SHA-256 {str(entry.sha256)[:12]})"
 
 
-def _possible_digests(config: GraloraConfig, tensors: Mapping[str, Tensor]) -> set[str]:
+def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
     """The digests that a manifest may have for a file: a model holds its tensors in a dtype of its own.
 
     It also leaves out what only repeats the base: PEFT's copy of an adapted head's weight, or of an embedding.
     """
     saved = config.saved_module_names
+    factors = tuple(f".{key}" for key in method_of(config).keys.values())
     biases = (".bias",) if config.bias != "none" else ()
     kept = {
         key: tensor
         for key, tensor in tensors.items()
-        if key.endswith((*_FACTORS, *biases)) or any(_is_under(key, module) for module in saved)
+        if key.endswith((*factors, *biases)) or any(_is_under(key, module) for module in saved)
     }
     found = set()
     for part in (tensors, kept):

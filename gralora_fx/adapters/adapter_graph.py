@@ -14,7 +14,7 @@ from gralora_fx.adapters.state import Running
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
 from gralora_fx.graph.shared_memory import overlapping
 from gralora_fx.graph.user_pass import GraphPass
-from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods import AdapterTensors
 from gralora_fx.passes.adapter_paths import drop
 from gralora_fx.passes.fold_weights import (
     SiteUpdate,
@@ -39,7 +39,7 @@ class AdapterGraph(RunningGraph):
 
     # -- adding and switching ---------------------------------------------------------------------------------------
 
-    def add(self, name: str, planned: RewritePlan, *, factors: Mapping[str, Factors] | None = None) -> None:
+    def add(self, name: str, planned: RewritePlan, *, factors: Mapping[str, AdapterTensors] | None = None) -> None:
         """Store a new adapter, with given tensors or fresh ones; the first one becomes active."""
         with self._lock:
             if name in self.adapters:

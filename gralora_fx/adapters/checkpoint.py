@@ -15,11 +15,11 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.config import CONFIG_NAME, GraloraConfig
+from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.reading import read_fields
 from gralora_fx.errors import CheckpointError, shown, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.passes.adapter_paths import CHECKPOINT_SUFFIX, FACTOR_NAMES
+from gralora_fx.methods import config_from_fields
 from gralora_fx.planning.targets import exact_targets, resolve_targets
 from gralora_fx.sources.atomic_save import Writer, read_together, save_together
 from gralora_fx.sources.hub import resolve_directory
@@ -31,11 +31,9 @@ _PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT does not look at
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
-_PATTERNS = ("rank_pattern", "alpha_pattern", "gralora_k_pattern")
-_SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *_PATTERNS)
 
 
-def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[GraloraConfig, dict[str, Tensor]]:
+def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The configuration and the tensors of a saved adapter.
 
     Args:
@@ -48,7 +46,7 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
     """
     path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
     fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
-    config = GraloraConfig.from_fields(fields, str(path / CONFIG_NAME))
+    config = config_from_fields(fields, str(path / CONFIG_NAME))
     _check_sizes(config, sizes, path)
     return config, tensors
 
@@ -65,7 +63,7 @@ def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, T
     return fields, tensors, sizes if isinstance(sizes, dict) else {}
 
 
-def _check_sizes(config: GraloraConfig, sizes: Mapping[str, Any], directory: Path) -> None:
+def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
     """Refuse a configuration beside tensors that were saved with other sizes or another scale.
 
     Raises:
@@ -73,7 +71,7 @@ def _check_sizes(config: GraloraConfig, sizes: Mapping[str, Any], directory: Pat
     """
     differing = [
         f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
-        for name, value in _sizes(config).items()
+        for name, value in config.sizes.items()
         if name in sizes and sizes[name] != value
     ]
     if differing:
@@ -81,11 +79,6 @@ def _check_sizes(config: GraloraConfig, sizes: Mapping[str, Any], directory: Pat
             f"{directory} holds the configuration of one adapter and the tensors of another: {'; '.join(differing)}; "
             f"copy or save both files again, or put the value back if {CONFIG_NAME} was edited"
         )
-
-
-def _sizes(config: GraloraConfig) -> dict[str, Any]:
-    """The fields that give tensors their meaning, and that their names and shapes alone would not show."""
-    return {name: getattr(config, name) for name in _SIZE_FIELDS}
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -192,10 +185,10 @@ def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Pa
     """
     save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
     for adapter in adapters.values():
-        if patterns := [name for name in _PATTERNS if getattr(adapter.config, name)]:
+        if patterns := [name for name in adapter.config.used_patterns if name in adapter.config.BEYOND_PEFT]:
             warn_caller(
-                f"adapter {adapter.name!r} has {', '.join(patterns)}, which PEFT's GraLoRA does not read: what was "
-                "saved loads here, but not in PEFT; a sum of it alone, "
+                f"adapter {adapter.name!r} has {', '.join(patterns)}, which PEFT's {adapter.config.TITLE} does not "
+                "read: what was saved loads here, but not in PEFT; a sum of it alone, "
                 f"add_weighted_adapter([{adapter.name!r}], [1.0], <name>), does without"
             )
 
@@ -221,8 +214,8 @@ def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer
     return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
 
 
-def _metadata(config: GraloraConfig) -> dict[str, str]:
-    return {"format": "pt", _SIZES: json.dumps(_sizes(config), sort_keys=True)}
+def _metadata(config: AdapterConfig) -> dict[str, str]:
+    return {"format": "pt", _SIZES: json.dumps(config.sizes, sort_keys=True)}
 
 
 def _sorted_metadata(header: bytes) -> bytes:
@@ -233,7 +226,7 @@ def _sorted_metadata(header: bytes) -> bytes:
     return text.ljust(len(header)) if len(text) <= len(header) else header
 
 
-def tensors_digest(tensors: Mapping[str, Tensor], config: GraloraConfig) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
     """SHA-256 of the `adapter_model.safetensors` that an adapter's tensors and saved configuration make."""
     copies = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in sorted(tensors.items())}
     content = memoryview(save(copies, metadata=_metadata(config)))
@@ -244,7 +237,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], config: GraloraConfig) -> str:
     return digest.hexdigest()
 
 
-def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> GraloraConfig:
+def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfig:
     """An adapter's configuration as it is saved, its shorthands written out."""
     config = adapter.config
     source = config.base_model_name_or_path or traced.tokenizer_source
@@ -267,7 +260,7 @@ def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:
     for site_path, factors in adapter.factors.items():
         for field, tensor in factors._asdict().items():
             if tensor is not None:
-                found[f"{_PREFIX}{site_path}.{FACTOR_NAMES[field]}{CHECKPOINT_SUFFIX[field]}"] = tensor
+                found[f"{_PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
     for module, owned in adapter.copies.items():
         for base, parameter in owned.items():
             is_layers_own = module in adapter.factors and base == f"{module}.bias"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.storage import CopyTable, FactorTable
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.sites import LinearSite
-from gralora_fx.methods.gralora import Factors, Update, initial_factors
+from gralora_fx.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
 from gralora_fx.passes.adapter_paths import copy_path, factor_paths, put
 from gralora_fx.passes.insert_adapter import insert_adapter
 from gralora_fx.passes.redirect_parameters import own_parameters
@@ -49,7 +49,7 @@ class InstalledAdapter:
         name: str,
         plan: RewritePlan,
         tree: ModuleTree,
-        given: Mapping[str, Factors] | None = None,
+        given: Mapping[str, AdapterTensors] | None = None,
     ) -> InstalledAdapter:
         """Store tensors, those given by site path or freshly drawn ones; no graph reads them yet.
 
@@ -62,12 +62,13 @@ class InstalledAdapter:
             tree: The modules of the base model.
             given: Tensors by site path; None to draw them.
         """
+        method = method_of(plan.config)
         paths: dict[str, dict[str, str]] = {}
         made: dict[str, Tensor] = {}
         for planned in plan.selected:
             site_path = planned.site.path
-            factors = _initial(planned, plan.config) if given is None else given[site_path]
-            paths[site_path] = factor_paths(name, site_path, factors)
+            factors = _initial(planned, method, plan.config) if given is None else given[site_path]
+            paths[site_path] = factor_paths(name, site_path, method, factors)
             made |= {path: getattr(factors, field) for field, path in paths[site_path].items()}
         copies: dict[str, list[str]] = {}
         for module in plan.saved_modules:
@@ -84,12 +85,17 @@ class InstalledAdapter:
         for path, tensor in made.items():
             put(root, path, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
         tables = {module: CopyTable(root, {b: copy_path(name, b) for b in owned}) for module, owned in copies.items()}
-        return cls(name, plan, FactorTable(root, paths), tables)
+        return cls(name, plan, FactorTable(root, method, paths), tables)
 
     @property
-    def config(self) -> GraloraConfig:
+    def config(self) -> AdapterConfig:
         """The adapter's configuration."""
         return self.plan.config
+
+    @property
+    def method(self) -> AdapterMethod:
+        """The adapter's method."""
+        return self.factors.method
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every trainable tensor by its attribute path in the tree."""
@@ -106,7 +112,7 @@ class InstalledAdapter:
     @property
     def is_zero(self) -> bool:
         """Whether it changes nothing: every update is zero, as before training, and it has no copies."""
-        return not self.copies and not any(_is_update(self.factors[path]) for path in self.factors)
+        return not self.copies and all(factors.is_zero for factors in self.factors.values())
 
     def update(self, site_path: str) -> Update:
         """The weight update at a site."""
@@ -131,21 +137,22 @@ class InstalledAdapter:
         rejected = tuple(dataclasses.replace(r, site=sites[r.site.path]) for r in self.plan.rejected)
         plan = dataclasses.replace(self.plan, selected=selected, rejected=rejected)
         copies = {module: CopyTable(root, owned.paths) for module, owned in self.copies.items()}
-        return InstalledAdapter(self.name, plan, FactorTable(root, self.factors.paths), copies)
+        return InstalledAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies)
 
     def attach(self, graph_module: fx.GraphModule) -> None:
         """Insert the adapter's subgraphs."""
-        config, nodes = self.config, {node.name: node for node in graph_module.graph.nodes}
+        nodes = {node.name: node for node in graph_module.graph.nodes}
         for planned in self.plan.selected:
-            site, dtype = planned.site, self.factors[planned.site.path].A.dtype
+            site, dtype = planned.site, first_tensor(self.factors[planned.site.path]).dtype
             insert_adapter(
                 graph_module,
                 site,
                 self.name,
                 self.factors.paths[site.path],
-                rank=planned.rank,
+                method=self.method,
+                dims=planned.dims,
                 scale=planned.scale,
-                dropout=config.gralora_dropout,
+                dropout=self.config.dropout,
                 dtype=dtype if dtype != site.weight.dtype else None,
                 nodes=nodes,
             )
@@ -166,18 +173,9 @@ class InstalledAdapter:
         self.factors.container(self.name).requires_grad_(requires_grad)
 
 
-def _initial(planned: PlannedSite, config: GraloraConfig) -> Factors:
+def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig) -> AdapterTensors:
     site = planned.site
-    return initial_factors(
-        site.in_features,
-        site.out_features,
-        planned.rank,
-        zero_update=config.init_weights,
-        device=None if site.weight.is_meta else site.weight.device,
-        dtype=torch.float32 if site.weight.dtype in _HALF else site.weight.dtype,
-    )
-
-
-def _is_update(factors: Factors) -> bool:
-    pairs = ((factors.A, factors.B), (factors.A_general, factors.B_general))
-    return any(all(tensor is not None and bool(tensor.any()) for tensor in pair) for pair in pairs)
+    device = None if site.weight.is_meta else site.weight.device
+    dtype = torch.float32 if site.weight.dtype in _HALF else site.weight.dtype
+    drawn = method.initial(site.in_features, site.out_features, planned.dims, config)
+    return method.tensors(*(None if tensor is None else tensor.to(device, dtype) for tensor in drawn))

@@ -21,6 +21,7 @@ from gralora_fx.adapters.state import GraphState, Running, Source
 from gralora_fx.errors import RewriteError, first_line
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.user_pass import GraphPass, run_pass
+from gralora_fx.methods import first_tensor
 from gralora_fx.passes.fold_weights import set_weights
 from gralora_fx.passes.overlay import overlay, share_adapters
 from gralora_fx.passes.protect_outputs import protect_outputs
@@ -240,7 +241,8 @@ class RunningGraph:
     def _casts(self, state: GraphState) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
         """The dtypes of adapters and layers, which a graph is made for."""
         adapters = [self.adapters[name] for name in state.active if name not in state.merged]
-        return tuple((a.factors[p.site.path].A.dtype, p.site.weight.dtype) for a in adapters for p in a.plan.selected)
+        sites = [(adapter.factors[p.site.path], p.site) for adapter in adapters for p in adapter.plan.selected]
+        return tuple((first_tensor(factors).dtype, site.weight.dtype) for factors, site in sites)
 
     def _is_valid(self, running: Running) -> bool:
         """Whether a graph is the one that its state would give now, its merged weights included."""

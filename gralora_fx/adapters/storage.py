@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods import AdapterMethod, AdapterTensors
 from gralora_fx.passes.adapter_paths import ROOT
 
 
@@ -21,22 +21,24 @@ class _Table:
         return {key: value for key, value in self.__dict__.items() if key not in ("_root", "_last")}
 
 
-class FactorTable(_Table, Mapping[str, Factors]):
+class FactorTable(_Table, Mapping[str, AdapterTensors]):
     """An adapter's tensors by site path.
 
     Attributes:
-        paths: Their attribute paths in the tree, by site path and field of `Factors`.
+        method: The adapter's method.
+        paths: Their attribute paths in the tree, by site path and field of the method's named tuple.
     """
 
-    def __init__(self, root: nn.Module, paths: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(self, root: nn.Module, method: AdapterMethod, paths: Mapping[str, Mapping[str, str]]) -> None:
         """Read from a tree, which owns the tensors."""
+        self.method = method
         self.paths = paths
         self._root = root
-        self._last: dict[str, Factors] = {}
+        self._last: dict[str, AdapterTensors] = {}
 
-    def __getitem__(self, site_path: str) -> Factors:
+    def __getitem__(self, site_path: str) -> AdapterTensors:
         """The tensors at a site."""
-        found = Factors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
+        found = self.method.tensors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
         last = self._last.get(site_path)
         if last is None or any(a is not b for a, b in zip(last, found, strict=True)):
             self._last[site_path] = last = found

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
-from gralora_fx.methods.forms import summed
-from gralora_fx.methods.gralora import Factors, Update
+from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update
+from gralora_fx.methods.forms import as_gralora, summed, summed_lora
+from gralora_fx.methods.registry import GRALORA
 
 
 def weighted_sum(
     adapters: Sequence[InstalledAdapter], weights: Sequence[float]
-) -> tuple[GraloraConfig, dict[str, Factors]]:
+) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
     """The adapter whose update at every site is the weighted sum of the given ones.
 
-    The scale is 1 everywhere, and all sites have the same sizes, so that PEFT, which knows no patterns, loads the sum:
-    ranks add up, missing ones are filled with zeros, and different `gralora_k` become one (see `_common_sizes`).
+    The scale is 1 everywhere, and all sites have the same sizes, so that PEFT, which reads no patterns of GraLoRA,
+    loads the sum: ranks add up, missing ones are filled with zeros, and different `gralora_k` become one. The sum of
+    LoRA adapters is a LoRA adapter; of different methods it is a GraLoRA adapter, with the LoRA in its `hybrid_r`.
     Everything that is not a size comes from the first adapter's configuration.
 
     Args:
@@ -49,49 +51,54 @@ def weighted_sum(
         for path in adapter.factors:
             update = adapter.update(path)
             updates.setdefault(path, []).append(Update(update.factors, update.scale * weight))
-    k, r, hybrid_r = _common_sizes(list(updates.values()))
-    factors = {path: summed(given, k=k, r=r, hybrid_r=hybrid_r) for path, given in updates.items()}
+    method, dims, factors = _sums(adapters, updates)
     overflown = [
         path for path, sums in factors.items() if not all(bool(t.isfinite().all()) for t in sums if t is not None)
     ]
     if overflown:
         raise ConfigError(f"the sum is not finite at {', '.join(overflown)}; the weights {list(weights)} are too large")
-    transposed = any(adapter.config.fan_in_fan_out for adapter in adapters)
-    config = adapters[0].config.changed(
-        r=r,
-        gralora_k=k,
-        hybrid_r=hybrid_r,
-        alpha=r + hybrid_r,  # a scale of 1
+    config = method.config_of(adapters[0].config, dims).changed(
         target_modules=set(factors),
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=any(adapter.config.fan_in_fan_out for adapter in adapters),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         bias="none",
         modules_to_save=None,
-        rank_pattern={},
-        alpha_pattern={},
-        gralora_k_pattern={},
     )
     return config, factors
+
+
+def _sums(
+    adapters: Sequence[InstalledAdapter], updates: Mapping[str, Sequence[Update]]
+) -> tuple[AdapterMethod, AdapterDims, dict[str, AdapterTensors]]:
+    """The sum at every site in one method and one size: that of the adapters if it takes any update, else GraLoRA."""
+    names = {adapter.config.PEFT_TYPE for adapter in adapters}
+    method = adapters[0].method
+    if len(names) == 1 and method.takes_lora_form:
+        rank = max(sum(update.factors.lora_form()[0].shape[0] for update in summands) for summands in updates.values())
+        factors = {path: method.from_lora_form(*summed_lora(summands, r=rank)) for path, summands in updates.items()}
+        return method, next(iter(factors.values())).dims, factors
+    k, r, hybrid_r = _common_sizes(list(updates.values()))
+    sums: dict[str, AdapterTensors] = {
+        path: summed(summands, k=k, r=r, hybrid_r=hybrid_r) for path, summands in updates.items()
+    }
+
+    return GRALORA, AdapterDims(r, k, hybrid_r), sums
 
 
 def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:
     """One `(k, r, hybrid_r)` in which the sum at every site can be written, of the smallest rank.
 
-    `k` is the least common multiple of all, where it divides the widths, or 1.
+    `k` is the least common multiple of all, where it divides the widths, or 1; `r` is at least `k`, for GraLoRA has
+    blocks.
     """
-    ranks = [[update.factors.rank for update in updates] for updates in sites]
-    hybrid_r = max(sum(rank.hybrid_r for rank in given) for given in ranks)
-    multiple = math.lcm(*(rank.k for given in ranks for rank in given))
-    widths = {
-        update.factors.rank.k * width
-        for updates in sites
-        for update in updates
-        for width in (update.factors.A.shape[1], update.factors.B.shape[2])
-    }
-    candidates = [(max(sum(rank.r * rank.k for rank in given) for given in ranks), 1)]
+    dims = [[as_gralora(update.factors).dims for update in updates] for updates in sites]
+    hybrid_r = max(sum(entry.hybrid_r for entry in summands) for summands in dims)
+    multiple = math.lcm(*(entry.k for summands in dims for entry in summands))
+    widths = {width for updates in sites for update in updates for width in update.factors.features}
+    candidates = [(max(sum(entry.r * entry.k for entry in summands) for summands in dims), 1)]
     if all(width % multiple == 0 for width in widths):
-        candidates.insert(0, (max(sum(rank.r * multiple // rank.k for rank in given) for given in ranks), multiple))
+        candidates.insert(0, (max(sum(entry.r * multiple // entry.k for entry in s) for s in dims), multiple))
     r, k = min(candidates, key=lambda candidate: candidate[0])
-    return k, r, hybrid_r
+    return k, max(r, k), hybrid_r

@@ -1,5 +1,6 @@
-"""What to adapt and how: `GraloraConfig` and PEFT's `adapter_config.json`."""
+"""What to adapt and how: the configurations, and PEFT's `adapter_config.json`."""
 
-from gralora_fx.config.gralora_config import CONFIG_NAME, GraloraConfig
+from gralora_fx.config.adapter_config import CONFIG_NAME, AdapterConfig
+from gralora_fx.config.gralora_config import GraloraConfig
 
-__all__ = ["CONFIG_NAME", "GraloraConfig"]
+__all__ = ["CONFIG_NAME", "AdapterConfig", "GraloraConfig"]

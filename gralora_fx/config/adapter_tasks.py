@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config.adapter_config import AdapterConfig, config_fields
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import ConfigError
 
@@ -34,11 +34,11 @@ def asked_task(adapter: str | None, task: str | None, *, with_cache: bool) -> st
     """
     if task is not None or adapter is None:
         return task
-    own = _PEFT_TASKS.get(GraloraConfig.from_pretrained(adapter).task_type or "")
+    own = _PEFT_TASKS.get(str(config_fields(adapter)[0].get("task_type")))
     return with_past(own) if with_cache and own else own
 
 
-def task_of(config: GraloraConfig, task: str | None, adapter: str) -> str | None:
+def task_of(config: AdapterConfig, task: str | None, adapter: str) -> str | None:
     """The task that is asked for, which has to be one that the adapter was trained for; or the adapter's own.
 
     Raises:

@@ -37,7 +37,20 @@ def check_alpha(name: str, value: Any) -> None:
     """Refuse what is not a positive number: with 0 an adapter does nothing, and never would."""
     check_number(name, value)
     if value <= 0:
-        raise ConfigError(f"{name} must be positive, but got {shown(value)}: the scale is alpha / (r + hybrid_r)")
+        raise ConfigError(f"{name} must be positive, but got {shown(value)}: it scales the adapter's output")
+
+
+def check_dropout(name: str, value: Any) -> None:
+    """Refuse what is not a probability below 1."""
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} must be in [0, 1), but got {value}; take 0 for none")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is not True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, but got {shown(value)}")
 
 
 def check_names(name: str, values: Iterable[object]) -> None:

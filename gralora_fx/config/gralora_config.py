@@ -1,37 +1,20 @@
-"""`GraloraConfig`: what to adapt and how, read from and written to PEFT's `adapter_config.json`."""
+"""`GraloraConfig`: what to adapt and how, as PEFT's `adapter_config.json` of a GraLoRA adapter says it."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
-from gralora_fx.config.checks import check_alpha, check_integer, check_names, check_number
-from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, check_expression, check_expressions
-from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, from_paper, read_fields, warn_of_unknown
-from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.sources.atomic_save import read_together, save_together
-from gralora_fx.sources.hub import resolve_directory
-
-CONFIG_NAME = "adapter_config.json"
-BIAS_MODES = ("none", "all", "gralora_only")
-_BEYOND_PEFT = ("exclude_modules", "rank_pattern", "alpha_pattern", "gralora_k_pattern")
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-# What PEFT adds to `modules_to_save` for a task: the head that such a model trains.
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+from gralora_fx.config.adapter_config import AdapterConfig
+from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
+from gralora_fx.config.reading import from_paper
+from gralora_fx.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class GraloraConfig:
+class GraloraConfig(AdapterConfig):
     """A GraLoRA adapter: its sizes, its scale and the linear call sites it stands at.
 
     Field names, defaults and meanings are those of `peft.GraloraConfig`. An adapter of a layer with `in` inputs and
@@ -96,163 +79,35 @@ class GraloraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     gralora_k_pattern: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Turn collections into those of PEFT's file, then check every field."""
-        for name in ("target_modules", "exclude_modules"):
-            given = getattr(self, name)
-            if isinstance(given, (list, tuple, set, frozenset)):
-                check_names(name, given)
-                object.__setattr__(self, name, set(given))
-        if isinstance(self.layers_to_transform, (tuple, range, set, frozenset)):
-            object.__setattr__(self, "layers_to_transform", list(self.layers_to_transform))
-        if isinstance(self.layers_pattern, tuple):
-            object.__setattr__(self, "layers_pattern", list(self.layers_pattern))
-        if isinstance(self.modules_to_save, (tuple, set, frozenset)):
-            object.__setattr__(self, "modules_to_save", sorted(self.modules_to_save))
-        self._check_sizes()
-        self._check_choices()
-        self._check_targets()
-        self._check_layers()
-        self._check_patterns()
-
-    @property
-    def peft_type(self) -> str:
-        """PEFT's name of the method."""
-        return "GRALORA"
+    PEFT_TYPE = "GRALORA"
+    TITLE = "GraLoRA"
+    BIAS_MODES = ("none", "all", "gralora_only")
+    ADAPTED_BIASES = "gralora_only"
+    PATTERNS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        "rank_pattern": partial(check_integer, least=1),
+        "alpha_pattern": check_alpha,
+        "gralora_k_pattern": partial(check_integer, least=1),
+    }
+    PATTERN_OF: ClassVar[Mapping[str, str]] = {
+        "r": "rank_pattern",
+        "alpha": "alpha_pattern",
+        "gralora_k": "gralora_k_pattern",
+    }
+    SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *PATTERNS)
+    BEYOND_PEFT = ("exclude_modules", *PATTERNS)
+    DROPOUT, ALPHA = "gralora_dropout", "alpha"
 
     @property
     def scale(self) -> float:
         """Factor of the adapter's output, `alpha / (r + hybrid_r)`, where no pattern says otherwise."""
         return self.alpha / (self.r + self.hybrid_r)
 
-    @property
-    def adapts_all_linear(self) -> bool:
-        """Whether `target_modules` is the shorthand for every linear layer."""
-        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
-
-    @property
-    def layer_indices(self) -> frozenset[int] | None:
-        """The indices of `layers_to_transform`, or None where it is off."""
-        if self.layers_to_transform is None or self.layers_to_transform == []:
-            return None
-        given = self.layers_to_transform
-        return frozenset([given] if isinstance(given, int) else given)
-
-    @property
-    def layer_patterns(self) -> tuple[str, ...]:
-        """The names of `layers_pattern`; empty where any container counts."""
-        given = self.layers_pattern
-        return (given,) if isinstance(given, str) and given else tuple(given or ())
-
-    @property
-    def saved_module_names(self) -> tuple[str, ...]:
-        """`modules_to_save` with the heads that `task_type` adds, as PEFT adds them."""
-        return tuple(dict.fromkeys([*(self.modules_to_save or ()), *self.task_heads]))
-
-    @property
-    def task_heads(self) -> tuple[str, ...]:
-        """The names that PEFT adds to `modules_to_save` for the task type; a model has one of them."""
-        return _TASK_HEADS.get(self.task_type or "", ())
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json` in PEFT's format, keys and sets sorted; an older one is replaced at once.
-
-        Args:
-            directory: Where to write; made if it does not exist.
+    def check_sizes(self) -> None:
+        """Check the sizes, the scale and the dropout.
 
         Raises:
-            ConfigError: It cannot be written.
+            ConfigError: One has an invalid value, or `gralora_k` does not divide `r`.
         """
-        save_together(directory, {"": {CONFIG_NAME: self.write_json}}, ConfigError)
-
-    def write_json(self, path: Path) -> None:
-        """Write the text of PEFT's `adapter_config.json` into a file."""
-        path.write_text(self.to_json(), encoding="utf-8")
-
-    def to_json(self) -> str:
-        """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        fields = {name: value for name, value in values.items() if value or name not in _BEYOND_PEFT}
-        fields["peft_type"] = self.peft_type
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(fields.get(name), set):
-                fields[name] = sorted(fields[name])
-        # the keys of a pattern keep their order, for the first that matches counts
-        return json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, *, revision: str | None = None) -> GraloraConfig:
-        """Read `adapter_config.json` from a directory or a hub repository.
-
-        A file that PEFT wrote keeps PEFT's meaning; a combination that PEFT ignores is dropped with a warning. A file
-        of the paper's own code (`gralora_alpha`, an `r` that includes `hybrid_r`) is converted with a warning.
-
-        Args:
-            directory: Local directory or hub id.
-            revision: Revision of the hub repository.
-
-        Raises:
-            ConfigError: There is no such file, it is no JSON object, or it is not a GraLoRA configuration.
-        """
-        path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME])
-        return cls.from_fields(read_together(path, [CONFIG_NAME], read_fields), str(path / CONFIG_NAME))
-
-    @classmethod
-    def from_peft(cls, peft_config: Any) -> GraloraConfig:
-        """Convert a live `peft.GraloraConfig`, without importing peft.
-
-        Args:
-            peft_config: The object that PEFT made.
-
-        Raises:
-            ConfigError: It is not a GraLoRA configuration.
-        """
-        if not hasattr(peft_config, "peft_type") or not hasattr(peft_config, "__dict__"):
-            raise ConfigError(f"{shown(peft_config)} is no PEFT configuration; give a peft.GraloraConfig")
-        if isinstance(peft_config, type):
-            raise ConfigError(f"{peft_config.__name__} is a class; give an object, such as {peft_config.__name__}()")
-        fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items() if name[:1] != "_"}
-        fields = {"peft_type": getattr(peft_config.peft_type, "value", peft_config.peft_type), **fields}
-        return cls.from_fields(fields, f"the given {type(peft_config).__name__}")
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any], origin: str) -> GraloraConfig:
-        """The configuration that PEFT (or the paper's code) means by the fields of a file.
-
-        Args:
-            fields: The fields.
-            origin: Where they come from, for messages.
-
-        Raises:
-            ConfigError: They are not a GraLoRA configuration.
-        """
-        peft_type = fields.get("peft_type")
-        if str(peft_type).upper() != "GRALORA":
-            kind = f"{shown(peft_type)} with use_dora" if fields.get("use_dora") else shown(peft_type)
-            raise ConfigError(f"{origin}: peft_type is {kind}, not 'GRALORA'; give a GraLoRA adapter")
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        absent = {name for name in _BEYOND_PEFT if fields.get(name) is None}
-        values = {name: value for name, value in fields.items() if name in known - absent}
-        if "gralora_alpha" in fields and "alpha" not in fields:
-            values = from_paper(values, fields["gralora_alpha"], origin)
-            known.add("gralora_alpha")
-        warn_of_unknown(fields, known, origin)
-        kept, only_in_peft, notes = as_peft_reads(values)
-        for note in notes:
-            warn_caller(f"{origin}: {note}")
-        try:
-            return cls(**kept).changed(**only_in_peft)
-        except ConfigError as error:
-            raise ConfigError(f"{origin}: {error}") from error
-
-    def changed(self, **changes: Any) -> GraloraConfig:
-        """A copy with other values, which are taken as they are: what PEFT wrote may be what nobody may write anew."""
-        config = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(config, name, value)
-        return config
-
-    def _check_sizes(self) -> None:
         check_integer("r", self.r, 1)
         check_integer("gralora_k", self.gralora_k, 1)
         check_integer("hybrid_r", self.hybrid_r, 0)
@@ -262,78 +117,12 @@ class GraloraConfig:
                 f"take r={max(1, round(self.r / self.gralora_k)) * self.gralora_k} or another gralora_k"
             )
         check_alpha("alpha", self.alpha)
-        check_number("gralora_dropout", self.gralora_dropout)
-        if not 0 <= self.gralora_dropout < 1:
-            raise ConfigError(f"gralora_dropout must be in [0, 1), but got {self.gralora_dropout}; take 0 for none")
+        check_dropout("gralora_dropout", self.gralora_dropout)
+        check_flag("init_weights", self.init_weights)
 
-    def _check_choices(self) -> None:
-        if self.bias not in BIAS_MODES:
-            raise ConfigError(f"bias must be one of {', '.join(BIAS_MODES)}, but got {shown(self.bias)}")
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(
-                f"task_type must be one of {', '.join(TASK_TYPES)} or None, but got {shown(self.task_type)}"
-            )
-        for name in ("fan_in_fan_out", "init_weights", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, but got {shown(getattr(self, name))}")
-        for name in ("base_model_name_or_path", "revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"{name} must be a string or None, but got {shown(getattr(self, name))}")
-
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            given = getattr(self, name)
-            if given is not None and not given and name == "target_modules":
-                raise ConfigError("target_modules is empty; name modules, or take 'all-linear'")
-            if isinstance(given, str) and not (name == "target_modules" and self.adapts_all_linear):
-                check_expression(name, given)
-            elif given is not None and not isinstance(given, (str, set)):
-                raise ConfigError(f"{name} must be a list of names, a string or None, but got {shown(given)}")
-        if self.modules_to_save is not None:
-            if not isinstance(self.modules_to_save, list):
-                raise ConfigError(
-                    f"modules_to_save must be a list of names or None, but got {shown(self.modules_to_save)}"
-                )
-            check_names("modules_to_save", self.modules_to_save)
-            check_expressions("modules_to_save", self.modules_to_save, SAVED_MODULE)
-
-    def _check_layers(self) -> None:
-        layers = self.layers_to_transform
-        if layers is not None:
-            if isinstance(layers, bool) or not isinstance(layers, (int, list)):
-                raise ConfigError(
-                    f"layers_to_transform must be an index, a list of them or None, but got {shown(layers)}"
-                )
-            for index in [layers] if isinstance(layers, int) else layers:
-                check_integer("layers_to_transform", index, 0)
-        pattern = self.layers_pattern
-        if isinstance(pattern, list):
-            check_names("layers_pattern", pattern)
-        elif pattern is not None and not isinstance(pattern, str):
-            raise ConfigError(f"layers_pattern must be a name, a list of names or None, but got {shown(pattern)}")
-        check_expressions("layers_pattern", self.layer_patterns, CONTAINER)
-        if self.layer_patterns and self.layer_indices is None:
-            raise ConfigError(
-                f"layers_pattern={shown(pattern)} has no effect without layers_to_transform; give the layer indices too"
-            )
-        is_regex = isinstance(self.target_modules, str) and not self.adapts_all_linear
-        if is_regex and self.layer_indices is not None:
-            raise ConfigError(
-                f"layers_to_transform={shown(layers)} does not go with target_modules={shown(self.target_modules)}: a "
-                "regular expression selects layers itself; write the indices into it, or give a list of names"
-            )
-
-    def _check_patterns(self) -> None:
-        self._check_pattern("rank_pattern", lambda name, value: check_integer(name, value, 1))
-        self._check_pattern("alpha_pattern", check_alpha)
-        self._check_pattern("gralora_k_pattern", lambda name, value: check_integer(name, value, 1))
-
-    def _check_pattern(self, field_name: str, check_value: Callable[[str, Any], None]) -> None:
-        """Refuse what is not a dict from module names (or regular expressions) to valid values."""
-        value = getattr(self, field_name)
-        if not isinstance(value, dict):
-            raise ConfigError(f"{field_name} must be a dict from module names to values, but got {shown(value)}")
-        check_names(field_name, value)
-        check_expressions(field_name, value, END_OF_PATH)
-        for key, entry in value.items():
-            check_value(f"{field_name}[{shown(key)}]", entry)
+    @classmethod
+    def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+        """The fields of a file of the paper's own code in PEFT's terms; those that PEFT wrote as they are."""
+        if "gralora_alpha" not in fields or "alpha" in fields:
+            return fields
+        return from_paper(fields, origin)

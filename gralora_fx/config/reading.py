@@ -1,4 +1,4 @@
-"""Configuration fields as other programs write them, in the terms of `GraloraConfig`."""
+"""Configuration fields as PEFT and other programs write them, in the terms of this package."""
 
 from __future__ import annotations
 
@@ -47,13 +47,33 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: str) -> None:
+def peft_fields(peft_config: Any, wanted: str) -> tuple[dict[str, Any], str]:
+    """The fields of a live PEFT configuration as its file would have them, and a name for it.
+
+    Args:
+        peft_config: The object that PEFT made.
+        wanted: What is wanted, for messages.
+
+    Raises:
+        ConfigError: It is not a PEFT configuration.
+    """
+    if not hasattr(peft_config, "peft_type") or not hasattr(peft_config, "__dict__"):
+        raise ConfigError(f"{shown(peft_config)} is not a PEFT configuration; give {wanted}")
+    if isinstance(peft_config, type):
+        raise ConfigError(f"{peft_config.__name__} is a class; give an object, such as {peft_config.__name__}()")
+    fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items() if name[:1] != "_"}
+    fields = {"peft_type": getattr(peft_config.peft_type, "value", peft_config.peft_type), **fields}
+    return fields, f"the given {type(peft_config).__name__}"
+
+
+def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: str, method: str) -> None:
     """Warn of keys that mean nothing here, each by its name: what they were meant to do is not done.
 
     Args:
         fields: The fields of a file.
         known: The fields that are read.
         origin: Where the fields come from.
+        method: The method's name, for the message.
     """
     unknown = sorted(name for name in fields if name not in known and name not in _BOOKKEEPING)
     if not unknown:
@@ -64,23 +84,31 @@ def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: s
         key = name if name.isidentifier() and len(name) < 60 else shown(name)
         parts.append(f"{key}={shown(fields[name])}" + (f" (is {near[0]} meant?)" if near else ""))
     verb = "are not known fields" if len(unknown) > 1 else "is not a known field"
-    warn_caller(f"{origin}: {', '.join(parts)} {verb} of a GraLoRA configuration, so nothing is done about it")
+    warn_caller(f"{origin}: {', '.join(parts)} {verb} of a {method} configuration, so nothing is done about it")
 
 
-def from_paper(values: Mapping[str, Any], gralora_alpha: float, origin: str) -> dict[str, Any]:
+def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The paper's own fields in PEFT's terms: its `r` counts `hybrid_r` in, its scale is `gralora_alpha / r`."""
-    total, hybrid = values.get("r", 32), values.get("hybrid_r") or 0
+    total, hybrid, alpha = values.get("r", 32), values.get("hybrid_r") or 0, values["gralora_alpha"]
     check_integer("r", total, 1)
     check_integer("hybrid_r", hybrid, 0)
     warn_caller(
         f"{origin} is in the format of the paper's own code: read as r={total - hybrid}, hybrid_r={hybrid}, "
-        f"alpha={gralora_alpha}, so that the scale is {gralora_alpha}/{total}"
+        f"alpha={alpha}, so that the scale is {alpha}/{total}"
     )
-    return {**values, "r": total - hybrid, "hybrid_r": hybrid, "alpha": gralora_alpha}
+    others = {name: value for name, value in values.items() if name != "gralora_alpha"}
+    return {**others, "r": total - hybrid, "hybrid_r": hybrid, "alpha": alpha}
 
 
-def as_peft_reads(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def as_peft_reads(
+    values: Mapping[str, Any], *, dropout: str, alpha: str
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """What a file of PEFT's means, though nobody may write it anew.
+
+    Args:
+        values: The fields.
+        dropout: Name of the field for the dropout.
+        alpha: Name of the field for the numerator of the scale.
 
     Returns:
         The fields that can be taken as they are, without what PEFT ignores at run time; those that PEFT takes and
@@ -95,17 +123,17 @@ def as_peft_reads(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     if pattern and kept.get("layers_to_transform") in (None, []):
         notes.append(f"layers_pattern={shown(pattern)} is ignored, as PEFT ignores it without layers_to_transform")
         kept["layers_pattern"] = None
-    dropout, alpha = kept.get("gralora_dropout", 0.0), kept.get("alpha", 1)
-    if is_number(dropout) and dropout < 0:
-        notes.append(f"gralora_dropout={shown(dropout)} is read as 0, as PEFT reads it")
-        kept["gralora_dropout"] = 0.0
-    elif is_number(dropout) and dropout == 1:
-        notes.append("gralora_dropout=1 drops every input of the adapter in training, so that it does not train")
-        only_in_peft["gralora_dropout"] = kept.pop("gralora_dropout")
-    if is_number(alpha) and alpha <= 0:
-        effect = "turns the adapter off" if alpha == 0 else "subtracts the adapter"
-        notes.append(f"alpha={shown(alpha)} {effect}, as in PEFT")
-        only_in_peft["alpha"] = kept.pop("alpha")
+    probability, numerator = kept.get(dropout, 0.0), kept.get(alpha, 1)
+    if is_number(probability) and probability < 0:
+        notes.append(f"{dropout}={shown(probability)} is read as 0, as PEFT reads it")
+        kept[dropout] = 0.0
+    elif is_number(probability) and probability == 1:
+        notes.append(f"{dropout}=1 drops every input of the adapter in training, so that it does not train")
+        only_in_peft[dropout] = kept.pop(dropout)
+    if is_number(numerator) and numerator <= 0:
+        effect = "turns the adapter off" if numerator == 0 else "subtracts the adapter"
+        notes.append(f"{alpha}={shown(numerator)} {effect}, as in PEFT")
+        only_in_peft[alpha] = kept.pop(alpha)
     if targets in ("", [], ()) or targets == set():
         notes.append("target_modules is empty, so that the configuration fits no model")
         only_in_peft["target_modules"] = set() if targets != "" else ""

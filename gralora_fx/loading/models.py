@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from gralora_fx.adapters.checkpoint import base_names, read_adapter
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
+from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.adapter_tasks import task_of, with_past
 from gralora_fx.errors import (
     CheckpointError,
@@ -200,7 +201,7 @@ class Base:
     task: str | None
     is_asked: bool
     adapter: str | None
-    config: GraloraConfig | None
+    config: AdapterConfig | None
     supplied: Set[str]
     num_labels: int | None
     report: LoadReport | None
@@ -236,7 +237,7 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
         TraceError: The base cannot be loaded.
         CheckpointError: The adapter cannot be read, or files to stream lack tensors.
     """
-    config: GraloraConfig | None = None
+    config: AdapterConfig | None = None
     heads: list[int] = []
     supplied: set[str] = set()
     is_asked = task is not None
@@ -310,7 +311,7 @@ def base_name(model: str | None, adapter: str | None) -> str:
     """
     if model is None and adapter is None:
         raise ConfigError("no model was named; give --model, or --adapter with a base_model_name_or_path")
-    name = model or GraloraConfig.from_pretrained(adapter or "").base_model_name_or_path
+    name = model or config_fields(adapter or "")[0].get("base_model_name_or_path")
     if name is None:
         raise ConfigError(f"{adapter} names no base model; give --model")
     return name

@@ -1,1 +1,18 @@
-"""Adapter mathematics, one method a file."""
+"""Adapter mathematics, one method a file, behind one protocol."""
+
+from gralora_fx.methods.method import AdapterDims, AdapterMethod, AdapterTensors, Update, first_tensor
+from gralora_fx.methods.registry import METHODS, config_from_fields, config_from_peft, method_of, read_config, register
+
+__all__ = [
+    "METHODS",
+    "AdapterDims",
+    "AdapterMethod",
+    "AdapterTensors",
+    "Update",
+    "config_from_fields",
+    "config_from_peft",
+    "first_tensor",
+    "method_of",
+    "read_config",
+    "register",
+]

@@ -1,36 +1,23 @@
-"""Other exact forms of a weight update: as plain LoRA, and several updates as one."""
+"""Other exact forms of weight updates: in GraLoRA's terms, with other blocks, several as one."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from gralora_fx.methods.gralora import Factors, Update
+from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods.method import AdapterTensors, Update, first_tensor
 
 
-def lora_factors(factors: Factors) -> tuple[Tensor, Tensor]:
-    """The same update as a plain LoRA pair of rank `k*r + hybrid_r` with block-sparse factors, exactly.
-
-    Row `n*r + j*s + i` of the result's `A` is column `j*s + i` of `A[n]`, placed on input block n; the matching column
-    of `B` is row `n*s + i` of `B[j]`, placed on output block j.
-
-    Returns:
-        `A [k*r + hybrid_r, in]` and `B [out, k*r + hybrid_r]`, with `B @ A` the unscaled update.
-    """
-    r, k, _ = factors.rank
-    s, in_block, out_block = r // k, factors.A.shape[1], factors.B.shape[2]
-    A = factors.A.new_zeros(k * r, k * in_block)
-    B = factors.B.new_zeros(k * out_block, k * r)
-    for n, j in product(range(k), range(k)):
-        rows = slice(n * r + j * s, n * r + (j + 1) * s)
-        A[rows, n * in_block : (n + 1) * in_block] = factors.A[n][:, j * s : (j + 1) * s].t()
-        B[j * out_block : (j + 1) * out_block, rows] = factors.B[j][n * s : (n + 1) * s].t()
-    if factors.A_general is None or factors.B_general is None:
-        return A, B
-    return torch.cat([A, factors.A_general]), torch.cat([B, factors.B_general], dim=1)
+def as_gralora(factors: AdapterTensors) -> Factors:
+    """The same update in GraLoRA's form, exactly; of another method it is a plain LoRA beside blocks of rank 0."""
+    if isinstance(factors, Factors):
+        return factors
+    A, B = factors.lora_form()
+    return Factors(A.new_zeros(1, A.shape[1], 0), B.new_zeros(1, 0, B.shape[0]), A, B)
 
 
 def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
@@ -46,11 +33,11 @@ def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         `A [k, in/k, R]` and `B [k, R, out/k]`, with `R = r * k / (present k)`, or `R = r * (present k)` for 1.
     """
-    r, own, _ = factors.rank
+    r, own, _ = factors.dims
     if k == own:
         return factors.A, factors.B
     if k == 1:
-        A, B = lora_factors(Factors(factors.A, factors.B))
+        A, B = Factors(factors.A, factors.B).lora_form()
         return A.t().unsqueeze(0), B.t().unsqueeze(0)
     m, s = k // own, r // own
     ins, outs = own * factors.A.shape[1], own * factors.B.shape[2]
@@ -75,21 +62,21 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
     Returns:
         Tensors of the sum of the ranks, in float32 or better.
     """
-    dtype = torch.float32
-    for update in updates:
-        dtype = torch.promote_types(dtype, update.factors.A.dtype)
-    parts = [(Factors(*(None if t is None else t.to(dtype) for t in u.factors)), u.scale) for u in updates]  # type: ignore[arg-type]
-    ks = {factors.rank.k for factors, _ in parts}
+    dtype = functools.reduce(
+        torch.promote_types, (first_tensor(update.factors).dtype for update in updates), torch.float32
+    )
+    parts = [(Factors(*(None if t is None else t.to(dtype) for t in as_gralora(u.factors))), u.scale) for u in updates]  # type: ignore[arg-type]
+    ks = {factors.dims.k for factors, _ in parts}
     k = k or (ks.pop() if len(ks) == 1 else 1)
     blocks = [(*with_blocks(factors, k), scale) for factors, scale in parts]
     ins, outs = k * blocks[0][0].shape[1], k * blocks[0][1].shape[2]
     missing = max(0, r - sum(A.shape[2] for A, _, _ in blocks))
     blocks.append((blocks[0][0].new_zeros(k, ins // k, missing), blocks[0][1].new_zeros(k, missing, outs // k), 1.0))
-    A = torch.cat([A.reshape(k, ins // k, k, -1) for A, _, _ in blocks if A.numel()], dim=3)  # [n, in/k, j, s]
-    B = torch.cat([(B * scale).reshape(k, k, -1, outs // k) for _, B, scale in blocks if B.numel()], dim=2)
-    A, B = A.reshape(k, ins // k, -1), B.reshape(k, -1, outs // k)  # [k, in/k, r], [k, r, out/k]
+    A = torch.cat([A.reshape(k, ins // k, k, A.shape[2] // k) for A, _, _ in blocks], dim=3)  # [n, in/k, j, s]
+    B = torch.cat([(B * scale).reshape(k, k, B.shape[1] // k, outs // k) for _, B, scale in blocks], dim=2)
+    A, B = A.flatten(2), B.flatten(1, 2)  # [k, in/k, r], [k, r, out/k]
     generals = [(f.A_general, f.B_general * scale) for f, scale in parts if f.B_general is not None]
-    missing = hybrid_r - sum(f.rank.hybrid_r for f, _ in parts)
+    missing = hybrid_r - sum(f.dims.hybrid_r for f, _ in parts)
     if missing > 0:
         generals.append((A.new_zeros(missing, ins), B.new_zeros(outs, missing)))
     A, B = A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
@@ -99,7 +86,26 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
 
 
 @torch.no_grad()
-def block_norms(factors: Factors, scale: float) -> Tensor:
+def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
+    """A plain LoRA pair of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
+
+    Args:
+        updates: At least one.
+        r: Least rank; missing rows of A and columns of B are zero.
+
+    Returns:
+        `A [R, in]` and `B [out, R]`, in float32 or better, with R the sum of the ranks, or `r` if that is more.
+    """
+    pairs = [(*update.factors.lora_form(), update.scale) for update in updates]
+    dtype = functools.reduce(torch.promote_types, (A.dtype for A, _, _ in pairs), torch.float32)
+    A = torch.cat([A.to(dtype) for A, _, _ in pairs])
+    B = torch.cat([B.to(dtype) * scale for _, B, scale in pairs], dim=1)
+    missing = max(0, r - A.shape[0])
+    return torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
+
+
+@torch.no_grad()
+def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
     """Frobenius norms of the `k x k` blocks of a weight update, without the dense update.
 
     Block (j, n) is `L @ R`, with `L` the columns of `B[j]` that meet input block n beside the rows of `B_general`, and
@@ -107,13 +113,14 @@ def block_norms(factors: Factors, scale: float) -> Tensor:
     R.T)`, two matrices of side `r/k + hybrid_r`. They are float64, for their entries are squares.
 
     Args:
-        factors: The adapter's tensors at a site.
+        tensors: The adapter's tensors at a site.
         scale: Factor of the update.
 
     Returns:
         `[k, k]` float64 on the CPU: row j is an output block, column n an input block.
     """
-    r, k, hybrid_r = factors.rank
+    factors = as_gralora(tensors)
+    r, k, hybrid_r = factors.dims
     s, in_block, out_block = r // k, factors.A.shape[1], factors.B.shape[2]
     A = factors.A.to("cpu", torch.float64).view(k, in_block, k, s).permute(2, 0, 3, 1)  # [j, n, s, in/k]
     B = factors.B.to("cpu", torch.float64).view(k, k, s, out_block)  # [j, n, s, out/k]

@@ -15,22 +15,16 @@ Everything else in the package (graph nodes, merging, export, conversion) is mad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function
 
-
-class Rank(NamedTuple):
-    """Sizes of one adapter: block rank `r`, blocks `k` in each direction, and the rank of the plain LoRA beside it."""
-
-    r: int
-    k: int
-    hybrid_r: int = 0
+from gralora_fx.config import AdapterConfig, GraloraConfig
+from gralora_fx.methods.low_rank import accumulate, add_low_rank, drop_inputs
+from gralora_fx.methods.method import AdapterDims, AdapterMethod, common_fields
 
 
 class Factors(NamedTuple):
@@ -49,37 +43,74 @@ class Factors(NamedTuple):
     B_general: Tensor | None = None
 
     @property
-    def rank(self) -> Rank:
+    def dims(self) -> AdapterDims:
         """The adapter's sizes."""
-        return Rank(self.A.shape[2], self.A.shape[0], 0 if self.A_general is None else self.A_general.shape[0])
+        return AdapterDims(self.A.shape[2], self.A.shape[0], 0 if self.A_general is None else self.A_general.shape[0])
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Widths `in` and `out` of the layer."""
+        k = self.A.shape[0]
+        return k * self.A.shape[1], k * self.B.shape[2]
+
+    @property
+    def grid(self) -> int:
+        """Blocks in each direction."""
+        return self.A.shape[0]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update is zero since a factor of each product is, as before training."""
+        pairs = ((self.A, self.B), (self.A_general, self.B_general))
+        return not any(all(tensor is not None and bool(tensor.any()) for tensor in pair) for pair in pairs)
+
+    def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs whose products are the unscaled update on a block that lies within one output and one input block."""
+        r, k, _ = self.dims
+        s, out_block, in_block = r // k, shape[0] // k, shape[1] // k
+        j, n = rows.start // out_block, columns.start // in_block
+        local_rows = slice(rows.start - j * out_block, rows.stop - j * out_block)
+        local_columns = slice(columns.start - n * in_block, columns.stop - n * in_block)
+        if r:
+            yield self.B[j][n * s : (n + 1) * s, local_rows].t(), self.A[n][local_columns, j * s : (j + 1) * s].t()
+        if self.A_general is not None and self.B_general is not None:
+            yield self.B_general[rows], self.A_general[:, columns]
+
+    def lora_form(self) -> tuple[Tensor, Tensor]:
+        """The same update as a plain LoRA pair of rank `k*r + hybrid_r` with block-sparse factors, exactly.
+
+        Row `n*r + j*s + i` of the result's `A` is column `j*s + i` of `A[n]`, placed on input block n; the matching
+        column of `B` is row `n*s + i` of `B[j]`, placed on output block j.
+
+        Returns:
+            `A [k*r + hybrid_r, in]` and `B [out, k*r + hybrid_r]`, with `B @ A` the unscaled update.
+        """
+        r, k, _ = self.dims
+        s, in_block, out_block = r // k, self.A.shape[1], self.B.shape[2]
+        A = self.A.new_zeros(k * r, k * in_block)
+        B = self.B.new_zeros(k * out_block, k * r)
+        for n, j in product(range(k), range(k)):
+            rows = slice(n * r + j * s, n * r + (j + 1) * s)
+            A[rows, n * in_block : (n + 1) * in_block] = self.A[n][:, j * s : (j + 1) * s].t()
+            B[j * out_block : (j + 1) * out_block, rows] = self.B[j][n * s : (n + 1) * s].t()
+        if self.A_general is None or self.B_general is None:
+            return A, B
+        return torch.cat([A, self.A_general]), torch.cat([B, self.B_general], dim=1)
 
 
-@dataclass(frozen=True)
-class Update:
-    """A weight update: an adapter's tensors and the factor they are scaled by."""
-
-    factors: Factors
-    scale: float
-
-
-def factor_shapes(in_features: int, out_features: int, rank: Rank) -> dict[str, tuple[int, ...]]:
+def factor_shapes(in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
     """Shapes of an adapter's tensors by the name of their field in `Factors`."""
-    r, k, hybrid_r = rank
+    r, k, hybrid_r = dims
     shapes: dict[str, tuple[int, ...]] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
     if hybrid_r:
         shapes |= {"A_general": (hybrid_r, in_features), "B_general": (out_features, hybrid_r)}
     return shapes
 
 
-def parameter_count(in_features: int, out_features: int, rank: Rank) -> int:
-    """Number of trainable values, `(r + hybrid_r) * (in + out)`."""
-    return sum(math.prod(shape) for shape in factor_shapes(in_features, out_features, rank).values())
-
-
 def initial_factors(
     in_features: int,
     out_features: int,
-    rank: Rank,
+    dims: AdapterDims,
     *,
     zero_update: bool = True,
     device: torch.device | None = None,
@@ -92,7 +123,7 @@ def initial_factors(
     Args:
         in_features: Input width of the layer; `k` divides it.
         out_features: Output width of the layer; `k` divides it.
-        rank: The adapter's sizes.
+        dims: The adapter's sizes.
         zero_update: False draws `B` at random too.
         device: Device of the result.
         dtype: Dtype of the result.
@@ -100,7 +131,7 @@ def initial_factors(
     Returns:
         Tensors of the shapes that `factor_shapes` gives.
     """
-    r, k, hybrid_r = rank
+    r, k, hybrid_r = dims
 
     def draw_pair(inputs: int, width: int, outputs: int) -> tuple[Tensor, Tensor]:
         a, b = torch.empty(width, inputs), torch.zeros(outputs, width)
@@ -126,9 +157,8 @@ def add_output(
     scale: float,
     *,
     features: tuple[int, int],
-    rank: Rank,
+    dims: AdapterDims,
     dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
     rows: tuple[int, int] | None = None,
     in_place: bool = True,
 ) -> Tensor:
@@ -145,43 +175,44 @@ def add_output(
         factors: The adapter's tensors.
         scale: Factor of the adapter's output.
         features: Widths `in` and `out` of the layer.
-        rank: The adapter's sizes.
+        dims: The adapter's sizes.
         dropout: Probability with which input values are zeroed (training).
-        dtype: Dtype of the adapter where it differs from the layer's: the input is cast to it, the adapter's output
-            back to that of `y`.
         rows: First output feature of `y` and the one after its last, where `y` is a part of the layer's output only.
         in_place: Whether `y` may be overwritten at all.
 
     Returns:
-        `y + scale * adapter(x)`, of the shape and dtype of `y`.
+        `y + scale * adapter(x)`, of the shape of `y`.
     """
-    r, k, _ = rank
+    r, k, _ = dims
     in_features, out_features = features
-    if dtype is not None:
-        zero = torch.zeros_like(y, dtype=dtype)
-        options: dict[str, Any] = {"features": features, "rank": rank, "dropout": dropout, "rows": rows}
-        return torch.add(y, add_output(x.to(dtype), zero, factors, 1.0, **options).type_as(y), alpha=scale)
-    blocks = _dropped(x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
+    blocks = drop_inputs(x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
     hidden = torch.bmm(blocks, factors.A)  # [k (input block), T, r]
     hidden = hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [k (output block), T, r]
-    how = {} if in_place else {"in_place": False}
-    width = out_features
+    options: dict[str, Any] = {} if in_place else {"in_place": False}
     if rows is None:
         into = y.view(-1, k, out_features // k).transpose(0, 1)  # [k, T, out/k]
-        y = accumulate(into, hidden, factors.B, scale, **how).transpose(0, 1).reshape_as(y)
+        y = accumulate(into, hidden, factors.B, scale, **options).transpose(0, 1).reshape_as(y)
     else:
-        width = rows[1] - rows[0]
         output = torch.bmm(hidden, factors.B).transpose(0, 1).reshape(-1, out_features)[:, slice(*rows)]
         y = torch.add(y, output.reshape_as(y), alpha=scale)
     if factors.A_general is not None and factors.B_general is not None:
-        flat = _dropped(x, dropout).reshape(-1, in_features)
-        hidden = torch.mm(flat, factors.A_general.t())  # [T, hybrid_r]
-        general = factors.B_general if rows is None else factors.B_general[slice(*rows)]
-        y = accumulate(y.view(-1, width), hidden, general.t(), scale, **how).view_as(y)
+        y = add_low_rank(
+            x,
+            y,
+            factors.A_general,
+            factors.B_general,
+            scale,
+            features=features,
+            dropout=dropout,
+            rows=rows,
+            in_place=in_place,
+        )
     return y
 
 
-def add_update(weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], rank: Rank) -> Tensor:
+def add_update(
+    weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], dims: AdapterDims
+) -> Tensor:
     """Add an adapter's update to a weight as one matrix, for a layer whose input cannot be reached.
 
     Gradients reach the factors. It runs on `torch.fx` proxies as on tensors.
@@ -191,12 +222,12 @@ def add_update(weight: Tensor, factors: Factors, scale: float, *, features: tupl
         factors: The adapter's tensors.
         scale: Factor of the update.
         features: Widths `in` and `out` of the layer.
-        rank: The adapter's sizes.
+        dims: The adapter's sizes.
 
     Returns:
         `weight + scale * update`.
     """
-    r, k, _ = rank
+    r, k, _ = dims
     in_block, out_block, s = features[0] // k, features[1] // k, r // k
     left = factors.B.view(k, k, s, out_block).transpose(2, 3).reshape(k * k, out_block, s)  # [(j, n), out/k, s]
     right = factors.A.view(k, in_block, k, s).permute(2, 0, 3, 1).reshape(k * k, s, in_block)  # [(j, n), s, in/k]
@@ -207,98 +238,75 @@ def add_update(weight: Tensor, factors: Factors, scale: float, *, features: tupl
     return torch.add(weight, update, alpha=scale)
 
 
-def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
-    """`into + scale * left @ right`, written into `into` itself where that is right and fast.
+class Gralora(AdapterMethod):
+    """GraLoRA, as PEFT's `GraloraConfig` describes it."""
 
-    In training it makes a new tensor, since writing into a view costs autograd a copy of the whole gradient; under
-    `torch.compile` and `torch.export` too, which cannot undo the write; and under autocast, which gives the result its
-    own dtype. A graph calls it as one node.
+    config = GraloraConfig
+    tensors = Factors
+    keys = {  # noqa: RUF012  # typed in the base class
+        "A": "gralora_A",
+        "B": "gralora_B",
+        "A_general": "gralora_A_general.weight",
+        "B_general": "gralora_B_general.weight",
+    }
 
-    Args:
-        into: `[n, m]`, or `[k, n, m]`; overwritten where no gradient is recorded.
-        left: `[n, r]`, or `[k, n, r]`.
-        right: `[r, m]`, or `[k, r, m]`.
-        scale: Factor of the product.
-        in_place: False never overwrites, for an `into` that something else reads too.
+    def sizes(self, config: GraloraConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
+        """Sizes and scale, `alpha / (r + hybrid_r)`, of the adapter at a site."""
+        dims = AdapterDims(value_of("r"), value_of("gralora_k"), config.hybrid_r)
+        return dims, value_of("alpha") / (dims.r + dims.hybrid_r)
 
-    Returns:
-        The sum, of the shape of `into`.
-    """
-    operands = (into, left, right)
-    if has_torch_function(operands):  # so that running on the proxies of a graph makes a node of the call
-        given: dict[str, Any] = {} if in_place else {"in_place": False}
-        result: Tensor = handle_torch_function(accumulate, operands, *operands, scale, **given)
-        return result
-    batched = into.ndim == 3
-    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
-    if in_place and not records and into.dtype == left.dtype == right.dtype and not torch.compiler.is_compiling():
-        return into.baddbmm_(left, right, alpha=scale) if batched else into.addmm_(left, right, alpha=scale)
-    return (torch.baddbmm if batched else torch.addmm)(into, left, right, alpha=scale)
+    def shapes(self, in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors at a site."""
+        return factor_shapes(in_features, out_features, dims)
 
+    def initial(
+        self,
+        in_features: int,
+        out_features: int,
+        dims: AdapterDims,
+        config: GraloraConfig,  # type: ignore[override]
+    ) -> Factors:
+        """Fresh tensors; `init_weights=False` draws `B` at random too."""
+        return initial_factors(in_features, out_features, dims, zero_update=config.init_weights)
 
-@torch.no_grad()
-def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False, out: Tensor | None = None) -> Tensor:
-    """Fold updates into a weight, block by block, without a tensor of the weight's size beside the result.
+    def forward(self, x: Tensor, y: Tensor, factors: Factors, scale: float, **options: Any) -> Tensor:
+        """`y + scale * adapter(x)`; see `add_output`."""
+        return add_output(x, y, factors, scale, **options)
 
-    Half-precision weights are accumulated in float32 one block at a time and rounded once.
+    def add_update(
+        self, weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], dims: AdapterDims
+    ) -> Tensor:
+        """`weight + scale * dW`; see the function of this name."""
+        return add_update(weight, factors, scale, features=features, dims=dims)
 
-    Args:
-        weight: `[out, in]`, or `[in, out]` if `transposed`; read only.
-        updates: The updates to add; their `k` may differ.
-        transposed: Whether the weight is stored `[in, out]`.
-        out: Where to write, of the weight's shape and dtype; the weight itself folds in place. None makes a tensor.
+    def problems(self, in_features: int, out_features: int, dims: AdapterDims) -> list[str]:
+        """Whether `k` divides the rank and the widths."""
+        r, k, _ = dims
+        problems = []
+        if r % k:
+            problems.append(
+                f"r should be divisible by gralora_k, but got {r} and {k}; change rank_pattern or gralora_k_pattern"
+            )
+        if in_features % k or out_features % k:
+            problems.append(
+                f"in_features={in_features}, out_features={out_features} must both be divisible by gralora_k={k}; "
+                "take another gralora_k or gralora_k_pattern, or leave the layer out"
+            )
+        return problems
 
-    Returns:
-        `weight + sum of scale * update`, in `out`.
-    """
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
-    source, target = (weight.t(), result.t()) if transposed else (weight, result)
-    accumulator = torch.promote_types(weight.dtype, torch.float32)
-    grid = math.lcm(*(update.factors.rank.k for update in updates))
-    for rows, columns in product(_slices(source.shape[0], grid), _slices(source.shape[1], grid)):
-        block, into = source[rows, columns], target[rows, columns]
-        terms = [term for update in updates for term in _block_terms(update, rows, columns, source.shape)]
-        if accumulator == weight.dtype:
-            for left, right, scale in terms:
-                torch.addmm(block, left.to(accumulator), right.to(accumulator), alpha=scale, out=into)
-                block = into
-        else:
-            total = block.to(accumulator)
-            for left, right, scale in terms:
-                total.addmm_(left.to(accumulator), right.to(accumulator), alpha=scale)
-            into.copy_(total)
-    return result
+    def text(self, dims: AdapterDims) -> str:
+        """Sizes in words, such as `r=32 k=2 hybrid_r=8`."""
+        return f"r={dims.r} k={dims.k}" + (f" hybrid_r={dims.hybrid_r}" if dims.hybrid_r else "")
 
-
-@torch.no_grad()
-def delta_weight(update: Update, *, transposed: bool = False) -> Tensor:
-    """The whole update as a dense matrix, `[out, in]` or `[in, out]` if `transposed`."""
-    k, in_block, _ = update.factors.A.shape
-    out_features, in_features = k * update.factors.B.shape[2], k * in_block
-    shape = (in_features, out_features) if transposed else (out_features, in_features)
-    zero = torch.zeros(shape, dtype=update.factors.A.dtype, device=update.factors.A.device)
-    return fold(zero, [update], transposed=transposed, out=zero)
-
-
-def _dropped(x: Tensor, probability: float) -> Tensor:
-    return nn.functional.dropout(x, probability, training=True) if probability else x
-
-
-def _slices(size: int, parts: int) -> Iterator[slice]:
-    width = size // parts
-    return (slice(part * width, (part + 1) * width) for part in range(parts))
-
-
-def _block_terms(
-    update: Update, rows: slice, columns: slice, shape: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Pairs whose products, scaled, are the update on a block that lies within one output and one input block."""
-    A, B, A_general, B_general = update.factors
-    r, k, _ = update.factors.rank
-    s, out_block, in_block = r // k, shape[0] // k, shape[1] // k
-    j, n = rows.start // out_block, columns.start // in_block
-    local_rows = slice(rows.start - j * out_block, rows.stop - j * out_block)
-    local_columns = slice(columns.start - n * in_block, columns.stop - n * in_block)
-    yield B[j][n * s : (n + 1) * s, local_rows].t(), A[n][local_columns, j * s : (j + 1) * s].t(), update.scale
-    if A_general is not None and B_general is not None:
-        yield B_general[rows], A_general[:, columns], update.scale
+    def config_of(self, config: AdapterConfig, dims: AdapterDims) -> GraloraConfig:
+        """A configuration of these sizes at every site and scale 1, otherwise as another one."""
+        own = config
+        if not isinstance(own, GraloraConfig):
+            own = GraloraConfig(gralora_dropout=min(config.dropout, 0.99), **common_fields(config))
+        return own.changed(
+            r=dims.r,
+            gralora_k=dims.k,
+            hybrid_r=dims.hybrid_r,
+            alpha=dims.r + dims.hybrid_r,
+            **{name: {} for name in GraloraConfig.PATTERNS},
+        )

@@ -358,7 +358,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
 
 def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
     mine, theirs = (
-        {planned.site.path: (planned.rank, planned.scale) for planned in chosen.selected}
+        {planned.site.path: (planned.dims, planned.scale) for planned in chosen.selected}
         for chosen in (adapter.plan, other)
     )
     if mine != theirs or adapter.plan.saved_modules != other.saved_modules:

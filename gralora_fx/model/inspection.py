@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.annotations import mark_of
 from gralora_fx.graph.sites import LinearSite
+from gralora_fx.methods import AdapterTensors, Update
+from gralora_fx.methods.fold import delta_weight
 from gralora_fx.methods.forms import block_norms, summed
-from gralora_fx.methods.gralora import Factors, Update, delta_weight
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -29,7 +31,7 @@ class AdapterQueries:
         return self.traced.sites
 
     @property
-    def configs(self) -> dict[str, GraloraConfig]:
+    def configs(self) -> dict[str, AdapterConfig]:
         """The configuration of each adapter, by name."""
         return {name: adapter.config for name, adapter in self._state.adapters.items()}
 
@@ -74,8 +76,8 @@ class AdapterQueries:
                 "merged" if name in self.merged_adapters else "active" if name in self.active_adapters else "waiting"
             )
             config, count = adapter.config, len(adapter.plan.selected)
-            hybrid = f" hybrid_r={config.hybrid_r}" if config.hybrid_r else ""
-            lines.append(f"  {name} ({state}): r={config.r} k={config.gralora_k}{hybrid}, {count} sites")
+            sizes = adapter.method.text(adapter.method.sizes(config, partial(getattr, config))[0])
+            lines.append(f"  {name} ({state}): {sizes}, {count} sites")
         return "\n".join(lines)
 
     # -- by site and adapter ----------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ class AdapterQueries:
                 found.append(node)
         return tuple(found)
 
-    def factors(self, path: str, adapter_name: str | None = None) -> Factors:
+    def factors(self, path: str, adapter_name: str | None = None) -> AdapterTensors:
         """An adapter's tensors at a site: the parameters themselves.
 
         Args:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.model.inspection import AdapterQueries
 from gralora_fx.passes.adapter_paths import adapter_names as as_names
@@ -44,7 +44,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
         self.traced.generation_config = value
 
     @property
-    def peft_config(self) -> dict[str, GraloraConfig]:
+    def peft_config(self) -> dict[str, AdapterConfig]:
         """The configuration of each adapter, by name."""
         return self.configs
 

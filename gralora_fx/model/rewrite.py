@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.planning.rewrite_plan import RewritePlan
@@ -10,7 +10,7 @@ from gralora_fx.tracing.traced_model import TracedModel, check_traced
 
 
 def rewrite(
-    traced: TracedModel, config_or_plan: GraloraConfig | RewritePlan, *, adapter_name: str = "default"
+    traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan, *, adapter_name: str = "default"
 ) -> GraloraModel:
     """Substitute the targeted linear call sites of a traced model with GraLoRA subgraphs.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from gralora_fx.adapters.weighted import weighted_sum
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.graph.user_pass import GraphPass
 from gralora_fx.model.inspection import AdapterQueries
@@ -18,7 +18,7 @@ from gralora_fx.planning.targets import exact_targets
 class AdapterSwitching(AdapterQueries):
     """The changes: each leaves the graph complete, or as it was after an error."""
 
-    def add_adapter(self, adapter_name: str, config_or_plan: GraloraConfig | RewritePlan) -> None:
+    def add_adapter(self, adapter_name: str, config_or_plan: AdapterConfig | RewritePlan) -> None:
         """Add an adapter; the first one becomes active, later ones wait for `set_adapter`.
 
         Args:
@@ -120,13 +120,13 @@ class AdapterSwitching(AdapterQueries):
         """
         self._state.remove_pass(graph_pass)
 
-    def _plan(self, config_or_plan: GraloraConfig | RewritePlan) -> RewritePlan:
-        if isinstance(config_or_plan, GraloraConfig):
+    def _plan(self, config_or_plan: AdapterConfig | RewritePlan) -> RewritePlan:
+        if isinstance(config_or_plan, AdapterConfig):
             return plan(self.traced, config_or_plan)
         if not isinstance(config_or_plan, RewritePlan):
             raise ConfigError(
-                f"expected a GraloraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
-                "convert a live PEFT configuration with GraloraConfig.from_peft"
+                f"expected a GraloraConfig, a LoraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
+                "from_peft of either configuration converts PEFT's"
             )
         known = {site.path: site.weight for site in self.sites}
         for planned in config_or_plan.selected:

@@ -7,13 +7,9 @@ import keyword
 from torch import nn
 
 from gralora_fx.errors import ConfigError, RewriteError
-from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods import AdapterMethod, AdapterTensors
 
 ROOT = "gralora"
-
-# field of `Factors`: the tensor's name below its site, and the rest of its key in a PEFT checkpoint
-FACTOR_NAMES = {"A": "gralora_A", "B": "gralora_B", "A_general": "gralora_A_general", "B_general": "gralora_B_general"}
-CHECKPOINT_SUFFIX = {"A": "", "B": "", "A_general": ".weight", "B_general": ".weight"}
 
 
 def check_adapter_name(name: object) -> None:
@@ -70,10 +66,10 @@ def drop(root: nn.Module, adapter: str) -> None:
             del root._modules[ROOT]
 
 
-def factor_paths(adapter: str, site_path: str, factors: Factors) -> dict[str, str]:
-    """Attribute paths of an adapter's tensors at one site, by field of `Factors`."""
+def factor_paths(adapter: str, site_path: str, method: AdapterMethod, factors: AdapterTensors) -> dict[str, str]:
+    """Attribute paths of an adapter's tensors at one site, by field of the method's named tuple."""
     present = {field for field, tensor in factors._asdict().items() if tensor is not None}
-    return {field: f"{ROOT}.{adapter}.{site_path}.{name}" for field, name in FACTOR_NAMES.items() if field in present}
+    return {field: f"{ROOT}.{adapter}.{site_path}.{name}" for field, name in method.names().items() if field in present}
 
 
 def copy_path(adapter: str, name: str) -> str:

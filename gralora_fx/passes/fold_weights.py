@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from gralora_fx.errors import MergeError
 from gralora_fx.graph.shared_memory import is_writable, overlapping
 from gralora_fx.graph.sites import LinearSite, calls_at, computed_sites, other_readers
-from gralora_fx.methods.gralora import Update, fold
+from gralora_fx.methods.fold import fold
+from gralora_fx.methods.method import Update
 from gralora_fx.passes.overlay import replace_parameters
 from gralora_fx.sources.lazy_tensors import defer, raw_values_of
 

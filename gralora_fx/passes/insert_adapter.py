@@ -13,7 +13,7 @@ from gralora_fx.errors import RewriteError
 from gralora_fx.graph.annotations import mark
 from gralora_fx.graph.sites import LinearCall, LinearSite, calls_at
 from gralora_fx.graph.subgraph_calls import replace_operand
-from gralora_fx.methods.gralora import Factors, Rank, add_output, add_update
+from gralora_fx.methods import AdapterDims, AdapterMethod
 
 
 def insert_adapter(
@@ -22,7 +22,8 @@ def insert_adapter(
     adapter: str,
     names: Mapping[str, str],
     *,
-    rank: Rank,
+    method: AdapterMethod,
+    dims: AdapterDims,
     scale: float,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -33,14 +34,16 @@ def insert_adapter(
     Before: `y = linear(x, w, b); z = relu(y)`
     After:  `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
 
-    The nodes are those that `adapter.add_output` makes when it runs on the graph's own proxies.
+    The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies.
 
     Args:
         graph_module: The graph; it must be recompiled afterwards.
         site: The site, found in this graph or one it was copied from.
         adapter: Name of the adapter.
-        names: Attribute paths of the adapter's tensors in `graph_module`, by field of `adapter.Factors`.
-        rank: The adapter's sizes.
+        names: Attribute paths of the adapter's tensors in `graph_module`, by field of the method's
+            named tuple.
+        method: The adapter's method.
+        dims: The adapter's sizes.
         scale: Factor of its output.
         dropout: Dropout probability of its input.
         dtype: The adapter's dtype where it differs from the layer's.
@@ -68,13 +71,29 @@ def insert_adapter(
                 insert, options = _insert_into_operand, {}
             features = (site.in_features, site.out_features)
             inserted += insert(
-                graph, call, site.path, adapter, names, scale=scale, features=features, rank=rank, **options
+                graph,
+                call,
+                site.path,
+                adapter,
+                names,
+                scale=scale,
+                method=method,
+                features=features,
+                dims=dims,
+                **options,
             )
     return tuple(inserted)
 
 
 def _insert_at(
-    graph: fx.Graph, call: LinearCall, path: str, adapter: str, names: Mapping[str, str], **options: Any
+    graph: fx.Graph,
+    call: LinearCall,
+    path: str,
+    adapter: str,
+    names: Mapping[str, str],
+    *,
+    method: AdapterMethod,
+    **options: Any,
 ) -> list[fx.Node]:
     node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
     with graph.inserting_before(after):
@@ -82,7 +101,7 @@ def _insert_at(
             field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names.items()
         }
         x, y = _proxy(call.input, tracer), _proxy(node, tracer)
-        result: Any = add_output(x, y, Factors(**tensors), rows=call.rows, **options)
+        result: Any = method.add_output(x, y, method.tensors(**tensors), rows=call.rows, **options)
     made: list[fx.Node] = []
     while (candidate := made[-1].next if made else node.next) is not after:
         made.append(candidate)
@@ -96,7 +115,14 @@ def _insert_at(
 
 
 def _insert_into_operand(
-    graph: fx.Graph, call: LinearCall, path: str, adapter: str, names: Mapping[str, str], **options: Any
+    graph: fx.Graph,
+    call: LinearCall,
+    path: str,
+    adapter: str,
+    names: Mapping[str, str],
+    *,
+    method: AdapterMethod,
+    **options: Any,
 ) -> list[fx.Node]:
     """Add an adapter's update to the weight that a branch or a loop is given.
 
@@ -106,7 +132,7 @@ def _insert_into_operand(
     before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
     with graph.inserting_before(call.node):
         tensors = {field: _proxy(graph.get_attr(attribute), tracer) for field, attribute in names.items()}
-        result: Any = add_update(_proxy(call.weight, tracer), Factors(**tensors), **options)
+        result: Any = method.add_update(_proxy(call.weight, tracer), method.tensors(**tensors), **options)
     assert call.operand is not None
     replace_operand(call.node, call.operand, result.node)
     made = [candidate for candidate in graph.nodes if candidate not in before]

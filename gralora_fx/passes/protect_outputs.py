@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from gralora_fx.graph.annotations import mark_of
-from gralora_fx.methods.gralora import accumulate
+from gralora_fx.methods.low_rank import accumulate
 
 
 def protect_outputs(graph: fx.Graph) -> bool:

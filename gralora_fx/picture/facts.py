@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite, other_readers
+from gralora_fx.methods import method_of
 from gralora_fx.methods.forms import block_norms
-from gralora_fx.methods.gralora import Rank
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -52,7 +52,7 @@ class AdapterFacts:
 
     name: str
     state: str
-    config: GraloraConfig
+    config: AdapterConfig
     parameters: int
 
 
@@ -63,14 +63,16 @@ class SiteAdapter:
     Attributes:
         name: The adapter's name.
         state: `"active"`, `"merged"`, `"waiting"` or `"planned"`.
-        rank: Its sizes.
+        sizes: Its sizes, in words.
+        k: Blocks of its update in each direction.
         scale: Factor of its update.
         norms: Frobenius norms of the update's blocks, rows for output blocks; None for a plan.
     """
 
     name: str
     state: str
-    rank: Rank
+    sizes: str
+    k: int
     scale: float
     norms: tuple[tuple[float, ...], ...] | None
 
@@ -195,13 +197,16 @@ def _sites(
     reasons: dict[str, dict[str, str]] = {}
     notes: dict[str, list[str]] = {}
     for name, plan in plans.items():
+        text = method_of(plan.config).text
         for planned in plan.selected:
             path, scale = planned.site.path, planned.scale
             norms = None
             if model is not None:
                 grid = block_norms(model.installed(name).factors[path], scale).tolist()
                 norms = tuple(tuple(row) for row in grid)
-            adapters.setdefault(path, []).append(SiteAdapter(name, states[name], planned.rank, scale, norms))
+            adapters.setdefault(path, []).append(
+                SiteAdapter(name, states[name], text(planned.dims), planned.k, scale, norms)
+            )
         for rejected in plan.rejected:
             site = rejected.site
             if site.path not in found:  # stacked expert matrices, which are no sites of the graph

@@ -101,4 +101,4 @@ class Folding:
 
 
 def _adapter_look(adapter: SiteAdapter) -> Hashable:
-    return adapter.name, adapter.state, adapter.rank, adapter.scale, adapter.norms is None
+    return adapter.name, adapter.state, adapter.sizes, adapter.scale, adapter.norms is None

@@ -64,10 +64,8 @@ def tooltip_of(item: Item, facts: ModelFacts, alike: Sequence[str] = ()) -> str:
 
 def adapter_line(adapter: SiteAdapter) -> str:
     """An adapter's name, its state where it is not simply active, its sizes and its scale."""
-    rank = adapter.rank
     state = f" ({adapter.state})" if adapter.state not in ("active", adapter.name) else ""
-    hybrid = f" hybrid_r={rank.hybrid_r}" if rank.hybrid_r else ""
-    return f"{clipped(adapter.name, 24)}{state}: r={rank.r} k={rank.k}{hybrid} scale={adapter.scale:.4g}"
+    return f"{clipped(adapter.name, 24)}{state}: {adapter.sizes} scale={adapter.scale:.4g}"
 
 
 def short_reason(reason: str) -> str:

@@ -103,7 +103,7 @@ def _row(entry: SiteFacts) -> _Row:
 
 def _maps(facts: ModelFacts) -> Iterator[_Map]:
     found = [(path, adapter) for path, entry in facts.sites.items() for adapter in entry.adapters]
-    is_coarse = sum(adapter.rank.k**2 for _, adapter in found) > _MOST_CELLS
+    is_coarse = sum(adapter.k**2 for _, adapter in found) > _MOST_CELLS
     for path, adapter in found:
         norm = adapter.update_norm
         if adapter.norms is None or norm is None:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import warn_caller
 from gralora_fx.graph.sites import LinearSite, names_of_site
+from gralora_fx.methods import method_of
 from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.planning.targets import (
     TargetRule,
@@ -27,14 +28,14 @@ def trains_whole(path: str, saved: Iterable[str]) -> str | None:
     return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
 
 
-def out_of_reach(site: LinearSite, traced: TracedModel, config: GraloraConfig) -> str | None:
+def out_of_reach(site: LinearSite, traced: TracedModel, config: AdapterConfig) -> str | None:
     """Why a site gets no adapter whatever a configuration says: it would do nothing, or not act at every call."""
     if site.path in traced.out_of_reach:
         return traced.out_of_reach[site.path]
     if site.path in traced.in_subgraphs:
         where = f"it is called inside the subgraph of {traced.in_subgraphs[site.path]}, where its weight is adapted"
-        if config.gralora_dropout:
-            return f"{where} and not its output, so its input cannot have gralora_dropout={config.gralora_dropout}"
+        if config.dropout:
+            return f"{where} and not its output, so its input cannot have {config.DROPOUT}={config.dropout}"
         if site.weight.dtype in (torch.float16, torch.bfloat16):
             return f"{where}, and {site.weight.dtype} would round the update away"
     if not (site.in_features and site.out_features):
@@ -44,7 +45,7 @@ def out_of_reach(site: LinearSite, traced: TracedModel, config: GraloraConfig) -
 
 def problems_of(
     rule: TargetRule,
-    config: GraloraConfig,
+    config: AdapterConfig,
     traced: TracedModel,
     saved: Iterable[str],
     selected: Sequence[PlannedSite],
@@ -64,12 +65,12 @@ def problems_of(
         *_unsupported(rule, traced, sites),
         *_unused_exclusions(rule, traced),
         *_unused_keys(config, traced, selected),
-        *_indivisible(selected),
+        *_unfit_sizes(config, selected),
     ]
 
 
 def _missing(
-    rule: TargetRule, config: GraloraConfig, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]
+    rule: TargetRule, config: AdapterConfig, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]
 ) -> list[str]:
     """Problems of a rule that reaches no module at all."""
     paths = _paths(traced)
@@ -152,11 +153,11 @@ def _unused_exclusions(rule: TargetRule, traced: TracedModel) -> list[str]:
     return [_no_match(name, paths, "exclude_modules") for name in unmatched_names(rule.excluded, paths)]
 
 
-def _unused_keys(config: GraloraConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> list[str]:
+def _unused_keys(config: AdapterConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> list[str]:
     """Keys of `rank_pattern` and its kin that count for no adapted layer."""
     paths = [name for planned in selected for name in names_of_site(planned.site, traced.tree)]
     problems = []
-    for name in ("rank_pattern", "alpha_pattern", "gralora_k_pattern"):
+    for name in config.PATTERNS:
         keys = getattr(config, name)
         used = {pattern_key(keys, path) for path in paths}
         for key in keys:
@@ -166,25 +167,17 @@ def _unused_keys(config: GraloraConfig, traced: TracedModel, selected: Sequence[
     return problems
 
 
-def _indivisible(selected: Sequence[PlannedSite]) -> list[str]:
-    """Sites whose `k` divides neither their rank nor their widths."""
-    problems = []
-    for planned in selected:
-        site, r, k = planned.site, planned.r, planned.k
-        if r % k:
-            problems.append(
-                f"{site.path}: r should be divisible by gralora_k, but got {r} and {k}; change rank_pattern or "
-                "gralora_k_pattern"
-            )
-        if site.in_features % k or site.out_features % k:
-            problems.append(
-                f"{site.path}: in_features={site.in_features}, out_features={site.out_features} must both be divisible "
-                f"by gralora_k={k}; take another gralora_k or gralora_k_pattern, or leave the layer out"
-            )
-    return problems
+def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list[str]:
+    """Sites whose widths the method cannot adapt with their sizes, such as ones that `gralora_k` does not divide."""
+    method = method_of(config)
+    return [
+        f"{planned.site.path}: {problem}"
+        for planned in selected
+        for problem in method.problems(planned.site.in_features, planned.site.out_features, planned.dims)
+    ]
 
 
-def warn_of_gaps(rule: TargetRule, config: GraloraConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> None:
+def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> None:
     """Warn of names and layer indices that match nothing while others do, and of a corrected `fan_in_fan_out`.
 
     Args:

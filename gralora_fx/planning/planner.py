@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import TargetError
 from gralora_fx.graph.sites import LinearSite, names_of_site
+from gralora_fx.methods import method_of
 from gralora_fx.planning.checks import out_of_reach, problems_of, stores_transposed, trains_whole, warn_of_gaps
 from gralora_fx.planning.rewrite_plan import PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.planning.targets import TargetRule, pattern_key, resolve_targets, saved_modules
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
 
 
-def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
+def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     """Decide for every site whether it gets an adapter; nothing is changed.
 
     Args:
@@ -32,8 +33,11 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
             nothing. Every problem is listed.
     """
     check_traced(traced, TargetError, "plan for")
-    if not isinstance(config, GraloraConfig):
-        raise TargetError(f"expected a GraloraConfig, but got a {type(config).__name__}; see GraloraConfig.from_peft")
+    if not isinstance(config, AdapterConfig):
+        raise TargetError(
+            f"expected a GraloraConfig or a LoraConfig, but got a {type(config).__name__}; from_peft of either "
+            "converts PEFT's"
+        )
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
     sites = {site.path: site for site in traced.sites}
     saved = saved_modules(config, traced.tree)
@@ -62,7 +66,7 @@ def plan(traced: TracedModel, config: GraloraConfig) -> RewritePlan:
 
 
 def _reason_against(
-    site: LinearSite, rule: TargetRule, saved: Iterable[str], traced: TracedModel, config: GraloraConfig
+    site: LinearSite, rule: TargetRule, saved: Iterable[str], traced: TracedModel, config: AdapterConfig
 ) -> str | None:
     """Why a site gets no adapter, or None if it gets one."""
     is_layer = site.kind != "functional"
@@ -73,21 +77,21 @@ def _reason_against(
     return reason or out_of_reach(site, traced, config)
 
 
-def _with_ranks(site: LinearSite, config: GraloraConfig, traced: TracedModel) -> PlannedSite:
+def _with_ranks(site: LinearSite, config: AdapterConfig, traced: TracedModel) -> PlannedSite:
     """The sizes of a site's adapter: the configuration's, or what a pattern says of the site."""
 
-    def value_of(pattern: Mapping[str, Any], default: Any) -> Any:
+    def value_of(field: str) -> Any:
+        pattern: Mapping[str, Any] = getattr(config, config.PATTERN_OF[field])
         keys = [pattern_key(pattern, name) for name in names_of_site(site, traced.tree)]
         found = next((key for key in keys if key is not None), None)
-        return default if found is None else pattern[found]
+        return getattr(config, field) if found is None else pattern[found]
 
-    r = value_of(config.rank_pattern, config.r)
-    k = value_of(config.gralora_k_pattern, config.gralora_k)
-    alpha = value_of(config.alpha_pattern, config.alpha)
-    return PlannedSite(site, r, k, config.hybrid_r, alpha / (r + config.hybrid_r))
+    method = method_of(config)
+    dims, scale = method.sizes(config, value_of)
+    return PlannedSite(site, *dims, scale, method.parameter_count(site.in_features, site.out_features, dims))
 
 
-_EXPERTS = "its weight has 3 dimensions, one matrix for each expert; GraLoRA adapts linear layers of 2"
+_EXPERTS = "its weight has 3 dimensions, one matrix for each expert; adapters are added to linear layers, of 2"
 
 
 def _expert_weights(traced: TracedModel) -> list[LinearSite]:
@@ -105,10 +109,10 @@ def _parameters_under(traced: TracedModel, path: str) -> dict[str, nn.Parameter]
     return {name: p for name, p in traced.tree.parameters.items() if name.startswith(f"{path}.")}
 
 
-def _trained_biases(config: GraloraConfig, traced: TracedModel, selected: Iterable[PlannedSite]) -> tuple[str, ...]:
+def _trained_biases(config: AdapterConfig, traced: TracedModel, selected: Iterable[PlannedSite]) -> tuple[str, ...]:
     if config.bias == "all":
         return tuple(name for name in traced.tree.parameters if name.rpartition(".")[2] == "bias")
-    if config.bias == "gralora_only":
+    if config.trains_adapted_biases:
         names = (traced.tree.names_of(planned.site.bias) for planned in selected if planned.site.bias is not None)
         return tuple(dict.fromkeys(found[0] for found in names if found))
     return ()

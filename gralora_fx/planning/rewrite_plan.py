@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.graph.sites import LinearSite
-from gralora_fx.methods.gralora import Rank, parameter_count
+from gralora_fx.methods import AdapterDims, method_of
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,11 @@ class PlannedSite:
 
     Attributes:
         site: The site.
-        r: Rank of its blocks.
-        k: Blocks in each direction.
+        r: Its rank; of GraLoRA, that of the block rows.
+        k: Blocks in each direction; 1 for LoRA.
         hybrid_r: Rank of the plain LoRA beside them.
-        scale: Factor of its output, `alpha / (r + hybrid_r)`.
+        scale: Factor of its output.
+        parameters: Number of trainable values.
     """
 
     site: LinearSite
@@ -26,16 +27,12 @@ class PlannedSite:
     k: int
     hybrid_r: int
     scale: float
+    parameters: int
 
     @property
-    def rank(self) -> Rank:
+    def dims(self) -> AdapterDims:
         """The adapter's sizes."""
-        return Rank(self.r, self.k, self.hybrid_r)
-
-    @property
-    def parameters(self) -> int:
-        """Number of trainable values."""
-        return parameter_count(self.site.in_features, self.site.out_features, self.rank)
+        return AdapterDims(self.r, self.k, self.hybrid_r)
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class RewritePlan:
         base_parameters: Number of values of the base model.
     """
 
-    config: GraloraConfig
+    config: AdapterConfig
     selected: tuple[PlannedSite, ...]
     rejected: tuple[RejectedSite, ...]
     saved_modules: tuple[str, ...]
@@ -82,12 +79,12 @@ class RewritePlan:
     def __str__(self) -> str:
         """A table: every site, its shape, its ranks or the reason it is left."""
         rows = [("site", "kind", "in", "out", "calls", "adapter")]
-        taken = {planned.site.path: f"r={planned.r} k={planned.k}" for planned in self.selected}
-        hybrid = {planned.site.path: f" hybrid_r={planned.hybrid_r}" for planned in self.selected if planned.hybrid_r}
+        method = method_of(self.config)
+        taken = {planned.site.path: method.text(planned.dims) for planned in self.selected}
         reasons = {rejected.site.path: f"- {rejected.reason}" for rejected in self.rejected}
         sites = [planned.site for planned in self.selected] + [rejected.site for rejected in self.rejected]
         for site in sites:
-            note = taken.get(site.path, reasons.get(site.path, "")) + hybrid.get(site.path, "")
+            note = taken.get(site.path, reasons.get(site.path, ""))
             if site.path in taken and not site.calls:
                 note += " (the traced forward never calls it)"
             sizes = (str(site.in_features), str(site.out_features), str(len(site.calls)))

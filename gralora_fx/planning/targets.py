@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.config.expressions import (
     ANY_CONTAINER,
     CONTAINER,
@@ -130,7 +130,7 @@ def counts_below(container: str | None, path: str) -> int | None:
     return None if found is None else int(found["index"])
 
 
-def resolve_targets(config: GraloraConfig, tree: ModuleTree, model_type: str | None) -> TargetRule:
+def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | None) -> TargetRule:
     """The rule that a configuration means for one model.
 
     Args:
@@ -206,7 +206,7 @@ def numbered_containers(paths: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def saved_modules(config: GraloraConfig, tree: ModuleTree) -> tuple[str, ...]:
+def saved_modules(config: AdapterConfig, tree: ModuleTree) -> tuple[str, ...]:
     """Paths of the modules that `modules_to_save` selects, by PEFT's bare `endswith`, outermost first."""
     found: list[str] = []
     for path in tree.types:
@@ -220,7 +220,7 @@ def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _left_out(config: GraloraConfig, tree: ModuleTree) -> dict[str, str]:
+def _left_out(config: AdapterConfig, tree: ModuleTree) -> dict[str, str]:
     if tree.output_embedding is not None:
         return {tree.output_embedding: "it is the output embedding, which all-linear leaves out; name it to adapt it"}
     if config.task_type == "SEQ_CLS":

@@ -100,7 +100,7 @@ BAD = [
     ({"alpha": float("nan")}, r"alpha must be .*nan"),
     ({"alpha": float("inf")}, r"alpha must be .*inf"),
     ({"alpha": None}, r"alpha must be .*None"),
-    ({"alpha": 0}, r"alpha must be positive, but got 0: the scale is alpha / \(r \+ hybrid_r\)"),
+    ({"alpha": 0}, r"alpha must be positive, but got 0: it scales the adapter's output"),
     ({"alpha": -1.5}, r"alpha must be positive, but got -1\.5"),
     ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\] must be positive, but got 0"),
     ({"target_modules": []}, "target_modules is empty; name modules, or take 'all-linear'"),

@@ -187,9 +187,9 @@ def test_links_in_a_circle_and_folders_in_place_of_files(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "None is no PEFT configuration"),
-        (3, "3 is no PEFT configuration"),
-        ({"peft_type": "GRALORA"}, "is no PEFT configuration; give a peft.GraloraConfig"),
+        (None, "None is not a PEFT configuration"),
+        (3, "3 is not a PEFT configuration"),
+        ({"peft_type": "GRALORA"}, "is not a PEFT configuration; give a peft.GraloraConfig"),
         (peft.GraloraConfig, r"GraloraConfig is a class; give an object, such as GraloraConfig\(\)"),
         (peft.LoraConfig(), "the given LoraConfig: peft_type is 'LORA', not 'GRALORA'"),
     ],

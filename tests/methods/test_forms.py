@@ -6,18 +6,20 @@ import pytest
 import torch
 from test_gralora import IN, OUT, RANKS, factors_of
 
-from gralora_fx.methods.forms import lora_factors, summed, with_blocks
-from gralora_fx.methods.gralora import Factors, Rank, Update, delta_weight
+from gralora_fx.methods.fold import delta_weight
+from gralora_fx.methods.forms import summed, with_blocks
+from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods.method import AdapterDims, Update
 
 
-def doubles(rank: Rank, seed: int = 0) -> Factors:
+def doubles(rank: AdapterDims, seed: int = 0) -> Factors:
     return Factors(*(None if t is None else t.double() for t in factors_of(rank, seed)))
 
 
 @pytest.mark.parametrize("rank", RANKS, ids=str)
-def test_the_plain_lora_form_is_exact(rank: Rank) -> None:
+def test_the_plain_lora_form_is_exact(rank: AdapterDims) -> None:
     factors = doubles(rank)
-    A, B = lora_factors(factors)
+    A, B = factors.lora_form()
     assert tuple(A.shape) == (rank.k * rank.r + rank.hybrid_r, IN)
     assert tuple(B.shape) == (OUT, rank.k * rank.r + rank.hybrid_r)
     assert torch.allclose(B @ A, delta_weight(Update(factors, 1.0)), atol=1e-14)
@@ -26,26 +28,26 @@ def test_the_plain_lora_form_is_exact(rank: Rank) -> None:
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
-        ([Rank(8, 4)], Rank(8, 4)),
-        ([Rank(8, 4), Rank(4, 4)], Rank(12, 4)),
-        ([Rank(4, 2, 3), Rank(6, 2), Rank(2, 2, 1)], Rank(12, 2, 4)),
-        ([Rank(4, 1), Rank(8, 4)], Rank(36, 1)),
-        ([Rank(12, 3, 5), Rank(4, 2)], Rank(44, 1, 5)),
+        ([AdapterDims(8, 4)], AdapterDims(8, 4)),
+        ([AdapterDims(8, 4), AdapterDims(4, 4)], AdapterDims(12, 4)),
+        ([AdapterDims(4, 2, 3), AdapterDims(6, 2), AdapterDims(2, 2, 1)], AdapterDims(12, 2, 4)),
+        ([AdapterDims(4, 1), AdapterDims(8, 4)], AdapterDims(36, 1)),
+        ([AdapterDims(12, 3, 5), AdapterDims(4, 2)], AdapterDims(44, 1, 5)),
     ],
     ids=str,
 )
-def test_a_sum_of_updates_is_one_update(ranks: list[Rank], expected: Rank) -> None:
+def test_a_sum_of_updates_is_one_update(ranks: list[AdapterDims], expected: AdapterDims) -> None:
     updates = [Update(doubles(rank, seed), 0.5 - seed) for seed, rank in enumerate(ranks)]
     result = summed(updates)
-    assert result.rank == expected
+    assert result.dims == expected
     dense = sum(delta_weight(update) for update in updates)
     assert isinstance(dense, torch.Tensor)
     assert torch.allclose(delta_weight(Update(result, 1.0)), dense, atol=1e-13)
 
 
-@pytest.mark.parametrize("rank", [Rank(4, 1), Rank(4, 2), Rank(6, 3, 2), Rank(6, 6)], ids=str)
+@pytest.mark.parametrize("rank", [AdapterDims(*dims) for dims in ((4, 1), (4, 2), (6, 3, 2), (6, 6))], ids=str)
 @pytest.mark.parametrize("k", [1, 6])
-def test_the_blocks_of_another_k_are_exact(rank: Rank, k: int) -> None:
+def test_the_blocks_of_another_k_are_exact(rank: AdapterDims, k: int) -> None:
     factors = doubles(rank)
     A, B = with_blocks(factors, k)
     expected = rank.r * rank.k if k == 1 else rank.r * k // rank.k
@@ -55,22 +57,22 @@ def test_the_blocks_of_another_k_are_exact(rank: Rank, k: int) -> None:
 
 
 def test_missing_ranks_are_zero() -> None:
-    update = Update(doubles(Rank(4, 2)), 0.5)
+    update = Update(doubles(AdapterDims(4, 2)), 0.5)
     result = summed([update], r=8, k=2)
-    assert result.rank == Rank(8, 2)
+    assert result.dims == AdapterDims(8, 2)
     assert torch.allclose(delta_weight(Update(result, 1.0)), delta_weight(update), atol=1e-14)
 
 
 def test_missing_rows_of_the_plain_part_are_zero() -> None:
-    update = Update(doubles(Rank(4, 2)), 0.5)
+    update = Update(doubles(AdapterDims(4, 2)), 0.5)
     result = summed([update], hybrid_r=3)
-    assert result.rank == Rank(4, 2, 3)
+    assert result.dims == AdapterDims(4, 2, 3)
     assert torch.equal(delta_weight(Update(result, 1.0)), delta_weight(update))
 
 
 def test_sums_are_float32_or_better() -> None:
-    half = Factors(*(None if t is None else t.bfloat16() for t in factors_of(Rank(4, 2))))
+    half = Factors(*(None if t is None else t.bfloat16() for t in factors_of(AdapterDims(4, 2))))
     assert summed([Update(half, 1.0)]).A.dtype == torch.float32
-    assert summed([Update(half, 1.0), Update(doubles(Rank(4, 2)), 1.0)]).B.dtype == torch.float64
+    assert summed([Update(half, 1.0), Update(doubles(AdapterDims(4, 2)), 1.0)]).B.dtype == torch.float64
     assert tuple(summed([Update(half, 1.0)]).B.shape) == (2, 4, OUT // 2)
     assert tuple(summed([Update(half, 1.0)]).A.shape) == (2, IN // 2, 4)

@@ -22,6 +22,7 @@ class Case:
         dtype: Data type of the base.
         rank: Number of dimensions of a plain model's input.
         optimizer: Name of the optimizer whose step is compared.
+        method: PEFT's name of the method.
     """
 
     architecture: str
@@ -30,6 +31,17 @@ class Case:
     dtype: torch.dtype = torch.float32
     rank: int = 3
     optimizer: str = "SGD"
+    method: str = "GRALORA"
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the adapter changes nothing at first."""
+        return bool(self.fields.get("init_weights", self.fields.get("init_lora_weights", False)))
+
+    @property
+    def dropout(self) -> float:
+        """Dropout of the adapter's input."""
+        return float(self.fields.get("gralora_dropout", self.fields.get("lora_dropout", 0.0)))
 
     def __str__(self) -> str:
         """The id of the case."""
@@ -141,6 +153,59 @@ def _cases(name: str, arch: Architecture) -> Iterator[Case]:
         yield Case(name, "seq-cls-all-linear", {"target_modules": "all-linear", **HYBRID, "task_type": "SEQ_CLS"})
 
 
+_REPEATED = ("roberta", "distilbert", "mpnet", "qwen3", "gemma3", "mistral", "bart", "clip_text")
+
+
+def _lora_cases(name: str, arch: Architecture) -> Iterator[Case]:
+    """Plain LoRA and rsLoRA."""
+    two, all_named = list(arch.attention), [*arch.attention, *arch.others]
+    small = {"r": 8, "lora_alpha": 16}
+    first, last = two[0], all_named[-1]
+    kinds: dict[str, dict[str, Any]] = {
+        "lora": {"target_modules": all_named, **small},
+        "rslora": {"target_modules": two, "r": 5, "lora_alpha": 7, "use_rslora": True},
+        "lora-patterns": {
+            "target_modules": all_named,
+            **small,
+            "rank_pattern": {first: 3},
+            "alpha_pattern": {last: 5, first: 4},
+        },
+        "rslora-patterns": {
+            "target_modules": all_named,
+            **small,
+            "use_rslora": True,
+            "rank_pattern": {f"0.*{last}": 2, last: 4},
+            "alpha_pattern": {last: 5},
+        }
+        if arch.layers > 1
+        else {"target_modules": two, **small, "use_rslora": True, "alpha_pattern": {first: 5}},
+        "lora-zero-start": {"target_modules": two, **small, "init_lora_weights": True},
+        "lora-gaussian": {"target_modules": two, **small, "init_lora_weights": "gaussian"},
+        "lora-dropout": {"target_modules": two, **small, "lora_dropout": 0.2},
+        "lora-all-linear": {"target_modules": "all-linear", **small},
+    }
+    if len(two) > 1:
+        kinds["lora-exclude"] = {"target_modules": two, **small, "exclude_modules": [first]}
+    if arch.has_biases:
+        kinds["lora-bias-all"] = {"target_modules": two, **small, "bias": "all"}
+        kinds["lora-bias-only"] = {"target_modules": two, **small, "bias": "lora_only"}
+    if arch.head:
+        kinds["lora-saved-head"] = {"target_modules": two, **small, "modules_to_save": [arch.head]}
+    if arch.is_classifier:
+        kinds["lora-seq-cls"] = {"target_modules": two, **small, "task_type": "SEQ_CLS"}
+    if name == "gpt2":
+        kinds["lora-fan-in-fan-out"] = {**TRANSPOSED, **small}
+        kinds["rslora-fan-in-fan-out"] = {**TRANSPOSED, **small, "use_rslora": True}
+    for kind, fields in kinds.items():
+        if name in _REPEATED and kind in ("lora-exclude", "lora-gaussian", "lora-zero-start", "lora-patterns"):
+            continue  # said of the architecture that it is a relative of
+        yield Case(name, kind, fields, optimizer="AdamW" if "zero" in kind else "SGD", method="LORA")
+    for kind, dtype in DTYPES.items():
+        if (name, kind) not in UNTRACEABLE and name in ("gpt2", "llama", "bert", "vit"):
+            yield Case(name, f"lora-{kind}", {"target_modules": two, **small}, dtype=dtype, method="LORA")
+
+
+LORA_GRID: tuple[Case, ...] = tuple(case for name, arch in ARCHITECTURES.items() for case in _lora_cases(name, arch))
 GRID: tuple[Case, ...] = tuple(case for name, arch in ARCHITECTURES.items() for case in _cases(name, arch))
 
 GROUPS = {

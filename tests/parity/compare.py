@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from acting import idle_sites
 from architectures import base_model, base_trace, model_inputs
 from cases import Case
 from peft.tuners.gralora.layer import GraloraLayer
+from peft.tuners.lora.layer import LoraLayer
 from peft_oracle import adapted_paths, peft_model, perturb_saved_modules
 from safetensors.torch import load
 from torch import Tensor, nn
 from traces import main_output
 
-from gralora_fx import GraloraConfig, GraloraModel, merge, plan
+from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, merge, plan
 from gralora_fx.adapters.checkpoint import WEIGHTS_NAME, checkpoint_parameters
 
 
@@ -42,6 +44,9 @@ TOLERANCES = {
 
 LOSS_SCALE = 256.0
 
+CONFIGS = {"GRALORA": GraloraConfig, "LORA": LoraConfig}
+_ADAPTERS = re.compile(r"\.(gra)?lora_[AB]")
+
 
 @dataclass
 class Pair:
@@ -59,7 +64,7 @@ class Pair:
     @classmethod
     def of(cls, case: Case, directory: Path) -> Pair:
         """Let PEFT adapt the base and save it, and load that here."""
-        theirs = peft_model(base_model(case.architecture, case.dtype), **case.fields)
+        theirs = peft_model(base_model(case.architecture, case.dtype), method=case.method, **case.fields)
         perturb_saved_modules(theirs)
         _perturb_biases(theirs)
         with warnings.catch_warnings():
@@ -84,7 +89,7 @@ def sites(pair: Pair) -> str:
         return "PEFT adapted nothing, so nothing is compared"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is False", UserWarning)
-        given = plan(pair.ours.traced, GraloraConfig(**pair.case.fields))
+        given = plan(pair.ours.traced, CONFIGS[pair.case.method](**pair.case.fields))
     for origin, planned in {"given": given, "saved": pair.ours.plans["default"]}.items():
         found = {entry.site.path for entry in planned.selected}
         if found != expected:
@@ -105,19 +110,19 @@ def logits(pair: Pair) -> str:
         expected = peft_output(pair.theirs, pair)
         base = main_output(pair.ours.traced(**pair.inputs))
         found = main_output(pair.ours(**pair.inputs))
-    if not pair.case.fields.get("init_weights") and _far({"": base}, {"": expected}, 1e-4) == "":
+    if not pair.case.starts_at_zero and _far({"": base}, {"": expected}, 1e-4) == "":
         return "the adapter does nothing, so nothing is compared"
     return _far({"logits": found}, {"logits": expected}, pair.tolerance.logits)
 
 
 def acts(pair: Pair) -> str:
     """Every adapter changes what its own layer gives, unless it starts at zero."""
-    return "" if pair.case.fields.get("init_weights") else ", ".join(idle_sites(pair.ours, pair.inputs))
+    return "" if pair.case.starts_at_zero else ", ".join(idle_sites(pair.ours, pair.inputs))
 
 
 def gradients(pair: Pair) -> str:
     """Every trained tensor has PEFT's gradient; without adapter dropout both sides are in training mode."""
-    training = not pair.case.fields.get("gralora_dropout")
+    training = not pair.case.dropout
     pair.theirs.train(training)
     pair.ours.train(training)
     for output in (peft_output(pair.theirs, pair), main_output(pair.ours(**pair.inputs))):
@@ -248,11 +253,11 @@ def merged_parameters(theirs: peft.PeftModel) -> dict[str, Tensor]:
     """The base's parameters by their own names, with PEFT's deltas and trained copies, open to autograd."""
     found: dict[str, Tensor] = {}
     for name, parameter in theirs.named_parameters():
-        if "gralora_" not in name and "original_module" not in name:
+        if not _ADAPTERS.search(name) and "original_module" not in name:
             own = name.removeprefix("base_model.model.").replace("base_layer.", "")
             found[own.replace("modules_to_save.default.", "")] = parameter
     for name, module in theirs.named_modules():
-        if isinstance(module, GraloraLayer):
+        if isinstance(module, (GraloraLayer, LoraLayer)):
             key = f"{name.removeprefix('base_model.model.')}.weight"
             found[key] = (found[key] + module.get_delta_weight("default")).to(found[key].dtype)
     return found
@@ -263,7 +268,7 @@ def _perturb_biases(theirs: peft.PeftModel) -> None:
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad and "gralora_" not in name and "modules_to_save" not in name:
+            if parameter.requires_grad and not _ADAPTERS.search(name) and "modules_to_save" not in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.errors import MergeError, RewriteError
 from gralora_fx.graph.annotations import mark, mark_of, marked_nodes, unmark
-from gralora_fx.methods.gralora import Factors, Rank, Update, initial_factors
+from gralora_fx.methods.gralora import Factors, initial_factors
+from gralora_fx.methods.method import AdapterDims, Update
+from gralora_fx.methods.registry import GRALORA
 from gralora_fx.passes.adapter_paths import put
 from gralora_fx.passes.fold_weights import SiteUpdate, fold_in_place, folded_weights, set_weights
 from gralora_fx.passes.insert_adapter import insert_adapter
@@ -63,7 +65,7 @@ graph():
     %reshape_1 : [num_users=1] = call_method[target=reshape](args = (%permute, 2, -1, 2), kwargs = {{}})
     %view_1 : [num_users=1] = call_method[target=view](args = (%linear, -1, 2, 3), kwargs = {{}})
     %transpose_1 : [num_users=1] = call_method[target=transpose](args = (%view_1, 0, 1), kwargs = {{}})
-    %accumulate : [num_users=1] = call_function[target=gralora_fx.methods.gralora.accumulate]\
+    %accumulate : [num_users=1] = call_function[target=gralora_fx.methods.low_rank.accumulate]\
 (args = (%transpose_1, %reshape_1, %{B}, 2.0), kwargs = {{}})
     %transpose_2 : [num_users=1] = call_method[target=transpose](args = (%accumulate, 0, 1), kwargs = {{}})
     %reshape_as : [num_users=1] = call_method[target=reshape_as](args = (%transpose_2, %linear), kwargs = {{}})
@@ -153,7 +155,7 @@ def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
     before = str(graph_module.graph)
     names = {"A": "a", "B": "b"}
     with pytest.raises(RewriteError, match="up: node 'linear' is no linear call of this graph any more; trace the"):
-        insert_adapter(graph_module, base.sites[0], "default", names, rank=Rank(2, 2), scale=1.0)
+        insert_adapter(graph_module, base.sites[0], "default", names, method=GRALORA, dims=AdapterDims(2, 2), scale=1.0)
     assert str(graph_module.graph) == before
 
 
@@ -181,7 +183,7 @@ def test_owned_parameters_are_read(base: TracedModel) -> None:
 
 def update_of(seed: int = 0) -> Update:
     torch.manual_seed(seed)
-    return Update(initial_factors(4, 6, Rank(4, 2), zero_update=False), 0.5)
+    return Update(initial_factors(4, 6, AdapterDims(4, 2), zero_update=False), 0.5)
 
 
 def test_folded_weights_are_new_and_reuse_a_buffer(base: TracedModel) -> None:
@@ -211,7 +213,7 @@ def test_folding_in_place_checks_every_site_first() -> None:
     traced = trace(Mlp(), (torch.ones(2, 4),))
     up, down = traced.sites
     torch.manual_seed(0)
-    second = Update(initial_factors(6, 2, Rank(2, 2), zero_update=False), float("inf"))
+    second = Update(initial_factors(6, 2, AdapterDims(2, 2), zero_update=False), float("inf"))
     before = [site.weight.detach().clone() for site in (up, down)]
     with pytest.raises(MergeError, match="the merged weight of down is not finite"):
         fold_in_place(traced.graph_module, [SiteUpdate(up, (update_of(),)), SiteUpdate(down, (second,))], safe=True)

@@ -92,5 +92,5 @@ def text(model: GraloraModel | TracedModel) -> str:
 def meaning(model: GraloraModel, name: str = "default") -> Any:
     """What an adapter's plan says of every site."""
     made = model.plans[name]
-    sites = {planned.site.path: (planned.rank, planned.scale) for planned in made.selected}
+    sites = {planned.site.path: (planned.dims, planned.scale) for planned in made.selected}
     return sites, made.saved_modules, made.trained_biases, made.config.gralora_dropout, made.config.init_weights

@@ -1,0 +1,335 @@
+"""What the configurations of all methods share: PEFT's fields for targets, layers and biases, with their checks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from gralora_fx.config.checks import check_integer, check_names
+from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, check_expression, check_expressions
+from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, peft_fields, read_fields, warn_of_unknown
+from gralora_fx.errors import ConfigError, shown, warn_caller
+from gralora_fx.sources.atomic_save import read_together, save_together
+from gralora_fx.sources.hub import resolve_directory
+
+CONFIG_NAME = "adapter_config.json"
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# What PEFT adds to `modules_to_save` for a task: the head that such a model trains.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+class AdapterConfig:
+    """The configuration of an adapter, of whatever method: a frozen dataclass with at least the fields below.
+
+    A subclass lists its fields in PEFT's order, names those that set its sizes, and calls `check_common` after the
+    checks of its own fields.
+
+    Attributes:
+        PEFT_TYPE: PEFT's name of the method, as in the files.
+        TITLE: The method's name in texts.
+        BIAS_MODES: Values of `bias`.
+        ADAPTED_BIASES: The one that trains the biases of the adapted layers alone.
+        PATTERNS: Fields that give a size by the path of a layer, with the check of each value.
+        PATTERN_OF: Such a field by the one that it overrides.
+        SIZE_FIELDS: Fields without which an adapter's tensors have no meaning: sizes and scale.
+        BEYOND_PEFT: Fields that PEFT does not have; they are saved only where they are used.
+        DROPOUT, ALPHA: Names of the fields for the dropout and for the numerator of the scale.
+    """
+
+    PEFT_TYPE: ClassVar[str]
+    TITLE: ClassVar[str]
+    BIAS_MODES: ClassVar[tuple[str, ...]]
+    ADAPTED_BIASES: ClassVar[str]
+    PATTERNS: ClassVar[Mapping[str, Callable[[str, Any], None]]]
+    PATTERN_OF: ClassVar[Mapping[str, str]]
+    SIZE_FIELDS: ClassVar[tuple[str, ...]]
+    BEYOND_PEFT: ClassVar[tuple[str, ...]] = ()
+    DROPOUT: ClassVar[str]
+    ALPHA: ClassVar[str]
+
+    target_modules: set[str] | str | None
+    exclude_modules: set[str] | str | None
+    fan_in_fan_out: bool
+    bias: str
+    modules_to_save: list[str] | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    inference_mode: bool
+
+    def __post_init__(self) -> None:
+        """Turn collections into those of PEFT's file, then check every field."""
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(self, name)
+            if isinstance(names, (list, tuple, set, frozenset)):
+                check_names(name, names)
+                object.__setattr__(self, name, set(names))
+        if isinstance(self.layers_to_transform, (tuple, range, set, frozenset)):
+            object.__setattr__(self, "layers_to_transform", list(self.layers_to_transform))
+        if isinstance(self.layers_pattern, tuple):
+            object.__setattr__(self, "layers_pattern", list(self.layers_pattern))
+        if isinstance(self.modules_to_save, (tuple, set, frozenset)):
+            object.__setattr__(self, "modules_to_save", sorted(self.modules_to_save))
+        self.check_sizes()
+        self._check_choices()
+        self._check_targets()
+        self._check_layers()
+        for name, check_value in self.PATTERNS.items():
+            self._check_pattern(name, check_value)
+
+    def check_sizes(self) -> None:
+        """Check the fields of the method itself.
+
+        Raises:
+            ConfigError: A field has an invalid value.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+        """The fields of a file in terms of this class, where another program or another form of the method wrote them.
+
+        Args:
+            fields: The fields.
+            origin: Where they come from, for messages.
+
+        Raises:
+            ConfigError: They mean something that this class cannot express; each is named.
+        """
+        return fields
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method."""
+        return self.PEFT_TYPE
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an adapter input is zeroed in training."""
+        probability: float = getattr(self, self.DROPOUT)
+        return probability
+
+    @property
+    def trains_adapted_biases(self) -> bool:
+        """Whether the biases of the adapted layers train, and no others."""
+        return self.bias == self.ADAPTED_BIASES
+
+    @property
+    def used_patterns(self) -> list[str]:
+        """The fields that give sizes by path, as far as there is something in them."""
+        return [name for name in self.PATTERNS if getattr(self, name)]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The fields that give tensors their meaning, which their names and shapes alone would not show."""
+        return {name: getattr(self, name) for name in self.SIZE_FIELDS}
+
+    @property
+    def adapts_all_linear(self) -> bool:
+        """Whether `target_modules` is the shorthand for every linear layer."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    @property
+    def layer_indices(self) -> frozenset[int] | None:
+        """The indices of `layers_to_transform`, or None where it is off."""
+        if self.layers_to_transform is None or self.layers_to_transform == []:
+            return None
+        given = self.layers_to_transform
+        return frozenset([given] if isinstance(given, int) else given)
+
+    @property
+    def layer_patterns(self) -> tuple[str, ...]:
+        """The names of `layers_pattern`; empty where any container counts."""
+        given = self.layers_pattern
+        return (given,) if isinstance(given, str) and given else tuple(given or ())
+
+    @property
+    def saved_module_names(self) -> tuple[str, ...]:
+        """`modules_to_save` with the heads that `task_type` adds, as PEFT adds them."""
+        return tuple(dict.fromkeys([*(self.modules_to_save or ()), *self.task_heads]))
+
+    @property
+    def task_heads(self) -> tuple[str, ...]:
+        """The names that PEFT adds to `modules_to_save` for the task type; a model has one of them."""
+        return _TASK_HEADS.get(self.task_type or "", ())
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `adapter_config.json` in PEFT's format, keys and sets sorted; an older one is replaced at once.
+
+        Args:
+            directory: Where to write; made if it does not exist.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        save_together(directory, {"": {CONFIG_NAME: self.write_json}}, ConfigError)
+
+    def write_json(self, path: Path) -> None:
+        """Write the text of PEFT's `adapter_config.json` into a file."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = {name: value for name, value in values.items() if value or name not in self.BEYOND_PEFT}
+        fields["peft_type"] = self.peft_type
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(fields.get(name), set):
+                fields[name] = sorted(fields[name])
+        # the keys of a pattern keep their order, for the first that matches counts
+        return json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, revision: str | None = None) -> Self:
+        """Read `adapter_config.json` from a directory or a hub repository.
+
+        A file that PEFT wrote keeps PEFT's meaning; a combination that PEFT ignores is dropped with a warning.
+
+        Args:
+            directory: Local directory or hub id.
+            revision: Revision of the hub repository.
+
+        Raises:
+            ConfigError: There is no such file, it is not a JSON object, or it is a configuration of another method.
+        """
+        return cls.from_fields(*config_fields(directory, revision=revision))
+
+    @classmethod
+    def from_peft(cls, peft_config: Any) -> Self:
+        """Convert a live object of PEFT's class of the same name, without importing peft.
+
+        Args:
+            peft_config: The object that PEFT made.
+
+        Raises:
+            ConfigError: It is a configuration of another method, or of none.
+        """
+        return cls.from_fields(*peft_fields(peft_config, f"a peft.{cls.__name__}"))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], origin: str) -> Self:
+        """The configuration that PEFT (or the paper's code) means by the fields of a file.
+
+        Args:
+            fields: The fields.
+            origin: Where they come from, for messages.
+
+        Raises:
+            ConfigError: They are a configuration of another method, or cannot be used.
+        """
+        peft_type = fields.get("peft_type")
+        if str(peft_type).upper() != cls.PEFT_TYPE:
+            raise ConfigError(
+                f"{origin}: peft_type is {shown(peft_type)}, not {cls.PEFT_TYPE!r}; give a {cls.TITLE} adapter"
+            )
+        values = cls.translate(fields, origin)
+        known = {entry.name for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        absent = {name for name in cls.BEYOND_PEFT if values.get(name) is None}
+        warn_of_unknown(values, known, origin, cls.TITLE)
+        values = {name: value for name, value in values.items() if name in known - absent}
+        kept, only_in_peft, notes = as_peft_reads(values, dropout=cls.DROPOUT, alpha=cls.ALPHA)
+        for note in notes:
+            warn_caller(f"{origin}: {note}")
+        try:
+            return cls(**kept).changed(**only_in_peft)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from error
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other values, which are taken as they are: what PEFT wrote may be what nobody may write anew."""
+        config = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(config, name, value)
+        return config
+
+    def _check_choices(self) -> None:
+        if self.bias not in self.BIAS_MODES:
+            raise ConfigError(f"bias must be one of {', '.join(self.BIAS_MODES)}, but got {shown(self.bias)}")
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ConfigError(
+                f"task_type must be one of {', '.join(TASK_TYPES)} or None, but got {shown(self.task_type)}"
+            )
+        for name in ("fan_in_fan_out", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, but got {shown(getattr(self, name))}")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name} must be a string or None, but got {shown(getattr(self, name))}")
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            given = getattr(self, name)
+            if given is not None and not given and name == "target_modules":
+                raise ConfigError("target_modules is empty; name modules, or take 'all-linear'")
+            if isinstance(given, str) and not (name == "target_modules" and self.adapts_all_linear):
+                check_expression(name, given)
+            elif given is not None and not isinstance(given, (str, set)):
+                raise ConfigError(f"{name} must be a list of names, a string or None, but got {shown(given)}")
+        if self.modules_to_save is not None:
+            if not isinstance(self.modules_to_save, list):
+                raise ConfigError(
+                    f"modules_to_save must be a list of names or None, but got {shown(self.modules_to_save)}"
+                )
+            check_names("modules_to_save", self.modules_to_save)
+            check_expressions("modules_to_save", self.modules_to_save, SAVED_MODULE)
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is not None:
+            if isinstance(layers, bool) or not isinstance(layers, (int, list)):
+                raise ConfigError(
+                    f"layers_to_transform must be an index, a list of them or None, but got {shown(layers)}"
+                )
+            for index in [layers] if isinstance(layers, int) else layers:
+                check_integer("layers_to_transform", index, 0)
+        pattern = self.layers_pattern
+        if isinstance(pattern, list):
+            check_names("layers_pattern", pattern)
+        elif pattern is not None and not isinstance(pattern, str):
+            raise ConfigError(f"layers_pattern must be a name, a list of names or None, but got {shown(pattern)}")
+        check_expressions("layers_pattern", self.layer_patterns, CONTAINER)
+        if self.layer_patterns and self.layer_indices is None:
+            raise ConfigError(
+                f"layers_pattern={shown(pattern)} has no effect without layers_to_transform; give the layer indices too"
+            )
+        is_regex = isinstance(self.target_modules, str) and not self.adapts_all_linear
+        if is_regex and self.layer_indices is not None:
+            raise ConfigError(
+                f"layers_to_transform={shown(layers)} does not go with target_modules={shown(self.target_modules)}: a "
+                "regular expression selects layers itself; write the indices into it, or give a list of names"
+            )
+
+    def _check_pattern(self, field_name: str, check_value: Callable[[str, Any], None]) -> None:
+        """Refuse what is not a dict from module names (or regular expressions) to valid values."""
+        value = getattr(self, field_name)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{field_name} must be a dict from module names to values, but got {shown(value)}")
+        check_names(field_name, value)
+        check_expressions(field_name, value, END_OF_PATH)
+        for key, entry in value.items():
+            check_value(f"{field_name}[{shown(key)}]", entry)
+
+
+def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
+    """The fields of an adapter's `adapter_config.json`, of whatever method, and the path that they come from.
+
+    Args:
+        directory: Local directory or hub id.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: There is no such file, or it is not a JSON object.
+    """
+    path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME])
+    return read_together(path, [CONFIG_NAME], read_fields), str(path / CONFIG_NAME)

@@ -1,0 +1,296 @@
+"""Plain LoRA (Hu et al., 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), as PEFT's `LoraConfig` says it.
+
+    A [r, in], B [out, r]        dW = scale * B @ A
+
+with the scale `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA (Kalajdzievski, 2023, "A Rank Stabilization
+Scaling Factor for Fine-Tuning with LoRA"). The other forms that PEFT's `LoraConfig` has, such as DoRA, compute
+something else and are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.config import AdapterConfig
+from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
+from gralora_fx.errors import ConfigError, shown, warn_caller
+from gralora_fx.methods.low_rank import add_low_rank
+from gralora_fx.methods.method import AdapterDims, AdapterMethod, common_fields
+
+# Fields of PEFT's LoraConfig that change what is computed or trained: what each one is.
+_OTHER_FORMS = {
+    "use_dora": "DoRA, which also trains the magnitude of each weight column",
+    "use_qalora": "QA-LoRA, which pools the input",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "lora_bias": "a bias of lora_B",
+    "alora_invocation_tokens": "activated LoRA, which acts after certain tokens only",
+    "layer_replication": "layer replication, which changes the base model",
+    "target_parameters": "adapters of parameters that belong to no linear layer",
+    "trainable_token_indices": "trained embeddings of single tokens",
+    "arrow_config": "Arrow, which routes between adapters",
+    "kasa_config": "KaSA, which also trains singular values",
+    "velora_config": "VeLoRA, which compresses activations in training",
+    "monteclora_config": "MonteCLoRA, which samples its factors",
+    "megatron_config": "parallel layers of Megatron",
+    "ensure_weight_tying": "adapters that stay tied as the weights are",
+}
+# They set up a fresh adapter, or tune how PEFT runs; a saved adapter computes the same without them.
+_WITHOUT_EFFECT = (
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+)
+# Ways to draw a fresh adapter: those that leave the base alone, and those that take part of its weights away.
+_INITIAL = (True, False, "gaussian")
+_LEAVE_THE_BASE = ("eva", "orthogonal", "mica")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
+    """A LoRA adapter: its rank, its scale and the linear call sites it is added to.
+
+    Field names, defaults and meanings are those of `peft.LoraConfig`. An adapter of a layer with `in` inputs and `out`
+    outputs has `A [r, in]` and `B [out, r]`.
+
+    Args:
+        r: Rank of the update.
+        target_modules: Module names (exact, or the end of a path after a dot), a regular expression that must match a
+            whole path, `"all-linear"`, or None for PEFT's choice for the model's type.
+        exclude_modules: Modules to leave out of `target_modules`: names as there, or a regular expression.
+        lora_alpha: Numerator of the scale `lora_alpha / r`.
+        lora_dropout: Probability with which an adapter input is zeroed in training, in `[0, 1)`.
+        fan_in_fan_out: Whether the weights are stored `[in, out]`, as in transformers' `Conv1D`. Read from the layers
+            themselves; kept for the sake of PEFT's file format.
+        bias: Which biases train: `"none"`, `"all"`, or `"lora_only"` for those of the adapted layers.
+        use_rslora: Whether the scale is `lora_alpha / sqrt(r)`.
+        modules_to_save: Modules that train as a whole, each adapter with its own copy.
+        init_lora_weights: True starts with `B` zero, so that nothing changes, `"gaussian"` too, with `A` drawn from a
+            normal distribution of standard deviation `1/r`; False draws `B` at random as well.
+        layers_to_transform: Layer index or indices to adapt; None or an empty list adapts all.
+        layers_pattern: Name or names of the container whose children `layers_to_transform` counts.
+        rank_pattern: `r` of the layers that a key names, where it differs: by whole path, by the end of a path after a
+            dot, or by a regular expression for such an end. The first key that matches counts.
+        alpha_pattern: `lora_alpha` of such layers.
+        task_type: PEFT's task type. It adds the task's head to `modules_to_save`, as PEFT does.
+        base_model_name_or_path: The model that the adapter belongs to.
+        revision: Revision of that model.
+        inference_mode: Whether the adapter was saved for inference.
+
+    Raises:
+        ConfigError: A field has an invalid value, or two fields contradict each other.
+
+    Example:
+        >>> LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).scale
+        2.0
+    """
+
+    r: int = 8
+    target_modules: set[str] | str | None = None
+    exclude_modules: set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    PEFT_TYPE = "LORA"
+    TITLE = "LoRA"
+    BIAS_MODES = ("none", "all", "lora_only")
+    ADAPTED_BIASES = "lora_only"
+    PATTERNS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        "rank_pattern": partial(check_integer, least=1),
+        "alpha_pattern": check_alpha,
+    }
+    PATTERN_OF: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    SIZE_FIELDS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
+    DROPOUT, ALPHA = "lora_dropout", "lora_alpha"
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapter's output where no pattern says otherwise."""
+        return self.scale_of(self.r, self.lora_alpha)
+
+    def scale_of(self, r: int, alpha: float) -> float:
+        """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA."""
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def check_sizes(self) -> None:
+        """Check the sizes, the scale and the dropout.
+
+        Raises:
+            ConfigError: One has an invalid value.
+        """
+        check_integer("r", self.r, 1)
+        check_alpha("lora_alpha", self.lora_alpha)
+        check_dropout("lora_dropout", self.lora_dropout)
+        check_flag("use_rslora", self.use_rslora)
+        if not any(self.init_lora_weights is value or self.init_lora_weights == "gaussian" for value in _INITIAL):
+            raise ConfigError(
+                f"init_lora_weights must be True, False or 'gaussian', but got {shown(self.init_lora_weights)}; "
+                "prepare other forms with PEFT, and load what it saves"
+            )
+
+    @classmethod
+    def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+        """The fields without those that do not concern a saved adapter.
+
+        Raises:
+            ConfigError: A field asks for another form of LoRA.
+        """
+        forms = [f"{name}={shown(fields[name])} ({what})" for name, what in _OTHER_FORMS.items() if fields.get(name)]
+        if forms:
+            raise ConfigError(
+                f"{origin}: {', '.join(forms)} is not supported, only plain LoRA and rsLoRA are; merge the adapter "
+                "with PEFT (merge_and_unload) and use the merged model, or train without it"
+            )
+        kept = {name: v for name, v in fields.items() if name not in (*_OTHER_FORMS, *_WITHOUT_EFFECT)}
+        kept |= {name: {} for name in cls.PATTERNS if kept.get(name, {}) is None}
+        initial = kept.get("init_lora_weights", True)
+        if isinstance(initial, str):
+            if initial.lower().startswith(_CHANGE_THE_BASE):
+                raise ConfigError(
+                    f"{origin}: init_lora_weights={shown(initial)} took part of the base's weights into the adapter, "
+                    "so that it does not fit the base as it is; save it with PEFT's "
+                    "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA"
+                )
+            if initial.lower() in _LEAVE_THE_BASE:
+                warn_caller(
+                    f"{origin}: init_lora_weights={shown(initial)} concerns a fresh adapter only and is read as True"
+                )
+                kept["init_lora_weights"] = True
+            elif initial.lower() == "gaussian":
+                kept["init_lora_weights"] = "gaussian"
+        return kept
+
+
+class LoraFactors(NamedTuple):
+    """Tensors of one LoRA adapter at one site.
+
+    Attributes:
+        A: `[r, in]`.
+        B: `[out, r]`.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def dims(self) -> AdapterDims:
+        """The adapter's sizes."""
+        return AdapterDims(self.A.shape[0])
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Widths `in` and `out` of the layer."""
+        return self.A.shape[1], self.B.shape[0]
+
+    @property
+    def grid(self) -> int:
+        """One block: the whole weight."""
+        return 1
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update is zero since a factor is, as before training."""
+        return not (bool(self.A.any()) and bool(self.B.any()))
+
+    def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pair whose product is the unscaled update on a block."""
+        yield self.B[rows], self.A[:, columns]
+
+    def lora_form(self) -> tuple[Tensor, Tensor]:
+        """The tensors themselves."""
+        return self.A, self.B
+
+
+class Lora(AdapterMethod):
+    """LoRA and rsLoRA."""
+
+    config = LoraConfig
+    tensors = LoraFactors
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # noqa: RUF012  # typed in the base class
+    takes_lora_form = True
+
+    def sizes(self, config: LoraConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
+        """Rank and scale of the adapter at a site."""
+        r = value_of("r")
+        return AdapterDims(r), config.scale_of(r, value_of("lora_alpha"))
+
+    def shapes(self, in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors at a site."""
+        return {"A": (dims.r, in_features), "B": (out_features, dims.r)}
+
+    def initial(
+        self,
+        in_features: int,
+        out_features: int,
+        dims: AdapterDims,
+        config: LoraConfig,  # type: ignore[override]
+    ) -> LoraFactors:
+        """Fresh tensors; the draws are those of `peft.tuners.lora`, in its order: one seed gives the same tensors."""
+        # PEFT makes two linear layers, whose initial draws are those of `init_lora_weights=False`, and draws A again
+        A, B = nn.Linear(in_features, dims.r, bias=False).weight, nn.Linear(dims.r, out_features, bias=False).weight
+        A, B = A.detach(), B.detach()
+        if config.init_lora_weights is True:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        elif config.init_lora_weights:
+            nn.init.normal_(A, std=1 / dims.r)
+        if config.init_lora_weights:
+            nn.init.zeros_(B)
+        return LoraFactors(A, B)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        factors: LoraFactors,
+        scale: float,
+        **options: Any,
+    ) -> Tensor:
+        """`y + scale * x @ A.T @ B.T`; see `add_low_rank`."""
+        options = {name: value for name, value in options.items() if name != "dims"}
+        return add_low_rank(x, y, factors.A, factors.B, scale, **options)
+
+    def add_update(
+        self, weight: Tensor, factors: LoraFactors, scale: float, *, features: tuple[int, int], dims: AdapterDims
+    ) -> Tensor:
+        """`weight + scale * B @ A`."""
+        return torch.add(weight, torch.mm(factors.B, factors.A), alpha=scale)
+
+    def text(self, dims: AdapterDims) -> str:
+        """Sizes in words, such as `r=8`."""
+        return f"r={dims.r}"
+
+    def from_lora_form(self, A: Tensor, B: Tensor) -> LoraFactors:
+        """The tensors of the update `B @ A`: these."""
+        return LoraFactors(A, B)
+
+    def config_of(self, config: AdapterConfig, dims: AdapterDims) -> LoraConfig:
+        """A configuration of this rank at every site and scale 1, otherwise as another one."""
+        own = config
+        if not isinstance(own, LoraConfig):
+            own = LoraConfig(lora_dropout=min(config.dropout, 0.99), **common_fields(config))
+        patterns: dict[str, Any] = {name: {} for name in LoraConfig.PATTERNS}
+        return own.changed(r=dims.r, lora_alpha=dims.r, use_rslora=False, **patterns)

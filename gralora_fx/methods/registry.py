@@ -1,0 +1,99 @@
+"""The methods that are known: one line each. Another one is added with `register`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.config.adapter_config import AdapterConfig, config_fields
+from gralora_fx.config.reading import peft_fields
+from gralora_fx.errors import ConfigError, shown
+from gralora_fx.methods.gralora import Gralora
+from gralora_fx.methods.lora import Lora
+from gralora_fx.methods.method import AdapterMethod
+
+GRALORA = Gralora()
+METHODS: list[AdapterMethod] = [
+    GRALORA,  # granular low-rank adaptation: blocks, and a plain LoRA beside them (hybrid)
+    Lora(),  # plain LoRA and rsLoRA
+]
+
+
+def register(method: AdapterMethod) -> AdapterMethod:
+    """Make another method known, to plans, checkpoints and exports alike.
+
+    Args:
+        method: The method; its `config` tells its adapters from those of the others.
+
+    Returns:
+        The method itself.
+
+    Raises:
+        ConfigError: Another method of the same name (`PEFT_TYPE`) is registered.
+    """
+    if any(other.config.PEFT_TYPE == method.config.PEFT_TYPE for other in METHODS):
+        raise ConfigError(
+            f"a method {method.config.PEFT_TYPE!r} is registered already; give the configuration another PEFT_TYPE"
+        )
+    METHODS.append(method)
+    return method
+
+
+def method_of(config: AdapterConfig) -> AdapterMethod:
+    """The method of a configuration.
+
+    Raises:
+        ConfigError: It is not registered.
+    """
+    for method in METHODS:
+        if isinstance(config, method.config):
+            return method
+    raise _unknown(f"the {type(config).__name__}", getattr(config, "peft_type", None))
+
+
+def config_from_fields(fields: Mapping[str, Any], origin: str) -> AdapterConfig:
+    """The configuration that the fields of a file mean, of the method that they name.
+
+    Args:
+        fields: The fields of an `adapter_config.json`.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ConfigError: The method is not registered, or the fields are invalid.
+    """
+    name = fields.get("peft_type")
+    for method in METHODS:
+        if str(name).upper() == method.config.PEFT_TYPE:
+            return method.config.from_fields(fields, origin)
+    raise _unknown(origin, name)
+
+
+def read_config(directory: str | Path, *, revision: str | None = None) -> AdapterConfig:
+    """The configuration of a saved adapter, of whatever method.
+
+    Args:
+        directory: Local directory or hub id.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: There is no such file, its method is not registered, or it is invalid.
+    """
+    return config_from_fields(*config_fields(directory, revision=revision))
+
+
+def config_from_peft(peft_config: Any) -> AdapterConfig:
+    """Convert a live PEFT configuration of whatever method, without importing peft.
+
+    Raises:
+        ConfigError: It is not a PEFT configuration, its method is not registered, or it is invalid.
+    """
+    return config_from_fields(*peft_fields(peft_config, "one such as a peft.GraloraConfig or peft.LoraConfig"))
+
+
+def _unknown(origin: str, name: object) -> ConfigError:
+    known = ", ".join(method.config.PEFT_TYPE for method in METHODS)
+    return ConfigError(
+        f"{origin}: the method {shown(name)} (peft_type) is not registered; registered are {known}. Give an adapter of "
+        "one of these, or add the method with gralora_fx.methods.register"
+    )

@@ -1,0 +1,25 @@
+"""Plain LoRA and rsLoRA: everything that a user sees of an adapter is as in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from architectures import ARCHITECTURES
+from cases import LORA_GRID, Case
+from compare import compare
+from parity_table import PROPERTY
+
+
+def test_the_grid_has_more_than_160_cases_at_every_architecture() -> None:
+    assert len({str(case) for case in LORA_GRID}) == len(LORA_GRID) >= 160
+    assert {case.architecture for case in LORA_GRID} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("case", LORA_GRID, ids=str)
+def test_the_same_as_in_peft(case: Case, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    outcomes = compare(case, tmp_path)
+    for aspect, problem in outcomes.items():
+        record_property(PROPERTY, (case.architecture, aspect, not problem))
+    assert not any(outcomes.values()), "\n".join(f"{aspect}: {p}" for aspect, p in outcomes.items() if p)
