@@ -47,7 +47,7 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
         ConfigError: It is not registered.
     """
     for method in METHODS:
-        if isinstance(config, method.config):
+        if isinstance(config, method.config) and config.PEFT_TYPE == method.config.PEFT_TYPE:
             return method
     raise _unknown(f"the {type(config).__name__}", getattr(config, "peft_type", None))
 
