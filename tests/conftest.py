@@ -1,4 +1,4 @@
-"""What every test shares: few threads, so that parallel workers do not fight over the cores; the parity table."""
+"""What every test shares: threads and workers, which get the files so that both end together; the parity table."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))  # xdist's controller collects nothing that would insert it
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
 
+import pytest
 import torch
+from scheduling import GroupScheduling, rank
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # so that parallel workers do not fight over the cores
 gc.set_threshold(100_000, 20, 100)  # graphs are many small objects; the usual threshold looks them through all the time
 
 
@@ -23,3 +26,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     from parity_table import print_table
 
     print_table(terminalreporter)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
+    """Schedule by groups of files where the usual schedule is by files."""
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what takes long first; `--no-loadscope-reorder` lets the workers take it in this order."""
+    items.sort(key=rank)

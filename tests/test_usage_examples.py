@@ -60,7 +60,7 @@ EXAMPLES = {
         },
         sites=8,
         scale=2.0,
-        sizes={"num_hidden_layers": 6},
+        sizes={"num_hidden_layers": 5},
     ),
     "biases and a head": Example(
         "bert",

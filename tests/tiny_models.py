@@ -102,22 +102,15 @@ TINY: dict[str, tuple[str, dict[str, Any], str]] = {
 _SHALLOW = {**_SEQ2SEQ, "encoder_layers": 1, "decoder_layers": 1}
 MORE_ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "marian": ("MarianConfig", {**_SHALLOW, "decoder_vocab_size": 101}, "MarianMTModel"),
-    "mbart": ("MBartConfig", _SHALLOW, "MBartForConditionalGeneration"),
     "pegasus": ("PegasusConfig", _SHALLOW, "PegasusForConditionalGeneration"),
     "m2m_100": ("M2M100Config", _SHALLOW, "M2M100ForConditionalGeneration"),
     "blenderbot": ("BlenderbotConfig", _SHALLOW, "BlenderbotForConditionalGeneration"),
-    "mt5": (
-        "MT5Config",
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 101},
-        "MT5ForConditionalGeneration",
-    ),
 }
 
 # initial values wide enough that a random encoder-decoder does not repeat one token
 WIDE: dict[str, dict[str, float]] = {
     "t5": {"initializer_factor": 1.5},
-    "mt5": {"initializer_factor": 3.0},
-    **{name: {"init_std": 0.6} for name in ("bart", "whisper", "marian", "mbart", "pegasus", "m2m_100", "blenderbot")},
+    **{name: {"init_std": 0.6} for name in ("bart", "whisper", "marian", "pegasus", "m2m_100", "blenderbot")},
 }
 
 

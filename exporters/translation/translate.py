@@ -6,6 +6,7 @@ in a graph that is a clean trace already. Here only the translation is run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -192,6 +193,7 @@ def _constant(tensor: Tensor) -> Tensor | None:
     return None if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor
 
 
+@functools.cache  # made by parsing the source of some 500 functions, and only read afterwards
 def _registry(opset: int) -> Any:
     registry = new_registry(opset)
     for target, function in onnx_translations().items():

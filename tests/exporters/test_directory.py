@@ -181,7 +181,7 @@ def test_an_interrupted_export_leaves_nothing_half_written(
     from tiny_models import tiny_model
 
     base = tmp_path_factory.mktemp("base")
-    tiny_model("bert").save_pretrained(base)
+    tiny_model("bert", num_hidden_layers=1).save_pretrained(base)
     command = [sys.executable, "-c", RUN, str(base), str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
 from torch import Tensor, nn
+from traces import fresh
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import ExportError
@@ -113,8 +113,7 @@ def test_without_float64_the_report_says_so() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt"])
 def test_a_run_in_float64_is_the_model_cast_to_float64(name: str) -> None:
-    model = tiny_model(name).eval()
-    traced_model = trace(model).eval()
+    model, traced_model = fresh(name)
     inputs = {name: value for name, value in traced_model.example_inputs.items() if isinstance(value, Tensor)}
     with torch.no_grad():
         expected = model.double()(**inputs)[0]

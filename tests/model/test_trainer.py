@@ -21,11 +21,12 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import CheckpointError, RewriteError, TraceError
 from gralora_fx.model import model_class
 
-NO_DROPOUT = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "llama": {},
-    "t5": {"dropout_rate": 0.0, "decoder_start_token_id": 0},
+# one layer, and no dropout
+SIZES: dict[str, dict[str, Any]] = {
+    "bert": {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "gpt2": {"n_layer": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {"num_hidden_layers": 1},
+    "t5": {"num_layers": 1, "dropout_rate": 0.0, "decoder_start_token_id": 0},
 }
 # kind: (architecture, another head, task)
 KINDS: dict[str, tuple[str, str | None, str | None]] = {
@@ -40,7 +41,7 @@ KINDS: dict[str, tuple[str, str | None, str | None]] = {
 
 def source(kind: str, **overrides: Any) -> PreTrainedModel:
     name, head, _ = KINDS[kind]
-    model = tiny_model(name, **{"num_labels": 2 if kind == "answers" else 4, **NO_DROPOUT[name], **overrides})
+    model = tiny_model(name, **{"num_labels": 2 if kind == "answers" else 4, **SIZES[name], **overrides})
     if head is None:
         return model
     torch.manual_seed(0)

@@ -81,7 +81,10 @@ def test_a_page_of_a_plan_has_no_heat_maps() -> None:
 
 
 def test_deep_models_get_an_overview_by_layer() -> None:
-    model = rewrite(fresh_trace("llama", num_hidden_layers=4), GraloraConfig(r=8, target_modules=["q_proj"]))
+    model = rewrite(
+        fresh_trace("llama", task="text-generation-with-past", num_hidden_layers=4),
+        GraloraConfig(r=8, target_modules=["q_proj"]),
+    )
     torch.nn.init.normal_(model.installed("default").factors["model.layers.2.self_attn.q_proj"].B)
     rows = {row[0]: row[1:] for row in Reader(html_of(model)).rows if len(row) == 2}
     assert rows["block norms, root mean square"] == ["self_attn.q_proj"]
@@ -107,7 +110,10 @@ def test_one_scale_holds_for_every_colour_of_a_page() -> None:
 
 
 def test_the_filter_knows_every_box() -> None:
-    model = rewrite(fresh_trace("llama", num_hidden_layers=4), GraloraConfig(r=8, target_modules=["q_proj"]))
+    model = rewrite(
+        fresh_trace("llama", task="text-generation-with-past", num_hidden_layers=4),
+        GraloraConfig(r=8, target_modules=["q_proj"]),
+    )
     page = html_of(model)
     picture = page[page.index("<svg") : page.index("</svg>") + 6]
     named: set[str] = set()

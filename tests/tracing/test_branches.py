@@ -19,7 +19,9 @@ WIDTH = 8
 
 
 class Net(nn.Module):
-    """Three layers, the second one within a branch or a loop."""
+    """Three layers, the second one within a branch or a loop: of the graph's operators, or of Python."""
+
+    in_python = False
 
     def __init__(self, within: Callable[[Net, Tensor], Tensor]) -> None:
         super().__init__()
@@ -30,21 +32,33 @@ class Net(nn.Module):
         return self.last(self.within(self, self.first(x)))
 
 
+Part = Callable[[Tensor], Tensor]
+
+
+def cond(net: Net, condition: Tensor, yes: Part, no: Part, x: Tensor) -> Tensor:
+    if net.in_python:
+        return yes(x) if condition else no(x)
+    chosen: Tensor = torch.cond(condition, yes, no, (x,))
+    return chosen
+
+
 def branch(net: Net, x: Tensor) -> Tensor:
-    return torch.cond(x[0, 0] > 0, net.inner, lambda x: x * 2, (x,))
+    return cond(net, x[0, 0] > 0, net.inner, lambda x: x * 2, x)
 
 
 def branch_and_call(net: Net, x: Tensor) -> Tensor:
-    return net.inner(torch.cond(x[0, 0] > 0, lambda x: net.inner(net.inner(x)), torch.relu, (x,)))
+    return net.inner(cond(net, x[0, 0] > 0, lambda x: net.inner(net.inner(x)), torch.relu, x))
 
 
 def branch_of_a_branch(net: Net, x: Tensor) -> Tensor:
-    return torch.cond(
-        x[0, 0] > 0, lambda x: torch.cond(x[0, 1] > 0, net.inner, lambda x: x + 1, (x,)), lambda x: x * 2, (x,)
-    )
+    return cond(net, x[0, 0] > 0, lambda x: cond(net, x[0, 1] > 0, net.inner, lambda x: x + 1, x), lambda x: x * 2, x)
 
 
 def loop(net: Net, x: Tensor) -> Tensor:
+    if net.in_python:
+        for _ in range(3):
+            x = torch.tanh(net.inner(x))
+        return x
     return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, torch.tanh(net.inner(x))), (torch.tensor(0), x))[1]
 
 
@@ -53,11 +67,13 @@ def for_each(net: Net, x: Tensor) -> Tensor:
 
 
 def both(within: Callable[[Net, Tensor], Tensor], **fields: int) -> tuple[nn.Module, GraloraModel]:
-    """PEFT's model and ours with the same random adapter."""
+    """PEFT's model, which branches and loops in Python, and ours with the same random adapter."""
     torch.manual_seed(0)
     net = Net(within).eval()
     config = peft.GraloraConfig(r=4, target_modules=LAYERS, init_weights=False, **fields)
-    theirs = peft.get_peft_model(copy.deepcopy(net), config).eval()
+    plain = copy.deepcopy(net)
+    plain.in_python = True
+    theirs = peft.get_peft_model(plain, config).eval()
     ours = rewrite(trace(net, (torch.randn(3, WIDTH),)), GraloraConfig(r=4, target_modules=LAYERS, **fields))
     tensors = dict(theirs.named_parameters())
     with torch.no_grad():

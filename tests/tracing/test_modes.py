@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
-from traces import relative_error, run
+from traces import fresh_trace, relative_error, run
 
 from gralora_fx import GraloraConfig, TracedModel, rewrite, trace
 
@@ -38,8 +38,7 @@ def test_dropout_and_attention_dropout_switch(training: bool) -> None:
 
 
 def test_switching_to_and_fro_gives_the_same_graph_and_values() -> None:
-    model = tiny_model("bert", attention_probs_dropout_prob=0.2)
-    traced = trace(model)
+    traced = fresh_trace("bert", attention_probs_dropout_prob=0.2)
     inputs = text_batch(2, 6)
     text, expected = str(traced.graph_module.graph), run(traced, inputs)
     traced.train()
@@ -53,12 +52,12 @@ def test_switching_to_and_fro_gives_the_same_graph_and_values() -> None:
 @pytest.mark.parametrize(
     ("name", "off"),
     [
-        ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.3}),
-        ("bert", {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0}),
-        ("opt", {"dropout": 0.3, "attention_dropout": 0.3}),
-        ("llama", {"attention_dropout": 0.3}),
-        ("gpt2", {"attn_pdrop": 0.3, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
-        ("t5", {"dropout_rate": 0.3}),
+        ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.3, "num_hidden_layers": 1}),
+        ("bert", {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 1}),
+        ("opt", {"dropout": 0.3, "attention_dropout": 0.3, "num_hidden_layers": 1}),
+        ("llama", {"attention_dropout": 0.3, "num_hidden_layers": 1}),
+        ("gpt2", {"attn_pdrop": 0.3, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "n_layer": 1}),
+        ("t5", {"dropout_rate": 0.3, "num_layers": 1}),
     ],
 )
 def test_training_noise_has_the_eager_models_size(name: str, off: dict[str, float]) -> None:
@@ -111,7 +110,7 @@ def test_batch_statistics_count_in_training_only() -> None:
 
 
 def test_a_rewritten_model_switches_adapter_dropout_too() -> None:
-    traced = trace(tiny_model("bert", attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))
+    traced = trace(tiny_model("bert", num_hidden_layers=1, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))
     config = GraloraConfig(r=8, target_modules={"query"}, gralora_dropout=0.5, init_weights=False)
     model = rewrite(traced, config)
     inputs = text_batch(2, 6)
@@ -126,7 +125,7 @@ def test_a_rewritten_model_switches_adapter_dropout_too() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_rewritten_model_starts_in_the_mode_of_the_trace(training: bool) -> None:
-    traced = trace(tiny_model("bert", attention_probs_dropout_prob=0.2).train(training))
+    traced = trace(tiny_model("bert", num_hidden_layers=1, attention_probs_dropout_prob=0.2).train(training))
     model = rewrite(traced, GraloraConfig(r=8, target_modules={"query"}, gralora_dropout=0.5))
     assert model.training is training
     nodes = [node for node in model.graph_module.graph.nodes if node.target in (SDPA, torch.nn.functional.dropout)]
@@ -135,7 +134,7 @@ def test_a_rewritten_model_starts_in_the_mode_of_the_trace(training: bool) -> No
 
 
 def test_the_trace_keeps_its_own_mode_when_the_rewritten_model_switches() -> None:
-    traced = trace(tiny_model("bert", attention_probs_dropout_prob=0.2))
+    traced = fresh_trace("bert", attention_probs_dropout_prob=0.2)
     model = rewrite(traced, GraloraConfig(r=8, target_modules={"query"}))
     model.train()
     assert arguments(traced)[1] == [0.0, 0.0]

@@ -134,6 +134,15 @@ def test_the_graph_shares_the_models_parameters(name: str) -> None:
     }
 
 
+ONE_LAYER = {
+    "bert": {"num_hidden_layers": 1},
+    "llama": {"num_hidden_layers": 1},
+    "vit": {"num_hidden_layers": 1},
+    "t5": {"num_layers": 1},
+    "whisper": {"encoder_layers": 1, "decoder_layers": 1},
+}
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     return {
         "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
@@ -147,7 +156,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "whisper", "vit"])
 def test_the_source_model_is_as_it_was(name: str) -> None:
-    model = tiny_model(name)
+    model = tiny_model(name, **ONE_LAYER[name])
     next(iter(model.children())).train()  # a mixed mode, as a frozen part gives
     before = snapshot(model)
     trace(model)
@@ -162,7 +171,7 @@ def test_the_source_model_is_as_it_was(name: str) -> None:
 
 
 def test_a_failed_trace_leaves_the_source_model_too() -> None:
-    model = tiny_model("bert")
+    model = tiny_model("bert", num_hidden_layers=1)
     next(iter(model.children())).train()
     model.classifier.forward = lambda x: x if x.sum() > 0 else -x  # torch.export cannot follow a value
     before = snapshot(model)
@@ -460,7 +469,7 @@ def test_layerdrop_is_said_to_vanish_and_comes_back() -> None:
 
 
 def test_a_trace_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    model = tiny_model("opt")
+    model = tiny_model("opt", num_hidden_layers=1)
     capfd.readouterr()
     trace(model)
     captured = capfd.readouterr()
@@ -532,11 +541,13 @@ def test_example_inputs_of_another_kind_are_refused(given: object) -> None:
 
 def test_example_inputs_that_the_model_refuses_are_named() -> None:
     with pytest.raises(TraceError, match=r"cannot trace|itself fails on the example inputs"):
-        trace(tiny_model("bert"), {"input_ids": torch.full((2, 5), 5000)})
+        trace(tiny_model("bert", num_hidden_layers=1), {"input_ids": torch.full((2, 5), 5000)})
 
 
 def test_one_row_of_a_sequence_classifier_of_an_encoder_decoder() -> None:
-    model = transformers.BartForSequenceClassification(tiny_model("bart").config).eval()
+    model = transformers.BartForSequenceClassification(
+        tiny_model("bart", encoder_layers=1, decoder_layers=1).config
+    ).eval()
     traced_model = trace(model)
     ids = torch.tensor([[5, 6, 7, 2]])
     assert relative_error(run(traced_model, {"input_ids": ids}), run(model, {"input_ids": ids})) < 1e-5
@@ -548,7 +559,7 @@ def test_one_row_of_a_sequence_classifier_of_an_encoder_decoder() -> None:
     ids=str,
 )
 def test_inputs_made_from_a_configuration_have_the_models_data_type(name: str, dtype: torch.dtype) -> None:
-    base = trace(tiny_model(name).to(dtype))
+    base = trace(tiny_model(name, **ONE_LAYER[name]).to(dtype))
     features = {t.dtype for t in base.example_inputs.values() if t.is_floating_point()}
     assert features == {dtype}
 
@@ -556,7 +567,8 @@ def test_inputs_made_from_a_configuration_have_the_models_data_type(name: str, d
 def test_tracing_imports_no_other_models() -> None:
     """The exporter underneath has patches for models that are known not to trace, and would import dozens of them."""
     code = (
-        "import sys; from tiny_models import tiny_model; from gralora_fx import trace; model = tiny_model('llama')\n"
+        "import sys; from tiny_models import tiny_model; from gralora_fx import trace\n"
+        "model = tiny_model('llama', num_hidden_layers=1)\n"
         "before = set(sys.modules); trace(model)\n"
         "print([name for name in sys.modules if '.modeling_' in name and name not in before])"
     )
@@ -567,6 +579,6 @@ def test_tracing_imports_no_other_models() -> None:
 
 def test_the_patches_of_the_exporter_are_as_they_were() -> None:
     before = list(exporter_utils._PATCHES["dynamo"])
-    trace(tiny_model("llama"))
+    trace(tiny_model("llama", num_hidden_layers=1))
     assert exporter_utils._PATCHES["dynamo"] == before
     assert any("models.sam3" in path for path, *_ in before)
