@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
             measures best: with more, each parallel region waits until the busy core comes round.
 
     Returns:
-        The exit status: 2 for an unknown name, else 0; a promise that did not hold stands in the table.
+        The exit status: 2 for an unknown name, else 0; a check that failed is in the table.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure gralora-fx beside PEFT.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; none for all")

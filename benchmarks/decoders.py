@@ -55,7 +55,7 @@ def run(only: Sequence[str] = ()) -> Report:
         only: Class names; none for all.
 
     Raises:
-        ValueError: A name is no causal language model of transformers.
+        ValueError: A name is not a causal language model of transformers.
     """
     names = list(decoder_classes())
     unknown = sorted(set(only) - set(names))
@@ -64,17 +64,17 @@ def run(only: Sequence[str] = ()) -> Report:
     names = [name for name in names if not only or name in only]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # the imports, once
-    found: list[Found] = []
+    entries: list[Found] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for result in pool.map(lambda name: _apart(context, name), names):
-            found.append(result)
+            entries.append(result)
             verdict = "holds" if result.holds else _reason(result)
-            progress(f"{len(found)} of {len(names)}, {result.name}, {result.seconds:.0f} s: {verdict}")
-    return _report(found)
+            progress(f"{len(entries)} of {len(names)}, {result.name}, {result.seconds:.0f} s: {verdict}")
+    return _report(entries)
 
 
 def known_to_genai() -> frozenset[str]:
-    """The classes that onnxruntime-genai's builder takes, read from its source; none where it is not installed."""
+    """The classes that onnxruntime-genai's builder supports, read from its source; empty if it is not installed."""
     spec = find_spec("onnxruntime_genai")
     if spec is None or spec.origin is None:
         return frozenset()
@@ -127,10 +127,10 @@ def _reason(result: Found) -> str:
     return result.reason or "its greedy tokens are not the model's"
 
 
-def _report(found: Sequence[Found]) -> Report:
+def _report(entries: Sequence[Found]) -> Report:
     known = known_to_genai()
     rows = []
-    for result in found:
+    for result in entries:
         checked = result.checked
         rows.append(
             {
@@ -142,9 +142,9 @@ def _report(found: Sequence[Found]) -> Report:
                 "seconds": result.seconds,
             }
         )
-    holding = [result for result in found if result.holds]
-    report = Report("decoders", f"decoders: {len(holding)} of {len(found)} hold", [Table("every causal LM", rows)])
-    plain = sorted({f"{r.name}: {why}" for r in found if r.checked for why in r.checked.plain.values()})
+    holding = [result for result in entries if result.holds]
+    report = Report("decoders", f"decoders: {len(holding)} of {len(entries)} hold", [Table("every causal LM", rows)])
+    plain = sorted({f"{r.name}: {why}" for r in entries if r.checked for why in r.checked.plain.values()})
     report.notes += [f"not fused: {line}" for line in plain]
     report.notes.append(f"genai: classes that the builder of onnxruntime-genai {version('onnxruntime-genai')} takes")
     unfused = [r for r in holding if r.name in known and r.checked and (r.checked.plain or not r.checked.fused)]

@@ -1,6 +1,6 @@
 """One small harness for every benchmark: all sides in one process, in turns, so that what disturbs one disturbs all.
 
-A shared machine changes its speed from second to second. What survives that is the comparison of runs that stand next
+A shared machine changes its speed from second to second. What survives that is the comparison of runs that are next
 to each other: each iteration runs every case once, in an order that rotates, and the ratio of two cases is given twice,
 as the ratio of their medians and as the median of the ratios within each iteration.
 """
@@ -131,7 +131,7 @@ def measure(cases: Sequence[Case[Any]], *, iterations: int, warmup: int = 2) -> 
 
 
 def peak_allocation(function: Callable[[], object]) -> int:
-    """The most bytes of CPU memory that stood allocated at once by a call, beyond what stood before it.
+    """Peak CPU memory in bytes allocated by a call, beyond what was allocated before it.
 
     Counted at torch's allocator, so the scratch of the BLAS is not in it.
     """
@@ -218,10 +218,10 @@ class Report:
     def show(self) -> None:
         """Print every table, note and promise."""
         console.rule(self.title)
-        found = environment()
-        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-        machine = f"{found['cpu']}, {found['threads']} threads on {found['cores']} cores"
-        load = f", load {found['load'][0]:.1f}" if found["load"] else ""
+        host = environment()
+        versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items() if version)
+        machine = f"{host['cpu']}, {host['threads']} threads on {host['cores']} cores"
+        load = f", load {host['load'][0]:.1f}" if host["load"] else ""
         console.print(f"{machine}{load}\n{versions}", highlight=False)
         for table in self.tables:
             drawn = RichTable(title=table.title, title_justify="left")

@@ -131,8 +131,8 @@ def measure_export(root: Path, task: str, options: dict[str, Any]) -> dict[str, 
     begin = time.perf_counter()
     code = "from benchmarks.streaming import export; export()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {"peak GB": found["peak"] / 1e9, "imports GB": found["imports"] / 1e9, "s": time.perf_counter() - begin}
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {"peak GB": result["peak"] / 1e9, "imports GB": result["imports"] / 1e9, "s": time.perf_counter() - begin}
 
 
 def export() -> None:

@@ -1,7 +1,7 @@
 """What a switch of adapters costs, beside PEFT's, and what a disabled adapter costs while the model runs.
 
 The first switch to a state makes its graph and compiles it, so its time grows with the number of nodes; later ones take
-the graph that was made. PEFT sets attributes of modules. Both sides stand in one process and are measured in turns.
+the graph that was made. PEFT sets attributes of modules. Both sides run in one process and are measured in turns.
 """
 
 from __future__ import annotations

@@ -92,10 +92,10 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 def decoder_classes() -> tuple[str, ...]:
     """The class of every causal language model of transformers."""
-    found: set[str] = set()
+    classes: set[str] = set()
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        found |= {name} if isinstance(name, str) else set(name)
-    return tuple(sorted(name for name in found if hasattr(transformers, name)))
+        classes |= {name} if isinstance(name, str) else set(name)
+    return tuple(sorted(name for name in classes if hasattr(transformers, name)))
 
 
 def tiny_decoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
@@ -133,23 +133,23 @@ def tiny_config(model_class: type[PreTrainedModel], **fields: Any) -> PreTrained
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a configuration that are sizes, set small; the parts it has likewise."""
-    found: dict[str, Any] = {}
+    small: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            found[name] = {"model_type": value.model_type, **_small(value)}
+            small[name] = {"model_type": value.model_type, **_small(value)}
         elif value is None and name in _LEFT_OUT:
-            found[name] = _LEFT_OUT[name]
+            small[name] = _LEFT_OUT[name]
         elif name == "is_decoder":
-            found[name] = True
+            small[name] = True
         elif name in _SPECIAL:
-            found[name] = None if value is None else _SPECIAL[name]
+            small[name] = None if value is None else _SPECIAL[name]
         elif isinstance(value, int) and not isinstance(value, bool):
             cap = next((cap for pattern, cap in _CAPS if re.fullmatch(pattern, name)), None)
             if name.endswith(("_token_id", "_token_index")) and value >= VOCABULARY:
-                found[name] = VOCABULARY - 1
+                small[name] = VOCABULARY - 1
             elif cap is not None and value > cap:
-                found[name] = cap
-    return {**found, **dict(_even(config, found)), **_layers(config)}
+                small[name] = cap
+    return {**small, **dict(_even(config, small)), **_layers(config)}
 
 
 def _even(config: PreTrainedConfig, small: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -30,7 +30,7 @@ def main() -> None:
     planned = plan(traced, adapter)
     print(planned)
 
-    # 4. Rewrite: GraLoRA subgraphs stand at the targeted calls, and only they (and the classifier's copy) train.
+    # 4. Rewrite: GraLoRA subgraphs are inserted at the targeted calls, and only they (and the classifier's copy) train.
     gralora = rewrite(traced, planned)
     gralora.print_trainable_parameters()
 

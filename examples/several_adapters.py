@@ -28,7 +28,8 @@ def main() -> None:
     traced = trace(LlamaForCausalLM(config).eval())
     ids = torch.randint(3, 200, (2, 9))
 
-    # 2. Two adapters of different sizes and targets. `init_weights=False` stands for training here: it draws `B` too.
+    # 2. Two adapters of different sizes and targets. `init_weights=False` takes the place of training here: it draws
+    # `B` too.
     formal = GraloraConfig(r=8, gralora_k=4, target_modules=["q_proj", "v_proj"], init_weights=False)
     brief = GraloraConfig(
         r=8,

@@ -1,4 +1,4 @@
-"""Export of rewritten models to ONNX, and what is done with the exports."""
+"""Export of rewritten models to ONNX, and verification of the exports."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from gralora_fx.errors import ExportError
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.model.merge import merge_deferred
+from gralora_fx.model.merge import merge_lazily
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
 
 
-def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
-    """The adapter-free model: a traced model itself, or a rewritten one whose active adapters fold as it is written.
+def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
+    """The adapter-free model: the traced model itself, or a rewritten one with its active adapters folded lazily.
 
     Raises:
-        ExportError: It is neither.
+        ExportError: The model is neither.
         MergeError: An adapter cannot be folded.
     """
     if isinstance(model, TracedModel):
@@ -21,9 +21,9 @@ def as_traced(model: TracedModel | GraloraModel) -> TracedModel:
         raise ExportError(
             f"cannot export a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned"
         )
-    return merge_deferred(model) if model.active_adapters else model.traced
+    return merge_lazily(model) if model.active_adapters else model.traced
 
 
-def base_of(model: TracedModel | GraloraModel) -> TracedModel:
-    """The trace of the base, without adapters: a traced model itself, or what a rewritten one was made of."""
+def base_trace(model: TracedModel | GraloraModel) -> TracedModel:
+    """The trace of the base model, without adapters."""
     return model.traced if isinstance(model, GraloraModel) else model

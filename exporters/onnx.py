@@ -15,7 +15,7 @@ from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_output, check_replaced, staged
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.flavours.registry import flavour_of
-from gralora_fx.exporters.folded_model import as_traced
+from gralora_fx.exporters.folded_model import fold_adapters
 from gralora_fx.exporters.fx_passes.exportable import check_exportable, graph_to_translate
 from gralora_fx.exporters.onnx_passes.quantize import quantized_weights
 from gralora_fx.exporters.options import ExportOptions
@@ -24,7 +24,7 @@ from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyRe
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.progress.gc_pause import fewer_collections
+from gralora_fx.progress.gc_pause import gc_pause
 from gralora_fx.progress.timing import timed
 from gralora_fx.runtime.export_files import describe_files, file_names
 from gralora_fx.runtime.manifest import Manifest
@@ -55,15 +55,15 @@ def export_onnx(
 
     Args:
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
-        output_dir: Where to write: new, empty, or an earlier export of the same base and task.
+        output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
         adapters: How adapters are held; `"merged"` folds them.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
-        quantize: Weight-only quantization, for any task: `"int8"`, `"int4"` or None. Adapters are folded first.
+        quantize: Weight-only quantization, for any task: `"int8"`, `"int4"` or None. Adapters are folded before it.
         block_size: Values of a matrix's input axis that share a scale; a power of two, 16 or more.
         accuracy_level: How ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in float32, 2 in
             float16, 3 in bfloat16, 4 in int8, its fastest.
-        logits: For a decoder with a cache, whether the last position's logits are given or all.
+        logits: For a decoder with a cache, `"last"` or `"all"`: which positions' logits to return.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place, and
             how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
@@ -76,8 +76,8 @@ def export_onnx(
         Files, seconds of each stage, what verification found, and what every pass did.
 
     Raises:
-        ExportError: The output may not be written, the model cannot be exported, or the export does not compute what
-            the model does.
+        ExportError: The output may not be written, the model cannot be exported, or the export's results differ from
+            the model's.
         MergeError: An adapter cannot be folded.
     """
     options = ExportOptions(
@@ -96,12 +96,12 @@ def export_onnx(
     log = PassLog.asked_for(options.dump)
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
-        traced = as_traced(model)
+        traced = fold_adapters(model)
         flavour = flavour_of(traced)
         _check(model, traced, flavour, options, output_dir)
-    with timed("convert", seconds), fewer_collections():
+    with timed("convert", seconds), gc_pause():
         models = flavour.convert(Request(traced, graph_to_translate(traced), options, log))
-    with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which makes digests beside everything else
+    with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
         with timed("write", seconds):
             save_models(models, stage, output_dir)
             digests = reader.submit(describe_files, stage, file_names(stage))
@@ -133,7 +133,9 @@ def _check(
     """
     check_exportable(traced, verify=options.level is not None)
     if options.logits == "all" and not flavour.has_last_logits:
-        warn_caller("logits='all' is for a decoder with a cache; this model gives what its forward returns")
+        warn_caller(
+            "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it out"
+        )
     if options.level is not None:
         check_runnable(model)
     if not options.overwrite:
@@ -175,5 +177,5 @@ def _verified(
     with timed("verify", seconds):
         report = verify_onnx(stage, model, options.level)
     if not report.passed:
-        raise ExportError(f"the export does not compute what the model does, so it was not written:\n{report}")
+        raise ExportError(f"the export's results differ from the model's, so it was not written:\n{report}")
     return report

@@ -1,4 +1,4 @@
-"""Passes and pipelines of them: each pass is named, what it leaves is checked, counted and, if asked for, written."""
+"""Passes and pipelines: each pass is named, its result linted, counted and, on request, dumped."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class PassResult(Generic[Graph]):
 
     Attributes:
         changed: How many places it changed.
-        skipped: Places that it would have changed, each with the reason why it did not.
-        graph: The graph that takes the place of the given one; None where that was changed in place.
+        skipped: Places that it left unchanged, each with the reason.
+        graph: The graph that replaces the given one; None if that was changed in place.
         summary: What it found besides, as a value of a type of its own (see `PassLog.summaries`).
     """
 
@@ -54,7 +54,7 @@ class OnnxIrPass:
         return type(self.wrapped).__name__
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Run it; it says only whether it changed anything."""
+        """Run it; the library reports only whether anything changed."""
         return PassResult(int(self.wrapped(model).modified))
 
 
@@ -63,7 +63,7 @@ class PassLog:
     """What the passes of an export did, in order.
 
     Attributes:
-        dump: The directory that the graph is written to after each pass; None for none.
+        dump: The directory to which the graph is written after each pass, or None.
         reports: A report for each pass that ran.
     """
 
@@ -73,10 +73,10 @@ class PassLog:
 
     @classmethod
     def asked_for(cls, dump: str | Path | None) -> PassLog:
-        """A log that writes graphs where an argument or, without one, the environment says.
+        """A log that dumps graphs to the given directory, or to the one that the environment names.
 
         Raises:
-            ExportError: The directory cannot be made.
+            ExportError: The directory cannot be created.
         """
         directory = dump or os.environ.get(DUMP) or None
         if directory is None:
@@ -88,7 +88,7 @@ class PassLog:
         return cls(Path(directory))
 
     def add(self, pipeline: str, name: str, result: PassResult[Any], graph: fx.Graph | ir.Model) -> None:
-        """Note what a pass did, and write the graph that it left."""
+        """Record the result of a pass, and dump its graph if asked to."""
         self.reports.append(PassReport(pipeline, name, result.changed, result.skipped))
         self._summaries.append(result.summary)
         if self.dump is not None:
@@ -102,10 +102,10 @@ class PassLog:
 
 @dataclass(frozen=True)
 class Pipeline(Generic[Graph]):
-    """Passes in their order.
+    """An ordered sequence of passes.
 
     Attributes:
-        name: What it is called in reports.
+        name: Its name in reports.
         passes: The passes.
     """
 
@@ -113,14 +113,14 @@ class Pipeline(Generic[Graph]):
     passes: tuple[Pass[Graph], ...]
 
     def run(self, graph: Graph, log: PassLog) -> Graph:
-        """Run every pass, and check that each leaves a graph whose nodes read only what comes before them.
+        """Run every pass and lint its result: each node may read only what comes before it.
 
         Args:
             graph: The graph; it may be changed in place.
-            log: Gets a report for each pass.
+            log: Receives a report for each pass.
 
         Returns:
-            The graph that the last pass left.
+            The graph after the last pass.
 
         Raises:
             ExportError: A pass failed, or left a graph that does not lint; the message names it.
@@ -143,7 +143,7 @@ class Pipeline(Generic[Graph]):
 
 
 def import_domains(model: ir.Model) -> None:
-    """Import the domains of the operators that a model has, and no others; in place."""
+    """Set the model's opset imports to the domains of its operators; in place."""
     used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
     imports = model.graph.opset_imports
     for domain in [domain for domain in imports if domain and domain not in used]:
@@ -153,23 +153,23 @@ def import_domains(model: ir.Model) -> None:
 
 
 def name_of(graph_pass: Any) -> str:
-    """A pass by the name of its function or class, in words with underscores."""
-    given = getattr(graph_pass, "name", None) or getattr(graph_pass, "__name__", None) or type(graph_pass).__name__
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(given)).lower()
+    """The name of a pass in snake case: that of its function or class."""
+    name = getattr(graph_pass, "name", None) or getattr(graph_pass, "__name__", None) or type(graph_pass).__name__
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()
 
 
 def _problems(graph: fx.Graph | ir.Model) -> Iterator[str]:
-    """Nodes that read what no node before them gives."""
+    """Nodes that read values which no earlier node defines."""
     if isinstance(graph, fx.Graph):
         seen: set[fx.Node] = set()
         for node in graph.nodes:
             yield from (f"{node} reads {source}" for source in node.all_input_nodes if source not in seen)
             seen.add(node)
         return
-    made: set[ir.Node] = set()
+    earlier: set[ir.Node] = set()
     for node in graph.graph:
         for value in node.inputs:
             source = None if value is None else value.producer()
-            if source is not None and source not in made:
+            if source is not None and source not in earlier:
                 yield f"{node.name} reads {value.name if value else ''}"
-        made.add(node)
+        earlier.add(node)

@@ -1,4 +1,4 @@
-"""What an export and its verification found."""
+"""Reports of an export and its verification."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TensorCheck:
     Attributes:
         name: Name of the output.
         max_abs_error: Largest difference of a value.
-        max_rel_error: The same over the largest value that PyTorch gave in that case.
-        argmax_agreement: Share of rows whose largest value stands at the same place, or None for other outputs.
+        max_rel_error: The same, relative to PyTorch's largest value in that case.
+        argmax_agreement: Share of rows whose largest value has the same index, or None for other outputs.
     """
 
     name: str
@@ -29,17 +29,17 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """How the greedy tokens of an export compare with PyTorch's, each going on with PyTorch's token.
+    """How the greedy tokens of an export compare with PyTorch's; both continue with PyTorch's token.
 
     Attributes:
         cases: The prompts.
         compared: How many tokens were compared.
         equal: How many are equal.
-        near_ties: How many differ where PyTorch's logits of the two tokens are closer than the tolerance can tell.
+        near_ties: How many differ where PyTorch's logits of the two tokens are within the tolerance.
         first_difference: Where the first token differs, or None.
         step_errors: Largest difference of the last position's logits at each step, that of the prompt first, relative
             to the largest logit or to 1 where that is smaller.
-        passed: Whether the logits of every step are as close as they have to be.
+        passed: Whether the logits of every step are close enough.
     """
 
     cases: tuple[str, ...]
@@ -68,13 +68,14 @@ class TokenCheck:
 
 @dataclass(frozen=True)
 class RoundingCheck:
-    """A difference above the tolerance, held against what float32 itself rounds there.
+    """A difference above the tolerance, compared with the rounding error of float32 itself.
 
     Attributes:
         where: The case and the output or token.
-        difference: Of the export from PyTorch, relative to the largest value or to 1 where that is smaller.
-        rounding: What float32 itself rounds there, likewise (see `exact`); 0 where that could not be told.
-        why_not: Why it could not.
+        difference: Difference of the export from PyTorch, relative to the largest value, or to 1 if that is smaller.
+        rounding: The rounding error of float32 there, likewise (see `float64_reference`); 0 if it could not be
+            determined.
+        why_not: Why it could not be determined.
     """
 
     where: str
@@ -99,8 +100,8 @@ class VerifyReport:
         tensors: One entry for each output.
         tokens: Greedy tokens, for an export that generates.
         weights: Precision of the export's weights, such as `fp16` or `int4`.
-        arithmetic: Precision that it was run in.
-        rounding: Where float64 was asked, since the tolerance was exceeded.
+        arithmetic: Precision in which it was run.
+        rounding: The differences above the tolerance, which were compared with a float64 run.
         level: `"quick"` or `"full"`: how many inputs were compared.
         reference: What the export was compared with.
     """
@@ -126,7 +127,7 @@ class VerifyReport:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        """A table: each output with its differences; of a cache the largest of all layers."""
+        """A table: each output with its differences; for a cache the largest over all layers."""
         lines = [f"{'output':<28}{'max abs':>12}{'max rel':>12}{'argmax equal':>14}"]
         for check in _layers_as_one(self.tensors):
             agreement = "" if check.argmax_agreement is None else f"{100 * check.argmax_agreement:.1f} %"
@@ -142,20 +143,20 @@ class VerifyReport:
 
 
 def _layers_as_one(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
-    """Checks of a cache's tensors, `present.0.key` and on, as one for keys and one for values."""
-    found: dict[str, TensorCheck] = {}
+    """Merge the checks of a cache's tensors over its layers, into one for keys and one for values."""
+    merged: dict[str, TensorCheck] = {}
     for check in checks:
         name = re.sub(r"^present\.\d+\.", "present.*.", check.name)
-        other = found.get(name)
+        other = merged.get(name)
         absolute, relative = (
             max(getattr(c, kind) for c in (check, other or check)) for kind in ("max_abs_error", "max_rel_error")
         )
-        found[name] = TensorCheck(name, absolute, relative, check.argmax_agreement)
-    return list(found.values())
+        merged[name] = TensorCheck(name, absolute, relative, check.argmax_agreement)
+    return list(merged.values())
 
 
 class Skip(NamedTuple):
-    """A place that a pass left as it is.
+    """A place that a pass left unchanged.
 
     Attributes:
         place: The layer or node.
@@ -174,7 +175,7 @@ class PassReport:
         pipeline: The pipeline it belongs to.
         name: Its name.
         changed: How many places it changed.
-        skipped: Places that it left as they are, each with the reason.
+        skipped: Places that it left unchanged, each with the reason.
     """
 
     pipeline: str
@@ -193,8 +194,8 @@ class AttentionReport:
     """How the attention of a decoder was exported.
 
     Attributes:
-        fused: Layers that are one operator of ONNX Runtime each.
-        plain: Layers that are plain operators, each with the reason.
+        fused: Number of layers that use ONNX Runtime's fused operator.
+        plain: Layers that use plain operators, each with the reason.
     """
 
     fused: int
@@ -214,7 +215,7 @@ class ExportReport:
         output_dir: The directory written.
         files: Its files with their sizes in bytes.
         seconds: Seconds that each stage took.
-        verification: What verification found, or None where it was left out.
+        verification: The result of verification, or None if it was skipped.
         attention: Which layers' attention is fused, for a decoder with a cache.
         passes: What every pass did, in order.
     """

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.flavours.registry import flavour_of
-from gralora_fx.exporters.folded_model import base_of
+from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.reports import VerifyReport
 from gralora_fx.exporters.verification.cases import TokenRun, Verification
 from gralora_fx.exporters.verification.dequantized_model import reference_model
 from gralora_fx.exporters.verification.float32_copy import open_comparable
-from gralora_fx.exporters.verification.float64_reference import Judge
+from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.outputs import OutputComparison
 from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
@@ -37,25 +37,25 @@ def verify_onnx(
     seed: int = 0,
     check: bool = True,
 ) -> VerifyReport:
-    """Compare an export with the model on inputs that neither has seen: other sizes, padded rows, a single row.
+    """Compare an export with the model on fresh inputs: other sizes, padded rows, single rows.
 
-    An export with a cache generates besides, its cache fed back at every step: greedy tokens and logits are compared
-    for prompts of unequal length, padded on either side, and for one that fills the context (up to 1,000 positions).
-    A quick verification compares two short prompts for four tokens.
+    An export with a cache also generates, its cache fed back at every step: greedy tokens and logits are compared for
+    prompts of unequal length, padded on either side, and for one that fills the context (up to 1,000 positions). A
+    quick verification compares two short prompts for four tokens.
 
     Args:
         output_dir: The export directory.
-        model: The model it was exported from; a `GraloraModel` runs with its active adapters as they stand, so that a
-            wrong fold would show.
+        model: The model it was exported from; a `GraloraModel` runs with its active adapters unfolded, so that a wrong
+            fold would show.
         level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once. Models
             without a cache are compared on the same inputs either way.
         inputs: A user's own inputs, compared in addition.
         prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
-            what the export's precision explains (see `tolerances`), or four times what float32 itself rounds
-            where that is more (see `exact`).
+            what the export's precision explains (see `tolerances`), or four times the rounding error of float32 itself
+            if that is larger (see `float64_reference`).
         seed: Seed of the fresh inputs.
-        check: Whether to compare every file with its SHA-256 first; False where that has been done.
+        check: Whether to compare every file with its SHA-256 first; False if that has been done.
 
     Returns:
         Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
@@ -64,8 +64,8 @@ def verify_onnx(
         costs is for a task to say.
 
     Raises:
-        ExportError: The directory is no export or one of another base or adapter, a file is not what was exported, its
-            inputs or outputs are not the model's, a prompt does not fit, or a case cannot run.
+        ExportError: The directory is not an export, or one of another base or adapter, a file is not what was exported,
+            its inputs or outputs are not the model's, a prompt does not fit, or a case cannot run.
     """
     check_choice("level", level, LEVELS)
     manifest, quick = read_manifest(output_dir), level == "quick"
@@ -74,7 +74,7 @@ def verify_onnx(
     check_runnable(model)
     check_same_model(output_dir, manifest, model)
     session, arithmetic = open_comparable(Path(output_dir), manifest)
-    traced = base_of(model)
+    traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
     check_inputs([value.name for value in session.get_inputs()], cases[0][1])
@@ -82,22 +82,22 @@ def verify_onnx(
     chosen = _prompts(verification, traced, seed, quick)
     chosen += [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
     reference = reference_model(model, manifest)
-    judge = Judge(
-        reference, tolerance_of(manifest.precision) if tolerance is None else tolerance, exact=tolerance is None
+    tolerance_check = ToleranceCheck(
+        reference, tolerance_of(manifest.precision) if tolerance is None else tolerance, use_float64=tolerance is None
     )
     with _evaluating(model, reference):
-        outputs = OutputComparison(session, reference, verification, manifest.logits, judge)
+        outputs = OutputComparison(session, reference, verification, manifest.logits, tolerance_check)
         tensors, passed = outputs.run(cases)
-        tokens = verification.compare_tokens(TokenRun(session, reference, cases, chosen, judge, quick))
+        tokens = verification.compare_tokens(TokenRun(session, reference, cases, chosen, tolerance_check, quick))
     return VerifyReport(
         passed and tokens.passed,
-        judge.tolerance,
+        tolerance_check.tolerance,
         tuple(description for description, _ in cases),
         (*tensors, *tokens.tensors),
         tokens.tokens,
         describe_weights(manifest),
         arithmetic,
-        rounding=tuple(judge.found),
+        rounding=tuple(tolerance_check.exceeded),
         level=level,
         reference=_describe_reference(model, reference),
     )

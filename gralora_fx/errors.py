@@ -17,7 +17,7 @@ class TraceError(GraloraError, ValueError):
 
 
 class TargetError(GraloraError, ValueError):
-    """A configuration cannot be met by the linear call sites of a model."""
+    """A configuration does not fit the linear call sites of a model."""
 
 
 class RewriteError(GraloraError, ValueError):
@@ -41,14 +41,14 @@ class ServingError(GraloraError):
 
 
 class VersionError(GraloraError, ImportError):
-    """A package is installed in a version without the private API that is used of it."""
+    """An installed package's version lacks the private API that is used."""
 
 
 _SHOWN = 100  # characters of a value in a message
 
 
 def shown(value: object) -> str:
-    """A value in a message: its `repr`, cut where it is long."""
+    """A value for a message: its `repr`, truncated if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
@@ -66,6 +66,6 @@ def warn_caller(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, with the next where it only announces that; or its type where it has none."""
+    """The first line of an error's text, and the next if the first ends in a colon; its type if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__

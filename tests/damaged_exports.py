@@ -23,10 +23,10 @@ def shift_weight(directory: Path, name: str) -> None:
         for tensor in model.graph.initializer
         if name in tensor.name and tensor.external_data
     ]
-    place = max(places, key=lambda found: int(found["length"]))
-    path, begin = directory / place["location"], int(place["offset"])
+    largest = max(places, key=lambda candidate: int(candidate["length"]))
+    path, begin = directory / largest["location"], int(largest["offset"])
     data = bytearray(path.read_bytes())
-    end = begin + int(place["length"])
+    end = begin + int(largest["length"])
     data[begin:end] = data[begin + 2 : end] + data[begin : begin + 2]
     path.write_bytes(data)
     forget_digests(directory)

@@ -50,8 +50,8 @@ def perturb_saved_modules(wrapped: peft.PeftModel) -> None:
 
 def adapted_paths(wrapped: peft.PeftModel) -> set[str]:
     """Module paths that PEFT put an adapter at."""
-    found = {name for name, module in wrapped.named_modules() if isinstance(module, (GraloraLayer, LoraLayer))}
-    return {name.removeprefix("base_model.model.") for name in found}
+    paths = {name for name, module in wrapped.named_modules() if isinstance(module, (GraloraLayer, LoraLayer))}
+    return {name.removeprefix("base_model.model.") for name in paths}
 
 
 def trainable_gradients(wrapped: peft.PeftModel) -> dict[str, torch.Tensor]:

@@ -81,8 +81,8 @@ def run(*arguments: object, expect: int = 0) -> Printed:
     """The same in this process, which has imported PyTorch already; `expect` is the exit status."""
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
-    given = patch.object(sys, "argv", ["gralora-fx", *map(str, arguments)])
-    with given, redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+    argv = patch.object(sys, "argv", ["gralora-fx", *map(str, arguments)])
+    with argv, redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(), pytest.raises(SystemExit) as end:
         main()
     signal.signal(signal.SIGTERM, handler)
     gc.unfreeze()
@@ -92,17 +92,17 @@ def run(*arguments: object, expect: int = 0) -> Printed:
 
 def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     # the base has no head of its own: its size comes from the adapter's copy of it
-    given = ("--model", checkpoint / "base", "--adapter", checkpoint / "adapter", "--output", tmp_path / "onnx")
-    result = run("export", *given)
+    arguments = ("--model", checkpoint / "base", "--adapter", checkpoint / "adapter", "--output", tmp_path / "onnx")
+    result = run("export", *arguments)
     assert "passed: 4 cases" in result.stdout
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert "quick verification, compared with the PyTorch model with 'default' active" in result.stdout
-    assert "full verification" in run("verify", *given).stdout
+    assert "full verification" in run("verify", *arguments).stdout
     weights = tmp_path / "onnx" / "model.onnx_data"
     data = bytearray(weights.read_bytes())
     data[64] ^= 1
     weights.write_bytes(data)
-    changed = CliRunner().invoke(app, ["verify", *map(str, given)])
+    changed = CliRunner().invoke(app, ["verify", *map(str, arguments)])
     assert isinstance(changed.exception, ExportError)
     assert "model.onnx_data" in str(changed.exception)
 
@@ -145,17 +145,17 @@ def test_an_adapter_that_changes_nothing_or_is_of_another_base_is_named(decoder:
     config = json.loads((tmp_path / "zero" / "adapter_config.json").read_text())
     named = json.dumps({**config, "base_model_name_or_path": "org/another"})
     (tmp_path / "zero" / "adapter_config.json").write_text(named)
-    with pytest.warns(UserWarning, match="zero") as found:
+    with pytest.warns(UserWarning, match="zero") as caught:
         load_traced(str(decoder / "base"), str(tmp_path / "zero"), "text-generation")
-    said = "\n".join(str(warning.message) for warning in found)
+    said = "\n".join(str(warning.message) for warning in caught)
     assert "zero changes nothing: all of its updates are zero" in said
     assert f"zero was made for org/another, and is used with {decoder / 'base'}" in said
 
 
 def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path: Path) -> None:
     """A base that cannot be loaded shows that the adapter is looked at first."""
-    given = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
-    exported = CliRunner().invoke(app, ["export", "--model", str(decoder / "base"), *given, "--no-verify"])
+    arguments = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
+    exported = CliRunner().invoke(app, ["export", "--model", str(decoder / "base"), *arguments, "--no-verify"])
     assert exported.exit_code == 0, exported.output
     base = ["--model", "/no/such/model", "--output", str(tmp_path / "onnx")]
     none = CliRunner().invoke(app, ["verify", *base])
@@ -168,8 +168,8 @@ def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path
         shutil.copytree(decoder / "adapter", tmp_path / name)
         config = json.loads((decoder / "adapter" / "adapter_config.json").read_text())
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **fields}))
-        found = load_file(decoder / "adapter" / "adapter_model.safetensors") | (tensors or {})
-        save_file(found, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt"})
+        state = load_file(decoder / "adapter" / "adapter_model.safetensors") | (tensors or {})
+        save_file(state, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt"})
         return str(tmp_path / name)
 
     key = "base_model.model.model.layers.0.mlp.up_proj.gralora_A"
@@ -183,7 +183,7 @@ def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path
     # a copy of the embedding, as PEFT adds it, and half precision do not make it another one
     embedding = tiny_model("llama", bos_token_id=1, eos_token_id=2).get_input_embeddings().weight
     same = changed("same", {"base_model.model.model.embed_tokens.weight": embedding.detach()})
-    verified = CliRunner().invoke(app, ["verify", "--model", str(decoder / "base"), *given[2:], "--adapter", same])
+    verified = CliRunner().invoke(app, ["verify", "--model", str(decoder / "base"), *arguments[2:], "--adapter", same])
     assert verified.exit_code == 0, verified.output
     task = CliRunner().invoke(app, ["verify", *base, "--task", "text-generation"])
     assert "was exported for the task text-generation-with-past, not text-generation" in str(task.exception)
@@ -203,8 +203,8 @@ def test_an_encoder_decoder_is_exported_with_its_cache_and_a_warning_is_shown_on
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alhpa": 3}))
-    given = ("--model", tmp_path / "base", "--adapter", tmp_path / "adapter")
-    printed = run("export", *given, "--output", tmp_path / "onnx", "--no-verify")
+    arguments = ("--model", tmp_path / "base", "--adapter", tmp_path / "adapter")
+    printed = run("export", *arguments, "--output", tmp_path / "onnx", "--no-verify")
     assert {"encoder_model.onnx", "decoder_model_merged.onnx"} <= {file.name for file in (tmp_path / "onnx").iterdir()}
     assert printed.stderr.count("lora_alhpa=3 is not a known field") == 1
 
@@ -229,15 +229,15 @@ def test_inspect_lists_sites_or_the_plan(checkpoint: Path) -> None:
 
 
 def test_inspect_draws(checkpoint: Path, tmp_path: Path) -> None:
-    given = ("--model", checkpoint / "classifier", "--adapter", checkpoint / "adapter")
-    result = run("inspect", *given, "--html", tmp_path / "out.html", "--svg", tmp_path / "out.svg")
+    arguments = ("--model", checkpoint / "classifier", "--adapter", checkpoint / "adapter")
+    result = run("inspect", *arguments, "--html", tmp_path / "out.html", "--svg", tmp_path / "out.svg")
     assert f"wrote {tmp_path / 'out.html'}" in result.stderr
     assert "4 of 14 sites adapted" in result.stdout
     page, svg = (tmp_path / "out.html").read_text(), (tmp_path / "out.svg").read_text()
     assert page.startswith("<!doctype html>")
     assert svg.startswith("<")
     assert "default: r=8 k=2" in page
-    assert "error: cannot write" in run("inspect", *given, "--html", tmp_path, expect=1).stderr
+    assert "error: cannot write" in run("inspect", *arguments, "--html", tmp_path, expect=1).stderr
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ STAGES = ["import", "load", "trace", "rewrite", "fold", "convert", "write", "ver
 
 
 def test_an_adapter_of_a_decoder_is_exported_so_that_it_generates(decoder: Path, tmp_path: Path) -> None:
-    given = ("--model", decoder / "base", "--adapter", decoder / "adapter", "--output", tmp_path / "onnx")
-    result = run_process("export", *given)
+    arguments = ("--model", decoder / "base", "--adapter", decoder / "adapter", "--output", tmp_path / "onnx")
+    result = run_process("export", *arguments)
     lines = [line.split() for line in result.stderr.splitlines()]
     assert [(line[0], line[2]) for line in lines] == [(name, "s") for name in STAGES]
     seconds = [float(line[1]) for line in lines]
@@ -278,7 +278,7 @@ def test_an_adapter_of_a_decoder_is_exported_so_that_it_generates(decoder: Path,
     files = {path.name for path in (tmp_path / "onnx").iterdir()}
     assert {"model.onnx", "model.onnx_data", "genai_config.json", "config.json", "tokenizer.json"} <= files
     assert load(tmp_path / "onnx").generate("abc", max_new_tokens=4)
-    verified = run_process("verify", *given)
+    verified = run_process("verify", *arguments)
     assert "passed" in verified.stdout
     assert [line.split()[0] for line in verified.stderr.splitlines()] == [
         "import",
@@ -348,8 +348,8 @@ def test_a_decoder_without_keys_and_values_is_named(tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_base_is_refused_by_its_shapes(decoder: Path, tmp_path: Path) -> None:
     tiny_model("llama", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "wider")
-    given = ["--model", str(tmp_path / "wider"), "--adapter", str(decoder / "adapter")]
-    result = CliRunner().invoke(app, ["export", *given, "--output", str(tmp_path / "onnx")])
+    arguments = ["--model", str(tmp_path / "wider"), "--adapter", str(decoder / "adapter")]
+    result = CliRunner().invoke(app, ["export", *arguments, "--output", str(tmp_path / "onnx")])
     assert isinstance(result.exception, CheckpointError)
     message = str(result.exception)
     assert f"the adapter {decoder / 'adapter'} does not fit {tmp_path / 'wider'} (LlamaForCausalLM)" in message
@@ -361,14 +361,14 @@ def test_an_adapter_of_another_base_is_refused_by_its_shapes(decoder: Path, tmp_
 def test_an_export_of_another_base_is_refused_in_one_line(decoder: Path, tmp_path: Path) -> None:
     other = tiny_model("llama", seed=1, bos_token_id=1, eos_token_id=2)
     other.save_pretrained(tmp_path / "other")
-    given = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
-    export = CliRunner().invoke(app, ["export", "--model", str(decoder / "base"), *given, "--no-verify"])
+    arguments = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
+    export = CliRunner().invoke(app, ["export", "--model", str(decoder / "base"), *arguments, "--no-verify"])
     assert export.exit_code == 0, export.output
-    result = CliRunner().invoke(app, ["verify", "--model", str(tmp_path / "other"), *given])
+    result = CliRunner().invoke(app, ["verify", "--model", str(tmp_path / "other"), *arguments])
     assert isinstance(result.exception, ExportError)
     assert "was exported from another base: its weights have fingerprint" in str(result.exception)
     verified = CliRunner().invoke(
-        app, ["verify", "--model", str(decoder / "base"), *given, "--prompt", "a", "--prompt", "bc"]
+        app, ["verify", "--model", str(decoder / "base"), *arguments, "--prompt", "a", "--prompt", "bc"]
     )
     assert verified.exit_code == 0, verified.output
     assert "2 given prompts of 1 to 2 tokens padded left" in verified.stdout
@@ -414,7 +414,7 @@ def test_the_version_is_told() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["export", "--help"]])
-def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
+def test_a_reader_that_has_gone_is_not_an_error(arguments: list[str]) -> None:
     """As `| head` leaves it: what is printed at once and what is printed at the end."""
     command = [sys.executable, "-m", "gralora_fx.cli", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

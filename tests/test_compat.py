@@ -62,8 +62,8 @@ def test_every_name_is_there(name: str) -> None:
     ],
 )
 def test_signatures_are_those_that_are_relied_on(module: str, name: str, parameters: list[str]) -> None:
-    found = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    assert found[: len(parameters)] == parameters
+    names = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    assert names[: len(parameters)] == parameters
 
 
 def test_tables_of_transformers_are_of_the_form_that_is_read() -> None:
@@ -88,8 +88,8 @@ def test_the_code_generator_of_a_graph() -> None:
 
 @pytest.mark.parametrize("package", sorted(TESTED))
 def test_another_version_is_named_with_those_that_were_tested(package: str) -> None:
-    found = re.escape(f"{package} {version(package)}")
-    message = f"{found} is not a version .*it was tested with {package} .*: install one"
+    installed = re.escape(f"{package} {version(package)}")
+    message = f"{installed} is not a version .*it was tested with {package} .*: install one"
     with pytest.raises(VersionError, match=message), fenced(package):
         importlib.import_module(package)._no_such_name  # noqa: B018
 

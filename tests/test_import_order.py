@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# folders, and single files where a folder's own files stand on both sides of its subfolders; the longest match counts
+# folders, and single files if a folder's own files are on both sides of its subfolders; the longest match counts
 ORDER = [
     "errors",
     "compat",
@@ -73,13 +73,13 @@ def imported(file: Path) -> Iterator[str]:
     """Every module of the package that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute"
-            found = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        names = (name.removeprefix("gralora_fx.") for name in found if name.startswith("gralora_fx."))
+        names = (name.removeprefix("gralora_fx.") for name in modules if name.startswith("gralora_fx."))
         yield from (name for name in names if name in NAMES)
 
 

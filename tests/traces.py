@@ -95,7 +95,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def real_positions(outputs: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The rows of per-token outputs whose token is no padding; other outputs as they are."""
+    """The rows of per-token outputs whose token is not padding; other outputs as they are."""
     mask = inputs.get("attention_mask")
     is_per_token = mask is not None and outputs.ndim == 3 and outputs.shape[:2] == mask.shape
     return outputs[mask.bool()] if is_per_token and "decoder_input_ids" not in inputs else outputs

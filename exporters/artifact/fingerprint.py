@@ -1,4 +1,4 @@
-"""A short name for a base model's weights, to tell an adapter of another base."""
+"""A fingerprint of a base model's weights, which tells whether an adapter belongs to another base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
         parameters: Parameters by name; tied ones may repeat.
 
     Raises:
-        ExportError: A parameter stands on the meta device and has no source.
+        ExportError: A parameter is on the meta device and has no source of values.
 
     Returns:
         Hexadecimal digest, the same whether the tensors come from a live model or from its files.

@@ -89,11 +89,11 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
 
 
 def _is_in_place(present: ir.Value) -> bool:
-    """Whether an operator can write a layer's cache where it stands: the fused attention does, a concatenation not."""
+    """Whether an operator can update a layer's cache in place: fused attention can, a concatenation cannot."""
     producer = present.producer()
     return producer is not None and producer.op_type == "GroupQueryAttention"
 
 
 def _is_token(token: object, config: Any) -> bool:
-    """Whether a configuration names a token of its vocabulary; onnxruntime-genai takes no other."""
+    """Whether a token id lies within the configuration's vocabulary; onnxruntime-genai refuses others."""
     return isinstance(token, int) and 0 <= token < config.vocab_size

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.position_offset import position_offset
-from gralora_fx.exporters.folded_model import base_of
+from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, Manifest, QuantizedWeights, SiteEntry
 from gralora_fx.runtime.names import MANIFEST_NAME
@@ -40,11 +40,11 @@ def describe(
         adapters: How adapters are held: `"merged"`.
         precision: Precision of the weights that are not quantized, and of the cache.
         quantization: How matrices are quantized and how many, or None.
-        logits: Which positions' logits the graph gives: `"last"` or `"all"`.
+        logits: Which positions' logits the graph returns: `"last"` or `"all"`.
         attention: Which layers' attention is fused, or None.
         passes: What every pass did.
     """
-    traced = base_of(model)
+    traced = base_trace(model)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         task=traced.task,
@@ -70,7 +70,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, AdapterEntry]:
-    """Configuration and digest of each adapter that an export of a model folds, or that was merged before, by name."""
+    """Configuration and digest by name of each adapter that an export folds or that was merged before."""
     found: Mapping[str, Any] = model.merged_adapters if isinstance(model, TracedModel) else _active(model)
     return {name: AdapterEntry(entry["config"], entry["sha256"]) for name, entry in found.items()}
 
@@ -80,8 +80,8 @@ def _active(model: GraloraModel) -> Mapping[str, Any]:
     return describe_folded(adapters, model.traced, own=True)
 
 
-def _by_file(found: dict[str, Any]) -> dict[str, Any]:
-    return found if len(found) > 1 else dict(next(iter(found.values())))
+def _by_file(described: dict[str, Any]) -> dict[str, Any]:
+    return described if len(described) > 1 else dict(next(iter(described.values())))
 
 
 def _shapes(values: Iterable[ir.Value]) -> dict[str, list[int | str | None]]:

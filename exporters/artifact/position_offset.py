@@ -1,4 +1,4 @@
-"""Rows of a table of positions that no position has."""
+"""Offset of the first position in a table of position embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 
 def position_offset(traced: TracedModel) -> int:
-    """How many rows of a model's table of positions no position has: RoBERTa counts from its padding's index + 1.
+    """Number of unused rows at the start of the position table: RoBERTa counts from its padding index + 1.
 
     Args:
         traced: A traced model.

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.artifact.staging import require_space
 
-_WRITERS, _IN_FLIGHT = 2, 2**28  # threads that make and write weights, and the bytes they hold
+_WRITERS, _IN_FLIGHT = 2, 2**28  # threads that write weights, and the most bytes they hold at once
 
 
 def save_models(onnx_models: Mapping[str, ir.Model], stage: Path, output_dir: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing an export directory whole or not at all."""
+"""Atomic writing of an export directory: whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gralora_fx.runtime.manifest import is_export, read_manifest
 from gralora_fx.runtime.names import MANIFEST_NAME
 
 _LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
-_LITTLE = 1 << 20  # bytes; some writers do not say why they stop
+_LITTLE = 1 << 20  # bytes; with less free space, a write error without a reason is taken for a full disk
 
 
 def check_output(directory: str | Path) -> Path:
-    """The output path, if it may be written: new, empty, or an earlier export.
+    """The output path, checked: new, empty, or an earlier export.
 
     Raises:
-        ExportError: It is a file, or a directory that holds something else.
+        ExportError: The path is a file, or a directory that holds something other than an export.
     """
     path = Path(directory)
     try:
@@ -33,7 +33,7 @@ def check_output(directory: str | Path) -> Path:
         is_current = path.resolve() == Path.cwd()
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"{str(directory)[:80]!r} is no usable path ({error}); give another output directory"
+            f"{str(directory)[:80]!r} is not a usable path ({error}); give another output directory"
         ) from error
     if is_current:
         raise ExportError("the output is the current directory, which cannot be replaced; give another one")
@@ -70,12 +70,12 @@ def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str 
     except ExportError as error:
         raise ExportError(f"{path} holds an export of which nothing is known ({error}); {remedy}") from error
     if earlier.task != task:
-        what = f"for the task {earlier.task}, not {task}"
+        difference = f"for the task {earlier.task}, not {task}"
     elif fingerprint is not None and earlier.base_fingerprint != fingerprint:
-        what = "of another base"
+        difference = "of another base"
     else:
         return
-    raise ExportError(f"{path} holds an export {what}; {remedy}")
+    raise ExportError(f"{path} holds an export {difference}; {remedy}")
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def staged(directory: str | Path) -> Iterator[Path]:
         directory: The output directory.
 
     Raises:
-        ExportError: The output may not be written, or the disk refuses.
+        ExportError: The output may not be written, or writing fails.
     """
     path = check_output(directory).absolute()
     try:
@@ -113,16 +113,16 @@ def staged(directory: str | Path) -> Iterator[Path]:
 
 
 def require_space(directory: str | Path, needed: int) -> None:
-    """Refuse to begin to write what the disk has no room for.
+    """Check that the disk has room before anything is written.
 
-    An earlier export is kept until the new one is whole, so its room does not count.
+    An earlier export is kept until the new one is complete, so its space does not count as free.
 
     Args:
         directory: The output directory, or one in which it is written.
         needed: How many bytes will be written.
 
     Raises:
-        ExportError: Fewer are free.
+        ExportError: Fewer bytes are free.
     """
     path = Path(directory).absolute()
     while not path.exists():
@@ -136,7 +136,7 @@ def require_space(directory: str | Path, needed: int) -> None:
 
 
 def _reason(error: OSError, path: Path) -> str:
-    """What the disk says, and how much room is left where that is why."""
+    """The operating system's reason, with the free space if the disk is full."""
     reason = error.strerror or str(error)
     free = shutil.disk_usage(path).free
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and free < _LITTLE)

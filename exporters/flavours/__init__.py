@@ -1,1 +1,1 @@
-"""Kinds of exports: without a cache, a decoder with one, an encoder-decoder."""
+"""Export flavours: models without a cache, decoders with one, encoder-decoders."""

@@ -1,4 +1,4 @@
-"""A decoder with a cache as one ONNX graph for prompts and for single steps."""
+"""A decoder with a cache as one ONNX graph for prefill and single steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import fx
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.genai_config import write_genai_config
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
-from gralora_fx.exporters.fx_passes.broadcast_attention import mark_shared_heads
+from gralora_fx.exporters.fx_passes.broadcast_attention import match_broadcast_attention
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
-from gralora_fx.exporters.onnx_passes.merge_matmuls import join_products
-from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
+from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
+from gralora_fx.exporters.onnx_passes.normalization import lower_norms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
-from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, mark_rotary
+from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import name_axes
@@ -49,13 +49,13 @@ def decoder_model(
         num_cache_outputs: How many outputs after the logits are a cache's.
 
     Raises:
-        ExportError: The graph has no ONNX form.
+        ExportError: The graph cannot be expressed in ONNX.
     """
     model = translate(
         graph_module,
-        mark_rms_norms,
-        mark_rotary,
-        mark_shared_heads,
+        match_rms_norms,
+        match_rotary,
+        match_broadcast_attention,
         first=[CastGraph(options.precision, num_cache_outputs)],  # casts are seen before anything is simplified
         log=log,
     )
@@ -63,7 +63,7 @@ def decoder_model(
 
 
 def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[ir.Model]:
-    """What a translated decoder goes through.
+    """The passes over a translated decoder.
 
     Args:
         tables: The tables of rotary embeddings in its graph.
@@ -73,14 +73,14 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
     return Pipeline(
         "decoder",
         (
-            fold_transposes,  # first: packing and merging of products look for weights, not for their transposes
-            FuseAttention(tables),  # takes the rotary embeddings before it into itself where it can
-            LowerRotary(tables),  # what attention left of them
+            fold_transposes,  # first: packing and merging of matmuls look for weights, not for their transposes
+            FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
+            LowerRotary(tables),  # those that attention did not absorb
             name_cache,
             *([keep_last_position] if options.logits == "last" else []),  # before norms, which fused it could not cut
             lower_norms,
-            remove_unused_nodes,  # so that a product that nothing reads any more is not merged
-            join_products,
+            remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
+            merge_matmuls,
             FoldConstants(unless_weight),
             remove_unused_nodes,
             name_axes,
@@ -92,7 +92,7 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
 
 
 def name_cache(model: ir.Model) -> PassResult[ir.Model]:
-    """Give inputs and outputs the ecosystem's names."""
+    """Name inputs and outputs as the ecosystem expects them."""
     pasts = [value for value in model.graph.inputs if str(value.name).startswith("past_key_values")]
     logits, *presents = model.graph.outputs
     if len(pasts) != len(presents) or len(pasts) % 2:

@@ -9,9 +9,9 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
-from gralora_fx.exporters.onnx_passes.cross_attention import take_cached
+from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
-from gralora_fx.exporters.onnx_passes.normalization import lower_norms, mark_rms_norms
+from gralora_fx.exporters.onnx_passes.normalization import lower_norms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights, tables_of_heads
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, Pipeline
@@ -32,11 +32,12 @@ def encoder_decoder_models(request: Request) -> Models:
 
     `decoder_model_merged`: `input_ids, encoder_hidden_states, encoder_attention_mask, use_cache_branch` and
     `past_key_values.N.decoder|encoder.key|value` -> `logits` of every position and
-    `present.N.decoder|encoder.key|value`. Without `use_cache_branch` the past is not read; with it, keys and values of
-    the encoder's output are those of the past, and given on. What the decoder reads of the encoder is float32.
+    `present.N.decoder|encoder.key|value`. If `use_cache_branch` is false the past is not read; if true, the keys and
+    values of the encoder's output are taken from the past and passed through. What the decoder reads of the encoder is
+    float32.
 
     Raises:
-        ExportError: The graph cannot be split or has no ONNX form.
+        ExportError: The graph cannot be split or cannot be expressed in ONNX.
     """
     options, log = request.options, request.log
     parts = split(request.graph_module)
@@ -56,7 +57,7 @@ def encoder_decoder_models(request: Request) -> Models:
 
 def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, log: PassLog) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
-    return translated_pipeline(name).run(translate(graph_module, mark_rms_norms, first=first, log=log, name=name), log)
+    return translated_pipeline(name).run(translate(graph_module, match_rms_norms, first=first, log=log, name=name), log)
 
 
 def translated_pipeline(name: str) -> Pipeline[ir.Model]:
@@ -68,7 +69,7 @@ def translated_pipeline(name: str) -> Pipeline[ir.Model]:
     return Pipeline(
         name,
         (
-            fold_transposes,  # first: what folds constants would compute the transposes of weights
+            fold_transposes,  # first: constant folding would compute the transposes of weights
             lower_norms,
             FoldConstants(unless_weight),
             remove_unused_nodes,
@@ -90,7 +91,7 @@ def named_pipeline(name: str, options: ExportOptions, tables: frozenset[str]) ->
         name,
         (
             name_axes,
-            *([take_cached] if name == "decoder" else []),  # the cache goes by the names
+            *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
             *([QuantizeWeights(quantization, tables)] if quantization else []),  # last: all others look for matrices
         ),

@@ -19,13 +19,13 @@ Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be exported.
+    """An export request.
 
     Attributes:
-        traced: The trace, adapters folded.
-        graph_module: A copy of its graph in evaluation mode, every node with the value that tracing noted.
+        traced: The trace, with adapters folded.
+        graph_module: A copy of its graph in evaluation mode, every node with its traced value (`meta["val"]`).
         options: The options of the export.
-        log: Gets a report for each pass.
+        log: Receives a report for each pass.
     """
 
     traced: TracedModel
@@ -35,7 +35,7 @@ class Request:
 
 
 def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None:
-    """Most flavours write models alone."""
+    """Write nothing: most flavours consist of their models alone."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Flavour:
 
     Attributes:
         name: What it is called.
-        fits: Whether a trace is of this kind.
+        fits: Whether the flavour fits a trace.
         convert: Makes the ONNX models, by pipelines of passes.
         verification: What is compared with the model.
         write_files: Writes what other programs read beside the models.
-        has_last_logits: Whether it can give the last position's logits alone.
+        has_last_logits: Whether it can return the last position's logits alone.
     """
 
     name: str

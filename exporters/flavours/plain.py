@@ -34,7 +34,7 @@ from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
 from gralora_fx.graph.surgery import copy_graph
 
-OPSET = 20  # what runtimes other than ONNX Runtime read too
+OPSET = 20  # supported by runtimes other than ONNX Runtime too
 
 
 def plain_model(
@@ -46,10 +46,10 @@ def plain_model(
         graph_module: The graph, without adapters, in evaluation mode, every node with the value that tracing noted.
         inputs: The inputs it was traced with, by name.
         options: The options of the export.
-        log: Gets a report for each pass.
+        log: Receives a report for each pass.
 
     Raises:
-        ExportError: The graph has no ONNX form.
+        ExportError: The graph cannot be expressed in ONNX.
     """
     graph_module, outputs = _with_flat_outputs(graph_module)
     first = [CastGraph(options.precision)]  # casts are seen before anything is simplified
@@ -58,7 +58,7 @@ def plain_model(
 
 
 def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions) -> Pipeline[ir.Model]:
-    """What a translated graph without a cache goes through.
+    """The passes over a translated graph without a cache.
 
     Args:
         inputs: Names of its inputs.
@@ -69,13 +69,13 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
     return Pipeline(
         "plain",
         (
-            fold_transposes,  # first: what folds constants would compute the transposes of weights
+            fold_transposes,  # first: constant folding would compute the transposes of weights
             FoldConstants(_may_fold),
             remove_unused_nodes,
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
-            OnnxIrPass(DeduplicateInitializersPass()),  # it reads small ones alone
-            OnnxIrPass(CommonSubexpressionEliminationPass()),  # constants that are alike have one name by now
-            OnnxIrPass(OutputFixPass()),  # two outputs may be one value by now
+            OnnxIrPass(DeduplicateInitializersPass()),  # it looks at small ones only
+            OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now
+            OnnxIrPass(OutputFixPass()),  # two outputs may be the same value by now
             NameEnds(tuple(inputs), tuple(outputs)),
             OnnxIrPass(NameFixPass()),
             name_outputs,
@@ -89,12 +89,12 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Whether constants may be folded at a node: not where a weight is transposed, nor where images are resized."""
+    """Whether constants may be folded at a node: not at the transpose of a weight, nor at a resize."""
     return False if node.op_type == "Resize" else unless_weight(node)
 
 
 def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
-    """A copy of a graph that returns nothing but tensors, one after the other, and their names."""
+    """A copy of a graph whose outputs are flattened to tensors, and the tensors' names."""
     graph = copy_graph(graph_module)
     output = graph.output_node()
     info = tree_info(graph)
@@ -106,24 +106,24 @@ def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, li
     def token(value: Any) -> Any:
         if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
             return None
-        made = torch.empty(0)
-        nodes[id(made)] = value
-        tokens.append(made)
-        return made
+        placeholder = torch.empty(0)
+        nodes[id(placeholder)] = value
+        tokens.append(placeholder)
+        return placeholder
 
     tokens: list[Tensor] = []
-    named = leaf_names(pytree.tree_map(token, results))
-    output.args = (tuple(nodes[id(tensor)] for tensor in named.values()),)
+    named_tokens = leaf_names(pytree.tree_map(token, results))
+    output.args = (tuple(nodes[id(tensor)] for tensor in named_tokens.values()),)
     for node in graph.find_nodes(op="placeholder"):
         if not node.users and not isinstance(node.meta.get("val"), Tensor):
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
-    return fx.GraphModule(graph_module, graph), list(named)
+    return fx.GraphModule(graph_module, graph), list(named_tokens)
 
 
 @dataclass(frozen=True)
 class NameEnds:
-    """Give inputs and outputs their names; an output called as an input is, gets a prefix.
+    """Name inputs and outputs; an output with the name of an input gets a prefix.
 
     Attributes:
         inputs: Names of the inputs.
@@ -144,7 +144,7 @@ class NameEnds:
 
 
 def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
-    """Rewrite nodes that a provider of ONNX Runtime refuses, as transformers' exporter does; in place."""
+    """Rewrite nodes that an execution provider refuses, as transformers' exporter does; in place."""
     before = len(model.graph)
     fix_model(model)
     return PassResult(abs(len(model.graph) - before))

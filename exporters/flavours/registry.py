@@ -1,4 +1,4 @@
-"""Which kind of export a trace is of."""
+"""The export flavours, and which one fits a trace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gralora_fx.tracing.traced_model import TracedModel
 FLAVOURS = (
     ENCODER_DECODER,
     DECODER,
-    PLAIN,  # last, for it takes any trace
+    PLAIN,  # last: it fits any trace
 )
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's own attention whose heads share keys and values by broadcasting, which has no ONNX form of its own."""
+"""Multi-query attention: PyTorch's own attention with keys and values broadcast over heads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gralora_fx.operators.attention import Attention
 _SDPA = aten.scaled_dot_product_attention.default
 
 
-def mark_shared_heads(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Put attention of many heads over fewer keys in terms of one operator.
+def match_broadcast_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Rewrite broadcast (multi-query) attention as one attention operator.
 
     Before: `y = scaled_dot_product_attention(query, key, value, mask)`, key and value of one head
     After:  `y = transpose(attention(query, key, value, not mask * smallest))`
@@ -22,7 +22,7 @@ def mark_shared_heads(graph: fx.Graph) -> PassResult[fx.Graph]:
         graph: A traced graph in evaluation mode; it is changed in place.
 
     Returns:
-        How many there were.
+        The number of matches.
     """
     count = 0
     masks: dict[fx.Node, fx.Node] = {}
@@ -41,22 +41,22 @@ def mark_shared_heads(graph: fx.Graph) -> PassResult[fx.Graph]:
             bias = _added(graph, mask, query, masks)
             attention = Attention(query, key, value, bias, None, scale=scale, window=0, softcap=0.0, dropout=0.0)
             together = attention.insert(graph)
-            apart = graph.call_function(aten.transpose.int, (together, 1, 2))
+            transposed = graph.call_function(aten.transpose.int, (together, 1, 2))
         together.meta = {**node.meta, "val": node.meta["val"].transpose(1, 2)}
-        apart.meta = dict(node.meta)
-        node.replace_all_uses_with(apart)
+        transposed.meta = dict(node.meta)
+        node.replace_all_uses_with(transposed)
         graph.erase_node(node)
         count += 1
     return PassResult(count)
 
 
-def _added(graph: fx.Graph, mask: fx.Node, query: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
-    """What is added to the scores, of a mask that says what is seen or is that already."""
+def _added(graph: fx.Graph, mask: fx.Node, query: fx.Node, masks: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The additive mask of a boolean mask; an additive mask itself."""
     value, dtype = mask.meta["val"], query.meta["val"].dtype
     if value.dtype != torch.bool:
         return mask
-    if mask in made:
-        return made[mask]
+    if mask in masks:
+        return masks[mask]
     with graph.inserting_before(mask.next):
         hidden = graph.call_function(aten.logical_not.default, (mask,))
         as_number = graph.call_function(aten._to_copy.default, (hidden,), {"dtype": dtype})
@@ -64,5 +64,5 @@ def _added(graph: fx.Graph, mask: fx.Node, query: fx.Node, made: dict[fx.Node, f
     hidden.meta = dict(mask.meta)
     for part in (as_number, added):
         part.meta = {**mask.meta, "val": value.to(dtype)}
-    made[mask] = added
+    masks[mask] = added
     return added

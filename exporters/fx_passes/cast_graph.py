@@ -1,4 +1,4 @@
-"""A traced graph in another float precision, as the model itself would run in it."""
+"""A traced graph cast to another float precision, as the model itself would run in it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
-from gralora_fx.sources.lazy_tensors import defer, raw_values_of
+from gralora_fx.sources.lazy_tensors import lazy_parameter, raw_values_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _aten = torch.ops.aten
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
 _LIKE = {_aten.type_as.default, _aten.to.other}  # casts to the dtype of another tensor
-# multiplications with weights and between activations, which run in the model's own precision
+# contractions with weights or between activations, which run in the model's own precision
 _CONTRACTIONS = {
     "addbmm", "addmm", "addmv", "attention", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "convolution",
     "einsum", "embedding", "grouped_mm_fallback", "linear", "matmul", "mm", "mv", "scaled_dot_product_attention",
@@ -37,12 +37,12 @@ _FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
 
 
 class _Kind(Enum):
-    """What the precision of a float value is decided by.
+    """What decides the precision of a float value.
 
     Attributes:
-        OWN: The model's: weights, and what is computed with them.
-        RAISED: float32, since the model asked for it: the inside of a normalisation, of a softmax.
-        FREE: float32, and computed without a weight, such as the angles of positions: cast where it meets the others.
+        OWN: The model's own precision: weights, and what is computed with them.
+        RAISED: float32 because the model casts up, as inside a normalisation or a softmax.
+        FREE: float32, and computed without a weight, such as rotary angles; cast where it meets the other kinds.
     """
 
     OWN = "own"
@@ -57,8 +57,8 @@ class CastGraph:
     Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
     After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
 
-    What the model computes in float32 in half precision (its casts are in the graph, though they change nothing in
-    float32) stays in float32. Weights are cast from the values their sources have, so a folded weight is rounded once.
+    What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
+    nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
     Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model.
 
     Attributes:
@@ -84,7 +84,7 @@ class CastGraph:
         assert graph_module is not None
         if {self.precision, precision_of(graph_module)} == {"fp32"}:
             return PassResult(0)
-        change = _Change(graph_module, DTYPES[self.precision], self.num_cache_outputs)
+        change = _GraphCast(graph_module, DTYPES[self.precision], self.num_cache_outputs)
         changed = change.run()
         return PassResult(len(change.kinds), graph=changed.graph)
 
@@ -98,7 +98,7 @@ def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
 
 
 def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Let a model take float32 where it takes another float, but for a cache.
+    """Make every half-precision input float32 and cast it inside the model; the cache keeps its dtype.
 
     Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
     After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
@@ -128,18 +128,18 @@ def precision_of(graph_module: fx.GraphModule) -> str:
     """The precision of a graph's float parameters; `fp32` where it has none.
 
     Raises:
-        ExportError: There are several, or another one.
+        ExportError: The parameters have several dtypes, or one that is not supported.
     """
     dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
-    found = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
-    if not found:
-        named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ExportError(f"the model holds {named} weights; cast it to one of float32, float16, bfloat16 and trace")
-    return found[0]
+    matches = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
+    if not matches:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ExportError(f"the model holds {names} weights; cast it to one of float32, float16, bfloat16 and trace")
+    return matches[0]
 
 
-class _Change:
-    """One change of precision."""
+class _GraphCast:
+    """One cast of a graph to another precision."""
 
     def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, num_cache_outputs: int) -> None:
         self.source = graph_module
@@ -149,7 +149,7 @@ class _Change:
         self.graph = copy_graph(graph_module)
         self.kinds: dict[fx.Node, _Kind] = {}
         self.raised: dict[fx.Node, fx.Node] = {}
-        self.made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self.module = fx.GraphModule(graph_module, self.graph)
 
     def run(self) -> fx.GraphModule:
@@ -179,15 +179,15 @@ class _Change:
         self._note(node, _Kind.OWN if isinstance(tensor, nn.Parameter) else _Kind.FREE)
 
     def _give_outputs(self, node: fx.Node) -> None:
-        """Cast outputs to float32, but for a cache."""
-        given = [arg for arg in node.all_input_nodes if arg in self.kinds]
-        own = set(given[1 : 1 + self.num_cache_outputs])
-        for arg in dict.fromkeys(given):
-            wanted = self.dtype if arg in own else torch.float32
-            self._use(node, arg, wanted)
+        """Cast outputs to float32, except those of a cache."""
+        outputs = [arg for arg in node.all_input_nodes if arg in self.kinds]
+        cache_outputs = set(outputs[1 : 1 + self.num_cache_outputs])
+        for arg in dict.fromkeys(outputs):
+            dtype = self.dtype if arg in cache_outputs else torch.float32
+            self._use(node, arg, dtype)
 
     def _cast(self, node: fx.Node) -> None:
-        """A cast of the model's own: up to float32, back again, or of integers."""
+        """Handle one of the model's own casts: up to float32, back again, or of integers."""
         (source,) = node.all_input_nodes
         result = node.meta["val"]
         if not result.is_floating_point():
@@ -196,10 +196,8 @@ class _Change:
         if kind is None or kind is _Kind.FREE:
             self._note(node, _Kind.FREE)
         elif self.before == torch.float32 and node.target is not _aten.to.dtype:
-            self._note(node, kind)  # to a device or to another tensor's kind, not to float32
-        elif (
-            self.before == torch.float32
-        ):  # nothing in a float32 graph tells the way up from the way back but the order
+            self._note(node, kind)  # to a device or to another tensor's dtype, not to float32
+        elif self.before == torch.float32:  # in a float32 graph only the order tells a cast up from the cast back
             self._note(node, _Kind.RAISED if kind is _Kind.OWN else _Kind.OWN)
             self._part_from(node, source)
         else:
@@ -207,7 +205,7 @@ class _Change:
         self._set_dtype(node)
 
     def _part_from(self, node: fx.Node, source: fx.Node) -> None:
-        """Let what reads a raised value outside the module that raised it read the value itself.
+        """Let readers outside the module that raised a value read the original value.
 
         In float32 the two are one tensor, so that a trace has the residual connection read what a normalisation raised.
         """
@@ -220,20 +218,20 @@ class _Change:
                 user.replace_input_with(node, source)
 
     def _call(self, node: fx.Node) -> None:
-        """An operator: its float operands are brought to one precision, which is its result's."""
+        """Handle an operator: its float operands are cast to one precision, which its result has too."""
         floats = [arg for arg in node.all_input_nodes if arg in self.kinds]
         kind = self._kind_of(node, floats)
         if any(_is_float(value) for value in _values(node)):
             self._note(node, kind)
-        wanted = self._dtype_of(kind)
+        dtype = self._dtype_of(kind)
         if node.target in _LIKE:
-            node.target, node.args, node.kwargs = _aten.to.dtype, (node.args[0], wanted), {}
+            node.target, node.args, node.kwargs = _aten.to.dtype, (node.args[0], dtype), {}
             return
         for arg in floats:
-            self._use(node, arg, wanted)
+            self._use(node, arg, dtype)
         if _dtype_argument(node) is not None:
             self._set_dtype(node)
-        self._keep_finite(node, wanted)
+        self._keep_finite(node, dtype)
 
     def _kind_of(self, node: fx.Node, floats: list[fx.Node]) -> _Kind:
         if node.target in _LIKE and isinstance(other := node.args[1], fx.Node):
@@ -260,23 +258,23 @@ class _Change:
         node.meta["val"] = tree_map(lambda value: _as_dtype(value, dtype), node.meta["val"])
 
     def _use(self, user: fx.Node, arg: fx.Node, dtype: torch.dtype) -> None:
-        """Let a node read a value in a precision."""
+        """Cast a value for one of its readers, if it has another dtype."""
         values = [value for value in _values(arg) if _is_float(value)]
         if not values or values[0].dtype == dtype or not isinstance(arg.meta["val"], Tensor):
             return
-        if (arg, dtype) not in self.made:
+        if (arg, dtype) not in self.casts:
             with self.graph.inserting_after(arg):
-                self.made[arg, dtype] = self._made_cast(arg, dtype, user)
-        user.replace_input_with(arg, self.made[arg, dtype])
+                self.casts[arg, dtype] = self._new_cast(arg, dtype, user)
+        user.replace_input_with(arg, self.casts[arg, dtype])
 
-    def _made_cast(self, arg: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
+    def _new_cast(self, arg: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
         cast = self.graph.call_function(_aten._to_copy.default, (arg,), {"dtype": dtype})
         cast.meta = {k: v for k, v in (user.meta | arg.meta).items() if k != "custom"}
         cast.meta["val"] = _as_dtype(arg.meta["val"], dtype)
         return cast
 
     def _set_dtype(self, node: fx.Node) -> None:
-        """Let the dtype that a node names be the one that was noted."""
+        """Set the dtype argument of a node to the dtype of its noted value."""
         dtype = next((value.dtype for value in _values(node) if isinstance(value, Tensor)), None)
         if dtype is None:
             return
@@ -284,7 +282,7 @@ class _Change:
         node.kwargs = {name: dtype if isinstance(arg, torch.dtype) else arg for name, arg in node.kwargs.items()}
 
     def _keep_finite(self, node: fx.Node, dtype: torch.dtype) -> None:
-        """Bring constants such as the smallest float32, which hides a position, into the range of the precision."""
+        """Clamp constants such as the smallest float32, which masks a position, to the range of the precision."""
         limit, extreme = torch.finfo(self.dtype).max, torch.finfo(self.before).max
 
         def bounded(value: Any) -> Any:
@@ -311,7 +309,7 @@ def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> n
             )
         return values.to(dtype)
 
-    return defer(cast, parameter.shape, dtype)
+    return lazy_parameter(cast, parameter.shape, dtype)
 
 
 def _scope(node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""Operators without an ONNX form as the smaller operators that PyTorch makes them of, or as what they compute."""
+"""Decomposition of operators without an ONNX form, or their replacement by the constant they compute."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ Table = Mapping[Any, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Decompose:
-    """Replace every operator that is not known by what PyTorch computes it with; the rest of the graph stays.
+    """Replace every unsupported operator by PyTorch's decomposition of it; the rest of the graph stays.
 
     Before: `y = square(x)`
     After:  `y = pow(x, 2)`
 
-    An operator that is of no others stays too.
+    An operator without a decomposition stays too.
 
     Attributes:
         known: Operators to leave as they are.
-        decompositions: Gives those that PyTorch does not apply by itself; called where an operator is not known.
+        decompositions: Returns the decompositions that PyTorch does not apply by itself; called only if an operator is
+            unsupported.
     """
 
     known: Collection[Any]
     decompositions: Callable[[], Table]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Replace them, in place, in a graph every node of which has the value that tracing noted."""
+        """Replace them in place, in a graph whose nodes all have their traced values."""
         unknown = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target not in self.known]
         table = self.decompositions() if unknown else {}
         count = 0
@@ -50,21 +51,21 @@ class Decompose:
 
 @dataclass(frozen=True)
 class FoldNumbers:
-    """Replace every operator that is not known and computes one number of constants by that number.
+    """Replace every unsupported operator that computes a scalar from constants by that scalar.
 
     Before: `y = erf_inv(sub(full([], 1.9), 1))`
     After:  `y = full([], 1.163...)`
 
     Attributes:
         known: Operators to leave as they are.
-        value_at: A tensor of the graph's module by its path; None of one that training or a user may change.
+        value_at: Returns a tensor of the graph's module by its path; None for one that may change.
     """
 
     known: Collection[Any]
     value_at: Callable[[str], Tensor | None]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Replace them, in place, in a graph every node of which has the value that tracing noted."""
+        """Replace them in place, in a graph whose nodes all have their traced values."""
         numbers: dict[fx.Node, Tensor | None] = {}
         count = 0
         for node in list(graph.nodes):
@@ -78,7 +79,7 @@ class FoldNumbers:
         return PassResult(count)
 
     def _number(self, node: fx.Node, numbers: dict[fx.Node, Tensor | None]) -> Tensor | None:
-        """The one value of a node that depends on constants only; None of any other node."""
+        """The scalar value of a node that depends on constants only; None for any other node."""
         if node not in numbers:
             numbers[node] = self._computed(node, numbers)
         return numbers[node]

@@ -9,7 +9,7 @@ from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.tracing.inputs.decoder_cache import PAST
-from gralora_fx.tracing.normalize.modes import draws_randomly, set_mode
+from gralora_fx.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.tracing.recapture import is_operator_graph, recapture
 from gralora_fx.tracing.traced_model import TracedModel
@@ -19,7 +19,7 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
     """Check that a trace can be exported.
 
     Args:
-        traced: The trace, adapters folded.
+        traced: The trace, with adapters folded.
         verify: Whether the export will be compared with it.
 
     Raises:
@@ -27,16 +27,16 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
             its weights are not of one precision that ONNX has.
     """
     if not traced.example_inputs:
-        raise ExportError("the trace has no example inputs, which the export runs with; give them to trace()")
+        raise ExportError("the trace has no example inputs, which the export needs; give them to trace()")
     (output,) = traced.graph_module.graph.find_nodes(op="output")
     if not output.all_input_nodes:
         raise ExportError("the model returns no tensor, so there is nothing to export; return one from its forward")
     numbers = [str(node) for node in output.all_input_nodes if not _is_tensor(node)]
     if numbers:
-        warn_caller(f"the model returns numbers beside tensors ({', '.join(numbers)}), which the export does not give")
+        warn_caller(f"the model returns numbers beside tensors ({', '.join(numbers)}), which the export leaves out")
     graph = copy_graph(traced.graph_module)
     set_mode(graph, False)
-    if verify and (drawn := draws_randomly(graph)) is not None:
+    if verify and (drawn := find_rng_op(graph)) is not None:
         raise ExportError(
             f"the model draws random numbers in evaluation ({drawn}), so no two runs agree and none can be verified; "
             "make the noise an input of its forward, or export with verify=False"
@@ -45,15 +45,15 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether a node is a tensor, as far as tracing noted."""
+    """Whether a node is a tensor, as far as its traced value tells."""
     return "val" not in node.meta or isinstance(node.meta["val"], torch.Tensor)
 
 
 def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
-    """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with the value that tracing noted.
+    """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with its traced value.
 
     Args:
-        traced: The trace, adapters folded.
+        traced: The trace, with adapters folded.
 
     Raises:
         ExportError: Its graph calls what is not an operator, and cannot be captured again.
@@ -69,7 +69,7 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
 
 
 def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:
-    """The graph itself where it can be translated, else captured again; a symbolic trace calls modules, for one."""
+    """The graph itself if it can be translated, else captured again, such as a symbolic trace that calls modules."""
     if is_operator_graph(graph_module.graph):
         return graph_module
     try:

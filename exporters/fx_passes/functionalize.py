@@ -1,4 +1,4 @@
-"""Writes into a part of a tensor as new tensors: what PyTorch does in place, ONNX does by values."""
+"""Functionalization of writes into parts of tensors: ONNX has no in-place operators."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from gralora_fx.exporters.fx_passes.retrace import retrace
 from gralora_fx.exporters.pipeline import PassResult
 
 
-def without_shared_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Replace writes into tensors that others share, such as a slice of a tensor that is read afterwards.
+def functionalize(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Functionalize writes into shared memory, such as into a slice of a tensor that is read afterwards.
 
     Before: `y = new_empty(...); part = slice(y, ...); copy_(part, x); z = y + 1`
     After:  `y = new_empty(...); written = slice_scatter(y, x, ...); z = written + 1`
 
-    A write into a tensor that nothing shares stays: its result is a tensor like any other.
+    A write into memory that is not shared stays; `out_of_place` replaces it.
 
     Args:
         graph: A traced graph, every node with the value that tracing noted; it is changed in place.
 
     Returns:
-        How many tensors were written into.
+        The number of tensors that were written into.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     families: dict[fx.Node, list[fx.Node]] = {}
@@ -46,7 +46,7 @@ def without_shared_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _joined(spans: list[tuple[int, int, fx.Node]]) -> list[tuple[int, int, list[fx.Node]]]:
-    """Spans that overlap as one."""
+    """Merge spans that overlap."""
     joined: list[tuple[int, int, list[fx.Node]]] = []
     for begin, end, root in sorted(spans, key=lambda span: span[:2]):
         if joined and begin <= joined[-1][1]:
@@ -58,12 +58,12 @@ def _joined(spans: list[tuple[int, int, fx.Node]]) -> list[tuple[int, int, list[
 
 
 def _is_computed(node: fx.Node) -> bool:
-    """Whether a node computes a tensor; taking one of several that another node computed does not."""
+    """Whether a node computes a tensor, rather than selecting one of several results."""
     return node.op == "call_function" and node.target is not operator.getitem
 
 
 def _root(node: fx.Node) -> fx.Node | None:
-    """The tensor whose memory a node's result may be; None where it is its own."""
+    """The tensor whose memory a node's result may alias; None if it has memory of its own."""
     source = node
     while (earlier := _shares_with(source)) is not None:
         source = earlier

@@ -1,4 +1,4 @@
-"""Passes of PyTorch and transformers over a graph, as ours."""
+"""Passes of PyTorch and transformers wrapped as passes of this package."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _MIXED = {
 
 
 def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Rewrite calls that torch's translation to ONNX misreads, as transformers' exporter does; in place."""
+    """Rewrite calls that torch's translation gets wrong, as transformers' exporter does; in place."""
     before = len(graph.nodes)
     fix_for_onnx(_module_of(graph))
     return PassResult(abs(len(graph.nodes) - before))
 
 
 def eliminate_common_subexpressions(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Compute what several nodes compute alike once; the result is another graph."""
-    done = CSEPass(banned_ops=get_CSE_banned_ops())(_module_of(graph))
-    if done is None:
+    """Compute equal expressions once; the result is a new graph."""
+    cse_result = CSEPass(banned_ops=get_CSE_banned_ops())(_module_of(graph))
+    if cse_result is None:
         return PassResult(0)
-    result = done.graph_module.graph
+    result = cse_result.graph_module.graph
     return PassResult(len(graph.nodes) - len(result.nodes), graph=result)
 
 
 def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Write the casts out that PyTorch's operators do by themselves, where an operator mixes dtypes."""
+    """Insert explicit casts where an operator mixes dtypes, which PyTorch promotes implicitly."""
     count = sum(_promotes(node) for node in graph.nodes)
     if not count:  # it runs the whole graph, which takes seconds
         return PassResult(0)
@@ -64,7 +64,7 @@ def _module_of(graph: fx.Graph) -> fx.GraphModule:
 
 
 def _promotes(node: fx.Node) -> bool:
-    """Whether an operator mixes dtypes, or makes floats of integers, which ONNX operators do not do by themselves."""
+    """Whether an operator relies on type promotion, which ONNX operators do not do."""
     result = node.meta.get("val")
     if node.op != "call_function" or node.target in _MIXED or not isinstance(result, Tensor):
         return False

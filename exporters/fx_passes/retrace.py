@@ -1,4 +1,4 @@
-"""Parts of a graph computed again by PyTorch, into other operators: the values stay."""
+"""Retracing of parts of a graph by PyTorch into other operators with the same values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Function = Callable[..., Any]
 
 
 def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
-    """`x` with its axes at `axes` of a larger shape."""
+    """`x` broadcast to a shape, its axes at `axes`."""
     sizes = [x.shape[axes.index(axis)] if axis in axes else 1 for axis in range(len(shape))]
     return x.reshape(sizes).expand(shape)
 
 
-# what PyTorch's own decompositions are made of, and functionalization does not take
+# used by PyTorch's own decompositions, but not supported by functionalization
 _BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadcast}
 
 
@@ -31,25 +31,25 @@ def retrace(
     table: Mapping[Any, Function] | None = None,
     written: Sequence[fx.Node] = (),
 ) -> None:
-    """Replace calls in a graph by what tracing their computation once more gives, without writes in place.
+    """Replace calls in a graph by a new trace of their computation, without in-place writes.
 
     Args:
-        nodes: Calls in their order, with no other node between them that they and their readers share a tensor with;
+        nodes: Calls in their order; no other node between them may share a tensor with them or their readers;
             every input has the value that tracing noted.
         table: Decompositions to apply.
-        written: Inputs that the calls write into; who reads them afterwards reads the result.
+        written: Inputs that the calls write into; later readers read the result instead.
     """
     inside = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside))
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
 
     def compute(*values: Any) -> list[Any]:
-        found = dict(zip(inputs, values, strict=True))
-        found |= {node: found[node].clone() for node in written}
+        computed = dict(zip(inputs, values, strict=True))
+        computed |= {node: computed[node].clone() for node in written}
         for node in nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
-            found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return [found[node] for node in (*outputs, *written)]
+            args, kwargs = fx.map_arg((node.args, node.kwargs), computed.__getitem__)
+            computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [computed[node] for node in (*outputs, *written)]
 
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
     assert mode is not None
@@ -60,27 +60,27 @@ def retrace(
         parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
         parts = make_fx(functionalize(parts))(*noted)
     graph, end = nodes[-1].graph, nodes[-1].next
-    places: dict[fx.Node, fx.Node] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    copies: dict[fx.Node, fx.Node] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(end):
         for part in parts.graph.nodes:
             if part.op == "call_function":
-                places[part] = graph.node_copy(part, places.__getitem__)
-                places[part].meta = {**nodes[-1].meta, "val": part.meta.get("val")}
+                copies[part] = graph.node_copy(part, copies.__getitem__)
+                copies[part].meta = {**nodes[-1].meta, "val": part.meta.get("val")}
     (results,) = next(iter(reversed(parts.graph.nodes))).args
     for node, result in zip(outputs, results, strict=False):
-        _let_read(places[result], node, lambda user: user not in inside)
+        _let_read(copies[result], node, lambda user: user not in inside)
     after = _from(end)
     for node, result in zip(written, results[len(outputs) :], strict=True):
-        _let_read(places[result], node, lambda user: user in after)
+        _let_read(copies[result], node, lambda user: user in after)
     for node in reversed(nodes):
         graph.erase_node(node)
 
 
 def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Note the value of every call that a pass added without one, by PyTorch's own rules for shapes.
+    """Set `meta["val"]` of every call that a pass added without one, by PyTorch's own shape rules.
 
     Args:
-        graph: A graph, every other node with the value that tracing noted; its nodes gain notes.
+        graph: A graph whose other nodes all have their traced values; it is changed in place.
     """
     added = [node for node in graph.nodes if node.op == "call_function" and "val" not in node.meta]
     if not added:
@@ -104,6 +104,6 @@ def _let_read(new: fx.Node, old: fx.Node, reads: Callable[[fx.Node], bool]) -> N
 
 
 def _from(first: fx.Node) -> set[fx.Node]:
-    """A node and those after it."""
+    """A node and all nodes after it."""
     nodes = list(first.graph.nodes)
     return set(nodes[nodes.index(first) :])

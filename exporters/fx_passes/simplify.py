@@ -1,4 +1,4 @@
-"""What a trace holds and ONNX has no need of: casts that change nothing, copies, shapes computed at run time."""
+"""Removal of what ONNX does not need: casts that change nothing, copies, shapes computed at run time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gralora_fx.compat.operators import base_name, is_mutable
 from gralora_fx.exporters.fx_passes.matching import (
     MUL,
     aten,
+    concat_operands,
     expression,
     is_call,
-    joined,
     limits,
     number,
     same_size,
@@ -33,17 +33,17 @@ _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, a
 
 
 def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Take out of a graph what computes nothing.
+    """Remove nodes that compute nothing.
 
-    Casts to the dtype that a tensor has, copies, dropout in evaluation mode, products with 1 and pieces of no width go;
-    other casts get the form that has a translation. What is split becomes slices. A shape that can be written with the
-    numbers known when tracing, 0 for a size that stays and one -1, becomes a constant.
+    Casts to a tensor's own dtype, copies, dropout in evaluation mode, multiplications by 1 and empty pieces are
+    removed; other casts get the form that has a translation. Splits become slices. A shape that can be written with
+    numbers known when tracing, 0 for an unchanged size and at most one -1, becomes a constant.
 
     Args:
         graph: A traced graph in evaluation mode, every node with what tracing noted of it; it is changed in place.
 
     Returns:
-        How many nodes went.
+        The number of nodes removed.
     """
     before = len(graph.nodes)
     for node in list(graph.nodes):
@@ -57,7 +57,7 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
             _constant_shape(node)
         elif node.target in _SPLITS:
             _slices(node)
-        elif (pieces := joined(node)) is not None:
+        elif (pieces := concat_operands(node)) is not None:
             _drop_empty(node, pieces)
     graph.eliminate_dead_code()
     return PassResult(before - len(graph.nodes))
@@ -91,7 +91,7 @@ def _drop(node: fx.Node, source: Any) -> None:
 
 
 def _plain_cast(node: fx.Node) -> None:
-    """Turn a conversion into the one that has an ONNX form, or drop one that changes nothing."""
+    """Rewrite a conversion to the one that has an ONNX form, or drop it if it changes nothing."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dtype = node.meta["val"].dtype
@@ -102,7 +102,7 @@ def _plain_cast(node: fx.Node) -> None:
 
 
 def _constant_shape(node: fx.Node) -> None:
-    """Write the sizes of a new shape as numbers, if no more than one of them must be worked out."""
+    """Make a new shape constant if at most one of its sizes has to be inferred."""
     before, after = shape(node.args[0]), shape(node)
     sizes: list[int] = []
     for axis, size in enumerate(after):
@@ -114,10 +114,10 @@ def _constant_shape(node: fx.Node) -> None:
         else:
             sizes.append(-1)
     if node.target in _VIEWS:
-        node.target = aten.reshape.default  # of a tensor whose copy may be gone, so that it is no view
+        node.target = aten.reshape.default  # of a tensor whose copy may be gone, so it is not a view
     if sizes.count(-1) > 1 or not after or any(known == 0 and axis >= len(before) for axis, known in enumerate(sizes)):
         return
-    if any(expression(size) == 0 for size in after):  # 0 means another thing in a constant
+    if any(expression(size) == 0 for size in after):  # 0 has another meaning in a constant shape
         return
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -125,7 +125,7 @@ def _constant_shape(node: fx.Node) -> None:
 
 
 def _slices(node: fx.Node) -> None:
-    """Make each piece of a split a slice, if the pieces have sizes known when tracing."""
+    """Replace a split by slices, if its pieces have sizes known when tracing."""
     source = node.args[0]
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     if not isinstance(dim, int) or any(not is_call(user, operator.getitem) for user in node.users):
@@ -142,30 +142,30 @@ def _slices(node: fx.Node) -> None:
 
 
 def _drop_empty(node: fx.Node, pieces: list[Any]) -> None:
-    kept = [piece for piece in pieces if not shape(piece) or expression(shape(piece)[-1]) != 0]
-    if len(kept) == 1 and len(pieces) > 1:
-        _drop(node, kept[0])
-    elif kept and len(kept) < len(pieces):
-        node.args = (kept, *node.args[1:])
+    nonempty = [piece for piece in pieces if not shape(piece) or expression(shape(piece)[-1]) != 0]
+    if len(nonempty) == 1 and len(pieces) > 1:
+        _drop(node, nonempty[0])
+    elif nonempty and len(nonempty) < len(pieces):
+        node.args = (nonempty, *node.args[1:])
 
 
 def constant_slices(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Write slices with limits that are known as such.
+    """Replace slices with known limits by slices with constant limits.
 
     Args:
         graph: A graph; it is changed in place.
     """
     count = 0
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
-        found = limits(node)
-        if found is not None:
-            found.write(node)
+        slice_args = limits(node)
+        if slice_args is not None:
+            slice_args.write(node)
             count += 1
     return PassResult(count)
 
 
-def whole_products(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Multiply tensors of three axes as they are.
+def addmm_to_matmul(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Replace `addmm` on flattened rows by a batched matmul and an addition.
 
     Before: `y = reshape(addmm(bias, reshape(x, [-1, n]), weight), [b, s, m])`
     After:  `y = matmul(x, weight) + bias`
@@ -196,13 +196,13 @@ def whole_products(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def out_of_place(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Let everything behind a write into a tensor read the operator's result instead, in place.
+    """Replace in-place operators by out-of-place ones; later readers read the result. The graph is changed in place.
 
     Before: `x.add_(y); z = f(x)`
     After:  `x2 = x.add(y); z = f(x2)`
 
     Args:
-        graph: A graph whose tensors do not share memory where one is written.
+        graph: A graph in which no tensor that is written into shares memory.
     """
     return PassResult(sum(_out_of_place(node) for node in list(graph.nodes) if node.op == "call_function"))
 
@@ -224,7 +224,7 @@ def _out_of_place(node: fx.Node) -> bool:
 
 
 def _functional(target: Any) -> Any:
-    """The operator that makes a new tensor where `target` writes into its first argument; None where it does not."""
+    """The out-of-place variant of an operator that writes into its first argument; None for any other."""
     if not is_mutable(target):
         return None
     name = base_name(target)

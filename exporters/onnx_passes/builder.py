@@ -1,4 +1,4 @@
-"""Nodes and constants of an ONNX graph, made one after the other."""
+"""A builder of nodes and constants for an ONNX graph."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
 class Builder:
-    """Makes nodes that a graph does not hold yet; calling it makes one and gives its first output.
+    """Creates nodes to be inserted into a graph later; calling it creates one and returns its first output.
 
     Attributes:
-        nodes: What was made, in order.
+        nodes: The nodes created so far, in order.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -32,15 +32,15 @@ class Builder:
 
     def node(self, op_type: str, inputs: Any, *, domain: str = "", num_outputs: int = 1, **attributes: Any) -> ir.Node:
         """Make a node; trailing inputs that are None are left out."""
-        given = list(inputs)
-        while given and given[-1] is None:
-            given.pop()
+        operands = list(inputs)
+        while operands and operands[-1] is None:
+            operands.pop()
         version = None if domain == "" else 1
-        made = ir.node(
-            op_type, given, attributes=attributes or None, domain=domain, num_outputs=num_outputs, version=version
+        node = ir.node(
+            op_type, operands, attributes=attributes or None, domain=domain, num_outputs=num_outputs, version=version
         )
-        self.nodes.append(made)
-        return made
+        self.nodes.append(node)
+        return node
 
     def ints(self, *values: Any) -> ir.Value:
         """A constant vector of integers."""
@@ -55,12 +55,12 @@ class Builder:
         return self("Constant", value=ir.tensor(np.asarray(values).astype(dtype.numpy()), dtype=dtype))
 
     def insert_before(self, node: ir.Node) -> None:
-        """Put what was made before a node of the graph."""
+        """Insert the created nodes before a node of the graph."""
         self._graph.insert_before(node, self.nodes)
         self.nodes = []
 
     def insert_after(self, value: ir.Value) -> None:
-        """Put what was made behind the node that a value comes from, or at the beginning where it comes from none."""
+        """Insert the created nodes after the producer of a value, or at the beginning if it has none."""
         producer = value.producer()
         if producer is not None:
             self._graph.insert_after(producer, self.nodes)
@@ -69,20 +69,20 @@ class Builder:
         self.nodes = []
 
 
-def take_place(new: ir.Value, old: ir.Value) -> None:
-    """Let everything that reads a value read another, the graph's outputs included; shape, dtype and name go along."""
+def replace_value(new: ir.Value, old: ir.Value) -> None:
+    """Replace all uses of a value by another, graph outputs included; the new one takes its shape, dtype and name."""
     new.shape, new.type, new.name = old.shape, old.type, old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def constant_of(value: ir.Value | None) -> list[int] | None:
-    """The numbers of a small constant vector, or None of anything else."""
+def const_ints(value: ir.Value | None) -> list[int] | None:
+    """The integers of a small constant vector, or None for anything else."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor.numpy().tolist() if tensor is not None and len(tensor.shape) == 1 and tensor.size < 16 else None
 
 
-def known_size(value: ir.Value | None, axis: int) -> int | None:
-    """A size of a value, or None where it varies or nothing is known."""
+def static_dim(value: ir.Value | None, axis: int) -> int | None:
+    """The size of a value's axis, or None if it is symbolic or unknown."""
     if value is None or value.shape is None:
         return None
     size = value.shape[axis]

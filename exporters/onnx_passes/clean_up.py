@@ -1,4 +1,4 @@
-"""Constants folded and unused nodes removed, by onnxscript's optimizer."""
+"""Constant folding and removal of unused nodes, by onnxscript's optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 @dataclass(frozen=True)
 class FoldConstants:
-    """Compute nodes of constants.
+    """Fold constants.
 
     Attributes:
         should_fold: Whether constants may be folded at a node; None leaves it to the optimizer.
@@ -25,9 +25,9 @@ class FoldConstants:
     should_fold: Callable[[ir.Node], bool | None]
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Fold them, in place; counted are the nodes that went."""
+        """Fold them, in place; the result counts the nodes removed."""
         before = len(model.graph)
-        with quiet():  # it says what it leaves
+        with quiet():  # it prints what it skips
             optimizer.fold_constants(model, should_fold=self.should_fold)
         return PassResult(before - len(model.graph))
 
@@ -40,6 +40,6 @@ def remove_unused_nodes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def drop_stack_traces(model: ir.Model) -> PassResult[ir.Model]:
-    """Leave out where in the source each node was traced, in place: paths of the machine that made the export."""
+    """Remove the nodes' stack traces, in place: they hold paths of the exporting machine."""
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     return PassResult(sum(node.metadata_props.pop(_STACK_TRACE, None) is not None for node in nodes))

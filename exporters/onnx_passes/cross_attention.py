@@ -1,4 +1,4 @@
-"""Keys and values of an encoder's output, computed in a decoder's first step and cached in those after it."""
+"""Cross-attention keys and values, computed in a decoder's first step and cached for the later ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gralora_fx.runtime.names import FLAG
 _EVERYTHING = 2**63 - 1
 
 
-def take_cached(model: ir.Model) -> PassResult[ir.Model]:
-    """Let a decoder take keys and values of the encoder's output from the past, once there are any.
+def cache_cross_attention(model: ir.Model) -> PassResult[ir.Model]:
+    """Take the cross-attention keys and values from the past, once there are any.
 
     Before: `present.N.encoder.key = Transpose(Reshape(MatMul(encoder_hidden_states, w)))`
     After:  `present.N.encoder.key = If(use_cache_branch)`, one branch of which is `past_key_values.N.encoder.key`, the
-            other what was before; the decoder's own past is cut to nothing where the flag is false
+        other the computation from before; the decoder's own past is cut to nothing where the flag is false
 
     Args:
         model: A decoder whose inputs and outputs are named; it is changed in place.
@@ -27,40 +27,40 @@ def take_cached(model: ir.Model) -> PassResult[ir.Model]:
     outputs = {str(value.name): value for value in graph.outputs}
     layers = sum(name.endswith(".encoder.key") for name in outputs)
     _read_past_if(graph, flag, [value for value in graph.inputs if ".decoder." in str(value.name)])
-    own = {str(value.name): value for value in graph.inputs if str(value.name).startswith("past_key_values.")}
-    others = [value for value in graph.inputs if value not in own.values()]
+    decoder_pasts = {str(value.name): value for value in graph.inputs if str(value.name).startswith("past_key_values.")}
+    others = [value for value in graph.inputs if value not in decoder_pasts.values()]
     pasts: list[ir.Value] = []
     for index in range(layers):
         names = [f"{index}.encoder.{kind}" for kind in ("key", "value")]
         pair = [outputs[f"present.{name}"] for name in names]
         cached = [_past_like(value, f"past_key_values.{name}") for name, value in zip(names, pair, strict=True)]
         _choose(graph, flag, cached, pair)
-        pasts += [own[f"past_key_values.{index}.decoder.{kind}"] for kind in ("key", "value")] + cached
+        pasts += [decoder_pasts[f"past_key_values.{index}.decoder.{kind}"] for kind in ("key", "value")] + cached
     graph.inputs[:] = [*others, *pasts, flag]
     graph.sort()
     return PassResult(2 * layers)
 
 
 def _read_past_if(graph: ir.Graph, flag: ir.Value, pasts: Iterable[ir.Value]) -> None:
-    """Cut past keys and values to nothing where a flag is false, whatever was given for them."""
+    """Slice past keys and values to length 0 if the flag is false, whatever was passed for them."""
     numbers = [_constant(graph, f"past.{number}", number) for number in (0, 2, _EVERYTHING)]
     nothing, axis, everything = numbers
     end = ir.node("Where", [flag, everything, nothing])
-    made = [end]
+    nodes = [end]
     for past in pasts:
-        read = ir.node("Slice", [past, nothing, end.outputs[0], axis])
-        value = read.outputs[0]
+        slice_node = ir.node("Slice", [past, nothing, end.outputs[0], axis])
+        value = slice_node.outputs[0]
         value.shape, value.type, value.name = past.shape, past.type, f"{past.name}.read"
         ir.convenience.replace_all_uses_with(past, value)
-        read.replace_input_with(0, past)
+        slice_node.replace_input_with(0, past)
         assert past.shape is not None
         past.shape = ir.Shape([*past.shape[:2], "past_decoder_sequence_length", past.shape[3]])
-        made.append(read)
-    graph.insert_before(graph[0], made)
+        nodes.append(slice_node)
+    graph.insert_before(graph[0], nodes)
 
 
 def _choose(graph: ir.Graph, flag: ir.Value, cached: list[ir.Value], computed: list[ir.Value]) -> None:
-    """Put `If(flag)` between values and everything that reads them; what only they need moves into its branch."""
+    """Put `If(flag)` between values and their readers; nodes that only they need move into its branch."""
     moved = _only_for(graph, computed)
     chosen = [ir.Value(name=value.name, shape=value.shape, type=value.type) for value in computed]
     for old, new in zip(computed, chosen, strict=True):
@@ -81,12 +81,12 @@ def _choose(graph: ir.Graph, flag: ir.Value, cached: list[ir.Value], computed: l
 
 def _only_for(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
     """The nodes that nothing but these values needs, in order."""
-    found: set[ir.Node] = {producer for value in values if (producer := value.producer()) is not None}
+    needed: set[ir.Node] = {producer for value in values if (producer := value.producer()) is not None}
     for node in reversed(graph):
         users = {user for output in node.outputs for user, _ in output.uses()}
-        if users and users <= found and not any(output.is_graph_output() for output in node.outputs):
-            found.add(node)
-    return [node for node in graph if node in found]
+        if users and users <= needed and not any(output.is_graph_output() for output in node.outputs):
+            needed.add(node)
+    return [node for node in graph if node in needed]
 
 
 def _past_like(value: ir.Value, name: str) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Attention and its mask as plain ONNX operators, where the runtime's fused operator does not take a layer."""
+"""Decomposition of attention and its mask into plain ONNX operators, for layers that cannot be fused."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.onnx_passes.builder import Builder, known_size, take_place
+from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
 from gralora_fx.exporters.translation.operators import AttentionNode, MaskNode
 
 
-def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.Value]) -> None:
-    """Replace one attention operator by matrix products and a softmax; the cache stays a concatenation beside it.
+def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.Value]) -> None:
+    """Replace one attention operator by matmuls and a softmax; the cache stays a concatenation.
 
     Before: `y = Attention(query, key, value, mask, sinks)`
     After:  `y = Transpose(MatMul(Softmax(scale * MatMul(query, Transpose(key)) + mask), value))`
 
-    Where key heads are fewer, the heads of a query that share one are an axis of their own, so that no key is copied.
+    With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied.
 
     Args:
         graph: The graph of the node; it is changed in place.
         node: The operator, an `AttentionNode`.
-        masks: What was made of padding masks and windows so far; gains what this layer needs.
+        masks: Additive masks created so far, by padding mask and window; gains that of this layer.
 
     Raises:
-        ExportError: The number of heads is not known.
+        ExportError: The number of heads is unknown.
     """
     attention = AttentionNode.read(node)
     query, key, value, sinks = attention.query, attention.key, attention.value, attention.sinks
@@ -41,8 +41,8 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
             length = build("Shape", bias, start=2)
             shape = build("Concat", build.ints(0, key_heads, heads // key_heads), length, axis=0) if per_head else None
             bias = build("Unsqueeze", bias, build.ints(2)) if shape is None else build("Reshape", bias, shape)
-    turned = build("Transpose", key, perm=[0, 1, 2, 4, 3] if shared else [0, 1, 3, 2])
-    scores = build("MatMul", build("Mul", query, build.tensor(attention.scale, dtype)), turned)
+    transposed_key = build("Transpose", key, perm=[0, 1, 2, 4, 3] if shared else [0, 1, 3, 2])
+    scores = build("MatMul", build("Mul", query, build.tensor(attention.scale, dtype)), transposed_key)
     if attention.softcap:
         bound = build.tensor(attention.softcap, dtype)
         scores = build("Mul", build("Tanh", build("Div", scores, bound)), bound)
@@ -62,8 +62,8 @@ def lower_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, 
     _replace(node, build("Transpose", result, perm=[0, 2, 1, 3]), build)
 
 
-def lower_masks(graph: ir.Graph) -> int:
-    """Replace every mask operator, whose result something else than attention reads.
+def decompose_masks(graph: ir.Graph) -> int:
+    """Decompose the mask operators that something other than attention reads.
 
     Before: `m = Mask(padding)`
     After:  `m = Where(columns <= rows and padding, 0, smallest)`
@@ -72,7 +72,7 @@ def lower_masks(graph: ir.Graph) -> int:
         graph: A graph; it is changed in place.
 
     Returns:
-        How many were replaced.
+        The number of replacements.
     """
     count = 0
     for node, mask in MaskNode.all_in(graph):
@@ -86,7 +86,7 @@ def lower_masks(graph: ir.Graph) -> int:
 def _bias(
     graph: ir.Graph, node: ir.Node, attention: AttentionNode, masks: dict[tuple[ir.Value, int], ir.Value]
 ) -> ir.Value | None:
-    """What is added to the scores, made once for all layers with one padding mask and window."""
+    """The additive mask, created once for all layers with the same padding mask and window."""
     query, mask, window = attention.query, attention.mask, attention.window
     if mask is None or (mask.shape is not None and len(mask.shape) == 4):
         return mask
@@ -98,7 +98,7 @@ def _bias(
 
 
 def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dtype: ir.DataType) -> ir.Value:
-    """`[batch, 1, length, total]` of a padding mask `[batch, total]` and the number of new positions `[1]`."""
+    """The causal mask `[batch, 1, length, total]` of padding `[batch, total]` and the number of new positions `[1]`."""
     total = build("Shape", padding, start=1, end=2)
     ends, zero, one = build("Squeeze", total), build("Constant", value_int=0), build("Constant", value_int=1)
     begin = build("Squeeze", build("Sub", total, length))
@@ -114,14 +114,16 @@ def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dt
 
 
 def _replace(node: ir.Node, new: ir.Value, build: Builder) -> None:
-    take_place(new, node.outputs[0])
+    replace_value(new, node.outputs[0])
     build.insert_before(node)
     assert isinstance(node.graph, ir.Graph)
     node.graph.remove(node, safe=True)
 
 
 def _axis(value: ir.Value, axis: int) -> int:
-    size = known_size(value, axis)
+    size = static_dim(value, axis)
     if size is None:
-        raise ExportError(f"axis {axis} of {value.name} is {value.shape}, which attention needs as a number")
+        raise ExportError(
+            f"axis {axis} of {value.name} has shape {value.shape}, but attention needs a fixed size there"
+        )
     return size

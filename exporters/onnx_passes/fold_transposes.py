@@ -1,4 +1,4 @@
-"""Weights that are only read transposed, stored the way they are used."""
+"""Folding of transposes into initializers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gralora_fx.exporters.translation.weights import transposed_tensor
 
 
 def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
-    """Store weights that are only read transposed the way they are used.
+    """Fold the transposes of weights that are only read transposed into their initializers.
 
     Before: `y = MatMul(x, Transpose(w))`
     After:  `y = MatMul(x, w)`, with `w` stored `[in, out]`
 
-    A weight that something else reads too, such as a tied embedding, stays as it is: it is stored once.
+    A weight with other readers, such as a tied embedding, stays as it is, so that it is stored once.
 
     Args:
         model: The model; it is changed in place.
@@ -37,6 +37,6 @@ def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _transposes(node: ir.Node) -> bool:
-    """Whether a node transposes a matrix: one that keeps the order of its axes does not."""
+    """Whether a node swaps the two axes of a matrix."""
     order = node.attributes.get("perm") if node.op_type == "Transpose" else None
     return node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])

@@ -8,17 +8,17 @@ import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
-from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention, lower_masks
-from gralora_fx.exporters.onnx_passes.pack_qkv import flat, packed
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
+from gralora_fx.exporters.onnx_passes.pack_qkv import merge_heads, pack_qkv
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionReport, Skip
 from gralora_fx.exporters.translation.operators import AttentionNode
 
-_HEAD_MULTIPLE = 8  # GroupQueryAttention refuses other sizes of heads
+_HEAD_MULTIPLE = 8  # GroupQueryAttention supports only multiples of it as head size
 
-_Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with one mask share
+_Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with the same mask share
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class FuseAttention:
     Before: `key = Concat(past_key, new_key); y = Attention(query, key, value, mask)`
     After:  `y, key, value = GroupQueryAttention(query, new_key, new_value, past_key, past_value, ..., bias)`
 
-    The bias that hides padding is made once, of the mask; causality and the window are the operator's own, since a
-    row's padding counts as positions in it. A layer of a form that the operator does not take becomes plain operators.
+    The bias that masks padding is created once; causality and the window are left to the operator, for which padding
+    counts as positions. A layer that the operator does not support is decomposed into plain operators.
 
     Attributes:
         tables: The tables of rotary embeddings in the graph.
@@ -38,23 +38,25 @@ class FuseAttention:
     tables: RotaryTables
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Replace them, in place; skipped are the layers that became plain operators.
+        """Replace them, in place; the result lists the decomposed layers as skipped.
 
         The summary is an `AttentionReport`.
 
         Raises:
-            ExportError: The number of heads of a layer is not known. The model must be discarded.
+            ExportError: The number of heads of a layer is unknown. The model must be discarded.
         """
         nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
-        lower_masks(model.graph)
+        decompose_masks(model.graph)
         if not nodes:
-            return _result(0, (Skip("every layer", "it computes attention itself, not by transformers' interface"),))
+            return _result(
+                0, (Skip("every layer", "it computes attention itself, not through transformers' interface"),)
+            )
         plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
         fitting = [node for node in nodes if node not in plain]
         _give_own_caches(model.graph, fitting)
         masks: dict[tuple[ir.Value, int], ir.Value] = {}
         for node in plain:
-            lower_attention(model.graph, node, masks)
+            decompose_attention(model.graph, node, masks)
         shared: _Shared = {}
         for node in fitting:
             _replace(model.graph, node, self.tables, shared)
@@ -66,7 +68,7 @@ def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:
 
 
 def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    """Give each attention a concatenation of its own where layers share keys and values.
+    """Give each attention a concatenation of its own if layers share keys and values.
 
     Before: `key = Concat(past_key, new_key); y = Attention(q, key, ...); z = Attention(p, key, ...)`
     After:  the same with `key_2 = Concat(past_key, new_key)` for the second
@@ -87,7 +89,7 @@ def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 
 
 def _unfit(node: ir.Node) -> str | None:
-    """Why the operator does not take an attention, or None if it does."""
+    """Why the operator does not support a layer, or None if it does."""
     attention = AttentionNode.read(node)
     query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
     if mask is None or mask.shape is None or len(mask.shape) != 2:
@@ -100,10 +102,10 @@ def _unfit(node: ir.Node) -> str | None:
             return f"its {name} come from no input"
     sizes = [None if v.shape is None else v.shape[3] for v in (query, key, value)]
     if len({str(size) for size in sizes}) != 1:
-        return f"queries, keys and values have sizes {sizes}, which differ"
-    size = known_size(query, 3)
+        return f"queries, keys and values differ in size: {sizes}"
+    size = static_dim(query, 3)
     if size is not None and size % _HEAD_MULTIPLE:
-        return f"its heads have a size of {size}, and the operator takes multiples of {_HEAD_MULTIPLE}"
+        return f"its head size is {size}, and the operator supports multiples of {_HEAD_MULTIPLE}"
     return None
 
 
@@ -112,8 +114,8 @@ def _lengths_and_bias(
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """`seqlens_k [batch]`, `total_sequence_length [1]` and the bias `[batch, 1, length, total]` of a padding mask.
 
-    `new` is `[batch, length, ...]`; the length of a cache does not tell the new positions, since it may be a buffer
-    that has room for more.
+    `new` is `[batch, length, ...]`; the number of new positions cannot be told from the cache's length, since the cache
+    may be a larger buffer.
     """
     smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
     total = build("Cast", build("Shape", mask, start=1, end=2), to=ir.DataType.INT32)
@@ -145,8 +147,8 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
     new_key, new_value = key_cat.inputs[1], value_cat.inputs[1]
     assert new_key is not None
     assert new_value is not None
-    joint = packed(build, graph, query, new_key, new_value, tables)
-    parts = [flat(build, part, tables) for part in (query, new_key, new_value)] if joint is None else [joint]
+    joint = pack_qkv(build, graph, query, new_key, new_value, tables)
+    parts = [merge_heads(build, part, tables) for part in (query, new_key, new_value)] if joint is None else [joint]
     if mask not in shared:
         shared[mask] = _lengths_and_bias(build, parts[0], mask, query.dtype or ir.DataType.FLOAT)
     lengths, total, bias = shared[mask]
@@ -167,11 +169,11 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
     output = node.outputs[0]
     for usage in list(output.uses()):
         if _joins_heads(usage.node, heads * size):
-            take_place(fused.outputs[0], usage.node.outputs[0])
+            replace_value(fused.outputs[0], usage.node.outputs[0])
     if output.uses() or output.is_graph_output():
-        take_place(build("Reshape", fused.outputs[0], build.ints(0, 0, heads, size)), output)
+        replace_value(build("Reshape", fused.outputs[0], build.ints(0, 0, heads, size)), output)
     for new, old in ((fused.outputs[1], key), (fused.outputs[2], value)):
-        take_place(new, old)
+        replace_value(new, old)
     build.insert_before(node)
     graph.remove(node, safe=True)
     graph.remove([key_cat, value_cat], safe=True)
@@ -184,14 +186,16 @@ def _joins_heads(node: ir.Node, width: int) -> bool:
 
 
 def _number(value: ir.Value, axis: int) -> int:
-    size = known_size(value, axis)
+    size = static_dim(value, axis)
     if size is None:
-        raise ExportError(f"axis {axis} of {value.name} is {value.shape}, which attention needs as a number")
+        raise ExportError(
+            f"axis {axis} of {value.name} has shape {value.shape}, but attention needs a fixed size there"
+        )
     return size
 
 
 def _layer(node: ir.Node) -> str:
-    """The module that an attention was traced in."""
+    """The module in which an attention was traced."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [name.strip(" '\"[]") for name in scopes.split(",")]
     return next((name for name in reversed(names[:-1]) if name), str(node.name))

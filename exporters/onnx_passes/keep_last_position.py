@@ -9,12 +9,12 @@ from gralora_fx.exporters.fx_passes.matching import END
 from gralora_fx.exporters.onnx_passes.builder import Builder
 from gralora_fx.exporters.pipeline import PassResult
 
-# operators between the last projection and the logits that a model may have, such as a soft cap or a factor
+# operators that may follow the last projection, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
 
 
 def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
-    """Compute logits for the last position of each row only, the last that is no padding: a prompt needs no others."""
+    """Compute logits only for the last position of each row that is not padding, all that a prompt needs."""
     logits = model.graph.outputs[0]
     value, chain = logits, [logits]
     node = value.producer()
@@ -49,7 +49,7 @@ def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _input(model: ir.Model, name: str) -> ir.Value:
-    found = next((value for value in model.graph.inputs if value.name == name), None)
-    if found is None:
+    match = next((value for value in model.graph.inputs if value.name == name), None)
+    if match is None:
         raise ExportError(f"the trace takes no {name}, so the last position cannot be cut out; take logits='all'")
-    return found
+    return match

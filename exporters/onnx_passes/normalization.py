@@ -1,4 +1,4 @@
-"""Normalisation as the runtime's operators, with the addition before it."""
+"""Normalisation as the runtime's fused operators, with the residual addition before it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, is_call, number, operands, shape
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, known_size, take_place
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.operators import RmsNormNode
 from gralora_fx.operators.call import named_arguments
 from gralora_fx.operators.rms_norm import RmsNorm
 
 
-def mark_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Put root-mean-square normalisations in terms of one operator.
+def match_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Rewrite root-mean-square normalisations as one operator each.
 
     Before: `y = x * rsqrt(mean(x ** 2, -1) + eps) * weight`
     After:  `y = rms_norm(x, weight, eps)`
@@ -27,7 +27,7 @@ def mark_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
         graph: A traced graph in evaluation mode; it is changed in place.
 
     Returns:
-        How many there were.
+        The number of matches.
     """
     count = 0
     for node in list(graph.nodes):
@@ -35,23 +35,23 @@ def mark_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
             _as_operator(node)
             count += 1
             continue
-        found = _normalised(node)
-        if found is None:
+        match = _normalised(node)
+        if match is None:
             continue
-        x, eps = found
+        x, eps = match
         source, last = _without_casts(x, node)
-        place, weight = _weighted(last, shape(x)[-1])
-        with graph.inserting_before(place):
+        end, weight = _weighted(last, shape(x)[-1])
+        with graph.inserting_before(end):
             norm = RmsNorm(source, weight, eps).insert(graph)
-        norm.meta = dict(place.meta)
-        place.replace_all_uses_with(norm)
+        norm.meta = dict(end.meta)
+        end.replace_all_uses_with(norm)
         count += 1
     graph.eliminate_dead_code()
     return PassResult(count)
 
 
 def _as_operator(node: fx.Node) -> None:
-    """Make PyTorch's own operator ours, if it normalises the last axis alone."""
+    """Rewrite PyTorch's own operator as ours, if it normalises the last axis alone."""
     norm = named_arguments(node)
     if len(norm["normalized_shape"]) == 1:
         eps = torch.finfo(node.meta["val"].dtype).eps if norm["eps"] is None else norm["eps"]
@@ -59,7 +59,7 @@ def _as_operator(node: fx.Node) -> None:
 
 
 def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """`(x, eps)` where a node is `x * rsqrt(mean(x ** 2, -1) + eps)`; None of anything else."""
+    """`(x, eps)` of a node `x * rsqrt(mean(x ** 2, -1) + eps)`; None for anything else."""
     factors = operands(node, *MUL)
     if factors is None:
         return None
@@ -76,7 +76,7 @@ def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 
 def _mean_of_squares(node: Any) -> Any:
-    """`x` where a node is `mean(x ** 2, -1, keepdim=True)`; None of anything else."""
+    """`x` of a node `mean(x ** 2, -1, keepdim=True)`; None for anything else."""
     if not is_call(node, aten.mean.dim) or len(node.args) < 3 or not node.args[2]:
         return None
     square, (axis, *more) = node.args[0], node.args[1]
@@ -91,7 +91,7 @@ def _mean_of_squares(node: Any) -> Any:
 
 
 def _without_casts(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """What is normalised and the result, without casts to float32 and back: the operator computes in float32 anyway."""
+    """The input and the result without casts to float32 and back: the operator computes in float32 anyway."""
     users = list(node.users)
     if not is_call(x, aten._to_copy.default) or len(users) != 1 or not is_call(users[0], aten._to_copy.default):
         return x, node
@@ -102,7 +102,7 @@ def _without_casts(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
-    """The product with a weight behind a node and the weight, or the node itself and None."""
+    """The multiplication by a weight after a node, and the weight; or the node itself and None."""
     users = list(node.users)
     factors = operands(users[0], *MUL) if len(users) == 1 else None
     if factors is None:
@@ -115,18 +115,18 @@ def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
 
 
 def lower_norms(model: ir.Model) -> PassResult[ir.Model]:
-    """Replace normalisations by the runtime's operators, and fuse the addition of a residual before them.
+    """Replace normalisations by the runtime's operators, fused with the residual addition before them.
 
     Before: `s = Add(x, r); y = RMSNormalization(s, weight)`
     After:  `y, s = SkipSimplifiedLayerNormalization(x, r, weight)`
 
-    The same for `LayerNormalization`; one without an addition becomes ONNX's own `RMSNormalization`.
+    Likewise for `LayerNormalization`; an RMS norm without an addition becomes ONNX's `RMSNormalization`.
 
     Args:
         model: A translated model; it is changed in place, its nodes sorted.
 
     Returns:
-        How many additions were fused.
+        The number of additions fused.
     """
     fused = 0
     for node in list(model.graph):
@@ -141,7 +141,7 @@ def lower_norms(model: ir.Model) -> PassResult[ir.Model]:
             build = Builder(model.graph)
             weight = norm.weight or _ones(build, node, norm.x)
             y = build("RMSNormalization", norm.x, weight, epsilon=norm.epsilon)
-            take_place(y, node.outputs[0])
+            replace_value(y, node.outputs[0])
             build.insert_before(node)
             model.graph.remove(node, safe=True)
         model.graph.sort()
@@ -149,7 +149,7 @@ def lower_norms(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _residual(node: ir.Node) -> ir.Node | None:
-    """The addition of two tensors of one shape that a normalisation over the last of three axes reads."""
+    """The addition of two tensors of equal shape that a normalisation over the last of three axes reads."""
     x = node.inputs[0]
     addition = None if x is None else x.producer()
     axis = node.attributes.get("axis")
@@ -158,12 +158,12 @@ def _residual(node: ir.Node) -> ir.Node | None:
     shapes = [None if value is None or value.shape is None else list(value.shape) for value in addition.inputs]
     same = shapes[0] is not None and len(shapes[0]) == 3 and shapes[0] == shapes[1]
     if any(_is_made_of(value, addition) for value in node.inputs[1:]):
-        return None  # a weight of ones that takes its size from the sum
+        return None  # a weight of ones whose size is read from the sum
     return addition if same and not any(output.is_graph_output() for output in node.outputs[1:]) else None
 
 
 def _is_made_of(value: ir.Value | None, node: ir.Node) -> bool:
-    """Whether a value is worked out from what a node gives."""
+    """Whether a value depends on a node's outputs."""
     seen, waiting = set(), [value]
     while waiting:
         current = waiting.pop()
@@ -187,8 +187,8 @@ def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, norm: RmsNormNode |
     fused = build.node(op_type, inputs, domain=MICROSOFT, num_outputs=4, epsilon=eps)
     for unused in fused.outputs[1:3]:
         unused.name = ""
-    take_place(fused.outputs[0], node.outputs[0])
-    take_place(fused.outputs[3], addition.outputs[0])
+    replace_value(fused.outputs[0], node.outputs[0])
+    replace_value(fused.outputs[3], addition.outputs[0])
     build.insert_before(node)
     graph.remove(node)
     graph.remove(addition)
@@ -196,7 +196,7 @@ def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, norm: RmsNormNode |
 
 def _ones(build: Builder, node: ir.Node, like: ir.Value | None) -> ir.Value:
     """A weight of ones for a normalisation of tensors like another."""
-    size, dtype = known_size(like, -1), node.outputs[0].dtype or ir.DataType.FLOAT
+    size, dtype = static_dim(like, -1), node.outputs[0].dtype or ir.DataType.FLOAT
     if size is not None:
         return build.tensor(np.ones(size, np.float32), dtype)
     return build("Expand", build.tensor(1.0, dtype), build("Shape", like, start=-1))

@@ -1,4 +1,4 @@
-"""Queries, keys and values as fused attention takes them: heads side by side, and all three in one product."""
+"""Queries, keys and values as fused attention takes them: heads merged, and all three packed in one matmul."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, constant_of, known_size
-from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, turned
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, const_ints, static_dim
+from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, rotated
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
 from gralora_fx.exporters.translation.weights import concat_tensor
 
 _SWAP = [0, 2, 1, 3]  # heads and length
 
 
-def flat(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
+def merge_heads(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
     """`[batch, heads, length, size]` as `[batch, length, heads * size]`.
 
     Args:
@@ -26,7 +26,7 @@ def flat(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
     """
     rotary = RotaryNode.of(tensor.producer())
     if rotary is not None:
-        return turned(build, rotary, flat(build, rotary.x, tables), tables)
+        return rotated(build, rotary, merge_heads(build, rotary.x, tables), tables)
     swapped = _unswapped(build, tensor)
     if swapped is None:
         swapped = build("Transpose", tensor, perm=_SWAP)
@@ -34,9 +34,9 @@ def flat(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
 
 
 def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
-    """`[batch, length, heads, size]` that a tensor was made from by swapping axes, or None.
+    """The tensor `[batch, length, heads, size]` of which another is the transpose, or None.
 
-    What works along the last axis is the same before the swap, so it is made again there.
+    Operators along the last axis commute with the transpose, so they are created again before it.
     """
     swapped = _before_swap(tensor)
     node = None if tensor is None else tensor.producer()
@@ -47,30 +47,30 @@ def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
     before = _unswapped(build, node.inputs[0])
     if before is None:
         return None
-    made = build.node(node.op_type, [before, *node.inputs[1:]], domain=node.domain, **_attributes(node)).outputs[0]
-    made.shape, made.type = ir.Shape([tensor.shape[axis] for axis in _SWAP]), tensor.type
-    return made
+    result = build.node(node.op_type, [before, *node.inputs[1:]], domain=node.domain, **_attributes(node)).outputs[0]
+    result.shape, result.type = ir.Shape([tensor.shape[axis] for axis in _SWAP]), tensor.type
+    return result
 
 
 def _slices_last_axis(node: ir.Node) -> bool:
-    return node.op_type == "Slice" and len(node.inputs) > 3 and constant_of(node.inputs[3]) in ([3], [-1])
+    return node.op_type == "Slice" and len(node.inputs) > 3 and const_ints(node.inputs[3]) in ([3], [-1])
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
-def packed(
+def pack_qkv(
     build: Builder, graph: ir.Graph, query: ir.Value, key: ir.Value, value: ir.Value, tables: RotaryTables
 ) -> ir.Value | None:
-    """Queries, keys and values made in one product, if all three are projections of one tensor; else None.
+    """Queries, keys and values packed in one matmul, if all three are projections of one tensor; else None.
 
     Before: `q = rotary(x @ Wq + bq); k = rotary(x @ Wk + bk); v = x @ Wv + bv`
-    After:  `rotary(x @ [Wq Wk Wv] + [bq bk bv])`, values turned by an angle of zero, which leaves them bit for bit
+    After:  `rotary(x @ [Wq Wk Wv] + [bq bk bv])`, values rotated by an angle of zero, which keeps them bit for bit
 
     Args:
         build: Makes the nodes that are needed.
-        graph: The graph, to which a joined weight is added; it is put together when it is written.
+        graph: The graph, to which a concatenated weight is added; it is concatenated when it is written.
         query: `[batch, heads, length, size]`.
         key: `[batch, key heads, length, size]`.
         value: As `key`.
@@ -85,12 +85,12 @@ def packed(
     result = _joint(build, graph, [of_query.x, of_key.x, value]) if _alike(of_query, of_key) else None
     if result is None:
         return None
-    heads, key_heads, size = (known_size(v, axis) or 0 for v, axis in ((query, 1), (key, 1), (query, 3)))
+    heads, key_heads, size = (static_dim(v, axis) or 0 for v, axis in ((query, 1), (key, 1), (query, 3)))
     cos, sin = of_query.cos, of_query.sin
     count = heads + 2 * key_heads
-    half = known_size(cos, 2) or 0
+    half = static_dim(cos, 2) or 0
     partial = {} if 2 * half == size else {"num_heads": 1, "rotary_embedding_dim": 2 * half}
-    apart = build("Reshape", result, build.ints(-1, count, size))  # each position a row of the batch
+    apart = build("Reshape", result, build.ints(-1, count, size))  # each position as a row of the batch
     apart = build(
         "RotaryEmbedding",
         apart,
@@ -101,11 +101,11 @@ def packed(
         interleaved=of_query.interleaved,
         **partial,
     )
-    whole = build("Reshape", apart, tables.flat_shape(cos, count * size))
-    whole.type = query.type
+    flattened = build("Reshape", apart, tables.flat_shape(cos, count * size))
+    flattened.type = query.type
     if query.shape is not None:  # the runtime reads the number of heads off the width, which it does not work out here
-        whole.shape = ir.Shape([query.shape[0], query.shape[2], count * size])
-    return whole
+        flattened.shape = ir.Shape([query.shape[0], query.shape[2], count * size])
+    return flattened
 
 
 def _joint(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value]) -> ir.Value | None:
@@ -114,41 +114,41 @@ def _joint(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value]) -> ir.Val
 
 
 def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value | None:
-    """The product with the joined weights of tensors that are projections of one."""
-    found = [_projection(part) for part in parts]
-    projections = [projection for projection in found if projection is not None]
+    """One matmul with the concatenated weights of several projections of one tensor."""
+    matches = [_projection(part) for part in parts]
+    projections = [projection for projection in matches if projection is not None]
     if len(projections) < len(parts):
         return None
     first = projections[0]
     if any(p.x is not first.x or (p.bias is None) != (first.bias is None) for p in projections):
         return None
-    result = build("MatMul", first.x, side_by_side(graph, [projection.weight for projection in projections]))
+    result = build("MatMul", first.x, concat_initializers(graph, [projection.weight for projection in projections]))
     if first.bias is None:
         return result
-    return build("Add", result, side_by_side(graph, [p.bias for p in projections if p.bias is not None]))
+    return build("Add", result, concat_initializers(graph, [p.bias for p in projections if p.bias is not None]))
 
 
 def _cut_from_one(parts: Sequence[ir.Value | None]) -> ir.Value | None:
-    """The tensor that others were cut from, one after the other, if they are all of it."""
-    whole, position = None, 0
+    """The tensor of which the parts are consecutive slices that cover it, or None."""
+    source, position = None, 0
     for part in parts:
         swapped = _before_swap(part)
         value = None if swapped is None or part is None else _before_split(swapped, part)
         node = None if value is None else value.producer()
         if node is None or node.op_type != "Slice" or node.inputs[0] is None:
             return None
-        limits = [constant_of(limit) for limit in node.inputs[1:]]
-        width = known_size(node.inputs[0], -1)
+        limits = [const_ints(limit) for limit in node.inputs[1:]]
+        width = static_dim(node.inputs[0], -1)
         if len(limits) != 4 or width is None or limits[2:] != [[2], [1]] or limits[0] != [position]:
             return None
-        if whole is not None and node.inputs[0] is not whole:
+        if source is not None and node.inputs[0] is not source:
             return None
-        whole, position = node.inputs[0], min(limits[1][0], width)  # type: ignore[index]
-    return whole if position == known_size(whole, -1) else None
+        source, position = node.inputs[0], min(limits[1][0], width)  # type: ignore[index]
+    return source if position == static_dim(source, -1) else None
 
 
 class _Projection(NamedTuple):
-    """A product with a weight that only it reads."""
+    """A matmul with a weight that nothing else reads."""
 
     x: ir.Value
     weight: ir.Value
@@ -156,7 +156,7 @@ class _Projection(NamedTuple):
 
 
 def _projection(tensor: ir.Value | None) -> _Projection | None:
-    """The projection that heads were split from, if nothing else reads it."""
+    """The projection from which heads were split, if nothing else reads it."""
     swapped = _before_swap(tensor)
     value = None if swapped is None or tensor is None else _before_split(swapped, tensor)
     producer = None if value is None else value.producer()
@@ -176,32 +176,32 @@ def _projection(tensor: ir.Value | None) -> _Projection | None:
 
 
 def _alike(first: RotaryNode, second: RotaryNode) -> bool:
-    """Whether two rotary operators turn by the same angles."""
+    """Whether two rotary operators use the same angles."""
     return replace(first, x=second.x) == second
 
 
 def _before_swap(tensor: ir.Value | None) -> ir.Value | None:
-    """`[batch, length, heads, size]` that a tensor was transposed from, or None."""
+    """The tensor `[batch, length, heads, size]` from which another was transposed, or None."""
     producer = None if tensor is None else tensor.producer()
     swaps = producer is not None and producer.op_type == "Transpose"
     return producer.inputs[0] if swaps and list(producer.attributes["perm"].as_ints()) == _SWAP else None  # type: ignore[union-attr]
 
 
 def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:
-    """`[batch, length, heads * size]` that `[batch, length, heads, size]` was reshaped from, or None."""
+    """The tensor `[batch, length, heads * size]` from which `[batch, length, heads, size]` was reshaped, or None."""
     producer = swapped.producer()
     before = None if producer is None or producer.op_type != "Reshape" else producer.inputs[0]
-    heads, size = known_size(tensor, 1), known_size(tensor, 3)
+    heads, size = static_dim(tensor, 1), static_dim(tensor, 3)
     if before is None or before.shape is None or heads is None or size is None:
         return None
     return before if len(before.shape) == 3 and before.shape[2] == heads * size else None
 
 
-def side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
-    """An initializer of several joined along their last axis; it is put together when it is written.
+def concat_initializers(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
+    """Concatenate initializers along their last axis into a new one, lazily: when it is written.
 
     Args:
-        graph: The graph, which gains the initializer; those it is made of stay until nothing reads them.
+        graph: The graph, which gains the initializer; the parts stay until nothing reads them.
         values: Initializers of one dtype that differ in their last axis only.
     """
     name = _joint_name([str(value.name) for value in values])

@@ -1,4 +1,4 @@
-"""Weight-only quantization: matrices as int4 or int8 blocks with a scale each, by onnxruntime's own quantizer."""
+"""Weight-only quantization to int4 or int8 blocks with a scale each, by onnxruntime's own quantizer."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ _COLUMNS = 4096  # quantized at once
 
 
 class Counts(NamedTuple):
-    """How many multiplications and how many lookups read blocks, and how many values those hold."""
+    """Numbers of matmuls and of lookups that read quantized blocks, and of the quantized values."""
 
     multiplications: int
     lookups: int
     values: int
 
 
-def quantized_weights(how: Quantization | None, log: PassLog) -> QuantizedWeights | None:
+def quantized_weights(quantization: Quantization | None, log: PassLog) -> QuantizedWeights | None:
     """What the manifest says of the quantized weights of all models of an export; None where there are none.
 
     Args:
-        how: How they were quantized.
+        quantization: How they were quantized.
         log: What the passes did, those that quantized among them.
     """
-    if how is None:
+    if quantization is None:
         return None
     counts = log.summaries(Counts)
     multiplications, lookups, values = (sum(numbers) for numbers in zip(*counts, strict=True))
-    return QuantizedWeights(**dataclasses.asdict(how), multiplications=multiplications, lookups=lookups, values=values)
+    return QuantizedWeights(
+        **dataclasses.asdict(quantization), multiplications=multiplications, lookups=lookups, values=values
+    )
 
 
 @dataclass(frozen=True)
@@ -52,70 +54,70 @@ class QuantizeWeights:
     """Store constant matrices as blocks of small integers (see `quantize_weights`).
 
     Attributes:
-        how: Width, block size and accuracy level.
+        quantization: Width, block size and accuracy level.
         tables: Names of embeddings that are a head's weight in another part of the model, so that they are blocks in
             this one too.
     """
 
-    how: Quantization
+    quantization: Quantization
     tables: frozenset[str] = frozenset()
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Quantize them, in place; the summary is `Counts`."""
-        counts = quantize_weights(model, self.how, tables=self.tables | tables_of_heads(model))
+        counts = quantize_weights(model, self.quantization, tables=self.tables | tables_of_heads(model))
         return PassResult(counts.multiplications + counts.lookups, summary=counts)
 
 
-def quantize_weights(model: ir.Model, how: Quantization, *, tables: Collection[str] = ()) -> Counts:
-    """Store constant matrices as blocks of small integers, and multiply with them as they are.
+def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Collection[str] = ()) -> Counts:
+    """Store constant matrices as quantized blocks, and use operators that multiply with those.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`; `e = Gather(table, ids)`
     After:  `y = MatMulNBits(x, w_Q4 [N, K/block, bytes], w_scales [N, K/block])`, and the bias added behind it;
-            `e = GatherBlockQuantized(table_Q4, ids, table_scales)` for a table that is a head's weight as well
+            `e = GatherBlockQuantized(table_Q4, ids, table_scales)` for a table that is tied to a head
 
-    The integers are symmetric around zero, as onnxruntime-genai has them. A matrix is read and quantized while it is
-    written. An embedding keeps its precision where no head is tied to it, as there.
+    Quantization is symmetric, as in onnxruntime-genai. A matrix is read and quantized when it is written. An embedding
+    that is not tied to a head keeps its precision, as there.
 
     Args:
         model: The model; it is changed in place.
-        how: Width, block size and accuracy level.
-        tables: Names of embeddings that are blocks too, though no head of this model is tied to them.
+        quantization: Width, block size and accuracy level.
+        tables: Names of embeddings to quantize too, though no head of this model is tied to them.
 
     Returns:
-        How many nodes were replaced.
+        The number of nodes replaced.
     """
-    made: dict[tuple[str, bool], tuple[ir.Value, ir.Value]] = {}
+    blocks: dict[tuple[str, bool], tuple[ir.Value, ir.Value]] = {}
     replaced = lookups = 0
     for node in list(model.graph.all_nodes()):
-        found = _weight_of(node)
-        if found is None:
+        match = _weight_of(node)
+        if match is None:
             continue
-        weight, is_turned = found
-        key = (str(weight.name), is_turned)
-        if key not in made:
-            made[key] = _blocks(model.graph, weight, is_turned, how)
-        _multiply(node, *made[key], how)
+        weight, is_transposed = match
+        key = (str(weight.name), is_transposed)
+        if key not in blocks:
+            blocks[key] = _blocks(model.graph, weight, is_transposed, quantization)
+        _multiply(node, *blocks[key], quantization)
         replaced += 1
-    values = sum(_size(model.graph.initializers[name]) for name, _ in made)
+    values = sum(_size(model.graph.initializers[name]) for name, _ in blocks)
     for name in sorted(tables):
         table = model.graph.initializers.get(name)
-        if table is not None and (name, True) not in made and _is_looked_up(table, how):
-            made[name, True] = _blocks(model.graph, table, True, how)
-    for (name, is_turned), (packed, scales) in made.items():
-        if is_turned:
-            lookups += _gather(model.graph.initializers[name], packed, scales, how)
-    if made:
-        _drop_unread(model.graph, [name for name, _ in made])
+        if table is not None and (name, True) not in blocks and _is_looked_up(table, quantization):
+            blocks[name, True] = _blocks(model.graph, table, True, quantization)
+    for (name, is_transposed), (packed, scales) in blocks.items():
+        if is_transposed:
+            lookups += _gather(model.graph.initializers[name], packed, scales, quantization)
+    if blocks:
+        _drop_unread(model.graph, [name for name, _ in blocks])
     return Counts(replaced, lookups, values)
 
 
 @dataclass
 class _Matrix:
-    """One matrix and its blocks, which are made together and kept only until the scales are written too."""
+    """A matrix and its blocks; packed values and scales are computed together, and dropped once both are written."""
 
     weight: ir.TensorProtocol
-    is_turned: bool
-    how: Quantization
+    is_transposed: bool
+    quantization: Quantization
     dtype: ir.DataType
     _scales: NDArray[Any] | None = field(default=None, init=False)
 
@@ -135,85 +137,94 @@ class _Matrix:
         return packed, scales
 
     def _columns(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """The blocks of some columns after the other; those of matrices side by side of one matrix at a time."""
-        for matrix in (self.weight,) if self.is_turned else parts_of(self.weight):
+        """The blocks of successive groups of columns; of a concatenated matrix, one part at a time."""
+        for matrix in (self.weight,) if self.is_transposed else parts_of(self.weight):
             values = matrix.numpy()
-            for start in range(0, values.shape[0 if self.is_turned else 1], _COLUMNS):
+            for start in range(0, values.shape[0 if self.is_transposed else 1], _COLUMNS):
                 yield self._part(values, start)
 
     def _part(self, values: NDArray[Any], start: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The blocks of some columns; a copy of the whole matrix would be the largest thing in memory."""
+        """The blocks of a group of columns; a copy of the whole matrix would be the largest thing in memory."""
         columns = slice(start, start + _COLUMNS)
-        part = np.ascontiguousarray(values[columns].T if self.is_turned else values[:, columns])
+        part = np.ascontiguousarray(values[columns].T if self.is_transposed else values[:, columns])
         part = part if part.dtype in (np.float32, np.float16) else part.astype(np.float32)
-        packed, scales, _ = _quantizer(self.how)(part)
+        packed, scales, _ = _quantizer(self.quantization)(part)
         return packed, scales.astype(self.dtype.numpy())
 
 
 @functools.cache
-def _quantizer(how: Quantization) -> Callable[[NDArray[Any]], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+def _quantizer(quantization: Quantization) -> Callable[[NDArray[Any]], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
     """ONNX Runtime's quantization of one matrix `[K, N]` to packed integers, scales and zero points."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     from onnxruntime.quantization import matmul_nbits_quantizer as quantizers  # it sets up logging when it is imported
 
     root.handlers, root.level = handlers, level
-    config = quantizers.DefaultWeightOnlyQuantConfig(block_size=how.block_size, is_symmetric=True, bits=how.bits)
-    found: Callable[..., Any] = quantizers.DefaultWeightOnlyQuantizer(config).qbits_block_quant
-    return found
+    config = quantizers.DefaultWeightOnlyQuantConfig(
+        block_size=quantization.block_size, is_symmetric=True, bits=quantization.bits
+    )
+    quantize: Callable[..., Any] = quantizers.DefaultWeightOnlyQuantizer(config).qbits_block_quant
+    return quantize
 
 
-def decoded(matrix: NDArray[Any], how: Quantization, dtype: torch.dtype) -> NDArray[np.float32]:
-    """A matrix as its blocks decode.
+def dequantize(matrix: NDArray[Any], quantization: Quantization, dtype: torch.dtype) -> NDArray[np.float32]:
+    """A matrix quantized and dequantized again.
 
     Args:
         matrix: `[K, N]`, float32 or float16.
-        how: How it is quantized.
+        quantization: How it is quantized.
         dtype: Dtype of the scales.
     """
-    packed, found, _ = _quantizer(how)(matrix)
-    scales = torch.from_numpy(found).to(dtype).float().numpy()
-    if how.bits == 4:  # the lower half of a byte comes first
+    packed, raw_scales, _ = _quantizer(quantization)(matrix)
+    scales = torch.from_numpy(raw_scales).to(dtype).float().numpy()
+    if quantization.bits == 4:  # the low nibble comes first
         packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
-    values = (packed.astype(np.float32) - 2.0 ** (how.bits - 1)) * scales[..., None]
+    values = (packed.astype(np.float32) - 2.0 ** (quantization.bits - 1)) * scales[..., None]
     rows: NDArray[np.float32] = values.reshape(matrix.shape[1], -1)[:, : matrix.shape[0]]
     return np.ascontiguousarray(rows.T)
 
 
 def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The constant matrix that a node multiplies with, and whether it is stored `[N, K]`; None for other nodes."""
+    """The constant matrix by which a node multiplies, and whether it is stored `[N, K]`; None for other nodes."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or node.inputs[1] is None:
         return None
-    value, is_turned = node.inputs[1], False
+    value, is_transposed = node.inputs[1], False
     if node.op_type == "Gemm":
         numbers = {name: attribute.value for name, attribute in node.attributes.items()}
         if numbers.get("transA") or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0:
             return None
-        is_turned = bool(numbers.get("transB"))
+        is_transposed = bool(numbers.get("transB"))
     producer = value.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        value, is_turned = producer.inputs[0], not is_turned
+        value, is_transposed = producer.inputs[0], not is_transposed
     tensor = value.const_value
     if not value.is_initializer() or tensor is None or len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
         return None
-    return value, is_turned
+    return value, is_transposed
 
 
-def _blocks(graph: ir.Graph, weight: ir.Value, is_turned: bool, how: Quantization) -> tuple[ir.Value, ir.Value]:
-    """Initializers of a matrix's packed integers and scales."""
+def _blocks(
+    graph: ir.Graph, weight: ir.Value, is_transposed: bool, quantization: Quantization
+) -> tuple[ir.Value, ir.Value]:
+    """Add initializers for a matrix's packed integers and scales."""
     tensor = weight.const_value
     assert tensor is not None
     sizes = [int(size) for size in tensor.shape.numpy()]
-    inputs, outputs = reversed(sizes) if is_turned else sizes
-    count = -(-inputs // how.block_size)
-    matrix = _Matrix(tensor, is_turned, how, tensor.dtype)
-    name = f"{weight.name}_turned" if is_turned and _is_both(weight) else str(weight.name)
-    made = (
-        (f"{name}_Q{how.bits}", ir.DataType.UINT8, (outputs, count, how.block_size * how.bits // 8), matrix.packed),
+    inputs, outputs = reversed(sizes) if is_transposed else sizes
+    count = -(-inputs // quantization.block_size)
+    matrix = _Matrix(tensor, is_transposed, quantization, tensor.dtype)
+    name = f"{weight.name}_turned" if is_transposed and _is_both(weight) else str(weight.name)
+    parts = (
+        (
+            f"{name}_Q{quantization.bits}",
+            ir.DataType.UINT8,
+            (outputs, count, quantization.block_size * quantization.bits // 8),
+            matrix.packed,
+        ),
         (f"{name}_scales", tensor.dtype, (outputs, count), matrix.scales),
     )
     values: list[ir.Value] = []
-    for label, dtype, shape, make in made:
+    for label, dtype, shape, make in parts:
         lazy = LazyTensor(label, dtype, ir.Shape(shape), make)
         values.append(ir.Value(name=label, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy))
         graph.initializers[label] = values[-1]
@@ -221,45 +232,50 @@ def _blocks(graph: ir.Graph, weight: ir.Value, is_turned: bool, how: Quantizatio
 
 
 def _is_both(weight: ir.Value) -> bool:
-    """Whether a matrix is multiplied with both as it is and transposed."""
-    found = {_weight_of(use.node) for use in weight.uses()}
-    return (weight, False) in found and (weight, True) in found
+    """Whether a matrix is used both as it is and transposed."""
+    operands = {_weight_of(use.node) for use in weight.uses()}
+    return (weight, False) in operands and (weight, True) in operands
 
 
-def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, how: Quantization) -> None:
+def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, quantization: Quantization) -> None:
     graph = node.graph  # the model's, or a branch
     assert isinstance(graph, ir.Graph)
     assert packed.shape is not None
     tensor = _weight_of(node)
     assert tensor is not None
-    weight, is_turned = tensor
+    weight, is_transposed = tensor
     assert weight.shape is not None
-    inputs = weight.shape[1] if is_turned else weight.shape[0]
-    attributes: dict[str, Any] = {"K": inputs, "N": packed.shape[0], "bits": how.bits, "block_size": how.block_size}
-    if how.accuracy_level:
-        attributes["accuracy_level"] = how.accuracy_level
+    inputs = weight.shape[1] if is_transposed else weight.shape[0]
+    attributes: dict[str, Any] = {
+        "K": inputs,
+        "N": packed.shape[0],
+        "bits": quantization.bits,
+        "block_size": quantization.block_size,
+    }
+    if quantization.accuracy_level:
+        attributes["accuracy_level"] = quantization.accuracy_level
     product = ir.node("MatMulNBits", [node.inputs[0], packed, scales], attributes=attributes, domain=MICROSOFT)
-    made = [product]
+    nodes = [product]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        made.append(ir.node("Add", [product.outputs[0], bias]))
-    old, new = node.outputs[0], made[-1].outputs[0]
+        nodes.append(ir.node("Add", [product.outputs[0], bias]))
+    old, new = node.outputs[0], nodes[-1].outputs[0]
     for value in (product.outputs[0], new):
         value.type, value.shape = old.type, old.shape
     new.name = old.name
-    graph.insert_before(node, made)
+    graph.insert_before(node, nodes)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    turned = node.inputs[1]
-    assert turned is not None
+    operand = node.inputs[1]
+    assert operand is not None
     graph.remove(node, safe=True)
-    producer = turned.producer()
-    if producer is not None and not turned.uses():
+    producer = operand.producer()
+    if producer is not None and not operand.uses():
         graph.remove(producer, safe=True)
 
 
-def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantization) -> int:
-    """Let lookups in a table that is a head's weight too read the head's blocks, so that it is stored once."""
-    if not _is_looked_up(table, how):
+def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, quantization: Quantization) -> int:
+    """Let lookups in a table that is tied to a head read the head's blocks, so that it is stored once."""
+    if not _is_looked_up(table, quantization):
         return 0
     assert table.shape is not None
     rows = int(table.shape.numpy()[0])
@@ -268,32 +284,37 @@ def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, how: Quantizati
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         shape = ir.node("Constant", [], attributes={"value_ints": [rows, -1]})
-        flat = ir.node("Reshape", [packed, shape.outputs[0]])
-        attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
-        found = ir.node(
+        flattened = ir.node("Reshape", [packed, shape.outputs[0]])
+        attributes = {
+            "bits": quantization.bits,
+            "block_size": quantization.block_size,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        }
+        lookup = ir.node(
             "GatherBlockQuantized",
-            [flat.outputs[0], node.inputs[1], scales],
+            [flattened.outputs[0], node.inputs[1], scales],
             attributes=attributes,
             domain=MICROSOFT,
         )
-        old, new = node.outputs[0], found.outputs[0]
+        old, new = node.outputs[0], lookup.outputs[0]
         new.type, new.shape, new.name = old.type, old.shape, old.name
-        graph.insert_before(node, [shape, flat, found])
+        graph.insert_before(node, [shape, flattened, lookup])
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return len(readers)
 
 
-def _is_looked_up(table: ir.Value, how: Quantization) -> bool:
-    """Whether all that reads a table now are lookups of rows, which blocks can serve."""
+def _is_looked_up(table: ir.Value, quantization: Quantization) -> bool:
+    """Whether all remaining readers of a table are row lookups, which quantized blocks support."""
     assert table.shape is not None
     width = table.shape[1] if len(table.shape) == 2 else None
-    fits = isinstance(width, int) and width % how.block_size == 0
+    fits = isinstance(width, int) and width % quantization.block_size == 0
     return fits and all(use.node.op_type == "Gather" and _axis(use.node) == 0 for use in table.uses())
 
 
 def tables_of_heads(model: ir.Model) -> set[str]:
-    """Names of matrices that are looked up and multiplied with."""
+    """Names of the matrices that are both looked up and multiplied by."""
     weights = [found[0] for node in model.graph.all_nodes() if (found := _weight_of(node)) is not None and found[1]]
     return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}
 

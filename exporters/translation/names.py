@@ -32,7 +32,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
 
 
 def name_axes(model: ir.Model) -> PassResult[ir.Model]:
-    """Give the symbolic axes of a graph the names that tools look for.
+    """Name the symbolic axes of a graph as tools expect them.
 
     Before: `input_ids [s72, s53] -> logits [s72, 5]`
     After:  `input_ids [batch_size, sequence_length] -> logits [batch_size, 5]`
@@ -47,13 +47,13 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
             if symbol is not None and not symbol.isdigit() and symbol not in names:
                 names[symbol] = _axis_name(str(value.name), axis, names.values(), has_cache=has_cache)
     inner = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
-    for found in (*model.graph.inputs, *inner, *model.graph.outputs):
-        _rename(found, names)
+    for renamed in (*model.graph.inputs, *inner, *model.graph.outputs):
+        _rename(renamed, names)
     return PassResult(len(names))
 
 
 def input_names(inputs: Mapping[str, Any]) -> list[str]:
-    """The names that a graph's inputs get, in order: `images.0`, `options.scales.left`.
+    """The names of a graph's inputs, in order: `images.0`, `options.scales.left`.
 
     Args:
         inputs: What it was traced with, by name.
@@ -69,9 +69,9 @@ def input_names(inputs: Mapping[str, Any]) -> list[str]:
 
 
 def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Name the outputs of a plain module `output`, or `output_0` and on; those of a transformers model are named.
+    """Name the outputs of a plain module `output`, or `output_0` and so on; a transformers model's have names.
 
-    They are called `result` where an input has such a name.
+    They are called `result` if an input has such a name.
 
     Args:
         model: The model; its outputs are renamed in place.
@@ -91,7 +91,7 @@ def _axis_name(name: str, axis: int, taken: Collection[str], *, has_cache: bool 
     if has_cache and name == "attention_mask" and axis == 1:
         return "total_sequence_length"
     own = f"{name}_axis_{axis}"
-    if name not in AXES:  # another symbol: its rows need not be as many
+    if name not in AXES:  # another symbol: it may have another number of rows
         return "batch_size" if axis == 0 and "batch_size" not in taken else own
     known = AXES[name]
     return known[axis] if axis < len(known) else own
@@ -104,7 +104,7 @@ def _symbols(value: ir.Value) -> list[str | None]:
 
 
 def _symbol(dim: object) -> str | None:
-    """The text of a symbolic axis, a sum with its terms in order; None for a number."""
+    """The text of a symbolic axis, the terms of a sum sorted; None for a number."""
     text = dim.value if isinstance(dim, ir.SymbolicDim) else None
     return None if text is None else " + ".join(sorted(text.split(" + ")))
 

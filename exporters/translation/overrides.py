@@ -1,4 +1,4 @@
-"""ONNX forms of PyTorch's operators in place of torchlib's: faster ones, and one that torchlib refuses."""
+"""Translations of PyTorch operators that replace torchlib's: faster ones, and one that torchlib refuses."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def dot_product_attention(
 ) -> Any:
     """`Softmax(MatMul(scale * query, Transpose(key)) + mask) @ value`.
 
-    torchlib's form of it transposes keys by shapes that are worked out at run time, scales queries and keys apart, and
-    looks for NaN in the weights of every layer, which a mask of finite numbers does not make.
+    torchlib's translation transposes keys by shapes computed at run time, scales queries and keys separately, and
+    checks every layer's weights for NaN, which cannot occur with a finite mask.
 
     Args:
         query: `[..., length, size]`.
         key: `[..., total, size]`.
         value: `[..., total, value size]`.
-        attn_mask: What is seen, or what is added to the scores; `[..., length, total]`, or None.
+        attn_mask: A boolean or an additive mask, `[..., length, total]`, or None.
         dropout_p: Zero in evaluation mode.
-        is_causal: Whether a position sees none behind it.
-        scale: What scores are multiplied by, or None for the root of the size.
-        enable_gqa: Whether fewer heads of keys are repeated.
+        is_causal: Whether a position attends to no later one.
+        scale: Factor of the scores, or None for `size ** -0.5`.
+        enable_gqa: Whether fewer key heads are repeated.
     """
     shape, dtype = key.shape, query.dtype
     size = None if shape is None else shape[-1]
@@ -44,8 +44,8 @@ def dot_product_attention(
         )
     rank = len(shape)
     factor = op.Constant(value=_number(size**-0.5 if scale is None else scale, dtype))
-    turned = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = op.MatMul(op.Mul(query, factor), turned)
+    transposed_key = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    scores = op.MatMul(op.Mul(query, factor), transposed_key)
     if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
         smallest = float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]  # it knows bfloat16
         seen, hidden = (op.Constant(value=_number(number, dtype)) for number in (0.0, smallest))
@@ -70,20 +70,20 @@ def batch_norm(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Any:
-    """`BatchNormalization` by what training noted, which ONNX Runtime folds into a convolution before it.
+    """`BatchNormalization` by the running statistics, which ONNX Runtime folds into a convolution before it.
 
-    A layer that noted nothing normalises by the mean and variance of the batch, in evaluation too.
+    A layer without running statistics normalises by those of the batch, in evaluation too.
 
     Args:
         x: `[batch, channels, ...]`.
         weight: `[channels]` or None.
         bias: `[channels]` or None.
-        running_mean: `[channels]`, or None where nothing was noted.
+        running_mean: `[channels]`, or None without running statistics.
         running_var: As `running_mean`.
-        training: Whether the batch's own mean and variance count.
-        momentum: Of the mean that is noted; of no effect here.
+        training: Whether to normalise by the statistics of the batch.
+        momentum: Of the running statistics; no effect here.
         eps: Added to the variance.
-        cudnn_enabled: Of no effect here.
+        cudnn_enabled: No effect here.
     """
     if not training and running_mean is not None:
         shape = op.Shape(running_mean)

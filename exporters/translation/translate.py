@@ -1,7 +1,7 @@
-"""A traced graph as an ONNX model, operator by operator.
+"""Translation of a traced graph to an ONNX model, operator by operator.
 
-The public `torch.onnx.export` traces and decomposes a program first, which takes most of its time and changes nothing
-in a graph that is a clean trace already. Here only the translation is run.
+The public `torch.onnx.export` first traces and decomposes a program, which takes most of its time and changes nothing
+in a clean trace. Here only the translation runs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from gralora_fx.compat.torch_onnx import (
 from gralora_fx.compat.transformers_exporters import onnx_translations
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.fx_passes.decompose import Decompose, FoldNumbers
-from gralora_fx.exporters.fx_passes.functionalize import without_shared_writes
+from gralora_fx.exporters.fx_passes.functionalize import functionalize
 from gralora_fx.exporters.fx_passes.libraries import eliminate_common_subexpressions, fix_calls, promote_types
 from gralora_fx.exporters.fx_passes.retrace import note_values
-from gralora_fx.exporters.fx_passes.simplify import constant_slices, out_of_place, simplify, whole_products
+from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention
@@ -40,9 +40,9 @@ from gralora_fx.progress.silence import quiet
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11
-_FUNCTIONS = "gralora.functions"  # domain of graphs that others call, until they are inlined
+_FUNCTIONS = "gralora.functions"  # domain of subgraphs, until they are inlined
 
-Weights = dict[str, tuple[str, Tensor]]  # path and values by the node that reads them
+Weights = dict[str, tuple[str, Tensor]]  # path and tensor by the name of the node that reads it
 
 _aten = torch.ops.aten
 
@@ -62,12 +62,12 @@ def translate(
     become those of `If`.
 
     Args:
-        graph_module: The graph, every node with the shape and dtype that tracing noted; it is left as it is.
+        graph_module: The graph, every node with its traced value; it is left unchanged.
         passes: What to do with a copy of the graph, once it is simplified.
         first: What to do with it before, as it was traced: its weights are parameters of its module.
         opset: Version of ONNX's operators.
-        log: Gets a report for each pass over the copy.
-        name: What the graph is called in reports.
+        log: Receives a report for each pass over the copy.
+        name: The graph's name in reports.
 
     Raises:
         ExportError: An operator has no ONNX form; the message names it.
@@ -98,7 +98,7 @@ def translate(
 
 
 def _translate_into(
-    place: ir.Graph | ir.Function,
+    container: ir.Graph | ir.Function,
     graph_module: fx.GraphModule,
     model: ir.Model,
     registry: Any,
@@ -106,7 +106,7 @@ def _translate_into(
     name: str,
     passes: Sequence[Pass[fx.Graph]] = (),
 ) -> Weights:
-    """Translate a graph into one of a model; those that it calls become functions of the model."""
+    """Translate a graph into a graph or function of a model; its subgraphs become functions of the model."""
     parts = {path: part for path, part in graph_module.named_children() if isinstance(part, fx.GraphModule)}
     functions = {path: _function(path, part, model, registry, log) for path, part in parts.items()}
     graph = copy_graph(graph_module)
@@ -114,21 +114,21 @@ def _translate_into(
     weights = _take_weights(graph, graph_module, parts)
     for node in graph.find_nodes(op="get_attr"):
         node.target = node.name if node.name in weights else node.target
-    values = {path: _stand_in(tensor) for path, (_, tensor) in weights.items()}
+    values = {path: _placeholder_tensor(tensor) for path, (_, tensor) in weights.items()}
     graph = fx.GraphModule(values | parts, graph).graph
     known = operators_in(registry)
     graph = Pipeline(
         name,
         (
-            without_shared_writes,  # first: what is written in place must be seen before anything is moved
+            functionalize,  # first: in-place writes must be resolved before any node is moved
             out_of_place,
             simplify,
-            whole_products,
-            fix_calls,  # transformers' own; before common subexpressions, since it writes arguments out
-            note_values,  # of what it added
+            addmm_to_matmul,
+            fix_calls,  # transformers' own; before common subexpressions, since it makes arguments explicit
+            note_values,  # of the nodes it added
             eliminate_common_subexpressions,
-            *passes,  # on a graph that spells one thing in one way
-            Decompose(known, lambda: decomposition_table(known)),  # what no pass has taken
+            *passes,  # on a graph in which each expression has one spelling
+            Decompose(known, lambda: decomposition_table(known)),  # what no pass has replaced
             FoldNumbers(known, lambda path: _constant(weights[path][1]) if path in weights else None),
             constant_slices,
             promote_types,  # last: it runs the whole graph
@@ -136,7 +136,7 @@ def _translate_into(
     ).run(graph, log)
     try:
         with quiet():
-            translate_graph(graph, model, place, functions, registry)
+            translate_graph(graph, model, container, functions, registry)
     except Exception as error:  # torch.onnx raises errors of every type
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -147,7 +147,7 @@ def _translate_into(
 
 
 def _take_weights(graph: fx.Graph, graph_module: fx.GraphModule, parts: Mapping[str, fx.GraphModule]) -> Weights:
-    """The tensors that a graph reads, by the one node that reads each: what shares memory is stored once."""
+    """The tensors that a graph reads, each by a single node, so that tensors in the same memory are stored once."""
     weights: Weights = {}
     first: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
@@ -155,27 +155,27 @@ def _take_weights(graph: fx.Graph, graph_module: fx.GraphModule, parts: Mapping[
             continue
         tensor = tensor_at(graph_module, str(node.target))
         if tensor is None:
-            raise ExportError(f"{node.target} of the graph is no tensor, so it has no ONNX form")
+            raise ExportError(f"{node.target} of the graph is not a tensor, so it has no ONNX form")
         same = first.setdefault(_memory(tensor), node)
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
             continue
         weights[node.name] = str(node.target), tensor
-        node.meta["val"] = _stand_in(tensor)
+        node.meta["val"] = _placeholder_tensor(tensor)
     return weights
 
 
 def _memory(tensor: Tensor) -> Any:
-    """What two tensors have in common that hold the same values, whatever is written to one of them."""
+    """A key that is equal for tensors that are the same view of the same memory."""
     if tensor.is_meta:
         return id(tensor)
-    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-    return *place, tensor.shape, tensor.stride(), tensor.dtype
+    location = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return *location, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, registry: Any, log: PassLog) -> ir.Function:
-    """A graph that another calls as a function of a model."""
+    """Translate a subgraph into a function of the model."""
     name = f"{name}_{len(model.functions)}"
     function = ir.Function(_FUNCTIONS, name, graph=ir.Graph((), (), nodes=()), attributes=())
     _translate_into(function, graph_module, model, registry, log, f"{name}-fx")
@@ -183,13 +183,13 @@ def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, registry
     return function
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor to convert with: itself, or one of its shape without memory where the values come later."""
+def _placeholder_tensor(tensor: Tensor) -> Tensor:
+    """A tensor to translate with: the tensor itself, or a zero expanded to its shape if it is on the meta device."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
 
 
 def _constant(tensor: Tensor) -> Tensor | None:
-    """A tensor that is no parameter and has values."""
+    """A tensor that is not a parameter and has values, or None."""
     return None if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor
 
 
@@ -199,7 +199,7 @@ def _registry(opset: int) -> Any:
     for target, function in onnx_translations().items():
         registry.register_op(target, function)
     registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
-    if opset < OPSET:  # which has attention
+    if opset < OPSET:  # which has an operator for it
         registry.register_op(_aten.scaled_dot_product_attention.default, dot_product_attention)
     registry.register_op(_aten.batch_norm.default, batch_norm)
     for operator, translation in TRANSLATIONS.items():

@@ -1,4 +1,4 @@
-"""Weights of a graph as tensors of an ONNX model; those that are made when they are read stay so."""
+"""Weights of a graph as tensors of an ONNX model; lazy ones stay lazy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _WRITTEN_AT_ONCE = 2**24  # bytes
 
 
 def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
-    """A parameter as an initializer's value, which shares its memory or is made when it is written.
+    """A parameter as an initializer's value, which shares its memory or is computed when it is written.
 
     Args:
         name: Name of the initializer.
-        tensor: The parameter; on the meta device it has a source (see `gralora_fx.sources.lazy_tensors`).
+        tensor: The parameter; one on the meta device has a source of values (see `gralora_fx.sources.lazy_tensors`).
     """
     if not tensor.is_meta:
         return TorchTensor(tensor.detach(), name=name)
@@ -30,7 +30,7 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
 
 
 class LazyTensor(ir.LazyTensor):
-    """A tensor whose values a function makes whenever they are read, and which nothing keeps.
+    """A tensor whose values are computed by a function at every read, and not kept.
 
     Attributes:
         parts: The tensors that it joins along its last axis, for who can do with one at a time; else empty.
@@ -50,7 +50,7 @@ class LazyTensor(ir.LazyTensor):
             name: Name of the tensor.
             dtype: Dtype of the values.
             shape: Shape of the values.
-            make: Makes the values.
+            make: Computes the values.
             parts: The tensors that it joins, if any.
         """
 
@@ -84,7 +84,7 @@ def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:
     shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
 
     def whole() -> ir.TensorProtocol:
-        """One part after the other, so that no more than one is in memory beside the whole."""
+        """Copy one part after the other, so that no more than one is in memory beside the whole."""
         values = np.empty(shape.numpy(), first.dtype.numpy())
         for part, end, width in zip(parts, np.cumsum(widths), widths, strict=True):
             values[..., end - width : end] = part.numpy()
@@ -94,7 +94,7 @@ def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:
 
 
 def transposed_tensor(name: str | None, matrix: ir.TensorProtocol) -> LazyTensor:
-    """A matrix transposed: no copy of the whole is made, neither where it is read nor where it is written.
+    """A transposed matrix, which is copied as a whole neither when it is read nor when it is written.
 
     Args:
         name: Name of the transposed matrix.
@@ -105,18 +105,18 @@ def transposed_tensor(name: str | None, matrix: ir.TensorProtocol) -> LazyTensor
 
 
 def parts_of(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:
-    """The matrices that one was joined of, side by side; itself where it is one."""
+    """The parts of a concatenated matrix; the matrix itself if it is not one."""
     return tensor.parts if isinstance(tensor, LazyTensor) and tensor.parts else (tensor,)
 
 
 def unless_weight(node: ir.Node) -> bool | None:
-    """Whether constants may be folded at a node: not where a weight is transposed, which would be stored twice.
+    """Whether constants may be folded at a node: not at the transpose of a weight, which would be stored twice.
 
     Args:
         node: Any node.
 
     Returns:
-        False for such a node, else None, which leaves it to the folding.
+        False for such a node, else None, which leaves it to the optimizer.
     """
     source = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
     return False if source is not None and source.is_initializer() else None

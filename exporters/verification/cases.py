@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck
-from gralora_fx.exporters.verification.float64_reference import Judge
+from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.prompts import Prompts
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.tracing.traced_model import TracedModel
@@ -27,7 +27,7 @@ class TokenRun:
         model: The model that it is compared with, in evaluation mode.
         cases: The inputs that were compared before.
         prompts: Prompts to begin with.
-        judge: Says which differences of the logits are allowed.
+        tolerance_check: Decides which differences of the logits are acceptable.
         quick: Whether few tokens are enough.
     """
 
@@ -35,7 +35,7 @@ class TokenRun:
     model: TracedModel | GraloraModel
     cases: Sequence[Case]
     prompts: Sequence[Prompts]
-    judge: Judge
+    tolerance_check: ToleranceCheck
     quick: bool
 
 

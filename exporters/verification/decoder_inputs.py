@@ -26,7 +26,7 @@ _QUICK_STEPS = ((1, 0, 1, ""), (3, 0, 9, "right"), (1, 6, 5, ""))  # left paddin
 
 
 def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prompts after an empty cache, and steps after a long one, padded on the left.
+    """Prompts with an empty cache, and steps after a long one, padded on the left.
 
     Args:
         model: The traced model.
@@ -55,7 +55,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
         if "position_ids" in case:
             case["position_ids"] = positions(mask, length)
         cache = empty_cache(example, batch)
-        if past:  # of the model's own making: on random keys and values its errors would say nothing about texts
+        if past:  # computed by the model: errors on random keys and values would say nothing about texts
             first = {name: value for name, value in case.items() if name not in ("attention_mask", "position_ids")}
             first["input_ids"] = like(case["input_ids"], batch, past, generator, vocabulary_of(model))
             first["attention_mask"] = mask[:, :past]
@@ -72,7 +72,7 @@ def drop_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> di
 
     Args:
         outputs: `logits [batch, length, vocabulary]`, and `present.N.key|value [batch, heads, total, size]`.
-        inputs: The inputs they were computed from.
+        inputs: The inputs from which they were computed.
     """
     mask = inputs.get("attention_mask")
     if mask is None or bool(mask.all()):

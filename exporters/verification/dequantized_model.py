@@ -1,4 +1,4 @@
-"""A model with the weights that an export has: cast as they were, each quantized matrix as its blocks decode."""
+"""A model with an export's weights: cast to its precision, quantized matrices dequantized."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.folded_model import as_traced, base_of
+from gralora_fx.exporters.folded_model import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
-from gralora_fx.exporters.onnx_passes.quantize import decoded
+from gralora_fx.exporters.onnx_passes.quantize import dequantize
 from gralora_fx.exporters.options import Quantization
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.passes.replace_weights import with_weights
+from gralora_fx.passes.replace_weights import replace_weights
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.normalize.modes import set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 
-_COLUMNS = 4096  # decoded at once
+_COLUMNS = 4096  # dequantized at once
 
 
 def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> TracedModel | GraloraModel:
-    """The model itself; for an export of another precision the adapter-free one with the same rounded weights.
+    """The model itself; for an export of another precision, the adapter-free model with the same rounded weights.
 
     Args:
         model: The model that was exported.
@@ -37,84 +37,89 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
         ExportError: The export holds quantized matrices that no linear layer of the model has.
     """
     precision, found = manifest.precision, manifest.quantization
-    traced = base_of(model)
+    traced = base_trace(model)
     if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
-    how = None if found is None else Quantization(found.kind, found.block_size, found.accuracy_level)
+    quantization = None if found is None else Quantization(found.kind, found.block_size, found.accuracy_level)
     known = sum({id(site.weight): site.weight.numel() for site in traced.sites}.values())
     if found is not None and found.values != known:
         raise ExportError(
             f"the export holds {found.values:,} quantized values and the model's linear layers {known:,}, so there "
-            "is no model with the same rounded weights to compare it with; export with verify=False and judge it by "
+            "is no model with the same rounded weights to compare it with; export with verify=False and "
+            "tolerance_check it by "
             "what it is for"
         )
-    return rounded(as_traced(model), precision, how, with_tables=found is not None and found.lookups > 0)
+    return dequantized_model(
+        fold_adapters(model), precision, quantization, with_tables=found is not None and found.lookups > 0
+    )
 
 
-def rounded(
-    traced: TracedModel, precision: str, how: Quantization | None = None, *, with_tables: bool = False
+def dequantized_model(
+    traced: TracedModel, precision: str, quantization: Quantization | None = None, *, with_tables: bool = False
 ) -> TracedModel:
-    """The model that an export computes, in float32 arithmetic.
+    """The model with an export's rounded weights, in float32 arithmetic.
 
     Args:
-        traced: The adapter-free model, of any precision, its folded weights deferred or not.
-        precision: Precision that the export's weights were cast to.
-        how: How its matrices were quantized then, or None.
-        with_tables: Whether an embedding that is a head's weight too is read from the head's blocks.
+        traced: The adapter-free model, of any precision, its folded weights lazy or not.
+        precision: Precision to which the export's weights were cast.
+        quantization: How its matrices were quantized after that, or None.
+        with_tables: Whether an embedding that is tied to a head reads the head's blocks.
 
     Returns:
-        A model with weights of its own, to be run.
+        A model with weights of its own, which can be run.
     """
     dtype = DTYPES[precision]
     model = _in_float32(traced, dtype)
-    if how is None:
+    if quantization is None:
         return model
-    blocks = {site.path: _as_blocks(site, how, dtype) for site in model.sites}
-    shared = [site for site in model.sites if with_tables and _is_shared(model, site, how)]
+    blocks = {site.path: _as_blocks(site, quantization, dtype) for site in model.sites}
+    shared = [site for site in model.sites if with_tables and _is_shared(model, site, quantization)]
     tables = {id(site.weight): blocks.pop(site.path) for site in shared}
-    model = with_weights(model, blocks)
+    model = replace_weights(model, blocks)
     graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
     _replace(graph_module, lambda parameter, _: tables.get(id(parameter), parameter))
     return model.with_graph(graph_module, model.tree)
 
 
 def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
-    """The model with float32 weights that were cast to another dtype before."""
+    """The model with float32 weights rounded to another dtype."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)
     graph_module = cast_graph(graph_module, "fp32")
-    made: dict[int, nn.Parameter] = {}
+    casts: dict[int, nn.Parameter] = {}
 
     def cast(parameter: nn.Parameter, name: str) -> nn.Parameter:
-        if id(parameter) not in made:
+        if id(parameter) not in casts:
             values = values_of(parameter, name)
             values = values.to(dtype).float() if values.is_floating_point() else values
-            made[id(parameter)] = nn.Parameter(values, requires_grad=False)
-        return made[id(parameter)]
+            casts[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        return casts[id(parameter)]
 
     _replace(graph_module, cast)
-    found = dict(graph_module.named_parameters(remove_duplicate=False))
-    names = {id(own): found[name] for name, own in traced.tree.parameters.items() if name in found}  # other names too
+    graph_parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    names = {
+        id(own): graph_parameters[name] for name, own in traced.tree.parameters.items() if name in graph_parameters
+    }  # under other names too
     parameters = {name: names.get(id(own), own) for name, own in traced.tree.parameters.items()}
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).eval()
 
 
-def _is_shared(traced: TracedModel, site: LinearSite, how: Quantization) -> bool:
-    """Whether a table that something else reads too is stored as blocks for both."""
+def _is_shared(traced: TracedModel, site: LinearSite, quantization: Quantization) -> bool:
+    """Whether a weight with other readers is stored as blocks for all of them."""
     is_read = bool(site.tied_with) or bool(other_readers(traced.graph_module, [site])[site.path])
-    return is_read and site.in_features % how.block_size == 0
+    return is_read and site.in_features % quantization.block_size == 0
 
 
-def _as_blocks(site: LinearSite, how: Quantization, dtype: torch.dtype) -> nn.Parameter:
-    turned = site.weight if site.kind == "conv1d" else site.weight.t()  # [in, out]
-    values = torch.cat(list(_parts(turned.detach(), how, dtype)), dim=1)
+def _as_blocks(site: LinearSite, quantization: Quantization, dtype: torch.dtype) -> nn.Parameter:
+    matrix = site.weight if site.kind == "conv1d" else site.weight.t()  # [in, out]
+    values = torch.cat(list(_parts(matrix.detach(), quantization, dtype)), dim=1)
     return nn.Parameter((values if site.kind == "conv1d" else values.t()).contiguous(), requires_grad=False)
 
 
-def _parts(matrix: Tensor, how: Quantization, dtype: torch.dtype) -> Iterator[Tensor]:
-    half = np.float16 if dtype == torch.float16 else np.float32  # what the quantizer is given
+def _parts(matrix: Tensor, quantization: Quantization, dtype: torch.dtype) -> Iterator[Tensor]:
+    half = np.float16 if dtype == torch.float16 else np.float32  # the quantizer's input
     for part in torch.split(matrix, _COLUMNS, dim=1):
-        yield torch.from_numpy(decoded(np.ascontiguousarray(part.numpy(), dtype=half), how, dtype))
+        yield torch.from_numpy(dequantize(np.ascontiguousarray(part.numpy(), dtype=half), quantization, dtype))
 
 
 def _replace(graph_module: fx.GraphModule, replacement: Callable[[nn.Parameter, str], nn.Parameter]) -> None:

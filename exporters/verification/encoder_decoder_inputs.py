@@ -27,7 +27,7 @@ _QUICK_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 4, 1))
 def encoder_decoder_inputs(
     model: TracedModel, generator: torch.Generator, quick: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A decoder's first steps and steps after others, over texts of several lengths, padded on either side.
+    """A decoder's first and later steps, over texts of several lengths, padded on either side.
 
     Args:
         model: The traced model.
@@ -60,7 +60,7 @@ def drop_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> di
     Args:
         outputs: Output tensors by name; those of the encoder's positions are `[batch, encoder length, size]`, keys and
             values `[batch, heads, encoder length, size]`.
-        inputs: The inputs they were computed from.
+        inputs: The inputs from which they were computed.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()):

@@ -1,4 +1,4 @@
-"""An export as ONNX Runtime's CPU provider can compute it exactly."""
+"""A float32 copy of an export, which ONNX Runtime's CPU provider can run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_comparable(directory: Path, manifest: Manifest) -> tuple[Any, str]:
 
 
 def write_float32_copy(directory: Path, target: Path) -> None:
-    """Write a graph that computes in float32 where another does in bfloat16, or multiplies by int8.
+    """Write a copy of an export that computes in float32 instead of bfloat16 or int8.
 
     The weights keep the values that they were rounded to. The CPU provider has no bfloat16 kernel for multiplications,
     attention or elementwise operators; and what a quantized operator loses by rounding activations would hide what is
@@ -43,10 +43,10 @@ def write_float32_copy(directory: Path, target: Path) -> None:
 
     Args:
         directory: An export directory.
-        target: Where to write its models and their data.
+        target: Directory to write its models and their data to.
 
     Raises:
-        ExportError: Weights lie outside the directory, or the disk has no room.
+        ExportError: Weights are outside the directory, or the disk has no room.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(directory.glob("*.onnx")):
@@ -77,8 +77,8 @@ def _in_float32(model: ir.Model) -> None:
 
 
 def _values(model: ir.Model) -> list[ir.Value]:
-    made = [value for node in model.graph.all_nodes() for value in node.outputs]
-    return [*model.graph.inputs, *model.graph.initializers.values(), *made]
+    outputs = [value for node in model.graph.all_nodes() for value in node.outputs]
+    return [*model.graph.inputs, *model.graph.initializers.values(), *outputs]
 
 
 def _as_float32(tensor: ir.TensorProtocol) -> LazyTensor:

@@ -1,4 +1,4 @@
-"""What float32 itself rounds: a model run once more in float64, where an export differs more than its tolerance."""
+"""A float64 reference run, which tells float32's own rounding where an export exceeds its tolerance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Cache
 from gralora_fx.compat.operators import TorchDispatchMode, returns_alias
 from gralora_fx.compat.pytree import tree_map, tree_map_only
 from gralora_fx.errors import first_line
-from gralora_fx.exporters.folded_model import base_of
+from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.reports import RoundingCheck
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
@@ -21,103 +21,105 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_like, empty_cache, pairs_of, positions
 from gralora_fx.tracing.traced_model import TracedModel
 
-_ALLOWED = 4  # times what float32 itself rounds
-_DRAWS = 4  # of random rounding
-_LARGEST = 0.01  # that rounding may explain: a model that is further off in float32 tells nothing
-_BIT = torch.finfo(torch.float32).eps  # a whole one, as the sums within an operator round too, at every term
+_ALLOWED = 4  # times the rounding error of float32 itself
+_DRAWS = 4  # runs with random rounding noise
+_LARGEST = 0.01  # difference that rounding may explain: a model that is further off in float32 tells nothing
+_BIT = torch.finfo(torch.float32).eps  # a whole bit, as the sums within an operator round at every term too
 
 
-class Judge:
-    """Says whether an export's values are close enough to the model's.
+class ToleranceCheck:
+    """Decides whether an export's values are close enough to the model's.
 
-    They are within the tolerance; or, in a model that magnifies the last bits of float32 more than that, at most four
-    times as far off as float32 itself: as PyTorch's values in float32, or those of a run in float64 whose weights and
-    results are off by up to a bit of float32 each, are from float64's. An export rounds otherwise than its model
-    does: a folded weight once more, a fused operator less often. Every use of the second rule is noted.
+    They are if they are within the tolerance. In a model that magnifies float32's last bits more than that, they may
+    also be up to four times as far from float64 as float32 itself: as PyTorch's float32 values, or as a float64 run
+    whose weights and results carry a bit of float32 rounding noise each. An export rounds differently from its model: a
+    folded weight once more, a fused operator less often. Every use of the second rule is recorded.
 
     Runs with random rounding are Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic", 1997).
     """
 
-    def __init__(self, model: TracedModel | GraloraModel, tolerance: float, *, exact: bool) -> None:
+    def __init__(self, model: TracedModel | GraloraModel, tolerance: float, *, use_float64: bool) -> None:
         """Nothing is run before it is needed.
 
         Args:
             model: The reference, in evaluation mode and float32.
             tolerance: Largest difference, relative to the largest value or to 1 where that is smaller.
-            exact: Whether the second rule holds.
+            use_float64: Whether the second rule applies.
         """
         self.tolerance = tolerance
-        self.found: list[RoundingCheck] = []
-        self._is_lost = not exact  # after a difference that nothing excuses no other is looked into
-        self._models = [InFloat64(model, draw) for draw in range(_DRAWS + 1)]
+        self.exceeded: list[RoundingCheck] = []
+        self._is_lost = not use_float64  # after an inexcusable difference no other is examined
+        self._models = [Float64Model(model, draw) for draw in range(_DRAWS + 1)]
 
-    def accepts(self, where: str, expected: Tensor, actual: Tensor, exactly: Callable[[InFloat64], Tensor]) -> bool:
-        """Judge one tensor.
+    def accepts(
+        self, where: str, expected: Tensor, actual: Tensor, in_float64: Callable[[Float64Model], Tensor]
+    ) -> bool:
+        """Compare one tensor.
 
         Args:
-            where: What it is, for the report.
-            expected: PyTorch's.
-            actual: The export's.
-            exactly: Gives the same in float64 by a model to run.
+            where: What the tensor is, for the report.
+            expected: PyTorch's values.
+            actual: The export's values.
+            in_float64: Computes the same tensor with a given float64 model.
         """
         scale = max(1.0, largest_value(expected))
         difference = largest_gap(expected, actual) / scale
         if difference <= self.tolerance or self._is_lost:
             return difference <= self.tolerance
-        why_not, own = "", 0.0
+        why_not, rounding = "", 0.0
         try:
-            exact, *others = (exactly(model).double() for model in self._models)
-            own = max(largest_gap(exact, other) for other in (expected.double(), *others)) / scale
+            reference, *others = (in_float64(model).double() for model in self._models)
+            rounding = max(largest_gap(reference, other) for other in (expected.double(), *others)) / scale
         except RuntimeError as error:  # operators without a float64 kernel
-            why_not = f"no run in float64 to tell what rounding does: {first_line(error)}"
-        self.found.append(RoundingCheck(where, difference, own, why_not))
-        self._is_lost = not (difference <= _ALLOWED * own and own <= _LARGEST)
+            why_not = f"no float64 run to compare with: {first_line(error)}"
+        self.exceeded.append(RoundingCheck(where, difference, rounding, why_not))
+        self._is_lost = not (difference <= _ALLOWED * rounding and rounding <= _LARGEST)
         return not self._is_lost
 
 
-class InFloat64:
-    """A model with every float32 tensor in float64: its weights, its inputs, and what it computes in float32."""
+class Float64Model:
+    """A model with every float32 tensor in float64: weights, inputs and intermediate results."""
 
     def __init__(self, model: TracedModel | GraloraModel, draw: int = 0) -> None:
-        """Copy nothing yet: the weights are copied for every run, and then given back.
+        """Copy nothing yet: the weights are copied for every run and freed after it.
 
         Args:
             model: The model.
-            draw: 0 to round nothing; any other seeds what every weight and result is off, up to a bit of float32.
+            draw: 0 for no noise; any other is the seed of noise of up to a bit of float32 on every weight and result.
         """
         self.draw = draw
         self._model = model
 
     def __call__(self, **inputs: Any) -> Any:
         """What the model returns."""
-        round_off = _RoundOff(self.draw)
+        round_off = _RoundingNoise(self.draw)
         graph_module = _widened(self._model.graph_module, round_off)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
             with torch.no_grad(), _Float64(round_off):
                 return graph_module(
-                    **base_of(self._model).bind((), {name: _wide(value) for name, value in inputs.items()})
+                    **base_trace(self._model).bind((), {name: _wide(value) for name, value in inputs.items()})
                 )
         finally:
             torch.set_default_dtype(before)
 
     def after(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits `[batch, vocabulary]` after a text that is read at once, with an empty cache.
+        """Logits `[batch, vocabulary]` after a text, computed at once with an empty cache.
 
         Args:
             ids: `[batch, length]`.
             mask: As `ids`, 0 where a position is padding.
         """
-        traced = base_of(self._model)
+        traced = base_trace(self._model)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-        taken = {name: value for name, value in inputs.items() if name in traced.input_names}
+        named_inputs = {name: value for name, value in inputs.items() if name in traced.input_names}
         cache = empty_cache(traced.example_inputs[PAST], ids.shape[0])
-        return last_logits(self(**taken, past_key_values=cache)["logits"], mask)[:, -1]
+        return last_logits(self(**named_inputs, past_key_values=cache)["logits"], mask)[:, -1]
 
 
-class _RoundOff:
-    """Puts values off by up to a bit of float32; draw 0 by nothing."""
+class _RoundingNoise:
+    """Adds relative noise of up to a bit of float32; draw 0 adds none."""
 
     def __init__(self, draw: int) -> None:
         self._generator = torch.Generator().manual_seed(draw) if draw else None
@@ -130,36 +132,36 @@ class _RoundOff:
 
 
 class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Makes float64 of every dtype of float32 that an operator is given, and rounds what it computes."""
+    """Replaces float32 dtype arguments by float64, and adds rounding noise to every result."""
 
-    def __init__(self, round_off: _RoundOff) -> None:
+    def __init__(self, round_off: _RoundingNoise) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._round_off = round_off
+        self._noise = round_off
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         args, kwargs = tree_map(lambda v: torch.float64 if v is torch.float32 else v, (args, dict(kwargs or {})))
         result = func(*args, **kwargs)
         shares = returns_alias(func)
         is_computed = isinstance(result, Tensor) and result.dtype == torch.float64 and not shares
-        return self._round_off(result) if is_computed else result
+        return self._noise(result) if is_computed else result
 
 
-def _widened(graph_module: fx.GraphModule, round_off: _RoundOff) -> fx.GraphModule:
-    twin = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
-    made: dict[int, nn.Parameter] = {}
+def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.GraphModule:
+    wide_module = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
+    casts: dict[int, nn.Parameter] = {}
 
     def wide(parameter: nn.Parameter) -> nn.Parameter:
-        if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(round_off(parameter.detach().double()), requires_grad=False)
-        return made[id(parameter)]
+        if id(parameter) not in casts:
+            casts[id(parameter)] = nn.Parameter(round_off(parameter.detach().double()), requires_grad=False)
+        return casts[id(parameter)]
 
-    for module in twin.modules():
+    for module in wide_module.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dtype == torch.float32:
                 module._parameters[name] = wide(parameter)
         for tensors in (module._buffers, vars(module)):
             tensors |= {name: _wide(value) for name, value in tensors.items() if isinstance(value, Tensor)}
-    return twin
+    return wide_module
 
 
 def _wide(value: Any) -> Any:

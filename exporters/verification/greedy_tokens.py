@@ -1,4 +1,4 @@
-"""Greedy tokens of an export held against the model's, step by step, each with the cache of its own steps."""
+"""Comparison of an export's greedy tokens with the model's, step by step, each with a cache of its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.folded_model import base_of
+from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.reports import TokenCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
-from gralora_fx.exporters.verification.float64_reference import Judge
+from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.prompts import Prompts
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
@@ -30,34 +30,34 @@ def compare_tokens(run: TokenRun) -> TokenResult:
     """
     if not run.prompts:  # of a context too short for any
         return TokenResult()
-    tokens = compare_greedy(run.session, run.model, run.prompts, run.judge)
+    tokens = compare_greedy(run.session, run.model, run.prompts, run.tolerance_check)
     return TokenResult(tokens.passed, tokens)
 
 
 def compare_greedy(
-    session: Any, model: TracedModel | GraloraModel, cases: Iterable[Prompts], judge: Judge
+    session: Any, model: TracedModel | GraloraModel, cases: Iterable[Prompts], tolerance_check: ToleranceCheck
 ) -> TokenCheck:
-    """Compare logits and the likeliest token at every step; both go on with the model's token.
+    """Compare logits and the likeliest token at every step; both continue with the model's token.
 
     Args:
         session: A session over an export with a cache.
         model: The model in evaluation mode.
-        cases: Prompts to begin with.
-        judge: Says which differences of the logits are allowed.
+        cases: Batches of prompts.
+        tolerance_check: Decides which differences of the logits are acceptable.
 
     Raises:
         ExportError: The model or the export cannot run.
     """
-    found = _Found()
+    tally = _Tally()
     for prompts in cases:
-        found.cases.append(prompts.description)
+        tally.cases.append(prompts.description)
         for index, step in enumerate(_steps(session, model, prompts)):
-            found.add(index, step, judge, prompts.description)
-    return found.result()
+            tally.add(index, step, tolerance_check, prompts.description)
+    return tally.result()
 
 
 class _Step(NamedTuple):
-    """What both gave for one token, and what they had read until then.
+    """The logits of both for one token, and the tokens read until then.
 
     Attributes:
         expected: Logits of the model, `[batch, vocabulary]`.
@@ -74,16 +74,16 @@ class _Step(NamedTuple):
 
 def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
     """The last position's logits of model and export, step by step."""
-    traced = base_of(model)
-    ids, mask, read = prompts.ids, prompts.mask, prompts.ids
+    traced = base_trace(model)
+    ids, mask, history = prompts.ids, prompts.mask, prompts.ids
     cache: Any = empty_cache(traced.example_inputs[PAST], ids.shape[0])
     export = DecoderSteps(session, ids.shape[0], prompts.description)
     for _ in range(prompts.steps):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
         try:
             with torch.no_grad():
-                taken = {n: v for n, v in inputs.items() if n in traced.input_names}
-                outputs = model(**traced.constants, **taken, past_key_values=cache)
+                model_inputs = {n: v for n, v in inputs.items() if n in traced.input_names}
+                outputs = model(**traced.constants, **model_inputs, past_key_values=cache)
         except Exception as error:  # a model raises what it likes
             raise ExportError(f"the model itself fails on {prompts.description}: {first_line(error)}") from error
         cache = outputs[PAST]
@@ -91,14 +91,14 @@ def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) ->
             logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)
             for logits in (outputs["logits"].float(), export(ids, mask).float())
         )
-        yield _Step(expected[:, -1], actual[:, -1], read, mask)
+        yield _Step(expected[:, -1], actual[:, -1], history, mask)
         ids = expected[:, -1].argmax(-1, keepdim=True)
-        read = torch.cat([read, ids], dim=1)
+        history = torch.cat([history, ids], dim=1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
 
-class _Found:
-    """What the steps add up to."""
+class _Tally:
+    """The results of all steps, accumulated."""
 
     def __init__(self) -> None:
         self.cases: list[str] = []
@@ -107,10 +107,10 @@ class _Found:
         self._errors: dict[int, float] = {}
         self._passed = True
 
-    def add(self, index: int, step: _Step, judge: Judge, case: str) -> None:
+    def add(self, index: int, step: _Step, tolerance_check: ToleranceCheck, case: str) -> None:
         """Count one step of every row."""
         expected, actual = step.expected, step.actual
-        self._passed &= judge.accepts(
+        self._passed &= tolerance_check.accepts(
             f"{case}, token {index}", expected, actual, lambda model: model.after(step.ids, step.mask)
         )
         scale = max(1.0, largest_value(expected))
@@ -120,7 +120,7 @@ class _Found:
         self._equal += int((wanted == got).sum())
         for row in (wanted != got).nonzero().flatten().tolist():
             token, other = int(wanted[row]), int(got[row])
-            is_tie = float(expected[row, token] - expected[row, other]) <= 2 * judge.tolerance * scale
+            is_tie = float(expected[row, token] - expected[row, other]) <= 2 * tolerance_check.tolerance * scale
             self._ties += is_tie
             if self._first is None:
                 tie = " (a near tie)" if is_tie else ""

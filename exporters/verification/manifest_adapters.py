@@ -1,4 +1,4 @@
-"""Whether the adapters that an export was made with are those that are given to verify it."""
+"""Checks that an export is verified with the adapters that it was made with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | GraloraModel) -> None:
-    """Refuse to compare an export with a model whose active adapters are not those that were exported.
+    """Check that a model's active adapters are those that were exported.
 
     Args:
         manifest: The export's manifest.
@@ -30,27 +30,27 @@ def check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | 
         model: The model to compare it with.
 
     Raises:
-        ExportError: They differ; the message names both.
+        ExportError: They differ; the message names both sets.
     """
     exported, active = manifest.adapters, describe_adapters(model)
     if _digests(exported) == _digests(active):
         return
-    found = f"the given model has {_all(active)} active" if active else "the given model has no active adapter"
+    state = f"the given model has {_all(active)} active" if active else "the given model has no active adapter"
     if not exported:
-        raise ExportError(f"{origin} was exported without an adapter, but {found}; deactivate it (disable_adapter)")
-    raise ExportError(f"{origin} was exported with {_all(exported)}, but {found}; give the model that was exported")
+        raise ExportError(f"{origin} was exported without an adapter, but {state}; deactivate it (disable_adapter)")
+    raise ExportError(f"{origin} was exported with {_all(exported)}, but {state}; give the model that was exported")
 
 
 def check_given_adapter(manifest: Manifest, origin: str, adapter: str | None) -> None:
-    """Refuse an adapter directory that is not what was exported, before a base is loaded.
+    """Check that an adapter directory is what was exported, before a base is loaded.
 
     Args:
         manifest: The export's manifest.
         origin: Its directory, for messages.
-        adapter: Directory or hub id of the adapter that is given, or None.
+        adapter: Directory or hub id of the given adapter, or None.
 
     Raises:
-        ExportError: The export has an adapter and none is given, or the other way round, or it is another one.
+        ExportError: The export has an adapter and none is given, or the other way round, or they differ.
         ConfigError: The given adapter's configuration is missing or invalid.
         CheckpointError: Its tensors cannot be read.
     """
@@ -88,7 +88,7 @@ def _all(entries: Mapping[str, AdapterEntry]) -> str:
 
 
 def _one(name: str, entry: AdapterEntry) -> str:
-    """An adapter by its name, sizes, base and digest."""
+    """A description of an adapter: name, sizes, base and digest."""
     config = entry.config
     sizes = ", ".join(f"{field}={value}" for field, value in config_from_fields(config, name).sizes.items() if value)
     base = config.get("base_model_name_or_path")
@@ -97,27 +97,27 @@ def _one(name: str, entry: AdapterEntry) -> str:
 
 
 def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The digests that a manifest may have for a file: a model holds its tensors in a dtype of its own.
+    """The digests that a manifest may hold for a file, since a model may cast its tensors.
 
-    It also leaves out what only repeats the base: PEFT's copy of an adapted head's weight, or of an embedding.
+    A model also drops copies of base tensors: PEFT's copy of an adapted head's weight, or of an embedding.
     """
     saved = config.saved_module_names
     factors = tuple(f".{key}" for key in method_of(config).keys.values())
     biases = (".bias",) if config.bias != "none" else ()
-    kept = {
+    adapter_tensors = {
         key: tensor
         for key, tensor in tensors.items()
         if key.endswith((*factors, *biases)) or any(_is_under(key, module) for module in saved)
     }
-    found = set()
-    for part in (tensors, kept):
+    digests = set()
+    for part in (tensors, adapter_tensors):
         for dtype in (None, *_DTYPES):
             cast = {key: (tensor if dtype is None else tensor.to(dtype)).contiguous() for key, tensor in part.items()}
-            found |= {tensors_digest(cast, config), hashlib.sha256(save(cast, metadata={"format": "pt"})).hexdigest()}
-    return found
+            digests |= {tensors_digest(cast, config), hashlib.sha256(save(cast, metadata={"format": "pt"})).hexdigest()}
+    return digests
 
 
 def _is_under(key: str, module: str) -> bool:
-    """Whether a key is of a tensor in a module that PEFT would save by this name: one that ends with it."""
+    """Whether a key belongs to a module that PEFT would save by this name: one whose path ends with it."""
     parts = key.split(".")
     return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import Case, Verification
-from gralora_fx.exporters.verification.float64_reference import InFloat64, Judge
+from gralora_fx.exporters.verification.float64_reference import Float64Model, ToleranceCheck
 from gralora_fx.exporters.verification.tensor_names import flat, last_logits, named_outputs
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.model.gralora_model import GraloraModel
@@ -30,14 +30,14 @@ class OutputComparison:
         model: The model, in evaluation mode.
         verification: What is compared of this kind of export.
         logits: Which positions' logits the export gives: `"last"` or `"all"`.
-        judge: Says which differences are allowed.
+        tolerance_check: Says which differences are allowed.
     """
 
     session: Any
     model: TracedModel | GraloraModel
     verification: Verification
     logits: str
-    judge: Judge
+    tolerance_check: ToleranceCheck
 
     def run(self, cases: Sequence[Case]) -> tuple[list[TensorCheck], bool]:
         """Compare every output on inputs: how each differs at most, and whether all are close enough everywhere.
@@ -51,7 +51,7 @@ class OutputComparison:
             exactly = self._exactly(case)
             for index, (name, expected, actual) in enumerate(self._compare(case, description)):
                 differences.setdefault(name, []).append(_difference(name, expected, actual))
-                passed &= self.judge.accepts(f"{description}, {name}", expected, actual, exactly(index))
+                passed &= self.tolerance_check.accepts(f"{description}, {name}", expected, actual, exactly(index))
         return [_summary(name, found) for name, found in differences.items()], passed
 
     def _compare(self, case: Mapping[str, Any], description: str) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -82,18 +82,18 @@ class OutputComparison:
             yield name, value.float(), kept_actual[name].float()
 
     def _outputs(self, model: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A model's outputs by name, the logits that the export gives."""
+        """A model's outputs by name, with the logits that the export returns."""
         found = named_outputs(model(**own_inputs(case)))
         if self.logits == "last":
             found["logits"] = last_logits(found["logits"], flat(case)["attention_mask"])
         return found
 
-    def _exactly(self, case: Mapping[str, Any]) -> Callable[[int], Callable[[InFloat64], Tensor]]:
-        """Gives an output of a case by its place, as a model to run computes it; each model is run once."""
+    def _exactly(self, case: Mapping[str, Any]) -> Callable[[int], Callable[[Float64Model], Tensor]]:
+        """A function from the index of an output to one that computes it with a float64 model, run once each."""
         made: dict[int, list[Tensor]] = {}
 
-        def at(index: int) -> Callable[[InFloat64], Tensor]:
-            def run(model: InFloat64) -> Tensor:
+        def at(index: int) -> Callable[[Float64Model], Tensor]:
+            def run(model: Float64Model) -> Tensor:
                 if model.draw not in made:
                     outputs = self._outputs(model, case)
                     made[model.draw] = list(self.verification.drop_padding(outputs, case).values())

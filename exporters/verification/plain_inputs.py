@@ -16,7 +16,7 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Texts of several lengths, padded on either side; of other inputs, and of nested ones, several batches.
+    """Texts of several lengths, padded on either side; other and nested inputs in several batch sizes.
 
     Args:
         model: A traced model.
@@ -48,7 +48,7 @@ def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) ->
 
 
 def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
-    """Batch and sequence length that a trace holds for, None for one that may vary."""
+    """Batch size and sequence length that a trace is fixed to; None for one that may vary."""
     texts = [name for name in sample if AXES.get(name, ("", ""))[1:2] == ("sequence_length",)]
     sizes = [model.signature.fixed.get(name, (None, None)) for name in texts]
     rows, lengths = zip(*(size[:2] for size in sizes if len(size) > 1), strict=True) if sizes else ((), ())
@@ -56,11 +56,11 @@ def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int |
 
 
 def drop_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Outputs without the positions that the mask hides, whose values no one defines.
+    """Outputs without padding positions, whose values are undefined.
 
     Args:
         outputs: Output tensors by name.
-        inputs: The inputs they were computed from.
+        inputs: The inputs from which they were computed.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()):
@@ -73,7 +73,7 @@ def drop_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> di
 
 
 def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: torch.Generator) -> Any:
-    """Random values of the form of an example, with another batch where the trace lets it vary."""
+    """Random values with the structure of an example, with another batch size if the trace lets it vary."""
 
     def fresh(keys: KeyPath, value: Any) -> Any:
         if not isinstance(value, Tensor):

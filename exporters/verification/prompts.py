@@ -15,9 +15,9 @@ from gralora_fx.exporters.verification.random_values import context_of, vocabula
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.tracing.traced_model import TracedModel
 
-_GIVEN_STEPS = 16  # tokens that are compared after a user's own prompts
-_LONG = 1000  # positions of the longest context, where the model has as many
-# lengths of the prompts that run together, the side of their padding, and how many tokens are compared
+_USER_STEPS = 16  # tokens that are compared after a user's own prompts
+_LONG = 1000  # positions of the longest prompt, if the model has as many
+# lengths of the prompts of one batch, padding side, and number of tokens to compare
 _DRAWN: tuple[tuple[tuple[int, ...], str, int], ...] = (
     ((12,), "left", 16),
     ((17, 3, 11, 6), "left", 16),
@@ -29,7 +29,7 @@ _QUICK: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts that run together.
+    """A batch of prompts.
 
     Attributes:
         description: What they are.
@@ -50,7 +50,7 @@ def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterat
     Args:
         model: A model traced with a cache.
         seed: Seed of the tokens.
-        quick: Whether two short ones are enough, padded left.
+        quick: Whether two short left-padded ones are enough.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary, context = vocabulary_of(model) or 4, context_of(model) or _LONG
@@ -63,14 +63,16 @@ def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterat
         yield pad_prompts([row.tolist() for row in rows], side=side, steps=steps)
 
 
-def pad_prompts(rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 16, what: str = "prompt") -> Prompts:
-    """Prompts as one batch, shorter ones padded.
+def pad_prompts(
+    rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 16, label: str = "prompt"
+) -> Prompts:
+    """Batch prompts, the shorter ones padded.
 
     Args:
         rows: Token ids by prompt.
-        side: Where padding stands.
+        side: Padding side, `"left"` or `"right"`.
         steps: How many tokens to compare.
-        what: What they are called.
+        label: What to call them in the description.
     """
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -80,7 +82,7 @@ def pad_prompts(rows: Sequence[Sequence[int]], *, side: str = "left", steps: int
         ids[index, kept], mask[index, kept] = torch.tensor(row), 1
     sizes = sorted({len(row) for row in rows})
     size = f"{sizes[0]} to {sizes[-1]} tokens padded {side}" if len(sizes) > 1 else f"{longest} tokens"
-    return Prompts(f"{len(rows)} {what}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
+    return Prompts(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
 
 
 def given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
@@ -104,9 +106,9 @@ def given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: Traced
         if not row or wrong:
             what = f"holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens" if wrong else "is empty"
             raise ExportError(f"prompt {index} {what}; give other ids")
-        if context is not None and len(row) > context - _GIVEN_STEPS:
+        if context is not None and len(row) > context - _USER_STEPS:
             raise ExportError(
-                f"prompt {index} has {len(row)} tokens, and {_GIVEN_STEPS} are added, more than the context of "
+                f"prompt {index} has {len(row)} tokens, and {_USER_STEPS} are added, more than the context of "
                 f"{context}; shorten it"
             )
-    return pad_prompts(rows, steps=_GIVEN_STEPS, what="given prompt")
+    return pad_prompts(rows, steps=_USER_STEPS, label="given prompt")

@@ -15,7 +15,7 @@ LENGTHS = (1, 6, 11, 24)  # of texts
 
 
 def context_of(model: TracedModel) -> int | None:
-    """How many positions a model has, two less for those that count from two on; None where it says no limit."""
+    """Context length of a model, less two for models whose positions begin at two; None without a limit."""
     config = {} if model.config is None else model.config.get_text_config().to_dict()
     limits = [context_length(config, name) for name in ("input_ids", "decoder_input_ids")]
     known = [limit for limit in limits if limit is not None]
@@ -23,7 +23,7 @@ def context_of(model: TracedModel) -> int | None:
 
 
 def vocabulary_of(model: TracedModel) -> int | None:
-    """How many tokens a model knows; None where its configuration does not say."""
+    """Vocabulary size of a model; None if its configuration does not say."""
     config = None if model.config is None else model.config.get_text_config()
     return getattr(config, "vocab_size", None)
 
@@ -65,7 +65,7 @@ def text_like(
 def like(
     value: Tensor, batch: int, length: int | None, generator: torch.Generator, vocabulary: int | None = None
 ) -> Tensor:
-    """Random values of the same kind, with another batch and, if given, another length."""
+    """Random values like a tensor's, with another batch size and, if given, another length."""
     if value.ndim == 0:
         return value
     shape = [batch, *value.shape[1:]]
@@ -80,7 +80,7 @@ def like(
 
 
 def pad(case: dict[str, Any], side: str) -> None:
-    """Hide a different number of positions in every row but the first."""
+    """Mask a different number of positions in every row but the first."""
     for name, mask in case.items():
         if name == "attention_mask":
             for row in range(1, mask.shape[0]):

@@ -8,7 +8,7 @@ from typing import Any
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
-from gralora_fx.exporters.folded_model import as_traced, base_of
+from gralora_fx.exporters.folded_model import base_trace, fold_adapters
 from gralora_fx.exporters.verification.manifest_adapters import check_active_adapters
 from gralora_fx.exporters.verification.tensor_names import flat
 from gralora_fx.model.gralora_model import GraloraModel
@@ -24,7 +24,7 @@ def check_runnable(model: TracedModel | GraloraModel) -> None:
     """
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
-    traced = base_of(model)
+    traced = base_trace(model)
     missing = next((name for name, parameter in traced.tree.parameters.items() if parameter.is_meta), None)
     if missing is not None:
         raise ExportError(
@@ -47,7 +47,7 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
     expected, found = manifest.base_fingerprint, fingerprint_of(model)
     if expected not in (None, found) and not _is_merged(model, str(expected)):
         if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # of a single file
-            check_inputs(manifest.inputs, base_of(model).example_inputs)
+            check_inputs(manifest.inputs, base_trace(model).example_inputs)
         raise ExportError(
             f"{output_dir} was exported from another base: its weights have fingerprint {str(expected)[:12]}, those of "
             f"the given model {found[:12]}; give the base that was exported, with its adapters active rather than "
@@ -57,8 +57,8 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
 
 
 def _is_merged(model: TracedModel | GraloraModel, fingerprint: str) -> bool:
-    """Whether weights with this fingerprint are the model's with its active adapters folded: exported after a merge."""
-    return bool(getattr(model, "active_adapters", ())) and fingerprint_of(as_traced(model)) == fingerprint
+    """Whether a fingerprint is that of the model with its active adapters folded, as after an export of a merge."""
+    return bool(getattr(model, "active_adapters", ())) and fingerprint_of(fold_adapters(model)) == fingerprint
 
 
 def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:

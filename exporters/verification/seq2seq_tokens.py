@@ -21,9 +21,9 @@ def compare_tokens(run: TokenRun) -> TokenResult:
 
 
 def equal_share(run: TokenRun) -> float:
-    """The share of greedy tokens that are PyTorch's, for the largest batch that begins with an empty cache.
+    """The share of greedy tokens equal to PyTorch's, for the largest batch that starts with an empty cache.
 
-    Both take one step after another with their caches, as a generator does, PyTorch over ONNX Runtime's tokens.
+    Both decode step by step with their caches, as in generation; PyTorch is fed ONNX Runtime's tokens.
     """
     steps = _QUICK_STEPS if run.quick else _STEPS
     empty = [case for _, case in run.cases if PAST in case and not case[PAST].get_seq_length()]

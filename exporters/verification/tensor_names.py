@@ -14,7 +14,7 @@ from gralora_fx.tracing.inputs.input_trees import tensor_paths
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Inputs or outputs by the names of an exported graph: nested ones by their paths, a cache by its layers."""
+    """Input or output tensors by the names of an exported graph: nested ones by path, a cache by layer."""
     found: dict[str, Tensor] = {}
     for name, value in values.items():
         if isinstance(value, Cache):
@@ -50,7 +50,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the last position of each row that is no padding, `[batch, 1, vocabulary]`.
+    """Logits of the last position of each row that is not padding, `[batch, 1, vocabulary]`.
 
     Args:
         logits: `[batch, length, vocabulary]`.

@@ -1,4 +1,4 @@
-"""How far an export may be from its model, and how far it is."""
+"""Tolerances of verification, and measures of difference."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gralora_fx.runtime.manifest import Manifest
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
 # seen 0.004 on tiny random models of 13 architectures, 0.009 on SmolLM2-135M. Those in bfloat16 run in float32 with
-# their own weights and constants (see `twin`), of which the constants round differently: largest seen 0.0004.
+# their own weights and constants (see `float32_copy`); the constants round differently: largest seen 0.0004.
 _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
 
 
 def tolerance_of(precision: str) -> float:
-    """The largest difference from the model with the same weights that an export's arithmetic explains.
+    """The largest difference from a model with the same weights that an export's arithmetic explains.
 
-    A larger one is a fault. Quantized weights add nothing: the model that they are compared with has them too.
+    A larger one is an error. Quantization adds nothing: the reference has the same quantized weights.
 
     Args:
         precision: Precision of the weights that are not quantized.
@@ -38,7 +38,7 @@ def describe_weights(manifest: Manifest) -> str:
 
 
 def largest_gap(expected: Tensor, actual: Tensor) -> float:
-    """The largest difference of a value; infinite where only one of them is a number."""
+    """The largest absolute difference; infinite if only one of two values is finite."""
     both_missing = expected.isnan() & actual.isnan()
     gap = (expected - actual).abs().masked_fill((expected == actual) | both_missing, 0.0)  # inf equals inf
     if not gap.numel():
@@ -47,6 +47,6 @@ def largest_gap(expected: Tensor, actual: Tensor) -> float:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """The largest absolute value that is a number; 0 where there is none."""
+    """The largest finite absolute value; 0 if there is none."""
     finite = tensor[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 0.0

@@ -1,1 +1,1 @@
-"""The adapters in a rewritten graph: one with its tensors, all of them with their state, sums of several."""
+"""The adapters in a rewritten graph: single ones and their tensors, the state of all, weighted sums."""

@@ -1,4 +1,4 @@
-"""Adapters of a traced model: which are active, which are merged, and the switches between."""
+"""The adapters of a traced model: adding, switching, merging and removing them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gralora_fx.passes.adapter_paths import drop
 from gralora_fx.passes.fold_weights import (
     SiteUpdate,
     check_foldable,
+    check_not_shared,
     fold_in_place,
     folded_weights,
-    refuse_shared,
     replace_values,
     shared_sites,
 )
@@ -29,18 +29,18 @@ from gralora_fx.planning.rewrite_plan import RewritePlan
 
 
 class AdapterGraph(RunningGraph):
-    """The changes of state; each leaves it complete, or as it was after an error."""
+    """A graph with its changes of state, each of which is applied completely or not at all."""
 
     def _begin(self, base: Base) -> None:
         super()._begin(base)
-        self._spare: dict[str, Tensor] = {}  # memory of merged weights that nobody reads any more
-        self._before: tuple[Running, int] | None = None  # what ran before it was disabled, and `_edits` then
-        self._depth = 0  # of disabling blocks
+        self._spare: dict[str, Tensor] = {}  # memory of former merged weights, to be reused
+        self._before: tuple[Running, int] | None = None  # the graph before `disabled()`, and `_edits` at that time
+        self._depth = 0  # of nested `disabled()` blocks
 
     # -- adding and switching ---------------------------------------------------------------------------------------
 
     def add(self, name: str, planned: RewritePlan, *, factors: Mapping[str, AdapterTensors] | None = None) -> None:
-        """Store a new adapter, with given tensors or fresh ones; the first one becomes active."""
+        """Store a new adapter, with the given tensors or new ones; the first adapter becomes active."""
         with self._lock:
             if name in self.adapters:
                 raise ConfigError(f"adapter {name!r} exists already; delete it first or take another name")
@@ -49,7 +49,7 @@ class AdapterGraph(RunningGraph):
                 raise ConfigError(
                     f"adapter {with_bias[0]!r} trains biases already, and only one adapter may; set bias='none'"
                 )
-            self.refuse_merged("add an adapter")
+            self.check_not_merged("add an adapter")
             is_first = not self.adapters
             try:
                 adapter = InstalledAdapter.create(self.base.tree, name, planned, self.traced.tree, factors)
@@ -67,10 +67,13 @@ class AdapterGraph(RunningGraph):
         with self._lock:
             for name in names:
                 self[name]
-            self.refuse_merged("switch adapters")
+            self.check_not_merged("switch adapters")
             if self._depth:
-                raise RewriteError("cannot switch adapters within disable_adapter(), which sets those before it again")
-            self.refuse_shared_copies(names)
+                raise RewriteError(
+                    "cannot switch adapters within disable_adapter(), which restores the earlier ones; leave its block "
+                    "first"
+                )
+            self.check_copies_not_shared(names)
             if tuple(names) != self.state.active:
                 self._make(active=tuple(names))
             for name, adapter in self.adapters.items():
@@ -78,7 +81,7 @@ class AdapterGraph(RunningGraph):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base's graph while the block lasts; the last of several blocks, in whatever thread, ends it."""
+        """Run the base's graph within the block; with several blocks, in any threads, until the last one ends."""
         with self._lock:
             if not self._depth:
                 before = self.running, self._edits
@@ -102,7 +105,7 @@ class AdapterGraph(RunningGraph):
             self._drop(name)
 
     def discard(self, name: str) -> None:
-        """Remove an adapter, active or not: one whose making failed."""
+        """Remove an adapter, active or not, whose creation failed."""
         with self._lock:
             if name in self.state.active:
                 self._make(active=tuple(other for other in self.state.active if other != name))
@@ -117,17 +120,17 @@ class AdapterGraph(RunningGraph):
             self._spare = {}
 
     def add_pass(self, graph_pass: GraphPass) -> None:
-        """Run a pass over the graph, now and whenever it is made."""
+        """Run a pass over the graph, now and whenever it is built."""
         with self._lock:
             self._make(passes=(*self.state.passes, graph_pass))
             self._edits += 1
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
-        """Take back a pass that was added."""
+        """Remove a pass that was added."""
         with self._lock:
             passes = self.state.passes
             if graph_pass not in passes:
-                raise RewriteError(f"{graph_pass!r} is no pass of this model; there are {list(passes)}")
+                raise RewriteError(f"{graph_pass!r} is not a pass of this model; its passes are {list(passes)}")
             index = passes.index(graph_pass)
             self._make(passes=(*passes[:index], *passes[index + 1 :]))
             self._edits += 1
@@ -135,15 +138,15 @@ class AdapterGraph(RunningGraph):
     # -- merging ----------------------------------------------------------------------------------------------------
 
     def mergeable(self, names: Sequence[str] | None, *, again: bool = False) -> list[str]:
-        """The adapters to merge: those named, or the active ones; without those merged, or with them (`again`)."""
+        """The adapters to merge: those named, or the active ones; already merged ones only with `again`."""
         state = self.state
-        done = () if again else state.merged
-        chosen = [name for name in state.active if name not in done] if names is None else list(names)
+        merged = () if again else state.merged
+        chosen = [name for name in state.active if name not in merged] if names is None else list(names)
         for name in chosen:
             self[name]
             if chosen.count(name) > 1:
                 raise MergeError(f"adapter {name!r} is named twice, and would be folded twice; name it once")
-            if name in done:
+            if name in merged:
                 raise MergeError(f"adapter {name!r} is merged already; unmerge first")
             if name not in state.active:
                 raise MergeError(f"adapter {name!r} is not active, so merging it would change the output; set it first")
@@ -159,13 +162,13 @@ class AdapterGraph(RunningGraph):
             sites = [entry.site for entry in self.updates(merged)]
             check_foldable(self.traced.graph_module, sites)
             if not untie:
-                refuse_shared(self.traced.graph_module, [s for s in sites if s.path not in state.weights])
+                check_not_shared(self.traced.graph_module, [s for s in sites if s.path not in state.weights])
             weights = self._folded(merged, safe=safe)
             self._make(merged=merged, weights=weights, unties=untie or state.unties)
             self._spare = {}
 
     def unmerge(self) -> None:
-        """Put the base's own weights back and the adapters' nodes into the graph; the memory waits for a next merge."""
+        """Restore the base's own weights and the adapters' nodes; the memory is kept for the next merge."""
         with self._lock:
             retired = self.running
             if not retired.state.merged:
@@ -179,10 +182,10 @@ class AdapterGraph(RunningGraph):
     ) -> dict[str, nn.Parameter]:
         """Fold adapters and their copies of parameters into the base's own parameters.
 
-        All that can be wrong is looked for before the first one changes.
+        Everything is checked before the first parameter changes.
 
         Returns:
-            The folded weights of layers that share theirs (`untie`), by site path; the base keeps its own there.
+            The folded weights of layers with shared weights (`untie`), by site path; there the base keeps its own.
         """
         with self._lock:
             chosen = self.mergeable(names, again=True)
@@ -196,10 +199,10 @@ class AdapterGraph(RunningGraph):
             return weights
 
     def _settled_copies(self, names: Sequence[str]) -> list[tuple[nn.Parameter, Tensor]]:
-        """The base's parameters of which adapters train copies, with copies of those."""
+        """The base's parameters of which adapters train copies, each with a clone of the adapter's copy."""
         tree = self.traced.tree
         memory = overlapping(tree.parameters)
-        found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
         for name in names:
             for module, owned in self.adapters[name].copies.items():
                 for base, parameter in owned.items():
@@ -211,11 +214,11 @@ class AdapterGraph(RunningGraph):
                             f"{base} of {module} is tied with {', '.join(outside)}, which would change too; "
                             "use gralora_fx.merge, which leaves the base as it is"
                         )
-                    found[id(tree.parameters[base])] = tree.parameters[base], parameter.detach().clone()
-        return list(found.values())
+                    copies[id(tree.parameters[base])] = tree.parameters[base], parameter.detach().clone()
+        return list(copies.values())
 
     def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
-        """The weight updates of adapters, site by site."""
+        """The weight updates of adapters, by site."""
         chosen = [self[name] for name in names]
         return [
             SiteUpdate(site, updates)
@@ -223,13 +226,13 @@ class AdapterGraph(RunningGraph):
             if (updates := tuple(a.update(site.path) for a in chosen if site.path in a.factors))
         ]
 
-    def refuse_merged(self, what: str) -> None:
-        """Refuse a change that needs the base's own weights."""
+    def check_not_merged(self, action: str) -> None:
+        """Check that nothing is merged, for a change that needs the base's own weights."""
         if merged := self.state.merged:
-            raise MergeError(f"cannot {what} while {', '.join(merged)} is merged; call unmerge_adapter() first")
+            raise MergeError(f"cannot {action} while {', '.join(merged)} is merged; call unmerge_adapter() first")
 
-    def refuse_shared_copies(self, names: Sequence[str]) -> None:
-        """Refuse adapters of which two train copies of one parameter, or one adapts what another trains as a copy."""
+    def check_copies_not_shared(self, names: Sequence[str]) -> None:
+        """Check that no two adapters train copies of one parameter, and that none adapts another's copy."""
         owners: dict[int, tuple[str, str]] = {}
         for name in names:
             for module, owned in self.adapters[name].copies.items():
@@ -252,7 +255,7 @@ class AdapterGraph(RunningGraph):
     # -- after tensors changed --------------------------------------------------------------------------------------
 
     def keep_up(self) -> None:
-        """Make the graph anew where tensors that it was made from were replaced, converted or written."""
+        """Rebuild the graph if tensors that it was built from were replaced, converted or written to."""
         with self._lock:
             state = self.state
             if not (self.base.is_current and self._is_valid(self.running)):
@@ -261,7 +264,7 @@ class AdapterGraph(RunningGraph):
     # -- within -----------------------------------------------------------------------------------------------------
 
     def _folded(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
-        """Weights with adapters folded into them, in spare memory where there is some."""
+        """Weights with adapters folded into them, in spare memory if there is some."""
         work = self.updates(names)
         spare = {
             entry.site.path: memory
@@ -273,7 +276,7 @@ class AdapterGraph(RunningGraph):
         return folded_weights(self.traced.graph_module, work, spare=spare, safe=safe, untie=True)
 
     def _enable(self) -> None:
-        """Let what ran before the disabling blocks run again; without adapters that were deleted in them."""
+        """Restore the graph from before the `disabled()` blocks, without adapters that were deleted in them."""
         assert self._before is not None
         (before, edits), self._before = self._before, None
         is_same_mode = before.state.training == self.state.training

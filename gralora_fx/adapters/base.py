@@ -1,4 +1,4 @@
-"""The base model under adapters: one module tree owns its tensors, and its trace follows them."""
+"""The base model under the adapters: a module tree owns its tensors, and its trace follows them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.passes.overlay import copy_in_mode, parameter_tree
-from gralora_fx.tracing.graph_record import packed, unpacked
+from gralora_fx.tracing.graph_record import pack_module, unpack_module
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-class _Place(NamedTuple):
-    """Where the tree holds a parameter of the base, and which one it was when the trace was last looked at."""
+class _ParameterSlot(NamedTuple):
+    """Where the tree holds a parameter of the base, and which parameter it was when last compared."""
 
     name: str
     module: nn.Module
@@ -33,37 +33,37 @@ class Base:
     """A trace, and the module tree that owns its tensors and those of the adapters.
 
     PyTorch replaces parameters in a module tree: `load_state_dict(assign=True)`, `.to()`, `setattr`, sharding. Sites,
-    plans and graphs name tensors of the trace, so the trace is made anew over the tree's whenever they differ.
+    plans and graphs name tensors of the trace, so the trace is rebuilt over the tree's tensors whenever they differ.
 
     Attributes:
         tree: A plain module: what the graph reads, at its paths, and the adapters below `gralora`.
     """
 
     def __init__(self, traced: TracedModel) -> None:
-        """Begin with a trace's own parameters."""
+        """Start with a trace's own parameters."""
         copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
         self.tree = parameter_tree(copied)
         self.traced = traced
-        self._places = self._find_places(traced)
+        self._slots = self._find_slots(traced)
 
     @property
     def is_current(self) -> bool:
-        """Whether the trace is over the tree's tensors."""
-        return all(place.now is place.parameter for place in self._places)
+        """Whether the trace uses the tree's current tensors."""
+        return all(slot.now is slot.parameter for slot in self._slots)
 
     @property
     def modules(self) -> dict[int, tuple[nn.Module, str]]:
         """The module of the tree that holds each parameter, with its name there, by the parameter's id."""
-        return {id(place.parameter): (place.module, place.key) for place in self._places}
+        return {id(slot.parameter): (slot.module, slot.key) for slot in self._slots}
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle writes."""
-        return {"tree": packed(self.tree), "traced": self.traced}
+        return {"tree": pack_module(self.tree), "traced": self.traced}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Find the parameters in the tree again."""
-        self.tree, self.traced = unpacked(state["tree"]), state["traced"]
-        self._places = self._find_places(self.traced)
+        self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
+        self._slots = self._find_slots(self.traced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         """A copy with tensors of its own."""
@@ -71,57 +71,57 @@ class Base:
         memo[id(self)] = other
         other.traced = copy.deepcopy(self.traced, memo)
         other.tree = copy.deepcopy(self.tree, memo)
-        other._places = other._find_places(other.traced)
+        other._slots = other._find_slots(other.traced)
         return other
 
     def follow(self) -> None:
-        """Make the trace anew over the tree's tensors.
+        """Rebuild the trace over the tree's current tensors.
 
         Raises:
-            RewriteError: The tree holds something else than a parameter where one was traced.
+            RewriteError: The tree holds something other than a parameter where one was traced.
         """
         now = self._parameters_now()
-        moved = {id(place.parameter): now[place.name] for place in reversed(self._places)}  # under the first name
+        moved = {id(slot.parameter): now[slot.name] for slot in reversed(self._slots)}  # under the first name
         names = self.traced.tree.parameters.items()
         parameters = {name: now.get(name, moved.get(id(old), old)) for name, old in names}
         traced, training = self.traced, self.traced.training
         graph_module = copy_in_mode(self.tree, copy_graph(traced.graph_module), training, "TracedGraph")
         self.traced = traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters))
-        self._places = self._find_places(self.traced)
+        self._slots = self._find_slots(self.traced)
 
     def _parameters_now(self) -> Mapping[str, nn.Parameter]:
-        """The tree's parameters by name; those that were one stay one if they share all of their memory."""
+        """The tree's current parameters by name; tied ones stay tied if they share all of their memory."""
         first: dict[int, nn.Parameter] = {}
         now: dict[str, nn.Parameter] = {}
-        for place in self._places:
-            parameter = place.now
+        for slot in self._slots:
+            parameter = slot.now
             if not isinstance(parameter, nn.Parameter):
                 raise RewriteError(
-                    f"{place.name} of the base model is not a parameter any more (it was parametrized or removed after "
+                    f"{slot.name} of the base model is not a parameter any more (it was parametrized or removed after "
                     "the trace), so adapters cannot be changed or merged; undo that, or trace the model as it is now"
                 )
-            if place.parameter.shape != parameter.shape:
+            if slot.parameter.shape != parameter.shape:
                 raise RewriteError(
-                    f"{place.name} of the base model has the shape {list(parameter.shape)} instead of "
-                    f"{list(place.parameter.shape)} since it was replaced; gather it, or trace the model as it is now"
+                    f"{slot.name} of the base model has the shape {list(parameter.shape)} instead of "
+                    f"{list(slot.parameter.shape)} since it was replaced; gather it, or trace the model as it is now"
                 )
-            same = first.setdefault(id(place.parameter), parameter)
+            same = first.setdefault(id(slot.parameter), parameter)
             if same is not parameter and _is_same_memory(same, parameter):
-                place.module._parameters[place.key] = parameter = same
-            now[place.name] = parameter
+                slot.module._parameters[slot.key] = parameter = same
+            now[slot.name] = parameter
         return now
 
-    def _find_places(self, traced: TracedModel) -> list[_Place]:
-        held = dict(traced.graph_module.named_parameters(remove_duplicate=False))
-        found = []
-        for name, parameter in held.items():
+    def _find_slots(self, traced: TracedModel) -> list[_ParameterSlot]:
+        parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
+        slots = []
+        for name, parameter in parameters.items():
             owner, _, key = name.rpartition(".")
-            found.append(_Place(name, self.tree.get_submodule(owner), key, parameter))
-        return found
+            slots.append(_ParameterSlot(name, self.tree.get_submodule(owner), key, parameter))
+        return slots
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one in all but their identity, as a tied weight is after a state dict was assigned."""
+    """Whether two tensors are the same view of the same memory, as a tied weight after `assign=True`."""
     return (
         not one.is_meta
         and one.device == other.device

@@ -29,7 +29,7 @@ from gralora_fx.tracing.traced_model import TracedModel
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT does not look at
+_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT ignores
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
@@ -52,7 +52,7 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
 
 
 def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """The fields of a configuration, the tensors, and the sizes that the tensors were saved with (empty: unknown)."""
+    """The fields of a configuration, the tensors, and the sizes recorded with them (empty if unknown)."""
     fields = read_fields(config)
     tensors, metadata = _read_weights(weights)
     record = metadata.get(_SIZES)
@@ -64,7 +64,7 @@ def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, T
 
 
 def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
-    """Refuse a configuration beside tensors that were saved with other sizes or another scale.
+    """Check that tensors were saved with the sizes and the scale of their configuration.
 
     Raises:
         CheckpointError: They differ; every field is named.
@@ -85,7 +85,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Raises:
-        CheckpointError: There is no such file, or it is truncated or no safetensors file.
+        CheckpointError: The file does not exist, is truncated or is not a safetensors file.
     """
     if not path.is_file():
         if (path.parent / _PICKLE_NAME).is_file():
@@ -96,25 +96,25 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
             return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as error:  # PyTorch, which opens it again, has the last one
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last one from PyTorch, which opens it again
         raise CheckpointError(
-            f"{path} cannot be read ({error}); it is truncated or no safetensors file, so copy or save it again"
+            f"{path} cannot be read ({error}); it is truncated or not a safetensors file, so copy or save it again"
         ) from error
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
-    """The names that keys of PEFT's file have in the base, for those that hold a parameter's own copy.
+    """The base's parameter names for the keys of PEFT's file that hold copies of parameters.
 
     Args:
-        keys: Keys of the file; those of adapter tensors name nothing there.
+        keys: Keys of the file; those of adapter tensors match nothing in the base.
     """
     return {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
 def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
-    """Copy a checkpoint's tensors into an adapter's, all or none.
+    """Copy a checkpoint's tensors into an adapter, all or none.
 
     Args:
         adapter: The adapter to fill.
@@ -125,11 +125,11 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
     Raises:
         CheckpointError: Keys are missing or unexpected, shapes differ, or values are not finite; all are named.
     """
-    wanted = checkpoint_parameters(adapter)
-    tensors, extra = _meant(tensors, wanted, tree)
-    problems = [f"missing {key}" for key in wanted if key not in tensors] + extra
+    expected = checkpoint_parameters(adapter)
+    tensors, extra = _match_keys(tensors, expected, tree)
+    problems = [f"missing {key}" for key in expected if key not in tensors] + extra
     for key, tensor in tensors.items():
-        target = wanted[key]
+        target = expected[key]
         if not isinstance(target, nn.Parameter):
             problems.append(f"{key} is the result of a parametrization here, which cannot be written")
         elif tensor.shape != target.shape:
@@ -146,12 +146,12 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
             f"{listed}{more}"
         )
     with torch.no_grad():
-        for key, parameter in wanted.items():
+        for key, parameter in expected.items():
             parameter.copy_(tensors[key])
 
 
 def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse the state dict of a model whose adapter has other values by now.
+    """Check that a state dict holds the current values of an adapter.
 
     Args:
         adapter: The adapter.
@@ -161,19 +161,19 @@ def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]
         CheckpointError: A tensor is missing or differs.
     """
     for path, parameter in adapter.named_parameters():
-        given = state_dict.get(f"graph_module.{path}")
-        if given is None or given.shape != parameter.shape or not torch.equal(given.to(parameter), parameter):
+        tensor = state_dict.get(f"graph_module.{path}")
+        if tensor is None or tensor.shape != parameter.shape or not torch.equal(tensor.to(parameter), parameter):
             raise CheckpointError(
-                f"the state dict has {'no' if given is None else 'other values of'} graph_module.{path}; load it into "
+                f"the state dict has {'no' if tensor is None else 'other values of'} graph_module.{path}; load it into "
                 "the model first, or leave state_dict out"
             )
 
 
 def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Path, traced: TracedModel) -> None:
-    """Write adapters so that PEFT loads them with the same meaning: all of them, or none after an error.
+    """Write adapters in PEFT's format, with the same meaning there: all of them, or none after an error.
 
-    Shorthands are written out as PEFT writes them: `all-linear` becomes the list of adapted layers. So do targets with
-    `exclude_modules`, which PEFT does not read.
+    Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. So do targets with
+    `exclude_modules`, which PEFT does not know.
 
     Args:
         adapters: The adapters by the folder that each is written into; `""` is the directory itself.
@@ -181,7 +181,7 @@ def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Pa
         traced: The base model.
 
     Raises:
-        CheckpointError: The directory cannot be written; what was there is there still.
+        CheckpointError: The directory cannot be written; its contents are unchanged.
     """
     save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
     for adapter in adapters.values():
@@ -194,7 +194,7 @@ def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Pa
 
 
 def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer]:
-    """What writes each file of an adapter."""
+    """The functions that write an adapter's files, by file name."""
     config = saved_config(adapter, traced)
 
     def write_tensors(path: Path) -> None:
@@ -219,15 +219,15 @@ def _metadata(config: AdapterConfig) -> dict[str, str]:
 
 
 def _sorted_metadata(header: bytes) -> bytes:
-    """A safetensors file's header with its metadata in order: safetensors' own order is another each time."""
-    found = json.loads(header)
-    found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
-    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    """A safetensors header with sorted metadata, whose order safetensors does not keep."""
+    fields = json.loads(header)
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     return text.ljust(len(header)) if len(text) <= len(header) else header
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
-    """SHA-256 of the `adapter_model.safetensors` that an adapter's tensors and saved configuration make."""
+    """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
     copies = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in sorted(tensors.items())}
     content = memoryview(save(copies, metadata=_metadata(config)))
     end = 8 + int.from_bytes(content[:8], "little")
@@ -238,7 +238,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
 
 
 def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfig:
-    """An adapter's configuration as it is saved, its shorthands written out."""
+    """An adapter's configuration as saved, with its shorthands expanded."""
     config = adapter.config
     source = config.base_model_name_or_path or traced.tokenizer_source
     changes: dict[str, object] = {
@@ -256,34 +256,34 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfi
 
 def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:
     """An adapter's trainable tensors by the keys of PEFT's file."""
-    found: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     for site_path, factors in adapter.factors.items():
         for field, tensor in factors._asdict().items():
             if tensor is not None:
-                found[f"{_PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
+                parameters[f"{_PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
     for module, owned in adapter.copies.items():
         for base, parameter in owned.items():
             is_layers_own = module in adapter.factors and base == f"{module}.bias"
             name = f"{module}.base_layer.bias" if is_layers_own else base
-            found[f"{_PREFIX}{name}"] = parameter
-    return found
+            parameters[f"{_PREFIX}{name}"] = parameter
+    return parameters
 
 
-def _meant(
-    tensors: Mapping[str, Tensor], wanted: Container[str], tree: ModuleTree
+def _match_keys(
+    tensors: Mapping[str, Tensor], expected: Container[str], tree: ModuleTree
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a file by the keys under which an adapter wants them, and what is wrong with the others.
+    """Match a file's tensors with the keys that an adapter expects, and describe the ones that do not fit.
 
-    PEFT repeats some: the weight of an adapted head, and with `bias="all"` the biases of a saved module, as
+    PEFT stores some twice: the weight of an adapted head, and with `bias="all"` the biases of a saved module, as
     `<module>.original_module.bias` (the base's) and `<module>.modules_to_save.bias` (the trained one).
     """
-    found = {key: tensor for key, tensor in tensors.items() if key in wanted}
+    matched = {key: tensor for key, tensor in tensors.items() if key in expected}
     problems = []
     for key, tensor in tensors.items():
-        if key in wanted:
+        if key in expected:
             continue
         short = (key.replace(".modules_to_save.", ".", 1), _SAVED_MODULE.sub(".", key, count=1))
-        target = next((name for name in short if name in wanted), None)
+        target = next((name for name in short if name in expected), None)
         if target is None:
             name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
             base = tree.parameters.get(name)
@@ -291,11 +291,11 @@ def _meant(
                 problems.append(f"unexpected {key}")
             elif not _repeats(tensor, values_of(base, name)):
                 problems.append(f"unexpected {key}, whose values are not those of the base's {name}")
-        elif not _repeats(tensor, found.setdefault(target, tensor)):
+        elif not _repeats(tensor, matched.setdefault(target, tensor)):
             problems.append(f"unexpected {key}, whose values are not those of {target}")
-    return found, problems
+    return matched, problems
 
 
 def _repeats(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor only repeats another, in its own dtype."""
+    """Whether a tensor equals another one cast to its dtype."""
     return tensor.shape == other.shape and bool(torch.equal(other.cpu().to(tensor), tensor))

@@ -1,4 +1,4 @@
-"""What was folded into a model: each adapter's configuration and the digest of its tensors, as it was then."""
+"""A record of the adapters folded into a model: each configuration and the digest of its tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 
 def describe_folded(adapters: Iterable[InstalledAdapter], traced: TracedModel, *, own: bool) -> FoldedAdapters:
-    """What is folded into a model, by name.
+    """Describe the adapters folded into a model, by name.
 
     Args:
         adapters: The adapters.
-        traced: The model; what was merged into it before comes first, and keeps its name.
-        own: Whether the adapters leave the model, so that their tensors need not be copied.
+        traced: The model; adapters that were merged into it before come first and keep their names.
+        own: Whether the adapters are removed from the model, so that their tensors need not be copied.
     """
     entries: dict[str, Any] = {name: traced.merged_adapters[name] for name in traced.merged_adapters}
     for adapter in adapters:
@@ -35,7 +35,7 @@ def describe_folded(adapters: Iterable[InstalledAdapter], traced: TracedModel, *
 
 @dataclass(frozen=True)
 class _Folded:
-    """An adapter as it was when it was folded: its tensors, and where its configuration comes from."""
+    """An adapter as it was when it was folded."""
 
     adapter: InstalledAdapter
     traced: TracedModel
@@ -54,7 +54,7 @@ class _Folded:
         digest: str | None = tensors_digest(self.tensors, config)
         if self.versions != _versions(self.tensors):
             warn_caller(
-                f"tensors of adapter {self.adapter.name!r} were written after it was folded into the model and taken "
+                f"tensors of adapter {self.adapter.name!r} were changed after it was folded into the model and taken "
                 "out, so the SHA-256 of what was folded is not known"
             )
             digest = None
@@ -62,18 +62,18 @@ class _Folded:
 
 
 def _versions(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """How often each tensor was written, which an inference tensor does not count."""
+    """The version counter of each tensor; 0 for inference tensors, which have none."""
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors.values())
 
 
 class FoldedAdapters(Mapping[str, dict[str, Any]]):
     """Configuration and SHA-256 of `adapter_model.safetensors` of folded adapters, by name, as if they were saved.
 
-    They are worked out when they are first read: to hash an adapter takes as long as to fold it.
+    They are computed on first access, since hashing an adapter takes as long as folding it.
     """
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
-        """Take descriptions, or what they are made of."""
+        """Take descriptions, or records to make them from."""
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One adapter in a rewritten model: where its tensors are, and how its parts go into a graph."""
+"""One adapter in a rewritten model: its tensors, and how it is inserted into a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
 from gralora_fx.passes.adapter_paths import copy_path, factor_paths, put
 from gralora_fx.passes.insert_adapter import insert_adapter
-from gralora_fx.passes.redirect_parameters import own_parameters
+from gralora_fx.passes.redirect_parameters import redirect_parameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.sources.lazy_tensors import values_of
 
@@ -27,7 +27,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class InstalledAdapter:
-    """An adapter whose tensors a module tree owns; everything here reads them from it, and holds none.
+    """An adapter whose tensors are owned by a module tree and read from there at every access.
 
     Attributes:
         name: The adapter's name.
@@ -49,27 +49,27 @@ class InstalledAdapter:
         name: str,
         plan: RewritePlan,
         tree: ModuleTree,
-        given: Mapping[str, AdapterTensors] | None = None,
+        initial: Mapping[str, AdapterTensors] | None = None,
     ) -> InstalledAdapter:
-        """Store tensors, those given by site path or freshly drawn ones; no graph reads them yet.
+        """Store an adapter's tensors, given ones or newly initialized ones; no graph reads them yet.
 
         Adapters of a half-precision layer are float32, as PEFT's are.
 
         Args:
-            root: The module tree that is to own them.
+            root: The module tree that will own them.
             name: The adapter's name.
             plan: What it adapts.
             tree: The modules of the base model.
-            given: Tensors by site path; None to draw them.
+            initial: Tensors by site path; None to initialize them.
         """
         method = method_of(plan.config)
         paths: dict[str, dict[str, str]] = {}
-        made: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for planned in plan.selected:
             site_path = planned.site.path
-            factors = _initial(planned, method, plan.config) if given is None else given[site_path]
+            factors = _initial(planned, method, plan.config) if initial is None else initial[site_path]
             paths[site_path] = factor_paths(name, site_path, method, factors)
-            made |= {path: getattr(factors, field) for field, path in paths[site_path].items()}
+            tensors |= {path: getattr(factors, field) for field, path in paths[site_path].items()}
         copies: dict[str, list[str]] = {}
         for module in plan.saved_modules:
             copies[module] = [base for base in tree.parameters if base.startswith(f"{module}.")]
@@ -81,8 +81,8 @@ class InstalledAdapter:
             original = tree.parameters[base]
             if id(original) not in copied:
                 copied[id(original)] = nn.Parameter(values_of(original, base).clone())
-            made[copy_path(name, base)] = copied[id(original)]
-        for path, tensor in made.items():
+            tensors[copy_path(name, base)] = copied[id(original)]
+        for path, tensor in tensors.items():
             put(root, path, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
         tables = {module: CopyTable(root, {b: copy_path(name, b) for b in owned}) for module, owned in copies.items()}
         return cls(name, plan, FactorTable(root, method, paths), tables)
@@ -106,12 +106,12 @@ class InstalledAdapter:
                 yield copy_path(self.name, base), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every trainable parameter, those behind a parametrization instead of what it gives."""
+        """Every trainable parameter; for a parametrization, its originals rather than its result."""
         yield from self.factors.container(self.name).parameters()
 
     @property
     def is_zero(self) -> bool:
-        """Whether it changes nothing: every update is zero, as before training, and it has no copies."""
+        """Whether it has no effect: every update is zero, as before training, and it has no copies."""
         return not self.copies and all(factors.is_zero for factors in self.factors.values())
 
     def update(self, site_path: str) -> Update:
@@ -127,7 +127,7 @@ class InstalledAdapter:
         return {planned.site.path: planned for planned in self.plan.selected}
 
     def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> InstalledAdapter:
-        """The same adapter over other sites of the same paths, whose tensors another tree owns.
+        """The same adapter over sites with the same paths in another tree, which owns the tensors.
 
         Args:
             sites: Sites by path.
@@ -157,11 +157,11 @@ class InstalledAdapter:
                 nodes=nodes,
             )
 
-    def own(self, graph_module: fx.GraphModule, tree: ModuleTree) -> None:
-        """Let the graph read the adapter's copies of base parameters."""
+    def redirect(self, graph_module: fx.GraphModule, tree: ModuleTree) -> None:
+        """Redirect the graph to the adapter's copies of base parameters."""
         for module, owned in self.copies.items():
             paths = {base: copy_path(self.name, base) for base in owned}
-            is_used = own_parameters(graph_module, tree, module, self.name, paths)
+            is_used = redirect_parameters(graph_module, tree, module, self.name, paths)
             if not is_used and any(str(node.target) == module for node in graph_module.graph.nodes):
                 raise RewriteError(
                     f"{module} is a module call in this graph, so modules_to_save and bias cannot replace its "
@@ -169,7 +169,7 @@ class InstalledAdapter:
                 )
 
     def requires_grad_(self, requires_grad: bool) -> None:
-        """Let the adapter's tensors train or not."""
+        """Set whether the adapter's tensors require gradients."""
         self.factors.container(self.name).requires_grad_(requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Who is running a model at this moment, so that its tensors are not written while someone reads them."""
+"""A readers-writer lock: tensors are not written while a thread runs the model."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 
 
 class Readers:
-    """Any number of threads that run the model, or one that writes its tensors.
+    """Lets any number of threads run the model, or one thread write its tensors.
 
-    A switch of adapters needs neither: it makes another graph and swaps one reference. A thread that runs the model may
-    run it again, or write, within that run (a hook): it does not wait for itself.
+    Switching adapters needs neither: it builds another graph and swaps one reference. The lock is reentrant: a thread
+    that runs the model may run it again or write within that run, as a hook does.
     """
 
     def __init__(self) -> None:
-        """Nobody reads and nobody writes."""
+        """Start with no readers and no writer."""
         self._changed = threading.Condition()
         self._reading: dict[int, int] = {}  # thread: how often
         self._writer: int | None = None
         self._writing = 0
 
     def __enter__(self) -> None:
-        """Begin to read, when no other thread writes."""
+        """Start reading, once no other thread writes."""
         me = threading.get_ident()
         with self._changed:
             self._changed.wait_for(lambda: self._writer in (None, me) or me in self._reading)
@@ -44,7 +44,7 @@ class Readers:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keep other threads from reading and writing while the block lasts, once those that do have finished."""
+        """Exclude other readers and writers within the block, once those at work have finished."""
         me = threading.get_ident()
         with self._changed:
             self._changed.wait_for(lambda: self._writer in (None, me))

@@ -1,4 +1,4 @@
-"""The graph that runs: made beside the one before it for every state, then swapped in by one reference."""
+"""The running graph: built anew for every state, then swapped in by one reference."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ from gralora_fx.methods import first_tensor
 from gralora_fx.passes.fold_weights import set_weights
 from gralora_fx.passes.overlay import overlay, share_adapters
 from gralora_fx.passes.protect_outputs import protect_outputs
-from gralora_fx.passes.untie_weights import separate_weights
-from gralora_fx.tracing.normalize.modes import record_switches, set_mode
+from gralora_fx.passes.untie_weights import untie_weights
+from gralora_fx.tracing.normalize.modes import annotate_mode_args, set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 
-_MOST_KEPT = 32  # graphs; each is its nodes and code, over tensors that all share
+_MAX_CACHED = 32  # graphs; each has its own nodes and code, over shared tensors
 
 
 class RunningGraph:
-    """A base model, its adapters, and the graph of the present state.
+    """A base model, its adapters, and the graph of the current state.
 
-    A thread that runs the model takes one reference and sees one state from beginning to end. Changes wait for each
-    other.
+    A thread that runs the model takes one reference and sees one state from beginning to end. Changes are serialized.
 
     Attributes:
         base: The base model; its module tree owns every tensor.
@@ -44,7 +43,7 @@ class RunningGraph:
     """
 
     def __init__(self, traced: TracedModel) -> None:
-        """Begin with a traced model and no adapter."""
+        """Start with a traced model and no adapter."""
         self._begin(Base(traced))
         self._state = GraphState(training=traced.training)
 
@@ -53,19 +52,19 @@ class RunningGraph:
         self.adapters: dict[str, InstalledAdapter] = {}
         self._lock = threading.RLock()
         self._readers = Readers()
-        self._running: Running | None = None  # made when it is first asked for, which an adapter may come before
-        self._edits = 0  # of what graphs are made from, besides their state
-        self._made: OrderedDict[tuple[tuple[str, ...], bool], Running] = OrderedDict()  # by active adapters and mode
+        self._running: Running | None = None  # built on first access, possibly after adapters were added
+        self._edits = 0  # counts changes of what graphs are built from, besides their state
+        self._cache: OrderedDict[tuple[tuple[str, ...], bool], Running] = OrderedDict()  # by active adapters and mode
 
     def __getitem__(self, name: str) -> InstalledAdapter:
-        """An adapter by name; a `RewriteError` where there is none."""
+        """An adapter by name; raises `RewriteError` if there is none."""
         if not isinstance(name, str) or name not in self.adapters:
             raise RewriteError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
         return self.adapters[name]
 
     @property
     def state(self) -> GraphState:
-        """The present state."""
+        """The current state."""
         return self._state if self._running is None else self._running.state
 
     @property
@@ -82,20 +81,20 @@ class RunningGraph:
 
     @property
     def traced(self) -> TracedModel:
-        """The base's trace, over the tensors that the model has now."""
+        """The base's trace, over the model's current tensors."""
         if not self.base.is_current:
             with self._lock:
                 self.base.follow()
                 sites = {site.path: site for site in self.base.traced.sites}
                 self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
                 self._edits += 1
-                self._made.clear()
+                self._cache.clear()
         return self.base.traced
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle writes: the base, the adapters' plans and the state, of which the graph is made again.
+        """The state for pickle: the base, the adapters' plans and the state, from which the graph is rebuilt.
 
         Raises:
             RewriteError: One of the user's passes cannot be found by its name.
@@ -107,7 +106,7 @@ class RunningGraph:
             return self._parts()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the graph again."""
+        """Rebuild the graph."""
         self._begin(state["base"])
         sites = {site.path: site for site in self.base.traced.sites}
         adapters = [adapter.over(sites, self.base.tree) for adapter in state["adapters"]]
@@ -130,7 +129,7 @@ class RunningGraph:
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the graph of one state, whatever is switched meanwhile.
+        """Run the graph of one state, even if another thread switches adapters meanwhile.
 
         Raises:
             MergeError: Tensors have changed since they were merged.
@@ -145,25 +144,25 @@ class RunningGraph:
             return running.graph_module(**inputs)
 
     def lend(self) -> fx.GraphModule:
-        """The graph that runs, for someone who may keep it."""
+        """The running graph, for a caller that may keep it."""
         running = self.running
         running.is_lent = True
         return running.graph_module
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Write tensors while the block lasts: no other thread runs the model then."""
+        """Let the caller write tensors within the block: no other thread runs the model then."""
         with self._readers.writing(), self._lock:
             yield
 
     def set_mode(self, training: bool) -> None:
-        """Switch everything in the graph that depends on the mode; the graph of the mode before is kept for it."""
+        """Switch the graph to training or evaluation mode; the graph of the other mode is kept."""
         with self._lock:
             before = self.running
             if training == before.state.training:
                 return
-            if (kept := before.in_other_mode) is not None and not (kept.is_edited or before.is_edited):
-                self.running = kept
+            if (other := before.in_other_mode) is not None and not (other.is_edited or before.is_edited):
+                self.running = other
                 return
             graph = copy_graph(before.graph_module)
             graph_module = before.graph_module
@@ -171,55 +170,55 @@ class RunningGraph:
                 graph_module = overlay(graph_module, graph, training)
                 graph_module.recompile()
             self.running = before.with_mode(training, graph_module)
-            self._keep()
+            self._remember()
             self._edits += 1
 
     def _show_adapters(self) -> None:
-        """Let the graph module that runs hold the tensors of the adapters that there are now."""
+        """Update the running graph module's adapter tensors to the current adapters."""
         share_adapters(self.running.graph_module, self.base.tree)
         self.running.in_other_mode = None
-        self._made.clear()
-        self._keep()
+        self._cache.clear()
+        self._remember()
         self._edits += 1
 
     # -- within -----------------------------------------------------------------------------------------------------
 
     def _make(self, **changes: Any) -> None:
-        """Run the graph of the present state with other values of some fields; an error changes nothing.
+        """Switch to the current state with some fields changed; an error changes nothing.
 
-        The graphs of the states that ran last are kept, so that a switch back makes none.
+        The graphs of the most recent states are cached, so that a switch back builds none.
         """
         state = dataclasses.replace(self.state, **changes)
-        self.running = self._kept(state) or self._build(state)
-        self._keep()
+        self.running = self._cached(state) or self._build(state)
+        self._remember()
 
-    def _kept(self, state: GraphState) -> Running | None:
-        """The graph that was made for a state, if it is the one that would be made now."""
-        found = None if state.merged or state.passes else self._made.get((state.active, state.training))
-        if found is None or found.is_edited or not (self.base.is_current and self._is_valid(found)):
+    def _cached(self, state: GraphState) -> Running | None:
+        """The cached graph of a state, if it is still valid."""
+        running = None if state.merged or state.passes else self._cache.get((state.active, state.training))
+        if running is None or running.is_edited or not (self.base.is_current and self._is_valid(running)):
             return None
-        return found
+        return running
 
-    def _keep(self) -> None:
-        """Keep the graph that runs, unless it holds weights of its own, or a pass made it, which may act otherwise."""
+    def _remember(self) -> None:
+        """Cache the running graph, unless it holds merged weights, or a user's pass was applied, which may vary."""
         state = self.running.state
         if state.merged or state.passes:
             return
-        self._made[state.active, state.training] = self.running
-        self._made.move_to_end((state.active, state.training))
-        if len(self._made) > _MOST_KEPT:
-            self._made.popitem(last=False)
+        self._cache[state.active, state.training] = self.running
+        self._cache.move_to_end((state.active, state.training))
+        if len(self._cache) > _MAX_CACHED:
+            self._cache.popitem(last=False)
 
     def _build(self, state: GraphState) -> Running:
-        """The graph of a state: a copy of the base's with its weights and adapters, over which the passes ran."""
+        """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied."""
         traced = self.traced
         graph_module = overlay(self.base.tree, copy_graph(traced.graph_module), state.training)
-        separate_weights(graph_module, [site for site in traced.sites if site.path in state.weights])
-        places = set_weights(graph_module, traced.sites, state.weights)
+        untie_weights(graph_module, [site for site in traced.sites if site.path in state.weights])
+        paths = set_weights(graph_module, traced.sites, state.weights)
         for name in state.active:
             if name not in state.merged:
                 self.adapters[name].attach(graph_module)
-            self.adapters[name].own(graph_module, traced.tree)
+            self.adapters[name].redirect(graph_module, traced.tree)
         _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
         graph_module.graph.lint()
         for graph_pass in state.passes:
@@ -229,27 +228,27 @@ class RunningGraph:
             _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
             self._adopt(graph_module)
         graph_module.recompile()
-        return Running(state, graph_module, self._casts(state), self._sources(state, graph_module, places))
+        return Running(state, graph_module, self._casts(state), self._sources(state, graph_module, paths))
 
     def _adopt(self, graph_module: fx.GraphModule) -> None:
-        """Let the model own what a pass registered beside the base's modules, so that it trains and is saved."""
+        """Adopt what a pass registered in the graph module, so that it trains and is saved with the model."""
         for table in ("_parameters", "_buffers", "_modules"):
             owned: dict[str, Any] = self.base.tree.__dict__[table]
-            read = {str(node.target).partition(".")[0] for node in graph_module.graph.nodes}
-            owned |= {k: v for k, v in graph_module.__dict__[table].items() if k not in owned and k in read}
+            targets = {str(node.target).partition(".")[0] for node in graph_module.graph.nodes}
+            owned |= {k: v for k, v in graph_module.__dict__[table].items() if k not in owned and k in targets}
 
     def _casts(self, state: GraphState) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
-        """The dtypes of adapters and layers, which a graph is made for."""
+        """The dtypes of adapters and layers, for which a graph is built."""
         adapters = [self.adapters[name] for name in state.active if name not in state.merged]
         sites = [(adapter.factors[p.site.path], p.site) for adapter in adapters for p in adapter.plan.selected]
         return tuple((first_tensor(factors).dtype, site.weight.dtype) for factors, site in sites)
 
     def _is_valid(self, running: Running) -> bool:
-        """Whether a graph is the one that its state would give now, its merged weights included."""
+        """Whether a graph, merged weights included, is still what building its state would give."""
         return running.is_fresh and running.casts == self._casts(running.state)
 
-    def _sources(self, state: GraphState, graph_module: fx.GraphModule, places: tuple[str, ...]) -> list[Source]:
-        """What merged weights were made from, and the tensors of the modules that were copied to hold them."""
+    def _sources(self, state: GraphState, graph_module: fx.GraphModule, paths: tuple[str, ...]) -> list[Source]:
+        """The tensors that merged weights were computed from, and those of the modules copied to hold them."""
         if not state.merged:
             return []
         sources = []
@@ -261,8 +260,8 @@ class RunningGraph:
                     adapter = self.adapters[name]
                     owners = adapter.factors.owners(site.path) if site.path in adapter.factors else ()
                     sources += [source for owner, key in owners for source in _tensor_sources(owner, key)]
-        for place in places:
-            owner, _, key = place.rpartition(".")
+        for path in paths:
+            owner, _, key = path.rpartition(".")
             sources.append(Source.of(graph_module.get_submodule(owner), key))
             if (module := _module_at(self.base.tree, owner)) is not None:
                 sources += [Source.of(module, other, with_values=False) for other in module._parameters]
@@ -275,13 +274,14 @@ def _check_picklable(graph_pass: GraphPass) -> None:
     except Exception as error:  # pickle and what it writes raise errors of many types
         name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
         raise RewriteError(
-            f"the graph pass {name} cannot be pickled ({first_line(error)}); define it at the top of a module, or take "
-            "it back with remove_pass() first"
+            f"the graph pass {name} cannot be pickled ({first_line(error)}); define it at the top of a module, or "
+            "remove "
+            "it with remove_pass() first"
         ) from error
 
 
 def _tensor_sources(module: nn.Module, key: str) -> list[Source]:
-    """The parameters behind an attribute of a module: itself, or those of its parametrization."""
+    """The parameters behind an attribute of a module: the parameter itself, or its parametrization's."""
     if key in module._parameters:
         return [Source.of(module, key)]
     behind = module.get_submodule(f"parametrizations.{key}")
@@ -296,6 +296,6 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _set_fresh_modes(graph: fx.Graph, training: bool, traced: fx.Graph) -> None:
-    """Set the mode of a graph whose new nodes have no notes yet; those of the trace are what they were traced as."""
-    record_switches(graph, known={node.name for node in traced.nodes})
+    """Annotate a graph's new nodes and set its mode; nodes of the trace keep their annotations."""
+    annotate_mode_args(graph, known={node.name for node in traced.nodes})
     set_mode(graph, training)

@@ -1,4 +1,4 @@
-"""What state a rewritten graph is in, and the graph that computes it."""
+"""The state of a rewritten graph, and the graph built for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GraphState:
         active: Names of the adapters whose outputs are added, merged ones included.
         merged: Names of those that are folded into `weights`.
         weights: The folded weights by site path.
-        unties: Whether tied weights were split for that.
+        unties: Whether tied weights were untied for that.
         passes: The user's passes, which run over every graph.
         training: The mode.
     """
@@ -36,7 +36,7 @@ class GraphState:
 
 
 class Source(NamedTuple):
-    """A tensor that a merged weight was computed from or stands beside, as it was then."""
+    """A tensor that a merged weight was computed from or is stored beside, as it was then."""
 
     table: Mapping[str, Tensor | None]
     key: str
@@ -45,27 +45,27 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, key: str, *, with_values: bool = True) -> Source:
-        """A parameter of a module, as it is now; its values too, or only which it is."""
+        """Record a module's parameter as it is now, with the version of its values or only its identity."""
         tensor = module._parameters[key]
         return cls(module._parameters, key, tensor, _values(tensor) if with_values else None)
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether it is the same tensor, with the values of then."""
+        """Whether it is the same tensor with the same values as when recorded."""
         tensor = self.table.get(self.key)
         return tensor is self.tensor and (self.values is None or self.values == _values(tensor))
 
 
 class Running:
-    """A state and its graph: a reader takes one reference, and no later switch changes what it runs.
+    """A state and its graph, which no later switch changes for a thread that runs it.
 
     Attributes:
         state: The state.
         graph_module: The graph, over tensors of the parameter tree and the merged weights.
-        casts: The dtypes of adapters and layers that it was made for.
+        casts: The dtypes of adapters and layers for which it was built.
         is_lent: Whether someone else may hold the merged weights (a caller that was given the graph, autograd, a
             compiled program), so that their memory must not be written again.
-        in_other_mode: The same state in the other mode, if it was made.
+        in_other_mode: The same state in the other mode, if it was built.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Running:
         casts: tuple[tuple[torch.dtype, torch.dtype], ...],
         sources: Iterable[Source],
     ) -> None:
-        """Put a state and its graph together."""
+        """Pair a state with its graph."""
         self.state = state
         self.graph_module = graph_module
         self.casts = casts
@@ -93,19 +93,19 @@ class Running:
 
     @property
     def is_edited(self) -> bool:
-        """Whether someone has compiled the graph again since it was made."""
+        """Whether the graph was recompiled since it was built, as after an edit."""
         return self.graph_module.code is not self._code
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the merged weights are those of the tensors as they are now."""
+        """Whether the merged weights are up to date with the tensors they were computed from."""
         return all(source.is_unchanged for source in self._sources)
 
     def check_fresh(self) -> None:
-        """Refuse to compute with merged weights of tensors that have changed since.
+        """Check that the tensors behind the merged weights have not changed.
 
         Raises:
-            MergeError: A tensor that was folded, or a folded weight, was replaced or written.
+            MergeError: A tensor that was folded, or a folded weight, was replaced or written to.
         """
         if not self.is_fresh:
             changed = next(source.key for source in self._sources if not source.is_unchanged)
@@ -116,5 +116,5 @@ class Running:
 
 
 def _values(tensor: Tensor | None) -> tuple[int, int] | None:
-    """Where a tensor's values are and how often they were written, which an inference tensor doesn't count."""
+    """A tensor's address and version counter; the version of an inference tensor counts as 0."""
     return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

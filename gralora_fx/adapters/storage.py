@@ -1,4 +1,4 @@
-"""An adapter's tensors as a module tree has them now: read by path each time, so that nobody holds a stale one."""
+"""Views of an adapter's tensors in a module tree, read by path at every access so that none is stale."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gralora_fx.passes.adapter_paths import ROOT
 
 
 class _Table:
-    """Tensors of a tree, by path; pickle and copies leave the tree out, and its owner makes the table anew."""
+    """Tensors of a tree by path; pickle and copies leave the tree out, and its owner rebuilds the table."""
 
     _root: nn.Module
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the tensors."""
+        """Everything but the tensors."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_root", "_last")}
 
 
@@ -38,10 +38,10 @@ class FactorTable(_Table, Mapping[str, AdapterTensors]):
 
     def __getitem__(self, site_path: str) -> AdapterTensors:
         """The tensors at a site."""
-        found = self.method.tensors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
+        factors = self.method.tensors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
         last = self._last.get(site_path)
-        if last is None or any(a is not b for a, b in zip(last, found, strict=True)):
-            self._last[site_path] = last = found
+        if last is None or any(a is not b for a, b in zip(last, factors, strict=True)):
+            self._last[site_path] = last = factors
         return last
 
     def __iter__(self) -> Iterator[str]:

@@ -31,7 +31,7 @@ def weighted_sum(
         The configuration, and the tensors by site path.
 
     Raises:
-        ConfigError: There are no adapters, or weights of another count, or a weight is not finite.
+        ConfigError: There are no adapters, the number of weights differs, or a weight is not finite.
         RewriteError: An adapter trains biases or whole modules, for which there is no exact sum.
     """
     if not adapters or len(adapters) != len(weights):
@@ -88,7 +88,7 @@ def _sums(
 
 
 def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:
-    """One `(k, r, hybrid_r)` in which the sum at every site can be written, of the smallest rank.
+    """The `(k, r, hybrid_r)` of smallest rank with which the sum at every site can be written.
 
     `k` is the least common multiple of all, where it divides the widths, or 1; `r` is at least `k`, for GraLoRA has
     blocks.

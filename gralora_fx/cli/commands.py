@@ -13,7 +13,7 @@ from gralora_fx.cli import options as opt
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.progress.console import StageProgress
-from gralora_fx.progress.gc_pause import fewer_collections
+from gralora_fx.progress.gc_pause import gc_pause
 from gralora_fx.progress.timing import timed
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @app.callback()
 def _program(_: opt.Version = False) -> None:
-    """Options of the program itself."""
+    """Handle options of the program itself."""
 
 
 @app.command()
@@ -41,7 +41,7 @@ def inspect(
     svg: opt.Svg = None,
     full: opt.Full = False,
 ) -> None:
-    """Trace a model and print its linear call sites, or what an adapter does with each of them."""
+    """Trace a model and print its linear call sites, or what an adapter does at each of them."""
     from gralora_fx.loading.models import load_base, trace_base
     from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
@@ -92,17 +92,17 @@ def export(
         no_verify=no_verify,
         stream=stream,
     )
-    with StageProgress(), fewer_collections():
+    with StageProgress(), gc_pause():
         with timed("import"):
-            from gralora_fx.config.adapter_tasks import asked_task
+            from gralora_fx.config.adapter_tasks import requested_task
             from gralora_fx.exporters import export_onnx
             from gralora_fx.exporters.artifact.staging import check_output, check_replaced
             from gralora_fx.loading.models import base_name, load_traced
             from gralora_fx.loading.tokenizers import load_tokenizer
             from gralora_fx.model.model_class import without_trainer
-        gc.freeze()  # what was imported stays, and need not be looked through again
+        gc.freeze()  # imported objects stay alive and need not be scanned again
         check_output(output)
-        known = asked_task(adapter, task, with_cache=True)
+        known = requested_task(adapter, task, with_cache=True)
         if known is not None and not overwrite:
             check_replaced(output, task=known)
         tokenizer = None if no_tokenizer else load_tokenizer(base_name(model, adapter))
@@ -136,7 +136,7 @@ def verify(
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
         _verify_files(output, [name for name, value in others.items() if value])
         return
-    with StageProgress(), fewer_collections():
+    with StageProgress(), gc_pause():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
             from gralora_fx.exporters.verification.manifest_adapters import check_given_adapter

@@ -14,7 +14,7 @@ from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIO
 
 
 def _utf8(value: Any) -> Any:
-    """A value of an option, or several, whose bytes are text: what the system hands over is not always."""
+    """Check that an option's value is valid UTF-8, which the operating system does not guarantee."""
     for part in value if isinstance(value, (list, tuple)) else [value]:
         try:
             str(part).encode()
@@ -24,14 +24,14 @@ def _utf8(value: Any) -> Any:
 
 
 def _name(name: str | None) -> str | None:
-    """A directory or hub id, which is not empty."""
+    """Check that a directory or hub id is not empty."""
     if name is not None and not name.strip():
         raise ConfigError("--model and --adapter take a local directory or a hub id, but one of them is empty")
     return _utf8(name)  # type: ignore[no-any-return]
 
 
 def _task(task: str | None) -> str | None:
-    """A task's name, checked before anything is imported."""
+    """Check a task's name before anything slow is imported."""
     check_task(_utf8(task))
     return task
 
@@ -43,7 +43,7 @@ def _show_version(is_asked: bool) -> None:
 
 
 def _either(choices: tuple[str, ...]) -> str:
-    """How the help shows choices."""
+    """Format choices for the help."""
     return f"[{'|'.join(choices)}]"
 
 
@@ -65,7 +65,7 @@ Html = Annotated[
     Path | None, typer.Option(help="Also write a page with the graph's picture and heat maps.", callback=_utf8)
 ]
 Svg = Annotated[Path | None, typer.Option(help="Also write the picture alone.", callback=_utf8)]
-Full = Annotated[bool, typer.Option("--full", help="Draw layers that look alike one by one.")]
+Full = Annotated[bool, typer.Option("--full", help="Draw every layer, rather than one for each run of equal layers.")]
 # of export
 Precision = Annotated[str, typer.Option(metavar=_either(PRECISIONS), help="Precision of weights and cache.")]
 Quantize = Annotated[
@@ -105,7 +105,7 @@ Level = Annotated[
 ]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option(help="A prompt of one's own, for an export that generates; may be repeated.", callback=_utf8),
+    typer.Option(help="A prompt of your own, for an export that generates; may be repeated.", callback=_utf8),
 ]
 Files = Annotated[
     bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
@@ -119,16 +119,16 @@ Seed = Annotated[int, typer.Option(help="Seed of the split, the initial values a
 def export_options(
     options: dict[str, Any], blocks: dict[str, int | None], *, no_verify: bool, stream: bool
 ) -> dict[str, Any]:
-    """Options of `export_onnx`, checked before anything is imported.
+    """The options of `export_onnx`, checked before anything slow is imported.
 
     Args:
-        options: Those that stand by themselves.
-        blocks: Those that need `--quantize`; None where they were not given.
-        no_verify: Whether the comparison is left out.
-        stream: Whether there is nothing to compare with.
+        options: Options that are valid by themselves.
+        blocks: Options that need `--quantize`; None if not given.
+        no_verify: Whether to skip the comparison.
+        stream: Whether weights are streamed, so that there is nothing to compare with.
 
     Raises:
-        ConfigError: An option has no effect beside the others.
+        ConfigError: An option has no effect in combination with the others.
         ExportError: A value is not among its choices.
     """
     given = {name: value for name, value in blocks.items() if value is not None}

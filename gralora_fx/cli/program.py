@@ -12,16 +12,16 @@ from typing import Any, NoReturn
 from gralora_fx.cli.commands import app, notes
 from gralora_fx.errors import GraloraError
 
-_shown: set[str] = set()  # warnings
+_shown: set[str] = set()  # warnings shown already
 _ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
 _CLOSED = 141  # its status for SIGPIPE
 
 
 def main() -> None:
-    """Run the command line; errors of gralora-fx end it with a line, and one for each problem, and status 1."""
+    """Run the command line; an error of gralora-fx is printed, one line for each problem, with exit status 1."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _show_warning
-    warnings.simplefilter("ignore", FutureWarning)  # for who calls the libraries underneath
+    warnings.simplefilter("ignore", FutureWarning)  # meant for callers of the libraries underneath
     try:
         app()
     except GraloraError as error:
@@ -33,11 +33,11 @@ def main() -> None:
         _flush(end)
         raise
     finally:
-        gc.freeze()  # what is left goes with the process; to look through it once more takes a second
+        gc.freeze()  # the process ends anyway; a last collection would take a second
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Show a warning as a line of its own, without the line of code that it was raised for."""
+    """Show a warning as one line, without the source line that raised it."""
     text = str(message)
     if text not in _shown:  # an adapter's configuration is read by several stages
         _shown.add(text)
@@ -45,14 +45,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _flush(end: SystemExit) -> None:
-    """Write what was printed; a reader that has gone, as `head` does, is told by the status alone."""
+    """Flush stdout; if its reader has gone, as with `head`, only the exit status tells."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # since the interpreter flushes once more
         end.code = end.code or _CLOSED
 
 
 def _terminate(number: int, _: object) -> NoReturn:
-    """End as by an error, so that what was begun is cleaned up; the status is the shell's for a signal."""
+    """Exit as on an error, so that everything is cleaned up, with the shell's status for the signal."""
     sys.exit(128 + number)

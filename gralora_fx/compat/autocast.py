@@ -1,4 +1,4 @@
-"""Autocast entered and left by calls, where a `with` block does not do: in the nodes of a graph."""
+"""Autocast entered and left by function calls, for graphs, where a `with` block is not possible."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def enter_autocast(device_type: str, dtype: torch.dtype | None, enabled: bool, cache_enabled: bool | None) -> Any:
-    """Begin `torch.autocast` of these arguments.
+    """Enter `torch.autocast` with these arguments.
 
     Returns:
         The context, for `leave_autocast`.
@@ -17,5 +17,5 @@ def enter_autocast(device_type: str, dtype: torch.dtype | None, enabled: bool, c
 
 
 def leave_autocast(context: Any) -> None:
-    """End what `enter_autocast` began."""
+    """Leave the context that `enter_autocast` entered."""
     torch.amp.autocast_mode._exit_autocast(context)  # type: ignore[no-untyped-call]

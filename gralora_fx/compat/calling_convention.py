@@ -1,4 +1,4 @@
-"""How a graph takes nested inputs and gives nested outputs, which `torch.fx` keeps in its code generator."""
+"""A graph's calling convention for nested inputs and outputs, which `torch.fx` keeps in its code generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def convention_of(graph: fx.Graph) -> Any:
 
 
 def set_convention(graph: fx.Graph, convention: Any) -> None:
-    """Let a graph be called as another one, without resetting the pass that edits its code, as `set_codegen` would."""
+    """Set a graph's code generator without resetting its body transformer, as `set_codegen` would."""
     graph._codegen = convention
 
 
@@ -23,5 +23,5 @@ def tree_info(graph: fx.Graph) -> Any:
 
 
 def code_transformer(graph: fx.Graph) -> Any:
-    """What edits the lines of a graph's code (`on_generate_code`), or None."""
+    """The function that edits the lines of a graph's code (`on_generate_code`), or None."""
     return graph._codegen._body_transformer

@@ -1,4 +1,4 @@
-"""Kinds of operators that a graph calls, and tensors that have a shape and no values."""
+"""Kinds of operators in a graph, and fake tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def schema_of(target: object) -> Any:
 
 
 def is_mutable(target: object) -> bool:
-    """Whether something is an operator that writes into one of its arguments."""
+    """Whether a target is an operator that writes into one of its arguments."""
     return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
@@ -42,5 +42,5 @@ def base_name(target: OpOverload) -> str:
 
 
 def returns_alias(target: OpOverload) -> bool:
-    """Whether what an operator returns shares memory with an argument."""
+    """Whether an operator's result may alias an argument."""
     return any(returned.alias_info is not None for returned in target._schema.returns)

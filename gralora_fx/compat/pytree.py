@@ -1,4 +1,4 @@
-"""Nested inputs and outputs taken apart: `torch.utils._pytree`, which `torch.export` speaks."""
+"""Flattening of nested inputs and outputs: `torch.utils._pytree`, which `torch.export` uses."""
 
 from gralora_fx.compat.versions import fenced
 

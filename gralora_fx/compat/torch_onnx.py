@@ -15,22 +15,22 @@ with fenced("torch"):
 
 
 def new_registry(opset: int) -> Any:
-    """The ONNX forms of PyTorch's operators for a version of ONNX's, by onnxscript's torchlib."""
+    """The translations of PyTorch's operators for an opset version, from onnxscript's torchlib."""
     return _registration.ONNXRegistry.from_torchlib(opset_version=opset)
 
 
 def operators_in(registry: Any) -> set[Any]:
-    """The operators that a registry has an ONNX form of."""
+    """The operators that a registry can translate."""
     return set(_decomp.get_onnx_implemented_overloads(registry))
 
 
-def decomposition_table(kept: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
-    """PyTorch's decompositions of operators, without those of the ones that are kept."""
-    return dict(_decomp.create_onnx_friendly_decomposition_table(set(kept)))
+def decomposition_table(supported: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
+    """PyTorch's decompositions, except those of supported operators."""
+    return dict(_decomp.create_onnx_friendly_decomposition_table(set(supported)))
 
 
 def promote_types(module: fx.GraphModule) -> None:
-    """Make casts that PyTorch's operators do by themselves explicit; in place. It runs the graph on fake tensors."""
+    """Make implicit type promotion explicit; in place. It runs the graph on fake tensors."""
     _fx_passes.insert_type_promotion_nodes(module)
 
 
@@ -41,10 +41,10 @@ def translate_graph(
 
     Args:
         graph: A graph of PyTorch's operators, every node with its fake value.
-        model: The model that it becomes a part of.
-        into: The graph or the function that gets the nodes.
-        functions: Functions of the model by the name of the subgraph that each was made of.
-        registry: What `new_registry` gave.
+        model: The model that the result is part of.
+        into: The graph or function that receives the nodes.
+        functions: Functions of the model by the name of the subgraph that each was translated from.
+        registry: The result of `new_registry`.
     """
     options: dict[str, Any] = {"graph_like": into, "owned_graphs": functions, "lower": "at_conversion"}
     _core._translate_fx_graph(graph, model, registry=registry, **options)
@@ -56,5 +56,5 @@ def add_opset_imports(model: ir.Model) -> None:
 
 
 def current_builder() -> Any:
-    """What a translation that runs adds nodes with."""
+    """The builder that the running translation adds nodes to."""
     return _core.current_tracer

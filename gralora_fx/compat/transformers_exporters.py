@@ -1,4 +1,4 @@
-"""`transformers.exporters`, which its makers call experimental."""
+"""`transformers.exporters`, which transformers calls experimental."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def export_program(
     """Export a transformers model.
 
     Args:
-        model: The model; its modules and parameters are left as they are.
+        model: The model; its modules and parameters stay unchanged.
         inputs: Keyword inputs of its forward.
         shapes: `dynamic_shapes` for `torch.export`, or None.
         dynamic: Whether any axis may vary.
@@ -51,7 +51,7 @@ def auto_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def register_cache(kind: type) -> None:
-    """Let torch take a class of caches apart, as an export does: for a graph that another process has made.
+    """Register a cache class with pytree as an export does, for a graph from another process.
 
     Args:
         kind: The class.
@@ -60,17 +60,17 @@ def register_cache(kind: type) -> None:
 
 
 def onnx_translations() -> dict[Any, Any]:
-    """The ONNX forms that transformers itself has for operators, such as those of experts, as onnxscript functions."""
+    """The translations that transformers has of operators, such as of experts, as onnxscript functions."""
     return dict(_ONNX_TRANSLATION_TABLE)
 
 
 def fix_for_onnx(graph_module: fx.GraphModule) -> None:
-    """Rewrite calls that torch's translation to ONNX misreads, as transformers' exporter does; in place."""
+    """Rewrite calls that torch's translation gets wrong, as transformers' exporter does; in place."""
     apply_fx_node_fixes("onnx", graph_module)
 
 
 def fix_model(model: ir.Model) -> None:
-    """Rewrite nodes that a provider of ONNX Runtime refuses, as transformers' exporter does; in place."""
+    """Rewrite nodes that an execution provider refuses, as transformers' exporter does; in place."""
     for fix in _IR_FIXES:
         fix(model.graph)
 
@@ -82,7 +82,7 @@ def leaf_names(values: Any) -> dict[str, Tensor]:
         values: A tensor, or any nesting of mappings, sequences and objects with attributes.
 
     Returns:
-        Tensors by dotted path, such as `hidden_states.0`; a tensor alone is `output`.
+        Tensors by dotted path, such as `hidden_states.0`; a single tensor is `output`.
     """
     return dict(get_leaf_tensors(values))
 
@@ -91,8 +91,8 @@ def leaf_names(values: Any) -> dict[str, Tensor]:
 def _recording_grad_modes() -> Iterator[None]:
     """Let this thread's exports record where a model turns gradients off.
 
-    The exporter calls `torch.export.export` without gradients, where turning them off changes nothing and leaves no
-    trace, so that a layer within `torch.no_grad` would train.
+    The exporter calls `torch.export.export` without gradients, where turning them off is not recorded, so that a layer
+    within `torch.no_grad` would train.
     """
     export, thread = torch.export.export, threading.get_ident()
 
@@ -106,9 +106,9 @@ def _recording_grad_modes() -> Iterator[None]:
 
 @contextmanager
 def _without_needless_imports() -> Iterator[None]:
-    """Leave out the patches of models that are not imported: to apply them imports dozens, which takes a second.
+    """Skip the patches of models that are not imported, since applying them would import dozens of models.
 
-    The model that is exported stands in memory, so what it is made of is imported.
+    The exported model is in memory, so its own module is imported.
     """
     patches = list(exporter_utils._PATCHES["dynamo"])
     exporter_utils._PATCHES["dynamo"] = [patch for patch in patches if _is_imported(patch[0])]
@@ -119,6 +119,6 @@ def _without_needless_imports() -> Iterator[None]:
 
 
 def _is_imported(path: str) -> bool:
-    """Whether the file of a model that a dotted path leads into is imported; what lies elsewhere counts as imported."""
+    """Whether the model module of a dotted path is imported; paths elsewhere count as imported."""
     parts = path.split(".")
     return parts[:2] != ["transformers", "models"] or ".".join(parts[:4]) in sys.modules

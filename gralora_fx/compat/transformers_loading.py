@@ -1,4 +1,4 @@
-"""How transformers renames the tensors of a checkpoint while it loads them."""
+"""The renaming of checkpoint tensors by transformers while loading."""
 
 from gralora_fx.compat.versions import fenced
 

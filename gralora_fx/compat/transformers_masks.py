@@ -1,4 +1,4 @@
-"""The parts that transformers makes attention masks of."""
+"""The functions that transformers builds attention masks from."""
 
 from gralora_fx.compat.versions import fenced
 

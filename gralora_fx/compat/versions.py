@@ -1,4 +1,4 @@
-"""Which versions the private API was tested with, and what to say where another version lacks it."""
+"""The versions with which the private API was tested, and the error for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fenced(package: str) -> Iterator[None]:
         package: The package, as pip calls it.
 
     Raises:
-        VersionError: A name is not there; the message names package, versions and what to do.
+        VersionError: A name is missing; the message names the package, its version and the tested ones.
     """
     try:
         yield

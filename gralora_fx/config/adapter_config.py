@@ -69,7 +69,7 @@ class AdapterConfig:
     inference_mode: bool
 
     def __post_init__(self) -> None:
-        """Turn collections into those of PEFT's file, then check every field."""
+        """Convert collections to the types of PEFT's file, then check every field."""
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
             if isinstance(names, (list, tuple, set, frozenset)):
@@ -111,7 +111,7 @@ class AdapterConfig:
 
     @property
     def peft_type(self) -> str:
-        """PEFT's name of the method."""
+        """PEFT's name for the method."""
         return self.PEFT_TYPE
 
     @property
@@ -142,7 +142,7 @@ class AdapterConfig:
 
     @property
     def layer_indices(self) -> frozenset[int] | None:
-        """The indices of `layers_to_transform`, or None where it is off."""
+        """The indices of `layers_to_transform`, or None if it is not set."""
         if self.layers_to_transform is None or self.layers_to_transform == []:
             return None
         given = self.layers_to_transform
@@ -187,7 +187,7 @@ class AdapterConfig:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(fields.get(name), set):
                 fields[name] = sorted(fields[name])
-        # the keys of a pattern keep their order, for the first that matches counts
+        # the keys of a pattern keep their order, since the first match counts
         return json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
 
     @classmethod
@@ -219,7 +219,7 @@ class AdapterConfig:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], origin: str) -> Self:
-        """The configuration that PEFT (or the paper's code) means by the fields of a file.
+        """Build a configuration from a file's fields, with the meaning they have in PEFT (or in the paper's code).
 
         Args:
             fields: The fields.
@@ -247,7 +247,7 @@ class AdapterConfig:
             raise ConfigError(f"{origin}: {error}") from error
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with other values, which are taken as they are: what PEFT wrote may be what nobody may write anew."""
+        """A copy with some fields changed, unchecked: values that PEFT wrote may be refused by the constructor."""
         config = copy.copy(self)
         for name, value in changes.items():
             object.__setattr__(config, name, value)
@@ -311,7 +311,7 @@ class AdapterConfig:
             )
 
     def _check_pattern(self, field_name: str, check_value: Callable[[str, Any], None]) -> None:
-        """Refuse what is not a dict from module names (or regular expressions) to valid values."""
+        """Check a dict from module names (or regular expressions) to values."""
         value = getattr(self, field_name)
         if not isinstance(value, dict):
             raise ConfigError(f"{field_name} must be a dict from module names to values, but got {shown(value)}")

@@ -14,18 +14,18 @@ _PEFT_TASKS = {
     "SEQ_2_SEQ_LM": "text2text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-# other tasks that an adapter of such a task type may be used for
+# other tasks for which an adapter of a task type may be used
 _ALIKE = {"SEQ_CLS": ("image-classification",), "SEQ_2_SEQ_LM": ("automatic-speech-recognition",)}
 _WITH_CACHE = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 
 
 def with_past(task: str) -> str:
-    """The task with a cache, of one that has such a task."""
+    """The `-with-past` variant of a task, if it has one."""
     return f"{task}-with-past" if task in _WITH_CACHE else task
 
 
-def asked_task(adapter: str | None, task: str | None, *, with_cache: bool) -> str | None:
-    """The task that `load_traced` will trace for, as far as it is known without the base.
+def requested_task(adapter: str | None, task: str | None, *, with_cache: bool) -> str | None:
+    """The task that `load_traced` will trace for, if it can be told without the base.
 
     Args:
         adapter: PEFT-format adapter, or None.
@@ -34,24 +34,25 @@ def asked_task(adapter: str | None, task: str | None, *, with_cache: bool) -> st
     """
     if task is not None or adapter is None:
         return task
-    own = _PEFT_TASKS.get(str(config_fields(adapter)[0].get("task_type")))
-    return with_past(own) if with_cache and own else own
+    adapter_task = _PEFT_TASKS.get(str(config_fields(adapter)[0].get("task_type")))
+    return with_past(adapter_task) if with_cache and adapter_task else adapter_task
 
 
 def task_of(config: AdapterConfig, task: str | None, adapter: str) -> str | None:
-    """The task that is asked for, which has to be one that the adapter was trained for; or the adapter's own.
+    """The requested task, checked against the adapter's; or the adapter's own.
 
     Raises:
         ConfigError: The adapter was trained for another task.
         TraceError: The task is unknown.
     """
-    own = _PEFT_TASKS.get(config.task_type or "")
-    if task is None or own is None:
-        return task or own
+    adapter_task = _PEFT_TASKS.get(config.task_type or "")
+    if task is None or adapter_task is None:
+        return task or adapter_task
     check_task(task)
-    if task.removesuffix("-with-past") in (own, *_ALIKE.get(config.task_type or "", ())):
+    if task.removesuffix("-with-past") in (adapter_task, *_ALIKE.get(config.task_type or "", ())):
         return task
     raise ConfigError(
-        f"the adapter {adapter} was trained for task_type {config.task_type}, which is --task {own}, not {task}; "
-        f"give --task {own}, or another adapter"
+        f"the adapter {adapter} was trained for task_type {config.task_type}, which is --task {adapter_task}, not "
+        f"{task}; "
+        f"give --task {adapter_task}, or another adapter"
     )

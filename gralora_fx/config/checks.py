@@ -1,4 +1,4 @@
-"""Checks of single configuration values: each refuses with the field, the value and what to give instead."""
+"""Checks of single configuration values; each error names the field, the value and a remedy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from gralora_fx.errors import ConfigError, shown
 
-LARGEST = 2**24  # no layer is as wide
+LARGEST = 2**24  # no layer is that wide
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    """Refuse what is not a whole number from `least` on."""
+    """Check that a value is an integer of at least `least`."""
     if isinstance(value, int) and value > LARGEST:
         raise ConfigError(f"{name} must be at most {LARGEST}, but got {shown(value)}")
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -21,20 +21,20 @@ def check_integer(name: str, value: object, least: int) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number that a float can take."""
+    """Whether a value is a finite number in the range of a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) <= 1e300 and math.isfinite(value)
 
 
 def check_number(name: str, value: object) -> None:
-    """Refuse what is not a finite number."""
+    """Check that a value is a finite number."""
     if not is_number(value):
         raise ConfigError(f"{name} must be a finite number, but got {shown(value)}")
 
 
 def check_alpha(name: str, value: Any) -> None:
-    """Refuse what is not a positive number: with 0 an adapter does nothing, and never would."""
+    """Check that a value is a positive number: with 0 an adapter would never have an effect."""
     check_number(name, value)
     if value <= 0:
         raise ConfigError(f"{name} must be positive, but got {shown(value)}: it scales the adapter's output")
@@ -54,7 +54,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_names(name: str, values: Iterable[object]) -> None:
-    """Refuse what is not a list of non-empty strings."""
+    """Check that values are non-empty strings."""
     for value in values:
         if not isinstance(value, str) or not value:
             raise ConfigError(

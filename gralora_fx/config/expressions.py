@@ -12,7 +12,7 @@ import regex
 
 from gralora_fx.errors import ConfigError, shown
 
-# where PEFT's rules put a name of the configuration, as it is
+# templates into which PEFT's rules insert a name of the configuration, unescaped
 WHOLE = "{}"  # target_modules, exclude_modules
 END_OF_PATH = r"(?:.*\.)?(?:{})"  # a key of rank_pattern and its kin
 SAVED_MODULE = r"(^|.*\.){}($|\..*)"  # modules_to_save
@@ -21,8 +21,8 @@ CONTAINER = r"(?:^|.*?\.){}\.(?P<index>\d+)\."  # layers_pattern
 
 _LONGEST = 1_000_000  # characters; the names of ten thousand layers, written out
 _LIMIT = 1.0  # seconds of processor time that one expression may take in all; an ordinary match takes microseconds
-_SLOW = 0.01  # seconds; faster matches don't count
-_SHORTEST = 0.001  # seconds; what is left to an expression that has used up its time
+_SLOW = 0.01  # seconds; faster matches are not counted
+_SHORTEST = 0.001  # seconds; the timeout of an expression that has used up its limit
 
 # What `regex` reads differently from `re`: fuzzy matching, `{e<=1}`, and classes such as `[:alpha:]`. Both are literal
 # text in Python. An escaped character comes first, so that a bracket of it is left alone.
@@ -30,12 +30,12 @@ _LITERAL = re.compile(r"\\.|\{(?!\d*,\d*\}|\d+\})|(?<=\[):", re.DOTALL)
 
 
 def within(template: str, name: str) -> str:
-    """The expression of a rule with a name in its place."""
+    """A rule's expression with a name inserted."""
     return template.replace("{}", name)
 
 
 def check_expression(field: str, value: str) -> None:
-    """Refuse what is not a regular expression for whole paths.
+    """Check that a value is a regular expression.
 
     Raises:
         ConfigError: It cannot be compiled.
@@ -49,7 +49,7 @@ def check_expression(field: str, value: str) -> None:
 
 
 def check_expressions(field: str, names: Iterable[str], template: str) -> None:
-    """Refuse names that are not expressions, by themselves or where PEFT puts them.
+    """Check that names are regular expressions, by themselves and inserted into PEFT's template.
 
     Raises:
         ConfigError: One cannot be compiled.
@@ -59,14 +59,16 @@ def check_expressions(field: str, names: Iterable[str], template: str) -> None:
             _Matcher.of(name)
             _Matcher.of(within(template, name))
         except ValueError as error:
-            raise ConfigError(f"{field} holds {shown(name)}, which is no valid name ({error}); name modules") from error
+            raise ConfigError(
+                f"{field} holds {shown(name)}, which is not a valid name ({error}); name modules"
+            ) from error
 
 
 def fullmatch(expression: str, text: str) -> bool:
     """Whether an expression matches a whole text, as `re.fullmatch` does.
 
     Raises:
-        ConfigError: It takes too long to tell.
+        ConfigError: Matching takes too long.
     """
     return _Matcher.of(expression).match(text, whole=True) is not None
 
@@ -75,13 +77,13 @@ def match(expression: str, text: str) -> regex.Match[str] | None:
     """The match of an expression at the beginning of a text, as `re.match` finds it.
 
     Raises:
-        ConfigError: It takes too long to tell.
+        ConfigError: Matching takes too long.
     """
     return _Matcher.of(expression).match(text, whole=False)
 
 
 class _Matcher:
-    """A compiled expression, and the time that its slow matches have taken."""
+    """A compiled expression, and the time spent on its slow matches."""
 
     def __init__(self, expression: str) -> None:
         self.expression, self.spent = expression, 0.0
@@ -90,7 +92,7 @@ class _Matcher:
     @classmethod
     @functools.lru_cache(maxsize=4096)
     def of(cls, expression: str) -> _Matcher:
-        """The matcher of an expression; one that was too slow stays so."""
+        """The cached matcher of an expression, which keeps the time it has spent."""
         return cls(expression)
 
     def match(self, text: str, *, whole: bool) -> regex.Match[str] | None:
@@ -110,7 +112,7 @@ class _Matcher:
 
 
 def _compiled(expression: str) -> regex.Pattern[str]:
-    """The expression, if Python's `re` takes it, with the same meaning.
+    """Compile an expression with `regex`, with the meaning that it has in Python's `re`.
 
     Raises:
         ValueError: It cannot be compiled, with the reason.
@@ -119,9 +121,9 @@ def _compiled(expression: str) -> regex.Pattern[str]:
         raise ValueError(f"it has {len(expression):,} characters, and {_LONGEST:,} are the most")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of nested sets, which may get a meaning some day
+            warnings.simplefilter("ignore", FutureWarning)  # about nested sets, reserved for a future meaning
             re.compile(expression)
-        literal = _LITERAL.sub(lambda found: found[0] if found[0][0] == "\\" else f"\\{found[0]}", expression)
+        literal = _LITERAL.sub(lambda bracket: bracket[0] if bracket[0][0] == "\\" else f"\\{bracket[0]}", expression)
         return regex.compile(literal, regex.VERSION0, cache_pattern=False)
     except (re.error, regex.error, OverflowError) as error:
         raise ValueError(str(error)) from error

@@ -15,7 +15,7 @@ from gralora_fx.errors import ConfigError
 
 @dataclass(frozen=True)
 class GraloraConfig(AdapterConfig):
-    """A GraLoRA adapter: its sizes, its scale and the linear call sites it stands at.
+    """A GraLoRA adapter: its sizes, its scale and the linear call sites it is inserted at.
 
     Field names, defaults and meanings are those of `peft.GraloraConfig`. An adapter of a layer with `in` inputs and
     `out` outputs has `A [k, in/k, r]` and `B [k, r, out/k]`, and with `hybrid_r > 0` a plain LoRA pair
@@ -29,8 +29,8 @@ class GraloraConfig(AdapterConfig):
         alpha: Numerator of the scale `alpha / (r + hybrid_r)`.
         gralora_dropout: Probability with which an adapter input is zeroed in training, in `[0, 1)`.
         gralora_k: Number of blocks in each direction; divides `r` and the widths of every target.
-        fan_in_fan_out: Whether the weights are stored `[in, out]`, as in `Conv1D`. Read from the layers themselves;
-            kept for the sake of PEFT's file format.
+        fan_in_fan_out: Whether the weights are stored `[in, out]`, as in `Conv1D`. It is determined from the layers
+            themselves, and only kept for PEFT's file format.
         bias: Which biases train: `"none"`, `"all"`, or `"gralora_only"` for those of the adapted layers.
         modules_to_save: Modules that train as a whole, each adapter with its own copy.
         init_weights: True starts with `B` zero, so that nothing changes; False draws `B` at random too.
@@ -46,8 +46,8 @@ class GraloraConfig(AdapterConfig):
         alpha_pattern: `alpha` of such layers.
         gralora_k_pattern: `gralora_k` of such layers, for widths that `gralora_k` does not divide.
 
-    The last four go beyond PEFT's GraLoRA: they stand in the saved file only where they are used, and PEFT warns there
-    that it ignores them.
+    The last four go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
+    it ignores them.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.
@@ -99,7 +99,7 @@ class GraloraConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """Factor of the adapter's output, `alpha / (r + hybrid_r)`, where no pattern says otherwise."""
+        """Factor of the adapter's output, `alpha / (r + hybrid_r)`, unless a pattern overrides it."""
         return self.alpha / (self.r + self.hybrid_r)
 
     def check_sizes(self) -> None:

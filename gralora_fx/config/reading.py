@@ -13,7 +13,7 @@ from gralora_fx.errors import ConfigError, shown, warn_caller
 
 ALL_LINEAR = "all-linear"
 
-# what PEFT keeps in the file for itself; it says nothing of the adapter
+# PEFT's bookkeeping, which says nothing about the adapter
 _BOOKKEEPING = ("peft_type", "peft_version", "auto_mapping")
 
 
@@ -21,7 +21,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a configuration file.
 
     Raises:
-        ConfigError: There is no such file, it cannot be read, it is not a JSON object, or a key is in it twice.
+        ConfigError: The file does not exist, cannot be read, is not a JSON object, or holds a key twice.
     """
     try:
         data = path.read_bytes() if path.is_file() else None
@@ -42,7 +42,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"the key {shown(name)} stands in it twice")
+            raise ValueError(f"the key {shown(name)} is in it twice")
         fields[name] = value
     return fields
 
@@ -67,7 +67,7 @@ def peft_fields(peft_config: Any, wanted: str) -> tuple[dict[str, Any], str]:
 
 
 def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: str, method: str) -> None:
-    """Warn of keys that mean nothing here, each by its name: what they were meant to do is not done.
+    """Warn about unknown keys by name, since they have no effect.
 
     Args:
         fields: The fields of a file.
@@ -88,7 +88,7 @@ def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: s
 
 
 def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The paper's own fields in PEFT's terms: its `r` counts `hybrid_r` in, its scale is `gralora_alpha / r`."""
+    """Convert the paper's fields to PEFT's: its `r` includes `hybrid_r`, its scale is `gralora_alpha / r`."""
     total, hybrid, alpha = values.get("r", 32), values.get("hybrid_r") or 0, values["gralora_alpha"]
     check_integer("r", total, 1)
     check_integer("hybrid_r", hybrid, 0)
@@ -103,7 +103,7 @@ def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def as_peft_reads(
     values: Mapping[str, Any], *, dropout: str, alpha: str
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """What a file of PEFT's means, though nobody may write it anew.
+    """Interpret the values of PEFT's file as PEFT does, even those that the constructor refuses.
 
     Args:
         values: The fields.
@@ -111,31 +111,33 @@ def as_peft_reads(
         alpha: Name of the field for the numerator of the scale.
 
     Returns:
-        The fields that can be taken as they are, without what PEFT ignores at run time; those that PEFT takes and
-        construction refuses; and a sentence for each thing left out or refused elsewhere.
+        The fields to construct with, without what PEFT ignores at run time; those that PEFT accepts but the constructor
+        refuses; and a sentence for each field ignored or refused.
     """
-    kept, only_in_peft, notes = dict(values), {}, []
-    targets, layers, pattern = (kept.get(name) for name in ("target_modules", "layers_to_transform", "layers_pattern"))
+    accepted, only_in_peft, notes = dict(values), {}, []
+    targets, layers, pattern = (
+        accepted.get(name) for name in ("target_modules", "layers_to_transform", "layers_pattern")
+    )
     is_regex = isinstance(targets, str) and targets.lower() != ALL_LINEAR
     if is_regex and layers not in (None, []):
         notes.append(f"layers_to_transform={shown(layers)} is ignored, as PEFT ignores it beside a regular expression")
-        kept["layers_to_transform"] = None
-    if pattern and kept.get("layers_to_transform") in (None, []):
+        accepted["layers_to_transform"] = None
+    if pattern and accepted.get("layers_to_transform") in (None, []):
         notes.append(f"layers_pattern={shown(pattern)} is ignored, as PEFT ignores it without layers_to_transform")
-        kept["layers_pattern"] = None
-    probability, numerator = kept.get(dropout, 0.0), kept.get(alpha, 1)
+        accepted["layers_pattern"] = None
+    probability, numerator = accepted.get(dropout, 0.0), accepted.get(alpha, 1)
     if is_number(probability) and probability < 0:
         notes.append(f"{dropout}={shown(probability)} is read as 0, as PEFT reads it")
-        kept[dropout] = 0.0
+        accepted[dropout] = 0.0
     elif is_number(probability) and probability == 1:
         notes.append(f"{dropout}=1 drops every input of the adapter in training, so that it does not train")
-        only_in_peft[dropout] = kept.pop(dropout)
+        only_in_peft[dropout] = accepted.pop(dropout)
     if is_number(numerator) and numerator <= 0:
         effect = "turns the adapter off" if numerator == 0 else "subtracts the adapter"
         notes.append(f"{alpha}={shown(numerator)} {effect}, as in PEFT")
-        only_in_peft[alpha] = kept.pop(alpha)
+        only_in_peft[alpha] = accepted.pop(alpha)
     if targets in ("", [], ()) or targets == set():
         notes.append("target_modules is empty, so that the configuration fits no model")
         only_in_peft["target_modules"] = set() if targets != "" else ""
-        del kept["target_modules"]
-    return kept, only_in_peft, notes
+        del accepted["target_modules"]
+    return accepted, only_in_peft, notes

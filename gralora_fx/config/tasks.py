@@ -21,10 +21,10 @@ TASKS = (
 
 
 def check_task(task: str | None) -> None:
-    """Refuse a name that is not a task's.
+    """Check the name of a task.
 
     Raises:
-        TraceError: It is not; the message lists those that are.
+        TraceError: It is unknown; the message lists the tasks.
     """
     if task is not None and task not in TASKS:
         raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")

@@ -70,12 +70,12 @@ def train(
 
 def logits_of(model: Callable[..., Any], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float32]:
     """Logits of every text, `[texts, classes]`, from a PyTorch or an ONNX Runtime model."""
-    found = []
+    logits = []
     with torch.no_grad():
         for batch in batches(examples, tokenizer, size=32):
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            found.append(model(**inputs).logits.numpy())
-    return np.concatenate(found)
+            logits.append(model(**inputs).logits.numpy())
+    return np.concatenate(logits)
 
 
 def accuracy(logits: NDArray[np.float32], examples: Examples) -> float:

@@ -1,4 +1,4 @@
-"""Marks on the nodes that a pass made, in `node.meta["custom"]["gralora"]`, which copies and re-exports keep."""
+"""Annotations of nodes that a pass created, in `node.meta["custom"]["gralora"]`, which copies and re-exports keep."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import fx
 _KEY = "gralora"
 
 
-def mark(node: fx.Node, **fields: Any) -> None:
-    """Note which site and adapter a node serves."""
+def annotate(node: fx.Node, **fields: Any) -> None:
+    """Annotate a node with the site and the adapter it belongs to."""
     node.meta.setdefault("custom", {})[_KEY] = fields
 
 
-def mark_of(node: fx.Node) -> dict[str, Any] | None:
-    """The mark of a node, or None where no pass made it."""
-    found: dict[str, Any] | None = node.meta.get("custom", {}).get(_KEY)
-    return found
+def annotation_of(node: fx.Node) -> dict[str, Any] | None:
+    """The annotation of a node, or None if no pass created it."""
+    fields: dict[str, Any] | None = node.meta.get("custom", {}).get(_KEY)
+    return fields
 
 
-def unmark(node: fx.Node) -> None:
-    """Take a node's mark away."""
+def remove_annotation(node: fx.Node) -> None:
+    """Remove a node's annotation."""
     notes = node.meta.get("custom", {})
     notes.pop(_KEY, None)
     if not notes:
         node.meta.pop("custom", None)
 
 
-def marked_nodes(graph: fx.Graph, adapter: str) -> Iterator[fx.Node]:
-    """The nodes that serve an adapter, in graph order."""
+def annotated_nodes(graph: fx.Graph, adapter: str) -> Iterator[fx.Node]:
+    """The nodes that belong to an adapter, in graph order."""
     for node in graph.nodes:
-        found = mark_of(node)
-        if found is not None and found["adapter"] == adapter:
+        fields = annotation_of(node)
+        if fields is not None and fields["adapter"] == adapter:
             yield node

@@ -1,4 +1,4 @@
-"""The modules of a source model by path: what a flat graph no longer shows, and a configuration names."""
+"""The modules of a source model by path, which configurations name and a flat graph no longer shows."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ModuleTree:
         linear: Paths of the modules that are linear layers (`nn.Linear` or `Conv1D`).
         aliases: Other paths of a module that is registered more than once, to the first one.
         parameters: Parameters by every name that reaches them, aliases included.
-        output_embedding: Path of the language-model head, where transformers names one.
-        input_embedding: Path of the token embeddings, where transformers names them.
+        output_embedding: Path of the language-model head, if transformers names one.
+        input_embedding: Path of the token embeddings, if transformers names them.
     """
 
     types: Mapping[str, str]
@@ -57,7 +57,7 @@ class ModuleTree:
 
     @classmethod
     def of_graph(cls, graph_module: fx.GraphModule) -> ModuleTree:
-        """The tree as far as the nodes of an exported graph recorded it."""
+        """The tree, as far as it is recorded in the nodes of an exported graph."""
         types: dict[str, str] = {"": _qualified_name(type(graph_module))}
         linear: set[str] = set()
         for node in graph_module.graph.nodes:
@@ -78,7 +78,7 @@ class ModuleTree:
         return self.aliases.get(path, path)
 
     def names_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
-        """Every name under which the model holds this very parameter."""
+        """Every name of this parameter in the model."""
         return tuple(name for name, other in self.parameters.items() if other is parameter)
 
 
@@ -90,7 +90,7 @@ def module_stack(node: fx.Node) -> Iterator[tuple[str, type | str]]:
 
 
 def _input_embeddings(model: nn.Module) -> Any:
-    """The module that a transformers model calls its input embeddings, or None where it has no such module."""
+    """A transformers model's input embeddings, or None if it has none."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:
@@ -104,11 +104,11 @@ def _qualified_name(kind: type) -> str:
 
 
 def _is_linear_type(kind: type | str) -> bool:
-    """Whether a class is a linear layer; a name is looked up among the imported modules, else judged as it reads."""
+    """Whether a class is a linear layer; a name is looked up in the imported modules, else judged by its spelling."""
     if isinstance(kind, str):
         module_name, _, class_name = kind.rpartition(".")
-        found = getattr(sys.modules.get(module_name), class_name, None)
-        if not isinstance(found, type):
+        resolved = getattr(sys.modules.get(module_name), class_name, None)
+        if not isinstance(resolved, type):
             return class_name.endswith("Linear") or class_name == "Conv1D"
-        kind = found
+        kind = resolved
     return issubclass(kind, LINEAR_TYPES)

@@ -1,4 +1,4 @@
-"""Linear layers that run where no adapter can be put beside them, and why: none may count as adapted."""
+"""Linear layers that run where no adapter can be inserted, with the reason; they must not count as adapted."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gralora_fx.graph.subgraph_calls import noted_weights
 from gralora_fx.graph.weight_views import origin_of, tensor_at
 
 _KEY = "gralora_opaque"
-# packages whose functions read a weight in a way that shows, such as an embedding's lookup
+# packages whose functions are visible in a graph, such as an embedding lookup
 _KNOWN = ("torch", "_operator", "operator", "math", __name__.partition(".")[0])
 
-# classes of layers that compute their product, with the bias, and no more
+# classes of layers that compute the product and the bias, and no more
 _PRODUCTS = {f"{kind.__module__}.{kind.__qualname__}" for kind in LINEAR_TYPES}
 
 
 def note_opaque(node: fx.Node, reason: str) -> None:
-    """Note at the call of a module why its layers cannot be seen."""
+    """Annotate a module call with the reason why its layers are not visible."""
     node.meta.setdefault("custom", {})[_KEY] = reason
 
 
 def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]) -> dict[str, str]:
-    """Why an adapter would not act wherever a layer is called, by the path of such layers.
+    """Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
 
     Args:
         graph_module: The traced graph.
@@ -39,26 +39,26 @@ def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iter
     owners: dict[int, list[str]] = {}
     for path, site in layers.items():
         owners.setdefault(id(site.weight), []).append(path)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for node in graph_module.graph.nodes:
-        where = _opaque(node, graph_module)
-        if where is not None:
+        location = _opaque(node, graph_module)
+        if location is not None:
             for path in _layers_within(node, graph_module, tree, owners):
                 if not noted_weights(node, path):
-                    found.setdefault(path, f"it is called {where}, where no adapter can be put")
+                    reasons.setdefault(path, f"it is called {location}, where no adapter can be inserted")
                 elif tree.types[path] not in _PRODUCTS:
-                    found.setdefault(
-                        path, f"it is called {where}, which does not show what {tree.types[path]} computes"
+                    reasons.setdefault(
+                        path, f"it is called {location}, which does not show what {tree.types[path]} computes"
                     )
         innermost = _innermost(node, tree)
         if innermost is not None and innermost in layers and not layers[innermost].calls:
-            found.setdefault(innermost, "what it computes is not a product of its input and a weight that it holds")
+            reasons.setdefault(innermost, "what it computes is not a product of its input and a weight that it holds")
     calls = {name: path for path, site in layers.items() for name in site.calls}
-    return {**why_more_than_products(graph_module, tree, calls), **found}
+    return {**why_more_than_products(graph_module, tree, calls), **reasons}
 
 
 def _opaque(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
-    """What a node is, in words, if it runs code that the graph does not show."""
+    """A description of a node that runs code not visible in the graph; None for other nodes."""
     if node.op == "call_module":
         kind = type(graph_module.get_submodule(str(node.target))).__name__
         reason = node.meta.get("custom", {}).get(_KEY)

@@ -1,4 +1,4 @@
-"""Which tensors share memory: the same storage, slices of one buffer that overlap, views through `.data` or numpy."""
+"""Tensors that share memory: by the same storage, overlapping slices, or views through `.data` or numpy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """The names of the tensors that share any element with another, each with the names of those others.
+    """The names of tensors that share an element with others, each with the names of the others.
 
-    A tensor that is there under two names does not count as another one.
+    The same tensor under two names does not count as two.
 
     Args:
         tensors: Tensors by name.
@@ -28,21 +28,21 @@ def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
             end = span[2]
         clusters[-1].append(span[3])
         end = max(end, span[2])
-    found: dict[str, tuple[str, ...]] = {}
+    overlaps: dict[str, tuple[str, ...]] = {}
     for cluster in clusters:
         for name in cluster:
             mine = tensors[name]
             others = [other for other in cluster if tensors[other] is not mine and _share(mine, tensors[other])]
             if others:
-                found[name] = tuple(others)
-    return found
+                overlaps[name] = tuple(others)
+    return overlaps
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether values can be written into a tensor's memory, each element into one of its own.
+    """Whether a tensor can be written to in place, each element having memory of its own.
 
     Args:
-        tensor: A parameter. Expanded ones, those of other layouts and those of other classes are not writable.
+        tensor: A parameter. Expanded ones and those with other layouts or classes are not writable.
     """
     if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
         return False
@@ -56,7 +56,7 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def _span(name: str, tensor: Tensor) -> tuple[str, int, int, str] | None:
-    """Device, first byte and the one after the last of a tensor in memory; None where it has none of its own."""
+    """Device, first byte and end of a tensor in memory, and its name; None if it has no plain memory."""
     if tensor.is_meta or tensor.layout is not torch.strided or type(tensor.data) is not Tensor or not tensor.numel():
         return None
     start = tensor.data_ptr()
@@ -64,12 +64,12 @@ def _span(name: str, tensor: Tensor) -> tuple[str, int, int, str] | None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Number of elements from a tensor's first to its last, both included."""
+    """Number of elements from a tensor's first to its last, inclusive."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether any element of two tensors is the same: slices of columns lie between each other and share none."""
+    """Whether two tensors share an element; interleaved column slices, for example, do not."""
     first, second = sorted((one, other), key=lambda tensor: tensor.data_ptr())
     size = first.element_size()
     distance = second.data_ptr() - first.data_ptr()
@@ -78,6 +78,6 @@ def _share(one: Tensor, other: Tensor) -> bool:
     if second.element_size() != size or distance % size:
         return True
     offset = distance // size
-    taken = torch.zeros(max(_extent(first), offset + _extent(second)), dtype=torch.bool)
-    taken.as_strided(first.shape, first.stride()).fill_(True)
-    return bool(taken.as_strided(second.shape, second.stride(), offset).any())
+    occupied = torch.zeros(max(_extent(first), offset + _extent(second)), dtype=torch.bool)
+    occupied.as_strided(first.shape, first.stride()).fill_(True)
+    return bool(occupied.as_strided(second.shape, second.stride(), offset).any())

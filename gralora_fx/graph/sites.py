@@ -1,4 +1,4 @@
-"""Linear call sites: where a graph multiplies an activation by a weight parameter."""
+"""Linear call sites: places where a graph multiplies an activation by a weight parameter."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ _MATMUL = {_aten.matmul.default, _aten.mm.default, torch.matmul, torch.mm, opera
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear layer of the model, with every place in the graph that calls it.
+    """A linear layer of the model, with every call of it in the graph.
 
     Attributes:
         path: Innermost module path of the calls, such as `model.layers.0.self_attn.q_proj`.
-        kind: `"linear"` (weight `[out, in]`), `"conv1d"` (weight `[in, out]`), or `"functional"` for a call whose
-            weight no linear layer owns (weight `[out, in]`).
+        kind: `"linear"` (weight `[out, in]`), `"conv1d"` for a transposed linear layer (weight `[in, out]`,
+            transformers' `Conv1D`), or `"functional"` for a call whose weight is not owned by a linear layer (weight
+            `[out, in]`).
         in_features: Width of the input.
         out_features: Width of the output.
         weight: The parameter itself.
         bias: The bias parameter, or None.
-        calls: Names of the nodes that compute `x @ weight`; empty if the traced forward never calls the layer.
+        calls: Names of the nodes that compute `x @ weight`; empty if the traced forward does not call the layer.
         tied_with: Other names under which the model holds the same weight.
     """
 
@@ -58,10 +59,10 @@ class LinearCall:
         weight: The `get_attr` node of the weight, or the node that computes it.
         bias: The `get_attr` node of the bias, or None.
         stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
-        rows: First output feature of the call and the one after its last, where it uses a part of the weight only, as
-            `nn.MultiheadAttention` does with its `in_proj_weight`; None where it uses the whole.
-        operand: Where a branch or a loop makes the call: the position of the weight among the operands of the node
-            that runs it. The input is that node's then, and not the layer's.
+        rows: Range of output features, if the call uses only a part of the weight, as `nn.MultiheadAttention` does with
+            its `in_proj_weight`; None if it uses the whole.
+        operand: For a call inside a branch or a loop: the position of the weight among the operands of the node that
+            runs it. `input` is then that node itself, not the layer's input.
     """
 
     node: fx.Node
@@ -74,14 +75,14 @@ class LinearCall:
 
 
 def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | None:
-    """Recognise `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, with `w` a parameter, its transpose or some rows.
+    """Match `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, where `w` is a parameter, its transpose or some rows.
 
     Args:
         node: Any node of a graph.
-        computed: Whether to recognise `linear(x, w, b)` with any other `w` too, as parametrizations make it.
+        computed: Whether to match `linear(x, w, b)` with a computed `w` too, as with parametrizations.
 
     Returns:
-        The call, or None where the node is no such call.
+        The call, or None if the node is not such a call.
     """
     if node.op not in ("call_function", "call_method"):
         return None
@@ -114,8 +115,8 @@ def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | 
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
     """Every linear layer of the model, in the order of its modules, with the calls that the graph makes to it.
 
-    A layer called several times is one site; one that the traced forward never calls is a site without calls, so that
-    adapters and checkpoints cover the same layers as in the module world.
+    A layer called several times is one site; one that is never called is a site without calls, so that adapters and
+    checkpoints cover the same layers as in PEFT.
 
     Args:
         graph_module: The traced graph.
@@ -133,58 +134,60 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     groups: dict[tuple[str, int, bool], list[LinearCall]] = {}
     for call, weight in calls.items():
         groups.setdefault((_owner(call, weight, tree, called), id(weight), call.stored_transposed), []).append(call)
-    found: dict[str, LinearSite] = {}
+    sites: dict[str, LinearSite] = {}
     shared_paths = [path for path, _, _ in groups]
     for (path, _, _), group in groups.items():
         weight = calls[group[0]]
-        own_bias = f"{path}.bias" if path in tree.linear else ""  # added after the product, as Falcon's layers do
+        own_bias = (
+            f"{path}.bias" if path in tree.linear else ""
+        )  # for a bias added after the product, as in Falcon's layers
         bias_name = group[0].bias.target if group[0].bias is not None else own_bias
         name = path
         if path not in tree.linear and (not path or shared_paths.count(path) > 1):
             name = _weight_name(path, weight, tree)
-        if name in found:  # one weight used both ways round
+        if name in sites:  # one weight used both as it is and transposed
             name = f"{name}.T"
-        found[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
+        sites[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
         for call in group:
             if call.operand is not None:
                 note_weight(call.node, name, call.operand)
-    for path, group in _computed_calls(graph_module, tree, found).items():
+    for path, group in _computed_calls(graph_module, tree, sites).items():
         original = _original(path, group[0], tree)
         if original is not None:
-            found[path] = _site(path, original, tree.parameters.get(f"{path}.bias"), group, tree)
-    for path in tree.linear - set(found):
-        own = tree.parameters.get(f"{path}.weight", _original(path, None, tree))
-        if own is not None and own.ndim == 2:
-            found[path] = _site(path, own, tree.parameters.get(f"{path}.bias"), [], tree)
+            sites[path] = _site(path, original, tree.parameters.get(f"{path}.bias"), group, tree)
+    for path in tree.linear - set(sites):
+        parameter = tree.parameters.get(f"{path}.weight", _original(path, None, tree))
+        if parameter is not None and parameter.ndim == 2:
+            sites[path] = _site(path, parameter, tree.parameters.get(f"{path}.bias"), [], tree)
     order = {path: index for index, path in enumerate(tree.types)}
-    ranked = sorted(found, key=lambda path: order.get(path, order.get(path.rpartition(".")[0], len(order))))
-    return tuple(found[path] for path in ranked)
+    ranked = sorted(sites, key=lambda path: order.get(path, order.get(path.rpartition(".")[0], len(order))))
+    return tuple(sites[path] for path in ranked)
 
 
 def names_of_site(site: LinearSite, tree: ModuleTree) -> tuple[str, ...]:
-    """The names by which a configuration can name a site: its path, and a functional call's weight too."""
+    """The names that a configuration can use for a site: its path, and for a functional call its weight's name."""
     weights = tree.names_of(site.weight) if site.kind == "functional" else ()
     return tuple(dict.fromkeys((site.path, *weights)))
 
 
 def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, tuple[str, ...]]:
-    """Names of the nodes that read a site's weight other than by calling the layer, such as a tied embedding.
+    """Names of other nodes that read a site's weight, such as a tied embedding.
 
     Args:
-        graph_module: The graph that the sites were found in.
+        graph_module: The graph in which the sites were found.
         sites: The sites.
 
     Returns:
-        Names by the site's path, empty where nothing else reads the weight.
+        Node names by site path; empty if nothing else reads the weight.
     """
     sources: dict[int, list[fx.Node]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
-    found = {}
+    others = {}
     for site in sites:
         names = [reader.name for source in sources.get(id(site.weight), []) for reader in readers(source)]
-        found[site.path] = tuple(name for name in names if name not in site.calls)
-    return found
+        others[site.path] = tuple(name for name in names if name not in site.calls)
+    return others
 
 
 def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
@@ -194,7 +197,7 @@ def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
 
 
 def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> tuple[str, ...]:
-    """Paths of the sites whose calls multiply by a weight that the graph computes, as a parametrization does."""
+    """Paths of the sites whose weight is computed in the graph, as by a parametrization."""
     by_name = {node.name: node for node in graph_module.graph.nodes}
     return tuple(
         site.path
@@ -208,7 +211,7 @@ def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
 
 
 def calls_at(node: fx.Node, site: LinearSite) -> tuple[LinearCall, ...]:
-    """The calls of a site that a node makes: itself, or in a subgraph that it runs; none where it is no such node."""
+    """The calls of a site made by a node, itself or in a subgraph that it runs."""
     positions = noted_weights(node, site.path)
     if positions:
         operands: list[tuple[int, int]] = [(group, index) for group, index in positions]
@@ -230,7 +233,7 @@ def _subgraph_call(node: fx.Node, position: tuple[int, int]) -> LinearCall:
 
 
 def _layer_of(weight: object, tree: ModuleTree) -> str | None:
-    """Path of the one linear layer that holds a weight."""
+    """Path of the linear layer that owns a weight, if there is exactly one."""
     if not isinstance(weight, torch.Tensor):
         return None
     names = tree.names_of(weight)
@@ -242,28 +245,30 @@ def _layer_of(weight: object, tree: ModuleTree) -> str | None:
 def _computed_calls(
     graph_module: fx.GraphModule, tree: ModuleTree, known: Collection[str]
 ) -> dict[str, list[LinearCall]]:
-    """Calls of linear layers with a weight that is computed in the graph, by path of the layer.
+    """Calls of linear layers whose weight is computed in the graph, by path of the layer.
 
-    A layer that multiplies by several of them in one call is left out.
+    A layer that uses several computed weights in one call is left out.
     """
-    found: dict[str, list[LinearCall]] = {}
+    by_path: dict[str, list[LinearCall]] = {}
     runs: list[tuple[str, str]] = []
     for node in graph_module.graph.nodes:
         call = match_linear_call(node, computed=True)
         path = None if call is None else _innermost(call, tree)
         if call is not None and path in tree.linear and path not in known:
-            found.setdefault(path, []).append(call)
+            by_path.setdefault(path, []).append(call)
             runs.append((path, str(list(node.meta.get("nn_module_stack", {}).values())[-1:])))
-    return {path: calls for path, calls in found.items() if all(runs.count(run) == 1 for run in runs if run[0] == path)}
+    return {
+        path: calls for path, calls in by_path.items() if all(runs.count(run) == 1 for run in runs if run[0] == path)
+    }
 
 
 def _original(path: str, call: LinearCall | None, tree: ModuleTree) -> nn.Parameter | None:
-    """The parameter that a layer's weight is computed from: the one of the weight's own shape."""
+    """The parameter from which a layer's weight is computed: the one with the weight's shape."""
     noted = None if call is None else call.weight.meta.get("val")
-    own = [p for name, p in tree.parameters.items() if name.startswith(f"{path}.") and p.ndim == 2]
+    candidates = [p for name, p in tree.parameters.items() if name.startswith(f"{path}.") and p.ndim == 2]
     if isinstance(noted, torch.Tensor):
-        own = [p for p in own if p.shape == noted.shape]
-    return max(own, key=lambda parameter: parameter.numel(), default=None)
+        candidates = [p for p in candidates if p.shape == noted.shape]
+    return max(candidates, key=lambda parameter: parameter.numel(), default=None)
 
 
 def _site(
@@ -291,10 +296,10 @@ def _innermost(call: LinearCall, tree: ModuleTree) -> str:
 
 
 def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree, called: set[str]) -> str:
-    """Path of the linear layer that a call belongs to, or of the module around a functional call.
+    """Path of the linear layer to which a call belongs, or of the module around a functional call.
 
-    A layer that is never called itself, and whose weight is used the way it would use it, is called by that use, as
-    `nn.MultiheadAttention` uses its `out_proj`.
+    If a layer is never called itself, a use of its weight counts as its call, as `nn.MultiheadAttention` uses its
+    `out_proj`.
     """
     if call.operand is not None and (layer := _layer_of(weight, tree)) is not None:
         return layer
@@ -311,7 +316,7 @@ def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree, called: set
 
 
 def _weight_name(path: str, weight: nn.Parameter, tree: ModuleTree) -> str:
-    """A name for a functional site whose module makes several such calls: the weight's own."""
+    """The weight's name, for a functional site whose module makes several such calls."""
     names = tree.names_of(weight)
     return next((name for name in names if name.rpartition(".")[0] == path), names[0] if names else path)
 

@@ -1,4 +1,4 @@
-"""Linear layers that branches and loops call: their weights are operands of the node that runs the subgraph."""
+"""Linear layers called in branches and loops: their weights are operands of the node that runs the subgraph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gralora_fx.compat.pytree import tree_leaves
 
 _KEY = "gralora_weights"
 _hop = torch.ops.higher_order
-# operator: positions of its subgraphs, of its lists of operands, and of the list that every run takes as it is
+# operator: positions of its subgraphs, of its operand lists, and of the list that is the same for every run
 _OPERATORS: dict[Any, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     _hop.cond: ((1, 2), (3,), 3),
     _hop.while_loop: ((0, 1), (2, 3), 3),
@@ -22,14 +22,14 @@ _OPERATORS: dict[Any, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 
 
 def weight_operands(node: fx.Node, root: torch.nn.Module) -> Iterator[tuple[fx.Node, int, int]]:
-    """The parameters that a node's subgraphs use as weights of linear calls, and as nothing else.
+    """The parameters that a node's subgraphs use only as weights of linear calls.
 
     Args:
         node: A node.
-        root: The module that its targets belong to.
+        root: The module to which its targets refer.
 
     Yields:
-        The `get_attr` node, the position of its list among the node's arguments, and its position in the list.
+        The `get_attr` node, the position of its operand list among the node's arguments, and its position in that list.
     """
     if node.target not in _OPERATORS:
         return
@@ -42,15 +42,15 @@ def weight_operands(node: fx.Node, root: torch.nn.Module) -> Iterator[tuple[fx.N
 
 
 def note_weight(node: fx.Node, path: str, position: tuple[int, int]) -> None:
-    """Note at a node that runs subgraphs which of its operands is the weight of a layer."""
+    """Annotate a node that runs subgraphs with the operand that is a layer's weight."""
     notes = node.meta.setdefault("custom", {}).setdefault(_KEY, {})
-    notes[path] = [*(found for found in notes.get(path, []) if found != list(position)), list(position)]
+    notes[path] = [*(other for other in notes.get(path, []) if other != list(position)), list(position)]
 
 
 def noted_weights(node: fx.Node, path: str) -> Sequence[Sequence[int]]:
-    """Positions of the operands of a node that are the weight of a layer."""
-    found: Sequence[Sequence[int]] = node.meta.get("custom", {}).get(_KEY, {}).get(path, ())
-    return found
+    """Positions of the operands of a node that are a layer's weight."""
+    positions: Sequence[Sequence[int]] = node.meta.get("custom", {}).get(_KEY, {}).get(path, ())
+    return positions
 
 
 def layers_in_subgraphs(graph: fx.Graph) -> dict[str, str]:
@@ -64,7 +64,7 @@ def operands_of(node: fx.Node, group: int) -> list[Any]:
 
 
 def replace_operand(node: fx.Node, position: tuple[int, int], value: fx.Node) -> None:
-    """Give a node another operand.
+    """Replace an operand of a node.
 
     Args:
         node: A node that runs subgraphs.
@@ -80,22 +80,26 @@ def replace_operand(node: fx.Node, position: tuple[int, int], value: fx.Node) ->
 def _uses(node: fx.Node, group: int, index: int, root: torch.nn.Module) -> Iterator[bool]:
     """For each reader of an operand in the subgraphs, whether it is a linear call on it as its weight."""
     subgraphs, groups, _ = _OPERATORS[node.target]
-    place = sum(len(operands_of(node, before)) for before in groups if before < group) + index
+    slot = sum(len(operands_of(node, before)) for before in groups if before < group) + index
     for position in subgraphs:
         module = root.get_submodule(str(cast("fx.Node", node.args[position]).target))
         placeholders = module.graph.find_nodes(op="placeholder") if isinstance(module, fx.GraphModule) else []
-        if place >= len(placeholders):
+        if slot >= len(placeholders):
             yield False
             continue
-        own = placeholders[place]
-        for user in own.users:
+        placeholder = placeholders[slot]
+        for user in placeholder.users:
             if user.target in _OPERATORS:
                 fixed = _OPERATORS[user.target][2]
-                places = [at for at, value in enumerate(operands_of(user, fixed)) if value is own]
+                slots = [at for at, value in enumerate(operands_of(user, fixed)) if value is placeholder]
                 others = [value for at, value in enumerate(user.args) if at != fixed]
-                yield len(places) == 1 and own not in tree_leaves(others)
-                for at in places:
+                yield len(slots) == 1 and placeholder not in tree_leaves(others)
+                for at in slots:
                     yield from _uses(user, fixed, at, module)
             else:
                 others = [value for at, value in enumerate(user.args) if at != 1]
-                yield user.target is torch.ops.aten.linear.default and user.args[1] is own and own not in others
+                yield (
+                    user.target is torch.ops.aten.linear.default
+                    and user.args[1] is placeholder
+                    and placeholder not in others
+                )

@@ -1,4 +1,4 @@
-"""Copies of graphs, and nodes taken out of them."""
+"""Copying of graphs and removal of nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.Graph:
 
 
 def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing reads, and what then is not read either; inputs stay."""
+    """Erase an unused node, and its inputs that become unused; placeholders stay."""
     erased, waiting = set(), [node]
     while waiting:
         unread = waiting.pop()

@@ -1,4 +1,4 @@
-"""A user's own graph pass, run so that a mistake in it is named and leaves nothing behind."""
+"""Running of a user's graph pass, with errors that name it and show what it had changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GraphPass = Callable[[fx.GraphModule], Any]
 
 
 def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
-    """Let a pass edit a graph module in place, check the graph and compile it.
+    """Run a pass over a graph module in place, lint the graph and recompile it.
 
     Args:
         graph_module: The module to edit; after an error it must be discarded.
@@ -23,7 +23,7 @@ def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
 
     Raises:
         RewriteError: The pass raised an error, returned another module, or left a graph that does not lint; the message
-            shows the nodes that it had changed by then.
+            shows the nodes it had changed.
     """
     name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
     before = _snapshot(graph_module.graph)
@@ -49,7 +49,7 @@ def _snapshot(graph: fx.Graph) -> dict[str, tuple[Any, ...]]:
 
 
 def _changes(before: Mapping[str, tuple[Any, ...]], after: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """The nodes that went and came, as lines of a diff; a changed one did both."""
+    """The removed, added and changed nodes as lines of a diff."""
     names = list(dict.fromkeys([*before, *after]))
     lines = []
     for name in names:
@@ -64,5 +64,5 @@ def _changes(before: Mapping[str, tuple[Any, ...]], after: Mapping[str, tuple[An
 def _shown(name: str, node: tuple[Any, ...]) -> str:
     op, target, args, kwargs = node
     called = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    given = ", ".join([*(str(arg) for arg in args), *(f"{key}={value}" for key, value in kwargs.items())])
-    return f"{name} = {op} {called}({given})"
+    arguments = ", ".join([*(str(arg) for arg in args), *(f"{key}={value}" for key, value in kwargs.items())])
+    return f"{name} = {op} {called}({arguments})"

@@ -1,4 +1,4 @@
-"""Views of a parameter in a graph: transposes and parts of its rows, as linear calls use them."""
+"""Views of a parameter in a graph: transposes and row slices, as used by linear calls."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NARROW = {_aten.narrow.default, torch.narrow, "narrow"}
 
 @dataclass(frozen=True)
 class Origin:
-    """What a value is a view of.
+    """The parameter of which a value is a view.
 
     Attributes:
         node: The `get_attr` node.
         is_transposed: Whether the view is its 2-D transpose.
-        rows: First row of the view and the one after its last; None for all.
+        rows: Start and end of the view's rows; None for all.
     """
 
     node: fx.Node
@@ -36,7 +36,7 @@ class Origin:
 
 
 def origin_of(value: object) -> Origin | None:
-    """The parameter that a value is, or is a transpose or some rows of; None where it is something else.
+    """The parameter that a value is or views (transposed or some rows); None for anything else.
 
     Args:
         value: An argument of a node.
@@ -50,10 +50,10 @@ def origin_of(value: object) -> Origin | None:
     if _is_transpose(value):
         inner = origin_of(value.args[0])
         return None if inner is None else Origin(inner.node, not inner.is_transposed, inner.rows)
-    found = _row_range(value)
-    if found is None:
+    row_range = _row_range(value)
+    if row_range is None:
         return None
-    source, start, stop = found
+    source, start, stop = row_range
     inner = origin_of(source)
     if inner is None or inner.is_transposed:
         return None
@@ -62,7 +62,7 @@ def origin_of(value: object) -> Origin | None:
 
 
 def readers(source: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that read a parameter, directly or through such views.
+    """The nodes that read a parameter, directly or through views.
 
     Args:
         source: A `get_attr` node, or a view of one.
@@ -75,15 +75,15 @@ def readers(source: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node is such a view of a parameter, or the split that views are taken from."""
+    """Whether a node is a view of a parameter, or a split of which views are items."""
     return node.op != "get_attr" and (origin_of(node) is not None or _splits(node))
 
 
 def tensor_at(graph_module: nn.Module, target: str) -> torch.Tensor | None:
     """The parameter or buffer that a `get_attr` node of this target reads."""
     owner, _, name = target.rpartition(".")
-    found = getattr(graph_module.get_submodule(owner), name, None)
-    return found if isinstance(found, torch.Tensor) else None
+    tensor = getattr(graph_module.get_submodule(owner), name, None)
+    return tensor if isinstance(tensor, torch.Tensor) else None
 
 
 def _is_transpose(node: fx.Node) -> bool:
@@ -108,7 +108,7 @@ def _axis(node: fx.Node, position: int) -> Any:
 
 
 def _row_range(node: fx.Node) -> tuple[object, int, int] | None:
-    """What a node takes rows of, with the first and the one after the last; None where it is no such view."""
+    """The source of a row slice, with its start and end; None if a node is not a row slice."""
     source, rest = (node.args[0], node.args[1:]) if node.args else (None, ())
     if node.target is operator.getitem and isinstance(source, fx.Node) and _splits(source):
         sizes, index = _part_sizes(source), rest[0]
@@ -129,24 +129,24 @@ def _row_range(node: fx.Node) -> tuple[object, int, int] | None:
     return None
 
 
-def _sliced(source: object, taken: slice) -> tuple[object, int, int] | None:
+def _sliced(source: object, selection: slice) -> tuple[object, int, int] | None:
     height = _height(source)
-    bounds = (taken.start, taken.stop)
-    if height is None or taken.step not in (None, 1) or not all(b is None or isinstance(b, int) for b in bounds):
+    bounds = (selection.start, selection.stop)
+    if height is None or selection.step not in (None, 1) or not all(b is None or isinstance(b, int) for b in bounds):
         return None
-    start, stop, _ = taken.indices(height)
+    start, stop, _ = selection.indices(height)
     return source, start, stop
 
 
 def _part_sizes(node: fx.Node) -> Sequence[int] | None:
-    """Heights of the parts that a split makes."""
-    how = node.args[1] if len(node.args) > 1 else None
-    if isinstance(how, (list, tuple)):
-        return [int(size) for size in how] if all(isinstance(size, int) for size in how) else None
+    """Numbers of rows of a split's parts."""
+    split_arg = node.args[1] if len(node.args) > 1 else None
+    if isinstance(split_arg, (list, tuple)):
+        return [int(size) for size in split_arg] if all(isinstance(size, int) for size in split_arg) else None
     height = _height(node.args[0])
-    if height is None or not isinstance(how, int) or how < 1:
+    if height is None or not isinstance(split_arg, int) or split_arg < 1:
         return None
-    width = -(-height // how) if node.target in _CHUNK else how
+    width = -(-height // split_arg) if node.target in _CHUNK else split_arg
     return [min(width, height - start) for start in range(0, height, width)]
 
 

@@ -1,4 +1,4 @@
-"""How a checkpoint's tensors fit a model: which are missing, unexpected, or of another shape."""
+"""A report on how a checkpoint's tensors fit a model: missing, unexpected, or of another shape."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What transformers says after it has loaded a model, by the model's own names.
+    """The loading report of transformers, by the model's parameter names.
 
-    Tied tensors, those that the model's class does not ask for, and integer buffers, which are computed, are not
+    Tied tensors, tensors that the model's class ignores, and integer buffers, which are computed, do not count as
     missing.
 
     Attributes:
         name: Local directory or hub id of the checkpoint.
         class_name: Class of the model.
-        missing: Shapes of the tensors that the checkpoint lacks; the model has random values there.
-        mismatched: Shapes in the checkpoint and in the model, where they differ; the model has random values there.
-        unexpected: Tensors of the checkpoint that the model does not have, such as the head of another task.
+        missing: Shapes of tensors missing in the checkpoint, which have random values in the model.
+        mismatched: Differing shapes in the checkpoint and in the model, which has random values there.
+        unexpected: Tensors of the checkpoint that the model lacks, such as the head of another task.
     """
 
     name: str
@@ -37,11 +37,11 @@ class LoadReport:
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> LoadReport:
-        """The report on a model that was loaded with `output_loading_info=True`."""
+        """The report on a model loaded with `output_loading_info=True`."""
         tensors = dict(model.state_dict(keep_vars=True))
         is_counted = {key: key not in tensors or tensors[key].is_floating_point() for key in info["missing_keys"]}
         missing = {key: tuple(tensors[key].shape) if key in tensors else () for key, it in is_counted.items() if it}
-        mismatched = {key: (tuple(found), tuple(own)) for key, found, own in info["mismatched_keys"]}
+        mismatched = {key: (tuple(stored), tuple(expected)) for key, stored, expected in info["mismatched_keys"]}
         return cls(
             name,
             type(model).__name__,
@@ -54,21 +54,21 @@ class LoadReport:
         """One sentence for each tensor with random values.
 
         Args:
-            supplied: Tensors that come from elsewhere, such as an adapter's `modules_to_save`.
+            supplied: Names of tensors supplied elsewhere, such as by an adapter's `modules_to_save`.
         """
-        found = [f"missing {key} {list(shape)}" for key, shape in self.missing.items() if key not in supplied]
-        return found + [
-            f"{key} has shape {list(found)} instead of {list(own)}"
-            for key, (found, own) in self.mismatched.items()
+        missing = [f"missing {key} {list(shape)}" for key, shape in self.missing.items() if key not in supplied]
+        return missing + [
+            f"{key} has shape {list(stored)} instead of {list(expected)}"
+            for key, (stored, expected) in self.mismatched.items()
             if key not in supplied
         ]
 
     def check(self, supplied: Collection[str] = (), *, advice: str) -> None:
-        """Refuse a model with random values.
+        """Check that no tensor has random values.
 
         Args:
-            supplied: Tensors that come from elsewhere.
-            advice: What to do.
+            supplied: Names of tensors supplied elsewhere.
+            advice: The remedy to put into the message.
 
         Raises:
             CheckpointError: A tensor has random values; each is named.
@@ -80,10 +80,10 @@ class LoadReport:
             )
 
     def describe(self, supplied: Collection[str] = ()) -> str:
-        """How many tensors are missing, of another shape or unexpected, and a line for each.
+        """A summary: numbers of missing, mismatched and unexpected tensors, and a line for each.
 
         Args:
-            supplied: Tensors that come from elsewhere.
+            supplied: Names of tensors supplied elsewhere.
         """
         lines = self.problems(supplied)
         lines += [f"missing {key}, which the adapter brings" for key in self.missing if key in supplied]
@@ -98,6 +98,6 @@ class LoadReport:
 
 
 def listed(problems: Collection[str]) -> str:
-    """Problems on a line each, the first twenty."""
+    """Problems as a list, the first twenty of them."""
     lines = [f"- {problem}" for problem in list(problems)[:_SHOWN]]
     return "\n".join([*lines, f"- and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else lines)

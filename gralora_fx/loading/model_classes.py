@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is loaded as."""
+"""The transformers class to load a checkpoint with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CLASSIFIERS = ("text-classification", "token-classification", "question-answeri
 
 
 def class_for(config: PreTrainedConfig, task: str | None) -> Any:
-    """The class of transformers for a task, or the one that a configuration names.
+    """The transformers class for a task, or the one that a configuration names.
 
     Args:
         config: The checkpoint's configuration.
@@ -51,22 +51,22 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
 
 
 def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
-    """Warn where a head that was trained for one task is to do another: two classes may have the same tensors.
+    """Warn if a head trained for one task is used for another, since both classes may have the same tensors.
 
     Args:
-        model: A model whose checkpoint had all of its tensors.
+        model: A model loaded from a complete checkpoint.
         origin: Where the checkpoint is, for the message.
     """
     saved = _saved_class(model.config)
-    own, asked = task_of_class(saved or ""), task_of_class(type(model).__name__)
-    if own != asked and own in _CLASSIFIERS and asked in _CLASSIFIERS:
+    saved_task, requested = task_of_class(saved or ""), task_of_class(type(model).__name__)
+    if saved_task != requested and saved_task in _CLASSIFIERS and requested in _CLASSIFIERS:
         _log.warning(
             "%s was saved as %s: its head was trained for %s, not for %s; take --task %s",
             origin,
             saved,
-            own,
-            asked,
-            own,
+            saved_task,
+            requested,
+            saved_task,
         )
 
 
@@ -76,5 +76,7 @@ def _saved_class(config: PreTrainedConfig) -> str | None:
     if not names:
         return None
     if not isinstance(names, list) or not isinstance(names[0], str):
-        raise TraceError(f"architectures in config.json is {names!r}, not a list of class names; mend or copy the file")
+        raise TraceError(
+            f"architectures in config.json is {names!r}, not a list of class names; repair or copy the file"
+        )
     return names[0]

@@ -56,13 +56,13 @@ def load_model(
         name: Local directory or hub id.
         task: One of optimum's task names; None for the class that the model's configuration names.
         num_labels: Number of classes of a classification head; None for the configuration's.
-        supplied: Names of parameters that the checkpoint may lack, since an adapter brings its own.
-        allow_random_head: Whether the checkpoint may lack others, which then have random values; for a head that is
-            still to be trained.
+        supplied: Names of parameters that the checkpoint may lack, since an adapter supplies them.
+        allow_random_head: Whether other parameters may be missing and get random values, as for a head still to be
+            trained.
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
-        CheckpointError: The checkpoint lacks tensors of the model, or has them in other shapes; each is named.
+        CheckpointError: Tensors are missing in the checkpoint or have other shapes; each is named.
     """
     model, report = load_with_report(name, task, num_labels=num_labels)
     _check_values(report, supplied, allow_random_head, num_labels)
@@ -74,7 +74,7 @@ def load_model(
 def load_with_report(
     name: str | Path, task: str | None = None, *, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """The model as `load_model` gives it, with random values where the checkpoint has none, and which those are.
+    """The model as `load_model` returns it, but with random values where tensors are missing, and the report on them.
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
@@ -100,8 +100,10 @@ def load_with_report(
 def _check_values(
     report: LoadReport, supplied: Set[str], allow_random_head: bool, num_labels: int | None, made_for: str | None = None
 ) -> None:
-    """Refuse tensors with random values, or say which have some."""
-    heads = {key for key, (_, own) in report.mismatched.items() if own[:1] == (num_labels,)}  # of other classes
+    """Check that no tensor has random values; with `allow_random_head`, warn about each."""
+    heads = {
+        key for key, (_, shape) in report.mismatched.items() if shape[:1] == (num_labels,)
+    }  # with another number of classes
     if allow_random_head and report.mismatched.keys() <= heads | set(supplied):
         for problem in report.problems(supplied):
             _log.warning("%s: %s, so it has random values", report.name, problem)
@@ -117,15 +119,15 @@ def _check_values(
 def load_streamed(
     name: str | Path, task: str | None = None, *, num_labels: int | None = None, supplied: Set[str] = frozenset()
 ) -> PreTrainedModel:
-    """The same model without its weights: parameters stand on the meta device and know their safetensors file.
+    """The same model with its weights left in their files: lazy parameters on the meta device.
 
-    It can be traced, rewritten and exported, which reads one tensor at a time, but not run.
+    It can be traced, rewritten and exported (reading one tensor at a time), but not run.
 
     Args:
         name: Local directory or hub id, of safetensors files.
         task: One of optimum's task names; None for the class that the model's configuration names.
         num_labels: Number of classes of a classification head; None for the configuration's.
-        supplied: Names of parameters that the files may lack, since an adapter brings its own.
+        supplied: Names of parameters that the files may lack, since an adapter supplies them.
 
     Raises:
         TraceError: The task is unknown, or no model can be made.
@@ -164,16 +166,16 @@ def load_traced(
         model: Local directory or hub id of the base; None for the one that the adapter names.
         adapter: PEFT-format adapter, or None.
         task: Task name; None for the adapter's or the model's own.
-        with_cache: Whether a task that is not named is the one with a cache, where there is one: what generates.
+        with_cache: Whether a task that is not given defaults to the one with a cache, if there is one.
         stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
-        allow_random_head: Whether the base may lack tensors that the adapter does not bring, such as a head; they have
+        allow_random_head: Whether the base may lack tensors that the adapter does not supply, such as a head; they get
             random values, the same in every run.
 
     Raises:
-        ConfigError: Neither names a base model, or the adapter is of another task.
+        ConfigError: Neither names a base model, or the adapter is for another task.
         TraceError: The base cannot be loaded or traced.
         TargetError: The adapter's configuration does not fit the base.
-        CheckpointError: The base lacks tensors, or the adapter's do not fit it.
+        CheckpointError: Tensors of the base are missing, or the adapter's do not fit it.
     """
     base = load_base(model, adapter, task, stream=stream)
     base.check(allow_random_head=allow_random_head)
@@ -182,18 +184,18 @@ def load_traced(
 
 @dataclass(frozen=True)
 class Base:
-    """A base model in memory, and what it was loaded for.
+    """A loaded base model, with its task and adapter.
 
     Attributes:
         name: Local directory or hub id.
         model: The model.
-        task: The task that was asked for, or the adapter's; None for the model's own.
-        is_asked: Whether the task was asked for.
+        task: The requested task, or the adapter's; None for the model's own.
+        is_asked: Whether the task was given explicitly.
         adapter: Directory or hub id of the adapter, or None.
         config: The adapter's configuration, or None.
-        supplied: Names of the parameters that the adapter brings its own of.
+        supplied: Names of the parameters that the adapter supplies.
         num_labels: Number of classes of the adapter's head, or None.
-        report: How the checkpoint fits the model; None where the weights are streamed, which has checked it.
+        report: How the checkpoint fits the model; None if the weights are streamed, which checks it already.
     """
 
     name: str
@@ -208,21 +210,21 @@ class Base:
 
     @property
     def made_for(self) -> str | None:
-        """The base that the adapter says it was made for."""
+        """The base model named in the adapter's configuration."""
         return self.config.base_model_name_or_path if self.config else None
 
     def check(self, *, allow_random_head: bool = False) -> None:
-        """Refuse a base with random values that the adapter does not replace.
+        """Check that the base has no random values, except those that the adapter replaces.
 
         Raises:
-            CheckpointError: There are some; each is named.
+            CheckpointError: It has; each tensor is named.
         """
         if self.report is not None:
             _check_values(self.report, self.supplied, allow_random_head, self.num_labels, self.made_for)
 
 
 def load_base(model: str | None, adapter: str | None, task: str | None, *, stream: bool = False) -> Base:
-    """The base model for a task and an adapter, with random values where its checkpoint has none.
+    """Load the base model for a task and an adapter, with random values for missing tensors.
 
     The random values are the same in every run.
 
@@ -233,7 +235,7 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
         stream: Whether to leave the weights in their files (see `load_streamed`).
 
     Raises:
-        ConfigError: Neither names a base model, or the adapter is of another task.
+        ConfigError: Neither names a base model, or the adapter is for another task.
         TraceError: The base cannot be loaded.
         CheckpointError: The adapter cannot be read, or files to stream lack tensors.
     """
@@ -247,7 +249,7 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
             task = task_of(config, task, adapter)
             heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
             supplied = base_names(tensors)
-            del tensors  # they are read again when it is known where they go
+            del tensors  # they are read again when the adapter is installed
         name, num_labels, report = base_name(model, adapter), heads[-1] if heads else None, None
         if stream:
             loaded = load_streamed(name, task, num_labels=num_labels, supplied=supplied)
@@ -264,8 +266,8 @@ def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | Gralora
     """Trace a base, and rewrite it with its adapter if it has one.
 
     Args:
-        base: What `load_base` gave.
-        with_cache: Whether a task that was not asked for is the one with a cache, where there is one.
+        base: The result of `load_base`.
+        with_cache: Whether a task that was not given defaults to the one with a cache, if there is one.
 
     Raises:
         TraceError: The base cannot be traced.
@@ -300,7 +302,7 @@ def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | Gralora
 
 
 def base_name(model: str | None, adapter: str | None) -> str:
-    """The base that is named, or that an adapter's configuration names.
+    """The name of the base: the given one, or that in an adapter's configuration.
 
     Args:
         model: Local directory or hub id of the base, or None.
@@ -318,7 +320,7 @@ def base_name(model: str | None, adapter: str | None) -> str:
 
 
 def _misfit(error: GraloraError, base: Base) -> str:
-    """An adapter's misfit in terms of the command line: a headline, then a line for each problem."""
+    """The message for an adapter that does not fit its base: a headline, then a line for each problem."""
     lines = str(error).splitlines()
     problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
     hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"

@@ -1,4 +1,4 @@
-"""Tokenizers beside models."""
+"""Loading of tokenizers, and token ids of prompts."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _FILES = (
     "vocab.txt",
     "merges.txt",
 )
-_CONFIGS = (*_JSON, "config.json")  # which say how the other files are read
+_CONFIGS = (*_JSON, "config.json")  # which determine how the other files are read
 _MESSAGE_CONTENTS = {"content", "tool_calls"}  # an assistant may call tools and say nothing
 
 
 def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local directory or a hub id, or None where there are no files of one.
+    """The tokenizer of a local directory or a hub id, or None if it has no tokenizer files.
 
     Args:
-        name: Local directory or hub id. For a directory with a model alone transformers makes up an empty tokenizer;
-            that counts as none.
+        name: Local directory or hub id. For a directory with only a model, for which transformers would make up an
+            empty tokenizer, the result is None.
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type: there are files of a tokenizer, and they are damaged or cannot be loaded.
+        GraloraError: Of the given type: the tokenizer's files are damaged or cannot be loaded.
     """
     directory = local_directory(name, error)
     if directory is not None:
@@ -65,14 +65,14 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
         if not present:
             return None
         raise error(
-            f"the tokenizer of {name} cannot be loaded from {', '.join(present)} ({first_line(failure)}); mend these "
+            f"the tokenizer of {name} cannot be loaded from {', '.join(present)} ({first_line(failure)}); repair these "
             "files, or leave the tokenizer out"
         ) from failure
     return tokenizer
 
 
 def _downloaded(name: str) -> list[str]:
-    """The tokenizer's files of a hub repository that are in the cache, where an attempt to load it has put them."""
+    """The tokenizer files of a hub repository in the cache, after an attempt to load it."""
     try:
         return [file for file in _FILES if isinstance(try_to_load_from_cache(name, file), str)]
     except HFValidationError:  # neither a directory nor a hub id
@@ -84,11 +84,11 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: ty
 
     Args:
         prompt: The prompt.
-        tokenizer: For texts and chats; None where there is none.
+        tokenizer: For texts and chats, or None.
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type: it needs a tokenizer and there is none, or it is none of these.
+        GraloraError: Of the given type: it needs a tokenizer and there is none, or it is not a prompt.
     """
     if is_ids(prompt):
         return [int(token) for token in prompt]
@@ -103,7 +103,7 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: ty
         raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
     try:
         if isinstance(prompt, str):
-            prompt.encode()  # a lone surrogate is no text, which tokenizers say in no word that helps
+            prompt.encode()  # a lone surrogate is not text, which the tokenizers' own error does not say
             return list(tokenizer(prompt)["input_ids"])
         text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -117,7 +117,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def is_ids(prompt: Any) -> bool:
-    """Whether a prompt is token ids: a list of whole numbers, or an array or a tensor of one axis."""
+    """Whether a prompt is token ids: a list of integers, or a one-dimensional array or tensor of them."""
     if isinstance(prompt, torch.Tensor):
         kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
         return prompt.ndim == 1 and prompt.dtype in kinds and not prompt.is_meta

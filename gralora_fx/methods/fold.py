@@ -52,7 +52,7 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
 
 @torch.no_grad()
 def delta_weight(update: Update, *, transposed: bool = False) -> Tensor:
-    """The whole update as a dense matrix, `[out, in]` or `[in, out]` if `transposed`."""
+    """The update as a dense matrix, `[out, in]`, or `[in, out]` if `transposed`."""
     in_features, out_features = update.factors.features
     shape = (in_features, out_features) if transposed else (out_features, in_features)
     tensor = first_tensor(update.factors)

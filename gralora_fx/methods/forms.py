@@ -21,37 +21,37 @@ def as_gralora(factors: AdapterTensors) -> Factors:
 
 
 def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
-    """The blocks of the same update for another `k`, exactly: a multiple of the present one, or 1.
+    """The blocks of the same update for another `k`, exactly: a multiple of the current one, or 1.
 
-    For a multiple `K = m*k` every block pair is cut into `m*m`, each with the rank that the whole one had: block column
-    `n*m + a` takes rows a of `A[n]` in every column group `j*m + b` that stands for group j.
+    For a multiple `K = m*k` every block pair is cut into `m*m`, each with the rank of the whole one: block column
+    `n*m + a` takes rows a of `A[n]` in every column group `j*m + b` that belongs to group j.
 
     Args:
         factors: The adapter's tensors at a site; the plain LoRA part is left out.
-        k: The wanted number of blocks in each direction; divides the widths.
+        k: The new number of blocks in each direction; divides the widths.
 
     Returns:
-        `A [k, in/k, R]` and `B [k, R, out/k]`, with `R = r * k / (present k)`, or `R = r * (present k)` for 1.
+        `A [k, in/k, R]` and `B [k, R, out/k]`, with `R = r * k / (current k)`, or `R = r * (current k)` for 1.
     """
-    r, own, _ = factors.dims
-    if k == own:
+    r, old_k, _ = factors.dims
+    if k == old_k:
         return factors.A, factors.B
     if k == 1:
         A, B = Factors(factors.A, factors.B).lora_form()
         return A.t().unsqueeze(0), B.t().unsqueeze(0)
-    m, s = k // own, r // own
-    ins, outs = own * factors.A.shape[1], own * factors.B.shape[2]
-    A = factors.A.reshape(own, m, ins // k, own, 1, s).expand(-1, -1, -1, -1, m, -1)  # [n, a, in/K, j, b, s]
-    B = factors.B.reshape(own, own, s, m, outs // k).permute(0, 3, 1, 2, 4).unsqueeze(3)  # [j, b, n, 1, s, out/K]
+    m, s = k // old_k, r // old_k
+    ins, outs = old_k * factors.A.shape[1], old_k * factors.B.shape[2]
+    A = factors.A.reshape(old_k, m, ins // k, old_k, 1, s).expand(-1, -1, -1, -1, m, -1)  # [n, a, in/K, j, b, s]
+    B = factors.B.reshape(old_k, old_k, s, m, outs // k).permute(0, 3, 1, 2, 4).unsqueeze(3)  # [j, b, n, 1, s, out/K]
     return A.reshape(k, ins // k, k * s), B.expand(-1, -1, -1, m, -1, -1).reshape(k, k * s, outs // k)
 
 
 @torch.no_grad()
 def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybrid_r: int = 0) -> Factors:
-    """One adapter of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
+    """Factors of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
 
     With the same `k` the ranks of the block pairs add up: each pair `(j, n)` has its own `s` columns of `A[n]` and rows
-    of `B[j]`, which are laid side by side. Updates of another `k` are written with this one first.
+    of `B[j]`, which are concatenated. Updates with another `k` are converted to this one first.
 
     Args:
         updates: At least one.

@@ -71,8 +71,8 @@ class LoraConfig(AdapterConfig):
         exclude_modules: Modules to leave out of `target_modules`: names as there, or a regular expression.
         lora_alpha: Numerator of the scale `lora_alpha / r`.
         lora_dropout: Probability with which an adapter input is zeroed in training, in `[0, 1)`.
-        fan_in_fan_out: Whether the weights are stored `[in, out]`, as in transformers' `Conv1D`. Read from the layers
-            themselves; kept for the sake of PEFT's file format.
+        fan_in_fan_out: Whether the weights are stored `[in, out]`, as in transformers' `Conv1D`. It is determined from
+            the layers themselves, and only kept for PEFT's file format.
         bias: Which biases train: `"none"`, `"all"`, or `"lora_only"` for those of the adapted layers.
         use_rslora: Whether the scale is `lora_alpha / sqrt(r)`.
         modules_to_save: Modules that train as a whole, each adapter with its own copy.

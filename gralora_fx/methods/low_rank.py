@@ -52,7 +52,7 @@ def drop_inputs(x: Tensor, probability: float) -> Tensor:
 
 
 def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
-    """`into + scale * left @ right`, written into `into` itself where that is right and fast.
+    """`into + scale * left @ right`, computed in place where that is correct and fast.
 
     In training it makes a new tensor, since writing into a view costs autograd a copy of the whole gradient; under
     `torch.compile` and `torch.export` too, which cannot undo the write; and under autocast, which gives the result its
@@ -63,7 +63,7 @@ def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float, *, in_pl
         left: `[n, r]`, or `[k, n, r]`.
         right: `[r, m]`, or `[k, r, m]`.
         scale: Factor of the product.
-        in_place: False never overwrites, for an `into` that something else reads too.
+        in_place: False never overwrites, for an `into` with other readers.
 
     Returns:
         The sum, of the shape of `into`.

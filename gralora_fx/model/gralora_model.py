@@ -1,4 +1,4 @@
-"""`GraloraModel`: a rewritten graph as the module that a user trains, switches, saves and merges."""
+"""`GraloraModel`: a rewritten graph as a module to train, switch, save and merge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gralora_fx.model.switching import AdapterSwitching
 from gralora_fx.passes.adapter_paths import adapter_names as as_names
 from gralora_fx.passes.fold_weights import SiteUpdate
 from gralora_fx.passes.overlay import copy_in_mode
-from gralora_fx.passes.replace_weights import with_weights
+from gralora_fx.passes.replace_weights import replace_weights
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
@@ -34,12 +34,12 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
     copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost
-    nothing. The first switch to a state makes its graph and compiles it, which takes milliseconds for each hundred
+    nothing. The first switch to a state builds its graph and compiles it, which takes milliseconds for each hundred
     nodes; the graphs of the last 32 states are kept.
     """
 
     def __new__(cls, traced: TracedModel) -> GraloraModel:
-        """A model whose class shows the traced inputs.
+        """Create a model whose class has the traced inputs in its signature.
 
         Raises:
             RewriteError: `traced` is not a traced model.
@@ -48,7 +48,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         return super().__new__(class_for(cls, traced))
 
     def __init__(self, traced: TracedModel) -> None:
-        """Copy a traced model's graph, without an adapter; `rewrite` is the public way to make one."""
+        """Copy a traced model's graph, without an adapter; use `rewrite` to create a model."""
         nn.Module.__init__(self)
         self._state = AdapterGraph(traced)
         self._modules[_TREE] = self._state.base.tree
@@ -86,11 +86,11 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
     # -- pictures ---------------------------------------------------------------------------------------------------
 
     def to_svg(self, path: str | Path, *, full: bool = False) -> None:
-        """Draw the graph by block: what is adapted, what is left and why, how large each block of an update is.
+        """Draw the graph by block: what is adapted, what is not and why, and the norms of the updates' blocks.
 
         Args:
             path: The file to write.
-            full: Whether layers that look alike are all drawn, rather than one for each run of three or more.
+            full: Whether to draw all layers, rather than one for each run of three or more equal ones.
 
         Raises:
             RewriteError: It cannot be drawn or written.
@@ -98,11 +98,11 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         save(svg_of(self, full=full), path)
 
     def to_html(self, path: str | Path, *, full: bool = False) -> None:
-        """Write the picture with its numbers, every site and every heat map on one page that fetches nothing.
+        """Write a self-contained HTML page with the picture, its numbers, every site and every heat map.
 
         Args:
             path: The file to write.
-            full: Whether layers that look alike are all drawn.
+            full: Whether to draw all layers, rather than one for each run of equal ones.
 
         Raises:
             RewriteError: It cannot be drawn or written.
@@ -112,19 +112,19 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and `copy.deepcopy` take: everything but the graph, which is made again."""
+        """The state for pickle and `copy.deepcopy`: everything but the graph, which is rebuilt."""
         modules = {name: module for name, module in self._modules.items() if name != _TREE}
         return {**self.__dict__, "_modules": modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Let the model own its tensors again."""
+        """Restore the model's tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._modules = {_TREE: self._state.base.tree, **self._modules}
 
     # -- running and training ---------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph as the model would run.
+        """Run the graph like the model.
 
         Args:
             *args: Inputs by position.
@@ -152,7 +152,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The graph that runs now: another object after every change of adapters or mode, over the same parameters.
+        """The current graph: a new object after every change of adapters or mode, over the same parameters.
 
         While adapters are merged it holds the merged weights; `parameters()` and `state_dict()` of the model are the
         base's own and the adapters' at any time.
@@ -160,7 +160,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         return self._state.lend()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict()` gave, as any module does; merged weights are folded again from what was loaded."""
+        """Load a state dict, as any module does; merged weights are folded again from the loaded tensors."""
         with self._state.writing():
             return super().load_state_dict(state_dict, strict, assign)
 
@@ -178,11 +178,11 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of values that train, and of all values."""
+        """Numbers of trainable and of all parameters."""
         return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Print how many values train."""
+        """Print the number of trainable parameters."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
@@ -209,20 +209,20 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
 
         Args:
             directory: Where to write; made if it does not exist.
-            adapter_names: Which adapters; None for all.
+            adapter_names: Names of the adapters; None for all.
             selected_adapters: PEFT's name for `adapter_names`.
             is_main_process: Whether to write at all; the other processes of a distributed training do not.
-            state_dict: The model's state dict, as Accelerate gathers it; it must hold the values that the model has.
-            safe_serialization: True, the only one: pickles are not written.
-            save_function: Taken as Accelerate's loops give it; the files are written by safetensors all the same.
-            max_shard_size: Taken as `push_to_hub` gives it; an adapter is one file.
+            state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values.
+            safe_serialization: Must be True: pickles are not written.
+            save_function: Accepted for Accelerate's loops, and ignored: the files are always written by safetensors.
+            max_shard_size: Accepted for `push_to_hub`, and ignored: an adapter is one file.
 
         All of them are written, or none after an error; other files in the directory stay.
 
         Raises:
-            RewriteError: There is no such adapter.
-            CheckpointError: The directory cannot be written, or the state dict holds other values; what was there is
-                there still.
+            RewriteError: An adapter does not exist.
+            CheckpointError: The directory cannot be written, or the state dict holds other values; its contents are
+                unchanged.
         """
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
@@ -249,7 +249,7 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         Args:
             directory: Local directory or hub id.
             adapter_name: Name of the adapter.
-            is_trainable: Whether its tensors train; None for what active and waiting adapters do.
+            is_trainable: Whether its tensors train; None for the default: active adapters train, others do not.
             revision: Revision of the hub repository.
 
         Raises:
@@ -260,8 +260,8 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         config, tensors = read_adapter(directory, revision=revision)
         if adapter_name in self._state.adapters:
             with self._state.writing():
-                self._state.refuse_merged("load tensors")
-                _refuse_other_config(self.installed(adapter_name), self._plan(config), adapter_name)
+                self._state.check_not_merged("load tensors")
+                _check_same_config(self.installed(adapter_name), self._plan(config), adapter_name)
                 load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
         else:
             self.add_adapter(adapter_name, config)
@@ -278,19 +278,19 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
     def merge_adapter(
         self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
     ) -> None:
-        """Fold active adapters into the weights; their nodes leave the graph, the output stays.
+        """Fold active adapters into the weights; their nodes leave the graph, the output stays the same.
 
-        The base's own weights are kept for `unmerge_adapter`, so the adapted layers stand in memory twice; the buffers
+        The base's own weights are kept for `unmerge_adapter`, so the adapted layers are in memory twice; the buffers
         are kept for the next merge.
 
         Args:
-            adapter_names: Which active adapters; None for all.
+            adapter_names: Names of active adapters; None for all.
             safe_merge: Whether to check that every merged weight is finite.
-            untie: Whether a layer with a tied weight gets one of its own, instead of being refused.
+            untie: Whether to give a layer with a tied weight one of its own, rather than raise.
 
         Raises:
-            MergeError: Nothing to merge, an adapter is not active or merged already, a weight is tied or would not be
-                finite. Nothing has changed, after any error.
+            MergeError: There is nothing to merge, an adapter is not active or merged already, or a weight is tied or
+                would not be finite. Nothing has changed after an error.
         """
         names = None if adapter_names is None else as_names(adapter_names)
         self._state.merge(names, safe=safe_merge, untie=untie)
@@ -306,35 +306,35 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
     ) -> TracedModel:
-        """Fold active adapters into the base's weights themselves, and give the base model back.
+        """Fold active adapters into the base's weights themselves, and return the base model.
 
-        As in PEFT the base changes and no copy is kept; `gralora_fx.merge` keeps it instead. The model is empty
-        afterwards.
+        As in PEFT, the base changes and no copy is kept; `gralora_fx.merge` leaves it unchanged instead. The model is
+        empty afterwards.
 
         Args:
             safe_merge: Whether to check first that every merged weight is finite.
-            adapter_names: Which active adapters; None for all.
-            untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused; the
+            adapter_names: Names of active adapters; None for all.
+            untie: Whether to give a layer with a tied weight one of its own in the result, rather than raise; the
                 base keeps the tied weight as it is.
 
         Returns:
             The base model, node for node, with folded weights.
 
         Raises:
-            MergeError: Nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
+            MergeError: There is nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
         """
         names = None if adapter_names is None else as_names(adapter_names)
         folded = [self.installed(name) for name in names or self.active_adapters]
         described = describe_folded(folded, self.traced, own=True)
-        own = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
-        merged = with_weights(self.unload(), own)
+        untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
+        merged = replace_weights(self.unload(), untied)
         merged.merged_adapters = described
         return merged
 
     def unload(self) -> TracedModel:
-        """Take every adapter out and give the base model back: its graph node for node, its weights as they are.
+        """Remove every adapter and return the base model: its graph node for node, its weights as they are.
 
-        The model is empty afterwards; parameters that required gradients before the rewrite do so again.
+        The model is empty afterwards; parameters that required gradients before the rewrite require them again.
         """
         self._state.clear()
         traced = self.traced
@@ -345,18 +345,18 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
         return traced.with_graph(graph_module, traced.tree).train(self.training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
-        """The weight updates of adapters, site by site; None for the active ones.
+        """The weight updates of adapters, by site; None for the active ones.
 
         Raises:
-            RewriteError: There is no such adapter, or two of them cannot be active together.
+            RewriteError: An adapter does not exist, or two of them cannot be active together.
         """
         names = self._state.state.active if adapter_names is None else adapter_names
-        found = self._state.updates(names)
-        self._state.refuse_shared_copies(names)
-        return found
+        site_updates = self._state.updates(names)
+        self._state.check_copies_not_shared(names)
+        return site_updates
 
 
-def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
+def _check_same_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
     mine, theirs = (
         {planned.site.path: (planned.dims, planned.scale) for planned in chosen.selected}
         for chosen in (adapter.plan, other)
@@ -368,5 +368,5 @@ def _refuse_other_config(adapter: InstalledAdapter, other: RewritePlan, name: st
 
 
 def _keep_up(model: GraloraModel, _: Any) -> None:
-    """After a state dict was loaded into the model, alone or as a part of another."""
+    """Update the graph after a state dict was loaded into the model or a module that contains it."""
     model._state.keep_up()

@@ -1,4 +1,4 @@
-"""What a rewritten model can be asked: its sites, its adapters, and the nodes and tensors of each."""
+"""Inspection of a rewritten model: its sites, its adapters, and the nodes and tensors of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.annotations import mark_of
+from gralora_fx.graph.annotations import annotation_of
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import AdapterTensors, Update
 from gralora_fx.methods.fold import delta_weight
@@ -20,8 +20,8 @@ from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-class AdapterQueries:
-    """The questions that change nothing."""
+class AdapterInspection:
+    """The read-only queries of a model."""
 
     _state: AdapterGraph
 
@@ -47,7 +47,7 @@ class AdapterQueries:
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Names of the adapters that stand folded in the weights."""
+        """Names of the adapters that are folded into the weights."""
         return list(self._state.state.merged)
 
     @property
@@ -64,7 +64,7 @@ class AdapterQueries:
         """An adapter's plan and tensors.
 
         Raises:
-            RewriteError: There is no such adapter.
+            RewriteError: An adapter does not exist.
         """
         return self._state[adapter_name]
 
@@ -91,13 +91,13 @@ class AdapterQueries:
         return self.traced.site(path)
 
     def adapted_sites(self, adapter_name: str | None = None) -> tuple[PlannedSite, ...]:
-        """The sites of an adapter with their ranks, or of all adapters, in the order of the modules.
+        """The adapted sites of one adapter or of all, with their ranks, in the order of the modules.
 
         Args:
             adapter_name: Name of an adapter; None for all, one entry for each adapter at a site.
 
         Raises:
-            RewriteError: There is no such adapter.
+            RewriteError: An adapter does not exist.
         """
         if adapter_name is not None:
             return self.installed(adapter_name).plan.selected
@@ -106,16 +106,16 @@ class AdapterQueries:
         return tuple(sorted(entries, key=lambda entry: order[entry.site.path]))
 
     def adapters_at(self, path: str) -> tuple[str, ...]:
-        """Names of the adapters that a site has, active or not.
+        """Names of the adapters at a site, active or not.
 
         Raises:
-            TargetError: There is no such site.
+            TargetError: The site does not exist.
         """
         self.site(path)
         return tuple(name for name, adapter in self._state.adapters.items() if path in adapter.factors)
 
     def nodes(self, path: str | None = None, adapter_name: str | None = None) -> tuple[fx.Node, ...]:
-        """The nodes that serve a site, an adapter, or one at the other, in graph order.
+        """The nodes that belong to a site, to an adapter, or to an adapter at a site, in graph order.
 
         Those of inactive and merged adapters are not in the graph.
 
@@ -124,19 +124,23 @@ class AdapterQueries:
             adapter_name: Name of an adapter; None for all.
 
         Raises:
-            TargetError: There is no such site.
-            RewriteError: There is no such adapter.
+            TargetError: The site does not exist.
+            RewriteError: An adapter does not exist.
         """
         if adapter_name is not None:
             self.installed(adapter_name)
         if path is not None and not any(path in adapter.copies for adapter in self._state.adapters.values()):
             self.site(path)
-        found = []
+        nodes = []
         for node in self._state.running.graph_module.graph.nodes:
-            mark = mark_of(node)
-            if mark is not None and path in (None, mark["site"]) and adapter_name in (None, mark["adapter"]):
-                found.append(node)
-        return tuple(found)
+            annotation = annotation_of(node)
+            if (
+                annotation is not None
+                and path in (None, annotation["site"])
+                and adapter_name in (None, annotation["adapter"])
+            ):
+                nodes.append(node)
+        return tuple(nodes)
 
     def factors(self, path: str, adapter_name: str | None = None) -> AdapterTensors:
         """An adapter's tensors at a site: the parameters themselves.
@@ -146,7 +150,7 @@ class AdapterQueries:
             adapter_name: Name of the adapter; None for the one active adapter.
 
         Raises:
-            RewriteError: There is no such adapter, it does not adapt the site, or several are active.
+            RewriteError: The adapter does not exist, does not adapt the site, or several are active.
         """
         if adapter_name is None and len(self._state.state.active) != 1:
             raise RewriteError(f"{len(self._state.state.active)} adapters are active; name one of {list(self.configs)}")
@@ -156,21 +160,21 @@ class AdapterQueries:
         return adapter.factors[path]
 
     def delta_weight(self, path: str, adapter_name: str | None = None) -> Tensor:
-        """The update of a site's weight by an adapter, `[out, in]` or as the weight is stored.
+        """The update of a site's weight by an adapter, in the layout of the weight.
 
         Args:
             path: Path of the site.
             adapter_name: Name of the adapter; None for the sum of the active ones.
 
         Raises:
-            TargetError: There is no such site.
-            RewriteError: There is no such adapter, or none of them adapts the site.
+            TargetError: The site does not exist.
+            RewriteError: The adapter does not exist, or none adapts the site.
         """
         update = self._update(path, adapter_name)
         return delta_weight(update, transposed=self.site(path).kind == "conv1d")
 
     def block_norms(self, path: str, adapter_name: str | None = None) -> Tensor:
-        """Frobenius norms of the blocks of such an update.
+        """Frobenius norms of the blocks of a site's update.
 
         Args:
             path: Path of the site.
@@ -181,8 +185,8 @@ class AdapterQueries:
             different `k`.
 
         Raises:
-            TargetError: There is no such site.
-            RewriteError: There is no such adapter, or none of them adapts the site.
+            TargetError: The site does not exist.
+            RewriteError: The adapter does not exist, or none adapts the site.
         """
         update = self._update(path, adapter_name)
         return block_norms(update.factors, update.scale)

@@ -1,4 +1,4 @@
-"""`merge`: the adapter-free model with folded weights, beside the one it came from."""
+"""`merge`: a copy of the model without adapters, with folded weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import fx, nn
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import MergeError
-from gralora_fx.graph.annotations import mark_of, marked_nodes, unmark
+from gralora_fx.graph.annotations import annotated_nodes, annotation_of, remove_annotation
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.passes.adapter_paths import adapter_names as as_names
 from gralora_fx.passes.adapter_paths import copy_path, put
-from gralora_fx.passes.fold_weights import SiteUpdate, deferred_weights, folded_weights
-from gralora_fx.passes.replace_weights import with_weights
+from gralora_fx.passes.fold_weights import SiteUpdate, folded_weights, lazy_weights
+from gralora_fx.passes.replace_weights import replace_weights
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
 
 
@@ -29,12 +29,12 @@ def merge(
 ) -> TracedModel:
     """The base model, node for node, with adapters folded into its weights.
 
-    The given model and the base's weights stay as they are; only the folded weights are new. Updates are accumulated
+    The model and the base's weights stay unchanged; only the folded weights are new. Updates are accumulated
     in float32 or better and rounded once.
 
     Args:
         model: A rewritten model.
-        adapter_names: Which adapters to fold; None for the active ones.
+        adapter_names: Names of the adapters to fold; None for the active ones.
         safe: Whether to check that every folded weight is finite.
         untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused.
 
@@ -42,7 +42,7 @@ def merge(
         A traced model in the mode of `model`, which remembers the adapters (`merged_adapters`).
 
     Raises:
-        RewriteError: There is no such adapter, or two of them have no common result (see `set_adapter`).
+        RewriteError: An adapter does not exist, or two of them cannot be combined (see `set_adapter`).
         MergeError: There is nothing to fold, a weight is tied to another layer, or would not be finite.
     """
     names, work = _work(model, adapter_names)
@@ -52,22 +52,22 @@ def merge(
     return merged
 
 
-def merge_deferred(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
-    """The same, whose folded weights stand on the meta device and are made when they are read (see `deferred`).
+def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
+    """The same with lazy folded weights, on the meta device, computed when they are read (see `lazy_tensors`).
 
-    So a whole model is folded and written with the memory of one weight; it cannot be run. Whether a weight is finite
-    is checked when it is made.
+    So a whole model is folded and written with the memory of one weight; it cannot be run. Each weight is checked to be
+    finite when it is computed.
 
     Args:
         model: A rewritten model.
-        adapter_names: Which adapters to fold; None for the active ones.
+        adapter_names: Names of the adapters to fold; None for the active ones.
 
     Raises:
         RewriteError: As `merge`.
         MergeError: As `merge`.
     """
     names, work = _work(model, adapter_names)
-    return _merged(model, names, deferred_weights(model.traced.graph_module, work))
+    return _merged(model, names, lazy_weights(model.traced.graph_module, work))
 
 
 def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tuple[list[str], list[SiteUpdate]]:
@@ -85,16 +85,16 @@ def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tup
 
 
 def _merged(model: GraloraModel, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> TracedModel:
-    merged = with_weights(model.traced, weights)
+    merged = replace_weights(model.traced, weights)
     for name in names:
         merged = _settle_copies(merged, model.installed(name))
     return merged.train(model.training)
 
 
 def _settle_copies(merged: TracedModel, adapter: InstalledAdapter) -> TracedModel:
-    """Put an adapter's copies of base parameters in the base's place, by name.
+    """Replace the base's parameters by an adapter's copies, under the base's names.
 
-    A parameter that other modules read too (a tied head) keeps its place for them; the module reads its own beside it.
+    A parameter that other modules read too (a tied head) stays for them; the module gets the copy beside it.
     """
     if not adapter.copies:
         return merged
@@ -104,14 +104,16 @@ def _settle_copies(merged: TracedModel, adapter: InstalledAdapter) -> TracedMode
         settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
     for base, parameter in settled.items():
         put(graph_module, copy_path(adapter.name, base), parameter)
-    adapter.own(graph_module, merged.tree)
-    for node in list(marked_nodes(graph_module.graph, adapter.name)):
-        found = mark_of(node) or {}
-        if "beside" not in found:
-            owner, _, attribute = found["owns"].rpartition(".")
+    adapter.redirect(graph_module, merged.tree)
+    for node in list(annotated_nodes(graph_module.graph, adapter.name)):
+        annotation = annotation_of(node) or {}
+        if "beside" not in annotation:
+            owner, _, attribute = annotation["owns"].rpartition(".")
             graph_module.get_submodule(owner)._parameters[attribute] = graph_module.get_parameter(str(node.target))
-            node.target = found["owns"]
-        unmark(node)
-    graph_module = fx.GraphModule(graph_module, graph_module.graph, "MergedGraph")  # without what it no longer reads
+            node.target = annotation["owns"]
+        remove_annotation(node)
+    graph_module = fx.GraphModule(
+        graph_module, graph_module.graph, "MergedGraph"
+    )  # drops what the graph no longer reads
     tree = dataclasses.replace(merged.tree, parameters={**merged.tree.parameters, **settled})
     return merged.with_graph(graph_module, tree)

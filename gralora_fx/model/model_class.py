@@ -1,4 +1,4 @@
-"""The class of one rewritten model: `forward` shows its inputs, and callers of PEFT's models take it for one."""
+"""The class created for a rewritten model: its `forward` signature lists the inputs, and it is a `PeftModel`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gralora_fx.errors import RewriteError
-from gralora_fx.tracing.as_transformers import class_name, shown
+from gralora_fx.tracing.as_transformers import class_name, with_signature
 from gralora_fx.tracing.losses import label_names
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -19,7 +19,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 _is_for_trainer = ContextVar("_is_for_trainer", default=True)
 
-# of PEFT's, what needs nothing but the attributes that a GraloraModel has
+# PEFT's methods that need nothing but attributes of a GraloraModel
 _SHARED = {
     "push_to_hub",
     "create_or_update_model_card",
@@ -31,9 +31,9 @@ _SHARED = {
 
 @contextmanager
 def without_trainer() -> Iterator[None]:
-    """Let the models that are made in the block be ones that transformers' Trainer does not know: PEFT stays out.
+    """Create models within the block without PEFT as a base class, so that PEFT is not imported.
 
-    For a process that exports, and would import it for nothing.
+    For processes that only export; transformers' Trainer does not recognise such models.
     """
     token = _is_for_trainer.set(False)
     try:
@@ -43,7 +43,7 @@ def without_trainer() -> Iterator[None]:
 
 
 def _peft_model() -> type[nn.Module] | None:
-    """PEFT's class of models, of which alone Trainer writes and reads adapter files; None where it is not installed."""
+    """PEFT's model class, for which alone Trainer writes and reads adapter files; None if it is not installed."""
     if not _is_for_trainer.get():
         return None
     from transformers import trainer_utils
@@ -52,14 +52,14 @@ def _peft_model() -> type[nn.Module] | None:
 
 
 def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
-    """The class of the rewritten model of a trace.
+    """Create the class of a trace's rewritten model.
 
-    Its `forward` shows the traced inputs and the labels. Where PEFT is installed it is a `PeftModel` too, for that is
-    what transformers' Trainer asks before it writes an adapter's files instead of a state dict. What PEFT's class can
-    do and this one cannot is refused by name.
+    The signature of its `forward` lists the traced inputs and the labels. If PEFT is installed it is a `PeftModel` too,
+    which is what transformers' Trainer checks before it writes adapter files instead of a state dict. Methods of PEFT's
+    class that this one does not support raise.
 
     Args:
-        base: `GraloraModel`, or a class of the user derived from it.
+        base: `GraloraModel` or a subclass of it.
         traced: The traced model.
     """
     source = class_name(traced) if traced.config is not None else ""
@@ -67,7 +67,7 @@ def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
 
 
 def restored(base: type[_Model], *description: Any) -> _Model:
-    """An empty model of such a class, for `pickle` and `copy` to fill."""
+    """An uninitialised model of such a class, for `pickle` and `copy` to fill."""
     model: _Model = object.__new__(_class(base, *description))
     return model
 
@@ -78,13 +78,15 @@ def _class(base: type[_Model], source: str, inputs: tuple[str, ...], labels: tup
         "__doc__": base.__doc__,
         "__reduce_ex__": lambda self, _: (restored, (base, source, inputs, labels), self.__getstate__()),
         "__getattr__": base.__getattr__,  # PEFT's asks the base model for everything else
-        "forward": shown(base.forward, inputs, labels),
+        "forward": with_signature(base.forward, inputs, labels),
     }
     peft_model = _peft_model()
     if peft_model is None:
         return type(f"{base.__name__}{source}", (base,), members)
     refused = {
-        name: _refusal(name) if inspect.isfunction(value) else property()  # none: an AttributeError
+        name: _refusal(name)
+        if inspect.isfunction(value)
+        else property()  # a property without a getter raises AttributeError
         for name, value in vars(peft_model).items()
         if not name.startswith("_") and not hasattr(base, name) and name not in _SHARED
     }

@@ -1,4 +1,4 @@
-"""What users of PEFT and transformers ask a model, and methods of theirs that a graph cannot follow."""
+"""Attributes and methods that PEFT and transformers expect of a model."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from transformers import GenerationConfig
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
-from gralora_fx.model.inspection import AdapterQueries
+from gralora_fx.model.inspection import AdapterInspection
 from gralora_fx.passes.adapter_paths import adapter_names as as_names
 from gralora_fx.tracing.as_transformers import TransformersView, view_of
 
 
-class PeftAttributes(AdapterQueries, nn.Module):
-    """PEFT's and transformers' names for what the model has."""
+class PeftAttributes(AdapterInspection, nn.Module):
+    """PEFT's and transformers' attributes of a model."""
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.base_model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the base model's parameters."""
+        """The dtype of the base model's parameters."""
         return self.base_model.dtype
 
     @property
     def main_input_name(self) -> str:
-        """Name of the input that the model is about."""
+        """Name of the main input."""
         return self.traced.main_input_name
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """How the model generates; None where it does not."""
+        """The generation configuration; None if the model does not generate."""
         return self.traced.generation_config
 
     @generation_config.setter
@@ -56,7 +56,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
 
     @property
     def base_model(self) -> TransformersView:
-        """The model as transformers sees it, its adapters within, as PEFT's is."""
+        """The model as a transformers model, adapters included, as in PEFT."""
         parameters = dict(self.traced.tree.parameters)
         for name in self.active_adapters:
             for copies in self.installed(name).copies.values():
@@ -65,7 +65,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
 
     @property
     def loss_type(self) -> str | None:
-        """Name of the loss among those of transformers."""
+        """Name of the loss in transformers."""
         return self.base_model.loss_type
 
     @property
@@ -74,7 +74,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
         return self.base_model.accepts_loss_kwargs
 
     def get_base_model(self) -> TransformersView:
-        """The model as transformers sees it, its adapters within, as PEFT's is; `traced` is the base without them."""
+        """The model as a transformers model, adapters included, as in PEFT; `traced` is the base without them."""
         return self.base_model
 
     def can_generate(self) -> bool:
@@ -82,7 +82,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
         return self.traced.can_generate()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own loop, with the active adapters, in the mode that the model stands in.
+        """Generate by transformers' own loop, with the active adapters, in the model's current mode.
 
         Args:
             *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
@@ -93,20 +93,20 @@ class PeftAttributes(AdapterQueries, nn.Module):
             What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
 
         Raises:
-            TraceError: The model does not generate, or an option needs what a trace does not have.
+            TraceError: The model does not generate, or an option is not supported over a trace.
         """
         return self.base_model.generate(*args, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels shifted right, for collators that feed the decoder of an encoder-decoder."""
+        """The labels shifted right, for collators that feed an encoder-decoder's decoder."""
         return self.base_model.prepare_decoder_input_ids_from_labels(labels)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of values in the base model and all adapters, each counted once.
+        """Number of parameters of the base model and all adapters, tied ones counted once.
 
         Args:
-            only_trainable: Whether to count only those that train.
-            exclude_embeddings: Whether to leave tables of embeddings out.
+            only_trainable: Whether to count only trainable ones.
+            exclude_embeddings: Whether to leave embedding tables out.
         """
         tree = self.traced.tree
         tables = {f"{path}.weight" for path, kind in tree.types.items() if kind.endswith("Embedding")}
@@ -123,10 +123,10 @@ class PeftAttributes(AdapterQueries, nn.Module):
         return list({id(p): p for p in (*self.traced.tree.parameters.values(), *adapters)}.values())
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of token embeddings, as a module over the parameter that the graph reads.
+        """The token embeddings, as a module over the parameter that the graph reads.
 
         Raises:
-            TraceError: The model has none, or it is more than a table.
+            TraceError: The model has none, or the module is more than a table.
         """
         return self.base_model.get_input_embeddings()
 
@@ -139,10 +139,10 @@ class PeftAttributes(AdapterQueries, nn.Module):
         return self.base_model.get_output_embeddings()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters train or not, active or not.
+        """Set whether adapters train, whether active or not.
 
         Raises:
-            RewriteError: There is no such adapter.
+            RewriteError: An adapter does not exist.
         """
         for adapter in [self.installed(name) for name in as_names(adapter_names)]:
             adapter.requires_grad_(requires_grad)
@@ -150,7 +150,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
     # -- recomputing activations ------------------------------------------------------------------------------------
 
     def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """Refuse: a graph has no blocks to recompute.
+        """Not supported: a graph has no blocks to recompute.
 
         Raises:
             RewriteError: Always.
@@ -165,7 +165,7 @@ class PeftAttributes(AdapterQueries, nn.Module):
     enable_input_require_grads = activation_checkpointing_enable
 
     def activation_checkpointing_disable(self) -> None:
-        """Nothing to do: it is never on."""
+        """Do nothing: it is never on."""
 
     gradient_checkpointing_disable = activation_checkpointing_disable
     disable_input_require_grads = activation_checkpointing_disable

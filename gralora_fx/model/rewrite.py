@@ -19,16 +19,16 @@ def rewrite(
 
     Args:
         traced: A traced model.
-        config_or_plan: What to adapt, or the plan already made of it.
+        config_or_plan: What to adapt, or a plan made from that.
         adapter_name: Name of the adapter.
 
     Returns:
         The rewritten model, its adapter active, in the mode of `traced`.
 
     Raises:
-        TargetError: The configuration cannot be met.
+        TargetError: The configuration does not fit the model.
         ConfigError: The adapter's name is invalid.
-        RewriteError: The graph is not the one that was planned for. `traced` is as it was, after any error.
+        RewriteError: The plan is for another graph. `traced` is unchanged after an error.
     """
     check_traced(traced, RewriteError, "rewrite")
     model = GraloraModel(traced)

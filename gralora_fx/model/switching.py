@@ -1,4 +1,4 @@
-"""What changes the adapters of a rewritten model: adding, switching, combining, removing; and passes of the user."""
+"""Adding, switching, combining and removing adapters of a rewritten model; and user passes."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.graph.user_pass import GraphPass
-from gralora_fx.model.inspection import AdapterQueries
+from gralora_fx.model.inspection import AdapterInspection
 from gralora_fx.passes.adapter_paths import adapter_names, check_adapter_name
 from gralora_fx.planning import RewritePlan, plan
 from gralora_fx.planning.targets import exact_targets
 
 
-class AdapterSwitching(AdapterQueries):
-    """The changes: each leaves the graph complete, or as it was after an error."""
+class AdapterSwitching(AdapterInspection):
+    """The operations that change a model, each applied completely or not at all."""
 
     def add_adapter(self, adapter_name: str, config_or_plan: AdapterConfig | RewritePlan) -> None:
-        """Add an adapter; the first one becomes active, later ones wait for `set_adapter`.
+        """Add an adapter; the first one becomes active, later ones stay inactive until `set_adapter`.
 
         Args:
             adapter_name: A new name.
-            config_or_plan: What to adapt, or the plan already made of it.
+            config_or_plan: What to adapt, or a plan made from that.
 
         Raises:
             ConfigError: The name is taken or invalid, or a second adapter would train biases.
-            TargetError: The configuration cannot be met.
-            RewriteError: The plan is not one of this model. Nothing has changed, after any error.
+            TargetError: The configuration does not fit the model.
+            RewriteError: The plan is for another model. Nothing has changed after an error.
         """
         check_adapter_name(adapter_name)
         self._state.add(adapter_name, self._plan(config_or_plan))
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter active, or several that sum; the others leave the graph and stop training.
+        """Activate one adapter, or several whose outputs are summed; the others leave the graph and stop training.
 
         Args:
             adapter_name: Name or names of existing adapters.
 
         Raises:
-            RewriteError: There is no such adapter, two of them train copies of the same module, one adapts what another
-                trains as a copy, or the block of `disable_adapter` is not left yet.
+            RewriteError: An adapter does not exist, two of them train copies of the same module, one adapts what
+                another trains as a copy, or a `disable_adapter` block is open.
             MergeError: Adapters are merged; unmerge first.
         """
         self._state.switch(list(dict.fromkeys(adapter_names(adapter_name))))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the base model while the block lasts: its graph, node for node, over its own parameters."""
+        """Run the base model within the block: its graph, node for node, over its own parameters."""
         with self._state.disabled():
             yield
 
@@ -56,7 +56,7 @@ class AdapterSwitching(AdapterQueries):
         """Remove an adapter and its tensors.
 
         Raises:
-            RewriteError: There is no such adapter, or it is active.
+            RewriteError: The adapter does not exist or is active.
         """
         self._state.remove(adapter_name)
 
@@ -67,7 +67,7 @@ class AdapterSwitching(AdapterQueries):
         adapter_name: str,
         combination_type: str = "linear",
     ) -> None:
-        """Add an adapter whose weight update is the weighted sum of others; it waits for `set_adapter`.
+        """Add an adapter whose weight update is the weighted sum of others'; it is not active yet.
 
         The sum is exact. Adapters of the same `gralora_k` give one of that `k` whose rank is the sum of theirs; where
         different `k` meet at a site, it gets the exact LoRA form (`k = 1`, rank `sum of k*r`).
@@ -76,11 +76,12 @@ class AdapterSwitching(AdapterQueries):
             adapters: Names of the adapters to combine; sizes, scales and targets may differ.
             weights: A factor for each, negative ones included.
             adapter_name: A new name.
-            combination_type: `"linear"`, the only one.
+            combination_type: Must be `"linear"`.
 
         Raises:
-            ConfigError: The name is taken or invalid, counts differ, a weight is not finite, or the type is another.
-            RewriteError: There is no such adapter, or one trains biases or whole modules.
+            ConfigError: The name is taken or invalid, counts differ, a weight is not finite, or the type is not
+                supported.
+            RewriteError: An adapter does not exist, or trains biases or whole modules.
             MergeError: Adapters are merged; unmerge first.
         """
         check_adapter_name(adapter_name)
@@ -97,23 +98,23 @@ class AdapterSwitching(AdapterQueries):
     # -- passes of the user -----------------------------------------------------------------------------------------
 
     def add_pass(self, graph_pass: GraphPass) -> None:
-        """Run a pass of your own over the rewritten graph, now and again after every change of adapters.
+        """Run a pass of your own over the rewritten graph, now and after every change of adapters.
 
-        It gets a copy of the graph, so that adapters go in and out as if it were not there, and `remove_pass` undoes
-        it. It holds for running and training: `merge`, `unload` and exports give the base's graph, over which
-        `TracedModel.with_pass` runs one.
+        It gets a copy of the graph, so that adapters can be switched as if it were not there, and `remove_pass` undoes
+        it. It affects running and training; `merge`, `unload` and exports return the base's graph, over which
+        `TracedModel.with_pass` runs a pass.
 
         Args:
-            graph_pass: Takes the `GraphModule` and edits it in place. `nodes` finds what serves a site or an adapter.
+            graph_pass: Takes the `GraphModule` and edits it in place. `nodes` finds the nodes of a site or an adapter.
 
         Raises:
-            RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is as
-                it was.
+            RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is
+                unchanged.
         """
         self._state.add_pass(graph_pass)
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
-        """Take back a pass that was added.
+        """Remove a pass that was added.
 
         Raises:
             RewriteError: It was not added.
@@ -128,8 +129,8 @@ class AdapterSwitching(AdapterQueries):
                 f"expected a GraloraConfig, a LoraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
                 "from_peft of either configuration converts PEFT's"
             )
-        known = {site.path: site.weight for site in self.sites}
+        weights = {site.path: site.weight for site in self.sites}
         for planned in config_or_plan.selected:
-            if known.get(planned.site.path) is not planned.site.weight:
-                raise RewriteError(f"{planned.site.path} of the plan is no site of this model; plan it again")
+            if weights.get(planned.site.path) is not planned.site.weight:
+                raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
         return config_or_plan

@@ -34,11 +34,11 @@ def attention(
         query: `[batch, heads, length, size]`, the last `length` positions of the sequence.
         key: `[batch, key heads, past + length, size]`; key heads divide heads.
         value: `[batch, key heads, past + length, value size]`.
-        mask: `[batch, past + length]`, 0 where a position is padding, or None. Or what a model of its own making adds
-            to the scores, `[batch, 1 or heads, length, past + length]`: it alone then tells what is seen.
-        sinks: `[heads]`, logits of a position that is attended to and has no value, or None.
+        mask: `[batch, past + length]`, 0 where a position is padding, or None. Or an additive mask, `[batch, 1 or
+            heads, length, past + length]`, which then replaces causality and window.
+        sinks: `[heads]`, logits of an attention sink, a position without a value, or None.
         scale: Factor of the scores.
-        window: How many positions back a position sees, itself included; 0 for all.
+        window: Number of positions that a position attends to, itself included; 0 for all.
         softcap: Bound `c` of the scores, `c * tanh(score / c)`; 0 for none.
         dropout: Probability with which attention weights are zeroed.
 
@@ -72,9 +72,9 @@ def attention(
 
 
 def attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any) -> Tensor:
-    """A tensor of the shape of `attention`'s result, without values.
+    """The shape-only counterpart of `attention`.
 
-    The tracer is told what is equal, so that the sizes of all layers' caches are one.
+    The tracer is told which sizes are equal, so that all layers' caches share their symbols.
     """
     equal = [key.shape[2] == value.shape[2]]
     if mask is not None:

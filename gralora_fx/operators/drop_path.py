@@ -13,14 +13,14 @@ from gralora_fx.operators.namespace import define
 
 
 def drop_path(x: Tensor, p: float, train: bool) -> Tensor:
-    """Set samples to zero at random in training and scale the others, as transformers' models do.
+    """Zero samples at random in training and scale the others, as transformers' models do.
 
     From "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; a generator in the same state gives
     transformers' draws.
 
     Args:
         x: `[batch, ...]`, the output of a residual branch.
-        p: Probability of a sample to be dropped, in `[0, 1)`.
+        p: Probability of dropping a sample, in `[0, 1)`.
         train: Whether to drop; otherwise `x` itself is returned.
 
     Returns:

@@ -15,12 +15,12 @@ from gralora_fx.operators.namespace import define_shape_only
 
 
 def linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A tensor of the shape of `x @ weight.T + bias`, without values."""
+    """The shape-only counterpart of `x @ weight.T + bias`."""
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
 def cat_shape(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """A tensor of the shape of some tensors joined, without values; the tracer is told that their other sizes agree."""
+    """The shape-only counterpart of `cat`; the tracer is told that the other sizes are equal."""
     first, *others = tensors
     sizes = list(first.shape)
     for other in others:

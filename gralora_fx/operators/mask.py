@@ -13,12 +13,12 @@ from gralora_fx.operators.namespace import define
 
 
 def causal_mask(padding: Tensor, length: int, window: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores so that a position sees itself, those before it, and no padding.
+    """The additive causal mask: a position attends to itself and earlier ones, and to no padding.
 
     Args:
         padding: `[batch, past + length]`, 0 where a position is padding.
         length: Number of new positions.
-        window: How many positions back a position sees, itself included; 0 for all.
+        window: Number of positions that a position attends to, itself included; 0 for all.
         dtype: Dtype of the scores.
 
     Returns:
@@ -35,7 +35,7 @@ def causal_mask(padding: Tensor, length: int, window: int, dtype: torch.dtype) -
 
 
 def mask_shape(padding: Tensor, length: int, window: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of the shape of such a mask, without values."""
+    """The shape-only counterpart of `causal_mask`."""
     return padding.new_empty((padding.shape[0], 1, length, padding.shape[1]), dtype=dtype)
 
 
@@ -54,14 +54,14 @@ class Mask(Call):
 
 
 def mask_of_blocks(blocks: Tensor, plain: Tensor, whole: Tensor) -> Tensor:
-    """The mask of a text that holds blocks, such as images, whose positions all see each other.
+    """The mask of a text with blocks, such as images, whose positions all attend to each other.
 
     A trace has both masks until it is known whether there are blocks (see `tracing.normalize.masks`).
 
     Args:
-        blocks: `[batch, past + length]`, the number of a position's block, -1 for none.
+        blocks: `[batch, past + length]`, the index of each position's block, -1 for none.
         plain: The mask of a text without blocks, `[batch, 1, length, past + length]`.
-        whole: The mask with them, as `plain`.
+        whole: The mask with blocks, shaped like `plain`.
 
     Returns:
         `whole`.

@@ -1,10 +1,9 @@
-"""The namespaces of this project's operators: those that compute, and those that stand for them in a trace.
+"""The namespaces of this project's operators: those that compute, and their shape-only counterparts for traces.
 
-While a model is traced only shapes matter, and working out a shape by running an operator on tensors without values
-takes most of the time. So a model that is traced calls operators of the namespace `gralora_shapes`, which give a tensor
-of the right shape and nothing else; `restore_operators` puts the operators that they stand for in the finished graph.
-Which one is called depends on the tensors alone: beside a trace, in this thread or in another, tensors that have values
-are computed as ever.
+While a model is traced only shapes matter, and computing them by running operators on fake tensors takes most of the
+time. So a traced model calls operators of the namespace `gralora_shapes`, which return a tensor of the right shape and
+nothing else; `restore_aten` replaces them by the real operators in the finished graph. Which one is called depends on
+the tensors alone: during a trace, in this thread or another, tensors that have values are computed as usual.
 """
 
 from __future__ import annotations
@@ -57,12 +56,12 @@ def define(
 
 
 def define_shape_only(schema: str, rule: Callable[..., Tensor], operator: Any) -> Any:
-    """Define the operator that stands for another one in a trace.
+    """Define the shape-only counterpart of an operator.
 
     Args:
         schema: Its schema, with the arguments of `operator`.
-        rule: Takes tensors without values, and gives one of the shape and dtype of the result.
-        operator: The overload of the operator that it stands for.
+        rule: Takes fake tensors, and returns one with the shape and dtype of the result.
+        operator: The overload that it replaces in a trace.
 
     Returns:
         The operator of the namespace `gralora_shapes`.
@@ -77,7 +76,7 @@ def define_shape_only(schema: str, rule: Callable[..., Tensor], operator: Any) -
 
 
 def is_shape_only(tensor: object) -> bool:
-    """Whether a tensor has a shape and no values, as those of a model that is being traced."""
+    """Whether a tensor is fake, as those of a model that is being traced."""
     return isinstance(tensor, FakeTensor)
 
 
@@ -86,8 +85,8 @@ def operator_for(operator: Any, tensor: Tensor) -> Any:
     return _shape_only.get(operator, operator) if is_shape_only(tensor) else operator
 
 
-def restore_operators(graph: fx.Graph) -> None:
-    """Put every operator in the place of the one that stood for it.
+def restore_aten(graph: fx.Graph) -> None:
+    """Replace shape-only operators by the operators they stand for.
 
     Before: `y = gralora_shapes.linear(x, weight, bias); z = gralora_shapes.attention(y, ...)`
     After:  `y = aten.linear(x, weight, bias); z = gralora.attention(y, ...)`

@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rms_norm_shape(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """A tensor of the shape and dtype of such a norm, without values."""
+    """The shape-only counterpart of `rms_norm`."""
     return torch.empty_like(x, dtype=x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype))
 
 

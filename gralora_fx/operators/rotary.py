@@ -13,13 +13,13 @@ from gralora_fx.operators.namespace import define
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, axis: int) -> Tensor:
-    """Turn the halves of the last axis against each other, as Llama does with queries and keys.
+    """Rotate the halves of the last axis, as Llama does with queries and keys.
 
     Args:
-        x: `[batch, heads, length, size]`, or with heads behind the length.
+        x: `[batch, heads, length, size]`, or `[batch, length, heads, size]`.
         cos: `[batch, length, size]`.
         sin: As `cos`.
-        axis: Where the axis of heads is.
+        axis: Position of the heads axis.
 
     Returns:
         As `x`.
@@ -29,7 +29,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, axis: int) -> Tensor:
 
 
 def rotate_shape(x: Tensor, cos: Tensor, sin: Tensor, axis: int) -> Tensor:
-    """A tensor of the shape of `rotate`'s result, without values."""
+    """The shape-only counterpart of `rotate`."""
     return torch.empty_like(x)
 
 
@@ -48,26 +48,26 @@ class Rotate(Call):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn pairs of the last axis by an angle a position.
+    """Rotate pairs of the last axis by an angle for each position.
 
     Args:
         x: `[batch, heads, length, size]`.
-        cos: `[batch, length, half]`; the first 2 * half of `size` are turned.
+        cos: `[batch, length, half]`; the first 2 * half of `size` are rotated.
         sin: As `cos`.
-        interleaved: Whether a pair are neighbours, or a member of the first half and one of the second.
+        interleaved: Whether pairs are neighbours, rather than one member from each half.
 
     Returns:
         As `x`.
     """
     size = 2 * cos.shape[-1]
-    cos, sin, turned, rest = cos.unsqueeze(1), sin.unsqueeze(1), x[..., :size], x[..., size:]
+    cos, sin, rotated, rest = cos.unsqueeze(1), sin.unsqueeze(1), x[..., :size], x[..., size:]
     if interleaved:
-        first, second = turned[..., ::2], turned[..., 1::2]
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+        first, second = rotated[..., ::2], rotated[..., 1::2]
+        rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
     else:
-        first, second = turned.chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned, rest], dim=-1)
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([rotated, rest], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where adapters keep their tensors in a graph module: `gralora.<adapter>.<site path>.gralora_A` and its kin."""
+"""Attribute paths of adapters' tensors in a graph module: `gralora.<adapter>.<site path>.gralora_A` and so on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ROOT = "gralora"
 
 
 def check_adapter_name(name: object) -> None:
-    """Refuse a name that cannot be part of an attribute path, of code and of a file's path.
+    """Check that a name can be part of an attribute path, of code and of a file path.
 
     Raises:
-        ConfigError: It is no string, is empty, is an attribute of every module or a word of Python, or holds a dot, a
-            slash, a quote or a character that cannot be printed.
+        ConfigError: It is not a string, is empty, is an attribute of every module or a Python keyword, or holds a dot,
+            a slash, a quote or an unprintable character.
     """
     is_fit = (
         isinstance(name, str)
@@ -29,25 +29,25 @@ def check_adapter_name(name: object) -> None:
     )
     if not is_fit:
         raise ConfigError(
-            f"{name!r} cannot name an adapter; take letters, digits, _ and -, no attribute of nn.Module, no dots "
-            "and no word of Python"
+            f"{name!r} cannot name an adapter; use letters, digits, _ and -, no dots, no attribute of "
+            "nn.Module and no Python keyword"
         )
 
 
 def adapter_names(names: object) -> list[str]:
-    """One adapter's name, or several, as a list.
+    """The name of an adapter, or several, as a list.
 
     Raises:
         RewriteError: It is neither a string nor a list of strings.
     """
-    given = [names] if isinstance(names, str) else names
-    if not isinstance(given, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in given):
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in listed):
         raise RewriteError(f"expected the name of an adapter or a list of names, but got {names!r}")
-    return list(given)
+    return list(listed)
 
 
 def put(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
-    """Register a parameter at a dotted path, making the modules on the way."""
+    """Register a parameter at a dotted path, creating missing modules."""
     *owners, attribute = path.split(".")
     module = root
     for owner in owners:

@@ -14,7 +14,7 @@ from gralora_fx.graph.sites import LinearSite, calls_at, computed_sites, other_r
 from gralora_fx.methods.fold import fold
 from gralora_fx.methods.method import Update
 from gralora_fx.passes.overlay import replace_parameters
-from gralora_fx.sources.lazy_tensors import defer, raw_values_of
+from gralora_fx.sources.lazy_tensors import lazy_parameter, raw_values_of
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ def folded_weights(
     safe: bool = False,
     untie: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """New weights by site path; nothing is changed.
+    """Compute folded weights by site path; nothing is changed.
 
     Args:
         graph_module: The graph of the sites, over their weights.
         work: Sites and their updates.
         spare: Buffers to reuse, by site path.
         safe: Whether to check that every weight is finite.
-        untie: Whether a tied weight is taken too, its layer to read the result alone (see `passes.separate`).
+        untie: Whether to fold tied weights too, whose layers then read a weight of their own (see `untie_weights`).
 
     Raises:
         MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
@@ -48,55 +48,55 @@ def folded_weights(
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
     if not untie:
-        refuse_shared(graph_module, [entry.site for entry in work])
+        check_not_shared(graph_module, [entry.site for entry in work])
     weights: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for entry in work:
             weight = _folded(entry, (spare or {}).get(entry.site.path))
             weights[entry.site.path] = nn.Parameter(weight, requires_grad=False)
     if safe:
-        _refuse_non_finite(weights)
+        _check_finite(weights)
     return weights
 
 
-def deferred_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
-    """New weights by site path, each folded when it is read (see `gralora_fx.sources.lazy_tensors`).
+def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
+    """Lazy folded weights by site path, computed when they are read (see `gralora_fx.sources.lazy_tensors`).
 
-    Weights of half precision are folded into a float32 result, so that whoever reads them rounds once.
+    Half-precision weights are folded into a float32 result, so that they are rounded once.
 
     Args:
         graph_module: The graph of the sites, over their weights.
         work: Sites and their updates.
 
     Raises:
-        MergeError: A weight is tied to another layer, which would change with it; where a weight is read, it is not
+        MergeError: A weight is tied to another layer, which would change with it; or, when it is read, it is not
             finite.
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
-    refuse_shared(graph_module, [entry.site for entry in work])
-    return {entry.site.path: _deferred(entry) for entry in work}
+    check_not_shared(graph_module, [entry.site for entry in work])
+    return {entry.site.path: _lazy_weight(entry) for entry in work}
 
 
-def _deferred(entry: SiteUpdate) -> nn.Parameter:
+def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
     site = entry.site
 
     def folded() -> Tensor:
         stored = raw_values_of(site.weight, site.path)
         weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
-        out = weight if weight is not stored else None  # a copy already, else the base's own
+        out = weight if weight is not stored else None  # fold into the copy, not into the base's own
         result = fold(weight, entry.updates, transposed=site.kind == "conv1d", out=out)
-        _refuse_non_finite({site.path: result})
+        _check_finite({site.path: result})
         return result
 
-    return defer(folded, site.weight.shape, site.weight.dtype)
+    return lazy_parameter(folded, site.weight.shape, site.weight.dtype)
 
 
 def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
-    """Fold into the weights themselves, in the memory that they have; no copy is kept.
+    """Fold into the weights themselves, in place; no copy is kept.
 
-    All that can be wrong with a weight is looked for before the first one changes. One that cannot be written into, as
-    an expanded one, whose elements share memory, gets memory of its own.
+    Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded one,
+    whose elements share memory, gets memory of its own.
 
     Args:
         graph_module: The graph of the sites, over their weights.
@@ -109,29 +109,29 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
-    refuse_shared(graph_module, [entry.site for entry in work])
+    check_not_shared(graph_module, [entry.site for entry in work])
     in_place = [entry for entry in work if is_writable(entry.site.weight)]
     with torch.no_grad():
         if safe:
             for entry in in_place:
-                _refuse_non_finite({entry.site.path: _folded(entry)})
+                _check_finite({entry.site.path: _folded(entry)})
         others = [entry for entry in work if entry not in in_place]
-        made = {entry.site.path: _folded(entry) for entry in others}
+        replacements = {entry.site.path: _folded(entry) for entry in others}
         if safe:
-            _refuse_non_finite(made)
+            _check_finite(replacements)
         for entry in in_place:
             _folded(entry, entry.site.weight.data)
-        replace_values([(entry.site.weight, made[entry.site.path]) for entry in others])
+        replace_values([(entry.site.weight, replacements[entry.site.path]) for entry in others])
 
 
 def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
-    """A site's weight with its updates, in `out` or in memory of its own."""
+    """A site's weight with its updates, in `out` or in new memory."""
     site = entry.site
     return fold(site.weight.data, entry.updates, transposed=site.kind == "conv1d", out=out)
 
 
 def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Let parameters hold other values, which are not copied: all of them, or none after any error.
+    """Assign new values to parameters without copying: all of them, or none after an error.
 
     Args:
         updates: Parameters, each with its new values.
@@ -149,41 +149,41 @@ def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
 def set_weights(
     graph_module: fx.GraphModule, sites: Sequence[LinearSite], weights: Mapping[str, nn.Parameter]
 ) -> tuple[str, ...]:
-    """Let the calls of sites read other weights, by site path; no node changes.
+    """Replace the weights that the calls of sites read, by site path; no node changes.
 
     Returns:
-        The attribute paths at which the weights now stand in `graph_module`.
+        The attribute paths of the weights in `graph_module`.
     """
     by_name = {node.name: node for node in graph_module.graph.nodes}
-    found: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     for site in sites:
         if site.path not in weights:
             continue
         for name in site.calls:
             for call in calls_at(by_name[name], site):
-                found[str(call.weight.target)] = weights[site.path]
-    replace_parameters(graph_module, found)
-    return tuple(found)
+                parameters[str(call.weight.target)] = weights[site.path]
+    replace_parameters(graph_module, parameters)
+    return tuple(parameters)
 
 
 def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
-    """What else reads the weights of sites, in words, by path of the sites that share theirs."""
-    found: dict[str, str] = {}
+    """Descriptions of what else reads the weights of sites, by path of the sites with shared weights."""
+    reasons: dict[str, str] = {}
     sites = list(sites)
     others, memory = other_readers(graph_module, sites), _sharing_memory(graph_module, sites)
     for site in sites:
         readers = others[site.path]
         if site.tied_with:
-            found[site.path] = f"tied with {', '.join(site.tied_with)}"
+            reasons[site.path] = f"tied with {', '.join(site.tied_with)}"
         elif readers:
-            found[site.path] = f"read by {', '.join(readers)} outside a linear call"
+            reasons[site.path] = f"read by {', '.join(readers)} outside a linear call"
         elif site.path in memory:
-            found[site.path] = f"in memory that {', '.join(memory[site.path])} uses too"
-    return found
+            reasons[site.path] = f"in memory that {', '.join(memory[site.path])} uses too"
+    return reasons
 
 
 def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
-    """Refuse sites whose weight is computed: there is no parameter to fold into."""
+    """Check that the weights of sites are parameters, not computed, so that they can be folded into."""
     computed = computed_sites(graph_module, sites)
     if computed:
         raise MergeError(
@@ -194,7 +194,7 @@ def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
 
 
 def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -> dict[str, tuple[str, ...]]:
-    """Other tensors of a graph that share memory with the weights of sites, by the sites' paths."""
+    """Names of other tensors that share memory with the weights of sites, by site path."""
     tensors: dict[str, Tensor] = dict(graph_module.named_parameters())
     tensors |= dict(graph_module.named_buffers())
     names = {id(tensor): name for name, tensor in tensors.items()}
@@ -206,8 +206,8 @@ def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -
     return {site.path: shared[name] for site in sites if (name := names[id(site.weight)]) in shared}
 
 
-def refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
-    """Refuse weights that something else reads too: folding would change what that computes."""
+def check_not_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+    """Check that nothing else reads the weights of sites, since folding would change its result."""
     shared = [f"{path} ({why})" for path, why in shared_sites(graph_module, sites).items()]
     if shared:
         raise MergeError(
@@ -217,11 +217,11 @@ def refuse_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Whether every value is finite; the sum tells it sooner, but may overflow where all values are."""
+    """Whether every value is finite; the sum is faster to check, but may overflow."""
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 
 
-def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
     bad = [path for path, weight in weights.items() if not _is_finite(weight)]
     if bad:
         raise MergeError(

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.annotations import mark
+from gralora_fx.graph.annotations import annotate
 from gralora_fx.graph.sites import LinearCall, LinearSite, calls_at
 from gralora_fx.graph.subgraph_calls import replace_operand
 from gralora_fx.methods import AdapterDims, AdapterMethod
@@ -47,13 +47,13 @@ def insert_adapter(
         scale: Factor of its output.
         dropout: Dropout probability of its input.
         dtype: The adapter's dtype where it differs from the layer's.
-        nodes: The graph's nodes by name, where they are known.
+        nodes: The graph's nodes by name, if known already.
 
     Returns:
         The nodes inserted.
 
     Raises:
-        RewriteError: A call of the site is no longer in the graph, or no linear call any more.
+        RewriteError: A call of the site is no longer in the graph, or is not a linear call any more.
     """
     graph = graph_module.graph
     by_name = {node.name: node for node in graph.nodes} if nodes is None else nodes
@@ -63,7 +63,7 @@ def insert_adapter(
         calls = () if node is None else calls_at(node, site)
         if not calls:
             raise RewriteError(
-                f"{site.path}: node {name!r} is no linear call of this graph any more; trace the model again"
+                f"{site.path}: node {name!r} is not a linear call of this graph any more; trace the model again"
             )
         for call in calls:
             insert, options = _insert_at, {"dropout": dropout, "dtype": dtype}
@@ -102,16 +102,16 @@ def _insert_at(
         }
         x, y = _proxy(call.input, tracer), _proxy(node, tracer)
         result: Any = method.add_output(x, y, method.tensors(**tensors), rows=call.rows, **options)
-    made: list[fx.Node] = []
-    while (candidate := made[-1].next if made else node.next) is not after:
-        made.append(candidate)
-    members = set(made)
+    inserted: list[fx.Node] = []
+    while (candidate := inserted[-1].next if inserted else node.next) is not after:
+        inserted.append(candidate)
+    members = set(inserted)
     node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
-    for candidate in made:
-        mark(candidate, site=path, adapter=adapter, call=node.name)
+    for candidate in inserted:
+        annotate(candidate, site=path, adapter=adapter, call=node.name)
         if "nn_module_stack" in node.meta:
             candidate.meta["nn_module_stack"] = node.meta["nn_module_stack"]
-    return made
+    return inserted
 
 
 def _insert_into_operand(
@@ -124,7 +124,7 @@ def _insert_into_operand(
     method: AdapterMethod,
     **options: Any,
 ) -> list[fx.Node]:
-    """Add an adapter's update to the weight that a branch or a loop is given.
+    """Add an adapter's update to the weight passed to a branch or a loop.
 
     Before: `y = cond(p, self.true, self.false, (x, w))`
     After:  `...; w_1 = add(w, update); y = cond(p, self.true, self.false, (x, w_1))`
@@ -135,12 +135,12 @@ def _insert_into_operand(
         result: Any = method.add_update(_proxy(call.weight, tracer), method.tensors(**tensors), **options)
     assert call.operand is not None
     replace_operand(call.node, call.operand, result.node)
-    made = [candidate for candidate in graph.nodes if candidate not in before]
-    for candidate in made:
-        mark(candidate, site=path, adapter=adapter, call=call.node.name)
+    inserted = [candidate for candidate in graph.nodes if candidate not in before]
+    for candidate in inserted:
+        annotate(candidate, site=path, adapter=adapter, call=call.node.name)
         if "nn_module_stack" in call.node.meta:
             candidate.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
-    return made
+    return inserted
 
 
 def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:

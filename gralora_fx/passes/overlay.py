@@ -1,4 +1,4 @@
-"""Module trees over other trees: they share tables of tensors, and what is replaced in one is replaced nowhere else."""
+"""Module trees that overlay other trees: they share tables of tensors, but a replacement in one stays there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gralora_fx.passes.adapter_paths import ROOT
 
 
 def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
-    """A plain module that holds what a graph module holds, at the same paths.
+    """A plain module with the contents of a graph module, at the same paths.
 
     Containers are new; layers that the graph calls as modules are copies over the same tables of tensors.
 
@@ -26,10 +26,10 @@ def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
 
 
 def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
-    """A graph module with containers of its own over the tensors of a tree, in a mode of its own.
+    """A graph module over the tensors of a tree, with its own containers and mode.
 
     Args:
-        root: Any module with what the graph reads.
+        root: Any module with the tensors that the graph reads.
         graph: A graph that nothing else uses.
         training: The mode of the layers that the graph calls as modules; the graph has its own already.
         class_name: Name of the result's class.
@@ -42,13 +42,13 @@ def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: s
 
 
 def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
-    """A graph module over a tree's tensors, which is compiled when its graph is complete.
+    """A graph module over a tree's tensors, to be compiled when its graph is complete.
 
-    Whatever replaces a tensor in a container of the tree is read by the graph. What is put into the result by
-    `replace_parameters`, and an adapter removed from the tree, changes the one and not the other.
+    The graph reads replacements of tensors in the tree. What `replace_parameters` puts into the result, and an adapter
+    removed from the tree, affects only the one and not the other.
 
     Args:
-        tree: What `parameter_tree` made.
+        tree: The result of `parameter_tree`.
         graph: A graph that nothing else uses, over the tensors of the tree.
         training: The mode of the layers that the graph calls as modules.
     """
@@ -66,7 +66,7 @@ def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
 
 
 def share_adapters(graph_module: fx.GraphModule, tree: nn.Module) -> None:
-    """Let a graph module show the adapters that a tree has now."""
+    """Update a graph module's adapters to those of a tree."""
     if (adapters := tree._modules.get(ROOT)) is not None:
         graph_module._modules[ROOT] = _shallow(adapters)
     else:
@@ -74,22 +74,22 @@ def share_adapters(graph_module: fx.GraphModule, tree: nn.Module) -> None:
 
 
 def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Let a tree hold other parameters, by path; modules on the way are copied, for whoever else holds them."""
-    own = {id(root)}
+    """Replace parameters of a tree, by path; modules on the way are copied, since others may share them."""
+    copied = {id(root)}
     for path, parameter in parameters.items():
         owner, _, attribute = path.rpartition(".")
-        module = _own_container(root, owner, own)
+        module = _own_container(root, owner, copied)
         module.__dict__["_parameters"] = {**module._parameters, attribute: parameter}
 
 
 def _replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Let a tree hold another module at a path; modules on the way are copied, for whoever else holds them."""
+    """Replace the module at a path of a tree; modules on the way are copied, since others may share them."""
     owner, _, name = path.rpartition(".")
     _own_container(root, owner, {id(root)})._modules[name] = module
 
 
 def _in_mode(module: nn.Module, training: bool | None = None) -> nn.Module:
-    """A copy of a module and those within it, over the same tables of tensors, whose mode is its own.
+    """A copy of a module tree over the same tables of tensors, with its own mode.
 
     Args:
         module: Any module.
@@ -106,21 +106,21 @@ def _called(graph: fx.Graph) -> list[str]:
     return list(dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module")))
 
 
-def _own_container(root: nn.Module, path: str, own: set[int]) -> nn.Module:
-    """The module at a path, each on the way copied unless it is among `own`."""
+def _own_container(root: nn.Module, path: str, copied: set[int]) -> nn.Module:
+    """The module at a path; each on the way is copied, unless it is among `copied`."""
     module = root
     for name in path.split(".") if path else ():
         child = module._modules.get(name)
-        if child is None or id(child) not in own:
+        if child is None or id(child) not in copied:
             child = nn.Module() if child is None else _shallow(child)
-            own.add(id(child))
+            copied.add(id(child))
             module._modules[name] = child
         module = child
     return module
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """The same module with a table of modules of its own; its tensors stand in the same tables."""
+    """A copy of a module with its own table of submodules, sharing the tables of tensors."""
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_modules"] = dict(copy.__dict__["_modules"])

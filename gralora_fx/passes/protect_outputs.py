@@ -1,20 +1,20 @@
-"""Keep a layer's own output whole where something besides its adapters reads it."""
+"""Keep adapters from overwriting a layer's output that something else reads."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from gralora_fx.graph.annotations import mark_of
+from gralora_fx.graph.annotations import annotation_of
 from gralora_fx.methods.low_rank import accumulate
 
 
 def protect_outputs(graph: fx.Graph) -> bool:
-    """Let an adapter add beside a layer's output, instead of into it, where another node reads that output.
+    """Make an adapter add out of place where another node reads the layer's output.
 
     Before: `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ...)`
     After:  `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ..., in_place=False)`
 
-    Insertion gives an adapter's result to every reader, so only a later pass can make such a node.
+    Insertion redirects every reader to the adapter's result, so only a later pass can add such a reader.
 
     Args:
         graph: The graph; it must be compiled afterwards.
@@ -24,13 +24,13 @@ def protect_outputs(graph: fx.Graph) -> bool:
     """
     has_changed = False
     for node in graph.find_nodes(op="call_function", target=accumulate):
-        own = mark_of(node)
+        annotation = annotation_of(node)
         source = node.args[0]
         while isinstance(source, fx.Node) and node.kwargs.get("in_place", True):
-            if any(mark_of(user) != own for user in source.users):
+            if any(annotation_of(user) != annotation for user in source.users):
                 node.update_kwarg("in_place", False)
                 has_changed = True
-            if mark_of(source) is None or not source.args:
+            if annotation_of(source) is None or not source.args:
                 break
             source = source.args[0]
     return has_changed

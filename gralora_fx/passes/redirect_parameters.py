@@ -1,4 +1,4 @@
-"""Let parts of a graph read an adapter's own copies of parameters instead of the base's."""
+"""Redirection of parts of a graph to an adapter's copies of parameters."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from gralora_fx.graph.annotations import mark
+from gralora_fx.graph.annotations import annotate
 from gralora_fx.graph.module_tree import ModuleTree, module_stack
 from gralora_fx.graph.weight_views import tensor_at
 
 
-def own_parameters(
+def redirect_parameters(
     graph_module: fx.GraphModule, tree: ModuleTree, module: str, adapter: str, names: Mapping[str, str]
 ) -> bool:
-    """Point the uses of a module's parameters inside that module at an adapter's copies.
+    """Redirect the uses of a module's parameters inside that module to an adapter's copies.
 
     Before: `w = self.classifier.weight; y = linear(x, w)`
     After:  `w = self.gralora.default.classifier.weight; y = linear(x, w)`
 
-    A parameter that another module holds too (a tied head) keeps its node for that one's uses, and gains a second one.
-    One that only this module holds is replaced wherever it is used, as `nn.MultiheadAttention` uses the weight of its
-    `out_proj` without calling the layer.
+    A parameter that another module holds too (a tied head) keeps its node for that module's uses, and a second node is
+    added. One that only this module holds is replaced at all its uses, as `nn.MultiheadAttention` uses the weight of
+    its `out_proj` without calling the layer.
 
     Args:
         graph_module: The graph; it must be recompiled afterwards.
@@ -31,7 +31,7 @@ def own_parameters(
         names: Attribute paths of the copies in `graph_module`, by the full name of the base's parameter.
 
     Returns:
-        Whether any use was found.
+        Whether any use was redirected.
     """
     graph = graph_module.graph
     copies = {id(tree.parameters[name]): path for name, path in names.items()}
@@ -50,14 +50,14 @@ def own_parameters(
         if not inside:
             continue
         if len(inside) == len(node.users):
-            mark(node, site=module, adapter=adapter, owns=str(node.target))
+            annotate(node, site=module, adapter=adapter, owns=str(node.target))
             node.target = path
         else:
             with graph.inserting_after(node):
-                own = graph.get_attr(path)
-            mark(own, site=module, adapter=adapter, owns=base_names[id(parameter)], beside=node.name)
+                copy_node = graph.get_attr(path)
+            annotate(copy_node, site=module, adapter=adapter, owns=base_names[id(parameter)], beside=node.name)
             for user in inside:
-                user.replace_input_with(node, own)
+                user.replace_input_with(node, copy_node)
         has_changed = True
     return has_changed
 

@@ -1,4 +1,4 @@
-"""A traced model with other weights at some of its sites, beside the one it came from."""
+"""Copies of a traced model with other weights at some of its sites."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import fx, nn
 
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.passes.fold_weights import set_weights
-from gralora_fx.passes.untie_weights import separate_weights
+from gralora_fx.passes.untie_weights import untie_weights
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-def with_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> TracedModel:
-    """The same graph over other weights; the given model and its parameters stay as they are.
+def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> TracedModel:
+    """A copy of the traced model with other weights; the given model and its parameters stay unchanged.
 
-    A layer whose weight something else reads too, such as a head tied to the embedding, gets the new one alone.
+    Of a shared weight, such as a head's tied to the embedding, only the layer gets the new one.
 
     Args:
         traced: A traced model.
@@ -29,7 +29,7 @@ def with_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> Tr
         return traced
     sites = [site for site in traced.sites if site.path in weights]
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
-    separated = separate_weights(graph_module, sites)
+    separated = untie_weights(graph_module, sites)
     set_weights(graph_module, sites, weights)
     parameters = dict(traced.tree.parameters)
     for site in sites:
@@ -37,7 +37,9 @@ def with_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> Tr
         if site.path in separated:
             names = {separated[site.path]}
         parameters |= dict.fromkeys(names, weights[site.path])
-    graph_module = fx.GraphModule(graph_module, graph_module.graph, "MergedGraph")  # without what it no longer reads
+    graph_module = fx.GraphModule(
+        graph_module, graph_module.graph, "MergedGraph"
+    )  # drops what the graph no longer reads
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(
         traced.training
     )

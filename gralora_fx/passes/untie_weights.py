@@ -1,4 +1,4 @@
-"""Give a linear layer a weight of its own where its calls read one that something else reads too."""
+"""Untying: a linear layer whose weight has other readers gets a weight of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from gralora_fx.errors import MergeError
-from gralora_fx.graph.annotations import mark
+from gralora_fx.graph.annotations import annotate
 from gralora_fx.graph.sites import LinearSite, calls_at
 from gralora_fx.graph.weight_views import is_view, readers
 from gralora_fx.passes.overlay import replace_parameters
@@ -15,32 +15,31 @@ from gralora_fx.passes.overlay import replace_parameters
 _KEY = "separated"
 
 
-def separate_weights(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
-    """Let the calls of sites read attributes that nothing else reads, over the same parameters.
+def untie_weights(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
+    """Let the calls of sites read attributes of their own, which hold the same parameters.
 
     Before: `w = self.head.weight; e = embedding(w, ids); y = linear(x, w)`
     After:  `w = self.head.weight; w_1 = self.embed.weight; e = embedding(w_1, ids); y = linear(x, w)`
 
-    Where the layer's own name is the one that both read, the others read another name of the tied weight from now on.
-    Where the weight has no other name, the layer reads `separated.<path>.weight`. A tied weight that has a node for
-    each of its names needs no new node.
+    If both read the layer's own name, the others are redirected to another name of the tied weight. If the weight has
+    no other name, the layer reads `separated.<path>.weight`. A tied weight with a node for each name needs no new node.
 
     Args:
         graph_module: The graph; it must be recompiled afterwards.
-        sites: The sites to separate.
+        sites: The sites to untie.
 
     Returns:
-        The attribute path of each weight that got a new one, by site path.
+        The new attribute paths, by site path.
 
     Raises:
         MergeError: A call shares a view of its weight with something else. The graph must be discarded then.
     """
     graph = graph_module.graph
     by_name = {node.name: node for node in graph.nodes}
-    made: dict[str, str] = {}
+    new_paths: dict[str, str] = {}
     for site in sites:
-        found = [call for name in site.calls for call in calls_at(by_name[name], site)]
-        calls, targets = {call.node for call in found}, {str(call.weight.target) for call in found}
+        site_calls = [call for name in site.calls for call in calls_at(by_name[name], site)]
+        calls, targets = {call.node for call in site_calls}, {str(call.weight.target) for call in site_calls}
         sources = [node for node in graph.find_nodes(op="get_attr") if str(node.target) in targets]
         inside, outside = _split_readers(sources, calls)
         mixed = [user.name for user in set(inside) & set(outside)]
@@ -54,15 +53,15 @@ def separate_weights(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) 
         if site.tied_with and targets == {f"{site.path}.weight"}:
             _redirect(graph_module, site, outside, site.tied_with[0])
         else:
-            made[site.path] = f"{_KEY}.{site.path or 'root'}.weight"
-            _redirect(graph_module, site, inside, made[site.path])
-    return made
+            new_paths[site.path] = f"{_KEY}.{site.path or 'root'}.weight"
+            _redirect(graph_module, site, inside, new_paths[site.path])
+    return new_paths
 
 
 def _split_readers(
     sources: Iterable[fx.Node], calls: set[fx.Node]
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
-    """The users of a weight's nodes that lead to the given calls, and those that lead elsewhere, with their source."""
+    """Split the users of a weight's nodes into those that lead to given calls and the others, with their sources."""
     inside: dict[fx.Node, fx.Node] = {}
     outside: dict[fx.Node, fx.Node] = {}
     for source in sources:
@@ -76,17 +75,17 @@ def _split_readers(
 
 
 def _redirect(graph_module: fx.GraphModule, site: LinearSite, users: dict[fx.Node, fx.Node], path: str) -> None:
-    """Let users of a weight's nodes read the same parameter at another path."""
+    """Redirect users of a weight's nodes to the same parameter at another path."""
     if not _has(graph_module, path):
         replace_parameters(graph_module, {path: site.weight})
-    own: dict[fx.Node, fx.Node] = {}
+    new_nodes: dict[fx.Node, fx.Node] = {}
     for user, source in users.items():
-        if source not in own:
+        if source not in new_nodes:
             with graph_module.graph.inserting_after(source):
-                own[source] = graph_module.graph.get_attr(path)
-            own[source].meta |= {key: value for key, value in source.meta.items() if key != "custom"}
-            mark(own[source], site=site.path, adapter=None, separated=source.name)
-        user.replace_input_with(source, own[source])
+                new_nodes[source] = graph_module.graph.get_attr(path)
+            new_nodes[source].meta |= {key: value for key, value in source.meta.items() if key != "custom"}
+            annotate(new_nodes[source], site=site.path, adapter=None, separated=source.name)
+        user.replace_input_with(source, new_nodes[source])
 
 
 def _has(graph_module: fx.GraphModule, path: str) -> bool:

@@ -1,7 +1,7 @@
-"""Boxes of the picture: measured for Graphviz, which places them, and drawn where it did.
+"""Boxes of the picture: measured for Graphviz, which places them, then drawn at those places.
 
-Graphviz sees sizes only. Its WebAssembly build has no tables in labels, and so no name of a model ever stands in its
-source.
+Graphviz sees sizes only, since its WebAssembly build does not support tables in labels; so no name from a model ever
+gets into its source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Box(NamedTuple):
 
     status: str
     rows: Sequence[Row]
-    alike: tuple[str, ...] = ()  # paths of the sites it stands for, where there are several
+    alike: tuple[str, ...] = ()  # paths of the sites it represents, if there are several
 
     @property
     def width(self) -> float:
@@ -47,25 +47,25 @@ def draw_box(box: Box, middle: float, centre: float, largest_norm: float) -> lis
         largest_norm: End of the scale of the heat maps.
     """
     paint, top = PAINTS[box.status], centre - box.height / 2
-    place = {"x": middle - box.width / 2, "y": top, "width": box.width, "height": box.height}
-    frame = Element("rect", {name: f"{value:.2f}" for name, value in place.items()})
+    geometry = {"x": middle - box.width / 2, "y": top, "width": box.width, "height": box.height}
+    frame = Element("rect", {name: f"{value:.2f}" for name, value in geometry.items()})
     frame.attrib |= {"rx": "10" if box.status == "end" else "4", "fill": paint.fill, "stroke": paint.border}
     if paint.dashed:
         frame.set("stroke-dasharray", "4 2")
-    drawn, y = [frame], top + _PADDING / 2
+    elements, y = [frame], top + _PADDING / 2
     for row in box.rows:
         width, height = _size_of(row)
         if isinstance(row, Line):
-            drawn.append(draw_line(row, middle, y + 0.78 * height, paint.text))
+            elements.append(draw_line(row, middle, y + 0.78 * height, paint.text))
         else:
             left, inner = middle - width / 2, height - 2 * _GAP
             if isinstance(row, Strip):
                 cells = _cells_of(row)
-                drawn.append(draw_strip(cells, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
+                elements.append(draw_strip(cells, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
             else:
-                drawn.append(draw_grid(row, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
+                elements.append(draw_grid(row, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
         y += height
-    return drawn
+    return elements
 
 
 def draw_line(line: Line, x: float, baseline: float, colour: str, *, anchor: str = "middle") -> Element:
@@ -79,7 +79,7 @@ def draw_line(line: Line, x: float, baseline: float, colour: str, *, anchor: str
 
 
 def titled(group: Element, title: str) -> None:
-    """Give a group its tooltip, which must come first."""
+    """Add a group's tooltip, which must be its first child."""
     SubElement(group, "title").text = printable(title)
 
 

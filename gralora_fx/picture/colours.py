@@ -15,8 +15,8 @@ class Paint(NamedTuple):
     dashed: bool = False
 
 
-# Fills are light, so that text keeps a contrast above 7; hues are those of Okabe and Ito, told apart by colour-blind
-# readers, and every state is written in the box as well.
+# Fills are light, so that text keeps a contrast above 7; hues are those of Okabe and Ito, which colour-blind readers
+# can distinguish, and every state is written in the box as well.
 PAINTS: dict[str, Paint] = {
     "active": Paint("#d7e9f7", "#0072b2"),
     "merged": Paint("#d5f0e6", "#00785a"),
@@ -42,7 +42,7 @@ MEANINGS: dict[str, str] = {
     "again": "back to a layer that is called again",
 }
 
-# What a dark screen gets for each colour outside the heat maps; contrasts are those of the light ones.
+# The dark-mode colour for each colour outside the heat maps; contrasts are those of the light ones.
 DARK: dict[str, str] = {
     "#ffffff": "#0d1117",
     "#fafafa": "#161b22",
@@ -74,7 +74,7 @@ _VIRIDIS = ("#fde725", "#addc30", "#5ec962", "#28ae80", "#21918c", "#2c728e", "#
 def dark_style() -> str:
     """Style rules that give a picture its dark colours where the reader's screen is dark.
 
-    White text stays, as it stands on the dark colours of the scale.
+    White text stays, since it is on the dark colours of the scale.
     """
     rules = [
         f'{":not(text)" if light == ZERO else ""}[fill="{light}"]{{fill:{dark}}}[stroke="{light}"]{{stroke:{dark}}}'
@@ -89,10 +89,10 @@ def heat_colour(value: float, largest: float) -> str:
         return NOT_FINITE
     if value == 0:
         return ZERO
-    place = min(value / largest, 1.0) * (len(_VIRIDIS) - 1)
-    index = min(int(place), len(_VIRIDIS) - 2)
+    position = min(value / largest, 1.0) * (len(_VIRIDIS) - 1)
+    index = min(int(position), len(_VIRIDIS) - 2)
     low, high = _channels(_VIRIDIS[index]), _channels(_VIRIDIS[index + 1])
-    share = place - index
+    share = position - index
     return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(low, high, strict=True))
 
 

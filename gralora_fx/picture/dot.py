@@ -24,11 +24,11 @@ _BRANCH = {"style": "rounded,dashed", "color": "#8c959f", "bgcolor": "#ffffff", 
 
 @dataclass
 class Source:
-    """Graphviz source, and what its boxes and frames stand for by the identifiers of their SVG groups.
+    """Graphviz source, and the contents of its boxes and frames by the identifiers of their SVG groups.
 
     Attributes:
         text: The source.
-        calls_again: Whether an arrow leads back, to a layer that is called again.
+        calls_again: Whether an arrow leads back to a layer that is called again.
         has_strips: Whether a box shows the updates of several layers.
         boxes: What each box shows.
         frames: The block of each frame, and its title.
@@ -49,7 +49,7 @@ def dot_source(facts: ModelFacts, flow: Flow, blocks: BlockMap, root: Block, fol
         flow: Its data flow.
         blocks: Where a path lies.
         root: The frames to draw, folded.
-        folding: What stands for what is not drawn.
+        folding: Which layers represent those that are not drawn.
     """
     writer = _Writer(facts, flow, folding)
     graph = _digraph()
@@ -97,8 +97,8 @@ class _Writer:
 
 
 def _add_arrows(graph: Digraph, writer: _Writer, flow: Flow, blocks: BlockMap, folding: Folding) -> None:
-    """Write one arrow for each pair of ends, an end being a box or the layer that it lies in."""
-    order = {item: place for place, item in enumerate(flow.items)}
+    """Write one arrow for each pair of ends; an end is a box or the layer around it."""
+    order = {item: index for index, item in enumerate(flow.items)}
     bundles: dict[tuple[str, str], list[tuple[Item, Item]]] = {}
     for before, after in flow.edges:
         if folding.joins_folded_layers(before.path, after.path):
@@ -157,7 +157,7 @@ def _digraph() -> Digraph:
 
 
 def _title_of(block: Block, *, is_nested: bool) -> tuple[Line, Line]:
-    """What a frame is, and where in the model; a layer within a layer goes by its container's name."""
+    """A frame's title and its place in the model; a nested layer is named after its container."""
     if not block.is_layer:
         return Line(clipped(block.path), 12, "bold"), Line("")
     names = [clipped(block.container.rpartition(".")[2], 20)] * 2 if is_nested else ["layer", "layers"]

@@ -1,4 +1,4 @@
-"""From Graphviz's SVG to the finished one: boxes, tooltips, heat maps, head, and what a screen reader says."""
+"""Completion of Graphviz's SVG: boxes, tooltips, heat maps, head, and text for screen readers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SVG = "http://www.w3.org/2000/svg"
 
 
 def finish(svg: str, facts: ModelFacts, source: Source) -> str:
-    """Draw into a laid-out graph what Graphviz does not.
+    """Draw the parts of a laid-out graph that Graphviz does not.
 
     Args:
         svg: Graphviz's output.
         facts: The model.
-        source: What it was made from.
+        source: The source it was made from.
 
     Returns:
         The finished SVG, without an XML declaration, so that a page can hold it.
@@ -56,7 +56,7 @@ def _fill_box(group: Element, facts: ModelFacts, source: Source, key: str) -> No
 
 
 def _title_frame(group: Element, source: Source, key: str) -> None:
-    block, (name, place) = source.frames[key]
+    block, (name, location) = source.frames[key]
     text = group.find("text")
     assert text is not None  # every frame is written with a label
     group.remove(text)
@@ -69,7 +69,7 @@ def _title_frame(group: Element, source: Source, key: str) -> None:
     group.set("data-path", printable(block.path))
     group.append(draw_line(name, left, baseline, "#1b1f24", anchor="start"))
     after = left + text_width(name.text, name.size, bold=True) + 6
-    group.append(draw_line(place, after, baseline, "#57606a", anchor="start"))
+    group.append(draw_line(location, after, baseline, "#57606a", anchor="start"))
 
 
 def _extent(group: Element) -> tuple[float, float, float, float]:
@@ -86,7 +86,7 @@ def _points(shape: Element) -> list[tuple[float, float]]:
 
 
 def _assembled(root: Element, graph: Element, facts: ModelFacts, source: Source) -> str:
-    """The head above the graph, on a ground of its own, in the colours that a light or a dark screen asks for."""
+    """Put the head above the graph, with a background and styles for light and dark screens."""
     _, _, graph_width, graph_height = (float(number) for number in root.get("viewBox", "").split())
     head, width, head_height = draw_head(facts, source, graph_width)
     height = head_height + graph_height

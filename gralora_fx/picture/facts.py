@@ -1,4 +1,4 @@
-"""What a picture shows of a model: its sites, adapters and counts, read once and free of tensors."""
+"""The facts that a picture shows of a model: its sites, adapters and counts, without tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STATES = ("active", "merged", "waiting", PLANNED)  # the first one present pain
 
 
 class AdaptedModel(Protocol):
-    """What a picture reads of a `GraloraModel`; named here so that the model may import its picture."""
+    """What a picture needs of a `GraloraModel`, as a protocol, so that the model may import its picture."""
 
     @property
     def traced(self) -> TracedModel:
@@ -37,7 +37,7 @@ class AdaptedModel(Protocol):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Adapters that stand in the weights."""
+        """Adapters that are folded into the weights."""
 
     def installed(self, adapter_name: str) -> InstalledAdapter:
         """An adapter's tensors."""
@@ -96,9 +96,9 @@ class SiteFacts:
         calls: Number of nodes that read the weight as a layer.
         status: The state of its adapters, or `"saved"`, `"rejected"`, `"base"`.
         adapters: The adapters that it has.
-        reasons: Why it has none, by adapter name.
+        reasons: Reasons why it has no adapter, by adapter name.
         saved_by: Adapters that train a copy of it, or of a module around it.
-        notes: What else is true of it.
+        notes: Other notes about it.
     """
 
     site: LinearSite
@@ -111,7 +111,7 @@ class SiteFacts:
 
     @property
     def reason(self) -> str:
-        """Why it has no adapter; adapters that disagree are named."""
+        """Why it has no adapter, by adapter name if the reasons differ."""
         reasons = self.reasons or {}
         if len(set(reasons.values())) == 1:
             return next(iter(reasons.values()))
@@ -123,7 +123,7 @@ class ModelFacts:
     """A model as a picture shows it.
 
     Attributes:
-        name: What to call it.
+        name: The name to show.
         traced: The base model.
         sites: Its sites by path.
         adapters: Its adapters.
@@ -149,14 +149,14 @@ class ModelFacts:
 
 
 def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = None) -> ModelFacts:
-    """Everything that a picture shows of a model.
+    """Read everything that a picture shows of a model.
 
     Args:
         model: A rewritten model, or a traced one.
-        plan: What a rewrite of the traced model would do.
+        plan: A plan for a rewrite of the traced model.
 
     Raises:
-        RewriteError: The model is neither, a plan was given with a rewritten model, or it is one of another model.
+        RewriteError: The model is neither, a plan was given with a rewritten model, or the plan is for another model.
     """
     if isinstance(model, TracedModel):
         traced, plans, states = model, {} if plan is None else {PLANNED: plan}, {PLANNED: PLANNED}
@@ -192,7 +192,7 @@ def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = Non
 def _sites(
     traced: TracedModel, plans: Mapping[str, RewritePlan], states: Mapping[str, str], model: AdaptedModel | None
 ) -> dict[str, SiteFacts]:
-    found = {site.path: (site, len(site.calls)) for site in traced.sites}
+    sites = {site.path: (site, len(site.calls)) for site in traced.sites}
     adapters: dict[str, list[SiteAdapter]] = {}
     reasons: dict[str, dict[str, str]] = {}
     notes: dict[str, list[str]] = {}
@@ -209,15 +209,15 @@ def _sites(
             )
         for rejected in plan.rejected:
             site = rejected.site
-            if site.path not in found:  # stacked expert matrices, which are no sites of the graph
+            if site.path not in sites:  # stacked expert matrices, which are not sites of the graph
                 readers = other_readers(traced.graph_module, [site])[site.path]
-                found[site.path] = site, len(readers)
+                sites[site.path] = site, len(readers)
             reasons.setdefault(site.path, {})[name] = rejected.reason
-        for path in {bias.rpartition(".")[0] for bias in plan.trained_biases} & set(found):
+        for path in {bias.rpartition(".")[0] for bias in plan.trained_biases} & set(sites):
             notes.setdefault(path, []).append(f"bias trains ({name})")
     saved_by = {
         path: tuple(name for name, plan in plans.items() if any(_in(path, module) for module in plan.saved_modules))
-        for path in found
+        for path in sites
     }
     return {
         path: SiteFacts(
@@ -229,7 +229,7 @@ def _sites(
             saved_by=saved_by[path],
             notes=tuple(notes.get(path, [])),
         )
-        for path, (site, calls) in found.items()
+        for path, (site, calls) in sites.items()
     }
 
 
@@ -253,7 +253,7 @@ def _name_of(traced: TracedModel) -> str:
 def _check_plan(traced: TracedModel, plan: RewritePlan | None) -> None:
     if plan is None:
         return
-    known = {site.path: site.weight for site in traced.sites}
+    weights = {site.path: site.weight for site in traced.sites}
     for planned in plan.selected:
-        if known.get(planned.site.path) is not planned.site.weight:
-            raise RewriteError(f"{planned.site.path} of the plan is no site of this model; plan it again")
+        if weights.get(planned.site.path) is not planned.site.weight:
+            raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")

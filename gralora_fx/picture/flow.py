@@ -1,4 +1,4 @@
-"""Data flow between the sites of a graph: what is left of it when every other node is looked through."""
+"""Data flow between the sites of a graph, condensed by skipping all other nodes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Flow:
 
     Attributes:
         items: Everything drawn, in the order in which it first computes.
-        edges: Pairs between which a value passes with no other drawn item between them. Pairs that a longer way joins
-            too, such as those of a residual connection, are left out; one against the order of `items` is a layer
-            called again.
+        edges: Pairs between which a value passes without another drawn item in between. Pairs that are also joined by a
+            longer path, such as those of a residual connection, are left out; a pair against the order of `items` is a
+            layer called again.
     """
 
     items: tuple[Item, ...]
@@ -41,7 +41,7 @@ class Flow:
 
 
 def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
-    """Look through every node that draws nothing.
+    """Condense the graph to the items that are drawn.
 
     Before: `q = linear(x, wq); k = linear(x, wk); a = sdpa(q, k, v); o = linear(a, wo)`
     After:  `q -> o, k -> o`
@@ -51,7 +51,7 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
         blocks: Its blocks; parts within a numbered layer are not drawn, unless they train as a whole.
     """
     owners = _Owners(facts, blocks)
-    events: list[Item] = []  # every time that an item computes; the bits of the masks below count these
+    events: list[Item] = []  # every time that an item computes; bits of the masks below index these
     nearest: dict[fx.Node, int] = {}  # the last events that a node's value comes from
     earlier: list[int] = []  # by event: all events before it
     edges: dict[tuple[Item, Item], None] = {}
@@ -64,7 +64,7 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
         if item is not None:
             before = 0
             for event in _bits_downwards(sources):
-                if not before >> event & 1:  # else a longer way leads there
+                if not before >> event & 1:  # else a longer path leads there
                     edges.setdefault((events[event], item))
                     before |= earlier[event] | 1 << event
             nearest[node] = 1 << len(events)
@@ -105,7 +105,7 @@ class _Owners:
         return None if path is None else self._part(path)
 
     def holds_sites(self, path: str) -> bool:
-        """Whether a module is a site, or holds one."""
+        """Whether a module is or contains a site."""
         return any(site == path or site.startswith(f"{path}.") for site in self._site_paths)
 
     def _owner_of_parameters(self, node: fx.Node) -> str | None:
@@ -113,15 +113,15 @@ class _Owners:
         if node.op == "call_module":
             module = self._graph_module.get_submodule(str(node.target))
             return str(node.target) if any(True for _ in module.parameters()) else None
-        read = [source for source in node.all_input_nodes if source.op == "get_attr"]
-        if len(read) == len(node.all_input_nodes):
+        attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        if len(attributes) == len(node.all_input_nodes):
             return None
-        names = [str(source.target) for source in read]
-        own = [name for name in names if isinstance(tensor_at(self._graph_module, name), nn.Parameter)]
-        if not own:
+        names = [str(source.target) for source in attributes]
+        parameters = [name for name in names if isinstance(tensor_at(self._graph_module, name), nn.Parameter)]
+        if not parameters:
             return None
         stack = [path for path, _ in module_stack(node)]
-        return self._tree.canonical(stack[-1]) if stack else own[0].rpartition(".")[0]
+        return self._tree.canonical(stack[-1]) if stack else parameters[0].rpartition(".")[0]
 
     def _part(self, path: str) -> Item | None:
         """The largest module around a path that holds neither sites nor layers."""
@@ -141,13 +141,13 @@ class _Owners:
 
 
 def _is_shape(node: fx.Node) -> bool:
-    """Whether a node reads a size only, which is no data flow."""
+    """Whether a node only reads a size, which is not data flow."""
     return node.target in _SHAPES if node.op == "call_function" else node.op == "call_method" and node.target == "size"
 
 
 def _bits_downwards(mask: int) -> Iterator[int]:
-    """Places of the bits that are set, the highest first."""
+    """Positions of the set bits, the highest first."""
     while mask:
-        place = mask.bit_length() - 1
-        yield place
-        mask ^= 1 << place
+        bit = mask.bit_length() - 1
+        yield bit
+        mask ^= 1 << bit

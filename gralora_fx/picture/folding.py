@@ -1,4 +1,4 @@
-"""Fold runs of layers that look alike into one that stands for all of them."""
+"""Folding of runs of equal layers into one that represents all of them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ SHORTEST_RUN = 3  # two layers are drawn faster than explained
 
 
 class Folding:
-    """Blocks with runs folded, and the way from what is no longer drawn to what stands for it."""
+    """Blocks with runs folded, and the mapping from layers that are not drawn to those that represent them."""
 
     def __init__(self, root: Block, facts: ModelFacts, flow: Flow, *, full: bool) -> None:
         """Fold a tree of blocks in place.
 
-        Layers are alike that hold the same sites, with the same shapes, adapters, reasons and inner edges. How large
-        their updates are does not count: a strip in the box of a folded site shows the update of every layer.
+        Layers are equal if they hold the same sites, with the same shapes, adapters, reasons and inner edges. The norms
+        of their updates do not count: a strip in the box of a folded site shows the update of every layer.
 
         Args:
             root: The blocks.
             facts: The model.
             flow: Its data flow.
-            full: Fold nothing.
+            full: Whether to fold nothing.
         """
         self._facts, self._flow = facts, flow
         self._stands_for: dict[str, str] = {}
@@ -36,14 +36,14 @@ class Folding:
         self._representatives = set(self._stands_for.values())
 
     def drawn(self, path: str) -> str:
-        """The path of what is drawn for a module."""
+        """The path of the module that is drawn for a module."""
         for block in ancestors(path):
             if block in self._stands_for:
                 return self.drawn(self._stands_for[block] + path[len(block) :])
         return path
 
     def alike(self, path: str) -> tuple[str, ...]:
-        """Paths of the sites that the box of a site stands for, in the order of the modules; its own among them."""
+        """Paths of the sites that the box of a site represents, its own included, in the order of the modules."""
         if self._alike is None:
             self._alike = {}
             for other in self._facts.sites:
@@ -63,15 +63,15 @@ class Folding:
     def _fold(self, block: Block) -> None:
         for inner in block.blocks:
             self._fold(inner)
-        kept: list[Block] = []
+        folded: list[Block] = []
         for _, group in groupby(block.blocks, key=self._signature):
             run = list(group)
             if run[0].is_layer and len(run) >= SHORTEST_RUN:
                 run[0].alike = tuple(layer.path for layer in run)
                 self._stands_for |= {layer.path: run[0].path for layer in run[1:]}
                 run = run[:1]
-            kept += run
-        block.blocks = kept
+            folded += run
+        block.blocks = folded
 
     def _signature(self, block: Block) -> Hashable:
         if not block.is_layer:
@@ -88,7 +88,7 @@ class Folding:
         return block.container, items, names, inner, edges
 
     def _look(self, path: str, index: int) -> Hashable:
-        """Everything that the box of an item shows, but for the number of its layer."""
+        """Everything that the box of an item shows, except for the number of its layer."""
         entry = self._facts.sites.get(path)
         if entry is None:
             return self._facts.trained_whole.get(path)

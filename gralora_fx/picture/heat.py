@@ -21,7 +21,7 @@ def draw_grid(
 ) -> Element:
     """A grid as a group of cells, each with its value as a tooltip and, where there are few, as text.
 
-    A zero block is a white cell with a small dot, so that a zero update is seen to be one; the scale begins above.
+    A zero block is a white cell with a small dot, so that a zero update can be recognised; the scale begins above.
 
     Args:
         norms: Norms, rows for output blocks.
@@ -79,7 +79,7 @@ def draw_strip(
 
 
 def draw_scale(largest: float, *, left: float, top: float) -> Element:
-    """The scale of all grids and strips with its numbers, and the mark of a zero block."""
+    """The scale of all grids and strips with its numbers, and the symbol of a zero block."""
     group = Element("g", {"class": "scale"})
     if largest == 0:
         _text(group, "every update is still zero", left + 28, top + 10, 10, anchor="start")
@@ -135,7 +135,7 @@ def short_number(value: float) -> str:
 
 
 def _grid_blocks(k: int) -> int:
-    """Blocks a side that are drawn in a box: `k`, or fewer where each drawn one stands for several."""
+    """Blocks a side that are drawn in a box: `k`, or fewer if each drawn one represents several."""
     return next(side for side in range(min(k, _LARGEST_GRID), 0, -1) if k % side == 0)
 
 
@@ -148,12 +148,12 @@ def _box(x: float, y: float, width: float, height: float) -> dict[str, str]:
 
 
 def _dot(parent: Element, x: float, y: float, radius: float) -> None:
-    """The mark of zero, in the middle of a cell."""
+    """The symbol of zero, in the middle of a cell."""
     SubElement(parent, "circle", {"cx": f"{x:.2f}", "cy": f"{y:.2f}", "r": f"{radius:.2f}", "fill": _LINE})
 
 
 def _text(
     parent: Element, content: str, x: float, y: float, size: float, fill: str = "#1b1f24", anchor: str = "middle"
 ) -> None:
-    place = {"x": f"{x:.2f}", "y": f"{y:.2f}", "text-anchor": anchor, "font-size": f"{size:.2f}", "fill": fill}
-    SubElement(parent, "text", place | {"font-family": FONT}).text = content
+    attributes = {"x": f"{x:.2f}", "y": f"{y:.2f}", "text-anchor": anchor, "font-size": f"{size:.2f}", "fill": fill}
+    SubElement(parent, "text", attributes | {"font-family": FONT}).text = content

@@ -1,4 +1,4 @@
-"""What the picture says of each item: short lines in its box, everything in its tooltip."""
+"""The texts of each item: short lines in its box, everything in its tooltip."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Strip(NamedTuple):
     cells: tuple[tuple[str, SiteAdapter], ...]
 
 
-Row = Line | Norms | Strip  # norms stand for their heat map
+Row = Line | Norms | Strip  # norms are drawn as a heat map
 
 
 def rows_of(item: Item, facts: ModelFacts, within: str, alike: Sequence[str] = ()) -> tuple[str, list[Row]]:
-    """How the box of an item is painted, and its rows.
+    """The status of an item's box, which determines its colours, and its rows.
 
     Args:
         item: The item.
         facts: The model.
-        within: Path of the frame it stands in, which its name leaves out.
-        alike: Paths of the sites that it stands for, where there are several.
+        within: Path of the frame around it, which its name leaves out.
+        alike: Paths of the sites that it represents, if there are several.
     """
     name = clipped(item.path.removeprefix(f"{within}.") if within else item.path)
     if item.kind == "site":
@@ -53,9 +53,9 @@ def rows_of(item: Item, facts: ModelFacts, within: str, alike: Sequence[str] = (
 
 
 def tooltip_of(item: Item, facts: ModelFacts, alike: Sequence[str] = ()) -> str:
-    """Everything about an item, a line each, and what it stands for."""
+    """The tooltip of an item: everything about it, and what it represents."""
     if item.kind == "site":
-        others = [f"also stands for {path}" for path in alike if path != item.path]
+        others = [f"also represents {path}" for path in alike if path != item.path]
         return "\n".join([_site_tooltip(facts.sites[item.path]), *others])
     if trained_by := facts.trained_whole.get(item.path, ()):
         return f"{item.path}\ntrains whole, as a copy of {', '.join(trained_by)}"

@@ -1,4 +1,4 @@
-"""Graphviz, as the WebAssembly build that pip installs: no program of the system is called."""
+"""Graphviz as a WebAssembly build from pip: no system program is called."""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ def headline(facts: ModelFacts) -> str:
 
 
 def draw_head(facts: ModelFacts, source: Source, width: float) -> tuple[Element, float, float]:
-    """Draw what stands above the graph.
+    """Draw the head above the graph.
 
     Args:
         facts: The model.
-        source: What the picture shows of it, which is explained.
+        source: The contents of the picture, which the legend explains.
         width: Width of the graph.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Block norms at one glance: a row for each layer, a column for each site that the layers have."""
+"""Block norms at a glance: a row for each layer, a column for each site of the layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gralora_fx.picture.colours import heat_colour, text_on
 from gralora_fx.picture.facts import ModelFacts
 from gralora_fx.picture.heat import short_number
 
-_FEWEST_LAYERS = 3  # below, the heat maps themselves are the overview
+_FEWEST_LAYERS = 3  # with fewer, the heat maps themselves are the overview
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def overviews(facts: ModelFacts, blocks: BlockMap) -> list[Overview]:
             if layer is not None and norm is not None:
                 table = norms.setdefault((adapter.name, layer.rpartition(".")[0]), {})
                 table.setdefault(layer, {})[path.removeprefix(f"{layer}.")] = norm
-    found = []
+    tables = []
     for (adapter_name, container), table in norms.items():
         if len(table) >= _FEWEST_LAYERS:
             columns = tuple(dict.fromkeys(column for row in table.values() for column in row))
@@ -59,8 +59,8 @@ def overviews(facts: ModelFacts, blocks: BlockMap) -> list[Overview]:
             rows = tuple(
                 (layer, tuple(_cell(row.get(column), largest) for column in columns)) for layer, row in table.items()
             )
-            found.append(Overview(f"{adapter_name}: {container or 'layers'}", columns, rows))
-    return found
+            tables.append(Overview(f"{adapter_name}: {container or 'layers'}", columns, rows))
+    return tables
 
 
 def _cell(norm: float | None, largest: float) -> Cell | None:

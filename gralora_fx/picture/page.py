@@ -1,4 +1,4 @@
-"""`html_of`: the picture with its numbers on one page that needs nothing else."""
+"""`html_of`: the picture with its numbers on one self-contained page."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def html_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = Non
 
     Args:
         model: A `GraloraModel`, or a `TracedModel`.
-        plan: What a rewrite of the traced model would do.
+        plan: A plan for a rewrite of the traced model.
         full: Whether layers that look alike are all drawn in the picture, rather than one for each run.
 
     Returns:
         An HTML document.
 
     Raises:
-        RewriteError: The model or the plan is not one that can be drawn, or (as `PictureError`) Graphviz cannot.
+        RewriteError: The model or the plan cannot be drawn, or (as `PictureError`) Graphviz fails.
     """
     import jinja2
     from markupsafe import Markup
@@ -102,9 +102,9 @@ def _row(entry: SiteFacts) -> _Row:
 
 
 def _maps(facts: ModelFacts) -> Iterator[_Map]:
-    found = [(path, adapter) for path, entry in facts.sites.items() for adapter in entry.adapters]
-    is_coarse = sum(adapter.k**2 for _, adapter in found) > _MOST_CELLS
-    for path, adapter in found:
+    pairs = [(path, adapter) for path, entry in facts.sites.items() for adapter in entry.adapters]
+    is_coarse = sum(adapter.k**2 for _, adapter in pairs) > _MOST_CELLS
+    for path, adapter in pairs:
         norm = adapter.update_norm
         if adapter.norms is None or norm is None:
             continue

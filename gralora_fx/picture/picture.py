@@ -18,20 +18,20 @@ def svg_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = None
 
     Args:
         model: A `GraloraModel`, or a `TracedModel`.
-        plan: What a rewrite of the traced model would do.
-        full: Whether layers that look alike are all drawn, rather than one for each run of three or more.
+        plan: A plan for a rewrite of the traced model.
+        full: Whether to draw all layers, rather than one for each run of three or more equal ones.
 
     Returns:
         An SVG document, readable by itself.
 
     Raises:
-        RewriteError: The model or the plan is not one that can be drawn, or (as `PictureError`) Graphviz cannot.
+        RewriteError: The model or the plan cannot be drawn, or (as `PictureError`) Graphviz fails.
     """
     return draw(read_facts(model, plan), full=full)
 
 
 def draw(facts: ModelFacts, *, full: bool) -> str:
-    """Draw what was read of a model."""
+    """Draw the facts of a model."""
     blocks = BlockMap(facts.sites)
     flow = condense(facts, blocks)
     root = blocks.tree(item.path for item in flow.items if item.kind in ("site", "part"))

@@ -1,4 +1,4 @@
-"""A picture or page as a file, whole or not at all."""
+"""Atomic writing of pictures and pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gralora_fx.picture.layout import PictureError
 
 
 def save(text: str, path: str | Path) -> Path:
-    """Write a drawn picture; the folders on the way are made, an older file stays until the new one is whole.
+    """Write a picture or page atomically, creating missing folders.
 
     Args:
         text: What `svg_of` or `html_of` returned.

@@ -1,4 +1,4 @@
-"""Text in a picture: how wide it is, how it is shortened, and what XML can hold of it."""
+"""Text in a picture: its width, how it is shortened, and replacement of characters invalid in XML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be met of a configuration, in words: every problem at every site, and what is worth a warning."""
+"""Problems of a configuration with a model, at every site, and warnings."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:
-    """Why a site inside a saved module gets no adapter: `modules_to_save` selects by the end of a name."""
+    """Why a site inside a saved module gets no adapter; `modules_to_save` matches the end of a path."""
     module = next((module for module in saved if path == module or path.startswith(f"{module}.")), None)
     return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
 
 
 def out_of_reach(site: LinearSite, traced: TracedModel, config: AdapterConfig) -> str | None:
-    """Why a site gets no adapter whatever a configuration says: it would do nothing, or not act at every call."""
+    """Why a site cannot have an adapter at all: it would have no effect, or not at every call."""
     if site.path in traced.out_of_reach:
         return traced.out_of_reach[site.path]
     if site.path in traced.in_subgraphs:
-        where = f"it is called inside the subgraph of {traced.in_subgraphs[site.path]}, where its weight is adapted"
+        location = f"it is called inside the subgraph of {traced.in_subgraphs[site.path]}, where its weight is adapted"
         if config.dropout:
-            return f"{where} and not its output, so its input cannot have {config.DROPOUT}={config.dropout}"
+            return f"{location} and not its output, so its input cannot have {config.DROPOUT}={config.dropout}"
         if site.weight.dtype in (torch.float16, torch.bfloat16):
-            return f"{where}, and {site.weight.dtype} would round the update away"
+            return f"{location}, and {site.weight.dtype} would round the update away"
     if not (site.in_features and site.out_features):
         return "one of its widths is 0, so an adapter would add nothing"
     return None
@@ -50,7 +50,7 @@ def problems_of(
     saved: Iterable[str],
     selected: Sequence[PlannedSite],
 ) -> list[str]:
-    """Every reason why a configuration cannot be met; empty if it can.
+    """Every problem of a configuration with a model; empty if there is none.
 
     Args:
         rule: The configuration's choice of modules.
@@ -72,7 +72,7 @@ def problems_of(
 def _missing(
     rule: TargetRule, config: AdapterConfig, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]
 ) -> list[str]:
-    """Problems of a rule that reaches no module at all."""
+    """Problems of a rule that selects no module at all."""
     paths = _paths(traced)
     named = [path for path in paths if rule.is_named(path)]
     if not named or (rule.all_linear and not sites):
@@ -99,7 +99,7 @@ def _missing(
 
 
 def _paths(traced: TracedModel) -> list[str]:
-    """Everything that a configuration can name: modules, and functional calls by their weights."""
+    """All paths that a configuration can name: modules, and weights of functional calls."""
     functional = [name for site in traced.sites for name in names_of_site(site, traced.tree)]
     return [path for path in dict.fromkeys([*traced.tree.types, *functional]) if path]
 
@@ -112,12 +112,12 @@ def _no_match(name: str, paths: Iterable[str], field: str = "target_modules") ->
 
 def _no_layer(rule: TargetRule, named: list[str]) -> str:
     existing = sorted(_existing_layers(rule, named))
-    asked = sorted(rule.indices or ())
+    requested = sorted(rule.indices or ())
     if existing:
-        return f"layers_to_transform {asked} names no layer that exists; there are {_ranges(existing)}"
+        return f"layers_to_transform {requested} names no layer that exists; there are {_ranges(existing)}"
     containers = ", ".join(numbered_containers(named)) or "none"
     return (
-        f"layers_to_transform {asked} with layers_pattern {list(rule.layer_patterns) or None} finds no numbered "
+        f"layers_to_transform {requested} with layers_pattern {list(rule.layer_patterns) or None} finds no numbered "
         f"layers; the containers with numbered children are: {containers}"
     )
 
@@ -133,7 +133,7 @@ def _ranges(indices: list[int]) -> str:
 
 
 def _unsupported(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]) -> list[str]:
-    """Modules that are named, in full or by their end, and are no linear layer."""
+    """Modules that are named, in full or by the end of their path, and are not linear layers."""
     if rule.all_linear:
         return []
     problems = []
@@ -146,7 +146,7 @@ def _unsupported(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearS
 
 
 def _unused_exclusions(rule: TargetRule, traced: TracedModel) -> list[str]:
-    """Parts of `exclude_modules` that leave nothing out."""
+    """Entries of `exclude_modules` that exclude nothing."""
     paths = _paths(traced)
     if rule.excluded_pattern is not None and not any(rule.is_excluded(path) for path in paths):
         return [f"exclude_modules {rule.excluded_pattern!r} matches no whole module path; correct it or leave it out"]
@@ -154,7 +154,7 @@ def _unused_exclusions(rule: TargetRule, traced: TracedModel) -> list[str]:
 
 
 def _unused_keys(config: AdapterConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> list[str]:
-    """Keys of `rank_pattern` and its kin that count for no adapted layer."""
+    """Keys of `rank_pattern` and the other patterns that apply to no adapted layer."""
     paths = [name for planned in selected for name in names_of_site(planned.site, traced.tree)]
     problems = []
     for name in config.PATTERNS:
@@ -178,7 +178,7 @@ def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list
 
 
 def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> None:
-    """Warn of names and layer indices that match nothing while others do, and of a corrected `fan_in_fan_out`.
+    """Warn about names and layer indices that match nothing while others do, and about a corrected `fan_in_fan_out`.
 
     Args:
         rule: The configuration's choice of modules.
@@ -218,5 +218,5 @@ def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, s
 
 
 def stores_transposed(selected: Sequence[PlannedSite]) -> bool:
-    """`fan_in_fan_out` as it is for the adapted layers: whether any of them stores `[in, out]`."""
+    """The right `fan_in_fan_out` for the adapted layers: whether any of them stores `[in, out]`."""
     return any(planned.site.kind == "conv1d" for planned in selected)

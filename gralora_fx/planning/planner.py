@@ -1,4 +1,4 @@
-"""`plan`: a configuration held against the sites of a model, before anything is changed."""
+"""`plan`: matching of a configuration with the sites of a model, before anything is changed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
         config: What to adapt.
 
     Returns:
-        The plan; printing it shows every site and, for those left out, the reason.
+        The plan; printed, it shows every site and, for those without an adapter, the reason.
 
     Raises:
-        TargetError: The configuration cannot be met: nothing matches, a named module is no linear layer, widths are
-            not divisible by `gralora_k`, no layer of `layers_to_transform` exists, or a key of a pattern counts for
-            nothing. Every problem is listed.
+        TargetError: The configuration does not fit the model: nothing matches, a named module is not a linear layer,
+            widths are not divisible by `gralora_k`, no layer of `layers_to_transform` exists, or a key of a pattern
+            matches nothing. Every problem is listed.
     """
     check_traced(traced, TargetError, "plan for")
     if not isinstance(config, AdapterConfig):
@@ -78,13 +78,13 @@ def _reason_against(
 
 
 def _with_ranks(site: LinearSite, config: AdapterConfig, traced: TracedModel) -> PlannedSite:
-    """The sizes of a site's adapter: the configuration's, or what a pattern says of the site."""
+    """Plan a site's adapter with the sizes of the configuration or of a matching pattern."""
 
     def value_of(field: str) -> Any:
         pattern: Mapping[str, Any] = getattr(config, config.PATTERN_OF[field])
         keys = [pattern_key(pattern, name) for name in names_of_site(site, traced.tree)]
-        found = next((key for key in keys if key is not None), None)
-        return getattr(config, field) if found is None else pattern[found]
+        match = next((key for key in keys if key is not None), None)
+        return getattr(config, field) if match is None else pattern[match]
 
     method = method_of(config)
     dims, scale = method.sizes(config, value_of)
@@ -95,14 +95,14 @@ _EXPERTS = "its weight has 3 dimensions, one matrix for each expert; adapters ar
 
 
 def _expert_weights(traced: TracedModel) -> list[LinearSite]:
-    """Stacked expert matrices, which look like linear layers to a reader and are none."""
-    found = []
+    """Stacked expert matrices, which are not linear layers though they may look like it."""
+    experts = []
     for name, parameter in traced.tree.parameters.items():
         owner = traced.tree.types.get(name.rpartition(".")[0], "")
         if parameter.ndim == 3 and parameter.shape[0] > 1 and "Conv" not in owner and "xpert" in owner:
             sizes = (parameter.shape[2], parameter.shape[1])
-            found.append(LinearSite(name, "functional", *sizes, weight=parameter, bias=None, calls=()))
-    return found
+            experts.append(LinearSite(name, "functional", *sizes, weight=parameter, bias=None, calls=()))
+    return experts
 
 
 def _parameters_under(traced: TracedModel, path: str) -> dict[str, nn.Parameter]:
@@ -114,7 +114,7 @@ def _trained_biases(config: AdapterConfig, traced: TracedModel, selected: Iterab
         return tuple(name for name in traced.tree.parameters if name.rpartition(".")[2] == "bias")
     if config.trains_adapted_biases:
         names = (traced.tree.names_of(planned.site.bias) for planned in selected if planned.site.bias is not None)
-        return tuple(dict.fromkeys(found[0] for found in names if found))
+        return tuple(dict.fromkeys(bias_names[0] for bias_names in names if bias_names))
     return ()
 
 

@@ -1,4 +1,4 @@
-"""`RewritePlan`: what a rewrite will do to every site, as data and as a table."""
+"""`RewritePlan`: what a rewrite will do at every site, as data and as a table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class RejectedSite:
-    """A site that is left as it is, and why."""
+    """A site that gets no adapter, and why."""
 
     site: LinearSite
     reason: str
@@ -77,15 +77,15 @@ class RewritePlan:
         return self.base_parameters + self.trainable_parameters
 
     def __str__(self) -> str:
-        """A table: every site, its shape, its ranks or the reason it is left."""
+        """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
         rows = [("site", "kind", "in", "out", "calls", "adapter")]
         method = method_of(self.config)
-        taken = {planned.site.path: method.text(planned.dims) for planned in self.selected}
+        adapted = {planned.site.path: method.text(planned.dims) for planned in self.selected}
         reasons = {rejected.site.path: f"- {rejected.reason}" for rejected in self.rejected}
         sites = [planned.site for planned in self.selected] + [rejected.site for rejected in self.rejected]
         for site in sites:
-            note = taken.get(site.path, reasons.get(site.path, ""))
-            if site.path in taken and not site.calls:
+            note = adapted.get(site.path, reasons.get(site.path, ""))
+            if site.path in adapted and not site.calls:
                 note += " (the traced forward never calls it)"
             sizes = (str(site.in_features), str(site.out_features), str(len(site.calls)))
             rows.append((site.path, site.kind, *sizes, note))

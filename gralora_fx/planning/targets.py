@@ -1,4 +1,4 @@
-"""Which modules a configuration names: PEFT's rules, to the letter, over module paths alone."""
+"""PEFT's rules for which modules a configuration names, over module paths alone."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class TargetRule:
     """A configuration's choice of modules, resolved for one model.
 
     Attributes:
-        names: Names to match exactly or as the end of a path; empty if a pattern or `all-linear` decides.
+        names: Names to match exactly or as the end of a path; empty with a pattern or `all-linear`.
         pattern: Regular expression that a whole path must match, or None.
-        all_linear: Whether every linear layer is taken.
+        all_linear: Whether every linear layer is selected.
         left_out: Paths that `all-linear` leaves out, with the reason.
         excluded: Names of `exclude_modules`, matched like `names`.
         excluded_pattern: Regular expression of `exclude_modules`, or None.
         saved: Names of `modules_to_save`, which are never adapted.
-        indices: Layer indices to take, or None for all.
+        indices: Layer indices to select, or None for all.
         layer_patterns: Containers whose children are counted; empty for any.
     """
 
@@ -73,11 +73,11 @@ class TargetRule:
     layer_patterns: tuple[str, ...] = ()
 
     def rejection(self, path: str, *, is_linear_layer: bool = True) -> str | None:
-        """Why the module at `path` is not taken, or None if it is.
+        """Why the module at `path` is not selected, or None if it is.
 
         Args:
             path: A module path.
-            is_linear_layer: Whether a linear layer stands there, rather than a container or a functional call.
+            is_linear_layer: Whether it is a linear layer, rather than a container or a functional call.
         """
         if self.is_excluded(path):
             return "exclude_modules names it"
@@ -113,25 +113,25 @@ class TargetRule:
         return any(_ends_with(path, name) for name in self.excluded)
 
     def layer_index(self, path: str) -> int | None:
-        """The layer that a path lies in: its first number below a (matching) container."""
+        """The layer index of a path: its first number below a (matching) container."""
         for container in self.layer_patterns or (None,):
             if (index := counts_below(container, path)) is not None:
                 return index
         return None
 
     def _is_counted(self, path: str) -> bool:
-        """Whether the layer filter applies: PEFT takes a path that is named in full whatever its layer."""
+        """Whether the layer filter applies: PEFT selects a path that is named in full whatever its layer."""
         return self.all_linear or path not in self.names
 
 
 def counts_below(container: str | None, path: str) -> int | None:
-    """The number of the layer of a container that a path lies in, by PEFT's expressions; None for any container."""
-    found = match(ANY_CONTAINER if container is None else within(CONTAINER, container), path)
-    return None if found is None else int(found["index"])
+    """The layer index of a path below a container (None: any), by PEFT's expressions; None if there is none."""
+    layer = match(ANY_CONTAINER if container is None else within(CONTAINER, container), path)
+    return None if layer is None else int(layer["index"])
 
 
 def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | None) -> TargetRule:
-    """The rule that a configuration means for one model.
+    """Resolve a configuration's targets for one model.
 
     Args:
         config: The configuration.
@@ -139,7 +139,7 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
         model_type: transformers' type of the model, for `target_modules=None`.
 
     Raises:
-        TargetError: `target_modules` is None and nothing is known of the model's type.
+        TargetError: `target_modules` is None and there is no default for the model's type.
     """
     targets = config.target_modules
     if targets is None:
@@ -166,21 +166,21 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
 
 
 def exact_targets(paths: Iterable[str], tree: ModuleTree) -> set[str] | str:
-    """`target_modules` for exactly these paths: their names, or an expression where a name also ends another path."""
-    wanted = set(paths)
-    if any(_ends_with(other, path) for path in wanted for other in tree.types if other not in wanted):
-        return "|".join(re.escape(path) for path in sorted(wanted))
-    return wanted
+    """`target_modules` for exactly these paths: a set, or an expression if a path is also the end of another."""
+    targets = set(paths)
+    if any(_ends_with(other, path) for path in targets for other in tree.types if other not in targets):
+        return "|".join(re.escape(path) for path in sorted(targets))
+    return targets
 
 
 def unmatched_names(names: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The entries of a list of names that no path matches, sorted."""
+    """The names that match no path, sorted."""
     remaining = list(paths)
     return sorted(name for name in names if not any(_ends_with(path, name) for path in remaining))
 
 
 def pattern_key(keys: Iterable[str], path: str) -> str | None:
-    """The key of `rank_pattern` and its kin that counts for a path: the path itself, else the first that matches.
+    """The pattern key that applies to a path: the path itself, else the first that matches.
 
     A key matches as in PEFT's LoRA: as a regular expression for a path, or for its end after a dot.
     """
@@ -191,7 +191,7 @@ def pattern_key(keys: Iterable[str], path: str) -> str | None:
 
 
 def nearest_names(name: str, paths: Iterable[str]) -> list[str]:
-    """Up to three module names close to a misspelt one."""
+    """Up to three module names similar to a misspelt one."""
     candidates: dict[str, None] = {}
     for path in paths:
         candidates.setdefault(path.rpartition(".")[2])
@@ -202,18 +202,18 @@ def nearest_names(name: str, paths: Iterable[str]) -> list[str]:
 
 def numbered_containers(paths: Iterable[str]) -> list[str]:
     """Names of the containers whose children are numbered, sorted."""
-    found = {match[1] for path in paths if (match := re.match(r"(?:.*?\.)?([^.]+)\.\d+(?:\.|$)", path))}
-    return sorted(found)
+    names = {match[1] for path in paths if (match := re.match(r"(?:.*?\.)?([^.]+)\.\d+(?:\.|$)", path))}
+    return sorted(names)
 
 
 def saved_modules(config: AdapterConfig, tree: ModuleTree) -> tuple[str, ...]:
     """Paths of the modules that `modules_to_save` selects, by PEFT's bare `endswith`, outermost first."""
-    found: list[str] = []
+    outermost: list[str] = []
     for path in tree.types:
         if path and any(path.endswith(name) for name in config.saved_module_names):
-            if not any(path.startswith(f"{outer}.") for outer in found):
-                found.append(path)
-    return tuple(found)
+            if not any(path.startswith(f"{outer}.") for outer in outermost):
+                outermost.append(path)
+    return tuple(outermost)
 
 
 def _ends_with(path: str, name: str) -> bool:

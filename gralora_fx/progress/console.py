@@ -1,4 +1,4 @@
-"""Progress of long work, live on a terminal and as plain lines elsewhere: the stages that the log tells of."""
+"""Display of progress from log records, live on a terminal and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 class StageProgress(logging.Handler):
-    """Shows on stderr each stage with its time, and the total at the end; other records of the log as they come.
+    """Shows each stage with its time on stderr, and the total at the end; other log records as they come.
 
     A context manager: it listens to the package's log while the block runs.
     """
@@ -20,7 +20,7 @@ class StageProgress(logging.Handler):
     def __init__(self) -> None:
         """Begin to count the time."""
         super().__init__(logging.INFO)
-        # stderr as it is now: the display goes on while what the libraries underneath print is held back
+        # the current stderr, so that the display goes on while the libraries' output is suppressed
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._begin = time.perf_counter()
         self._has_stages = False
@@ -36,7 +36,7 @@ class StageProgress(logging.Handler):
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Stop listening; show the total where no error ended the work."""
+        """Stop listening, and show the total unless an error ended the work."""
         logging.getLogger("gralora_fx").removeHandler(self)
         if self._console.is_terminal:
             self._live.stop()
@@ -64,7 +64,7 @@ class StageProgress(logging.Handler):
 
 
 class _Seconds(ProgressColumn):
-    """The seconds that a stage took, or has taken so far."""
+    """The seconds of a stage, finished or so far."""
 
     def render(self, task: Task) -> Text:
         seconds = task.finished_time if task.finished else task.elapsed

@@ -1,4 +1,4 @@
-"""Fewer rounds of the garbage collector while much is made that stays."""
+"""Fewer garbage collections while many long-lived objects are created."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_OBJECTS = 200_000  # new ones that start a round; the default is 700
+_OBJECTS = 200_000  # allocations before a collection; the default is 700
 
 
 @contextmanager
-def fewer_collections() -> Iterator[None]:
-    """Let the garbage collector look for cycles less often while the block runs.
+def gc_pause() -> Iterator[None]:
+    """Let the garbage collector run less often within the block.
 
-    A trace makes a million objects that stay; to look through them over and over takes a sixth of its time.
+    A trace creates a million objects that stay alive; scanning them repeatedly takes a sixth of its time.
     """
     before = gc.get_threshold()
     gc.set_threshold(max(_OBJECTS, before[0]) if before[0] else 0, *before[1:])

@@ -1,4 +1,4 @@
-"""Silence for the progress notes of exporters; their errors still raise."""
+"""Suppression of the exporters' output; their errors are still raised."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what the libraries underneath print, log and warn about while the block runs."""
+    """Suppress the prints, logs and warnings of the libraries underneath within the block."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # some of their loggers are named by file, outside every hierarchy
+    logging.disable(logging.CRITICAL)  # some of their loggers are named after files, outside any hierarchy
     try:
         sink = io.StringIO()
         with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):

@@ -1,4 +1,4 @@
-"""Stages of long work: how long each takes, told to the log as it begins and ends."""
+"""Timing of the stages of long work, logged as each begins and ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def timed(name: str, seconds: MutableMapping[str, float] | None = None) -> Iterator[None]:
-    """Log a stage's begin and end at level INFO, and note its time where it ends without an error.
+    """Log a stage's begin and end at level INFO, and record its time if it ends without an error.
 
     The records carry `stage` (its name) and `seconds` (None at its begin), for a handler that shows progress.
 
     Args:
         name: Name of the stage, such as `trace`.
-        seconds: Gets the stage's time under its name.
+        seconds: Receives the stage's time under its name.
     """
     _log.info("%s ...", name, extra={"stage": name, "seconds": None})
     begin = time.perf_counter()

@@ -1,1 +1,1 @@
-"""An export directory opened: its manifest, ONNX Runtime sessions and values, names and context length."""
+"""Opening of an export directory: its manifest, ONNX Runtime sessions and values, names, context length."""

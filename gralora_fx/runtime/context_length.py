@@ -1,11 +1,11 @@
-"""How many positions a model has: its context length, by its configuration."""
+"""The context length of a model, from its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# what configurations call the number of positions
+# fields of configurations for the number of positions
 CONTEXT_FIELDS = (
     "max_position_embeddings",
     "max_target_positions",
@@ -21,10 +21,10 @@ _READ_BY = {  # an encoder-decoder's inputs, whose relative positions (T5's `n_p
 
 
 def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | None:
-    """The number of positions that a configuration names, or None where it names none.
+    """The number of positions in a configuration, or None if it names none.
 
     Args:
-        config: A configuration's fields, as `config.json` has them.
+        config: A configuration's fields, as in `config.json`.
         name: The input whose positions are counted; in an encoder-decoder each has its own.
     """
     text = config.get("text_config")

@@ -24,7 +24,7 @@ class DecoderSteps:
         Args:
             session: A session over an export with a cache.
             batch: Number of rows.
-            description: What is run, for messages.
+            description: What is being run, for messages.
         """
         self._session, self._description = session, description
         self._takes = {value.name for value in session.get_inputs()}
@@ -81,7 +81,7 @@ class EncoderDecoderSteps:
 
 
 def greedy_tokens(step: Step, ids: Tensor, steps: int, mask: Tensor | None = None) -> Tensor:
-    """The likeliest tokens, one after another.
+    """Decode greedily.
 
     Args:
         step: What reads tokens, nothing read so far.

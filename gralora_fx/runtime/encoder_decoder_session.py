@@ -1,4 +1,4 @@
-"""The two sessions of an exported encoder-decoder, run like the one model that it was exported from."""
+"""The two sessions of an exported encoder-decoder, run as one model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAST, PRESENT = "past_key_values.", "present."
 
 @dataclass(frozen=True)
 class Argument:
-    """An input or output of the whole model, as ONNX Runtime describes one."""
+    """An input or output of the whole model, like ONNX Runtime's `NodeArg`."""
 
     name: str
     shape: list[int | str]
@@ -28,9 +28,9 @@ class Argument:
 class EncoderDecoderSession:
     """Encoder and decoder as one model with the interface of an `onnxruntime.InferenceSession`.
 
-    Its inputs are those of the model: what the encoder reads, `decoder_input_ids`, and the past keys and values of the
-    decoder's own positions. With a past, keys and values of the encoder's output are cached first, then taken, as a
-    generator does.
+    Its inputs are those of the model: the encoder's inputs, `decoder_input_ids`, and the past keys and values of the
+    decoder's own positions. With a past, the keys and values of the encoder's output are computed and cached first,
+    then read, as in generation.
 
     Attributes:
         encoder: Session of `encoder_model.onnx`.
@@ -40,22 +40,24 @@ class EncoderDecoderSession:
     def __init__(self, encoder: Any, decoder: Any) -> None:
         """Take the two opened sessions."""
         self.encoder, self.decoder = encoder, decoder
-        self._own = [value for value in decoder.get_inputs() if value.name.startswith(PAST)]
+        self._past_inputs = [value for value in decoder.get_inputs() if value.name.startswith(PAST)]
         self._decoder_names = {value.name for value in decoder.get_inputs()}
 
     def get_inputs(self) -> list[Argument]:
         """The inputs of the whole model."""
         ids = next(value for value in self.decoder.get_inputs() if value.name == "input_ids")
         shape = [ids.shape[0], "decoder_sequence_length"]
-        pasts = [Argument(value.name, value.shape, value.type) for value in self._own if ".decoder." in value.name]
-        own = [Argument(value.name, value.shape, value.type) for value in self.encoder.get_inputs()]
-        return [*own, Argument("decoder_input_ids", shape, ids.type), *pasts]
+        pasts = [
+            Argument(value.name, value.shape, value.type) for value in self._past_inputs if ".decoder." in value.name
+        ]
+        encoder_inputs = [Argument(value.name, value.shape, value.type) for value in self.encoder.get_inputs()]
+        return [*encoder_inputs, Argument("decoder_input_ids", shape, ids.type), *pasts]
 
     def get_outputs(self) -> list[Argument]:
         """`logits`, the keys and values, and `encoder_last_hidden_state`."""
         (hidden,) = self.encoder.get_outputs()
-        found = [Argument(value.name, value.shape, value.type) for value in self.decoder.get_outputs()]
-        return [*found, Argument("encoder_last_hidden_state", hidden.shape, hidden.type)]
+        decoder_outputs = [Argument(value.name, value.shape, value.type) for value in self.decoder.get_outputs()]
+        return [*decoder_outputs, Argument("encoder_last_hidden_state", hidden.shape, hidden.type)]
 
     def get_providers(self) -> list[str]:
         """The execution providers that both sessions run on."""
@@ -65,7 +67,7 @@ class EncoderDecoderSession:
         """One call of the whole model.
 
         Args:
-            names: Outputs to give; None for all, in the order of `get_outputs`.
+            names: Outputs to return; None for all, in the order of `get_outputs`.
             feed: Inputs by name.
             options: An `onnxruntime.RunOptions`, for every run of either session.
         """
@@ -74,11 +76,11 @@ class EncoderDecoderSession:
         hidden = self.encode(feed, options)
         if any(value.shape[2] for value in past.values()):
             first = self.step(ids[:, :1], hidden, mask, options=options)
-            found = self.step(ids, hidden, mask, {**as_past(first), **past}, options=options)
+            outputs = self.step(ids, hidden, mask, {**as_past(first), **past}, options=options)
         else:
-            found = self.step(ids, hidden, mask, options=options)
-        found["encoder_last_hidden_state"] = hidden
-        return [found[name] for name in names or [value.name for value in self.get_outputs()]]
+            outputs = self.step(ids, hidden, mask, options=options)
+        outputs["encoder_last_hidden_state"] = hidden
+        return [outputs[name] for name in names or [value.name for value in self.get_outputs()]]
 
     def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
         """The same with `OrtValue`s in and out."""
@@ -116,19 +118,19 @@ class EncoderDecoderSession:
         if mask is not None:
             feed["encoder_attention_mask"] = mask
         feed[FLAG] = np.array([past is not None])
-        feed |= past if past is not None else empty_past(self._own, ids.shape[0])
-        given = {name: value for name, value in feed.items() if name in self._decoder_names}
-        results = self.decoder.run(None, given, options)
+        feed |= past if past is not None else empty_past(self._past_inputs, ids.shape[0])
+        inputs = {name: value for name, value in feed.items() if name in self._decoder_names}
+        results = self.decoder.run(None, inputs, options)
         return {value.name: result for value, result in zip(self.decoder.get_outputs(), results, strict=True)}
 
 
 def as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys and values that a step gave, by the names of the next one's inputs."""
+    """The keys and values that a step returned, by the input names of the next step."""
     return {name.replace(PRESENT, PAST, 1): value for name, value in outputs.items() if name.startswith(PRESENT)}
 
 
 def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
-    """Keys and values of no positions `[batch, heads, 0, size]`, for those inputs of a session that are a past."""
+    """Empty keys and values `[batch, heads, 0, size]` for the past inputs of a session."""
     dtypes = {"tensor(float16)": np.float16}
     return {
         value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtypes.get(value.type, np.float32))

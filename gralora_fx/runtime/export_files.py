@@ -34,7 +34,7 @@ def check_files(
 ) -> int:
     """Compare the files of an export directory with what its manifest says of them.
 
-    Files that the manifest does not name are allowed, such as a README; with `digests` none that would be read.
+    Files that the manifest does not name are allowed, such as a README; with `digests`, none that would be read.
 
     Args:
         directory: An export directory.
@@ -43,7 +43,7 @@ def check_files(
         error: The error type to raise.
 
     Returns:
-        How many files were compared; 0 for a manifest without them, of an export made before they were recorded.
+        The number of files compared; 0 for an older manifest that does not record files.
 
     Raises:
         GraloraError: Of the given type, naming each file that is missing or differs; or digests are asked for and the
@@ -88,7 +88,7 @@ def _unnamed(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Every file of a directory and the folders in it but the manifest, as POSIX paths."""
+    """Every file in a directory and its subdirectories except the manifest, as POSIX paths."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in found if name != MANIFEST_NAME)
 

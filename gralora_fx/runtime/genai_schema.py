@@ -1,7 +1,7 @@
-"""`genai_config.json` as an export writes it, checked before onnxruntime-genai reads it.
+"""Validation of `genai_config.json` before onnxruntime-genai reads it.
 
-onnxruntime-genai does what that file says: it loads the library that `custom_ops_library` names, which runs its code,
-and writes the file that `enable_profiling` names. So a file with anything but what an export writes is refused.
+onnxruntime-genai obeys that file: it loads the library named in `custom_ops_library`, which runs its code, and writes
+the file named in `enable_profiling`. So a file with anything but what an export writes is refused.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ _SCHEMA: Mapping[str, Any] = {
         **dict.fromkeys(("repetition_penalty", "temperature", "top_p"), _is_number),
     },
 }
-_OPTIONAL = "position_ids"  # of a model that takes none
+_OPTIONAL = "position_ids"  # absent for a model that takes none
 
 
 def read_genai_config(directory: Path, error: type[GraloraError] = ExportError) -> dict[str, Any]:
-    """The configuration of an export that generates.
+    """Read and check the configuration of an export that generates.
 
     Args:
         directory: The export directory.
@@ -83,42 +83,42 @@ def read_genai_config(directory: Path, error: type[GraloraError] = ExportError) 
     path = directory / CONFIG_NAME
     try:
         text = path.read_text(encoding="utf-8")
-        found: Any = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+        config: Any = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
     except FileNotFoundError as failure:
         raise error(f"{path} is missing; copy the whole export directory, or export the model again") from failure
     except (OSError, ValueError, RecursionError) as failure:
         raise error(f"{path} cannot be read ({first_line(failure)}); export the model again") from failure
-    problem = _problem(found, _SCHEMA, "")
+    problem = _problem(config, _SCHEMA, "")
     if problem:
         raise error(f"{path}: {problem}; onnxruntime-genai would act on it, so export the model again")
-    return dict(found)
+    return dict(config)
 
 
-def _problem(found: object, schema: Mapping[str, Any], place: str) -> str | None:
-    """What is wrong with an object of the file, or None."""
-    if not isinstance(found, dict):
-        return f"{place or 'it'} is not an object"
-    for name, value in found.items():
-        where = f"{place}.{name}" if place else name
+def _problem(section: object, schema: Mapping[str, Any], path: str) -> str | None:
+    """The first problem of an object in the file, or None."""
+    if not isinstance(section, dict):
+        return f"{path or 'it'} is not an object"
+    for name, value in section.items():
+        key_path = f"{path}.{name}" if path else name
         if name not in schema:
-            return f"{where:.200} is not a key that an export writes"
+            return f"{key_path:.200} is not a key that an export writes"
         expected = schema[name]
         if isinstance(expected, Mapping):
-            if problem := _problem(value, expected, where):
+            if problem := _problem(value, expected, key_path):
                 return problem
         elif not expected(value):
-            return f"{where} is {value!r:.80}, which no export writes"
-    missing = [name for name in schema if name not in found and name != _OPTIONAL]
-    return f"{place + '.' if place else ''}{missing[0]} is missing" if missing else None
+            return f"{key_path} is {value!r:.80}, which no export writes"
+    missing = [name for name in schema if name not in section and name != _OPTIONAL]
+    return f"{path + '.' if path else ''}{missing[0]} is missing" if missing else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: onnxruntime-genai would act on every one of the same name."""
+    """Build an object, refusing duplicate keys, on all of which onnxruntime-genai would act."""
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{twice:.80} stands twice in an object")
+        raise ValueError(f"{twice:.80} is twice in an object")
     return dict(pairs)
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")

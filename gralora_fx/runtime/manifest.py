@@ -79,7 +79,7 @@ class Manifest:
         precision: Precision of the weights that are not quantized, and of the cache.
         quantization: How matrices are quantized, or None.
         adapters_mode: How adapters are held: `"merged"`.
-        logits: Which positions' logits the graph gives: `"last"` or `"all"`.
+        logits: Which positions' logits the graph returns: `"last"` or `"all"`.
         position_offset: How many rows of the table of positions no position has.
         adapters: Adapters that were folded, by name.
         base_fingerprint: A digest of the base's weights.

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions fed with tensors of any dtype; numpy has no bfloat16."""
+"""ONNX Runtime sessions run on tensors of any dtype, since numpy has no bfloat16."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _DTYPES = {
 
 
 def run_values(session: Any, feed: Mapping[str, Any], description: str) -> dict[str, Any]:
-    """Run a session on tensors, which are cast to the dtypes it takes, or on values that it gave.
+    """Run a session on tensors, which are cast to its input dtypes, or on its own output values.
 
     Args:
         session: An ONNX Runtime session.
         feed: A tensor or an `OrtValue` for every input.
-        description: What is run, for messages.
+        description: What is being run, for messages.
 
     Returns:
         Outputs by name, as `OrtValue`; `as_tensor` makes tensors of them.
@@ -51,7 +51,7 @@ def run_values(session: Any, feed: Mapping[str, Any], description: str) -> dict[
 
 
 def as_value(tensor: Tensor, kind: str) -> Any:
-    """A tensor as a session takes it.
+    """A tensor as an `OrtValue` for a session.
 
     Args:
         tensor: Any tensor on the CPU.
@@ -65,22 +65,24 @@ def as_value(tensor: Tensor, kind: str) -> Any:
 
 
 def empty_values(session: Any, batch: int) -> dict[str, Any]:
-    """A cache of no positions for every `past_key_values.N.key|value` that a session takes.
+    """An empty cache for every `past_key_values.N.key|value` input of a session.
 
     Args:
         session: An ONNX Runtime session.
         batch: Number of rows.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
             dtype = _DTYPES[_element(value.type)]
-            found[value.name] = as_value(torch.empty(batch, value.shape[1], 0, value.shape[3], dtype=dtype), value.type)
-    return found
+            values[value.name] = as_value(
+                torch.empty(batch, value.shape[1], 0, value.shape[3], dtype=dtype), value.type
+            )
+    return values
 
 
 def as_tensor(value: Any) -> Tensor:
-    """What a session gave as a tensor of the same dtype."""
+    """An `OrtValue` as a tensor of the same dtype."""
     tensor: Tensor = from_dlpack(value)
     return tensor
 

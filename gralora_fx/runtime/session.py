@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions over an export directory, opened only when its files stay within it."""
+"""ONNX Runtime sessions over an export directory, opened only if its model reads no outside files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.names import DECODER, ENCODER, MODEL_NAME
 
 CPU = "CPUExecutionProvider"
-FATAL = 4  # ONNX Runtime's log level above its errors, which are raised; to print them too says them twice
+FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Runtime:
     """How ONNX Runtime runs a model.
 
     Attributes:
-        providers: Execution providers in order of preference, each with its options; empty for those that the session
-            options hold themselves.
+        providers: Execution providers in order of preference, each with its options; empty if the session options hold
+            them.
         session_options: Session options; None for those of `quiet_options`.
     """
 
@@ -62,7 +62,7 @@ def available_threads() -> int:
 def open_session(
     directory: str | Path, runtime: Runtime | None = None, *, error: type[GraloraError] = ExportError
 ) -> Any:
-    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over its two.
+    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two.
 
     Args:
         directory: An export directory.
@@ -70,7 +70,7 @@ def open_session(
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type, when there is no model, its weights lie outside the directory, or ONNX Runtime
+        GraloraError: Of the given type, when there is no model, its weights are outside the directory, or ONNX Runtime
             cannot load it.
     """
     folder, runtime = Path(directory), runtime or Runtime()
@@ -108,20 +108,20 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
 
 
 def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> None:
-    """Refuse a model that would read a file outside its directory.
+    """Check that a model reads no files outside its directory.
 
     ONNX Runtime follows symbolic and hard links to external data, so a crafted model could read any file of the
     machine; some execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
 
     Raises:
-        GraloraError: Of the given type, naming what is outside.
+        GraloraError: Of the given type, naming the outside file.
     """
     if path.is_symlink() and path.resolve().parent != path.parent.resolve():
         raise error(f"{path} is a link to a file outside its directory; copy the file itself into it")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as failure:  # protobuf raises types of its own
-        raise error(f"{path} is no ONNX model ({failure}); export the model again") from failure
+        raise error(f"{path} is not an ONNX model ({failure}); export the model again") from failure
     nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
     if compiled := next((node for node in nodes if node.op_type == "EPContext"), None):
         raise error(f"{path} holds a part compiled elsewhere (EPContext {compiled.name!r}); export the model again")
@@ -138,7 +138,7 @@ def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> 
 def _check_location(path: Path, location: str, error: type[GraloraError]) -> None:
     file = path.parent / location
     if Path(location).name != location:
-        raise error(f"{path} keeps weights at {location!r}, outside its directory; refuse it or export again")
+        raise error(f"{path} keeps weights at {location!r}, outside its directory; do not trust it, or export it again")
     if not file.is_file():
         raise error(f"{file} is missing; copy the whole export directory")
     if file.is_symlink() or file.stat().st_nlink > 1:
@@ -146,7 +146,7 @@ def _check_location(path: Path, location: str, error: type[GraloraError]) -> Non
 
 
 def _within(nodes: Any) -> Iterator[Any]:
-    """Nodes and those of their branches."""
+    """Nodes, including those of subgraphs."""
     for node in nodes:
         yield node
         for graph in _branches(node):
@@ -159,7 +159,7 @@ def _branches(node: Any) -> Iterator[Any]:
 
 
 def _initializers(graph: Any) -> Iterator[Any]:
-    """The initializers of a graph, sparse ones and those of its branches included."""
+    """The initializers of a graph, including sparse ones and those of subgraphs."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -169,7 +169,7 @@ def _initializers(graph: Any) -> Iterator[Any]:
 
 
 def _constants(nodes: Sequence[Any]) -> Iterator[Any]:
-    """The tensors among nodes' attributes."""
+    """The tensor attributes of nodes."""
     for attribute in (attribute for node in nodes for attribute in node.attribute):
         yield from (attribute.t, *attribute.tensors)
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):

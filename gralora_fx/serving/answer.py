@@ -1,4 +1,4 @@
-"""The answer to one prompt, token by token: its text as it grows, and where it ends."""
+"""The answer to one prompt, token by token: its growing text and its end."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from gralora_fx.serving.text_stream import TextStream
 class Answer:
     """The tokens of one row and the text they make, cut before a stop string or an end token.
 
-    Text that may turn out to be the beginning of a stop string is held back until that is known. Of stop strings that
-    overlap the one that is complete first ends the answer; of those complete at once, the longest.
+    Text that may be the beginning of a stop string is held back until that is known. Of overlapping stop strings, the
+    one that is complete first ends the answer; of those complete at the same time, the longest.
 
     Attributes:
         ids: The new tokens.
-        text: The text given so far; empty without a tokenizer.
-        has_ended: Whether nothing more is taken.
+        text: The text so far; empty without a tokenizer.
+        has_ended: Whether the answer has ended.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int], stop: Sequence[str]) -> None:
-        """Begin an empty answer.
+        """Start an empty answer.
 
         Args:
-            tokenizer: Makes text of tokens; None for tokens alone.
+            tokenizer: Decodes tokens; None for tokens without text.
             ends: Ids of the tokens that end an answer.
             stop: Strings that end an answer.
         """
@@ -38,11 +38,11 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The text given so far."""
+        """The text so far."""
         return "".join(self._pieces)
 
     def take(self, token: int) -> str:
-        """Take a token; the result is the text that it adds."""
+        """Add a token; returns the new text."""
         if self.has_ended:
             return ""
         if token in self._ends:
@@ -51,7 +51,7 @@ class Answer:
         return "" if self._stream is None else self._add(self._stream.step(token))
 
     def finish(self) -> str:
-        """End the answer; the result is the text that was held back."""
+        """End the answer; returns the text that was held back."""
         if self.has_ended:
             return ""
         rest = "" if self._stream is None else self._add(self._stream.finish())
@@ -59,43 +59,43 @@ class Answer:
         return rest + self._give(len(self._held))
 
     def _add(self, piece: str) -> str:
-        """Take text; the result is what cannot begin a stop string."""
+        """Add text; returns the part that cannot be the beginning of a stop string."""
         if not self._stops:
             self._held += piece
             return self._give(len(self._held))
-        for place, letter in enumerate(piece):
+        for index, letter in enumerate(piece):
             complete = [len(stop.string) for stop in self._stops if stop.step(letter)]
             if complete:
-                before = self._held + piece[: place + 1]
+                before = self._held + piece[: index + 1]
                 self._held, self.has_ended = before[: len(before) - max(complete)], True
                 return self._give(len(self._held))
         self._held += piece
         return self._give(len(self._held) - max(stop.matched for stop in self._stops))
 
     def _give(self, cut: int) -> str:
-        """Give the first `cut` letters of the text that is held back."""
-        given, self._held = self._held[:cut], self._held[cut:]
-        self._pieces.append(given)
-        return given
+        """Release the first `cut` characters of the text that is held back."""
+        text, self._held = self._held[:cut], self._held[cut:]
+        self._pieces.append(text)
+        return text
 
 
 class _Stop:
-    """How much of a stop string the text ends with: the search of Knuth, Morris and Pratt, a letter at a time.
+    """An incremental Knuth-Morris-Pratt search for a stop string, one character at a time.
 
-    Its table is made as far as the text has matched, so a long string costs no more than the text.
+    Its table is extended only as far as the text has matched, so a long string costs no more than the text.
 
     Attributes:
         string: The stop string.
-        matched: How many of its letters the text ends with.
+        matched: The length of its longest prefix that the text ends with.
     """
 
     def __init__(self, string: str) -> None:
         self.string = string
         self.matched = 0
-        self._borders = [0]  # of each beginning: the length of its longest proper beginning that is also its end
+        self._borders = [0]  # for each prefix: the length of its longest proper prefix that is also its suffix
 
     def step(self, letter: str) -> bool:
-        """Take a letter; the result is whether the string is complete."""
+        """Add a character; returns whether the string is complete."""
         while self.matched and self.string[self.matched] != letter:
             self.matched = self._borders[self.matched - 1]
         if self.string[self.matched] == letter:
@@ -104,7 +104,7 @@ class _Stop:
         return self.matched == len(self.string)
 
     def _extend(self) -> None:
-        """Make the table as long as the match."""
+        """Extend the table to the length of the match."""
         while len(self._borders) < self.matched:
             letter, border = self.string[len(self._borders)], self._borders[-1]
             while border and self.string[border] != letter:

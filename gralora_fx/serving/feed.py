@@ -1,4 +1,4 @@
-"""The inputs of one call as ONNX Runtime takes them: arrays by name, checked, what is left out filled in."""
+"""The inputs of one call as arrays for ONNX Runtime, checked, with defaults filled in."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(int32)": np.dtype(np.int32),
     "tensor(bool)": np.dtype(np.bool_),
 }
-_KINDS = {"i": "iu", "f": "iuf", "b": "biu"}  # kinds of arrays that are cast to a kind of input
+_KINDS = {"i": "iu", "f": "iuf", "b": "biu"}  # array kinds that are cast to an input kind
 _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Makes a call's inputs into what a session takes.
+    """Converts a call's inputs to those of a session.
 
     Attributes:
         inputs: The session's inputs by name, each with its type and shape.
         config: Fields of the model's `config.json`.
         is_encoder_decoder: Whether the session is an `EncoderDecoderSession`.
-        position_offset: How many positions fewer than its configuration says a model has; padding takes none then.
+        position_offset: By how many positions a model has fewer than its configuration says; if not 0, padding takes
+            none.
     """
 
     inputs: Mapping[str, Any]
@@ -46,13 +47,13 @@ class Feed:
     position_offset: int = 0
 
     def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs by the session's names: a list, tuple, dict or dataclass of inputs in its parts, by their paths.
+        """Flatten the inputs to the session's names: a list, tuple, dict or dataclass becomes its parts, by path.
 
         Args:
             inputs: Inputs by name.
 
         Raises:
-            ServingError: One that has parts is given as something else.
+            ServingError: A nested input is given as something else.
         """
         return {path: part for name, value in inputs.items() for path, part in self._parts(str(name), value)}
 
@@ -63,8 +64,8 @@ class Feed:
             inputs: Arrays, tensors or nested lists by name.
 
         Raises:
-            ServingError: An input is missing, unknown, empty, too long, of the wrong kind or shape, or holds ids out of
-                range.
+            ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
+                of range.
         """
         shown = [name for name in self.inputs if not name.startswith(f"{PAST}.")]
         cache = [f"{PAST}..."] if len(shown) < len(self.inputs) else []
@@ -77,12 +78,12 @@ class Feed:
         if arrays and not any(name in arrays for name in pasts):
             batch = next((array.shape[0] for array in arrays.values() if array.ndim), 1)
             arrays |= empty_past(tuple(self.inputs.values()), batch)
-        given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if not self.is_encoder_decoder and pasts and all(name in arrays for name in pasts[:2]):
-            given[PAST] = cache_of([[given[name] for name in pasts[:2]]])
+            tensors[PAST] = cache_of([[tensors[name] for name in pasts[:2]]])
         for name in self.inputs:
             if name not in arrays:
-                default = default_input(name, given)
+                default = default_input(name, tensors)
                 if default is None:
                     raise ServingError(f"input {name!r} is missing; {takes}")
                 arrays[name] = default.contiguous().numpy()
@@ -105,7 +106,7 @@ class Feed:
             yield from self._parts(f"{name}.{key}", part)
 
     def _check_ids(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Refuse ids that no table holds, which ONNX Runtime takes below 0 and counts from the end, and other masks."""
+        """Check the range of ids, which ONNX Runtime would count from the end if negative, and the values of masks."""
         vocabulary = _text_field(self.config, "vocab_size")
         for name, array in arrays.items():
             if name.endswith("attention_mask") and array.dtype.kind == "i" and not np.isin(array, (0, 1)).all():
@@ -120,7 +121,7 @@ class Feed:
                 )
 
     def _check_equal_axes(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Refuse inputs that differ on an axis of one name: ONNX Runtime would run some of them."""
+        """Check that axes of the same name have the same size, since ONNX Runtime would run some that differ."""
         seen: dict[str, tuple[str, int]] = {}
         for name, array in arrays.items():
             for axis, size in zip(self.inputs[name].shape, array.shape, strict=True):
@@ -139,7 +140,7 @@ class Feed:
                 )
 
     def _check_length(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Refuse more positions than the model has; one that computes its positions would answer, wrongly."""
+        """Check the number of positions, since a model that computes its positions would answer, but wrongly."""
         for name in ("input_ids", "decoder_input_ids"):
             ids, limit = arrays.get(name), context_length(self.config, name)
             if ids is None or limit is None or ids.ndim != 2:
@@ -164,10 +165,10 @@ def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
     Args:
         name: The input.
         value: An array, a tensor on any device or a nested list.
-        expected: What the session says of the input.
+        expected: The session's description of the input.
 
     Raises:
-        ServingError: It is empty, or of another kind or shape.
+        ServingError: It is empty, or of another dtype or shape.
     """
     array = _plain_array(name, value)
     dtype = _DTYPES.get(expected.type, array.dtype)
@@ -197,7 +198,7 @@ def _plain_array(name: str, value: Any) -> NDArray[Any]:
         return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor).numpy()
     except Exception as error:  # array-likes and tensors without values raise what they like
         hint = "pad its rows to one length" if isinstance(value, Sequence) else "give an array, a tensor or a list"
-        raise ServingError(f"input {name!r} is no array ({first_line(error)}); {hint}") from error
+        raise ServingError(f"input {name!r} is not an array ({first_line(error)}); {hint}") from error
 
 
 def _text_field(config: Mapping[str, Any], name: str) -> Any:

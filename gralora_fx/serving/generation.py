@@ -1,4 +1,4 @@
-"""Text from an exported decoder: onnxruntime-genai keeps the cache, samples and streams."""
+"""Generation with an exported decoder: onnxruntime-genai keeps the cache and samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
 
-_GENAI_NAMES = {"CUDAExecutionProvider": "cuda"}  # providers by the names that onnxruntime-genai has for them
+_GENAI_NAMES = {"CUDAExecutionProvider": "cuda"}  # onnxruntime-genai's names of execution providers
 
 
 class Generator:
@@ -36,8 +36,8 @@ class Generator:
             threads: Threads of an operator; None for onnxruntime-genai's choice.
 
         Raises:
-            ServingError: onnxruntime-genai is not installed, cannot load the model or does not run on a provider, or
-                `genai_config.json` has what no export writes.
+            ServingError: onnxruntime-genai is not installed, cannot load the model or does not support a provider, or
+                `genai_config.json` is not as an export writes it.
         """
         try:
             import onnxruntime_genai
@@ -65,9 +65,9 @@ class Generator:
         )
 
     def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
-        """One new token a row in every step, until every row has ended or is full.
+        """Generate one new token for each row in every step, until every row has ended or is full.
 
-        Rows of unequal length are padded on the right, as onnxruntime-genai takes them, and run together.
+        Rows of unequal length are padded on the right, as onnxruntime-genai expects, and run as a batch.
 
         Args:
             prompts: Token ids by row, checked.
@@ -92,7 +92,7 @@ class Generator:
             raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Refuse prompts that the model cannot take.
+        """Check that the model can take prompts.
 
         Raises:
             ServingError: A prompt is empty, too long, or holds ids out of range.
@@ -110,9 +110,9 @@ class Generator:
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
         length, new = len(prompts[longest]), sampling.max_new_tokens
         if length + (new or 1) > self._context:
-            asked = "" if new is None else f" and max_new_tokens={new}"
+            request = "" if new is None else f" and max_new_tokens={new}"
             raise ServingError(
-                f"prompt {longest} has {length} tokens{asked}, more than the context of {self._context}; shorten it"
+                f"prompt {longest} has {length} tokens{request}, more than the context of {self._context}; shorten it"
             )
 
 
@@ -127,11 +127,11 @@ class Answers(Iterator[Any]):
         sampling: Sampling,
         stop: Sequence[str],
     ) -> None:
-        """Check the prompts and begin.
+        """Check the prompts and start.
 
         Args:
             generator: The model.
-            prompts: What is answered.
+            prompts: The prompts to answer.
             tokenizer: For texts, and for stop strings.
             sampling: How tokens are chosen.
             stop: Strings that end an answer.
@@ -146,29 +146,29 @@ class Answers(Iterator[Any]):
         self._steps = generator.tokens(prompts.rows, sampling)
 
     def __next__(self) -> Any:
-        """What the next step adds: a text or ids, for a list of prompts a list of them."""
+        """What the next step adds: a text or ids, or a list of them for a list of prompts."""
         if all(answer.has_ended for answer in self._answers):
             raise StopIteration
         tokens = next(self._steps, None)
-        found: list[Any] = []
+        pieces: list[Any] = []
         for index, answer in enumerate(self._answers):
             before = len(answer.ids)
             text = answer.finish() if tokens is None else answer.take(tokens[index])
-            found.append(text if self._prompts.gives_text else answer.ids[before:])
-        if tokens is None and not any(found):  # every row is full, and no text was held back
+            pieces.append(text if self._prompts.gives_text else answer.ids[before:])
+        if tokens is None and not any(pieces):  # every row is full, and no text was held back
             raise StopIteration
-        return found[0] if self._prompts.is_single else found
+        return pieces[0] if self._prompts.is_single else pieces
 
     def result(self) -> Any:
         """The whole answers."""
         for _ in self:
             pass
-        whole = [answer.text if self._prompts.gives_text else answer.ids for answer in self._answers]
-        return whole[0] if self._prompts.is_single else whole
+        answers = [answer.text if self._prompts.gives_text else answer.ids for answer in self._answers]
+        return answers[0] if self._prompts.is_single else answers
 
 
 def _session_options(threads: int | None) -> dict[str, int]:
-    """Session options that are laid over those of `genai_config.json`, as onnxruntime-genai spells them."""
+    """Session options that override those of `genai_config.json`, by onnxruntime-genai's names."""
     return {"log_severity_level": FATAL} | ({} if threads is None else {"intra_op_num_threads": threads})
 
 
@@ -176,7 +176,7 @@ def _genai_providers(runtime: Runtime) -> dict[str, Mapping[str, Any]]:
     """Execution providers with their options by onnxruntime-genai's names, the CPU left out.
 
     Raises:
-        ServingError: There is one that it is not told to run on.
+        ServingError: A provider is not supported.
     """
     others = [name for name, _ in runtime.providers if name not in (CPU, *_GENAI_NAMES)]
     if others or not runtime.providers:

@@ -1,4 +1,4 @@
-"""`load`: an export directory as a callable model on ONNX Runtime."""
+"""`load`: open an export directory as a callable model on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def load(
 ) -> OrtModel:
     """Open an export on ONNX Runtime.
 
-    Sizes of files are compared with the manifest always.
+    The sizes of files are always compared with the manifest.
 
     Args:
         export_dir: A directory that `export_onnx` wrote.
-        providers: Execution providers in order of preference: names, or a name and a dict of options as a tuple; one
-            alone needs no list. None for the CPU.
-        provider_options: Options of each provider, where they do not stand beside its name.
-        session_options: An `onnxruntime.SessionOptions`, taken as it is, or a dict of its fields.
+        providers: Execution providers in order of preference: names, or a name and a dict of options as a tuple; a
+            single one needs no list. None for the CPU.
+        provider_options: Options of each provider, if they are not given beside its name.
+        session_options: An `onnxruntime.SessionOptions`, used as it is, or a dict of its fields.
         threads: Threads of an operator, in calls and in `generate`; None for one on each core that the process may use.
         check: Whether to read every file and compare its SHA-256 with the manifest's.
 
@@ -52,8 +52,8 @@ def load(
         The model, ready to be called.
 
     Raises:
-        ServingError: The directory is no export, a file is missing, is not what was exported or lies outside it, a
-            provider is not installed, or an option is unknown or of another type.
+        ServingError: The directory is not an export, a file is missing, was changed or is outside it, a provider is not
+            installed, or an option is unknown or of another type.
     """
     runtime, count = runtime_of(providers, provider_options, session_options, threads)
     return OrtModel(export_dir, runtime, threads=count, check=check)
@@ -65,7 +65,7 @@ class OrtModel:
     Attributes:
         directory: The export directory.
         manifest: What `gralora_export.json` says, typed.
-        config: The model's `config.json`, empty where there is none.
+        config: The model's `config.json`; empty if there is none.
         input_names: Inputs of the graph.
         output_names: Outputs of the graph.
     """
@@ -73,7 +73,7 @@ class OrtModel:
     def __init__(
         self, export_dir: str | Path, runtime: Runtime | None = None, *, threads: int | None = None, check: bool = False
     ) -> None:
-        """Open an export; `load` is the public way."""
+        """Open an export; use `load`."""
         self.directory = _directory(export_dir)
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
@@ -107,17 +107,17 @@ class OrtModel:
         """Run the model once.
 
         Args:
-            *args: None: inputs are given by name.
+            *args: Not accepted: inputs are given by name.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
-                a cache empty. What the model takes as a list or dict of tensors is one by its name, or its parts by
-                theirs (`images.0`). Integers and floats are cast to the graph's own width.
+                a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
+                Integers and floats are cast to the graph's dtypes.
 
         Returns:
-            Outputs by name or place: tensors if any input was a tensor, else arrays.
+            Outputs by name or index: tensors if any input was a tensor, else arrays.
 
         Raises:
-            ServingError: An input is missing, unknown, empty, too long, of the wrong kind or shape, or holds ids out of
-                range.
+            ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
+                of range.
         """
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
@@ -129,8 +129,8 @@ class OrtModel:
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error
-        found = zip(self.output_names, results, strict=True)
-        return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in found})
+        pairs = zip(self.output_names, results, strict=True)
+        return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in pairs})
 
     def generate(
         self,
@@ -147,11 +147,11 @@ class OrtModel:
         Args:
             prompts: A text, a chat as a list of messages (`{"role": ..., "content": ...}`, by the tokenizer's
                 template), a list of token ids, or a list of any of them, which run together.
-            input_ids: Instead of prompts, what a tokenizer gave: `generate(**tokenizer(texts, padding=True))`.
-            attention_mask: Which of these ids are no padding, on either side; None where none is.
-            stop: Strings that end an answer, which does not hold them.
-            stream: Whether to give pieces of text (token ids, for prompts of ids) as they come.
-            **sampling: `max_new_tokens=None` (64, or what the context leaves), `do_sample=False`, and with
+            input_ids: Instead of prompts, a tokenizer's result: `generate(**tokenizer(texts, padding=True))`.
+            attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
+            stop: Strings that end an answer; they are not part of it.
+            stream: Whether to return an iterator over pieces of text (of token ids, for prompts of ids).
+            **sampling: `max_new_tokens=None` (64, or fewer if the context is full), `do_sample=False`, and with
                 `do_sample=True` `top_k=50`, `top_p=1.0`, `temperature=1.0`, `seed=None`.
 
         Returns:
@@ -164,8 +164,8 @@ class OrtModel:
         """
         self._check_generates()
         if unknown := [name for name in sampling if name not in Sampling.__dataclass_fields__]:
-            known = ", ".join(("stop", "stream", *Sampling.__dataclass_fields__))
-            raise ServingError(f"unknown option {', '.join(unknown)}; there are {known}")
+            options = ", ".join(("stop", "stream", *Sampling.__dataclass_fields__))
+            raise ServingError(f"unknown option {', '.join(unknown)}; there are {options}")
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
         chosen = Sampling(**sampling)
@@ -174,13 +174,13 @@ class OrtModel:
         if input_ids is None:
             if prompts is None or attention_mask is not None:
                 raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
-            read = read_prompts(prompts, tokenizer)
+            parsed = read_prompts(prompts, tokenizer)
         elif prompts is not None:
             raise ServingError("prompts and input_ids are both given; give one of them")
         else:
-            read = read_tokenized(input_ids, attention_mask)
-        found = Answers(self._generator, read, tokenizer, chosen, stops)
-        return found if stream else found.result()
+            parsed = read_tokenized(input_ids, attention_mask)
+        answers = Answers(self._generator, parsed, tokenizer, chosen, stops)
+        return answers if stream else answers.result()
 
     def _check_generates(self) -> None:
         if not any(name.startswith("past_key_values.") for name in self.input_names):
@@ -205,10 +205,10 @@ class OrtModel:
         return load_tokenizer(self.directory, ServingError)
 
     def _check_unchanged(self) -> None:
-        """Refuse to read more of a directory that was moved, or replaced by another export, since it was opened.
+        """Check that the directory was not moved or replaced by another export since it was opened.
 
         Raises:
-            ServingError: It was.
+            ServingError: It was moved or replaced.
         """
         if not self.directory.is_dir():
             raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
@@ -217,12 +217,12 @@ class OrtModel:
 
 
 def _directory(export_dir: str | Path) -> Path:
-    """The directory by a path that stays right when the process changes its own."""
+    """The absolute path of the directory, which stays valid if the process changes its working directory."""
     try:
         path = Path(export_dir).absolute()
-        path.is_dir()  # so that a path which the system does not take is refused here
+        path.is_dir()  # so that an invalid path raises here
     except (TypeError, ValueError, OSError) as error:
-        raise ServingError(f"{export_dir!r:.80} is no path of a directory ({first_line(error)})") from error
+        raise ServingError(f"{export_dir!r:.80} is not the path of a directory ({first_line(error)})") from error
     return path
 
 

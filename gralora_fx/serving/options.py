@@ -1,4 +1,4 @@
-"""What `load` is told of the runtime: execution providers, session options and threads, checked."""
+"""The runtime options of `load`, checked: execution providers, session options and threads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def runtime_of(
     """How ONNX Runtime runs a model, and how many threads an operator takes.
 
     Args:
-        providers: As `load` takes them.
-        provider_options: As `load` takes them.
-        session_options: As `load` takes them.
-        threads: As `load` takes them; None for the session options' number, else one for each core that this process
+        providers: As in `load`.
+        provider_options: As in `load`.
+        session_options: As in `load`.
+        threads: As in `load`; None for the session options' number, else one for each core that this process
             may use.
 
     Raises:
@@ -57,7 +57,7 @@ def _with_session_options(
     options: onnxruntime.SessionOptions,
     threads: int | None,
 ) -> tuple[Runtime, int]:
-    """A user's own options, which are left as they are."""
+    """Use a user's session options unchanged."""
     if threads is not None:
         raise ServingError(
             "threads would change the given SessionOptions; set their intra_op_num_threads, or give a dict of fields"
@@ -96,15 +96,15 @@ def _providers(
         if provider_options is not None:
             raise ServingError("provider_options need providers; name those that they are for")
         return ((CPU, {}),)
-    given = _as_pairs([providers] if isinstance(providers, (str, tuple)) and _is_one(providers) else providers)
-    names = [name for name, _ in given]
+    pairs = _as_pairs([providers] if isinstance(providers, (str, tuple)) and _is_one(providers) else providers)
+    names = [name for name, _ in pairs]
     if provider_options is not None:
         options = [provider_options] if isinstance(provider_options, Mapping) else provider_options
-        if not isinstance(options, Sequence) or len(options) != len(given):
+        if not isinstance(options, Sequence) or len(options) != len(pairs):
             raise ServingError(f"provider_options must be a dict for each of {', '.join(names)}, in their order")
-        if any(own is not None for _, own in given):
-            raise ServingError("a provider's options stand in its tuple or in provider_options; give them once")
-        given = list(zip(names, options, strict=True))
+        if any(own_options is not None for _, own_options in pairs):
+            raise ServingError("a provider's options are given in its tuple and in provider_options; give them once")
+        pairs = list(zip(names, options, strict=True))
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ServingError(f"execution provider {twice} is named twice; name it once")
     available = onnxruntime.get_available_providers()
@@ -112,26 +112,26 @@ def _providers(
         raise ServingError(
             f"execution provider {', '.join(missing)} is not installed; there are {', '.join(available)}"
         )
-    return tuple((name, _provider_options(name, options)) for name, options in given)
+    return tuple((name, _provider_options(name, options)) for name, options in pairs)
 
 
 def _is_one(providers: str | tuple[Any, ...]) -> bool:
-    """Whether providers are a single one: its name, or its name and its options."""
+    """Whether `providers` is a single one: a name, or a name and its options."""
     return isinstance(providers, str) or (len(providers) == 2 and isinstance(providers[1], Mapping))
 
 
 def _as_pairs(providers: Any) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for provider in providers if isinstance(providers, Sequence) else [providers]:
         name, options = provider if isinstance(provider, tuple) and len(provider) == 2 else (provider, None)
         if not isinstance(name, str):
             raise ServingError(
                 f"a provider is a name, or a name and a dict of options as a tuple, but got {provider!r:.80}"
             )
-        found.append((name, options))
-    if not found:
+        pairs.append((name, options))
+    if not pairs:
         raise ServingError("providers are empty; name one, or leave them out for the CPU")
-    return found
+    return pairs
 
 
 def _provider_options(name: str, options: Any) -> Mapping[str, Any]:

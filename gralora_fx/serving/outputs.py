@@ -1,4 +1,4 @@
-"""What a served model returns: arrays by name and by place."""
+"""The outputs of a served model: arrays by name and by index."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 
 class Outputs(dict[str, Any]):
-    """Output arrays as transformers' `ModelOutput` gives them: `outputs["logits"]`, `outputs.logits`, `outputs[0]`.
+    """Output arrays, accessible as in transformers' `ModelOutput`: `outputs["logits"]`, `outputs.logits`, `outputs[0]`.
 
-    To go through it gives names, as of every dict; `outputs.to_tuple()` and `outputs[:]` are for unpacking.
+    Iteration yields names, as for every dict; use `outputs.to_tuple()` or `outputs[:]` for unpacking.
     """
 
     def __getitem__(self, key: Any) -> Any:
-        """The output of a name or a place, or a tuple for a slice of places.
+        """The output with a name or at an index, or a tuple for a slice.
 
         Raises:
             KeyError: No output has the name.
-            IndexError: There is no such place.
+            IndexError: The index is out of range.
         """
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 

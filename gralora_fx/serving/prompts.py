@@ -1,4 +1,4 @@
-"""What `generate` answers: texts, chats and token ids, one or several, or what a tokenizer gave."""
+"""The prompts of `generate`: texts, chats and token ids, one or several, or a tokenizer's result."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ class Prompts:
 
 
 def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
-    """Prompts as `generate` takes them.
+    """Convert the prompts of `generate` to token ids.
 
     Args:
         prompts: One prompt, or several of them.
-        tokenizer: For texts and chats; None where there is none.
+        tokenizer: For texts and chats, or None.
 
     Raises:
-        ServingError: They are none of these, or need a tokenizer and there is none.
+        ServingError: They are not prompts, or need a tokenizer and there is none.
     """
     if isinstance(prompts, Mapping):
-        raise ServingError("a tokenizer's result is given by name: generate(**tokenizer(...))")
+        raise ServingError("pass a tokenizer's result by name: generate(**tokenizer(...))")
     is_single = isinstance(prompts, str) or is_chat(prompts) or is_ids(prompts)
     if is_single:
-        given = [prompts]
+        items = [prompts]
     elif isinstance(prompts, (bytes, bytearray, set, frozenset)) or not isinstance(prompts, Iterable):
         raise ServingError(
             f"prompts are a text, a list of messages, a list of token ids or a list of these, but got {prompts!r:.80}"
         )
     else:
-        given = list(_rows(prompts))
-    rows = [prompt_ids(prompt, tokenizer, ServingError) for prompt in given]
-    return Prompts(rows, is_single, gives_text=not any(is_ids(prompt) for prompt in given))
+        items = list(_rows(prompts))
+    rows = [prompt_ids(prompt, tokenizer, ServingError) for prompt in items]
+    return Prompts(rows, is_single, gives_text=not any(is_ids(prompt) for prompt in items))
 
 
 def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
-    """Prompts as a tokenizer gives them: padded on either side or not at all, tensors, arrays or lists.
+    """Prompts from a tokenizer's result: tensors, arrays or lists, padded on either side or not at all.
 
     Args:
         input_ids: `[batch, length]`, or `[length]` for one prompt; rows of lists may differ in length.
-        attention_mask: As `input_ids`, 0 where a position is padding; None where there is none.
+        attention_mask: As `input_ids`, 0 where a position is padding; None without padding.
 
     Raises:
-        ServingError: They are no ids, or the mask is not one of them.
+        ServingError: They are not token ids, or the mask does not fit them.
     """
     ids = _as_lists("input_ids", input_ids)
     is_single = not any(isinstance(row, list) for row in ids)
@@ -79,15 +79,17 @@ def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
         raise ServingError(f"attention_mask must have the shape of input_ids, rows of {sizes!r:.80}")
     if any(value not in (0, 1) or not isinstance(value, int) for mask in masks for value in mask):
         raise ServingError("attention_mask must be 1 where a position counts and 0 where it is padding")
-    kept = [[token for token, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)]
-    return Prompts(kept, is_single and bool(ids), gives_text=False)
+    unpadded = [
+        [token for token, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)
+    ]
+    return Prompts(unpadded, is_single and bool(ids), gives_text=False)
 
 
 def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
     """Strings that end an answer, checked.
 
     Raises:
-        ServingError: One is no text or empty, or there is no tokenizer for them.
+        ServingError: One is not text or is empty, or there is no tokenizer for them.
     """
     if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
         raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
@@ -102,7 +104,7 @@ def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 
 
 def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
-    """The prompts of several."""
+    """The single prompts of a batch."""
     if not isinstance(prompts, (torch.Tensor, np.ndarray)):
         return prompts
     if prompts.ndim not in (1, 2) or getattr(prompts, "is_meta", False):
@@ -111,7 +113,7 @@ def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
 
 
 def _as_lists(name: str, value: Any) -> list[Any]:
-    """Nested lists of a tensor, an array or a list of them."""
+    """Convert a tensor, an array or a list of them to nested lists."""
     try:
         if isinstance(value, (torch.Tensor, np.ndarray)):
             value = value.tolist()

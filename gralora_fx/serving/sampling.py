@@ -1,4 +1,4 @@
-"""How the next token of an answer is chosen: the options of `generate`, checked."""
+"""Sampling options of `generate`, checked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from gralora_fx.errors import ServingError
 
-CHUNK = 256  # positions of a prompt read at once: attention computes all of them by all, seen or not
+CHUNK = 256  # positions of a prompt per chunk, since attention computes all pairs, masked or not
 _NEW_TOKENS = 64
-_LARGEST = 2**31 - 1  # whole number that onnxruntime-genai takes
+_LARGEST = 2**31 - 1  # integer that onnxruntime-genai accepts
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: How many tokens to add at most; None for 64, or fewer where the context ends before.
+        max_new_tokens: Most tokens to add; None for 64, or fewer if the context ends before.
         do_sample: Whether to draw; False takes the likeliest.
         top_k: How many of the likeliest to draw from; 0 for all.
         top_p: Share of the probability to draw from, in `(0, 1]`.
         temperature: Divisor of the logits, above 0.
-        seed: Seed of the draws; None for another one in every call.
+        seed: Seed of the draws; None for a different one in every call.
     """
 
     max_new_tokens: int | None = None
@@ -69,7 +69,7 @@ class Sampling:
             }
             if self.seed is not None:
                 options["random_seed"] = int(self.seed)
-        if batch == 1 and length > CHUNK:  # with several rows the runtime takes no prompt after a past
+        if batch == 1 and length > CHUNK:  # with several rows the runtime does not support chunks
             options["chunk_size"] = CHUNK
         return options
 

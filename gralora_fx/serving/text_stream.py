@@ -1,4 +1,4 @@
-"""Text of tokens as they come: what `tokenizer.decode` gives for all of them, piece by piece."""
+"""Incremental decoding: the text of `tokenizer.decode`, piece by piece as tokens come."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from transformers import PreTrainedTokenizerBase
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
 _UNFINISHED = "\ufffd"
-_LEAST, _MOST = 8, 32  # tokens that are decoded again in a step
+_LEAST, _MOST = 8, 32  # tokens that are decoded again in a step, at least and at most
 
 
 class TextStream:
     """The text of a growing answer: the pieces together are `tokenizer.decode(ids, skip_special_tokens=True)`.
 
-    A step decodes the last few tokens only, with some before them, on which the new text may depend: a first token
-    loses its space. Text that later tokens may change waits: a character of several tokens, a run of byte tokens
-    (which count as text together or not at all), and the last word where spaces are cleaned up.
+    A step decodes only the last few tokens, with some context on which the new text may depend: a first token loses its
+    space. Text that later tokens may change is held back: a character of several tokens, a run of byte tokens (which
+    form text together or not at all), and the last word if spaces are cleaned up.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Begin an empty text."""
+        """Start an empty text."""
         self._tokenizer = tokenizer
         self._skipped = _special_tokens(tokenizer)
         self._window: list[int] = []
@@ -42,7 +42,7 @@ class TextStream:
         return piece if self._cleaner is None else self._cleaner.step(piece)
 
     def finish(self) -> str:
-        """The text that waited."""
+        """The text that was held back."""
         text = self._decode(self._window)
         piece = self._take(text, len(text))
         return piece if self._cleaner is None else self._cleaner.finish(piece)
@@ -53,7 +53,7 @@ class TextStream:
         return piece
 
     def _shorten(self) -> None:
-        """Forget tokens that new text no longer depends on; a run of byte tokens is not cut."""
+        """Drop tokens on which new text no longer depends; a run of byte tokens is not cut."""
         start = len(self._window) - _LEAST
         while start > 0 and _BYTE.match(self._name_of(self._window[start]) or ""):
             start -= 1
@@ -65,7 +65,7 @@ class TextStream:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _name_of(self, token: int) -> str | None:
-        """A token as the vocabulary has it; None for an id that it does not have, which is decoded to nothing."""
+        """A token of the vocabulary; None for an id outside of it, which decodes to nothing."""
         try:
             name = self._tokenizer.convert_ids_to_tokens(token)
         except (IndexError, KeyError, OverflowError):
@@ -74,14 +74,14 @@ class TextStream:
 
 
 class _Cleaner:
-    """Cleans spaces before punctuation as tokenizers of words do, in a text that grows."""
+    """Cleans up spaces before punctuation in a growing text, as word tokenizers do."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._held = ""
 
     def step(self, piece: str) -> str:
-        """Take a piece; the result is the text before the last word, cleaned."""
+        """Add a piece; returns the text before the last word, cleaned."""
         self._held += piece
         cut = self._held.rfind(" ")
         while cut > 0 and (self._held[cut - 1] == " " or self._held[max(cut - 2, 0) : cut] == " '"):
@@ -100,7 +100,7 @@ class _Cleaner:
 
 
 def _cleans_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `decode` cleans spaces: transformers leaves BPE alone, unless it is told twice."""
+    """Whether `decode` cleans up spaces; transformers does not for BPE, unless a second option is set."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -1,1 +1,1 @@
-"""Where values come from and go to: the hub, safetensors files, lazy tensors, files that are saved together."""
+"""Sources of values: the hub, safetensors files, lazy tensors; and atomic saving of files."""

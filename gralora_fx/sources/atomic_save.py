@@ -1,13 +1,13 @@
-"""Files that are saved together: all of them or none, whether the process is killed or the disk is full.
+"""Atomic saving of several files: all of them or none, even if the process is killed or the disk is full.
 
-A save has three steps, and each leaves a directory that can be read:
+A save has three steps, each of which leaves a readable directory:
 
-1. The files are written into a folder of their own inside the directory, and flushed to the disk.
-2. That folder is renamed to `.gralora-commit`. The save has now happened: `current_file` finds the files there.
+1. The files are written to a folder inside the directory, and flushed to disk.
+2. That folder is renamed to `.gralora-commit`. This commits the save: `current_file` finds the files there.
 3. The files are moved to their places and the folder is removed; after a kill, the next save does so.
 
-While several files change places, the last of them is absent rather than of another save: a program that knows nothing
-of the folder (PEFT) finds no tensors, and not tensors beside another configuration. Other files in the directory stay.
+While several files are moved, the last of them is missing rather than from another save: a program that does not know
+the folder (PEFT) finds no tensors, rather than tensors beside another configuration. Other files in the directory stay.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from gralora_fx.errors import GraloraError, shown
 _COMMIT = ".gralora-commit"
 _STAGE = ".gralora-stage-"
 _PATIENCE = 300.0  # seconds to wait for another program that saves to the same directory
-_READS, _PAUSE = 50, 0.02  # attempts to read files that change meanwhile, and seconds between two
-_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that cannot lock a directory
+_READS, _PAUSE = 50, 0.02  # attempts to read files that change meanwhile, and seconds between attempts
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # from file systems that cannot lock a directory
 
 T = TypeVar("T")
 Writer = Callable[[Path], None]
@@ -39,31 +39,32 @@ Writer = Callable[[Path], None]
 def save_together(
     directory: str | Path, folders: Mapping[str, Mapping[str, Writer]], error: type[GraloraError]
 ) -> None:
-    """Write files into a directory, all or none; what a killed save has left there is finished or removed.
+    """Write files to a directory, all or none; leftovers of a killed save are finished or removed.
 
     Args:
         directory: Where to write; made if it does not exist.
-        folders: What writes each file, by its name, by the folder below the directory (`""` for the directory itself).
-            The alphabetically last file of a folder is the one that must not be read beside others of another save.
+        folders: The functions that write each file, by folder below the directory (`""` for the directory itself) and
+            file name. The alphabetically last file of a folder is the one that must not be read beside files of another
+            save.
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type, when the directory cannot be written. What was there is there still.
+        GraloraError: Of the given type, when the directory cannot be written. Its contents are unchanged then.
     """
     if not folders:
         return
-    made: list[Path] = []
+    created: list[Path] = []
     happened = False
     try:
         path = _checked(directory)
-        _make_folder(path, made)
+        _make_folder(path, created)
         if _of_one_owner(path.parent / _COMMIT, path):
             _settle(path.parent)
         for folder in filter(None, folders):
             _settle(path / folder)
         with _locked(path):
             _finish(path)
-            _stage(path, folders, made)
+            _stage(path, folders, created)
             happened = True
             _finish(path)
     except (OSError, ValueError, TypeError) as failure:
@@ -73,20 +74,20 @@ def save_together(
                 f"{path} was saved, but its files could not be moved out of {path / _COMMIT} ({reason}); they are read "
                 "there, and the next save moves them"
             ) from failure
-        _remove_empty(made)
+        _remove_empty(created)
         raise error(f"cannot write {_name(directory)} ({reason}); give another directory") from failure
 
 
 def read_together(directory: Path, names: Sequence[str], read: Callable[..., T]) -> T:
-    """Read files that belong together, again if another program saves them meanwhile.
+    """Read files that belong together, retrying if another program saves them meanwhile.
 
     Args:
         directory: The directory in which they belong.
         names: Their names.
-        read: Takes their paths and reads them.
+        read: Reads them, given their paths.
 
     Raises:
-        GraloraError: What `read` raises for files that do not change.
+        GraloraError: Raised by `read`, for files that do not change meanwhile.
     """
     for _ in range(_READS):
         before = [_version(current_file(directory, name)) for name in names]
@@ -103,7 +104,7 @@ def read_together(directory: Path, names: Sequence[str], read: Callable[..., T])
 
 
 def current_file(directory: Path, name: str) -> Path:
-    """Where a file is: in its place, or in the folder of a save that has happened but was not finished.
+    """The path of a file: in its place, or in the folder of a committed but unfinished save.
 
     Args:
         directory: The directory in which it belongs; the save may have been of the directory above.
@@ -116,7 +117,7 @@ def current_file(directory: Path, name: str) -> Path:
 
 
 def _of_one_owner(folder: Path, directory: Path) -> bool:
-    """Whether both exist and belong to one user: in a shared folder such as `/tmp`, anybody could place the first."""
+    """Whether both exist and have one owner: in a shared folder such as `/tmp` anybody could create the first."""
     try:
         return folder.stat().st_uid == directory.stat().st_uid
     except OSError:
@@ -124,12 +125,12 @@ def _of_one_owner(folder: Path, directory: Path) -> bool:
 
 
 def _version(path: Path) -> tuple[Path, tuple[int, ...] | None]:
-    """A path and what changes when another file takes its place."""
+    """A path, and a key that changes when the file is replaced."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return path, None
-    return path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+    return path, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _checked(directory: str | Path) -> Path:
@@ -140,29 +141,29 @@ def _checked(directory: str | Path) -> Path:
     return path
 
 
-def _make_folder(path: Path, made: list[Path]) -> None:
-    """Make a directory and those above it, and note which were missing."""
+def _make_folder(path: Path, created: list[Path]) -> None:
+    """Create a directory and its parents, and record which were missing."""
     missing = []
     while not path.exists():
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        made.append(folder)
+        created.append(folder)
 
 
-def _remove_empty(made: list[Path]) -> None:
-    for folder in reversed(made):
-        with contextlib.suppress(OSError):  # somebody else has put something into it
+def _remove_empty(created: list[Path]) -> None:
+    for folder in reversed(created):
+        with contextlib.suppress(OSError):  # not empty: another program has written to it
             folder.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep other saves out of a directory; the lock ends with the process.
+    """Lock a directory against other saves; the lock ends with the process.
 
-    Where directories cannot be locked (Windows, some network drives), two saves at once may leave files of both, which
-    the record in the tensors' file tells when they are loaded.
+    Where directories cannot be locked (Windows, some network drives), two simultaneous saves may leave files of both,
+    which is detected on loading by the sizes recorded with the tensors.
     """
     if sys.platform == "win32":
         yield
@@ -190,23 +191,23 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _settle(directory: Path) -> None:
-    """Finish what a killed save has left in another directory, where it would hide what is saved now."""
+    """Finish a killed save in another directory, which would hide the files saved now."""
     if (directory / _COMMIT).is_dir():
         with _locked(directory):
             _finish(directory)
 
 
-def _stage(path: Path, folders: Mapping[str, Mapping[str, Writer]], made: list[Path]) -> None:
-    """Write the files aside, and let the save happen by one rename."""
-    for left in path.glob(f"{_STAGE}*"):  # the lock is ours, so whoever made it was killed
+def _stage(path: Path, folders: Mapping[str, Mapping[str, Writer]], created: list[Path]) -> None:
+    """Write the files to a staging folder, and commit the save by one rename."""
+    for left in path.glob(f"{_STAGE}*"):  # we hold the lock, so the save that created it was killed
         shutil.rmtree(left)
     for folder, files in folders.items():
-        _make_folder(path / folder, made)
+        _make_folder(path / folder, created)
         if not (path / folder).is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{path / folder} is not a directory")
-        for place in (path / folder / name for name in files):
-            if place.is_dir():
-                raise IsADirectoryError(errno.EISDIR, f"{place} is a directory")
+        for target in (path / folder / name for name in files):
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{target} is a directory")
     stage = path / f"{_STAGE}{secrets.token_hex(4)}"
     stage.mkdir()
     try:
@@ -225,19 +226,19 @@ def _stage(path: Path, folders: Mapping[str, Mapping[str, Writer]], made: list[P
 
 
 def _finish(path: Path) -> None:
-    """Move the files of a save that has happened to their places; those of a killed one too."""
+    """Move the files of a committed save to their places, also those of a killed one."""
     commit = path / _COMMIT
     if not commit.is_dir():
         return
     for folder in sorted({file.parent for file in commit.rglob("*") if file.is_file()}):
-        place = path / folder.relative_to(commit)
-        place.mkdir(exist_ok=True)
+        target = path / folder.relative_to(commit)
+        target.mkdir(exist_ok=True)
         *others, last = sorted(file.name for file in folder.iterdir() if file.is_file())
-        if any(not _same(folder / name, place / name) for name in others):
-            (place / last).unlink(missing_ok=True)
+        if any(not _same(folder / name, target / name) for name in others):
+            (target / last).unlink(missing_ok=True)
         for name in (*others, last):
-            (folder / name).replace(place / name)
-        _flush(place)
+            (folder / name).replace(target / name)
+        _flush(target)
     shutil.rmtree(commit)
 
 
@@ -246,7 +247,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk store a file, or the names in a directory."""
+    """Flush a file, or the entries of a directory, to disk."""
     if path.is_dir() and sys.platform == "win32":
         return  # directories cannot be opened there
     handle = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Where models and adapters come from: a local directory, or a repository on the hub."""
+"""Resolution of model and adapter names: a local directory, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def resolve_directory(
     revision: str | None = None,
     patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The local directory that holds what `name_or_path` names, downloaded from the hub if it is a hub id.
+    """The local directory for `name_or_path`, downloaded from the hub if it is a hub id.
 
     Args:
         name_or_path: A local directory, or a hub id such as `owner/name`.
@@ -24,7 +24,7 @@ def resolve_directory(
         patterns: Files to download, as glob patterns; None for all.
 
     Raises:
-        GraloraError: Of the given type, when there is no such directory and no such repository can be reached.
+        GraloraError: Of the given type, when neither such a directory nor a reachable repository exists.
     """
     try:
         path, name = Path(name_or_path), str(name_or_path)

@@ -1,4 +1,4 @@
-"""The files of a saved model beside its weights: whether they are there and what they should be."""
+"""Checks of a saved model's files other than its weights."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Args:
         path: The file.
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type: it cannot be read, is not JSON in UTF-8, or holds something else.
+        GraloraError: Of the given type: the file cannot be read, is not JSON in UTF-8, or does not hold an object.
     """
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as failure:  # a UnicodeDecodeError is a ValueError too
         raise error(f"{path} cannot be read as JSON ({failure}); it may be truncated, so copy it again") from failure
-    if not isinstance(found, dict):
-        raise error(f"{path} holds {'null' if found is None else f'a {type(found).__name__}'}, not a JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise error(f"{path} holds {'null' if content is None else f'a {type(content).__name__}'}, not a JSON object")
+    return content
 
 
 def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
-    """The directory that a name stands for, or None for a hub id.
+    """The directory of a name, or None for a hub id.
 
     Args:
         name: Local directory or hub id.
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type: it is a file, or cannot be a path.
+        GraloraError: Of the given type: the name is a file, or not a valid path.
     """
     path = Path(name)
     try:
@@ -49,24 +49,26 @@ def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
         return None
     except (OSError, ValueError) as failure:
         reason = getattr(failure, "strerror", None) or failure
-        raise error(f"{str(name)[:80]!r} cannot be a path ({reason}); give a local directory or a hub id") from failure
+        raise error(
+            f"{str(name)[:80]!r} is not a valid path ({reason}); give a local directory or a hub id"
+        ) from failure
     if not stat.S_ISDIR(mode):
         raise error(f"{path} is not a directory; give the directory that holds it")
     return path
 
 
 def check_model_files(name: str | Path, error: type[GraloraError]) -> Path | None:
-    """Refuse a local directory that is not a saved model, before anything of it is loaded.
+    """Check that a local directory is a saved model, before anything is loaded.
 
     Args:
         name: Local directory or hub id.
         error: The error type to raise.
 
     Returns:
-        The local directory; None for a hub id, of which nothing is known.
+        The local directory; None for a hub id, which is not checked.
 
     Raises:
-        GraloraError: Of the given type: there is no such directory, it has no `config.json`, or a configuration file is
+        GraloraError: Of the given type: the directory does not exist, has no `config.json`, or a configuration file is
             damaged.
     """
     directory = local_directory(name, error)
@@ -83,10 +85,10 @@ def check_model_files(name: str | Path, error: type[GraloraError]) -> Path | Non
 
 
 def check_json_objects(directory: Path, names: Sequence[str], error: type[GraloraError]) -> None:
-    """Refuse a directory where one of these files is there and does not hold a JSON object.
+    """Check that those of the files that exist hold a JSON object.
 
     Raises:
-        GraloraError: Of the given type; it names the file.
+        GraloraError: Of the given type, naming the file.
     """
     for file in names:
         if (directory / file).is_file():

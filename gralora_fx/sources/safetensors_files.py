@@ -1,4 +1,4 @@
-"""A model without weights in memory: its parameters know where their values stand in safetensors files."""
+"""Models with weights left in safetensors files: lazy parameters that read from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file; calling it reads it. The file is open only while its values are used."""
+    """A tensor in a safetensors file; calling it reads it. The file is open only while it is read."""
 
     file: Path
     key: str
@@ -45,14 +45,14 @@ class StoredTensor:
         return tensor
 
     def facts(self) -> tuple[list[int], str]:
-        """Shape and dtype, as the file's header has them."""
+        """Shape and dtype from the file's header."""
         with _opened(self.file) as file:
             part = file.get_slice(self.key)
             return list(part.get_shape()), str(part.get_dtype())
 
 
 def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model whose parameters stand on the meta device; buffers, such as rotary frequencies, have their values.
+    """A model with parameters on the meta device; buffers, such as rotary frequencies, have their values.
 
     Args:
         make: Builds the model from its configuration.
@@ -63,39 +63,39 @@ def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = frozenset()) -> PreTrainedModel:
-    """Tell the parameters of an empty model where their values are.
+    """Connect the parameters of an empty model to their values in safetensors files.
 
     Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
 
     Args:
-        model: What `empty_model` made.
+        model: The result of `empty_model`.
         directory: The model's directory.
-        supplied: Names of parameters that may be missing or have another shape, since an adapter brings its own;
-            they are zero.
+        supplied: Names of parameters that may be missing or have another shape, since an adapter supplies them; they
+            are zero.
 
     Raises:
         CheckpointError: There are no safetensors files, a parameter is missing or has another shape, or a key holds
-            only a part of a parameter. All are named.
+            only a part of a parameter. All are listed.
     """
-    found = _by_parameter_name(model, stored_tensors(directory))
+    tensors = _by_parameter_name(model, stored_tensors(directory))
     problems: list[str] = []
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
     for same in names.values():
-        name = next((name for name in same if name in found), None)
-        unfit = [f"missing {same[0]}"] if name is None else _unfit(name, found[name], parameters[name])
+        name = next((name for name in same if name in tensors), None)
+        unfit = [f"missing {same[0]}"] if name is None else _unfit(name, tensors[name], parameters[name])
         if name is None or (unfit and not supplied.isdisjoint(same)):
             with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
         else:
-            with_source(parameters[name], found[name])
+            with_source(parameters[name], tensors[name])
         problems += unfit if supplied.isdisjoint(same) else []
     persistent = model.state_dict().keys()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name in found:
-                buffer.copy_(found[name]())
+            if name in tensors:
+                buffer.copy_(tensors[name]())
             elif name in persistent and buffer.is_floating_point():
                 problems.append(f"missing {name}")
     if problems:
@@ -108,7 +108,7 @@ def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = 
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a saved model by their keys, of one file or of several with an index.
+    """The tensors of a saved model by their keys, from a single file or several with an index.
 
     Raises:
         CheckpointError: There are none, the index is damaged, or it names a file outside the directory.
@@ -121,23 +121,25 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
                 f"{directory} holds neither {_SINGLE} nor {_INDEX}; save the model with transformers, as safetensors"
             )
         with _opened(file) as opened:
-            return {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118  # it is no mapping
+            return {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118  # it is not a mapping
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {key: directory / name for key, name in places.items() if Path(name).name == name}
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {key: directory / name for key, name in weight_map.items() if Path(name).name == name}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read ({error}); copy or save the model again") from error
-    if len(files) != len(places):
-        outside = sorted({str(name) for name in places.values() if Path(name).name != name})
-        raise CheckpointError(f"{index} names {', '.join(outside)}, outside its directory; refuse it or save it again")
+    if len(files) != len(weight_map):
+        outside = sorted({str(name) for name in weight_map.values() if Path(name).name != name})
+        raise CheckpointError(
+            f"{index} names {', '.join(outside)}, outside its directory; do not trust it, or save it again"
+        )
     return {key: StoredTensor(file, key) for key, file in files.items()}
 
 
 def check_readable(directory: Path) -> None:
-    """Refuse a directory where the header of a safetensors file cannot be read, or the file is shorter than it says.
+    """Check that the safetensors files of a directory have readable headers and are complete.
 
     Raises:
-        CheckpointError: One cannot; it is named.
+        CheckpointError: A file does not; it is named.
     """
     for file in sorted(directory.glob("*.safetensors")):
         with _opened(file):
@@ -145,28 +147,28 @@ def check_readable(directory: Path) -> None:
 
 
 def _by_parameter_name(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Stored tensors by the names that the model has for them."""
+    """Stored tensors by the model's parameter names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    own = model.state_dict()
+    model_keys = model.state_dict()
     prefix = model.base_model_prefix
-    found: dict[str, StoredTensor] = {}
+    by_name: dict[str, StoredTensor] = {}
     parts: list[str] = []
     for key, tensor in stored.items():
-        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
-        if name not in own and key in own:
-            name, pattern = rename_source_key(key, [], [], prefix, own)
-        if pattern is not None and name in own:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, model_keys)
+        if name not in model_keys and key in model_keys:
+            name, pattern = rename_source_key(key, [], [], prefix, model_keys)
+        if pattern is not None and name in model_keys:
             parts.append(f"{key} is a part of {name}")
-        found[name] = tensor
+        by_name[name] = tensor
     if parts:
         shown = "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
         raise CheckpointError(
             f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
             "cannot be streamed; load the model whole instead"
         )
-    return found
+    return by_name
 
 
 def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str]:
@@ -174,7 +176,7 @@ def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str
     if shape != list(parameter.shape):
         return [f"{name} has shape {shape} in {stored.file.name} instead of {list(parameter.shape)}"]
     if dtype not in ("F64", "F32", "F16", "BF16"):
-        return [f"{name} is {dtype} in {stored.file.name}, no float tensor; it may be quantized"]
+        return [f"{name} is {dtype} in {stored.file.name}, not a float tensor; it may be quantized"]
     return []
 
 
@@ -189,7 +191,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Let every module that is made meanwhile put its parameters on the meta device; tied ones stay tied."""
+    """Make modules created within the block register their parameters on the meta device; tied ones stay tied."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -1,1 +1,1 @@
-"""Model to `TracedModel`: tracing, example inputs, and the mode of a traced graph."""
+"""Tracing of models to `TracedModel`: capture, example inputs, and the mode of a traced graph."""

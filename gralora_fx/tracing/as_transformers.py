@@ -1,4 +1,4 @@
-"""A traced graph as transformers sees a model: with its class's name, its inputs in `forward`, and `generate`."""
+"""A traced graph as a transformers model: with its class's name, its inputs in `forward`, and `generate`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types
-    """A traced graph with the attributes that transformers asks of a model; it owns no parameter of its own.
+    """A view of a traced graph with the attributes of a transformers model; it owns no parameters.
 
     Args:
         traced: The traced model.
-        run: Runs the graph: called as the model.
+        run: Runs the graph; called like the model.
         parameters: The parameters that `run` reads, by the names of the source model.
     """
 
@@ -38,7 +38,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     input_modalities = ("text",)
 
     def __init__(self, traced: TracedModel, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Look at a traced model; `view_of` is the way to make one."""
+        """View a traced model; use `view_of`."""
         super().__init__()
         self.traced = traced
         self.config = traced.config
@@ -50,7 +50,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """How the model generates."""
+        """The generation configuration."""
         return self.traced.generation_config
 
     @generation_config.setter
@@ -59,12 +59,12 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     @property
     def model(self) -> TransformersView:
-        """The view itself, where PEFT's users write `base_model.model`."""
+        """The view itself, for users of PEFT's `base_model.model`."""
         return self
 
     @property
     def loss_type(self) -> str | None:
-        """Name of the loss among those of transformers, where the class is named after it, as transformers has it."""
+        """Name of the loss in transformers, if the class is named after it."""
         names = (name for name, loss in LOSS_MAPPING.items() if loss is self.traced.loss_function)
         return next((name for name in names if name in class_name(self.traced)), None)
 
@@ -75,17 +75,17 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next((parameter.device for parameter in self._read.values()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the parameters."""
+        """The dtype of the parameters."""
         types = (parameter.dtype for parameter in self._read.values() if parameter.is_floating_point())
         return next(types, torch.get_default_dtype())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph with what `generate` gives in a step.
+        """Run the graph with the inputs of a step of `generate`.
 
         Raises:
             TraceError: An input was not part of the trace.
@@ -96,11 +96,13 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
             if kwargs.pop(name, None) and name not in self.traced.input_names:
                 raise TraceError(f"{name} was not part of the trace; trace the model with it among the example inputs")
         source = kwargs.pop("encoder_outputs", None)
-        if source is not None:  # what _Source let through
+        if source is not None:  # passed through by _Source
             kwargs[self.main_input_name] = source.last_hidden_state
         cache = kwargs.pop("cache", None)
         if isinstance(cache, (DynamicCache, EncoderDecoderCache)) and cache.get_seq_length() > 0:
-            kwargs[PAST] = own_cache(cache) if cache is self._given_cache else cache  # the loop has marked that one
+            kwargs[PAST] = (
+                own_cache(cache) if cache is self._given_cache else cache
+            )  # the loop has marked the user's cache
         else:
             self._check_positions(kwargs.get("attention_mask"))
         outputs = self._run(*args, **kwargs)
@@ -109,10 +111,10 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return type(outputs)(**{name: value for name, value in outputs.items() if name != "cache"})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own loop, in the mode that the model stands in.
+        """Generate by transformers' own loop, in the model's current mode.
 
         Raises:
-            TraceError: The model does not generate, or an option needs what a trace does not have.
+            TraceError: The model does not generate, or an option is not supported over a trace.
         """
         name = class_name(self.traced)
         if not self.traced.can_generate():
@@ -130,10 +132,10 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return super().generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of token embeddings.
+        """The token embeddings.
 
         Raises:
-            TraceError: The model has none, or it is more than a table.
+            TraceError: The model has none, or the module is more than a table.
         """
         path = self.traced.tree.input_embedding
         if path is None:
@@ -150,11 +152,11 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return None if path is None else module_at(self.traced.tree, path, self._read)
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
-        """An encoder that lets the source through: the graph holds the encoder itself."""
+        """An encoder that passes its input through, since the graph contains the encoder."""
         return _Source(self.main_input_name)
 
     def is_remote_code(self) -> bool:
-        """Never: the graph is the code."""
+        """Always False: the graph is the code."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
@@ -179,7 +181,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
 
 class _Source(nn.Module):
-    """Stands for an encoder: what it reads is what it returns."""
+    """A stub encoder that returns its input."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -192,25 +194,25 @@ class _Source(nn.Module):
 def view_of(
     traced: TracedModel, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter], *, labels: bool
 ) -> TransformersView:
-    """A traced model as transformers sees one.
+    """A traced model as a transformers model.
 
     Args:
         traced: The traced model.
-        run: Runs the graph: called as the model.
+        run: Runs the graph; called like the model.
         parameters: The parameters that `run` reads, by the names of the source model.
         labels: Whether `run` takes labels.
     """
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
     if getattr(traced.config, "is_encoder_decoder", False):
         inputs.append("encoder_outputs")
-    forward = shown(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
+    forward = with_signature(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
     cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
     view: TransformersView = cls(traced, run, parameters)
     return view
 
 
-def shown(function: Callable[..., Any], inputs: Iterable[str], labels: Iterable[str]) -> Callable[..., Any]:
-    """A method that calls another and shows a model's inputs and labels in its signature.
+def with_signature(function: Callable[..., Any], inputs: Iterable[str], labels: Iterable[str]) -> Callable[..., Any]:
+    """A method that calls another, with a model's inputs and labels in its signature.
 
     Args:
         function: Takes the object, `*args` and `**kwargs`.
@@ -235,23 +237,23 @@ def shown(function: Callable[..., Any], inputs: Iterable[str], labels: Iterable[
 
 
 def class_name(traced: TracedModel) -> str:
-    """Name of the class that a model was traced from."""
+    """Name of the class of the source model."""
     return traced.tree.types.get("", "Module").rpartition(".")[2]
 
 
 def source_class(traced: TracedModel) -> type[Any] | None:
-    """The class that a model was traced from, where it is imported under its name."""
+    """The class of the source model, if it is imported under its name."""
     module, _, name = traced.tree.types.get("", "").rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found if isinstance(found, type) else None
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls if isinstance(cls, type) else None
 
 
 def main_input(traced: TracedModel) -> str:
-    """Name of the input that a model is about: token ids, pixels, or sound."""
+    """Name of a model's main input: token ids, pixels, or sound."""
     name = getattr(source_class(traced), "main_input_name", None)
     return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
 
 
 def _option(view: TransformersView, options: dict[str, Any], name: str) -> Any:
-    given = options.get("generation_config") or view.generation_config
-    return options.get(name, getattr(given, name, None))
+    config = options.get("generation_config") or view.generation_config
+    return options.get(name, getattr(config, name, None))

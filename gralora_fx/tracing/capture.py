@@ -1,4 +1,4 @@
-"""A transformers model captured as an exported program, decoders with operators for attention."""
+"""Capture of transformers models as exported programs, with operators for a decoder's attention."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export
 from gralora_fx.progress.silence import quiet
 from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.patches.attention import fused_attention
-from gralora_fx.tracing.patches.llama_functions import known_as_operators
-from gralora_fx.tracing.patches.shape_only_ops import cheap_shapes
+from gralora_fx.tracing.patches.llama_functions import llama_functions_as_operators
+from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
 
 
 def export_transformers_model(
     model: PreTrainedModel, inputs: Mapping[str, Any], *, dynamic: bool
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model in the mode it stands in, with a cache if one is given.
+    """Export a transformers model in its current mode, with a cache if one is given.
 
-    Attention of a decoder with a cache is one node.
+    The attention of a decoder with a cache becomes one node for each layer.
 
     Args:
-        model: The model; its modules and parameters are left as they are.
-        inputs: Keyword inputs of its forward; past keys and values among them mean a step with a cache.
-        dynamic: Whether every axis of every input that may vary does.
+        model: The model; its modules and parameters stay unchanged.
+        inputs: Keyword inputs of its forward; with past keys and values it is a step with a cache.
+        dynamic: Whether axes may vary.
 
     Returns:
         A program over the model's own parameters.
@@ -45,9 +45,9 @@ def export_transformers_model(
 
 
 def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`dynamic_shapes` for `torch.export`: every axis may vary, of images the batch only, of a cache batch and length.
+    """`dynamic_shapes` for `torch.export`: all axes may vary; of images only the batch, of a cache batch and length.
 
-    Vision models are made for one size of image; with free height and width some cannot be traced.
+    Vision models are made for one image size; with dynamic height and width some cannot be traced.
     """
     shapes = auto_dynamic_shapes(inputs)
     if "pixel_values" in shapes:
@@ -59,12 +59,12 @@ def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _operators(model: PreTrainedModel) -> Iterator[None]:
-    """Let a decoder call one operator for attention, and for what else is known by its code.
+    """Let a decoder call single operators for attention and for functions recognised by their code.
 
-    The nodes get no stack trace, which takes a tenth of the time; the module that made each is noted all the same.
+    The nodes get no stack traces, which take a tenth of the time; each still records its module.
     """
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True)
-    with fused_attention(model), known_as_operators(model), cheap_shapes(), without_stacks:
+    with fused_attention(model), llama_functions_as_operators(model), shape_only_ops(), without_stacks:
         yield
 
 
@@ -82,9 +82,9 @@ def _step_forward(
 
 
 def _with_noted_sizes(forward: Callable[..., Any], example: Mapping[str, Any]) -> Callable[..., Any]:
-    """A step's forward that first tells the tracer which sizes are one.
+    """A step's forward that first tells the tracer which sizes are equal.
 
-    Otherwise every layer tells it of its own cache, and each time the tracer works out anew what it knew.
+    Otherwise every layer adds a guard for its own cache, and the tracer proves the same facts anew each time.
     """
     equal = equal_sizes(example)
 

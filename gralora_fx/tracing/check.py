@@ -1,4 +1,4 @@
-"""A trace held against its model: on the example, on other sizes, and in words where it fails."""
+"""Comparison of a trace with its model, on the example and on other sizes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> str | None:
-    """How the graph differs from the eager model in evaluation mode, or None where it does not.
+    """A description of how the graph differs from the eager model in evaluation mode, or None.
 
-    Both draw the same random numbers, where they draw any.
+    Both run with the same random seed.
     """
     if is_without_values(model):
         return None
@@ -54,39 +54,39 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
 
 
 def fillable_inputs(model: nn.Module, sample: Mapping[str, Any], names: Collection[str]) -> tuple[frozenset[str], bool]:
-    """Inputs that may be left out of a call: what `default_input` makes is what the eager model takes for them.
+    """Inputs that may be left out of a call, because the value of `default_input` equals the eager model's default.
 
     Args:
         model: The model that was traced.
-        sample: What it was traced with.
-        names: Inputs that the model need not be given.
+        sample: The inputs it was traced with.
+        names: Inputs that are optional for the model.
 
     Returns:
-        Their names, and whether positions that are left out count the padding before them.
+        Their names, and whether default positions count the padding before them.
     """
     if is_without_values(model):
         return frozenset(names), False
-    found, counts_padding = set(), False
+    fillable, counts_padding = set(), False
     for name in names:
         rest = {other: value for other, value in sample.items() if other != name}
         with _in_evaluation(model), torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             try:
                 expected = _call_eager(model, rest)
-            except Exception:  # noqa: BLE001  # it has a default and is needed all the same
+            except Exception:  # noqa: BLE001  # it has a default but is required
                 continue
             for counts in (True, False) if name == "position_ids" and PAST in sample else (True,):
                 value = default_input(name, rest, counts_padding=counts)
                 torch.manual_seed(0)
                 if value is not None and _gap(expected, _call_eager(model, {**rest, name: value})) is None:
-                    found.add(name)
+                    fillable.add(name)
                     counts_padding |= counts and name == "position_ids"
                     break
-    return frozenset(found), counts_padding
+    return frozenset(fillable), counts_padding
 
 
 def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
-    """Run a graph that came as it is on its example inputs.
+    """Run a ready-made graph on its example inputs.
 
     Raises:
         TraceError: It fails on them.
@@ -110,7 +110,7 @@ def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> No
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without chatter, while the block lasts."""
+    """Evaluation mode, without gradients and output, within the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -122,11 +122,11 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _gap(expected: Any, actual: Any) -> str | None:
-    """How what a graph returned differs from what the model did, or None where it does not."""
-    wanted, found = tree_leaves(expected), tree_leaves(actual)
-    if len(wanted) != len(found):
-        return f"it returns {len(found)} values, the model {len(wanted)}"
-    for index, (want, got) in enumerate(zip(wanted, found, strict=True)):
+    """A description of how a graph's outputs differ from the model's, or None if they do not."""
+    expected_leaves, actual_leaves = tree_leaves(expected), tree_leaves(actual)
+    if len(expected_leaves) != len(actual_leaves):
+        return f"it returns {len(actual_leaves)} values, the model {len(expected_leaves)}"
+    for index, (want, got) in enumerate(zip(expected_leaves, actual_leaves, strict=True)):
         if not (isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor)):
             if not _is_close(want, got):
                 return f"output {index} is {shown(got)}, the model's {shown(want)}"
@@ -147,24 +147,25 @@ def _gap(expected: Any, actual: Any) -> str | None:
 
 
 def _is_close(want: Any, got: Any) -> bool:
-    """Whether values that are not tensors are equal, numbers but for what rounding does."""
+    """Whether values other than tensors are equal, floats up to rounding."""
     if isinstance(want, float) and isinstance(got, float):
         return math.isclose(want, got, rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(want) and math.isnan(got))
     return type(want) is type(got) and (same_value(want, got) or not isinstance(want, (bool, int, str, type(None))))
 
 
-def refuse_fixed_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
-    """Compare on other sizes that the model takes: a branch or a loop over a size is baked into a trace."""
+def check_dynamic_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
+    """Check that a trace holds for other sizes: a branch or a loop over a size would be baked in."""
     if is_without_values(model):
         return
-    for what, other in _other_calls(model, sample):
+    for description, other in _other_calls(model, sample):
         try:
-            found = difference(model, graph_module, other)
-        except TraceError:  # the model itself does not take this size
+            problem = difference(model, graph_module, other)
+        except TraceError:  # the model itself does not support this size
             continue
-        if found is not None:
+        if problem is not None:
             raise TraceError(
-                f"the trace of {type(model).__name__} holds for the example's sizes only; with {what} {found}. "
+                f"the trace of {type(model).__name__} is valid for the example's sizes only; with {description} "
+                f"{problem}. "
                 f"The forward{where_defined(model)} branches or loops on a size: trace with dynamic=False for one "
                 "size, or rewrite it"
             )

@@ -1,4 +1,4 @@
-"""Why a forward cannot be traced, in a sentence, and where in the user's own code."""
+"""Explanations of failed traces: the reason in a sentence, and the place in the user's code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BRANCH = (
     "the forward needs the value of a tensor (in an if, a while, int(), range() or a size), which a graph does not "
     "have; choose with torch.where or torch.cond, or give the value as an argument of its own"
 )
-# what PyTorch's report of a failed trace says, and what it means for the one who wrote the forward
+# PyTorch's messages for failed traces, and what they mean for the author of the forward
 _REASONS = (
     (r"Could not (guard on|extract specialized integer from) data-dependent", _BRANCH),
     (r"data-dependent (expression|control flow)", _BRANCH),
@@ -36,10 +36,10 @@ _STDLIB, _SITE = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("pu
 
 
 def reason(error: BaseException) -> str:
-    """What an error that was raised while tracing means, in a sentence.
+    """Explain an error raised while tracing, in a sentence.
 
     Args:
-        error: What `torch.export` raised; PyTorch's own first line where it is of no known kind.
+        error: The error from `torch.export`; if it is unknown, its own first line is returned.
     """
     text = str(error)
     unknown = _UNKNOWN_OUTPUT.search(text)
@@ -49,42 +49,42 @@ def reason(error: BaseException) -> str:
             f"the forward returns a {name}, which a graph cannot make; return tensors, or a tuple, list, dict or "
             "dataclass of them"
         )
-    found = next((meaning for pattern, meaning in _REASONS if re.search(pattern, text)), None)
-    return found or first_line(error)
+    explanation = next((meaning for pattern, meaning in _REASONS if re.search(pattern, text)), None)
+    return explanation or first_line(error)
 
 
 def where(model: nn.Module, error: BaseException) -> str:
-    """The innermost module and line of the model that an error passed through, of the user's own code if any."""
+    """The innermost module and line of the model in an error's traceback, of the user's own code if any."""
     paths = {id(module): path or "the root module" for path, module in model.named_modules()}
     for link in _chain(error):
-        inner, found, own = "the root module", "", ""
+        inner, location, user_location = "the root module", "", ""
         for frame, line in traceback.walk_tb(link.__traceback__):
             inner = paths.get(id(_first_argument(frame)), inner)
             file = Path(frame.f_code.co_filename)
             if _is_code(file):
-                found = f" at {inner} ({file.name}:{line})"
-                own = own if file.is_relative_to(_SITE) else found
-        if own or found:
-            return own or found
+                location = f" at {inner} ({file.name}:{line})"
+                user_location = user_location if file.is_relative_to(_SITE) else location
+        if user_location or location:
+            return user_location or location
     return where_defined(model)
 
 
 def where_defined(model: nn.Module) -> str:
-    """The file and line of a model's forward, or nothing where it was not written in one."""
+    """The file and line of a model's forward, or an empty string if it has none."""
     forward = inspect.unwrap(type(model).forward)
     code = getattr(forward, "__code__", None)
     return "" if code is None else f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
 
 
 def line_of(stack_trace: str | None) -> str:
-    """The file and line of the user's own code in a node's stack trace, or nothing."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
-    places = [f"{Path(file).name}:{line}" for file, line in found if _is_code(Path(file))]
-    return places[-1] if places else ""
+    """The file and line of the user's own code in a node's stack trace, or an empty string."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
+    lines = [f"{Path(file).name}:{line}" for file, line in frames if _is_code(Path(file))]
+    return lines[-1] if lines else ""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what led to it."""
+    """An error and its causes."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -99,7 +99,7 @@ def _first_argument(frame: FrameType) -> object:
 
 
 def _is_code(file: Path) -> bool:
-    """Whether a file is a model's or a user's, and not of what traces it."""
+    """Whether a file is a model's or a user's, not part of the tracing machinery."""
     if file.name.startswith("<") or file.is_relative_to(_TORCH) or file.is_relative_to(_OWN):
         return False
     is_exporter = "transformers" in file.parts and "exporters" in file.parts

@@ -1,4 +1,4 @@
-"""What transformers' generation can do over a trace, and what it cannot."""
+"""Checks of what transformers' generation supports over a trace."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from gralora_fx.errors import TraceError
 
-# A class that replaces another of these generates in a way of its own. The cache is not among them, since a trace makes
-# its own; Phi-3 only replaces what begins a new cache where its long positions begin.
+# A class that overrides one of these methods customises generation. The cache is excluded, since a trace creates its
+# own; Phi-3 only overrides how a new cache is started where its long positions begin.
 _HOOKS = {name for name, value in vars(GenerationMixin).items() if inspect.isfunction(value)}
 _HOOKS -= {"_prepare_cache_for_generation"}
 _ALIKE = {"Phi3ForCausalLM", "PhimoeForCausalLM"}
@@ -19,23 +19,24 @@ _UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementa
 
 
 def check_generation(name: str, source: type[Any] | None, options: Mapping[str, Any]) -> None:
-    """Refuse what transformers' loop cannot do over a trace.
+    """Check that transformers' generation loop can run over a trace.
 
     Args:
         name: Name of the class that was traced.
-        source: The class itself, where it is known.
+        source: The class itself, if it is known.
         options: Keyword arguments of `generate`.
 
     Raises:
-        TraceError: The class generates in a way of its own, or an option needs what a trace does not have.
+        TraceError: The class customises generation, or an option is not supported over a trace.
     """
     if source is not None and name not in _ALIKE:
-        own = sorted(
+        overridden = sorted(
             hook for hook in _HOOKS if getattr(source, hook, None) not in (None, getattr(GenerationMixin, hook))
         )
-        if own:
+        if overridden:
             raise TraceError(
-                f"{name} generates in a way of its own ({', '.join(own)}), which a trace does not have; generate with "
+                f"{name} customises generation ({', '.join(overridden)}), which a trace does not support; generate "
+                "with "
                 "the source model"
             )
     config = options.get("generation_config")

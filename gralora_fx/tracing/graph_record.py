@@ -1,7 +1,7 @@
-"""A graph module as data that pickle can write and that gives the same graph back, node for node.
+"""Graph modules as data that pickle can write and from which the same graph is rebuilt, node for node.
 
-`fx.GraphModule` pickles its code alone, and is traced again where it is read: that fails for exported graphs, and loses
-what nodes note of their modules, sites and modes.
+`fx.GraphModule` pickles only its code and is traced again on loading, which fails for exported graphs and loses the
+nodes' metadata on modules, sites and modes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gralora_fx.errors import TraceError
 from gralora_fx.graph.surgery import copy_graph
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
-_KEPT = ("custom", "stack_trace")  # of a node's notes; shapes are those of one trace, in a form that cannot be written
+_KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot be pickled
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Operator:
 
 @dataclass(frozen=True)
 class _NodeRecord:
-    """A node, its arguments that are nodes replaced by references."""
+    """A node, with references in place of arguments that are nodes."""
 
     op: str
     name: str
@@ -56,7 +56,7 @@ class _NodeRecord:
 
 @dataclass(frozen=True)
 class _Spec:
-    """A structure of inputs or outputs; that of torch warns of itself when it is pickled."""
+    """A pytree spec; torch's own warns when it is pickled."""
 
     type: Any
     context: Any
@@ -78,7 +78,7 @@ class _Spec:
 
 @dataclass(frozen=True)
 class _CallingConvention:
-    """How the code of a graph takes its inputs and gives its outputs."""
+    """How the code of a graph takes its inputs and returns its outputs."""
 
     kind: Any
     attributes: dict[str, Any]
@@ -94,64 +94,64 @@ class _CallingConvention:
         return cls(type(codegen), attributes, (type(info), info.orig_args, _Spec.of(info.in_spec), out))
 
     def codegen(self) -> Any:
-        made: Any = object.__new__(self.kind)
-        made.__dict__.update(self.attributes)
+        generator: Any = object.__new__(self.kind)
+        generator.__dict__.update(self.attributes)
         if self.info is not None:
             kind, arguments, inputs, outputs = self.info
-            made.pytree_info = kind(arguments, inputs.spec(), None if outputs is None else outputs.spec())
-        return made
+            generator.pytree_info = kind(arguments, inputs.spec(), None if outputs is None else outputs.spec())
+        return generator
 
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph: its nodes in order, and how it takes inputs and gives outputs."""
+    """A graph: its nodes in order, and its calling convention."""
 
     nodes: tuple[_NodeRecord, ...]
     convention: _CallingConvention
 
     @classmethod
     def of(cls, graph: fx.Graph) -> GraphRecord:
-        """Write a graph down.
+        """Record a graph.
 
         Raises:
-            TraceError: A node calls a function that no module has under its name.
+            TraceError: A node calls a function that cannot be found by its name.
         """
         return cls(tuple(_record(node) for node in graph.nodes), _CallingConvention.of(convention_of(graph)))
 
     def graph(self) -> fx.Graph:
-        """The graph again."""
+        """Rebuild the graph."""
         graph = fx.Graph()
-        made: dict[str, fx.Node] = {}
+        nodes: dict[str, fx.Node] = {}
 
         def read(argument: Any) -> Any:
-            return made[argument.name] if isinstance(argument, _Reference) else argument
+            return nodes[argument.name] if isinstance(argument, _Reference) else argument
 
         for record in self.nodes:
             args, kwargs = map_aggregate(record.args, read), map_aggregate(record.kwargs, read)
             target = _operator_at(record.target) if isinstance(record.target, _Operator) else record.target
             node = graph.create_node(record.op, target, args, kwargs, record.name, record.type)
             node.meta = dict(record.meta)
-            made[record.name] = node
+            nodes[record.name] = node
         set_convention(graph, self.convention.codegen())
         return graph
 
 
 class PackedModule(nn.Module):
-    """A graph module, or a module with graph modules within it, in a form that pickle can write."""
+    """The picklable form of a graph module."""
 
     def __init__(self, graph: GraphRecord, class_name: str, others: dict[str, Any]) -> None:
-        """Put a record in the place of a graph module, whose tensors and modules the caller adds."""
+        """Hold a record in place of a graph module; the caller adds its tensors and modules."""
         super().__init__()
         self.graph = graph
         self.class_name = class_name
         self.others = others
 
 
-def packed(module: nn.Module) -> nn.Module:
-    """A module, over the same tensors, in which every graph module is a record.
+def pack_module(module: nn.Module) -> nn.Module:
+    """A copy of a module tree over the same tensors, in which every graph module is a record.
 
     Raises:
-        TraceError: A graph calls a function that no module has under its name.
+        TraceError: A graph calls a function that cannot be found by its name.
     """
     if not any(isinstance(inner, fx.GraphModule) for inner in module.modules()):
         return module
@@ -163,25 +163,25 @@ def packed(module: nn.Module) -> nn.Module:
     else:
         result = object.__new__(type(module))
         result.__dict__.update(module.__dict__)
-    result.__dict__["_modules"] = {k: None if m is None else packed(m) for k, m in module._modules.items()}
+    result.__dict__["_modules"] = {k: None if m is None else pack_module(m) for k, m in module._modules.items()}
     return result
 
 
-def unpacked(module: nn.Module) -> nn.Module:
-    """What `packed` was given, of what it returned, or of a copy."""
+def unpack_module(module: nn.Module) -> nn.Module:
+    """Undo `pack_module`, on its result or a copy of that."""
     for name, child in module._modules.items():
-        module._modules[name] = None if child is None else unpacked(child)
+        module._modules[name] = None if child is None else unpack_module(child)
     if not isinstance(module, PackedModule):
         return module
     return _graph_module(module, module.others, module.graph.graph(), module.class_name)
 
 
 def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
-    """A copy with tensors and modules of its own, and the same nodes with all that they note.
+    """A copy with its own tensors and modules, and the same nodes with their metadata.
 
     Args:
         graph_module: The module to copy.
-        memo: What was copied already, as `copy.deepcopy` keeps it.
+        memo: The memo of `copy.deepcopy`.
     """
     root = nn.Module()
     for table in (*_TABLES, "_modules"):
@@ -191,7 +191,7 @@ def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphMod
 
 
 def _graph_module(root: nn.Module, others: Mapping[str, Any], graph: fx.Graph, class_name: str) -> fx.GraphModule:
-    """A graph module of the tables of a module, and of values that are in none of them."""
+    """Build a graph module from the tables of a module, and from attributes outside the tables."""
     result = fx.GraphModule(nn.Module(), fx.Graph(), class_name)
     for table in (*_TABLES, "_modules"):
         result.__dict__[table] = root.__dict__[table]
@@ -223,14 +223,14 @@ def _record(node: fx.Node) -> _NodeRecord:
 
 
 def _named(entry: Any) -> Any:
-    """An entry of a module stack with the name of its class, which may be a local one."""
+    """An entry of a module stack with the name of its class in place of the class, which may be local."""
     if not isinstance(entry, tuple) or not isinstance(entry[1], type):
         return entry
     return entry[0], f"{entry[1].__module__}.{entry[1].__qualname__}", *entry[2:]
 
 
 def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
-    """Refuse a function that pickle would not find again."""
+    """Check that pickle can find a function by its name."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if "<locals>" in name or "<lambda>" in name:
         raise TraceError(
@@ -241,20 +241,20 @@ def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
 
 def _operator_at(operator: _Operator) -> Any:
     importlib.import_module("gralora_fx.tracing.trace")  # it registers every operator of this project
-    found: Any = torch.ops
+    target: Any = torch.ops
     try:
         for part in operator.path:
-            found = getattr(found, part)
+            target = getattr(target, part)
     except AttributeError as error:
         name = ".".join(operator.path)
         raise TraceError(
             f"the graph calls the operator {name}, which is not registered; import what defines it"
         ) from error
-    return found
+    return target
 
 
 def _register(kind: type) -> None:
-    """Let torch take a class apart that the graph takes or gives, in a process that has traced nothing."""
+    """Register a class of inputs or outputs with pytree, in a process that has traced nothing."""
     if not issubclass(kind, Cache):
         raise TraceError(
             f"the graph takes or gives a {kind.__name__}, which is not registered with torch.utils._pytree here; "
@@ -264,11 +264,11 @@ def _register(kind: type) -> None:
 
 
 def _plain_attributes(module: fx.GraphModule) -> dict[str, Any]:
-    """What a graph reads that is neither a parameter, a buffer nor a module, by path."""
-    found: dict[str, Any] = {}
+    """The attributes that a graph reads other than parameters, buffers and modules, by path."""
+    attributes: dict[str, Any] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         owner, _, name = str(node.target).rpartition(".")
         holder = module.get_submodule(owner)
         if not any(name in holder.__dict__[table] for table in ("_parameters", "_buffers", "_modules")):
-            found[str(node.target)] = getattr(holder, name)
-    return found
+            attributes[str(node.target)] = getattr(holder, name)
+    return attributes

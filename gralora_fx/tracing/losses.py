@@ -1,4 +1,4 @@
-"""The loss that a transformers model returns when it is called with labels, outside the graph."""
+"""The loss of a transformers model called with labels, computed outside the graph."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from gralora_fx.errors import RewriteError
 LABELS = ("labels", "start_positions", "end_positions")
 ITEM_COUNT = "num_items_in_batch"
 
-# These pass the count on to the cross entropy without naming it.
+# These pass the count on to the cross entropy through their keyword arguments.
 _COUNTING = (ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification)
 
 
 def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:
     """The labels that a loss takes."""
-    wanted = inspect.signature(loss_function).parameters if loss_function is not None else {}
-    return tuple(name for name in LABELS if name in wanted)
+    parameters = inspect.signature(loss_function).parameters if loss_function is not None else {}
+    return tuple(name for name in LABELS if name in parameters)
 
 
 def counts_items(loss_function: Callable[..., Tensor] | None) -> bool:
-    """Whether a loss can be a sum over `num_items_in_batch`, so that accumulated batches weigh as one large batch."""
+    """Whether a loss supports `num_items_in_batch`, so that accumulated batches count like one large batch."""
     if loss_function is None:
         return False
     return loss_function in _COUNTING or ITEM_COUNT in inspect.signature(loss_function).parameters
 
 
 def split_labels(inputs: Mapping[str, Any], traced: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Inputs without labels, and the labels.
+    """Split inputs into those without labels, and the labels.
 
     Args:
-        inputs: What a model is called with, by name.
+        inputs: The inputs of a call, by name.
         traced: Inputs of the trace; labels among them are the graph's own.
     """
     outside = [name for name in LABELS if name not in traced]
@@ -51,7 +51,7 @@ def decoder_inputs(labels: Tensor, config: PreTrainedConfig, shift: Callable[[Te
     Args:
         labels: `[batch, length]`, -100 where no loss is taken.
         config: The model's configuration.
-        shift: The model's own way; None puts them behind the start token.
+        shift: The model's own function; None shifts them after the start token.
 
     Raises:
         RewriteError: The configuration names no start token.
@@ -77,15 +77,15 @@ def model_loss(
     config: PreTrainedConfig | None,
     item_count: Tensor | int | None = None,
 ) -> Tensor:
-    """The loss of a model's outputs, by transformers' own function for the model's class.
+    """The loss of a model's outputs, by transformers' loss function for the model's class.
 
     Args:
         outputs: What the graph returned.
         labels: The labels given, by name.
         loss_function: transformers' loss function of the model's class.
         config: The model's configuration.
-        item_count: How many labels the sum of the losses is divided by, as Trainer counts them over the batches that
-            it accumulates; None for the mean over these.
+        item_count: Number by which the sum of the losses is divided, as Trainer counts labels over accumulated batches;
+            None for the mean over these.
 
     Raises:
         RewriteError: The model has no loss function, its outputs do not fit it, or it cannot be divided by a count.
@@ -101,7 +101,7 @@ def model_loss(
         )
     is_generation = hasattr(outputs, "logits") and outputs.logits.ndim == 3
     if config.is_encoder_decoder and is_generation:
-        # encoder-decoders take the labels where they stand: the decoder's inputs are shifted instead
+        # encoder-decoders do not shift the labels: the decoder's inputs are shifted instead
         logits = outputs.logits
         loss = torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
@@ -110,13 +110,13 @@ def model_loss(
             reduction="mean" if item_count is None else "sum",
         )
         return loss if item_count is None else loss / item_count
-    given = _arguments(outputs, labels, loss_function, config)
+    arguments = _arguments(outputs, labels, loss_function, config)
     if item_count is not None:
-        given[ITEM_COUNT] = item_count
+        arguments[ITEM_COUNT] = item_count
     try:
-        loss = loss_function(**given)
+        loss = loss_function(**arguments)
         if item_count is not None and loss_function is ForSequenceClassificationLoss:
-            if config.problem_type != "single_label_classification":  # the others are means, whatever the count
+            if config.problem_type != "single_label_classification":  # the others are means, regardless of the count
                 loss = loss * labels["labels"].ne(-100).sum() / item_count
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise RewriteError(f"the loss cannot be computed from these labels and outputs: {error}") from error
@@ -126,7 +126,7 @@ def model_loss(
 def _arguments(
     outputs: Any, labels: Mapping[str, Tensor], loss_function: Callable[..., Tensor], config: PreTrainedConfig
 ) -> dict[str, Any]:
-    """What a loss function takes of outputs, labels and configuration, by name."""
+    """The arguments of a loss function from outputs, labels and configuration."""
     logits = getattr(outputs, "logits", None)
     offered = {
         **labels,
@@ -137,18 +137,18 @@ def _arguments(
         "config": config,
         "vocab_size": getattr(config.get_text_config(), "vocab_size", None),
     }
-    wanted = inspect.signature(loss_function).parameters
-    given = {name: value for name, value in offered.items() if name in wanted and value is not None}
+    parameters = inspect.signature(loss_function).parameters
+    arguments = {name: value for name, value in offered.items() if name in parameters and value is not None}
     absent = [
         name
-        for name, parameter in wanted.items()
+        for name, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        and name not in given
+        and name not in arguments
     ]
     if absent:
         raise RewriteError(
             f"the loss {getattr(loss_function, '__name__', loss_function)} needs {', '.join(absent)}, which neither "
             f"the labels ({', '.join(labels)}) nor the outputs give; compute the loss outside"
         )
-    return given
+    return arguments

@@ -1,4 +1,4 @@
-"""Graphs that come as graphs, symbolic traces and exported programs: taken as they are, their inputs checked."""
+"""Tracing of ready-made graphs: symbolic traces and exported programs, whose inputs are checked."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gralora_fx.tracing.inputs.input_trees import fixed_axes, leaf_paths
 from gralora_fx.tracing.inputs.signature import CallSignature
 from gralora_fx.tracing.normalize.clean import without_guards
 from gralora_fx.tracing.normalize.leaves import inline_leaves
-from gralora_fx.tracing.normalize.modes import record_switches
+from gralora_fx.tracing.normalize.modes import annotate_mode_args
 from gralora_fx.tracing.traced_model import TracedModel
 
 _Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def trace_program(program: torch.export.ExportedProgram, given: _Arguments | None, task: str | None) -> TracedModel:
-    """The trace that an exported program is.
+def trace_program(program: torch.export.ExportedProgram, arguments: _Arguments | None, task: str | None) -> TracedModel:
+    """The traced model of an exported program.
 
     Args:
         program: The program.
-        given: Example inputs, positional and by name; None for those it was exported with.
+        arguments: Example inputs, positional and by name; None for those it was exported with.
         task: The task it is for, or None.
 
     Raises:
@@ -40,25 +40,25 @@ def trace_program(program: torch.export.ExportedProgram, given: _Arguments | Non
     args, kwargs = given_to_export
     names = _call_names(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    read: dict[int, tuple[str, bool]] = {}
+    seen: dict[int, tuple[str, bool]] = {}
     for (path, leaf), node in zip(
         leaf_paths({**dict(zip(names, args, strict=False)), **kwargs}), placeholders, strict=False
     ):
-        other, is_read = read.setdefault(id(leaf), (path, bool(node.users)))
+        other, is_read = seen.setdefault(id(leaf), (path, bool(node.users)))
         if isinstance(leaf, Tensor) and other != path and not (is_read and node.users):
             raise TraceError(
                 f"the program was exported with one tensor for {other!r} and {path!r}, so it reads one of them for "
                 "both; export it again with a tensor for each"
             )
-    return trace_graph(graph_module, program.example_inputs if given is None else given, task)
+    return trace_graph(graph_module, program.example_inputs if arguments is None else arguments, task)
 
 
-def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: str | None) -> TracedModel:
-    """The trace that a graph is.
+def trace_graph(graph_module: fx.GraphModule, arguments: _Arguments | None, task: str | None) -> TracedModel:
+    """The traced model of a graph.
 
     Args:
-        graph_module: The graph; it is left as it is.
-        given: Example inputs, positional and by name; None for a trace without any.
+        graph_module: The graph; it is left unchanged.
+        arguments: Example inputs, positional and by name; None for a trace without any.
         task: The task it is for, or None.
 
     Raises:
@@ -68,13 +68,13 @@ def trace_graph(graph_module: fx.GraphModule, given: _Arguments | None, task: st
     is_exported = tree_info(graph_module.graph) is not None
     names = _call_names(graph_module) if is_exported else tuple(str(node.target) for node in placeholders)
     defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
-    sample = {} if given is None else _named(names, defaults, *given)
+    sample = {} if arguments is None else _named(names, defaults, *arguments)
     clean = inline_leaves(without_guards(graph_module))
-    is_training = record_switches(clean.graph) or (graph_module.training and not is_exported)
+    is_training = annotate_mode_args(clean.graph) or (graph_module.training and not is_exported)
     tree, noted = ModuleTree.of_module(graph_module), ModuleTree.of_graph(clean)
     if len(tree.linear) == 0:
         tree = noted
-    else:  # a layer with a forward of its own, which a symbolic trace goes through, stands in its nodes alone
+    else:  # a layer with its own forward, which a symbolic trace goes into, is only recorded in the nodes
         kinds = {path: noted.types[path] for path in noted.linear if path in tree.types}
         tree = dataclasses.replace(tree, types={**tree.types, **kinds}, linear=tree.linear | kinds.keys())
     fixed = fixed_axes(clean.graph, sample) if is_exported else {}

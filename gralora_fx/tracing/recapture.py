@@ -1,4 +1,4 @@
-"""A graph captured once more: what was traced by other means, or to fixed sizes, becomes PyTorch's own operators."""
+"""Recapture of graphs traced by other means or with fixed sizes, as PyTorch's own operators."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gralora_fx.compat.operators import HigherOrderOperator, OpOverload
 from gralora_fx.progress.silence import quiet
 from gralora_fx.tracing.capture import dynamic_axes
 from gralora_fx.tracing.normalize.clean import without_guards
-from gralora_fx.tracing.patches.meta_parameters import stand_ins, take_own
+from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 
-_CONTROL_FLOW = {"cond", "scan"}  # what has an ONNX form
+_CONTROL_FLOW = {"cond", "scan"}  # control flow with an ONNX form
 _SCALARS = {"_operator", "math", "torch"}  # modules of the functions that compute sizes
 _PREFIX = "graph_module."
 
 
 def is_operator_graph(graph: fx.Graph) -> bool:
-    """Whether a graph consists of PyTorch's operators, with the value of each noted, and has axes that vary.
+    """Whether a graph consists of PyTorch's operators with traced values, and has dynamic axes.
 
     Args:
         graph: Any graph.
@@ -47,37 +47,37 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynamic: bool = True) -> fx.GraphModule:
-    """Capture a graph by running it once more, every axis free to vary that may.
+    """Capture a graph anew by running it, with dynamic axes where possible.
 
     Before: `x = input.flatten(1); y = self.act(torch.nn.functional.linear(x, w))`
     After:  `x = aten.flatten(input, 1); y = aten.relu(aten.linear(x, w))`
 
     Args:
-        graph_module: Any graph in evaluation mode; its parameters may stand on the meta device.
+        graph_module: Any graph in evaluation mode; its parameters may be on the meta device.
         inputs: Its inputs by name.
-        dynamic: Whether axes may vary; not those of a trace that was made for the example's sizes.
+        dynamic: Whether axes may vary; False for a trace with fixed sizes.
 
     Returns:
         A graph over the same parameters, under their own names.
     """
     graph_module.recompile()
-    with stand_ins(graph_module) as own, quiet(), torch.no_grad():
-        named, shapes = _Named(graph_module, inputs), dynamic_axes(inputs) if dynamic else None
-        program = torch.export.export(named, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+    with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():
+        wrapper, shapes = _Named(graph_module, inputs), dynamic_axes(inputs) if dynamic else None
+        program = torch.export.export(wrapper, (), dict(inputs), dynamic_shapes=shapes, strict=False)
         captured = without_guards(program.run_decompositions({}).module(check_guards=False))
-    take_own(captured, own)
+    restore_parameters(captured, originals)
     for node in captured.graph.nodes:
         if node.op in ("get_attr", "call_module") and str(node.target).startswith(_PREFIX):
             node.target = str(node.target).removeprefix(_PREFIX)
-    places = {name: module for name, module in captured.named_children() if f"{name}." != _PREFIX}
+    modules = {name: module for name, module in captured.named_children() if f"{name}." != _PREFIX}
     inner = captured.get_submodule(_PREFIX[:-1]) if hasattr(captured, _PREFIX[:-1]) else nn.Module()
-    for name, module in places.items():
+    for name, module in modules.items():
         inner.add_module(name, module)
     return fx.GraphModule(inner, captured.graph)
 
 
 class _Named(nn.Module):
-    """A graph as a module whose signature names its inputs, where `torch.export` looks for what may vary."""
+    """A graph as a module whose signature names its inputs, which `torch.export` needs for dynamic shapes."""
 
     def __init__(self, graph_module: fx.GraphModule, names: Iterable[str]) -> None:
         super().__init__()

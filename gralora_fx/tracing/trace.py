@@ -1,4 +1,4 @@
-"""`trace`: one entry for every kind of model, each ending in a clean graph over the model's own parameters."""
+"""`trace`: the entry point for every kind of model, which returns a clean graph over the model's own parameters."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.operators.namespace import restore_operators
-from gralora_fx.progress.gc_pause import fewer_collections
+from gralora_fx.operators.namespace import restore_aten
+from gralora_fx.progress.gc_pause import gc_pause
 from gralora_fx.progress.silence import quiet
 from gralora_fx.tracing.capture import dynamic_axes, export_transformers_model
-from gralora_fx.tracing.check import difference, fillable_inputs, refuse_fixed_sizes
+from gralora_fx.tracing.check import check_dynamic_sizes, difference, fillable_inputs
 from gralora_fx.tracing.failures import reason as reason_of
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.inputs.arguments import forward_with, given_arguments, named_arguments, split_constants
+from gralora_fx.tracing.inputs.arguments import example_arguments, forward_with, named_arguments, split_constants
 from gralora_fx.tracing.inputs.decoder_cache import PAST
 from gralora_fx.tracing.inputs.input_trees import distinct, fixed_axes
 from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task, widen
 from gralora_fx.tracing.inputs.signature import signature_of
 from gralora_fx.tracing.normalize.clean import without_guards
 from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
-from gralora_fx.tracing.normalize.modes import draws_randomly, record_switches
+from gralora_fx.tracing.normalize.modes import annotate_mode_args, find_rng_op
 from gralora_fx.tracing.normalize.training_branches import differing_modules, names_of_modules, updated_buffers
 from gralora_fx.tracing.patches.eager_modes import traceable_modes
-from gralora_fx.tracing.patches.meta_parameters import stand_ins, take_own
+from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
 from gralora_fx.tracing.traced_model import TracedModel
@@ -49,30 +49,31 @@ def trace(
 ) -> TracedModel:
     """Trace a model to a `torch.fx` graph over its own parameters.
 
-    The graph is checked against the eager model in evaluation mode on a padded sample before it is returned. A model
-    on the meta device is traced as well; it has no values to check with.
+    The graph is compared with the eager model in evaluation mode on a padded sample before it is returned. A model on
+    the meta device can be traced too, but has no values to compare.
 
     Args:
         model: A transformers model, any module, a `GraphModule` (symbolic or exported), or an `ExportedProgram`.
         example_inputs: Keyword arguments as a dict, or positional ones as a tuple. Tensors, and lists, tuples, dicts
             and dataclasses of them, become inputs; every other argument, given or not, becomes part of the graph with
-            its value, and a call with another value is refused. One row and one position will do: batch and sequence
-            stay dynamic all the same, and a padding mask stays an input.
+            its value, and a call with another value is refused. One row and one position are enough: batch and sequence
+            stay dynamic nevertheless, and a padding mask stays an input.
         kwargs: Keyword arguments beside a tuple, as in `torch.export.export(model, args, kwargs)`.
-        task: One of optimum's task names; makes example inputs from the model's configuration where none are given.
+        task: One of optimum's task names; example inputs are generated from the model's configuration if none are
+            given.
         dynamic: Whether axes may vary; False fixes every size to the example's.
 
     Returns:
-        The traced model, in the mode the model stands in.
+        The traced model, in the model's mode.
 
     Raises:
         TraceError: The model cannot be traced (the message says where), or inputs are missing or do not fit.
     """
-    given = None if example_inputs is None and kwargs is None else given_arguments(example_inputs, kwargs)
+    arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
     if isinstance(model, torch.export.ExportedProgram):
-        return trace_program(model, given, task)
+        return trace_program(model, arguments, task)
     if isinstance(model, fx.GraphModule):
-        return trace_graph(model, given, task)
+        return trace_graph(model, arguments, task)
     if isinstance(model, TracedModel) or isinstance(getattr(model, "traced", None), TracedModel):
         raise TraceError(
             f"the {type(model).__name__} is traced already; trace its source model again, or use it as it is"
@@ -82,19 +83,21 @@ def trace(
     if isinstance(model, PreTrainedModel):
         task = task or infer_task(model)
         check_head(model, task)
-    with stand_ins(model) as own:
-        if given is None:
+    with placeholder_parameters(model) as originals:
+        if arguments is None:
             if not isinstance(model, PreTrainedModel):
-                raise TraceError(f"example_inputs are missing; {type(model).__name__} is no transformers model to ask")
-            given = (), inputs_for_task(model, task or "")
-        tensors, constants = split_constants(model, named_arguments(model, *given))
+                raise TraceError(
+                    f"example_inputs are missing; {type(model).__name__} is not a transformers model, so give them"
+                )
+            arguments = (), inputs_for_task(model, task or "")
+        tensors, constants = split_constants(model, named_arguments(model, *arguments))
         sample = distinct(widen(model, tensors) if dynamic else tensors)
         signature = signature_of(model, sample, constants, has_cache=PAST in sample)
         with patch.object(model, "forward", forward_with(model, tuple(sample), constants)):
-            with fewer_collections():
+            with gc_pause():
                 graph_module = _trace_both_modes(model, sample, dynamic)
             fillable, counts_padding = fillable_inputs(model, sample, signature.may_be_left_out)
-        take_own(graph_module, own)
+        restore_parameters(graph_module, originals)
     config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
     traced = TracedModel(
         graph_module,
@@ -119,10 +122,10 @@ def trace(
 
 
 def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
-    """A graph that can stand in either mode: traced in training mode, where every dropout shows its probability.
+    """Trace a graph for both modes: in training mode, where every dropout has its probability.
 
-    Where that cannot be, or does not equal the model in evaluation mode, the modules that have a branch of their own
-    for training are traced in evaluation mode, or else the whole model is; a warning says what training then misses.
+    If that fails, or differs from the model in evaluation mode, the modules with a separate training branch are traced
+    in evaluation mode, or else the whole model; a warning says what training then lacks.
     """
     with _unchanged(model), without_layerdrop(model):
         in_training, reason = _training_trace(model, sample, dynamic)
@@ -131,19 +134,19 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
             return _with_free_sizes(model, in_training, sample, dynamic)
         model.eval()
         in_evaluation = _export(model, sample, dynamic)
-        record_switches(in_evaluation.graph, in_training=False)
-        found = difference(model, in_evaluation, sample)
-        if found is not None:
+        annotate_mode_args(in_evaluation.graph, in_training=False)
+        problem = difference(model, in_evaluation, sample)
+        if problem is not None:
             raise TraceError(
-                f"the trace of {type(model).__name__} does not compute what the model does: {found}; look at what the "
-                f"forward{where_defined(model)} does outside PyTorch, or by chance"
+                f"the trace of {type(model).__name__} differs from the model: {problem}; check what the "
+                f"forward{where_defined(model)} does outside PyTorch or at random"
             )
         paths = () if in_training is None else differing_modules(in_training.graph, in_evaluation.graph)
-        if in_training is not None and reason is None and not paths:  # the model updates its buffers in either mode
+        if in_training is not None and reason is None and not paths:  # the model updates its buffers in both modes
             return _with_free_sizes(model, in_training, sample, dynamic)
         reason = reason or f"it updates {', '.join(updated)}"
-        if drawn := draws_randomly(in_evaluation.graph):
-            reason = f"it draws random numbers in evaluation too ({drawn})"
+        if rng_op := find_rng_op(in_evaluation.graph):
+            reason = f"it draws random numbers in evaluation too ({rng_op})"
             if in_training is not None and not paths and difference(model, in_training, sample) is None:
                 warn_caller(f"{type(model).__name__} and its trace give other values in every run: {reason}")
                 return _with_free_sizes(model, in_training, sample, dynamic)
@@ -163,22 +166,22 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
 def _training_trace(
     model: nn.Module, sample: Mapping[str, Any], dynamic: bool, *, evaluated: Collection[str] = ()
 ) -> tuple[fx.GraphModule | None, str | None]:
-    """A trace in training mode, if there is one, and why it is not right in evaluation mode, if it is not.
+    """A trace in training mode, or None, and why it is wrong in evaluation mode, or None.
 
     Args:
         model: The model; its mode changes.
         sample: Inputs by name.
         dynamic: Whether axes may vary.
-        evaluated: Paths of modules that are in evaluation mode themselves.
+        evaluated: Paths of modules to put into evaluation mode.
     """
     model.train()
     for path in evaluated:
         model.get_submodule(path).training = False
     try:
         graph_module = _export(model, sample, dynamic)
-        record_switches(graph_module.graph)
-        if drawn := draws_randomly(graph_module.graph):
-            return graph_module, f"it draws random numbers ({drawn})"
+        annotate_mode_args(graph_module.graph)
+        if rng_op := find_rng_op(graph_module.graph):
+            return graph_module, f"it draws random numbers ({rng_op})"
         return graph_module, difference(model, graph_module, sample)
     except TraceError as error:
         return None, str(error)
@@ -187,9 +190,9 @@ def _training_trace(
 def _with_free_sizes(
     model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any], dynamic: bool
 ) -> fx.GraphModule:
-    """The graph, if it computes what the model does on other sizes too, where they may vary."""
+    """The graph, after checking that it equals the model on other sizes too, if they may vary."""
     if dynamic:
-        refuse_fixed_sizes(model, graph_module, sample)
+        check_dynamic_sizes(model, graph_module, sample)
     return graph_module
 
 
@@ -207,7 +210,7 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
     if checkpoints:
         warn_caller(f"{_NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
     graph_module = without_guards(program.module(check_guards=False))
-    restore_operators(graph_module.graph)
+    restore_aten(graph_module.graph)
     without_empty_blocks(graph_module.graph)
     padding_as_argument(graph_module.graph)
     graph_module.recompile()
@@ -216,7 +219,7 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore the mode of every module and gradient checkpointing when the block ends."""
+    """Restore modes, buffers and gradient checkpointing when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]

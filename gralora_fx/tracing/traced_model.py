@@ -1,4 +1,4 @@
-"""`TracedModel`: a graph over a model's own parameters, with what is known of the model it came from."""
+"""`TracedModel`: a graph over a model's own parameters, with facts about the source model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gralora_fx.graph.sites import LinearSite, find_sites
 from gralora_fx.graph.subgraph_calls import layers_in_subgraphs
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.user_pass import GraphPass, run_pass
-from gralora_fx.sources.lazy_tensors import is_deferred, like_deferred
+from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
 from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of
-from gralora_fx.tracing.graph_record import deep_copy, packed, unpacked
+from gralora_fx.tracing.graph_record import deep_copy, pack_module, unpack_module
 from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, batch_of, cache_layout, empty_cache, own_cache
-from gralora_fx.tracing.inputs.signature import CallSignature, refuse_misshapen_step, with_cache_name
+from gralora_fx.tracing.inputs.signature import CallSignature, check_step_shapes, with_cache_name
 from gralora_fx.tracing.normalize.modes import set_mode
 
 CALL_TRACE = "trace it first: call trace() with the model,"
@@ -37,15 +37,15 @@ class TracedModel:
         graph_module: The graph; calling it takes every traced input by name.
         tree: Module paths and parameters of the source model.
         example_inputs: The arguments it was traced with, by name: inputs, and constants that are part of the graph.
-        signature: How it is called, and the value of every argument that is part of the graph.
+        signature: Its call signature, with the value of every argument that is part of the graph.
         task: The task it was traced for, or None.
         config: The model's transformers configuration, or None.
-        generation_config: How the model generates, or None.
+        generation_config: The model's generation configuration, or None.
         tokenizer_source: Where the model's tokenizer can be loaded from, or None.
-        loss_function: transformers' loss of the model's class, or None.
-        shift_labels: The model's own way from labels to decoder inputs, or None.
-        training: Whether the graph stands in training mode.
-        out_of_reach: Why an adapter would not act wherever a layer is called, by the path of such layers.
+        loss_function: transformers' loss for the model's class, or None.
+        shift_labels: The model's own function from labels to decoder inputs, or None.
+        training: Whether the graph is in training mode.
+        out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
         in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
         merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
     """
@@ -66,7 +66,7 @@ class TracedModel:
         training: bool = False,
         merged_adapters: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap a cleaned graph; `trace` is the public way to make one."""
+        """Wrap a cleaned graph; use `trace`."""
         self.graph_module = graph_module
         self.tree = tree
         self.example_inputs = dict(example_inputs)
@@ -97,7 +97,7 @@ class TracedModel:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The arguments that it was traced with and that are part of the graph; a call gives them again."""
+        """The arguments of the trace that are part of the graph; calls pass them again."""
         return {name: value for name, value in self.example_inputs.items() if name not in self.input_names}
 
     @property
@@ -116,11 +116,11 @@ class TracedModel:
         Raises:
             TargetError: There is none.
         """
-        found = next((site for site in self._sites if site.path == path), None)
-        if found is None:
+        match = next((site for site in self._sites if site.path == path), None)
+        if match is None:
             near = ", ".join(difflib.get_close_matches(str(path), [site.path for site in self._sites], n=3, cutoff=0.4))
             raise TargetError(f"there is no linear layer at {path!r}; nearest: {near or 'none'}")
-        return found
+        return match
 
     def with_pass(self, graph_pass: GraphPass) -> TracedModel:
         """A copy of the traced model, over the same parameters, whose graph a pass has edited.
@@ -137,7 +137,7 @@ class TracedModel:
         return self.with_graph(graph_module, self.tree)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph as the model would run.
+        """Run the graph like the model.
 
         Args:
             *args: Inputs by position, in the order of the model's forward.
@@ -163,7 +163,7 @@ class TracedModel:
             What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
 
         Raises:
-            TraceError: The model does not generate, or an option needs what a trace does not have.
+            TraceError: The model does not generate, or an option is not supported over a trace.
         """
         return self._view().generate(*args, **kwargs)
 
@@ -173,28 +173,29 @@ class TracedModel:
 
     @property
     def main_input_name(self) -> str:
-        """Name of the input that the model is about."""
+        """Name of the main input."""
         return main_input(self)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self._view().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the parameters."""
+        """The dtype of the parameters."""
         return self._view().dtype
 
     def _view(self) -> TransformersView:
         return view_of(self, self.__call__, self.tree.parameters, labels=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of one call by name, with the defaults that the model itself has.
+        """The inputs of one call by name, with the source model's defaults.
 
         Raises:
-            TraceError: An input is missing, given twice, of another form than the example's, was not part of the
-                trace, or is no mask of all positions; or an argument that is part of the graph has another value.
+            TraceError: An input is missing, given twice, of another structure than the example's, was not part of the
+                trace, or a mask does not cover all positions; or an argument that is part of the graph has another
+                value.
         """
         kwargs = with_cache_name(self.input_names, kwargs)
         example = self.example_inputs.get(PAST)
@@ -206,8 +207,8 @@ class TracedModel:
             kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
         inputs = self.signature.bind(args, kwargs, self.example_inputs, optional=self._optional)
         if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
-            inputs[PAST] = own_cache(cache)  # the graph holds the encoder, whose output it reads itself
-        refuse_misshapen_step(inputs)
+            inputs[PAST] = own_cache(cache)  # the graph contains the encoder and reads its output directly
+        check_step_shapes(inputs)
         return inputs
 
     def train(self, mode: bool = True) -> TracedModel:
@@ -240,32 +241,32 @@ class TracedModel:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle writes: the graph as a record of its nodes (see `graph_record`).
+        """The state for pickle: the graph as a record of its nodes (see `graph_record`).
 
         Raises:
             TraceError: The graph calls a function that cannot be found by its name, or weights are left in their files.
         """
-        if streamed := [name for name, parameter in self.tree.parameters.items() if is_deferred(parameter)]:
+        if streamed := [name for name, parameter in self.tree.parameters.items() if is_lazy(parameter)]:
             raise TraceError(
                 f"{streamed[0]} is read from its file when it is needed, so the model cannot be pickled; load it with "
                 "its weights"
             )
         state = {key: value for key, value in self.__dict__.items() if key != "_sites"}
-        return {**state, "graph_module": packed(self.graph_module)}
+        return {**state, "graph_module": pack_module(self.graph_module)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the graph of its record."""
+        """Rebuild the graph from its record."""
         self.__dict__.update(state)
-        self.graph_module = unpacked(state["graph_module"])  # type: ignore[assignment]
+        self.graph_module = unpack_module(state["graph_module"])  # type: ignore[assignment]
         self._sites = find_sites(self.graph_module, self.tree)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
-        """A copy with parameters of its own, tied where these are."""
+        """A copy with its own parameters, tied as in the original."""
         other = object.__new__(type(self))
         memo[id(self)] = other
         for parameter in self.tree.parameters.values():
-            if is_deferred(parameter):
-                memo[id(parameter)] = like_deferred(parameter)
+            if is_lazy(parameter):
+                memo[id(parameter)] = copy_lazy(parameter)
         for key, value in self.__dict__.items():
             if key not in ("graph_module", "_sites"):
                 other.__dict__[key] = copy.deepcopy(value, memo)
@@ -283,12 +284,12 @@ class TracedModel:
 
 
 def check_traced(model: object, error: type[GraloraError], action: str) -> None:
-    """Check that something is a traced model.
+    """Check that an object is a traced model.
 
     Args:
-        model: What was given.
+        model: The object.
         error: The error to raise.
-        action: What was to be done with it, such as `rewrite`.
+        action: The intended action for the message, such as `rewrite`.
 
     Raises:
         GraloraError: Of the given type: it is not.

@@ -342,7 +342,7 @@ def test_a_truncated_file_is_refused(length: int, damaged: Path, model: GraloraM
     path = damaged / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:length])
     before = state(model)
-    with pytest.raises(CheckpointError, match=r"cannot be read .* truncated or no safetensors file") as caught:
+    with pytest.raises(CheckpointError, match=r"cannot be read .* truncated or not a safetensors file") as caught:
         model.load_adapter(damaged, "fresh")
     assert str(path) in str(caught.value)
     assert_same_state(model, before)
@@ -360,7 +360,7 @@ def test_a_pickle_is_refused(damaged: Path, model: GraloraModel) -> None:
 
 def test_a_pickle_by_the_name_of_a_safetensors_file_is_refused(damaged: Path, model: GraloraModel) -> None:
     torch.save(tensors_of(damaged / WEIGHTS_NAME), damaged / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         model.load_adapter(damaged, "fresh")
 
 

@@ -47,21 +47,21 @@ def outputs(model: GraloraModel, directory: Path) -> dict[str, Tensor]:
     """What a model computes in every way: as it is, merged, saved and loaded, with its other adapter."""
     x = X.to(next(model.traced.graph_module.parameters()).dtype)
     with torch.no_grad():
-        found = {"active": model(x), "folded": merge(model)(x)}
+        results = {"active": model(x), "folded": merge(model)(x)}
         model.save_pretrained(directory)
         with model.disable_adapter():
-            found["disabled"] = model(x)
+            results["disabled"] = model(x)
         model.merge_adapter()
-        found["merged"] = model(x)
+        results["merged"] = model(x)
         model.unmerge_adapter()
         model.set_adapter("other")
-        found["other"] = model(x)
+        results["other"] = model(x)
         model.set_adapter("default")
-        found["back"] = model(x)
+        results["back"] = model(x)
         again = GraloraModel.from_pretrained(model.traced, directory)
-        found["loaded"] = again(x)
-        found["unloaded"] = again.unload()(x)
-    return found
+        results["loaded"] = again(x)
+        results["unloaded"] = again.unload()(x)
+    return results
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -194,13 +194,13 @@ def test_a_functional_call_reads_what_it_is_given() -> None:
     model = adapted()
     name = "graph_module.gralora.default.first.gralora_B"
     zero = {name: torch.zeros_like(model.get_parameter(name)), "graph_module.first.weight": torch.zeros(8, 8)}
-    given = torch.func.functional_call(model, zero, (X,))
+    with_zeros = torch.func.functional_call(model, zero, (X,))
     before = model(X)
-    assert not torch.equal(given, before)
+    assert not torch.equal(with_zeros, before)
     with torch.no_grad():
         for key, value in zero.items():
             model.get_parameter(key).copy_(value)
-    assert torch.equal(model(X), given)
+    assert torch.equal(model(X), with_zeros)
 
 
 class Doubled(nn.Module):

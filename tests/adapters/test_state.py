@@ -207,7 +207,7 @@ def test_sums_of_adapters_whose_sites_end_alike(tmp_path: Path) -> None:
 def test_names_that_cannot_be_part_of_a_path_or_of_code(name: Any) -> None:
     model = adapted()
     before = snapshot(model)
-    with pytest.raises(ConfigError, match="cannot name an adapter; take letters, digits"):
+    with pytest.raises(ConfigError, match="cannot name an adapter; use letters, digits"):
         model.add_adapter(name, GraloraConfig(r=4, target_modules=["0"]))
     assert snapshot(model) == before
 
@@ -297,7 +297,7 @@ def test_a_pass_that_fails_from_its_second_run_on_is_reported_once() -> None:
 
 def test_a_switch_to_a_state_that_ran_before_makes_no_graph() -> None:
     model = adapted()
-    made: dict[tuple[Any, ...], fx.GraphModule] = {}
+    graphs: dict[tuple[Any, ...], fx.GraphModule] = {}
     outputs: dict[tuple[Any, ...], Tensor] = {}
     for _ in range(2):
         for names in (["default"], ["b"], ["default", "b"], ["b", "default"]):
@@ -305,13 +305,13 @@ def test_a_switch_to_a_state_that_ran_before_makes_no_graph() -> None:
                 model.set_adapter(names)
                 model.train(training)
                 key = (*names, training)
-                assert made.setdefault(key, model.graph_module) is model.graph_module
+                assert graphs.setdefault(key, model.graph_module) is model.graph_module
                 assert torch.equal(outputs.setdefault(key, model(X)), model(X))
         model.merge_adapter()
         model.unmerge_adapter()
         with model.disable_adapter():
-            assert made.setdefault(("none",), model.graph_module) is model.graph_module
-    assert len({id(graph_module) for graph_module in made.values()}) >= 5
+            assert graphs.setdefault(("none",), model.graph_module) is model.graph_module
+    assert len({id(graph_module) for graph_module in graphs.values()}) >= 5
 
 
 def _replaced(model: GraloraModel) -> None:
@@ -381,4 +381,4 @@ def test_few_of_many_states_are_kept() -> None:
         model.set_adapter(f"a{index}")
         seen.append(weakref.ref(model.graph_module))
     gc.collect()
-    assert 1 <= sum(found() is not None for found in seen) <= 32
+    assert 1 <= sum(reference() is not None for reference in seen) <= 32

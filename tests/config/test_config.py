@@ -144,7 +144,7 @@ BAD = [
     ({"rank_pattern": [("q", 4)]}, "rank_pattern must be a dict from module names to values, but got .*'q', 4"),
     ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be a positive integer, but got 0"),
     ({"rank_pattern": {"": 4}}, "rank_pattern must hold non-empty strings, but it holds ''"),
-    ({"rank_pattern": {"(q": 4}}, r"rank_pattern holds '\(q', which is no valid name"),
+    ({"rank_pattern": {"(q": 4}}, r"rank_pattern holds '\(q', which is not a valid name"),
     ({"rank_pattern": None}, "rank_pattern must be a dict from module names to values, but got None"),
     ({"alpha_pattern": {"q": "high"}}, r"alpha_pattern\['q'\] must be a finite number, but got 'high'"),
     ({"gralora_k_pattern": {"q": 1.5}}, r"gralora_k_pattern\['q'\] must be a positive integer, but got 1\.5"),
@@ -168,7 +168,7 @@ def test_an_integer_of_thousands_of_digits_is_refused(field: str, sign: int) -> 
         GraloraConfig(**{field: sign * 10**5000})
 
 
-def test_an_unknown_field_is_no_argument() -> None:
+def test_an_unknown_field_is_not_an_argument() -> None:
     with pytest.raises(TypeError, match="rank"):
         GraloraConfig(rank=3)  # type: ignore[call-arg]
 
@@ -244,9 +244,7 @@ def test_our_file_reads_in_peft(fields: dict[str, Any], tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_fields_beyond_pefts_stand_in_the_file_only_where_used(
-    fields: dict[str, Any], text: Any, tmp_path: Path
-) -> None:
+def test_fields_beyond_pefts_are_in_the_file_only_if_used(fields: dict[str, Any], text: Any, tmp_path: Path) -> None:
     assert not set(json.loads(GraloraConfig().to_json())) & set(BEYOND_PEFT)
     config = GraloraConfig(target_modules=["q"], **fields)
     written = json.loads(config.to_json())
@@ -355,7 +353,7 @@ def test_a_bad_file(text: str, message: str, tmp_path: Path) -> None:
             GraloraConfig.from_pretrained(tmp_path)
 
 
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not valid JSON"):
         GraloraConfig.from_pretrained(tmp_path)

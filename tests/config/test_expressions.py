@@ -44,8 +44,8 @@ MEANINGS = [
 def test_an_expression_means_what_python_means(expression: str) -> None:
     for path in PATHS:
         assert fullmatch(expression, path) == (re.fullmatch(expression, path) is not None)
-        found, expected = match(expression, path), re.match(expression, path)
-        assert (found and found.groups()) == (expected and expected.groups())
+        actual, expected = match(expression, path), re.match(expression, path)
+        assert (actual and actual.groups()) == (expected and expected.groups())
 
 
 @pytest.mark.filterwarnings("ignore:Possible (nested set|set difference|set):FutureWarning")
@@ -84,7 +84,7 @@ def test_what_cannot_be_compiled_is_one_clear_error(field: str, text: str) -> No
 )
 def test_a_name_that_only_fits_by_itself_is_refused(field: str, text: str) -> None:
     re.compile(text)
-    with pytest.raises(ConfigError, match=f"{field} holds .*, which is no valid name"):
+    with pytest.raises(ConfigError, match=f"{field} holds .*, which is not a valid name"):
         GraloraConfig(**{"target_modules": ["q"], "layers_to_transform": [0], field: FIELDS[field](text)})
 
 

@@ -112,8 +112,8 @@ TEXTS = {
     "string": ('"GRALORA"', "holds a str, not an object"),
     "number": ("3", "holds a int, not an object"),
     "empty": ("", "is not valid JSON"),
-    "twice": ('{"peft_type": "GRALORA", "r": 8, "r": 16}', "the key 'r' stands in it twice"),
-    "twice within": ('{"peft_type": "GRALORA", "rank_pattern": {"q": 4, "q": 8}}', "the key 'q' stands in it twice"),
+    "twice": ('{"peft_type": "GRALORA", "r": 8, "r": 16}', "the key 'r' is in it twice"),
+    "twice within": ('{"peft_type": "GRALORA", "rank_pattern": {"q": 4, "q": 8}}', "the key 'q' is in it twice"),
     "not UTF-8": (b'{"peft_type": "GRALORA", "base_model_name_or_path": "\xe9"}', "is not valid JSON"),
     "UTF-16": ('{"peft_type": "GRALORA"}'.encode("utf-16"), "is not valid JSON"),
     "BOM": (b'\xef\xbb\xbf{"peft_type": "GRALORA"}', "BOM"),
@@ -195,9 +195,9 @@ def test_links_in_a_circle_and_folders_in_place_of_files(tmp_path: Path) -> None
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_not_a_live_configuration(given: Any, message: str) -> None:
+def test_what_is_not_a_live_configuration(candidate: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        GraloraConfig.from_peft(given)
+        GraloraConfig.from_peft(candidate)
 
 
 def test_a_live_object_with_a_bad_field_is_named() -> None:

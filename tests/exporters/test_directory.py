@@ -37,7 +37,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def alone(output: Path, text: str = "earlier") -> bool:
-    """Whether an export is whole and nothing stands beside it."""
+    """Whether an export is whole and nothing is left beside it."""
     return [path.name for path in output.parent.iterdir()] == ["onnx"] and (output / "model.onnx").read_text() == text
 
 
@@ -128,11 +128,11 @@ def test_a_rename_that_fails_puts_the_earlier_export_back(output: Path, monkeypa
     assert alone(output)
 
 
-@pytest.mark.parametrize("place", ["file/onnx", "file/not/yet/onnx"])
-def test_an_output_that_cannot_be_made_is_told_first(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("output", ["file/onnx", "file/not/yet/onnx"])
+def test_an_output_that_cannot_be_made_is_told_first(tmp_path: Path, output: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"onnx cannot be made, since .*file is not writable; give another output"):
-        check_output(tmp_path / place)
+        check_output(tmp_path / output)
 
 
 # -- an earlier export of another model --------------------------------------------------------------------------------

@@ -117,20 +117,20 @@ def test_greedy_tokens_of_padded_batches_are_those_of_generate(exported: Exporte
     if exported.name == "whisper":
         start[:, 1] = 7
     expected = exported.folded.generate(**source, decoder_input_ids=start, **options)
-    found = greedy_tokens(EncoderDecoderSteps(open_session(exported.path), source), start, 12)
-    assert found.tolist() == expected[:, -12:].tolist()
-    assert len(set(found.flatten().tolist())) > 1
+    tokens = greedy_tokens(EncoderDecoderSteps(open_session(exported.path), source), start, 12)
+    assert tokens.tolist() == expected[:, -12:].tolist()
+    assert len(set(tokens.flatten().tolist())) > 1
 
 
 def test_the_encoder_and_a_first_step_are_the_models(exported: Exported) -> None:
     source, ids = read(exported.name), torch.randint(3, 100, (3, 5))
     with torch.no_grad():
         expected = exported.folded(**source, decoder_input_ids=ids)
-    found = load(exported.path)(**source, decoder_input_ids=ids)
+    outputs = load(exported.path)(**source, decoder_input_ids=ids)
     for name in ("logits", "encoder_last_hidden_state"):
         largest = getattr(expected, name).abs().max()
         kept = source["attention_mask"].bool() if name != "logits" and "attention_mask" in source else slice(None)
-        assert (found[name][kept] - getattr(expected, name)[kept]).abs().max() <= 1e-4 * max(1.0, largest)
+        assert (outputs[name][kept] - getattr(expected, name)[kept]).abs().max() <= 1e-4 * max(1.0, largest)
 
 
 @pytest.mark.parametrize("name", ["t5", "whisper"])
@@ -202,8 +202,8 @@ def test_without_the_flag_no_past_is_read(bart: Exported) -> None:
     expected = session.step(ids, hidden, source["attention_mask"])
     noise = {name: np.ones((3, 4, 1, 8), np.float32) for name in empty_past(session.decoder.get_inputs(), 3)}
     feed = {"input_ids": ids, "encoder_hidden_states": hidden, "encoder_attention_mask": source["attention_mask"]}
-    found = session.decoder.run(None, {**feed, **noise, "use_cache_branch": np.array([False])})
-    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected.values(), strict=True))
+    outputs = session.decoder.run(None, {**feed, **noise, "use_cache_branch": np.array([False])})
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(outputs, expected.values(), strict=True))
 
 
 def test_with_the_flag_the_encoders_output_is_not_read_again(bart: Exported) -> None:
@@ -212,10 +212,10 @@ def test_with_the_flag_the_encoders_output_is_not_read_again(bart: Exported) -> 
     hidden, ids = session.encode(source), np.array([[5], [7], [9]])
     past = as_past(session.step(ids, hidden, source["attention_mask"]))
     expected = session.step(ids, hidden, source["attention_mask"], past)
-    found = session.step(ids, np.zeros_like(hidden), source["attention_mask"], past)
-    assert np.array_equal(found["logits"], expected["logits"])
-    kept = [name for name in found if ".encoder." in name]
-    assert all(np.array_equal(found[name], past[name.replace("present", "past_key_values")]) for name in kept)
+    outputs = session.step(ids, np.zeros_like(hidden), source["attention_mask"], past)
+    assert np.array_equal(outputs["logits"], expected["logits"])
+    kept = [name for name in outputs if ".encoder." in name]
+    assert all(np.array_equal(outputs[name], past[name.replace("present", "past_key_values")]) for name in kept)
 
 
 def test_the_projections_of_the_encoders_output_run_in_the_first_step_only(bart: Exported) -> None:

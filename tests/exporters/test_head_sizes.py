@@ -32,7 +32,7 @@ def test_other_sizes_than_multiples_of_eight_are_plain(
 ) -> None:
     model = tiny_model(name, **sizes)
     report = export_onnx(trace(model, task=CACHED), tmp_path / "onnx", **options)
-    reason = f"its heads have a size of {sizes['head_dim']}, and the operator takes multiples of 8"
+    reason = f"its head size is {sizes['head_dim']}, and the operator supports multiples of 8"
     layers = {f"model.layers.{index}.self_attn": reason for index in range(model.config.num_hidden_layers)}
     assert report.attention is not None
     assert (report.attention.fused, report.attention.plain) == (0, layers)

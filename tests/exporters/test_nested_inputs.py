@@ -148,7 +148,7 @@ def test_a_number_beside_tensors_is_said_to_be_left_out(tmp_path: Path) -> None:
             return {"y": self.fc(y), "largest": y.max().item()}
 
     model = trace(Counts().eval(), (rows(2, 0),))
-    with pytest.warns(UserWarning, match=r"returns numbers beside tensors \(item\), which the export does not give"):
+    with pytest.warns(UserWarning, match=r"returns numbers beside tensors \(item\), which the export leaves out"):
         export_onnx(model, tmp_path / "onnx")
     assert load(tmp_path / "onnx").input_names == ("y",)
 

@@ -182,7 +182,7 @@ def test_failed_verification_leaves_nothing(
     bert: GraloraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_module, "verify_onnx", lambda *_: VerifyReport(False, 1e-4, (), ()))
-    with pytest.raises(ExportError, match="does not compute what the model does"):
+    with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(bert, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -260,7 +260,7 @@ def test_the_current_directory_is_refused(bert: GraloraModel, tmp_path: Path, mo
         export_onnx(bert, ".")
 
 
-def test_a_foreign_manifest_is_no_export(bert: GraloraModel, tmp_path: Path) -> None:
+def test_a_foreign_manifest_is_not_an_export(bert: GraloraModel, tmp_path: Path) -> None:
     (tmp_path / "gralora_export.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ExportError, match="is not an earlier export"):
@@ -272,7 +272,7 @@ def test_a_foreign_manifest_is_no_export(bert: GraloraModel, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
 def test_an_unusable_path_is_named(bert: GraloraModel, path: str) -> None:
-    with pytest.raises(ExportError, match="is no usable path"):
+    with pytest.raises(ExportError, match="is not a usable path"):
         export_onnx(bert, path)
 
 

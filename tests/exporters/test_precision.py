@@ -32,13 +32,13 @@ def adapted(name: str, task: str | None = CACHED, **sizes: int) -> GraloraModel:
 
 def dtypes(graph: fx.Graph) -> list[torch.dtype]:
     """Dtypes of what the operators of a graph give, without casts."""
-    found = []
+    seen = []
     for node in graph.nodes:
         is_cast = str(node.target).startswith(("aten._to_copy", "aten.to.", "aten.type_as"))
         if node.op == "call_function" and not is_cast and isinstance(value := node.meta.get("val"), Tensor):
             if value.is_floating_point():
-                found.append(value.dtype)
-    return found
+                seen.append(value.dtype)
+    return seen
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "opt"])
@@ -62,8 +62,11 @@ def test_half_precision_exports_hold(name: str, task: str | None, precision: Any
     assert report.verification is not None
     assert report.verification.passed
     assert report.verification.tolerance == 1e-2
-    found = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["verification"]
-    assert (found["weights"], found["arithmetic"]) == (precision, "fp16" if precision == "fp16" else "fp32")
+    verification = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["verification"]
+    assert (verification["weights"], verification["arithmetic"]) == (
+        precision,
+        "fp16" if precision == "fp16" else "fp32",
+    )
 
 
 def test_the_cache_has_the_precision_and_the_logits_are_float32(tmp_path: Path) -> None:
@@ -80,9 +83,9 @@ def test_an_adapter_is_folded_in_float32_and_rounded_once(tmp_path: Path) -> Non
     stored = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
     weights = {site.path: site.weight.detach().half().T.numpy() for site in merge(model).sites}
     del weights["lm_head"]
-    together = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # in one product
+    pad_prompts = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # in one product
     for layer in ("model.layers.0", "model.layers.1"):
-        for part, names in together.items():
+        for part, names in pad_prompts.items():
             columns = [weights.pop(f"{layer}.{part}.{name}") for name in names]
             weights[f"{layer}.{part}.{'+'.join(names)}"] = np.concatenate(columns, axis=1)
     for path, expected in weights.items():

@@ -27,20 +27,20 @@ def adapted(traced: TracedModel, r: int = 4, name: str = "default") -> GraloraMo
 
 def adapters(model: Any, tmp_path: Path) -> dict[str, Any]:
     export_onnx(model, tmp_path / "onnx", verify=False, overwrite=True)
-    found: dict[str, Any] = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["adapters"]
-    return found
+    entries: dict[str, Any] = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["adapters"]
+    return entries
 
 
-@pytest.mark.parametrize("how", ["merge", "merge_and_unload", "merged, then unloaded"])
-def test_an_export_after_merging_names_the_adapter_as_one_before(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("route", ["merge", "merge_and_unload", "merged, then unloaded"])
+def test_an_export_after_merging_names_the_adapter_as_one_before(tmp_path: Path, route: str) -> None:
     model = adapted(base())
     expected = adapters(model, tmp_path)
     model.save_pretrained(tmp_path / "adapter")
     file = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert expected["default"]["sha256"] == hashlib.sha256(file).hexdigest()
-    if how == "merged, then unloaded":
+    if route == "merged, then unloaded":
         model.merge_adapter()
-    merged = merge(model) if how == "merge" else model.merge_and_unload()
+    merged = merge(model) if route == "merge" else model.merge_and_unload()
     assert adapters(merged, tmp_path) == expected
 
 
@@ -48,10 +48,10 @@ def test_several_merges_are_all_remembered(tmp_path: Path) -> None:
     first = adapted(base())
     second = adapted(merge(first), r=2)
     third = adapted(merge(second), r=6, name="third")
-    found = adapters(third, tmp_path)
-    assert {name: entry["config"]["r"] for name, entry in found.items()} == {"default": 4, "default_2": 2, "third": 6}
-    assert adapters(merge(third), tmp_path) == found
-    assert adapters(third.merge_and_unload(), tmp_path) == found
+    entries = adapters(third, tmp_path)
+    assert {name: entry["config"]["r"] for name, entry in entries.items()} == {"default": 4, "default_2": 2, "third": 6}
+    assert adapters(merge(third), tmp_path) == entries
+    assert adapters(third.merge_and_unload(), tmp_path) == entries
 
 
 def test_only_what_was_folded_is_remembered(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_tensors_that_are_written_after_they_were_folded_have_no_digest_and_it_i
     with torch.no_grad():
         for parameter in held:
             parameter.add_(1)
-    with pytest.warns(UserWarning, match="tensors of adapter 'default' were written after it was folded"):
-        found = dict(merged.merged_adapters)
-    assert found["default"]["sha256"] is None
-    assert found["default"]["config"]["r"] == 4
+    with pytest.warns(UserWarning, match="tensors of adapter 'default' were changed after it was folded"):
+        entries = dict(merged.merged_adapters)
+    assert entries["default"]["sha256"] is None
+    assert entries["default"]["config"]["r"] == 4

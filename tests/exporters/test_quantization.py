@@ -21,7 +21,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.onnx_passes.quantize import decoded
+from gralora_fx.exporters.onnx_passes.quantize import dequantize
 from gralora_fx.exporters.options import Quantization
 
 CACHED = "text-generation-with-past"
@@ -83,19 +83,19 @@ def test_blocks_are_those_of_onnxruntimes_quantizer(bits: int, tmp_path: Path) -
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path) -> None:
     module = nn.Linear(72, 24, bias=False)  # 72: the last block is a part of one
-    how = Quantization(f"int{bits}", accuracy_level=1)
-    export_onnx(trace(module, (torch.randn(2, 72),)), tmp_path / "onnx", quantize=how.kind, accuracy_level=1)  # type: ignore[arg-type]
+    quantization = Quantization(f"int{bits}", accuracy_level=1)
+    export_onnx(trace(module, (torch.randn(2, 72),)), tmp_path / "onnx", quantize=quantization.kind, accuracy_level=1)  # type: ignore[arg-type]
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     (identity,) = session.run(None, {session.get_inputs()[0].name: np.eye(72, dtype=np.float32)})
     matrix = np.ascontiguousarray(module.weight.detach().T.numpy())
-    assert np.allclose(identity, decoded(matrix, how, torch.float32), atol=1e-6)
+    assert np.allclose(identity, dequantize(matrix, quantization, torch.float32), atol=1e-6)
 
 
 def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> None:
     traced = fresh_trace("gpt2", task=CACHED)
     report = export_onnx(traced, tmp_path / "onnx", quantize="int4")
-    found = operators(tmp_path / "onnx")
-    assert (found["MatMulNBits"], found["GatherBlockQuantized"], found["MatMul"]) == (9, 1, 0)
+    counts = operators(tmp_path / "onnx")
+    assert (counts["MatMulNBits"], counts["GatherBlockQuantized"], counts["MatMul"]) == (9, 1, 0)
     stored = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
     assert not [name for name in stored if name in ("lm_head.weight", "transformer.wte.weight")]
     manifest = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())
@@ -137,8 +137,8 @@ class Biased(nn.Module):
 
 def test_biases_are_added_behind_and_no_batch_of_matrices_is_touched(tmp_path: Path) -> None:
     report = export_onnx(trace(Biased(), (torch.randn(2, 64),)), tmp_path / "onnx", quantize="int8")
-    found = operators(tmp_path / "onnx")
-    assert (found["MatMulNBits"], found["MatMul"]) == (1, 1)
+    counts = operators(tmp_path / "onnx")
+    assert (counts["MatMulNBits"], counts["MatMul"]) == (1, 1)
     assert report.verification is not None
     assert report.verification.passed
 
@@ -152,7 +152,7 @@ class Unlisted(nn.Module):
         return torch.matmul(self.up(x).unsqueeze(1), self.mixing[0])
 
 
-def test_a_constant_matrix_that_is_no_linear_layer_cannot_be_compared(tmp_path: Path) -> None:
+def test_a_constant_matrix_that_is_not_a_linear_layer_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"2,560 quantized values and the model's linear layers 2,048.*verify=False"):
         export_onnx(trace(Unlisted(), (torch.randn(2, 64),)), tmp_path / "onnx", quantize="int8")
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.loading.models import load_model, load_streamed, load_traced
 from gralora_fx.sources import safetensors_files as shards
-from gralora_fx.sources.lazy_tensors import defer, values_of
+from gralora_fx.sources.lazy_tensors import lazy_parameter, values_of
 
 CACHED = "text-generation-with-past"
 FILES = ("model.onnx", "model.onnx_data", "gralora_export.json", "genai_config.json", "config.json")
@@ -101,7 +101,7 @@ def test_no_more_than_two_weights_of_a_model_without_a_cache_are_read_at_once(
 def test_a_graph_of_other_operators_streams_too(tmp_path: Path) -> None:
     weight = torch.randn(4, 8)
     graph_module = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.GELU()))
-    getattr(graph_module, "0").weight = defer(lambda: weight, (4, 8), torch.float32)
+    getattr(graph_module, "0").weight = lazy_parameter(lambda: weight, (4, 8), torch.float32)
     x = torch.randn(3, 8)
     export_onnx(trace(graph_module, {"input": x}), tmp_path / "onnx", verify=False)
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
@@ -163,7 +163,7 @@ def test_a_streamed_model_cannot_be_compared(tmp_path: Path) -> None:
 def test_a_model_without_a_cache_names_weights_without_a_source(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = tiny_model("vit")
-    with pytest.raises(ExportError, match=r"stands on the meta device and nothing says where its values are; load"):
+    with pytest.raises(ExportError, match=r"is on the meta device and has no source of values; load"):
         export_onnx(trace(model), tmp_path / "onnx", verify=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -172,7 +172,7 @@ def test_meta_weights_without_a_source_are_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = tiny_model("llama")
     model.model.rotary_emb = tiny_model("llama").model.rotary_emb  # buffers have values
-    with pytest.raises(ExportError, match=r"stands on the meta device and nothing says where its values are; load"):
+    with pytest.raises(ExportError, match=r"is on the meta device and has no source of values; load"):
         export_onnx(trace(model, task=CACHED), tmp_path / "onnx", verify=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -211,10 +211,10 @@ def test_a_pickle_alone_is_refused(tmp_path: Path) -> None:
         load_streamed(tmp_path, CACHED)
 
 
-@pytest.mark.parametrize("place", ["../other.safetensors", "/etc/other.safetensors"])
-def test_an_index_that_points_outside_is_refused(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["../other.safetensors", "/etc/other.safetensors"])
+def test_an_index_that_points_outside_is_refused(target: str, tmp_path: Path) -> None:
     tiny_model("llama").config.save_pretrained(tmp_path)
-    index = {"weight_map": {"lm_head.weight": place}}
+    index = {"weight_map": {"lm_head.weight": target}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="outside its directory"):
         load_streamed(tmp_path, CACHED)
@@ -230,7 +230,7 @@ def test_values_are_made_whenever_they_are_read_and_cast_then() -> None:
         calls.append(1)
         return torch.tensor([1.0, 2.0])
 
-    parameter = defer(make, (2,), torch.float16)
+    parameter = lazy_parameter(make, (2,), torch.float16)
     assert parameter.is_meta
     for count in (1, 2):
         values = values_of(parameter, "weight")

@@ -38,10 +38,10 @@ def tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
     """Words of a vocabulary of 101, one token each."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(97))]
     words_alone = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
-    made = Tokenizer(words_alone)
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend = Tokenizer(words_alone)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, padding_side=padding_side, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=padding_side, **names)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def generated(project: Path, model: Path, class_name: str, **request: Any) -> li
     text = json.dumps({"model": str(model), "class": class_name, **request})
     done = subprocess.run(["node", "generate.mjs", text], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    tokens: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return tokens
 
 
 def batch(texts: Sequence[str], side: str) -> dict[str, torch.Tensor]:
@@ -82,8 +82,8 @@ def test_a_decoder_runs_unchanged(name: str, project: Path, tmp_path: Path) -> N
     merge_into(source, model)
     expected = source.generate(**batch(TEXTS, "left"), max_new_tokens=12, do_sample=False, eos_token_id=None)
     options = {"max_new_tokens": 12, "eos_token_id": None}
-    found = generated(project, tmp_path / "model", "AutoModelForCausalLM", texts=TEXTS, options=options)
-    assert found == expected.tolist()
+    tokens = generated(project, tmp_path / "model", "AutoModelForCausalLM", texts=TEXTS, options=options)
+    assert tokens == expected.tolist()
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
@@ -105,8 +105,8 @@ def test_an_encoder_decoder_runs_unchanged(name: str, project: Path, tmp_path: P
         read, request = batch(TEXTS, "right"), {"class": "AutoModelForSeq2SeqLM", "texts": TEXTS}
     start = torch.tensor(options.get("decoder_input_ids", [[1]] * len(TEXTS)))
     tokens = source.generate(**read, **{**options, "decoder_input_ids": start}, do_sample=False, num_beams=1)
-    found = generated(project, tmp_path / "model", request.pop("class"), **request, options=options)
-    assert [row[-12:] for row in found] == tokens[:, -12:].tolist()
+    answers = generated(project, tmp_path / "model", request.pop("class"), **request, options=options)
+    assert [row[-12:] for row in answers] == tokens[:, -12:].tolist()
     assert len(set(tokens[:, -12:].flatten().tolist())) > 1
 
 

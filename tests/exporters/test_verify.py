@@ -21,7 +21,7 @@ from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
-from gralora_fx.exporters.verification.float64_reference import Judge
+from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.greedy_tokens import compare_greedy
 from gralora_fx.exporters.verification.prompts import pad_prompts, random_prompts
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value, tolerance_of
@@ -139,8 +139,8 @@ def _damage(fault: str, graph: ir.Model) -> None:
         value.const_value = ir.tensor(value.const_value.numpy() * 1.01, name=name)
         return
     if fault == "cache":
-        place = next(i for i, value in enumerate(graph.graph.outputs) if value.name == "present.1.key")
-        value = graph.graph.outputs[place]
+        position = next(i for i, value in enumerate(graph.graph.outputs) if value.name == "present.1.key")
+        value = graph.graph.outputs[position]
     else:
         value = inputs["attention_mask" if fault == "mask" else "input_ids"]
     one = ir.Value(name="one", const_value=ir.tensor([1] if fault != "cache" else [0.5], name="one"))
@@ -156,20 +156,20 @@ def _damage(fault: str, graph: ir.Model) -> None:
         graph.graph.insert_before(graph.graph[0], [row, shape])
     else:
         node = ir.node("Mul", [value, one])
-    made = node.outputs[0]
-    made.shape, made.type = value.shape, value.type
+    output = node.outputs[0]
+    output.shape, output.type = value.shape, value.type
     if fault == "cache":
         producer = value.producer()
         assert producer is not None
-        value.name, made.name = "kept", "present.1.key"
+        value.name, output.name = "kept", "present.1.key"
         graph.graph.append(node)
-        graph.graph.outputs[place] = made
+        graph.graph.outputs[position] = output
         return
-    made.name = f"changed_{value.name}"
+    output.name = f"changed_{value.name}"
     own = {id(node)} | ({id(row), id(shape)} if fault == "batch" else set())
     for user, index in list(value.uses()):
         if id(user) not in own:
-            user.replace_input_with(index, made)
+            user.replace_input_with(index, output)
     after = shape if fault == "batch" else None
     if after is None:
         graph.graph.insert_before(graph.graph[0], node)
@@ -206,9 +206,11 @@ def test_the_manifest_says_which_level_was_run(export: Path, model: GraloraModel
     assert json.loads((export / "gralora_export.json").read_text())["verification"]["level"] == "full"
     quick = export_onnx(model, tmp_path / "onnx", quantize="int4").verification
     assert quick is not None
-    found = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["verification"]
-    assert found["level"] == quick.level == "quick"
-    assert found["reference"] == "the PyTorch model with 'default' active, its weights rounded as the export's are"
+    verification = json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["verification"]
+    assert verification["level"] == quick.level == "quick"
+    assert (
+        verification["reference"] == "the PyTorch model with 'default' active, its weights rounded as the export's are"
+    )
 
 
 @pytest.mark.parametrize("level", ["slow", "", None, True])
@@ -252,20 +254,22 @@ def test_a_cache_that_is_given_back_wrong_is_seen_by_its_tokens(
         graph.graph.outputs[list(graph.graph.outputs).index(value)] = doubled.outputs[0]
 
     session = open_session(damaged(export, tmp_path / "onnx", damage))
-    tokens = compare_greedy(session, model, [pad_prompts([[5, 9, 12]], steps=4)], Judge(model, 1e-4, exact=False))
+    tokens = compare_greedy(
+        session, model, [pad_prompts([[5, 9, 12]], steps=4)], ToleranceCheck(model, 1e-4, use_float64=False)
+    )
     assert tokens.step_errors[0] <= 1e-6
     assert min(tokens.step_errors[1:]) > 1e-3
 
 
-def test_a_near_tie_is_no_fault(export: Path, model: GraloraModel) -> None:
+def test_a_near_tie_is_not_an_error(export: Path, model: GraloraModel) -> None:
     """With a tolerance as wide as the logits any other token is one that could not be told."""
     other = adapted()
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.01)
     cases = [pad_prompts([[5, 9, 12], [7, 3]], steps=16)]
-    wide = compare_greedy(open_session(export), other.eval(), cases, Judge(other, 10.0, exact=False))
-    strict = compare_greedy(open_session(export), other.eval(), cases, Judge(other, 0.0, exact=False))
+    wide = compare_greedy(open_session(export), other.eval(), cases, ToleranceCheck(other, 10.0, use_float64=False))
+    strict = compare_greedy(open_session(export), other.eval(), cases, ToleranceCheck(other, 0.0, use_float64=False))
     assert wide.compared == strict.compared == 32
     assert wide.near_ties == wide.compared - wide.equal > 0
     assert strict.near_ties == 0
@@ -287,7 +291,7 @@ def test_tolerance_is_what_the_arithmetic_explains(precision: str, expected: flo
     assert tolerance_of(precision) == expected
 
 
-def test_gaps_count_what_is_no_number() -> None:
+def test_gaps_count_what_is_not_a_number() -> None:
     inf, nan = float("inf"), float("nan")
     same = torch.tensor([1.0, inf, -inf, nan])
     assert largest_gap(same, same.clone()) == 0.0
@@ -311,8 +315,10 @@ def test_layers_are_shown_by_their_largest() -> None:
 
 
 def test_an_export_of_another_base_is_refused(export: Path, model: GraloraModel) -> None:
-    found = json.loads((export / "gralora_export.json").read_text())["base_fingerprint"]
-    with pytest.raises(ExportError, match=f"was exported from another base: its weights have fingerprint {found[:12]}"):
+    fingerprint = json.loads((export / "gralora_export.json").read_text())["base_fingerprint"]
+    with pytest.raises(
+        ExportError, match=f"was exported from another base: its weights have fingerprint {fingerprint[:12]}"
+    ):
         verify_onnx(export, adapted(seed=1))
     with pytest.raises(ExportError, match="with its adapters active rather than folded"):
         verify_onnx(export, merge(model))
@@ -342,7 +348,7 @@ def test_an_export_after_a_merge_is_verified_with_its_base_and_adapter(model: Gr
         verify_onnx(tmp_path / "onnx", model.traced)
 
 
-def test_a_fresh_head_that_an_adapter_replaces_is_no_other_base(tmp_path: Path) -> None:
+def test_a_fresh_head_that_an_adapter_replaces_is_not_another_base(tmp_path: Path) -> None:
     """A classifier's base has no head of its own: it is drawn anew in every run, and the adapter's copy is exported."""
     source = tiny_model("bert", num_labels=3)
     config = peft.GraloraConfig(r=8, target_modules=["query"], task_type="SEQ_CLS", init_weights=False)

@@ -1,4 +1,4 @@
-"""Weights that are put together or turned round only where they are read or written."""
+"""Weights that are concatenated or transposed only when they are read or written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gralora_fx.exporters.onnx_passes.builder import known_size
-from gralora_fx.exporters.onnx_passes.merge_matmuls import join_products
+from gralora_fx.exporters.onnx_passes.builder import static_dim
+from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
 from gralora_fx.exporters.onnx_passes.quantize import quantize_weights
 from gralora_fx.exporters.options import Quantization
 from gralora_fx.exporters.translation import weights
@@ -25,7 +25,7 @@ def matrix(rows: int, columns: int, dtype: type = np.float32) -> ir.TensorProtoc
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_columns_are_the_parts_side_by_side(dtype: type) -> None:
+def test_a_concatenation_is_that_of_its_parts(dtype: type) -> None:
     parts = [matrix(3, width, dtype) for width in (2, 5, 1)]
     whole = concat_tensor("whole", parts)
     expected = np.concatenate([part.numpy() for part in parts], axis=1)
@@ -37,7 +37,9 @@ def test_columns_are_the_parts_side_by_side(dtype: type) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_a_turned_matrix_is_written_row_by_row(dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transposed_matrix_is_written_row_by_row(
+    dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weights, "_WRITTEN_AT_ONCE", 16)
     source = matrix(3, 7, dtype)
     turned = transposed_tensor("turned", source)
@@ -48,7 +50,7 @@ def test_a_turned_matrix_is_written_row_by_row(dtype: type, tmp_path: Path, monk
     assert (tmp_path / "values").read_bytes() == np.ascontiguousarray(source.numpy().T).tobytes() == turned.tobytes()
 
 
-def test_a_turned_matrix_is_not_copied_to_be_written(tmp_path: Path) -> None:
+def test_a_transposed_matrix_is_not_copied_to_be_written(tmp_path: Path) -> None:
     turned = transposed_tensor("turned", matrix(4096, 4096))
     with (tmp_path / "values").open("wb") as file:
         tracemalloc.start()
@@ -78,9 +80,9 @@ def test_products_of_one_tensor_and_width_are_one(tmp_path: Path) -> None:
     import onnxruntime
 
     model, expected = joint((8, 4, 8, 8))
-    assert join_products(model).changed == 2
+    assert merge_matmuls(model).changed == 2
     assert [node.op_type for node in model.graph] == ["MatMul", "Split", "MatMul"]
-    assert {known_size(node.inputs[1], 1) for node in model.graph if node.op_type == "MatMul"} == {24, 4}
+    assert {static_dim(node.inputs[1], 1) for node in model.graph if node.op_type == "MatMul"} == {24, 4}
     ir.save(model, tmp_path / "model.onnx")
     x = RNG.standard_normal((5, 32)).astype(np.float32)
     results = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).run(["y0", "y1", "y2", "y3"], {"x": x})
@@ -89,12 +91,12 @@ def test_products_of_one_tensor_and_width_are_one(tmp_path: Path) -> None:
 
 
 def test_blocks_of_columns_are_those_of_each_part() -> None:
-    how = Quantization("int4", 16, 4)
+    quantization = Quantization("int4", 16, 4)
     apart, _ = joint((8, 8))
-    together = ir.Model(apart.graph.clone(), ir_version=11)
-    join_products(together)
-    for model in (apart, together):
-        quantize_weights(model, how)
+    pad_prompts = ir.Model(apart.graph.clone(), ir_version=11)
+    merge_matmuls(pad_prompts)
+    for model in (apart, pad_prompts):
+        quantize_weights(model, quantization)
     alone = [apart.graph.initializers[f"w{index}_Q4"].const_value.numpy() for index in (0, 1)]
-    (name,) = [name for name in together.graph.initializers if name.endswith("_Q4")]
-    assert np.array_equal(together.graph.initializers[name].const_value.numpy(), np.concatenate(alone))
+    (name,) = [name for name in pad_prompts.graph.initializers if name.endswith("_Q4")]
+    assert np.array_equal(pad_prompts.graph.initializers[name].const_value.numpy(), np.concatenate(alone))

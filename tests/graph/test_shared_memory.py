@@ -169,8 +169,8 @@ def test_what_overlaps_is_told_by_elements() -> None:
         "meta": torch.zeros(2, device="meta"),
         "other": torch.zeros(8),
     }
-    found = {name: set(others) for name, others in overlapping(tensors).items()}
-    assert found == {
+    overlaps = {name: set(others) for name, others in overlapping(tensors).items()}
+    assert overlaps == {
         "left": {"row", "again", "bytes"},
         "right": {"row", "again", "bytes"},
         "row": {"left", "right", "again"},

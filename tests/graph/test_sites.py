@@ -45,9 +45,9 @@ def test_calls_are_nodes_that_use_the_sites_weight(name: str) -> None:
     seen: list[str] = []
     for site in traced(name).sites:
         for call in site.calls:
-            found = match_linear_call(nodes[call])
-            assert found is not None
-            assert parameters[found.weight.target] is site.weight
+            match = match_linear_call(nodes[call])
+            assert match is not None
+            assert parameters[match.weight.target] is site.weight
             seen.append(call)
     assert len(seen) == len(set(seen))
 
@@ -198,7 +198,7 @@ class NotSites(nn.Module):
         return self.conv(y.transpose(1, 2))
 
 
-def test_what_is_no_linear_layer_is_no_site() -> None:
+def test_what_is_not_a_linear_layer_is_not_a_site() -> None:
     assert trace(NotSites(), (torch.ones(2, 4, 4),)).sites == ()
 
 
@@ -233,7 +233,7 @@ def test_forms_of_a_linear_call(form: str) -> None:
             return call(x, self.w, self.b)
 
     graph_module = fx.symbolic_trace(Form())
-    matches = [found for node in graph_module.graph.nodes if (found := match_linear_call(node)) is not None]
+    matches = [match for node in graph_module.graph.nodes if (match := match_linear_call(node)) is not None]
     assert len(matches) == 1, graph_module.graph
     assert matches[0].stored_transposed is is_stored_transposed
     assert (matches[0].input.target, matches[0].weight.target) == ("x", "w")
@@ -336,9 +336,9 @@ def test_attention_of_another_width_has_a_site_for_each_weight() -> None:
 
 
 class Parts(nn.Module):
-    def __init__(self, how: str) -> None:
+    def __init__(self, view: str) -> None:
         super().__init__()
-        self.how = how
+        self.how = view
         self.weight = nn.Parameter(torch.randn(12, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -355,14 +355,14 @@ class Parts(nn.Module):
         return torch.cat([nn.functional.linear(x, first), x @ second.T], dim=-1)
 
 
-@pytest.mark.parametrize("how", ["slice", "narrow", "chunk", "split", "method"])
+@pytest.mark.parametrize("view", ["slice", "narrow", "chunk", "split", "method"])
 @pytest.mark.parametrize("symbolic", [False, True])
-def test_ways_to_take_rows(how: str, symbolic: bool) -> None:
+def test_ways_to_take_rows(view: str, symbolic: bool) -> None:
     torch.manual_seed(0)
-    source, x = Parts(how).eval(), torch.randn(3, 8)
+    source, x = Parts(view).eval(), torch.randn(3, 8)
     result = trace(fx.symbolic_trace(source) if symbolic else source, (x,))
     (site,) = result.sites
-    assert (site.in_features, site.out_features, len(site.calls)) == (8, 12, 1 if how == "method" else 2)
+    assert (site.in_features, site.out_features, len(site.calls)) == (8, 12, 1 if view == "method" else 2)
     model = rewrite(result, GraloraConfig(r=4, target_modules=["weight"], init_weights=False))
     with torch.no_grad():
         expected = x @ (source.weight + delta_weight(model.installed("default").update(site.path))).T

@@ -73,7 +73,7 @@ def test_removing_the_pass_gives_the_graph_back(model: GraloraModel) -> None:
     assert text(model) != before
     model.remove_pass(double_the_pooler)
     assert text(model) == before
-    with pytest.raises(RewriteError, match="is no pass of this model"):
+    with pytest.raises(RewriteError, match="is not a pass of this model"):
         model.remove_pass(double_the_pooler)
 
 

@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("adapter", [None, "headless"])
 def test_a_head_that_the_checkpoint_lacks_is_refused(folder: Path, adapter: str | None, stream: bool) -> None:
-    given = None if adapter is None else str(folder / adapter)
+    directory = None if adapter is None else str(folder / adapter)
     with pytest.raises(CheckpointError) as error:
-        load_traced(str(folder / "encoder"), given, CLASSIFIER, stream=stream)
+        load_traced(str(folder / "encoder"), directory, CLASSIFIER, stream=stream)
     assert "BertForSequenceClassification" in str(error.value)
     assert sorted(line.split(" [")[0] for line in str(error.value).splitlines()[1:]) == [
         "- missing classifier.bias",
@@ -52,15 +52,15 @@ def test_a_head_that_the_checkpoint_lacks_is_refused(folder: Path, adapter: str 
 
 
 def test_the_export_of_a_random_head_has_to_be_asked_for(folder: Path, tmp_path: Path) -> None:
-    given = ["--model", str(folder / "encoder"), "--task", CLASSIFIER, "--output", str(tmp_path / "onnx")]
-    refused = CliRunner().invoke(app, ["export", *given])
+    arguments = ["--model", str(folder / "encoder"), "--task", CLASSIFIER, "--output", str(tmp_path / "onnx")]
+    refused = CliRunner().invoke(app, ["export", *arguments])
     assert isinstance(refused.exception, CheckpointError)
     assert "or --allow-random-head" in str(refused.exception)
     assert not (tmp_path / "onnx").exists()
-    allowed = CliRunner().invoke(app, ["export", *given, "--allow-random-head", "--no-verify"])
+    allowed = CliRunner().invoke(app, ["export", *arguments, "--allow-random-head", "--no-verify"])
     assert allowed.exit_code == 0, allowed.output
     assert "missing classifier.weight [3, 32], so it has random values" in allowed.stderr
-    verified = CliRunner().invoke(app, ["verify", *given, "--allow-random-head"])
+    verified = CliRunner().invoke(app, ["verify", *arguments, "--allow-random-head"])
     assert verified.exit_code == 0, verified.output  # the same random values in every run
 
 
@@ -228,8 +228,8 @@ def test_a_truncated_shard_is_named(folder: Path, tmp_path: Path) -> None:
     [
         ("{folder}/classifier/config.json", "is not a directory; give the directory"),
         ("{folder}", "no config.json in"),
-        ("a\0b", "cannot be a path"),
-        ("a" * 5000, "cannot be a path"),
+        ("a\0b", "is not a valid path"),
+        ("a" * 5000, "is not a valid path"),
         ("/no/such/model", "no model can be loaded from /no/such/model"),
     ],
 )

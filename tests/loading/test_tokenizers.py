@@ -36,9 +36,9 @@ def damaged(base: Path, copy: Path, file: str, content: bytes | None) -> Path:
 def test_a_damaged_file_is_named(base: Path, tmp_path: Path, file: str, content: bytes | None) -> None:
     path = damaged(base, tmp_path / "base", file, content)
     for error in (CheckpointError, ServingError):
-        with pytest.raises(error, match=f"{file} (cannot be read as JSON|holds|is empty)") as found:
+        with pytest.raises(error, match=f"{file} (cannot be read as JSON|holds|is empty)") as caught:
             load_tokenizer(path, error)
-        assert len(str(found.value).splitlines()) == 1
+        assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_a_model_alone_has_no_tokenizer(tmp_path: Path) -> None:
 
 def test_an_export_with_a_damaged_tokenizer_writes_nothing(base: Path, tmp_path: Path) -> None:
     path = damaged(base, tmp_path / "base", "tokenizer.json", None)
-    given = ["export", "--model", str(path), "--output", str(tmp_path / "onnx"), "--no-verify"]
-    result = CliRunner().invoke(app, given)
+    arguments = ["export", "--model", str(path), "--output", str(tmp_path / "onnx"), "--no-verify"]
+    result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, CheckpointError)
     assert "load  " not in result.stderr  # it is told before the model is loaded
     with pytest.raises(ExportError, match=r"tokenizer.json cannot be read as JSON"):
         export_onnx(fresh_trace("bert"), tmp_path / "onnx", tokenizer=path, verify=False)
     assert not (tmp_path / "onnx").exists()
-    result = CliRunner().invoke(app, [*given, "--no-tokenizer"])
+    result = CliRunner().invoke(app, [*arguments, "--no-tokenizer"])
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "onnx" / "tokenizer.json").exists()

@@ -1,4 +1,4 @@
-"""The mathematics of GraLoRA, held against PEFT's layer."""
+"""The mathematics of GraLoRA, compared with PEFT's layer."""
 
 from __future__ import annotations
 

@@ -92,24 +92,24 @@ def check_alike(model: GraloraModel, other: GraloraModel, inputs: dict[str, Any]
     assert flags[0] == flags[1]
     assert [site.path for site in other.sites] == [site.path for site in model.sites]
     results = []
-    for each, place in ((model, "a"), (other, "b")):
-        found = [run(each, inputs)]
+    for each, folder in ((model, "a"), (other, "b")):
+        outputs = [run(each, inputs)]
         each.train()
-        found.append(run(each, inputs))
+        outputs.append(run(each, inputs))
         each.eval()
         if each.merged_adapters:
             each.unmerge_adapter()
-            found.append(run(each, inputs))
+            outputs.append(run(each, inputs))
         each.set_adapter("waiting")
-        found.append(run(each, inputs))
+        outputs.append(run(each, inputs))
         each.merge_adapter()
-        found.append(run(each, inputs))
+        outputs.append(run(each, inputs))
         each.unmerge_adapter()
         each.add_adapter("new", GraloraConfig(r=2, target_modules="all-linear"))
-        each.save_pretrained(directory / place)
-        found += [run(merge(each, name), inputs) for name in ("default", "waiting")]
-        found.append(run(each.unload(), inputs))
-        results.append(found)
+        each.save_pretrained(directory / folder)
+        outputs += [run(merge(each, name), inputs) for name in ("default", "waiting")]
+        outputs.append(run(each.unload(), inputs))
+        results.append(outputs)
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
     for file in sorted(path.relative_to(directory / "a") for path in (directory / "a").rglob("*.*")):

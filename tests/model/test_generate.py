@@ -63,12 +63,12 @@ def llamas() -> Pair:
     ids=str,
 )
 def test_tokens_are_those_of_pefts_generate(generators: Pair, options: dict[str, Any]) -> None:
-    batch, found = text_batch(padding="left"), []
+    batch, tokens = text_batch(padding="left"), []
     for model in generators:
         torch.manual_seed(3)
-        found.append(model.generate(**batch, max_new_tokens=6, **options))
-    assert torch.equal(*found)
-    assert len({tuple(row) for row in found[0][:, -6:].tolist()}) > 1, "rows that are all alike show nothing"
+        tokens.append(model.generate(**batch, max_new_tokens=6, **options))
+    assert torch.equal(*tokens)
+    assert len({tuple(row) for row in tokens[0][:, -6:].tolist()}) > 1, "rows that are all alike show nothing"
 
 
 def test_the_prompt_by_position_and_a_configuration(llamas: Pair) -> None:
@@ -76,9 +76,9 @@ def test_the_prompt_by_position_and_a_configuration(llamas: Pair) -> None:
     config = transformers.GenerationConfig(max_new_tokens=4, pad_token_id=0)
     ours, theirs = (model.generate(ids, generation_config=config) for model in llamas)
     assert torch.equal(ours, theirs)
-    given = copy.deepcopy(llamas[0])
-    given.generation_config = transformers.GenerationConfig(max_new_tokens=4, pad_token_id=0)
-    assert torch.equal(given.generate(inputs=ids), theirs)
+    model_copy = copy.deepcopy(llamas[0])
+    model_copy.generation_config = transformers.GenerationConfig(max_new_tokens=4, pad_token_id=0)
+    assert torch.equal(model_copy.generate(inputs=ids), theirs)
 
 
 def test_scores_and_a_cache_to_go_on_with(llamas: Pair) -> None:
@@ -171,7 +171,7 @@ def test_models_that_do_not_generate_or_in_a_way_of_their_own() -> None:
     with pytest.raises(TraceError, match="BertForSequenceClassification does not generate"):
         model.generate(torch.tensor([[5, 6]]))
     whisper = transformers.WhisperForConditionalGeneration
-    with pytest.raises(TraceError, match=r"way of its own \(generate, prepare_inputs_for_generation\)"):
+    with pytest.raises(TraceError, match=r"customises generation \(generate, prepare_inputs_for_generation\)"):
         check_generation(whisper.__name__, whisper, {})
     for alike in (
         transformers.Phi3ForCausalLM,

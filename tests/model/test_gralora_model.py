@@ -35,12 +35,12 @@ def text(model: GraloraModel | TracedModel) -> str:
 def structure(model: GraloraModel) -> list[tuple[str, str, str]]:
     """A graph without the names of its nodes, which count on when an adapter goes out and in again."""
     numbers: dict[Any, str] = {}
-    found = []
+    entries = []
     for node in model.graph_module.graph.nodes:
         numbers[node] = f"%{len(numbers)}"
         arguments = torch.fx.map_arg((node.args, dict(node.kwargs)), numbers.__getitem__)
-        found.append((node.op, node.name if node.op == "placeholder" else str(node.target), repr(arguments)))
-    return found
+        entries.append((node.op, node.name if node.op == "placeholder" else str(node.target), repr(arguments)))
+    return entries
 
 
 # -- what rewrite does --------------------------------------------------------------------------------------------
@@ -99,17 +99,17 @@ def test_a_plan_is_carried_out_as_it_stands() -> None:
 
 def test_a_plan_of_another_model_is_refused() -> None:
     other = plan(fresh_trace("bert", seed=1), GraloraConfig(r=8, target_modules=["key"]))
-    with pytest.raises(RewriteError, match="of the plan is no site of this model; plan it again"):
+    with pytest.raises(RewriteError, match="of the plan is not a site of this model; plan it again"):
         rewrite(traced("bert"), other)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "forward", 3, "train"])
 def test_bad_adapter_names(name: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name!r} cannot name an adapter; take letters, digits"):
+    with pytest.raises(ConfigError, match=f"{name!r} cannot name an adapter; use letters, digits"):
         rewrite(traced("bert"), GraloraConfig(**QUERY), adapter_name=name)
 
 
-def test_a_peft_object_is_no_configuration_here() -> None:
+def test_a_peft_object_is_not_a_configuration_here() -> None:
     import peft
 
     with pytest.raises(ConfigError, match="but got a GraloraConfig; convert a live PEFT configuration with"):

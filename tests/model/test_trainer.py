@@ -52,7 +52,7 @@ def source(kind: str, **overrides: Any) -> PreTrainedModel:
 def rows(kind: str, count: int = 12, length: int = 8) -> list[dict[str, Any]]:
     """Examples of unequal lengths, padded, with a column that no model takes."""
     generator = torch.Generator().manual_seed(3)
-    found = []
+    batches = []
     for index in range(count):
         pad = index % 3
         ids = torch.randint(3, 100, (length - pad,), generator=generator).tolist()
@@ -70,8 +70,8 @@ def rows(kind: str, count: int = 12, length: int = 8) -> list[dict[str, Any]]:
             "cached text": {"labels": ids + padding},
             "translation": {"labels": ids[: 4 - pad] + padding},
         }[kind]
-        found.append(row)
-    return found
+        batches.append(row)
+    return batches
 
 
 def arguments(directory: Path, **fields: Any) -> TrainingArguments:
@@ -96,12 +96,12 @@ def logged(trainer: Trainer, name: str = "loss") -> list[float]:
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[GraloraModel, peft.PeftModel]]:
     """Copies of one pair of models for each kind, ours and PEFT's with the same adapter."""
-    made: dict[str, tuple[GraloraModel, peft.PeftModel]] = {}
+    pairs: dict[str, tuple[GraloraModel, peft.PeftModel]] = {}
 
     def pair(kind: str) -> tuple[GraloraModel, peft.PeftModel]:
-        if kind not in made:
-            made[kind] = same_adapter(source(kind), tmp_path_factory.mktemp("adapter"), task=KINDS[kind][2])
-        ours, theirs = made[kind]
+        if kind not in pairs:
+            pairs[kind] = same_adapter(source(kind), tmp_path_factory.mktemp("adapter"), task=KINDS[kind][2])
+        ours, theirs = pairs[kind]
         return copy.deepcopy(ours), copy.deepcopy(theirs)
 
     return pair
@@ -130,7 +130,7 @@ def test_training_evaluation_and_prediction_are_pefts(kind: str, pair_of: Any, t
     mine, pefts = (trainer.predict(rows(kind)[:5]).predictions for trainer in (ours, theirs))
     for left, right in zip(*([p if isinstance(p, tuple) else (p,) for p in (mine, pefts)]), strict=True):
         is_text = torch.tensor([row["attention_mask"] for row in rows(kind)[:5]]).bool()
-        kept = is_text if kind == "cached text" else slice(None)  # what stands on padding has no meaning
+        kept = is_text if kind == "cached text" else slice(None)  # values at padding have no meaning
         assert torch.allclose(torch.tensor(left)[kept], torch.tensor(right)[kept], atol=1e-4)
 
 
@@ -138,7 +138,7 @@ def test_training_evaluation_and_prediction_are_pefts(kind: str, pair_of: Any, t
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "text"])
 def test_accumulated_batches_are_one_large_batch(kind: str, pair_of: Any, tmp_path: Path) -> None:
     ours, _ = pair_of(kind)
-    found = []
+    losses = []
     for batch, steps in ((12, 1), (3, 4)):
         kept = GradientKeeper()
         settings = {"max_steps": 1, "per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
@@ -149,8 +149,8 @@ def test_accumulated_batches_are_one_large_batch(kind: str, pair_of: Any, tmp_pa
             callbacks=[kept],
         )
         trainer.train()
-        found.append((kept.gradients, logged(trainer)))
-    (large, loss), (accumulated, total) = found
+        losses.append((kept.gradients, logged(trainer)))
+    (large, loss), (accumulated, total) = losses
     assert total == pytest.approx(loss, rel=1e-5)
     for name, gradient in large.items():
         assert torch.allclose(accumulated[name], gradient, rtol=1e-4, atol=1e-6), name
@@ -209,7 +209,7 @@ def test_label_smoothing_is_pefts(kind: str, pair_of: Any, tmp_path: Path) -> No
 
 
 def test_generation_within_evaluation_is_pefts(pair_of: Any, tmp_path: Path) -> None:
-    tokenizer, found = tiny_tokenizer(), []
+    tokenizer, predictions = tiny_tokenizer(), []
     examples = [{n: row[n] for n in ("input_ids", "attention_mask", "labels")} for row in rows("translation")[::3]]
     for model in pair_of("translation"):
         settings = arguments(tmp_path, max_steps=1).to_dict()
@@ -226,8 +226,8 @@ def test_generation_within_evaluation_is_pefts(pair_of: Any, tmp_path: Path) -> 
             processing_class=tokenizer,
         )
         trainer.train()
-        found.append(trainer.predict(examples).predictions.tolist())
-    assert found[0] == found[1]
+        predictions.append(trainer.predict(examples).predictions.tolist())
+    assert predictions[0] == predictions[1]
 
 
 def test_text_collated_by_transformers(pair_of: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from gralora_fx import GraloraModel
 from gralora_fx.compat.pytree import tree_leaves
-from gralora_fx.graph.annotations import mark_of
+from gralora_fx.graph.annotations import annotation_of
 
 
 class _Recorder(fx.Interpreter):
@@ -19,13 +19,17 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph_module)
         self.before: dict[str, Tensor] = {}
         self.after: dict[str, Tensor] = {}
-        self._calls = {found["call"] for node in graph_module.graph.nodes if "call" in (found := mark_of(node) or {})}
+        self._calls = {
+            annotation["call"]
+            for node in graph_module.graph.nodes
+            if "call" in (annotation := annotation_of(node) or {})
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self._calls:
             self.before[n.name] = value.clone()
-        call = (mark_of(n) or {}).get("call")
+        call = (annotation_of(n) or {}).get("call")
         if call is not None:
             self.after[call] = value
         return value

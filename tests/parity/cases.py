@@ -22,7 +22,7 @@ class Case:
         dtype: Data type of the base.
         rank: Number of dimensions of a plain model's input.
         optimizer: Name of the optimizer whose step is compared.
-        method: PEFT's name of the method.
+        method: PEFT's name for the method.
     """
 
     architecture: str
@@ -74,7 +74,7 @@ def _sizes(arch: Architecture) -> dict[str, dict[str, Any]]:
 def _targets(arch: Architecture) -> dict[str, dict[str, Any]]:
     """The ways to name modules and layers."""
     two, last = list(arch.attention), arch.layers - 1
-    found: dict[str, dict[str, Any]] = {
+    targets: dict[str, dict[str, Any]] = {
         "paths": {"target_modules": list(arch.paths), **SMALL},
         "regex": {"target_modules": arch.pattern, **SMALL},
         "all-linear": {"target_modules": "all-linear", **SMALL},
@@ -91,24 +91,24 @@ def _targets(arch: Architecture) -> dict[str, dict[str, Any]]:
         },
     }
     if arch.has_default:
-        found["none"] = {"target_modules": None, **SMALL}
-    return found
+        targets["none"] = {"target_modules": None, **SMALL}
+    return targets
 
 
 def _trained(arch: Architecture) -> dict[str, dict[str, Any]]:
     """Biases and whole modules that train beside the adapters."""
     two = list(arch.attention)
-    found: dict[str, dict[str, Any]] = {}
+    trained: dict[str, dict[str, Any]] = {}
     if arch.has_biases:
-        found["bias-all"] = {"target_modules": two, **SMALL, "bias": "all"}
-        found["bias-gralora-only"] = {"target_modules": two, **HYBRID, "bias": "gralora_only"}
+        trained["bias-all"] = {"target_modules": two, **SMALL, "bias": "all"}
+        trained["bias-gralora-only"] = {"target_modules": two, **HYBRID, "bias": "gralora_only"}
     if arch.norm:
-        found["saved-norm"] = {"target_modules": two, **SMALL, "modules_to_save": [arch.norm]}
+        trained["saved-norm"] = {"target_modules": two, **SMALL, "modules_to_save": [arch.norm]}
     if arch.head:
-        found["saved-head"] = {"target_modules": two, **HYBRID, "modules_to_save": [arch.head]}
+        trained["saved-head"] = {"target_modules": two, **HYBRID, "modules_to_save": [arch.head]}
     if arch.is_classifier:
-        found["seq-cls"] = {"target_modules": two, **SMALL, "task_type": "SEQ_CLS"}
-    return found
+        trained["seq-cls"] = {"target_modules": two, **SMALL, "task_type": "SEQ_CLS"}
+    return trained
 
 
 TRANSPOSED = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}

@@ -89,19 +89,19 @@ def sites(pair: Pair) -> str:
         return "PEFT adapted nothing, so nothing is compared"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is False", UserWarning)
-        given = plan(pair.ours.traced, CONFIGS[pair.case.method](**pair.case.fields))
-    for origin, planned in {"given": given, "saved": pair.ours.plans["default"]}.items():
-        found = {entry.site.path for entry in planned.selected}
-        if found != expected:
-            return f"as {origin}: only here {sorted(found - expected)}, only in PEFT {sorted(expected - found)}"
+        planned_by_default = plan(pair.ours.traced, CONFIGS[pair.case.method](**pair.case.fields))
+    for origin, planned in {"given": planned_by_default, "saved": pair.ours.plans["default"]}.items():
+        adapted = {entry.site.path for entry in planned.selected}
+        if adapted != expected:
+            return f"as {origin}: only here {sorted(adapted - expected)}, only in PEFT {sorted(expected - adapted)}"
     return ""
 
 
 def count(pair: Pair) -> str:
     """As many values train."""
     expected = pair.theirs.get_nb_trainable_parameters()[0]
-    found = pair.ours.get_nb_trainable_parameters()[0], pair.ours.plans["default"].trainable_parameters
-    return "" if found == (expected, expected) else f"{found[0]} train, the plan says {found[1]}, PEFT's {expected}"
+    counts = pair.ours.get_nb_trainable_parameters()[0], pair.ours.plans["default"].trainable_parameters
+    return "" if counts == (expected, expected) else f"{counts[0]} train, the plan says {counts[1]}, PEFT's {expected}"
 
 
 def logits(pair: Pair) -> str:
@@ -109,10 +109,10 @@ def logits(pair: Pair) -> str:
     with torch.no_grad():
         expected = peft_output(pair.theirs, pair)
         base = main_output(pair.ours.traced(**pair.inputs))
-        found = main_output(pair.ours(**pair.inputs))
+        actual = main_output(pair.ours(**pair.inputs))
     if not pair.case.starts_at_zero and _far({"": base}, {"": expected}, 1e-4) == "":
         return "the adapter does nothing, so nothing is compared"
-    return _far({"logits": found}, {"logits": expected}, pair.tolerance.logits)
+    return _far({"logits": actual}, {"logits": expected}, pair.tolerance.logits)
 
 
 def acts(pair: Pair) -> str:
@@ -135,11 +135,11 @@ def gradients(pair: Pair) -> str:
     absent = {key for key, p in theirs.items() if p.grad is None} ^ {key for key, p in mine.items() if p.grad is None}
     if mine.keys() != theirs.keys() or absent:
         return f"gradients of other tensors: {sorted(mine.keys() ^ theirs.keys()) or sorted(absent)}"
-    found = {key: p.grad for key, p in mine.items() if p.grad is not None}
+    actual = {key: p.grad for key, p in mine.items() if p.grad is not None}
     expected = {key: p.grad for key, p in theirs.items() if p.grad is not None}
     # a gradient that is zero in exact arithmetic (a key's bias, which softmax does not see) is rounding noise
     noise = 1e-2 * max(float(t.abs().max()) for t in expected.values())
-    return _far(found, expected, pair.tolerance.gradients, noise)
+    return _far(actual, expected, pair.tolerance.gradients, noise)
 
 
 def step(pair: Pair) -> str:
@@ -165,11 +165,11 @@ def step(pair: Pair) -> str:
 def saved(pair: Pair) -> str:
     """What is saved has PEFT's keys and, bit for bit, the tensors that were loaded."""
     pair.ours.save_pretrained(pair.directory / "ours")
-    found = load((pair.directory / "ours" / WEIGHTS_NAME).read_bytes())
-    if found.keys() != pair.tensors.keys():
-        extra, absent = sorted(found.keys() - pair.tensors.keys()), sorted(pair.tensors.keys() - found.keys())
+    actual = load((pair.directory / "ours" / WEIGHTS_NAME).read_bytes())
+    if actual.keys() != pair.tensors.keys():
+        extra, absent = sorted(actual.keys() - pair.tensors.keys()), sorted(pair.tensors.keys() - actual.keys())
         return f"only here {extra}, only in PEFT's {absent}"
-    changed = [key for key, t in found.items() if t.dtype != pair.tensors[key].dtype or not t.equal(pair.tensors[key])]
+    changed = [key for key, t in actual.items() if t.dtype != pair.tensors[key].dtype or not t.equal(pair.tensors[key])]
     return f"other tensors: {changed}" if changed else ""
 
 
@@ -177,8 +177,8 @@ def peft_loads(pair: Pair) -> str:
     """PEFT gives its outputs from the directory that was saved here."""
     loaded = load_in_peft(base_model(pair.case.architecture, pair.case.dtype), pair.directory / "ours")
     with torch.no_grad():
-        found, expected = peft_output(loaded, pair), peft_output(pair.theirs, pair)
-    return _far({"logits": found}, {"logits": expected}, pair.tolerance.logits)
+        actual, expected = peft_output(loaded, pair), peft_output(pair.theirs, pair)
+    return _far({"logits": actual}, {"logits": expected}, pair.tolerance.logits)
 
 
 def merged(pair: Pair) -> str:
@@ -191,8 +191,8 @@ def merged(pair: Pair) -> str:
     absent = theirs.keys() - ours.tree.parameters.keys()
     if absent:
         return f"missing: {sorted(absent)}"
-    found = {key: ours.tree.parameters[key] for key in theirs}
-    return _far(found, theirs, pair.tolerance.merged)
+    actual = {key: ours.tree.parameters[key] for key in theirs}
+    return _far(actual, theirs, pair.tolerance.merged)
 
 
 # in the order in which they are compared; `merged` spends PEFT's model
@@ -251,16 +251,16 @@ def peft_output(theirs: peft.PeftModel, pair: Pair) -> Tensor:
 
 def merged_parameters(theirs: peft.PeftModel) -> dict[str, Tensor]:
     """The base's parameters by their own names, with PEFT's deltas and trained copies, open to autograd."""
-    found: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     for name, parameter in theirs.named_parameters():
         if not _ADAPTERS.search(name) and "original_module" not in name:
             own = name.removeprefix("base_model.model.").replace("base_layer.", "")
-            found[own.replace("modules_to_save.default.", "")] = parameter
+            parameters[own.replace("modules_to_save.default.", "")] = parameter
     for name, module in theirs.named_modules():
         if isinstance(module, (GraloraLayer, LoraLayer)):
             key = f"{name.removeprefix('base_model.model.')}.weight"
-            found[key] = (found[key] + module.get_delta_weight("default")).to(found[key].dtype)
-    return found
+            parameters[key] = (parameters[key] + module.get_delta_weight("default")).to(parameters[key].dtype)
+    return parameters
 
 
 def _perturb_biases(theirs: peft.PeftModel) -> None:
@@ -286,11 +286,11 @@ def _our_parameters(pair: Pair) -> dict[str, nn.Parameter]:
 # -- distances ----------------------------------------------------------------------------------------------------
 
 
-def _far(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, floor: float = 0.0) -> str:
+def _far(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, floor: float = 0.0) -> str:
     """Which tensors are further apart than `tolerance` times the largest value (or `floor`), the worst first."""
     problems: list[tuple[float, str]] = []
     for key, theirs in expected.items():
-        mine, theirs = found[key].detach(), theirs.detach()
+        mine, theirs = actual[key].detach(), theirs.detach()
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             return f"{key} is {mine.dtype} {list(mine.shape)}, in PEFT {theirs.dtype} {list(theirs.shape)}"
         distance = float((mine.double() - theirs.double()).abs().max()) if mine.numel() else 0.0

@@ -100,10 +100,10 @@ def test_autocast_gives_the_data_type_of_the_base_layer(tmp_path: Path) -> None:
     ours, theirs = both_sides(x, tmp_path)
     lora = peft.get_peft_model(Layers(), peft.LoraConfig(r=4, target_modules=["first", "second"]))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        right, found, wrong = lora(x), ours(x), theirs(x)
+        right, actual, wrong = lora(x), ours(x), theirs(x)
     assert right.dtype == torch.bfloat16
-    assert found.dtype == right.dtype
-    assert relative_error(found.float(), by_merged_weights(theirs, x)) < 3e-2
+    assert actual.dtype == right.dtype
+    assert relative_error(actual.float(), by_merged_weights(theirs, x)) < 3e-2
     peft_still(wrong.dtype != right.dtype, "gives float32 under autocast, where its LoRA gives bfloat16")
 
 
@@ -123,7 +123,7 @@ def test_training_leaves_the_output_of_the_base_layer_alone(tmp_path: Path) -> N
 
 
 class Recorder(torch.fx.Interpreter):
-    """Runs a graph and keeps what one node gave, as it stands at the end."""
+    """Runs a graph and keeps one node's result, as it is at the end."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, node: str) -> None:
         super().__init__(graph_module)
@@ -188,9 +188,9 @@ def test_a_failed_injection_leaves_the_model_whole() -> None:
 
 def test_layers_to_transform_counts_beside_all_linear() -> None:
     fields = {"target_modules": "all-linear", "layers_to_transform": [1], **SMALL}
-    found = {entry.site.path for entry in plan(base_trace("llama"), GraloraConfig(**fields)).selected}
-    assert len(found) == 7
-    assert all(path.startswith("model.layers.1.") for path in found)
+    adapted = {entry.site.path for entry in plan(base_trace("llama"), GraloraConfig(**fields)).selected}
+    assert len(adapted) == 7
+    assert all(path.startswith("model.layers.1.") for path in adapted)
     theirs = adapted_paths(peft_model(base_model("llama"), **fields))
     peft_still(len(theirs) == 14, "ignores layers_to_transform beside all-linear")
 
@@ -254,8 +254,8 @@ def test_merged_half_precision_weights_are_rounded_once(dtype: torch.dtype, tmp_
     unloaded = dict(theirs.merge_and_unload().named_parameters())
     keys = [key for key in exact if key.endswith(("query.weight", "value.weight"))]
 
-    def other_than_rounded(found: dict[str, Any]) -> float:
-        wrong = [(found[key].float() != exact[key].to(dtype).float()).float().mean() for key in keys]
+    def other_than_rounded(weights: dict[str, Any]) -> float:
+        wrong = [(weights[key].float() != exact[key].to(dtype).float()).float().mean() for key in keys]
         return float(sum(wrong)) / len(wrong)
 
     # float32 accumulation may decide a tie, or next to one, otherwise than float64
@@ -313,8 +313,8 @@ def test_a_file_of_the_papers_code_has_the_papers_scale(hybrid_r: int, tmp_path:
     base = Layers()
     with pytest.warns(UserWarning, match="format of the paper's own code"):
         ours = GraloraModel.from_pretrained(trace(base, (torch.randn(2, HIDDEN),)), tmp_path)
-    found = merge(ours).tree.parameters["first.weight"] - base.first.weight
-    assert relative_error(found, expected) < 1e-5
+    update = merge(ours).tree.parameters["first.weight"] - base.first.weight
+    assert relative_error(update, expected) < 1e-5
 
     def misreads() -> bool:
         layer = load_in_peft(Layers(), tmp_path).base_model.model.first

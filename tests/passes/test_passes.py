@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.errors import MergeError, RewriteError
-from gralora_fx.graph.annotations import mark, mark_of, marked_nodes, unmark
+from gralora_fx.graph.annotations import annotate, annotated_nodes, annotation_of, remove_annotation
 from gralora_fx.methods.gralora import Factors, initial_factors
 from gralora_fx.methods.method import AdapterDims, Update
 from gralora_fx.methods.registry import GRALORA
 from gralora_fx.passes.adapter_paths import put
 from gralora_fx.passes.fold_weights import SiteUpdate, fold_in_place, folded_weights, set_weights
 from gralora_fx.passes.insert_adapter import insert_adapter
-from gralora_fx.passes.redirect_parameters import own_parameters
+from gralora_fx.passes.redirect_parameters import redirect_parameters
 
 
 class Mlp(nn.Module):
@@ -112,12 +112,12 @@ def test_the_graph_before_and_after(base: TracedModel) -> None:
 def test_the_number_of_nodes_added(base: TracedModel, fields: dict[str, Any], added: int) -> None:
     model = adapted(base, **fields)
     assert len(model.graph_module.graph.nodes) - len(base.graph_module.graph.nodes) == added
-    marked = list(marked_nodes(model.graph_module.graph, "default"))
+    marked = list(annotated_nodes(model.graph_module.graph, "default"))
     assert len(marked) == added
 
 
 def test_marks_name_site_adapter_and_call(base: TracedModel) -> None:
-    nodes = list(marked_nodes(adapted(base).graph_module.graph, "default"))
+    nodes = list(annotated_nodes(adapted(base).graph_module.graph, "default"))
     assert {tuple(sorted(node.meta["custom"]["gralora"].items())) for node in nodes} == {
         (("adapter", "default"), ("call", "linear"), ("site", "up"))
     }
@@ -125,7 +125,7 @@ def test_marks_name_site_adapter_and_call(base: TracedModel) -> None:
 
 def test_marks_survive_a_copy(base: TracedModel) -> None:
     copied = copy.deepcopy(adapted(base)).graph_module
-    assert len(list(marked_nodes(copied.graph, "default"))) == 13
+    assert len(list(annotated_nodes(copied.graph, "default"))) == 13
 
 
 @pytest.mark.parametrize("order", [["default", "b", "c"], ["c", "default", "b"], ["b", "c", "default"]])
@@ -137,7 +137,9 @@ def test_the_graph_depends_on_the_active_adapters_only(base: TracedModel, order:
     expected = str(model.graph_module.graph)
     for names in (["c"], ["b", "default"], order):
         model.set_adapter(names)
-        assert {found["adapter"] for n in model.graph_module.graph.nodes if (found := mark_of(n))} == set(names)
+        assert {
+            annotation["adapter"] for n in model.graph_module.graph.nodes if (annotation := annotation_of(n))
+        } == set(names)
     assert str(model.graph_module.graph) == expected
     model.set_adapter("default")
     assert str(model.graph_module.graph) == ADAPTED
@@ -154,7 +156,7 @@ def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
     graph_module.graph.erase_node(node)
     before = str(graph_module.graph)
     names = {"A": "a", "B": "b"}
-    with pytest.raises(RewriteError, match="up: node 'linear' is no linear call of this graph any more; trace the"):
+    with pytest.raises(RewriteError, match="up: node 'linear' is not a linear call of this graph any more; trace the"):
         insert_adapter(graph_module, base.sites[0], "default", names, method=GRALORA, dims=AdapterDims(2, 2), scale=1.0)
     assert str(graph_module.graph) == before
 
@@ -170,12 +172,12 @@ def test_owned_parameters_are_read(base: TracedModel) -> None:
     names = {f"down.{name}": f"mine.down.{name}" for name in ("weight", "bias")}
     for own in names.values():
         put(graph_module, own, nn.Parameter(torch.zeros(2, 6) if own.endswith("weight") else torch.ones(2)))
-    assert own_parameters(graph_module, tree, "down", "mine", names) is True
+    assert redirect_parameters(graph_module, tree, "down", "mine", names) is True
     targets = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
     assert targets == ["up.weight", "up.bias", "mine.down.weight", "mine.down.bias"]
     graph_module.recompile()
     assert torch.equal(graph_module(torch.randn(3, 4)), torch.ones(3, 2))
-    assert own_parameters(graph_module, tree, "down", "mine", names) is False
+    assert redirect_parameters(graph_module, tree, "down", "mine", names) is False
 
 
 # -- fold ---------------------------------------------------------------------------------------------------------
@@ -250,14 +252,14 @@ def test_a_weight_that_something_else_reads_is_not_folded() -> None:
 def test_marks() -> None:
     graph = fx.Graph()
     node = graph.placeholder("x")
-    assert mark_of(node) is None
-    mark(node, adapter="a", site="s")
-    assert mark_of(node) == {"adapter": "a", "site": "s"}
-    assert list(marked_nodes(graph, "a")) == [node]
-    assert list(marked_nodes(graph, "b")) == []
+    assert annotation_of(node) is None
+    annotate(node, adapter="a", site="s")
+    assert annotation_of(node) == {"adapter": "a", "site": "s"}
+    assert list(annotated_nodes(graph, "a")) == [node]
+    assert list(annotated_nodes(graph, "b")) == []
     node.meta["custom"]["other"] = 1
-    unmark(node)
+    remove_annotation(node)
     assert node.meta["custom"] == {"other": 1}
     del node.meta["custom"]["other"]
-    unmark(node)
+    remove_annotation(node)
     assert "custom" not in node.meta

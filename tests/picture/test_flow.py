@@ -51,9 +51,9 @@ def test_edges_of_a_known_module() -> None:
 def test_order_is_that_of_computation() -> None:
     flow = flow_of(traced("bert"))
     paths = [item.path for item in flow.items]
-    place = paths.index
-    assert place("input_ids") < place("bert.embeddings") < place("bert.encoder.layer.0.attention.self.query")
-    assert place("bert.encoder.layer.1.output.dense") < place("bert.pooler.dense") < place("classifier")
+    index = paths.index
+    assert index("input_ids") < index("bert.embeddings") < index("bert.encoder.layer.0.attention.self.query")
+    assert index("bert.encoder.layer.1.output.dense") < index("bert.pooler.dense") < index("classifier")
     assert paths[-1] == "output"
     edges = {(a.path, b.path) for a, b in flow.edges}
     layer = "bert.encoder.layer.0"

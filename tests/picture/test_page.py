@@ -105,7 +105,7 @@ def test_one_scale_holds_for_every_colour_of_a_page() -> None:
     assert len(cells) == 6
     for colour, number in cells:
         shades = [heat_colour(float(number), largest), colour]
-        channels = [[int(shade[place : place + 2], 16) for place in (1, 3, 5)] for shade in shades]
+        channels = [[int(shade[start : start + 2], 16) for start in (1, 3, 5)] for shade in shades]
         assert max(abs(a - b) for a, b in zip(*channels, strict=True)) < 16  # the number is rounded
 
 

@@ -177,7 +177,7 @@ def test_what_cannot_be_drawn_is_refused() -> None:
     chosen = plan(traced("gpt2"), GraloraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True))
     with pytest.raises(RewriteError, match="leave plan out"):
         svg_of(bert(), plan=chosen)
-    with pytest.raises(RewriteError, match=r"transformer\.h\.0\.attn\.c_attn of the plan is no site of this model"):
+    with pytest.raises(RewriteError, match=r"transformer\.h\.0\.attn\.c_attn of the plan is not a site of this model"):
         svg_of(traced("bert"), plan=chosen)
 
 

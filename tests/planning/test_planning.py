@@ -221,7 +221,7 @@ def test_a_container_that_does_not_exist_lists_those_that_do() -> None:
     ],
     ids=["container", "norm", "embedding", "pattern"],
 )
-def test_a_named_module_that_is_no_linear_layer(targets: Any, message: str) -> None:
+def test_a_named_module_that_is_not_a_linear_layer(targets: Any, message: str) -> None:
     assert re.search(message, problem("bert", target_modules=targets))
 
 
@@ -313,7 +313,7 @@ def sizes(result: RewritePlan) -> dict[str, tuple[int, int, int, float]]:
 
 
 def test_patterns_set_the_sizes_of_the_layers_they_name() -> None:
-    found = sizes(
+    actual = sizes(
         planned(
             "bert",
             target_modules=ALL,
@@ -325,22 +325,22 @@ def test_patterns_set_the_sizes_of_the_layers_they_name() -> None:
         )
     )
     attention = "bert.encoder.layer.{}.attention.self.{}".format
-    assert found[attention(0, "query")] == (6, 2, 2, 20 / 8)  # the whole path counts before the end of one
-    assert found[attention(1, "query")] == (4, 2, 2, 20 / 6)
-    assert found[attention(0, "key")] == (8, 2, 2, 2.0)
-    assert found[attention(1, "key")] == (12, 4, 2, 20 / 14)
-    assert found[attention(0, "value")] == (8, 2, 2, 0.5)
-    assert found[attention(1, "value")] == (8, 4, 2, 0.5)
-    assert found["bert.encoder.layer.1.intermediate.dense"] == (8, 2, 2, 3.0)
-    assert found["bert.encoder.layer.1.output.dense"] == (8, 2, 2, 2.0)
+    assert actual[attention(0, "query")] == (6, 2, 2, 20 / 8)  # the whole path counts before the end of one
+    assert actual[attention(1, "query")] == (4, 2, 2, 20 / 6)
+    assert actual[attention(0, "key")] == (8, 2, 2, 2.0)
+    assert actual[attention(1, "key")] == (12, 4, 2, 20 / 14)
+    assert actual[attention(0, "value")] == (8, 2, 2, 0.5)
+    assert actual[attention(1, "value")] == (8, 4, 2, 0.5)
+    assert actual["bert.encoder.layer.1.intermediate.dense"] == (8, 2, 2, 3.0)
+    assert actual["bert.encoder.layer.1.output.dense"] == (8, 2, 2, 2.0)
 
 
 def test_a_width_that_k_does_not_divide_gets_its_own_k() -> None:
-    found = sizes(
+    actual = sizes(
         planned("bert", target_modules=["query", "classifier"], gralora_k=4, gralora_k_pattern={"classifier": 2})
     )
-    assert found["classifier"] == (8, 2, 0, 8.0)
-    assert found["bert.encoder.layer.0.attention.self.query"][1] == 4
+    assert actual["classifier"] == (8, 2, 0, 8.0)
+    assert actual["bert.encoder.layer.0.attention.self.query"][1] == 4
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "gralora_k_pattern"])
@@ -411,17 +411,19 @@ def test_exclusions_that_cannot_be_meant(excluded: Any, message: str) -> None:
     ],
 )
 def test_fan_in_fan_out_is_corrected_as_peft_corrects_it(
-    name: str, targets: list[str], given: bool, message: str
+    name: str, targets: list[str], fan_in_fan_out: bool, message: str
 ) -> None:
     with pytest.warns(UserWarning, match=message) as caught:
-        result = planned(name, target_modules=targets, fan_in_fan_out=given)
+        result = planned(name, target_modules=targets, fan_in_fan_out=fan_in_fan_out)
     assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match=f"fan_in_fan_out is set to {given} but the target module is"):
-        theirs = peft.get_peft_model(tiny_model(name), peft.GraloraConfig(target_modules=targets, fan_in_fan_out=given))
-    assert result.config.fan_in_fan_out == theirs.peft_config["default"].fan_in_fan_out == (not given)
+    with pytest.warns(UserWarning, match=f"fan_in_fan_out is set to {fan_in_fan_out} but the target module is"):
+        theirs = peft.get_peft_model(
+            tiny_model(name), peft.GraloraConfig(target_modules=targets, fan_in_fan_out=fan_in_fan_out)
+        )
+    assert result.config.fan_in_fan_out == theirs.peft_config["default"].fan_in_fan_out == (not fan_in_fan_out)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        planned(name, target_modules=targets, fan_in_fan_out=not given)
+        planned(name, target_modules=targets, fan_in_fan_out=not fan_in_fan_out)
 
 
 def test_a_saved_module_that_does_not_exist_is_a_warning() -> None:

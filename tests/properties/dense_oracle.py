@@ -73,15 +73,15 @@ class Dense:
 def with_dense(case: Case, adapters: Iterable[Dense]) -> Callable[..., Any]:
     """The source of a case with copies in place of its parameters, and updates added to its weights."""
     parameters = dict(case.source.named_parameters(remove_duplicate=False))
-    found = {name: parameter.detach().double() for name, parameter in parameters.items()}
+    dense = {name: parameter.detach().double() for name, parameter in parameters.items()}
     for adapter in adapters:
-        found |= {name: copied.double() for name, copied in adapter.copies.items()}
+        dense |= {name: copied.double() for name, copied in adapter.copies.items()}
     for adapter in adapters:
         for path, update in adapter.updates.items():
             site = case.traced.site(path)
             name = weight_name(site, parameters)
-            found[name] = found[name] + (update.T if site.kind == "conv1d" else update)
-    values = {name: tensor.to(parameters[name].dtype) for name, tensor in found.items()}
+            dense[name] = dense[name] + (update.T if site.kind == "conv1d" else update)
+    values = {name: tensor.to(parameters[name].dtype) for name, tensor in dense.items()}
     return lambda **inputs: functional_call(case.source, values, (), inputs, tie_weights=False)
 
 
@@ -91,6 +91,12 @@ def text(model: GraloraModel | TracedModel) -> str:
 
 def meaning(model: GraloraModel, name: str = "default") -> Any:
     """What an adapter's plan says of every site."""
-    made = model.plans[name]
-    sites = {planned.site.path: (planned.dims, planned.scale) for planned in made.selected}
-    return sites, made.saved_modules, made.trained_biases, made.config.gralora_dropout, made.config.init_weights
+    applied_plan = model.plans[name]
+    sites = {planned.site.path: (planned.dims, planned.scale) for planned in applied_plan.selected}
+    return (
+        sites,
+        applied_plan.saved_modules,
+        applied_plan.trained_biases,
+        applied_plan.config.gralora_dropout,
+        applied_plan.config.init_weights,
+    )

@@ -40,10 +40,10 @@ def targets(draw: st.DrawFn, base: TracedModel) -> tuple[set[str] | str, list[st
     sites = [site for site in base.sites if site.in_features > 0]
     all_paths = {*base.tree.types, *(name for site in sites for name in names_for(site, base))}
     layers = [site.path for site in sites if site.kind != "functional"]
-    how = draw(st.sampled_from(["names", "regex", "all-linear"]))
-    if how == "all-linear" and layers and base.config is None:
+    form = draw(st.sampled_from(["names", "regex", "all-linear"]))
+    if form == "all-linear" and layers and base.config is None:
         return draw(st.sampled_from(["all-linear", "All-Linear"])), layers
-    if how == "regex":
+    if form == "regex":
         chosen = draw(st.lists(st.sampled_from([site.path for site in sites]), min_size=1, max_size=3, unique=True))
         return "|".join(re.escape(path) for path in chosen), [site.path for site in sites if site.path in chosen]
     known = {name: site.path for site in sites for name in names_for(site, base)}
@@ -74,12 +74,12 @@ def groups(
     candidates |= dict.fromkeys(f".*{site.path[-2:]}" for site in selected)
     keys = draw(st.lists(st.sampled_from(list(candidates)), max_size=0 if within_peft else 3, unique=True))
     while True:
-        found: dict[str | None, list[LinearSite]] = {key: [] for key in keys}
+        by_key: dict[str | None, list[LinearSite]] = {key: [] for key in keys}
         for site in selected:
-            found.setdefault(counting_key(keys, names_for(site, base)), []).append(site)
-        if all(found.values()):
-            return found
-        keys = [key for key in keys if found[key]]
+            by_key.setdefault(counting_key(keys, names_for(site, base)), []).append(site)
+        if all(by_key.values()):
+            return by_key
+        keys = [key for key in keys if by_key[key]]
 
 
 @st.composite
@@ -161,7 +161,7 @@ def configs(
 
 @st.composite
 def adapted(draw: st.DrawFn, case: Case, within_peft: bool = False) -> GraloraModel:
-    """A rewritten model whose adapter and copies stand away from their initial values."""
+    """A rewritten model whose adapter and copies differ from their initial values."""
     return trained(rewrite(case.traced, draw(configs(case.traced, within_peft=within_peft), label="config")))
 
 

@@ -104,10 +104,10 @@ class ChangesOfAdapters(RuleBasedStateMachine):
                 for path, update in self.expected[other].updates.items():
                     updates[path] = updates.get(path, torch.zeros_like(update)) + weight * update
             self.note_added(name, Dense(updates, {}))
-            made = Dense.of(self.model, name)
-            assert made.updates.keys() == updates.keys()
-            assert not made.copies
-            assert all(error(made.updates[path], update) < 1e-9 for path, update in updates.items())
+            dense = Dense.of(self.model, name)
+            assert dense.updates.keys() == updates.keys()
+            assert not dense.copies
+            assert all(error(dense.updates[path], update) < 1e-9 for path, update in updates.items())
 
     @rule(data=st.data())
     def set_active(self, data: st.DataObject) -> None:

@@ -73,10 +73,10 @@ def test_the_plan_takes_what_the_names_say(data: st.DataObject, case: Case) -> N
     fields = data.draw(sizes(selected, case.traced))
     transposed = any(site.kind == "conv1d" for site in selected)
     config = GraloraConfig(target_modules=named, exclude_modules=excluded, fan_in_fan_out=transposed, **fields)
-    made = plan(case.traced, config)
-    assert [planned.site for planned in made.selected] == selected
-    assert {planned.site.path for planned in made.rejected}.isdisjoint(kept)
-    for planned in made.selected:
+    actual_plan = plan(case.traced, config)
+    assert [planned.site for planned in actual_plan.selected] == selected
+    assert {planned.site.path for planned in actual_plan.rejected}.isdisjoint(kept)
+    for planned in actual_plan.selected:
         names = names_for(planned.site, case.traced)
         r, k, alpha = (
             pattern.get(counting_key(pattern, names), usual)

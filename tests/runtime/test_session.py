@@ -81,7 +81,7 @@ def test_no_model_and_no_onnx_are_named(folder: Path) -> None:
     with pytest.raises(ExportError, match=r"no model.onnx in"):
         open_session(folder)
     (folder / "model.onnx").write_bytes(b"nonsense")
-    with pytest.raises(ExportError, match=r"is no ONNX model|cannot load"):
+    with pytest.raises(ExportError, match=r"is not an ONNX model|cannot load"):
         open_session(folder)
 
 
@@ -100,18 +100,18 @@ def external(name: str, location: str) -> onnx.TensorProto:
     return tensor
 
 
-@pytest.mark.parametrize("place", ["sparse", "constant", "function", "branch"])
-def test_weights_are_found_wherever_a_model_keeps_them(folder: Path, place: str) -> None:
+@pytest.mark.parametrize("holder", ["sparse", "constant", "function", "branch"])
+def test_weights_are_found_wherever_a_model_keeps_them(folder: Path, holder: str) -> None:
     write_model(folder, "weights.bin")
     (folder / "weights.bin").write_bytes(bytes(16))
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
     tensor = external("secret", "../secret.bin")
     constant = helper.make_node("Constant", [], ["c"], value=tensor)
-    if place == "sparse":
+    if holder == "sparse":
         model.graph.sparse_initializer.add().values.CopyFrom(tensor)
-    elif place == "constant":
+    elif holder == "constant":
         model.graph.node.append(constant)
-    elif place == "function":
+    elif holder == "function":
         model.functions.append(helper.make_function("own", "F", [], ["c"], [constant], [helper.make_opsetid("", 20)]))
     else:
         branch = helper.make_graph([constant], "b", [], [], [])

@@ -31,13 +31,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def arrays(served: OrtModel) -> dict[str, Any]:
     """A valid call without a past."""
-    found = {}
+    result = {}
     for value in served.session.get_inputs():
         shape = [SIZES.get(axis, axis) if isinstance(axis, str) else axis for axis in value.shape]
         if not value.name.startswith("past"):
             shape = [3 if isinstance(axis, str) else axis for axis in shape]
-            found[value.name] = np.ones(shape, np.int64 if value.type == "tensor(int64)" else np.float32)
-    return found
+            result[value.name] = np.ones(shape, np.int64 if value.type == "tensor(int64)" else np.float32)
+    return result
 
 
 def test_no_empty_axis_reaches_the_runtime(served: OrtModel) -> None:
@@ -61,13 +61,13 @@ def test_a_batch_of_no_rows_is_refused(served: OrtModel) -> None:
 
 def test_an_empty_past_is_a_first_step(served: OrtModel) -> None:
     pasts = [value for value in served.session.get_inputs() if value.name.startswith("past")]
-    given = {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in pasts}
+    past = {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in pasts}
     without = served(**arrays(served))
-    assert np.array_equal(served(**arrays(served), **given)[0], without[0])
+    assert np.array_equal(served(**arrays(served), **past)[0], without[0])
     if pasts:
-        given[pasts[0].name] = given[pasts[0].name][:0]
+        past[pasts[0].name] = past[pasts[0].name][:0]
         with pytest.raises(ServingError, match=f"input '{pasts[0].name}' is empty"):
-            served(**arrays(served), **given)
+            served(**arrays(served), **past)
 
 
 @pytest.mark.parametrize("prompts", [[], (), [[]], [[5], []], np.zeros((0, 3), int), np.zeros((1, 0), int)])

@@ -44,11 +44,11 @@ def refused(folder: Path, text: str | bytes, message: str) -> None:
         load(folder).generate([5], max_new_tokens=1)
 
 
-def put(*place: str) -> Callable[[dict[str, Any], Any], None]:
+def put(*path: str) -> Callable[[dict[str, Any], Any], None]:
     def change(config: dict[str, Any], value: Any) -> None:
-        for name in place[:-1]:
+        for name in path[:-1]:
             config = config.setdefault(name, {})
-        config[place[-1]] = value
+        config[path[-1]] = value
 
     return change
 
@@ -79,10 +79,10 @@ OPTIONS = ("model", "decoder", "session_options")
         (("engine",), {}),
     ],
 )
-def test_what_no_export_writes_is_refused_by_its_key(folder: Path, place: tuple[str, ...], value: object) -> None:
+def test_what_no_export_writes_is_refused_by_its_key(folder: Path, path: tuple[str, ...], value: object) -> None:
     config = json.loads((folder / "genai_config.json").read_text())
-    put(*place)(config, value)
-    named = ".".join(place[:2] if place[1:2] == ("vision",) else place)
+    put(*path)(config, value)
+    named = ".".join(path[:2] if path[1:2] == ("vision",) else path)
     refused(folder, json.dumps(config), rf"genai_config.json: {re.escape(named)} is ")
 
 
@@ -90,7 +90,7 @@ def test_a_key_that_stands_twice_is_refused(folder: Path) -> None:
     """JSON's readers differ: Python's takes the last of two, onnxruntime-genai acts on both."""
     text = (folder / "genai_config.json").read_text()
     hidden = '{"model": {"decoder": {"session_options": {"enable_profiling": "profile"}}}, '
-    refused(folder, hidden + text.lstrip()[1:], "cannot be read .model stands twice in an object")
+    refused(folder, hidden + text.lstrip()[1:], "cannot be read .model is twice in an object")
     assert not list(folder.glob("profile*"))
 
 
@@ -120,8 +120,8 @@ def test_a_tokenizers_own_code_is_not_run(folder: Path, name: str, capfd: pytest
     code = {"AutoTokenizer": ["evil.Tokenizer", None]}
     (folder / "evil.py").write_text("print('it ran')\nclass Tokenizer: pass\n")
     (folder / "tokenizer_config.json").write_text("{}")
-    found = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps({**found, "auto_map": code}))
+    fields = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**fields, "auto_map": code}))
     with pytest.raises(ServingError, match="tokenizer"):
         load(folder).generate("abc")
     assert "it ran" not in capfd.readouterr().out

@@ -49,16 +49,16 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """Tokens of the PyTorch model, one step at a time."""
-    ids, cache, found = torch.tensor([prompt]), None, []
+    ids, cache, tokens = torch.tensor([prompt]), None, []
     for _ in range(count):
         with torch.no_grad():
             result = model(input_ids=ids, past_key_values=cache)
         cache, token = result.past_key_values, int(result.logits[0, -1].argmax())
         if token == 2:
             break
-        found.append(token)
+        tokens.append(token)
         ids = torch.tensor([[token]])
-    return found
+    return tokens
 
 
 def test_greedy_tokens_are_pytorchs(served: tuple[Any, OrtModel]) -> None:
@@ -177,7 +177,7 @@ def test_all_logits_are_given_on_request(llama: OrtModel) -> None:
         ([{"rol": "user", "content": "a"}], {}, "a message of a chat has a 'role' and its 'content'"),
         (5, {}, "prompts are a text, a list of messages, a list of token ids or a list of these, but got 5"),
         (b"text", {}, "prompts are a text, .* but got b'text'"),
-        ({"input_ids": [5]}, {}, r"a tokenizer's result is given by name: generate\(\*\*tokenizer"),
+        ({"input_ids": [5]}, {}, r"pass a tokenizer's result by name: generate\(\*\*tokenizer"),
         (torch.ones(1, 1, 1, dtype=torch.long), {}, "token ids have one or two axes and values, but got tensor"),
         (torch.ones(2, dtype=torch.long, device="meta"), {}, "token ids have one or two axes and values"),
         (torch.ones(1, 3), {}, "a prompt is text, a list of messages or a list of token ids, but got tensor"),
@@ -235,8 +235,8 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
 def sampling(speaking: OrtModel) -> dict[str, Any]:
     """Options that make twelve plain letters of the prompt "abc", all of them different."""
     options = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 12}
-    found = (seed for seed in range(100) if len(set(speaking.generate("abc", seed=seed, **options)) - {"\ufffd"}) == 12)
-    return {**options, "seed": next(found)}
+    seeds = (seed for seed in range(100) if len(set(speaking.generate("abc", seed=seed, **options)) - {"\ufffd"}) == 12)
+    return {**options, "seed": next(seeds)}
 
 
 def test_texts_are_those_of_their_tokens(speaking: OrtModel) -> None:
@@ -255,8 +255,8 @@ def test_what_a_tokenizer_gives_is_generated_from(speaking: OrtModel) -> None:
     for side in ("left", "right"):
         tokenizer.padding_side = side
         for kind in (None, "np", "pt"):
-            given = tokenizer(texts, padding=True, return_tensors=kind)
-            assert speaking.generate(**given, max_new_tokens=6) == expected
+            encoded = tokenizer(texts, padding=True, return_tensors=kind)
+            assert speaking.generate(**encoded, max_new_tokens=6) == expected
     assert speaking.generate(**tokenizer("abc"), max_new_tokens=6) == expected[0]
     assert speaking.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=6) == expected[:1]
     pieces = list(speaking.generate(**tokenizer(["abc"]), max_new_tokens=6, stream=True))
@@ -269,7 +269,7 @@ def test_what_the_tokenizer_does_not_take_is_named(speaking: OrtModel, prompt: A
         speaking.generate(prompt)
 
 
-def test_a_stop_string_that_is_no_text_is_refused(speaking: OrtModel) -> None:
+def test_a_stop_string_that_is_not_text_is_refused(speaking: OrtModel) -> None:
     with pytest.raises(ServingError, match="has a lone surrogate, which no text has"):
         speaking.generate("abc", stop=["a", "b\ud800"])
 
@@ -277,8 +277,8 @@ def test_a_stop_string_that_is_no_text_is_refused(speaking: OrtModel) -> None:
 def test_several_threads_get_their_own_answers(llama: OrtModel) -> None:
     expected = [llama.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda prompt: llama.generate(prompt, max_new_tokens=12), PROMPTS * 4))
-    assert found == expected * 4
+        answers = list(pool.map(lambda prompt: llama.generate(prompt, max_new_tokens=12), PROMPTS * 4))
+    assert answers == expected * 4
 
 
 def test_generation_takes_the_threads_that_were_asked_for(llama: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_generation_takes_the_threads_that_were_asked_for(llama: OrtModel, monke
     monkeypatch.setattr(onnxruntime_genai, "Model", lambda config: model(config.real))
     for options in ({"threads": 3}, {"session_options": {"intra_op_num_threads": 3}}, {}):
         load(llama.directory, **options).generate([5], max_new_tokens=1)
-    assert [found["intra_op_num_threads"] for found in seen] == [3, 3, len(os.sched_getaffinity(0))]
+    assert [session_options["intra_op_num_threads"] for session_options in seen] == [3, 3, len(os.sched_getaffinity(0))]
 
 
 def test_generation_on_another_provider_is_refused_by_name(llama: OrtModel) -> None:

@@ -45,8 +45,8 @@ def test_arrays_and_lists_give_arrays(model: GraloraModel, served: OrtModel) -> 
     ids = text_batch(2, 6)["input_ids"]
     with torch.no_grad():
         expected = model(input_ids=ids).logits.numpy()
-    for given in (ids.numpy(), ids.numpy().astype(np.int32), ids.tolist()):
-        outputs = served(input_ids=given)
+    for value in (ids.numpy(), ids.numpy().astype(np.int32), ids.tolist()):
+        outputs = served(input_ids=value)
         assert isinstance(outputs["logits"], np.ndarray)
         assert np.abs(outputs.logits - expected).max() <= 1e-4
 
@@ -72,15 +72,15 @@ def test_task_and_names(served: OrtModel) -> None:
         ({"input_ids": [[2**70]]}, "'input_ids' is object, but the model takes int64"),
         ({"input_ids": [[True, False]]}, "'input_ids' is bool, but the model takes int64"),
         ({"input_ids": np.array([[2**63]], np.uint64)}, "'input_ids' holds 9223372036854775808, which int64 does not"),
-        ({"input_ids": torch.ones(1, 2, dtype=torch.long, device="meta")}, "'input_ids' is no array"),
-        ({"input_ids": torch.ones(1, 2, dtype=torch.long).to_sparse()}, "'input_ids' is no array"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long, device="meta")}, "'input_ids' is not an array"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long).to_sparse()}, "'input_ids' is not an array"),
         ({"input_ids": [[1] * 65]}, "'input_ids' has 65 positions, more than the context of 64; shorten it"),
         (
             {"input_ids": [1, 2]},
             r"'input_ids' has shape \[2\], but the model takes \['batch_size', 'sequence_length'\]",
         ),
         ({"input_ids": [[1.5, 2.0]]}, "'input_ids' is float64, but the model takes int64"),
-        ({"input_ids": [[1, 2], [3]]}, "'input_ids' is no array"),
+        ({"input_ids": [[1, 2], [3]]}, "'input_ids' is not an array"),
         ({"input_ids": [["a"]]}, "'input_ids' is .*but the model takes int64"),
         (
             {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},
@@ -113,7 +113,7 @@ def test_generation_needs_a_cache(served: OrtModel) -> None:
         served.generate("hello")
 
 
-def test_a_directory_that_is_no_export_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_an_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match=r"no gralora_export.json in"):
         load(tmp_path)
 

@@ -29,8 +29,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_of(model: OrtModel) -> onnxruntime.SessionOptions:
-    found: onnxruntime.SessionOptions = model.session.get_session_options()
-    return found
+    options: onnxruntime.SessionOptions = model.session.get_session_options()
+    return options
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,10 @@ def test_options_of_a_provider_reach_it(exported: Path, monkeypatch: pytest.Monk
         ({"providers": [(CPU, "fast")]}, "options of CPUExecutionProvider must be a dict by name, but got 'fast'"),
         ({"provider_options": [{}]}, "provider_options need providers"),
         ({"providers": CPU, "provider_options": [{}, {}]}, "provider_options must be a dict for each of CPUExec"),
-        ({"providers": [(CPU, {})], "provider_options": [{}]}, "stand in its tuple or in provider_options; give them"),
+        (
+            {"providers": [(CPU, {})], "provider_options": [{}]},
+            "are given in its tuple and in provider_options; give them",
+        ),
         ({"threads": 0}, "threads must be a whole number from 1 to 1024, but got 0"),
         ({"threads": True}, "threads must be a whole number"),
         ({"threads": "2"}, "threads must be a whole number from 1 to 1024, but got '2'"),
@@ -125,8 +128,8 @@ def test_threads_are_those_that_were_asked_for(exported: Path) -> None:
 
 def test_session_options_are_taken_as_they_are(exported: Path) -> None:
     level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    found = options_of(load(exported, session_options={"graph_optimization_level": level, "logid": "mine"}))
-    assert (found.graph_optimization_level, found.logid) == (level, "mine")
+    options = options_of(load(exported, session_options={"graph_optimization_level": level, "logid": "mine"}))
+    assert (options.graph_optimization_level, options.logid) == (level, "mine")
     own = onnxruntime.SessionOptions()
     own.intra_op_num_threads = 3
     own.logid = "own"
@@ -135,7 +138,7 @@ def test_session_options_are_taken_as_they_are(exported: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [5, None, b"x", "a\0b", "x" * 5000, "\ud800"])
-def test_what_is_no_path_is_refused(path: Any) -> None:
+def test_what_is_not_a_path_is_refused(path: Any) -> None:
     with pytest.raises(ServingError):
         load(path)
 

@@ -289,11 +289,11 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "taken2").mkdir()
     (tmp_path / "taken2" / "other").write_text("")
     before = files_in(tmp_path)
-    for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "broken", tmp_path / "taken"):
+    for target in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "broken", tmp_path / "taken"):
         with pytest.raises(CheckpointError, match="cannot write"):
-            version(1).save_pretrained(place)
+            version(1).save_pretrained(target)
         with pytest.raises(ConfigError, match="cannot write"):
-            GraloraConfig().save_pretrained(place)
+            GraloraConfig().save_pretrained(target)
     with pytest.raises(CheckpointError, match="cannot write"):
         version(1).save_pretrained(tmp_path / "taken2")
     with pytest.raises(CheckpointError, match="cannot write"):

@@ -174,10 +174,10 @@ def test_flags_of_transformers_may_be_traced() -> None:
     model, batch = tiny_model("bert"), text_batch(2, 5)
     result = trace(model, {**batch, "output_hidden_states": True, "return_dict": False})
     expected = model(**batch, output_hidden_states=True, return_dict=False)
-    found = result(**batch, output_hidden_states=True, return_dict=False)
-    assert isinstance(found, tuple)
-    assert len(found) == len(expected)
-    assert relative_error(found[1][-1], expected[1][-1]) < 1e-5
+    outputs = result(**batch, output_hidden_states=True, return_dict=False)
+    assert isinstance(outputs, tuple)
+    assert len(outputs) == len(expected)
+    assert relative_error(outputs[1][-1], expected[1][-1]) < 1e-5
     with pytest.raises(TraceError, match=r"'output_hidden_states' was True .*left out, the model takes False"):
         result(**batch, return_dict=False)
     with pytest.raises(TraceError, match=r"use_cache=True does not fit .* hold no cache.*-with-past"):
@@ -229,8 +229,8 @@ def test_examples_that_do_not_fit_are_named(args: Any, kwargs: Any, message: str
 def test_examples_of_other_kinds_of_mappings() -> None:
     batch = text_batch(2, 5)
     expected = traced("bert")(**batch).logits
-    for given in (BatchEncoding(dict(batch)), collections.UserDict(batch)):
-        assert relative_error(trace(source("bert"), given)(**batch).logits, expected) < 1e-5
+    for mapping in (BatchEncoding(dict(batch)), collections.UserDict(batch)):
+        assert relative_error(trace(source("bert"), mapping)(**batch).logits, expected) < 1e-5
 
 
 def test_keyword_only_and_unnamed_keywords() -> None:

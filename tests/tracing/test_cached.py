@@ -57,14 +57,14 @@ def test_steps_one_by_one_are_the_whole_text_at_once(name: str) -> None:
     inputs["attention_mask"][1, :3] = 0
     with torch.no_grad():
         whole = traced(name)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        cache, found = None, []
+        cache, logits = None, []
         for end in range(1, 9):
             ids, mask = inputs["input_ids"][:, end - 1 : end], inputs["attention_mask"][:, :end]
             result = traced(name)(input_ids=ids, attention_mask=mask, past_key_values=cache)
             cache = result[PAST]
-            found.append(result.logits)
+            logits.append(result.logits)
     real = inputs["attention_mask"].bool()
-    assert relative_error(torch.cat(found, dim=1)[real], whole[real]) < 1e-5
+    assert relative_error(torch.cat(logits, dim=1)[real], whole[real]) < 1e-5
 
 
 def test_what_is_left_out_is_an_empty_cache_and_a_mask_of_ones() -> None:

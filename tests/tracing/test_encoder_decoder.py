@@ -68,17 +68,17 @@ def test_calls_of_every_size_equal_the_eager_model(name: str, batch: int, length
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_one_by_one_with_the_cache_given_back_are_the_whole_at_once(name: str) -> None:
-    ids, cache, found = torch.randint(3, 100, (3, 6)), None, []
+    ids, cache, logits = torch.randint(3, 100, (3, 6)), None, []
     with torch.no_grad():
         whole = source(name)(**read(name), decoder_input_ids=ids).logits
-        for place in range(6):
-            step = ids[:, place : place + 1]
+        for position in range(6):
+            step = ids[:, position : position + 1]
             result = traced(name)(**read(name), decoder_input_ids=step, past_key_values=cache)
             cache = result[PAST]
-            found.append(result.logits)
+            logits.append(result.logits)
     assert isinstance(cache, EncoderDecoderCache)
     assert cache.get_seq_length() == 6
-    assert relative_error(torch.cat(found, dim=1), whole) < 1e-5
+    assert relative_error(torch.cat(logits, dim=1), whole) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -91,7 +91,7 @@ def test_mask_functions_are_compared_by_what_they_do() -> None:
 
 def test_the_mask_that_a_model_adds_to_is_the_eager_one() -> None:
     padding = torch.tensor([[0, 1, 1, 1, 1]])
-    made: Tensor = torch.ops.gralora.mask(padding, 3, 2, torch.float32)
+    additive: Tensor = torch.ops.gralora.mask(padding, 3, 2, torch.float32)
     seen = [[False, True, True, False, False], [False, False, True, True, False], [False, False, False, True, True]]
-    assert torch.equal(made[0, 0] == 0, torch.tensor(seen))
-    assert bool((made[0, 0][~torch.tensor(seen)] == torch.finfo(torch.float32).min).all())
+    assert torch.equal(additive[0, 0] == 0, torch.tensor(seen))
+    assert bool((additive[0, 0][~torch.tensor(seen)] == torch.finfo(torch.float32).min).all())

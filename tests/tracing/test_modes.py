@@ -141,7 +141,7 @@ def test_the_trace_keeps_its_own_mode_when_the_rewritten_model_switches() -> Non
     assert not traced.training
 
 
-def test_noise_of_training_is_no_part_of_evaluation() -> None:
+def test_noise_of_training_is_not_part_of_evaluation() -> None:
     """Noise that rarely changes a result shows no difference on a sample; the trace must not have it all the same."""
 
     class Router(nn.Module):

@@ -382,16 +382,14 @@ class Treacherous(nn.Module):
 
 
 def test_a_trace_that_computes_something_else_is_refused() -> None:
-    with pytest.raises(
-        TraceError, match="the trace of Treacherous does not compute what the model does: output 0 differs"
-    ):
+    with pytest.raises(TraceError, match="the trace of Treacherous differs from the model: output 0 differs"):
         trace(Treacherous(), (torch.ones(2, 4),))
 
 
 @pytest.mark.parametrize(
     ("model", "inputs", "message"),
     [
-        (Mlp(), None, "example_inputs are missing; Mlp is no transformers model to ask"),
+        (Mlp(), None, "example_inputs are missing; Mlp is not a transformers model, so give them"),
         (Mlp(), {"y": torch.ones(2, 8)}, r"do not fit Mlp\.forward\(x, scale\): .*give a dict"),
         (Mlp(), (torch.ones(2, 8),) * 3, r"do not fit Mlp\.forward\(x, scale\): too many positional"),
         (Mlp(), {"x": 3}, "the example inputs of Mlp hold no tensor"),
@@ -533,10 +531,10 @@ def test_tracing_leaves_buffers_as_they_are() -> None:
     assert model.calls.item() == 0
 
 
-@pytest.mark.parametrize("given", [5, [1, 2], "text"])
-def test_example_inputs_of_another_kind_are_refused(given: object) -> None:
+@pytest.mark.parametrize("inputs", [5, [1, 2], "text"])
+def test_example_inputs_of_another_kind_are_refused(inputs: object) -> None:
     with pytest.raises(TraceError, match="give a dict or a tuple of arguments"):
-        trace(nn.Linear(2, 2), given)  # type: ignore[arg-type]
+        trace(nn.Linear(2, 2), inputs)  # type: ignore[arg-type]
 
 
 def test_example_inputs_that_the_model_refuses_are_named() -> None:

@@ -129,7 +129,7 @@ class Counting(nn.Module):
         return self.linear(x)
 
 
-def test_a_buffer_that_either_mode_updates_is_no_branch_of_training() -> None:
+def test_a_buffer_that_either_mode_updates_is_not_a_training_branch() -> None:
     model = Counting()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

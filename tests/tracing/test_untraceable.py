@@ -95,11 +95,11 @@ def line_to_name(kind: type[nn.Module]) -> int:
         (ReturnsSet, "", "returns a set, which a graph cannot make; return tensors"),
     ],
 )
-def test_the_users_line_is_named(kind: type[nn.Module], place: str, message: str) -> None:
+def test_the_users_line_is_named(kind: type[nn.Module], location: str, message: str) -> None:
     line = line_to_name(kind)
     with pytest.raises(
         TraceError,
-        match=rf"^cannot trace {kind.__name__}{place} \(test_untraceable\.py:{line}\): the forward {message}",
+        match=rf"^cannot trace {kind.__name__}{location} \(test_untraceable\.py:{line}\): the forward {message}",
     ) as caught:
         trace(kind(), (X,))
     assert "\n" not in str(caught.value)
@@ -136,13 +136,13 @@ class Writes(Base):
 
 @pytest.mark.parametrize("kind", [Item, Nonzero, Dataclass, Writes])
 def test_outputs_of_other_kinds_are_the_models(kind: type[nn.Module]) -> None:
-    model, given = kind().eval(), X.clone()
-    result = trace(model, (given,))
-    assert torch.equal(given, X)
+    model, x = kind().eval(), X.clone()
+    result = trace(model, (x,))
+    assert torch.equal(x, X)
     for rows in (1, 3):
-        found, expected = result(X[:rows].clone()), model(X[:rows].clone())
-        assert type(found) is type(expected)
-        for ours, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        actual, expected = result(X[:rows].clone()), model(X[:rows].clone())
+        assert type(actual) is type(expected)
+        for ours, theirs in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
             assert type(ours) is type(theirs)
             same = torch.allclose(ours, theirs, atol=1e-6) if isinstance(theirs, Tensor) else ours == theirs
             assert same or ours == pytest.approx(theirs)
@@ -171,9 +171,9 @@ def test_random_numbers_in_evaluation_are_drawn_and_said(kind: type[nn.Module]) 
         model.train(mode)
         result.train(mode)
         torch.manual_seed(1)
-        found = result(X)
+        outputs = result(X)
         torch.manual_seed(1)
-        assert torch.allclose(found, model(X), atol=1e-6)
+        assert torch.allclose(outputs, model(X), atol=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trace(Dataclass(), (X,))

@@ -27,33 +27,33 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("given", [nn.Sequential(nn.Linear(8, 8)), None, "model"], ids=["module", "none", "text"])
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(8, 8)), None, "model"], ids=["module", "none", "text"])
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda given, _: plan(given, CONFIG), TargetError),
-        (lambda given, _: rewrite(given, CONFIG), RewriteError),
-        (lambda given, _: merge(given), MergeError),
-        (lambda given, _: GraloraModel(given), RewriteError),
-        (lambda given, path: GraloraModel.from_pretrained(given, path / "adapter"), RewriteError),
-        (lambda given, path: export_onnx(given, path / "new"), ExportError),
-        (lambda given, path: verify_onnx(path / "onnx", given), ExportError),
+        (lambda model, _: plan(model, CONFIG), TargetError),
+        (lambda model, _: rewrite(model, CONFIG), RewriteError),
+        (lambda model, _: merge(model), MergeError),
+        (lambda model, _: GraloraModel(model), RewriteError),
+        (lambda model, path: GraloraModel.from_pretrained(model, path / "adapter"), RewriteError),
+        (lambda model, path: export_onnx(model, path / "new"), ExportError),
+        (lambda model, path: verify_onnx(path / "onnx", model), ExportError),
     ],
     ids=["plan", "rewrite", "merge", "GraloraModel", "from_pretrained", "export_onnx", "verify_onnx"],
 )
 def test_an_untraced_model_is_to_be_traced_first(
-    directory: Path, call: Callable[[Any, Path], object], error: type[GraloraError], given: Any
+    directory: Path, call: Callable[[Any, Path], object], error: type[GraloraError], model: Any
 ) -> None:
-    with pytest.raises(error, match=rf"cannot [a-z ]+ a {type(given).__name__}; trace it first: call trace\(\)"):
-        call(given, directory)
+    with pytest.raises(error, match=rf"cannot [a-z ]+ a {type(model).__name__}; trace it first: call trace\(\)"):
+        call(model, directory)
 
 
 def test_a_traced_or_rewritten_model_is_not_traced_again() -> None:
     traced = trace(nn.Sequential(nn.Linear(8, 8)), (torch.ones(2, 8),))
     model = rewrite(traced, CONFIG)
-    for given in (traced, model):
+    for source in (traced, model):
         with pytest.raises(TraceError, match="is traced already"):
-            trace(given, (torch.ones(2, 8),))  # type: ignore[arg-type]
+            trace(source, (torch.ones(2, 8),))  # type: ignore[arg-type]
     for function, error in ((plan, TargetError), (rewrite, RewriteError)):
         with pytest.raises(error, match=r"it is rewritten already: give its \.traced"):
             function(model, CONFIG)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Example inputs of a trace: as a user gives them, as a configuration says, with a cache; and how a trace is called."""
+"""Example inputs of a trace: from a user or a configuration, with a cache; and its call signature."""

@@ -1,4 +1,4 @@
-"""A user's example inputs, as positional and keyword arguments, read into the named inputs of a forward."""
+"""Conversion of a user's positional and keyword example inputs to the named inputs of a forward."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gralora_fx.tracing.inputs.input_trees import has_tensor, leaf_paths
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-def given_arguments(example_inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments, of which `example_inputs` may be either.
+def example_arguments(example_inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split example inputs, a tuple or a dict, into positional and keyword arguments.
 
     Raises:
         TraceError: They are of other types, or keyword arguments are given twice.
@@ -44,7 +44,7 @@ def given_arguments(example_inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], 
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Example inputs by name, in the order of the forward's parameters; None where that is the default is left out.
+    """Example inputs by name, in the order of the forward's parameters; defaults of None are left out.
 
     Raises:
         TraceError: They do not fit the forward's signature.
@@ -79,7 +79,7 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that hold tensors, which become inputs of a graph, and the others, which become part of it.
+    """Split arguments into those with tensors, which become inputs, and constants, which become part of the graph.
 
     Raises:
         TraceError: One of transformers' arguments cannot be part of a trace.
@@ -92,22 +92,23 @@ def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[s
                 "labels are not part of a trace; leave them out of the example inputs, and give them to the rewritten "
                 "model, which computes the loss"
             )
-        asked = constants.pop("use_cache", None)
-        if asked is not None and bool(asked) is not (PAST in tensors):
+        use_cache = constants.pop("use_cache", None)
+        if use_cache is not None and bool(use_cache) is not (PAST in tensors):
             raise TraceError(
-                f"use_cache={asked!r} does not fit the example inputs, which hold {'a' if PAST in tensors else 'no'} "
+                f"use_cache={use_cache!r} does not fit the example inputs, which hold "
+                f"{'a' if PAST in tensors else 'no'} "
                 f"cache; give {PAST} exactly where the trace takes one, or trace for a task that ends in -with-past"
             )
     return tensors, constants
 
 
 def check_leaves(inputs: Mapping[str, Any]) -> None:
-    """Check that what stands beside tensors is something that a graph can take or hold.
+    """Check that all leaves of the inputs are values that a graph can take or hold.
 
-    A dataclass is registered for `torch.export`, as a user would have to.
+    Dataclasses are registered with `torch.export`, as a user would have to do.
 
     Raises:
-        TraceError: It is not; arrays of numpy are named as well, which would become constants.
+        TraceError: A leaf is not; numpy arrays are refused as well, since they would become constants.
     """
     register_dataclasses(inputs)
     for path, leaf in leaf_paths(inputs):
@@ -122,7 +123,7 @@ def check_leaves(inputs: Mapping[str, Any]) -> None:
 
 
 def register_dataclasses(value: Any) -> None:
-    """Let `torch.export` see into every dataclass among some values, which it takes only after being told so."""
+    """Register every dataclass among values with `torch.export`, which requires that."""
     for leaf in tree_leaves(value):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             kind = type(leaf)
@@ -133,11 +134,11 @@ def register_dataclasses(value: Any) -> None:
 def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
     """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
 
-    What a plain module returns may hold dataclasses, and its inputs may be keywords that its signature does not name.
+    A plain module may also return dataclasses and take keywords that its signature does not name.
 
     Args:
         model: The model.
-        inputs: Names of the arguments that are given by name.
+        inputs: Names of the arguments that are passed by name.
         constants: The other arguments by name.
     """
     if isinstance(model, PreTrainedModel):
@@ -146,8 +147,8 @@ def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[s
 
 
 def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:
-    def flat(**given: Any) -> Any:
-        outputs = forward(**given)
+    def flat(**kwargs: Any) -> Any:
+        outputs = forward(**kwargs)
         register_dataclasses(outputs)
         return outputs
 

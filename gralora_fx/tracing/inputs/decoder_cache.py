@@ -1,4 +1,4 @@
-"""Example inputs of a decoder with a cache: ids, mask, positions and past keys and values, of several sizes."""
+"""Example inputs of a decoder with a cache: ids, mask, positions, and past keys and values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.silence import quiet
 
-if TYPE_CHECKING:  # it imports much that serving has no need of
+if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
 
 PAST = "past_key_values"
@@ -48,7 +48,7 @@ _BATCH, _PAST, _LENGTH = 2, 6, 3
 def cached_inputs(
     model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH
 ) -> dict[str, Any]:
-    """Inputs of one step: `length` new positions after `past` cached ones, a row of which begins with padding.
+    """Inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
 
     Args:
         model: A decoder.
@@ -80,7 +80,7 @@ def cached_inputs(
         layers = [(layer.keys, layer.values) for layer in cache.layers]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
-    skip = cached - past  # a cache of no positions is one of one position, cut
+    skip = cached - past  # an empty cache is made from one of one position, sliced
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
     return {**step, PAST: cache_of([(key[:, :, : past or 0], value[:, :, : past or 0]) for key, value in layers])}
@@ -95,14 +95,14 @@ def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
 
 
 def decoder_cache(layers: Iterable[Sequence[Tensor]]) -> EncoderDecoderCache:
-    """An encoder-decoder's cache of the decoder's own keys and values, by layer, none of the encoder's output."""
+    """An encoder-decoder's cache: the decoder's own keys and values by layer, no cross-attention ones."""
     return EncoderDecoderCache(cache_of(layers), DynamicCache())
 
 
 def pairs_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of a decoder's own positions, by layer."""
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return [(layer.keys, layer.values) for layer in own.layers]
+    self_attention = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return [(layer.keys, layer.values) for layer in self_attention.layers]
 
 
 def cache_like(cache: Cache, layers: Iterable[Sequence[Tensor]]) -> Cache:
@@ -111,12 +111,12 @@ def cache_like(cache: Cache, layers: Iterable[Sequence[Tensor]]) -> Cache:
 
 
 def own_cache(cache: Cache) -> Cache:
-    """A cache of its own with what a trace takes of one: keys and values of the decoder's own positions."""
+    """A new cache with the part that a trace takes: keys and values of the decoder's own positions."""
     return cache_like(cache, pairs_of(cache))
 
 
 def empty_cache(like: Cache, batch: int) -> Cache:
-    """A cache of no positions, for a number of rows."""
+    """An empty cache for a number of rows."""
     layers = [[t.new_empty(batch, t.shape[1], 0, t.shape[3]) for t in pair] for pair in pairs_of(like)]
     return cache_like(like, layers)
 
@@ -143,21 +143,21 @@ def positions(mask: Tensor, length: int | None = None) -> Tensor:
 
 
 def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with a cache of their own, since a model adds to the one it is given."""
-    given = dict(inputs)
-    if isinstance(cache := given.get(PAST), Cache):
-        given[PAST] = own_cache(cache)
-    return given
+    """Copy inputs with a new cache, since a model appends to the one it gets."""
+    result = dict(inputs)
+    if isinstance(cache := result.get(PAST), Cache):
+        result[PAST] = own_cache(cache)
+    return result
 
 
 def equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
-    """Axes of a step's inputs that are one size by their meaning: batch, new tokens, and what each layer has cached.
+    """Axes of a step's inputs with equal size by meaning: batch, new tokens, and cached positions of each layer.
 
     Args:
         inputs: The inputs of a step by name.
 
     Returns:
-        Pairs of axes, each a place among the inputs' tensors (`tensors_of`) and an axis; layers that cache another
+        Pairs of axes, each an index among the inputs' tensors (`tensors_of`) and an axis; layers that cache another
         number of positions are left out.
     """
     tensors = tensors_of(inputs)
@@ -175,14 +175,16 @@ _Axis = tuple[int, int]
 
 
 def tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Every tensor of a step's inputs with the input's name, those of a cache layer by layer."""
-    found: list[tuple[str, Tensor]] = []
+    """Every tensor of a step's inputs with the input's name; a cache by layer."""
+    tensors: list[tuple[str, Tensor]] = []
     for name, value in inputs.items():
         if isinstance(value, DynamicCache):
-            found += [(name, t) for layer in value.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+            tensors += [
+                (name, t) for layer in value.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)
+            ]
         elif isinstance(value, Tensor):
-            found.append((name, value))
-    return found
+            tensors.append((name, value))
+    return tensors
 
 
 def other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:

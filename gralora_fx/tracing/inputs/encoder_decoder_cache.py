@@ -1,4 +1,4 @@
-"""Example inputs of an encoder-decoder with a cache: what the encoder reads, and one step of the decoder."""
+"""Example inputs of an encoder-decoder with a cache: the encoder's inputs, and one step of the decoder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PAST, _LENGTH = 6, 3
 def decoder_step(
     model: PreTrainedModel, source: Mapping[str, Tensor], *, past: int = _PAST, length: int = _LENGTH
 ) -> dict[str, Any]:
-    """Inputs of one call: what the encoder reads, and `length` new positions of the decoder after `past` cached ones.
+    """Inputs of one call: the encoder's inputs, and `length` new decoder positions after `past` cached ones.
 
     The cache holds the decoder's own keys and values. Those of the encoder's output are computed in every call of a
-    trace, which holds encoder and decoder in one graph; an export takes the two apart and caches them.
+    trace, which holds encoder and decoder in one graph; an export splits the two and caches them.
 
     Args:
         model: An encoder-decoder.
@@ -57,7 +57,7 @@ def other_step_sizes(model: PreTrainedModel, sample: Mapping[str, Any]) -> Itera
 
     Args:
         model: An encoder-decoder.
-        sample: What it was traced with.
+        sample: The inputs it was traced with.
     """
     source = {name: value for name, value in sample.items() if name not in ("decoder_input_ids", PAST)}
     first = {name: value[:1] for name, value in source.items()}

@@ -1,4 +1,4 @@
-"""Inputs that are tensors, or lists, tuples, dicts and dataclasses of them to any depth: their names and their form."""
+"""Nested inputs of lists, tuples, dicts and dataclasses of tensors: their paths and their structure."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FixedAxes = Mapping[str, tuple[int | None, ...]]
 
 
 def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every leaf of some inputs with its path, such as `images.0` or `options.scales.left`; a cache is one leaf.
+    """Every leaf of the inputs with its path, such as `images.0` or `options.scales.left`; a cache is one leaf.
 
     Args:
         inputs: Inputs by name.
     """
     for name, value in inputs.items():
-        leaves, _ = tree_flatten_with_path(value, is_leaf=lambda found: isinstance(found, Cache))
+        leaves, _ = tree_flatten_with_path(value, is_leaf=lambda part: isinstance(part, Cache))
         for keys, leaf in leaves:
             yield path_of(name, keys), leaf
 
@@ -42,13 +42,13 @@ def path_of(name: str, keys: KeyPath) -> str:
 
     Args:
         name: The input's name.
-        keys: Where the leaf is in it.
+        keys: The key path of the leaf in it.
     """
     return ".".join((name, *map(_text, keys)))
 
 
 def tensor_paths(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of some inputs by its path; caches are left out.
+    """Every tensor of the inputs by its path; caches are left out.
 
     Args:
         inputs: Inputs by name.
@@ -58,29 +58,29 @@ def tensor_paths(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def has_tensor(value: Any) -> bool:
     """Whether a value is a tensor, a cache, or holds either."""
-    leaves = tree_leaves(value, is_leaf=lambda found: isinstance(found, Cache))
+    leaves = tree_leaves(value, is_leaf=lambda part: isinstance(part, Cache))
     return any(isinstance(leaf, (Tensor, Cache)) for leaf in leaves)
 
 
 def distinct(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs, no tensor twice: `torch.export` takes one that is given for two arguments as one input.
+    """The inputs without repeated tensors, since `torch.export` makes a tensor passed twice a single input.
 
     Args:
         inputs: Inputs by name.
     """
     seen: set[int] = set()
 
-    def own(tensor: Tensor) -> Tensor:
+    def unshared(tensor: Tensor) -> Tensor:
         is_first = id(tensor) not in seen
         seen.add(id(tensor))
         return tensor if is_first else tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
-    result: dict[str, Any] = tree_map_only(Tensor, own, dict(inputs), is_leaf=lambda part: isinstance(part, Cache))
+    result: dict[str, Any] = tree_map_only(Tensor, unshared, dict(inputs), is_leaf=lambda part: isinstance(part, Cache))
     return result
 
 
 def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of some inputs, for a run that may write into them: a model adds to the cache that it is given.
+    """Copies of the inputs, for a run that may modify them: a model appends to the cache it gets.
 
     Args:
         inputs: Inputs by name.
@@ -92,49 +92,49 @@ def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two arguments that are not tensors are the same for a model: equal, and of types that are."""
+    """Whether two arguments other than tensors are equal for a model, a bool differing from a number."""
     if one is other:
         return True
     if isinstance(one, Tensor) or isinstance(other, Tensor) or isinstance(one, bool) is not isinstance(other, bool):
         return False
     try:
         return bool(one == other)
-    except Exception:  # noqa: BLE001  # arrays and a user's own types compare as they like
+    except Exception:  # noqa: BLE001  # arrays and a user's own types may raise
         return False
 
 
 def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
-    """The sizes of each input tensor that a trace holds for, by the tensor's path; None for an axis that may vary.
+    """The sizes to which a trace fixes each input tensor, by path; None for an axis that may vary.
 
     Args:
         graph: A traced graph, its inputs flattened.
-        inputs: What it was traced with, in the graph's order.
+        inputs: The inputs it was traced with, in the graph's order.
     """
     leaves = list(leaf_paths(inputs))
     placeholders = graph.find_nodes(op="placeholder")
-    if len(leaves) != len(placeholders):  # a cache among them, whose own checks say more
+    if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
         leaves = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and path in inputs]
         by_name = {str(node.target): node for node in placeholders}
         placeholders = [by_name.get(path) for path, _ in leaves]
-    found: dict[str, tuple[int | None, ...]] = {}
+    fixed: dict[str, tuple[int | None, ...]] = {}
     for (path, leaf), node in zip(leaves, placeholders, strict=True):
         value = None if node is None else node.meta.get("val")
         if isinstance(leaf, Tensor) and isinstance(value, Tensor):
-            found[path] = tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
-    return found
+            fixed[path] = tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
+    return fixed
 
 
 def check_form(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
-    """Check that an input of a call has the form of the example: containers, kinds of leaves, axes and constants.
+    """Check that an input has the structure of the example: containers, types of leaves, axes and constants.
 
     Args:
         name: The input's path.
-        example: What the model was traced with.
-        value: What the call gives.
-        fixed: Sizes that the trace holds for.
+        example: The input that the model was traced with.
+        value: The input of the call.
+        fixed: Sizes to which the trace is fixed.
 
     Raises:
-        TraceError: It has another; the graph would pass over what it does not know.
+        TraceError: It has another one, parts of which the graph would ignore.
     """
     if isinstance(example, Cache):
         if not isinstance(value, Cache):
@@ -151,52 +151,55 @@ def check_form(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: itself where it is short, its kind where it is not."""
+    """A value for a message: its `repr` if it is short, else its type."""
     text = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else ""
     return text if text and len(text) <= 60 else _kind(value)
 
 
 def _check_tensor(name: str, value: Any, sizes: tuple[int | None, ...] | None) -> None:
     if not isinstance(value, Tensor):
-        how = "torch.from_numpy makes one" if type(value).__module__ == "numpy" else "torch.tensor makes one"
-        raise TraceError(f"input {name!r} is {_kind(value)}, but the trace takes a tensor; {how}")
+        hint = "torch.from_numpy makes one" if type(value).__module__ == "numpy" else "torch.tensor makes one"
+        raise TraceError(f"input {name!r} is {_kind(value)}, but the trace takes a tensor; {hint}")
     if sizes is None:
         return
     shape = tuple(value.shape)
-    if len(shape) != len(sizes) or any(size not in (None, own) for size, own in zip(sizes, shape, strict=True)):
-        taken = ", ".join("any" if size is None else str(size) for size in sizes)
+    if len(shape) != len(sizes) or any(size not in (None, actual) for size, actual in zip(sizes, shape, strict=True)):
+        accepted = ", ".join("any" if size is None else str(size) for size in sizes)
         raise TraceError(
-            f"input {name!r} has shape {list(shape)}, but the trace takes [{taken}]; give that, or trace again with an "
+            f"input {name!r} has shape {list(shape)}, but the trace takes [{accepted}]; give that, or trace again with "
+            "an "
             "example of the other shape"
         )
 
 
 def _check_container(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
-    own, given = _children(example), _children(value)
-    if given is None or own is None or isinstance(own, list) is not isinstance(given, list):
+    expected, actual = _children(example), _children(value)
+    if actual is None or expected is None or isinstance(expected, list) is not isinstance(actual, list):
         raise TraceError(f"input {name!r} is {_kind(value)}, but the trace takes a {type(example).__name__}")
-    if isinstance(own, list) and isinstance(given, list):
-        if len(own) != len(given):
+    if isinstance(expected, list) and isinstance(actual, list):
+        if len(expected) != len(actual):
             raise TraceError(
-                f"input {name!r} has {len(given)} items, but the trace takes {len(own)}; trace again with an example "
+                f"input {name!r} has {len(actual)} items, but the trace takes {len(expected)}; trace again with an "
+                "example "
                 "of that length"
             )
-        own, given = dict(enumerate(own)), dict(enumerate(given))
-    assert isinstance(own, dict)
-    assert isinstance(given, dict)
-    other = [key for key in (*own, *given) if (key in own) is not (key in given)]
+        expected, actual = dict(enumerate(expected)), dict(enumerate(actual))
+    assert isinstance(expected, dict)
+    assert isinstance(actual, dict)
+    other = [key for key in (*expected, *actual) if (key in expected) is not (key in actual)]
     if other:
-        what = "lacks" if other[0] in own else "has"
+        verb = "lacks" if other[0] in expected else "has"
         raise TraceError(
-            f"input {name!r} {what} {', '.join(map(repr, other))}, but the trace takes {', '.join(map(repr, own))}; "
+            f"input {name!r} {verb} {', '.join(map(repr, other))}, but the trace takes "
+            f"{', '.join(map(repr, expected))}; "
             "give these, or trace again with an example of that form"
         )
-    for key, item in own.items():
-        check_form(f"{name}.{key}", item, given[key], fixed)
+    for key, item in expected.items():
+        check_form(f"{name}.{key}", item, actual[key], fixed)
 
 
 def _children(value: Any) -> list[Any] | dict[Any, Any] | None:
-    """What a container holds, in order or by name; None for what is not one."""
+    """The items of a container, in order or by name; None for anything else."""
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, (list, tuple)):
@@ -207,17 +210,17 @@ def _children(value: Any) -> list[Any] | dict[Any, Any] | None:
 
 
 def _is_container(value: Any) -> bool:
-    """Whether a value has parts that PyTorch knows of, as a registered dataclass does."""
+    """Whether a value is a container for pytree, such as a registered dataclass."""
     return any(keys for keys, _ in _one_level(value))
 
 
 def _one_level(value: Any) -> list[tuple[KeyPath, Any]]:
-    found, _ = tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
-    return found
+    entries, _ = tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
+    return entries
 
 
 def _text(key: Any) -> str:
-    """The part of a path that an entry of it stands for."""
+    """The text of one entry of a key path."""
     if isinstance(key, SequenceKey):
         return str(key.idx)
     if isinstance(key, MappingKey):

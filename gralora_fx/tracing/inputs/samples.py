@@ -1,4 +1,4 @@
-"""Example inputs for a trace: made for a task, or a user's own widened so that no axis is fixed by chance."""
+"""Example inputs for a trace: generated for a task, or a user's own, enlarged so that no axis is fixed by accident."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SAMPLES = 4000  # a quarter of a second of speech
 
 
 def infer_task(model: PreTrainedModel) -> str:
-    """The task that a model's class name tells; `feature-extraction` for a bare model."""
+    """The task of a model by its class name; `feature-extraction` for a bare model."""
     task = task_of_class(type(model).__name__)
     if task == "text2text-generation" and model.main_input_name == "input_features":
         return "automatic-speech-recognition"
@@ -48,32 +48,36 @@ def infer_task(model: PreTrainedModel) -> str:
 
 
 def check_head(model: PreTrainedModel, task: str) -> None:
-    """Refuse a task that a model's head does not do, whose outputs would be taken for what they are not.
+    """Check that a task fits a model's head, so that its outputs are not misinterpreted.
 
     Raises:
-        TraceError: The task takes another input; or the class names a head, one of the two classifies, and they differ.
+        TraceError: The task takes another input, or the head is for another task and one of the two is classification.
     """
     check_task(task)
     _check_main_input(model, task)
-    own, asked = infer_task(model), task.removesuffix("-with-past")
-    if task.endswith("-with-past"):  # whether it keeps a cache is looked at where its inputs are made
+    model_task, requested = infer_task(model), task.removesuffix("-with-past")
+    if task.endswith("-with-past"):  # whether it has a cache is checked when its inputs are generated
         return
-    is_known = "feature-extraction" not in (own, asked)  # a class may name no head, and any will give its features
-    if own != asked and is_known and not _CLASSIFIERS.isdisjoint((own, asked)):
+    is_known = "feature-extraction" not in (
+        model_task,
+        requested,
+    )  # a class may name no head, and any model can return features
+    if model_task != requested and is_known and not _CLASSIFIERS.isdisjoint((model_task, requested)):
         raise TraceError(
-            f"{type(model).__name__} is a model for {own}, not for {task}; leave task out, or load the class for {task}"
+            f"{type(model).__name__} is a model for {model_task}, not for {task}; leave task out, or load the class "
+            f"for {task}"
         )
 
 
 def _check_main_input(model: PreTrainedModel, task: str) -> None:
     takes, main = _TAKES.get(task.removesuffix("-with-past")), model.main_input_name
     if takes is not None and main not in takes:
-        named = " or ".join(takes)
-        raise TraceError(f"task {task!r} takes {named}, but {type(model).__name__} takes {main}; give its task")
+        expected = " or ".join(takes)
+        raise TraceError(f"task {task!r} takes {expected}, but {type(model).__name__} takes {main}; give its task")
 
 
 def task_of_class(name: str) -> str:
-    """The task that the name of a class of transformers tells; `feature-extraction` where it names no head."""
+    """The task of a transformers class by its name; `feature-extraction` if it names no head."""
     return next((task for head, task in _HEADS.items() if name.endswith(head)), "feature-extraction")
 
 
@@ -112,9 +116,9 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
 
 
 def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs with at least two rows, three positions and one padded row, so that none of it is fixed.
+    """Enlarge inputs to at least two rows, three positions and one padded row, so that no axis is fixed.
 
-    `torch.export` takes an axis of size 1 as a constant, and drops a mask that masks nothing.
+    `torch.export` treats an axis of size 1 as constant, and drops a mask that masks nothing.
 
     Args:
         model: The model to run.
@@ -124,7 +128,7 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if PAST in sample and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
             return _widen_step(model, sample)
-        return cached_inputs(model)  # the values do not matter, and the sizes would have to grow together
+        return cached_inputs(model)  # the values do not matter, and the sizes would have to be changed consistently
     if isinstance(model, PreTrainedModel):
         accepted = inspect.signature(model.forward).parameters
         for mask, ids in _MASKS.items():
@@ -149,10 +153,10 @@ def _widen_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, 
 
 
 def other_sizes(sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same inputs with one row, with one more, and with longer sequences, to hold a trace against.
+    """The inputs with one row, with one more row, and with longer sequences, to check a trace with.
 
     Args:
-        sample: What a model was traced with.
+        sample: The inputs that a model was traced with.
     """
     tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
     if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:

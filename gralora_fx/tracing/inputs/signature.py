@@ -1,4 +1,4 @@
-"""How a traced graph is called: inputs by name or position, with the defaults that the model itself has."""
+"""The call signature of a traced graph: inputs by name or position, with the source model's defaults."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "positio
 
 @dataclasses.dataclass(frozen=True)
 class CallSignature:
-    """What the forward of a traced model's source takes, and what became of it in the graph.
+    """The signature of the source model's forward, and what became of each argument in the graph.
 
     Attributes:
         inputs: Arguments that the graph takes, in its order.
         positional: Arguments that the source takes by position, in its order.
-        values: The value that every other argument had while the model was traced; it is part of the graph.
-        defaults: What the source takes for an argument that it is not given.
-        nullable: Arguments for which None means that they are not given, though their default is something else.
-        takes_any: Whether the source takes arguments by names that its signature does not hold.
-        fillable: Inputs that may be left out: `default_input` makes what the source takes for them.
-        counts_padding: Whether positions that are left out count the padding before them.
-        fixed: Sizes of input tensors that the trace holds for.
-        dynamic: Whether the trace was to hold for other sizes than the example's.
-        has_form: Whether inputs must have the form of the examples, as for a graph that has seen nothing else.
+        values: The value of every other argument while tracing, which is part of the graph.
+        defaults: The source's default of each argument.
+        nullable: Arguments for which None means the default, though the default is another value.
+        takes_any: Whether the source accepts arbitrary keyword arguments.
+        fillable: Inputs that may be left out, since `default_input` gives the source's default.
+        counts_padding: Whether default positions count the padding before them.
+        fixed: Sizes of input tensors to which the trace is fixed.
+        dynamic: Whether the trace was made for other sizes than the example's too.
+        has_form: Whether inputs must have the structure of the examples, as for an exported graph.
     """
 
     inputs: tuple[str, ...]
@@ -50,7 +50,7 @@ class CallSignature:
 
     @property
     def may_be_left_out(self) -> tuple[str, ...]:
-        """Inputs that the source need not be given, and for which there is a rule."""
+        """Optional inputs of the source for which there is a default rule."""
         return tuple(name for name in _RULES if name in self.inputs and name in self.defaults)
 
     def bind(
@@ -63,27 +63,27 @@ class CallSignature:
     ) -> dict[str, Any]:
         """The inputs of one call by name, in the graph's order.
 
-        A mask that was traced but not given is all ones, token types are zeros, positions count from zero, where that
-        is what the source takes when it is not told.
+        A mask that was traced but not given is all ones, token types are zeros, positions count from zero, if these are
+        the source's defaults.
 
         Args:
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
-            examples: The inputs that the model was traced with; those of the call must have their form.
-            optional: Inputs for which the graph has a default of its own; left out where they are not given.
+            examples: The inputs that the model was traced with; those of the call must have their structure.
+            optional: Inputs for which the graph has a default itself; left out if not given.
 
         Raises:
-            TraceError: An input is missing, given twice, of another form, or was not part of the trace; or an argument
-                that is part of the graph has another value.
+            TraceError: An input is missing, given twice, has another structure, or was not part of the trace; or an
+                argument that is part of the graph has another value.
         """
-        given = self._by_name(args, kwargs)
-        for name, value in given.items():
+        arguments = self._by_name(args, kwargs)
+        for name, value in arguments.items():
             if name not in self.inputs:
                 self._check_constant(name, value, by_position=name not in kwargs, count=len(args))
         for name in self.values:
-            if given.get(name) is None:
-                self._check_left_out(name, given)
-        inputs = {name: given.get(name) for name in self.inputs if name in given or name not in optional}
+            if arguments.get(name) is None:
+                self._check_left_out(name, arguments)
+        inputs = {name: arguments.get(name) for name in self.inputs if name in arguments or name not in optional}
         for name in inputs:
             if inputs[name] is None and not (name in examples and examples[name] is None):
                 inputs[name] = self._filled(name, inputs)
@@ -96,14 +96,14 @@ class CallSignature:
             raise TraceError(
                 f"the trace takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), but got {len(args)} by position"
             )
-        given = dict(zip(self.positional, args, strict=False))
-        twice = [name for name in kwargs if name in given]
+        arguments = dict(zip(self.positional, args, strict=False))
+        twice = [name for name in kwargs if name in arguments]
         if twice:
             raise TraceError(f"input {twice[0]!r} was given twice, by position and by name")
-        return {**given, **kwargs}
+        return {**arguments, **kwargs}
 
     def _check_constant(self, name: str, value: Any, *, by_position: bool, count: int) -> None:
-        """Refuse an argument that is not an input of the graph, unless it has the value that is part of it."""
+        """Check an argument that is not an input of the graph: it must have the value that is part of the graph."""
         if value is None and (name in self.nullable or (name not in self.values and self.takes_any)):
             return
         traced = self.values.get(name)
@@ -129,9 +129,9 @@ class CallSignature:
             f"{shown(value)}; {remedy}"
         )
 
-    def _check_left_out(self, name: str, given: Mapping[str, Any]) -> None:
-        """Refuse to leave out an argument that the source would take another value for."""
-        if name in given and name not in self.nullable:
+    def _check_left_out(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Check an argument that is left out: its default must be the value that is part of the graph."""
+        if name in arguments and name not in self.nullable:
             return
         if name not in self.defaults:
             raise TraceError(f"input {name!r} is missing; it was {self.values[name]!r} when the model was traced")
@@ -148,27 +148,29 @@ class CallSignature:
         if name in self.fillable:
             value = default_input(name, known, counts_padding=self.counts_padding)
         if value is None:
-            own = f"; the model's own default, {shown(self.defaults[name])}, is not" if name in self.defaults else ""
-            remedy = ": give it, or trace again without it" if own else ""
-            raise TraceError(f"input {name!r} is missing; it was part of the trace{own}{remedy}")
+            default_note = (
+                f"; the model's own default, {shown(self.defaults[name])}, is not" if name in self.defaults else ""
+            )
+            remedy = ": give it, or trace again without it" if default_note else ""
+            raise TraceError(f"input {name!r} is missing; it was part of the trace{default_note}{remedy}")
         return value
 
 
 def signature_of(
     model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any], *, has_cache: bool
 ) -> CallSignature:
-    """What a model's forward takes, seen from a trace of it.
+    """The call signature of a trace of a model.
 
     Args:
         model: The source model, with the configuration that it was traced with.
-        inputs: Arguments that became inputs of the graph.
+        inputs: Names of the arguments that became inputs of the graph.
         constants: Arguments that were given while tracing and became part of the graph.
         has_cache: Whether a cache is among the inputs.
 
     Returns:
-        The signature; which inputs are fillable is for the caller to find out.
+        The signature; the caller has to determine which inputs are fillable.
     """
-    from transformers import PreTrainedModel  # it imports much that serving has no need of
+    from transformers import PreTrainedModel  # imports much that serving does not need
 
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -191,18 +193,18 @@ def signature_of(
 
 
 def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a transformers model that its configuration answers where they are None or not given.
+    """Arguments of a transformers model that default to its configuration.
 
-    Decorators of transformers take `return_dict` and the `output_...` flags of any forward, whatever its signature.
+    Decorators in transformers accept `return_dict` and the `output_...` flags for any forward.
     """
     names = {name for name, default in defaults.items() if default is None}
     names |= {"return_dict", *(name for name in dir(config) if name.startswith("output_"))}
-    found = {name: getattr(config, name, None) for name in sorted(names)}
-    return {name: value for name, value in found.items() if isinstance(value, (bool, int, float, str))}
+    answers = {name: getattr(config, name, None) for name in sorted(names)}
+    return {name: value for name, value in answers.items() if isinstance(value, (bool, int, float, str))}
 
 
 def with_cache_name(names: Sequence[str], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Keyword arguments whose `cache`, as transformers calls it by now, has the name that the trace has for it.
+    """Rename `cache`, transformers' newer name, to the trace's name for it.
 
     Args:
         names: Inputs of the trace.
@@ -219,11 +221,11 @@ def with_cache_name(names: Sequence[str], kwargs: Mapping[str, Any]) -> Mapping[
 
 
 def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool = False) -> torch.Tensor | None:
-    """What a model takes for an input that it is not given, or None where it needs it.
+    """The default value of an input, or None if it is required.
 
     Args:
         name: Name of the input.
-        inputs: The inputs that are given; their token ids tell the shape.
+        inputs: The inputs given, whose token ids determine the shape.
         counts_padding: Whether the positions of a step count the padding before them.
     """
     ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
@@ -244,11 +246,11 @@ def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool 
     return None
 
 
-def refuse_misshapen_step(inputs: Mapping[str, Any]) -> None:
-    """Refuse a step of a decoder whose mask or cache does not fit its tokens; the graph would fail far from here.
+def check_step_shapes(inputs: Mapping[str, Any]) -> None:
+    """Check that a decoder step's mask and cache fit its tokens, since the graph's own error would be obscure.
 
     Args:
-        inputs: The inputs of one call, all of them.
+        inputs: All inputs of one call.
 
     Raises:
         TraceError: The mask is not `[batch, past + length]`, or the cache has other rows than the tokens.

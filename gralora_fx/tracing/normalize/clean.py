@@ -1,4 +1,4 @@
-"""Cleaning of a fresh trace: guards on sample sizes go, subgraphs that run as they are join the graph."""
+"""Cleaning of a fresh trace: removal of guards on sizes, inlining of subgraphs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ASSERTIONS = {
 
 
 def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of an exported graph that checks no sizes, so that batch 1 and length 1 run, without needless subgraphs.
+    """A copy of an exported graph without size checks, so that batch 1 and length 1 run, and with subgraphs inlined.
 
     Before: `_guards_fn(x); _assert_tensor_metadata(x, None, None, torch.float32); y = linear(x, w)`
     After:  `y = linear(x, w)`
 
     Args:
-        graph_module: What `ExportedProgram.module()` returned; it is left as it is.
+        graph_module: The result of `ExportedProgram.module()`; it is left unchanged.
 
     Returns:
         A plain `GraphModule` over the same parameters and buffers.
@@ -43,7 +43,7 @@ def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _drop_empty_parts(graph: fx.Graph) -> None:
-    """Take what is put behind an empty tensor as it is: a cache that begins empty adds nothing.
+    """Remove concatenations with empty tensors, as from a cache that starts empty.
 
     Before: `keys = cat([detach_(lift_fresh_copy(empty)), new_keys], -2)`
     After:  `keys = new_keys`
@@ -61,7 +61,7 @@ def _drop_empty_parts(graph: fx.Graph) -> None:
 
 
 def _is_empty(node: fx.Node) -> bool:
-    """Whether a node is a tensor of shape `[0]`, which `cat` passes over."""
+    """Whether a node is a tensor of shape `[0]`, which `cat` ignores."""
     value = node.meta.get("val")
     return (
         isinstance(value, torch.Tensor) and value.ndim == 1 and isinstance(value.shape[0], int) and not value.shape[0]
@@ -69,7 +69,7 @@ def _is_empty(node: fx.Node) -> bool:
 
 
 def _drop_dead_scalars(graph: fx.Graph) -> None:
-    """Erase the size comparisons that only served the guards."""
+    """Erase size comparisons that were only used by the guards."""
     for node in reversed(graph.nodes):
         is_size = node.target is torch.ops.aten.sym_size.int or getattr(node.target, "__module__", "") == "_operator"
         if node.op == "call_function" and is_size and not node.users and node.target is not operator.setitem:

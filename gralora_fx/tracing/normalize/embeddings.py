@@ -1,4 +1,4 @@
-"""Modules of torch's over the embeddings of a graph, for those who read a table's size or its weights."""
+"""torch modules over the embeddings of a graph, for callers that read their sizes or weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gralora_fx.graph.module_tree import ModuleTree
 
 
 class _NotCalled(nn.Module):
-    """A module that the graph does not call: it reads the same parameters."""
+    """A module over parameters of a graph, which the graph does not call."""
 
     def register_forward_hook(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse a hook, which would never run.
+        """Not supported: a hook would never run.
 
         Raises:
             TraceError: Always.
@@ -29,7 +29,7 @@ class _NotCalled(nn.Module):
 
 
 class EmbeddingTable(_NotCalled, nn.Embedding):
-    """A table of embeddings over the parameter that a graph reads."""
+    """An embedding over the parameter that a graph reads."""
 
 
 class OutputHead(_NotCalled, nn.Linear):
@@ -37,7 +37,7 @@ class OutputHead(_NotCalled, nn.Linear):
 
 
 def module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module over the parameters at a path; training it trains what the graph reads.
+    """A module over the parameters at a path, which are those that the graph reads.
 
     Args:
         tree: The modules of the source model.
@@ -45,7 +45,7 @@ def module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Parameter
         parameters: The parameters that the graph reads, by the names of the source model.
 
     Raises:
-        TraceError: The module is of another class, which may compute more.
+        TraceError: The module is of another class, which may compute something else.
     """
     kind = tree.types[path]
     weight, bias = parameters.get(f"{path}.weight"), parameters.get(f"{path}.bias")

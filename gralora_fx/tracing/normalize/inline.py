@@ -1,4 +1,4 @@
-"""Subgraphs of a trace taken into the graph around them, where that leaves their meaning."""
+"""Inlining of subgraphs that run exactly once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gralora_fx.tracing.normalize.regions import (
 )
 
 _hop = torch.ops.higher_order
-# operator that runs a subgraph as it is: position of the subgraph, and of the first operand
+# operator that runs a subgraph once: position of the subgraph, and of its first operand
 _WRAPPERS: dict[Any, tuple[int, int]] = {
     _hop.wrap_with_set_grad_enabled: (1, 2),
     _hop.wrap_with_autocast: (4, 5),
@@ -31,7 +31,7 @@ _WRAPPERS: dict[Any, tuple[int, int]] = {
     _hop.invoke_subgraph: (0, 2),
     _hop.wrap: (0, 1),
 }
-# those of them that run it in another mode: what begins it, with the arguments before the subgraph
+# those that run it in another mode: the function that enters the mode, given the arguments before the subgraph
 _REGIONS: dict[Any, Any] = {
     _hop.wrap_with_set_grad_enabled: enter_grad_mode,
     _hop.wrap_with_autocast: enter_autocast,
@@ -39,17 +39,17 @@ _REGIONS: dict[Any, Any] = {
 
 
 def inline_subgraphs(graph: fx.Graph, root: nn.Module) -> None:
-    """Take subgraphs that run once, as they are, into the graph that calls them; in place.
+    """Inline subgraphs that run exactly once into the calling graph; in place.
 
     Before: `y = wrap_with_set_grad_enabled(False, self.submod, x, w)[0]`
     After:  `before = enter_grad_mode(False); y = linear(x, w); leave_grad_mode(before)`
 
-    So whatever looks for linear calls finds them. Regions without gradients or under autocast stay such; a checkpoint
-    computes the same, and saves no memory. Branches and loops (`torch.cond` and its kin) stay subgraphs.
+    So linear calls in them can be found. Regions without gradients or under autocast are kept; a checkpoint computes
+    the same but saves no memory. Branches and loops (`torch.cond` and the like) stay subgraphs.
 
     Args:
         graph: A graph.
-        root: The module that its targets belong to.
+        root: The module to which its targets refer.
     """
     waiting = deque(graph.nodes)
     while waiting:
@@ -80,10 +80,10 @@ def inline_call(node: fx.Node, inner: fx.Graph, operands: Sequence[Any], path: s
         path: Path of the module that its targets belong to.
 
     Returns:
-        The nodes that stand in the call's place, the last one first.
+        The nodes that replace the call, in reverse order.
     """
-    graph, made = node.graph, []
-    places: dict[fx.Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
+    graph, copies = node.graph, []
+    values: dict[fx.Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
     result: Any = None
     enter = _REGIONS.get(node.target)
     with graph.inserting_before(node):
@@ -91,42 +91,42 @@ def inline_call(node: fx.Node, inner: fx.Graph, operands: Sequence[Any], path: s
             context = graph.call_function(enter, tuple(node.args[: _WRAPPERS[node.target][0]]))
         for part in inner.nodes:
             if part.op == "output":
-                result = fx.map_arg(part.args[0], places.__getitem__)
+                result = fx.map_arg(part.args[0], values.__getitem__)
             elif part.op != "placeholder":
-                places[part] = copied = graph.node_copy(part, places.__getitem__)
+                values[part] = copied = graph.node_copy(part, values.__getitem__)
                 copied.meta = _meta_within(node, part, path)
                 if part.op in ("get_attr", "call_module"):
                     copied.target = f"{path}.{part.target}"
-                made.append(copied)
+                copies.append(copied)
         if enter is not None:
             graph.call_function(LEAVE[enter], (context,))
     _replace_value(node, inner.process_outputs(result))
-    return made[::-1]
+    return copies[::-1]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs around a module's forward, which its graph does not show."""
+    """Whether a module has hooks, which its graph does not show."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _operands(module: nn.Module, node: fx.Node) -> Sequence[Any] | None:
-    """What a call of a nested `GraphModule` gives its placeholders; None where that cannot be told."""
+    """The operands of a nested `GraphModule`'s placeholders in a call; None if they cannot be determined."""
     if not isinstance(module, fx.GraphModule) or has_hooks(module):
         return None
     placeholders = module.graph.find_nodes(op="placeholder")
     info = tree_info(module.graph)
     names = [str(entry.target) for entry in placeholders] if info is None else list(info.orig_args)
     defaults = {str(entry.target): entry.args[0] for entry in placeholders if entry.args}
-    given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if len(node.args) > len(names) or any(name not in given for name in names):
+    arguments = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if len(node.args) > len(names) or any(name not in arguments for name in names):
         return None
-    values = [given[name] for name in names]
+    values = [arguments[name] for name in names]
     values = values if info is None else tree_leaves(values)
     return values if len(values) == len(placeholders) else None
 
 
 def _meta_within(call: fx.Node, part: fx.Node, path: str) -> dict[str, Any]:
-    """The metadata of a subgraph's node; the modules of one that was traced by itself lie below the call's."""
+    """The metadata of an inlined node; module paths of a separately traced subgraph are prefixed with the call's."""
     meta = dict(part.meta)
     if "custom" in meta:
         meta["custom"] = dict(meta["custom"])
@@ -137,7 +137,7 @@ def _meta_within(call: fx.Node, part: fx.Node, path: str) -> dict[str, Any]:
 
 
 def _replace_value(node: fx.Node, value: Any) -> None:
-    """Let the readers of a node read its value, which may be a tuple of nodes of which each takes one; erase it."""
+    """Replace a node by its value, which may be a tuple of nodes whose items the readers take, and erase it."""
     for user in list(node.users):
         if user.target is operator.getitem and not isinstance(value, fx.Node):
             _replace_value(user, value[user.args[1]])

@@ -1,4 +1,4 @@
-"""Leaf modules of a symbolic trace taken into its graph, so that the linear layers in them show."""
+"""Inlining of leaf modules of a symbolic trace, so that their linear layers become visible."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from gralora_fx.graph.module_tree import LINEAR_TYPES, module_stack
 from gralora_fx.graph.out_of_reach import note_opaque
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.tracing.normalize.inline import has_hooks, inline_call, inline_subgraphs
-from gralora_fx.tracing.normalize.modes import record_switches, set_mode
+from gralora_fx.tracing.normalize.modes import annotate_mode_args, set_mode
 
 _INNER = "leaf"
 
 
 def inline_leaves(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a symbolic trace in which modules that hold linear layers are calls on their weights and biases.
+    """A copy of a symbolic trace with modules that contain linear layers replaced by calls on their parameters.
 
     Before: `y = self.fc(x); z = self.feed_forward(y)`
     After:  `y = linear(x, self.fc.weight, self.fc.bias); ...; z = linear(h, self.feed_forward.2.weight, ...)`
 
-    A module that cannot be traced by itself, or has hooks, stays a call; its node notes why (see `out_of_reach`).
+    A module that cannot be traced by itself, or has hooks, stays a call annotated with why (see `out_of_reach`).
 
     Args:
-        graph_module: A symbolic trace; it is left as it is.
+        graph_module: A symbolic trace; it is left unchanged.
     """
     graph = copy_graph(graph_module)
     waiting = deque(graph.nodes)
@@ -51,12 +51,12 @@ def inline_leaves(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def holds_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or has one within."""
+    """Whether a module is or contains a linear layer."""
     return any(isinstance(part, LINEAR_TYPES) for part in module.modules())
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module], forward: Any) -> bool:
-    """Whether a module is a linear layer that computes what its class does, and nothing around it."""
+    """Whether a module is a plain linear layer: without overrides, hooks or parametrizations."""
     return (
         isinstance(module, kind)
         and type(module).forward is forward
@@ -82,7 +82,7 @@ def _inline_linear(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
 
 
 def _inline_traced(node: fx.Node, module: nn.Module) -> list[fx.Node]:
-    """Replace the call of a module by the nodes that its own trace makes; where there is none, the node is told why."""
+    """Replace a module call by the nodes of the module's own trace, or annotate it with why there is none."""
     template = (node.args, dict(node.kwargs))
     if has_hooks(module):
         note_opaque(node, "it has hooks")
@@ -96,11 +96,11 @@ def _inline_traced(node: fx.Node, module: nn.Module) -> list[fx.Node]:
 
 
 class _Untraced(Exception):
-    """Why a module cannot be traced by itself."""
+    """A module cannot be traced by itself; the message says why."""
 
 
 class _Tracer(fx.Tracer):
-    """Goes into the modules that hold linear layers, and leaves the others calls."""
+    """Traces into modules that contain linear layers, and leaves the others as calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         plain = _is_plain(m, nn.Linear, nn.Linear.forward) or _is_plain(m, Conv1D, Conv1D.forward)
@@ -108,7 +108,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Call(nn.Module):
-    """The call of a module with given arguments, where nodes stand for the values that it is called with."""
+    """The call of a module with given arguments, in which nodes are placeholders for values."""
 
     def __init__(self, module: nn.Module, template: Any) -> None:
         super().__init__()
@@ -117,22 +117,22 @@ class _Call(nn.Module):
         self.sources = _nodes_of(template)
 
     def forward(self, values: Any) -> Any:
-        places = {source: values[index] for index, source in enumerate(self.sources)}
-        args, kwargs = fx.map_arg(self.template, places.__getitem__)
+        value_of = {source: values[index] for index, source in enumerate(self.sources)}
+        args, kwargs = fx.map_arg(self.template, value_of.__getitem__)
         return self.leaf(*args, **kwargs)
 
 
 def _nodes_of(template: Any) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-    fx.map_arg(template, found.setdefault)
-    return list(found)
+    nodes: dict[fx.Node, None] = {}
+    fx.map_arg(template, nodes.setdefault)
+    return list(nodes)
 
 
 def _traced(module: nn.Module, template: Any) -> fx.Graph:
-    """The graph of a module for one call of it, a placeholder for each node that the call reads.
+    """Trace a module for one call of it, with a placeholder for each node that the call reads.
 
     Raises:
-        _Untraced: It cannot be traced, or its two modes differ by more than switches.
+        _Untraced: It cannot be traced, or its two modes differ by more than mode arguments.
     """
     graphs = []
     for training in (True, False):
@@ -141,7 +141,7 @@ def _traced(module: nn.Module, template: Any) -> fx.Graph:
                 graphs.append(_Tracer().trace(_Call(module, template)))
             except Exception as error:  # a forward raises what it likes of symbolic values
                 raise _Untraced(f"torch.fx cannot trace it ({type(error).__name__}: {first_line(error)})") from error
-        record_switches(graphs[-1])
+        annotate_mode_args(graphs[-1])
         set_mode(graphs[-1], module.training)
     first, second = graphs
     if str(first) != str(second):
@@ -151,12 +151,12 @@ def _traced(module: nn.Module, template: Any) -> fx.Graph:
 
 
 def _settle(graph: fx.Graph, count: int) -> None:
-    """Give a graph of `_Call` a placeholder for each value, and its targets and modules their paths in the module."""
+    """Finish a graph of `_Call`: a placeholder for each value, and targets and module paths relative to the module."""
     (values,) = graph.find_nodes(op="placeholder")
     with graph.inserting_before(values):
-        own = [graph.placeholder(f"value_{index}") for index in range(count)]
+        placeholders = [graph.placeholder(f"value_{index}") for index in range(count)]
     for item in list(values.users):
-        item.replace_all_uses_with(own[item.args[1]])
+        item.replace_all_uses_with(placeholders[item.args[1]])
         graph.erase_node(item)
     graph.erase_node(values)
     for node in graph.nodes:
@@ -170,7 +170,7 @@ def _settle(graph: fx.Graph, count: int) -> None:
 
 @contextmanager
 def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Let a module stand in a mode while the block lasts."""
+    """Set the mode of a module within the block."""
     modes = [(part, part.training) for part in module.modules()]
     for part, _ in modes:
         part.training = training

@@ -21,7 +21,7 @@ _CASTS = (
 
 
 def without_empty_blocks(graph: fx.Graph) -> None:
-    """Leave one of both masks: the plain one where no position is in a block.
+    """Keep one of the two masks: the plain one if no position is in a block.
 
     Before: `blocks = full(size, -1); m = mask_of_blocks(blocks, mask(padding, ...), whole)`
     After:  `m = mask(padding, ...)`
@@ -35,7 +35,7 @@ def without_empty_blocks(graph: fx.Graph) -> None:
 
 
 def _holds_only(node: Any, number: int) -> bool:
-    """Whether every value of a tensor is one number, as its making says."""
+    """Whether a tensor is filled with one number, judging by the operators that create it."""
     while isinstance(node, fx.Node) and node.target in _CASTS:
         node = node.args[0]
     if not isinstance(node, fx.Node):
@@ -46,12 +46,12 @@ def _holds_only(node: Any, number: int) -> bool:
 
 
 def padding_as_argument(graph: fx.Graph) -> None:
-    """Let attention take the padding mask and the window of the mask that its model made of them.
+    """Replace attention's causal mask by the padding mask and the window that it was computed from.
 
     Before: `m = gralora.mask(to(padding, bool), length, 4); y = attention(query, key, value, m, window=0)`
     After:  `y = attention(query, key, value, padding, window=4)`
 
-    A mask that something else reads too, such as an addition to it, stays for that.
+    A mask with other readers, such as an addition to it, stays for those.
 
     Args:
         graph: A fresh trace; it is changed in place.

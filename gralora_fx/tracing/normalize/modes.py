@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a traced graph: the arguments that a trace bakes in, made switchable."""
+"""Training and evaluation mode of a traced graph: annotation and switching of arguments that a trace bakes in."""
 
 from __future__ import annotations
 
@@ -44,58 +44,58 @@ _FUNCTIONAL = {
 }
 
 
-def record_switches(graph: fx.Graph, *, in_training: bool | None = None, known: Collection[str] = ()) -> bool:
-    """Note at every node whose behaviour depends on the mode what it takes in training and in evaluation.
+def annotate_mode_args(graph: fx.Graph, *, in_training: bool | None = None, known: Collection[str] = ()) -> bool:
+    """Annotate every node whose behaviour depends on the mode with its argument in training and in evaluation.
 
-    The note stands in `node.meta["custom"]`, which copies and re-exports keep. An attention node records its dropout
-    only in a graph traced in training mode: a trace in evaluation mode has lost it.
+    The annotation is in `node.meta["custom"]`, which copies and re-exports keep. An attention node has its dropout only
+    in a graph traced in training mode: a trace in evaluation mode has lost it.
 
     Args:
-        graph: A traced graph; its nodes gain the notes.
-        in_training: The mode that the model was traced in. What is on in evaluation, such as a dropout that is not told
-            the mode, is on in both and no switch. None where it is not known.
-        known: Names of nodes that were noted before, or are no switches.
+        graph: A traced graph; its nodes are annotated.
+        in_training: The mode that the model was traced in. An argument that is on in an evaluation trace, such as a
+            dropout that ignores the mode, is on in both and not annotated. None if unknown.
+        known: Names of nodes that were annotated before, or do not depend on the mode.
 
     Returns:
-        Whether the graph stands in training mode, as far as its nodes tell.
+        Whether the graph is in training mode, as far as its nodes tell.
     """
     is_training = False
     for node in graph.nodes:
-        switch = None if node.name in known else _switch_of(node)
+        switch = None if node.name in known else _mode_argument_values(node)
         if switch is not None:
             argument, trained, evaluated = switch
             is_on = _read(node, argument) == trained
             if in_training is False and is_on:
                 continue
             is_training |= is_on
-            note_switch(node, argument, trained, evaluated)
+            annotate_mode_arg(node, argument, trained, evaluated)
     return is_training
 
 
-def draws_randomly(graph: fx.Graph) -> str | None:
-    """The operator of a graph that draws random numbers in either mode, and where it was called, or None.
+def find_rng_op(graph: fx.Graph) -> str | None:
+    """An operator that draws random numbers in either mode and the line of its call, as text; None if there is none.
 
-    A model that does so in training alone, as some routers of experts do, shows no switch in a training trace.
+    A model that does so only in training, like some expert routers, has no mode argument for it in a training trace.
 
     Args:
-        graph: A traced graph whose switches are recorded.
+        graph: A traced graph with annotated mode arguments.
     """
     for node in graph.nodes:
         tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
         if torch.Tag.nondeterministic_seeded in tags and _KEY not in node.meta.get("custom", {}) and _is_on(node):
-            place = line_of(node.meta.get("stack_trace"))
-            return f"{node.target} at {place}" if place else str(node.target)
+            location = line_of(node.meta.get("stack_trace"))
+            return f"{node.target} at {location}" if location else str(node.target)
     return None
 
 
 def _is_on(node: fx.Node) -> bool:
-    """Whether an operator that draws random numbers in one mode does so as it is written in the graph."""
-    argument = switched_argument(node)
+    """Whether an operator that may draw random numbers does so with its current arguments."""
+    argument = mode_argument(node)
     return argument is None or bool(_read(node, argument))
 
 
-def note_switch(node: fx.Node, argument: int | str, in_training: Any, in_evaluation: Any) -> None:
-    """Note what a node takes in each mode.
+def annotate_mode_arg(node: fx.Node, argument: int | str, in_training: Any, in_evaluation: Any) -> None:
+    """Annotate a node with an argument's value in each mode.
 
     Args:
         node: The node.
@@ -108,17 +108,17 @@ def note_switch(node: fx.Node, argument: int | str, in_training: Any, in_evaluat
 
 
 def set_mode(graph: fx.Graph, training: bool) -> bool:
-    """Switch every recorded argument.
+    """Set every annotated argument to its value in a mode.
 
     Before (training):  `dropout(x, 0.1, True)`
     After (evaluation): `dropout(x, 0.1, False)`
 
     Args:
-        graph: A graph that `record_switches` has seen.
+        graph: A graph annotated by `annotate_mode_args`.
         training: The mode to set.
 
     Returns:
-        Whether any node changed, so that the module must be recompiled.
+        Whether any node changed; if so, the module must be recompiled.
     """
     has_changed = False
     for node in graph.nodes:
@@ -131,20 +131,20 @@ def set_mode(graph: fx.Graph, training: bool) -> bool:
     return has_changed
 
 
-def switched_argument(node: fx.Node) -> int | str | None:
-    """Position or keyword of the argument of a node that depends on the mode, whatever it is now, or None.
+def mode_argument(node: fx.Node) -> int | str | None:
+    """Position or keyword of a node's mode-dependent argument, whatever its current value, or None.
 
     Args:
         node: A node of a trace in either mode.
     """
     if node.op == "call_function" and node.target in _PROBABILITIES:
         return _PROBABILITIES[node.target]
-    switch = _switch_of(node)
+    switch = _mode_argument_values(node)
     return None if switch is None else switch[0]
 
 
-def _switch_of(node: fx.Node) -> tuple[int | str, Any, Any] | None:
-    """The mode-dependent argument of a node with its values in training and in evaluation."""
+def _mode_argument_values(node: fx.Node) -> tuple[int | str, Any, Any] | None:
+    """A node's mode-dependent argument with its values in training and in evaluation."""
     if node.op != "call_function":
         return None
     if node.target in _FLAGS:

@@ -1,1 +1,1 @@
-"""What is swapped while a trace runs, and put back when it ends."""
+"""Patches that are applied while a trace runs, and reverted when it ends."""

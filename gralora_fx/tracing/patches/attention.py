@@ -18,7 +18,7 @@ from gralora_fx.tracing.patches.masks import make_mask
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The operator, as a model of transformers calls its attention."""
+    """The operator behind transformers' attention interface."""
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     result = Attention.compute(
@@ -41,7 +41,7 @@ AttentionMaskInterface.register(NAMESPACE, make_mask)
 
 @contextmanager
 def fused_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model call `gralora::attention` while the block lasts; a model that is traced gets its shape alone."""
+    """Let a model call `gralora::attention` within the block, or its shape-only counterpart while it is traced."""
     parts = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel) and _calls_interface(m)}
     before = {key: config._attn_implementation for key, config in parts.items()}
     try:
@@ -54,5 +54,5 @@ def fused_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _calls_interface(model: PreTrainedModel) -> bool:
-    """Whether a model's attention is called through transformers' interface; others compute it by themselves."""
+    """Whether a model calls its attention through transformers' interface."""
     return bool(model._can_set_attn_implementation())

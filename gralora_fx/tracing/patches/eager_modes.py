@@ -1,4 +1,4 @@
-"""Checkpoints and inference mode of a model that is traced: what they compute, in a form that a graph can hold."""
+"""Traceable replacements of gradient checkpoints and inference mode."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from torch.utils import checkpoint
 
 @contextmanager
 def traceable_modes() -> Iterator[list[str]]:
-    """Let checkpoints run what they wrap, and inference mode be a region without gradients, while the block lasts.
+    """Within the block, checkpoints call their function directly, and inference mode only turns gradients off.
 
-    Of a reentrant checkpoint a trace sees a forward without gradients, which it computes again in the backward pass;
-    of inference mode it sees nothing.
+    A trace would record a reentrant checkpoint as a forward without gradients, and inference mode not at all.
 
     Yields:
-        A list that names each use of a checkpoint by the function that it ran.
+        A list to which each use of a checkpoint adds the name of its function.
     """
     used: list[str] = []
     around = checkpoint._checkpoint_without_reentrant_generator
@@ -28,7 +27,7 @@ def traceable_modes() -> Iterator[list[str]]:
         used.append(getattr(function, "__qualname__", type(function).__qualname__))
 
     class Direct:
-        """Runs a function where `CheckpointFunction` would run it twice."""
+        """Calls a function directly, in place of `CheckpointFunction`."""
 
         @staticmethod
         def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:

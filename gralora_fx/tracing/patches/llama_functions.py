@@ -1,7 +1,7 @@
-"""Normalisation and rotary embedding as one operator each in a trace, where a model has the code that most have.
+"""RMS norm and rotary embedding as one operator each in a trace, if a model has Llama's code for them.
 
-Models of transformers copy these functions from each other word for word. One whose code is the same computes the same,
-so an operator can stand for it: the graph shows what is meant, and to trace it takes half the time.
+transformers' models copy these functions from each other verbatim. A function with the same code computes the same, so
+an operator can replace it: the graph is easier to match, and tracing takes half the time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from gralora_fx.operators.rotary import Rotate
 
 
 @contextmanager
-def known_as_operators(model: nn.Module) -> Iterator[None]:
-    """Let a model call the operators in place of functions with the code of Llama's while the block lasts.
+def llama_functions_as_operators(model: nn.Module) -> Iterator[None]:
+    """Let a model call the operators in place of functions with Llama's code, within the block.
 
     Args:
-        model: The model; its classes and modules are as before when the block ends.
+        model: The model; its classes and modules are restored when the block ends.
     """
     with ExitStack() as changed:
         for module in model.modules():
@@ -66,6 +66,6 @@ def same_code(one: Any, other: Callable[..., Any]) -> bool:
 
 
 def _meaning(code: CodeType) -> tuple[Any, ...]:
-    """What a function's code says, without where it stands and its docstring."""
+    """A function's code without its location and docstring."""
     constants = [constant for constant in code.co_consts if not isinstance(constant, str)]
     return code.co_code, code.co_names, code.co_varnames, constants, code.co_freevars

@@ -1,4 +1,4 @@
-"""The mask that a model makes for its layers as one operator of a trace, until it is known what reads it."""
+"""The attention mask as one operator of a trace, until it is known what reads it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_mask(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Tensor | None:
-    """The mask that a model's layers are given, as one operator where it is causal with at most a window."""
+    """The mask behind transformers' mask interface, as one operator if it is causal with at most a window."""
     window = local_size or 0
     plain = sliding_window_causal_mask_function(window) if window else causal_mask_function
     given = {"attention_mask": attention_mask, "local_size": local_size, "dtype": dtype, **options}
@@ -47,25 +47,25 @@ def make_mask(
 
 
 def _blocks_beside(mask_function: Any, plain: Callable[..., Any]) -> Tensor | None:
-    """The blocks of a mask that shows what a plain one shows and the positions of one block to each other, or None."""
+    """The blocks of a mask that is a plain one or'ed with attention within blocks; None for any other."""
     blocks: list[Any] = []
-    for part in _held(mask_function)[0] if _held(mask_function) else ():
-        blocks += [value for value in _held(part) if isinstance(value, Tensor)]
+    for part in _closure_values(mask_function)[0] if _closure_values(mask_function) else ():
+        blocks += [value for value in _closure_values(part) if isinstance(value, Tensor)]
     is_one = len(blocks) == 1 and _is_same(mask_function, or_masks(plain, blockwise_overlay(blocks[0])))
     return blocks[0] if is_one else None
 
 
-def _held(function: Any) -> tuple[Any, ...]:
-    """The values that a function was made over."""
+def _closure_values(function: Any) -> tuple[Any, ...]:
+    """The values in a function's closure."""
     return tuple(cell.cell_contents for cell in getattr(function, "__closure__", None) or ())
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two functions have the same code over the same values, functions among these compared likewise."""
+    """Whether two functions have the same code and closure values, compared recursively."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_is_same, one, other))
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other
     if not (inspect.isfunction(one) and inspect.isfunction(other)):
         return type(one) is type(other) and bool(one == other)
-    return one.__code__ is other.__code__ and _is_same(_held(one), _held(other))
+    return one.__code__ is other.__code__ and _is_same(_closure_values(one), _closure_values(other))

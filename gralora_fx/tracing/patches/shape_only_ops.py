@@ -1,4 +1,4 @@
-"""Linear layers and concatenations of a trace whose shapes are told directly, not worked out by PyTorch.
+"""Shape-only operators for linear layers and concatenations in a trace.
 
 What is traced calls the operators of `operators.linear_and_cat` in their place.
 """
@@ -36,7 +36,7 @@ def _traced_cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tens
 
 
 @contextmanager
-def cheap_shapes() -> Iterator[None]:
-    """Let what is traced while the block lasts call the operators; tensors with values are computed as ever."""
+def shape_only_ops() -> Iterator[None]:
+    """Let code traced within the block call the shape-only operators; real tensors are computed as usual."""
     with patch.object(nn.functional, "linear", _traced_linear), patch.object(torch, "cat", _traced_cat):
         yield

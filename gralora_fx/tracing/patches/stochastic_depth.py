@@ -1,7 +1,7 @@
-"""Stochastic depth in a trace: samples whose residual branch is dropped, and layers that a step leaves out.
+"""Stochastic depth in a trace: residual branches dropped by sample (drop path), and layerdrop.
 
-What drops a branch by sample is one operator of the graph, which `train()` and `eval()` switch like any dropout. Which
-layers a step leaves out as a whole (layerdrop) is decided in Python, and is not part of a graph.
+Drop path is one operator of the graph, which `train()` and `eval()` switch like any dropout. Layerdrop, which skips
+whole layers, is decided in Python and is not part of a graph.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 @contextmanager
 def drop_paths_as_operators(model: nn.Module) -> Iterator[None]:
-    """Let the modules of a model that drop paths, by the code that transformers' have, call the operator.
+    """Let a model's drop-path modules with transformers' code call the operator, within the block.
 
     Args:
-        model: The model; its modules are as before when the block ends.
+        model: The model; its modules are restored when the block ends.
     """
     with ExitStack() as changed:
         for module in model.modules():
@@ -50,7 +50,7 @@ def _drop(module: Any, hidden_states: Tensor) -> Tensor:
 
 @contextmanager
 def without_layerdrop(model: nn.Module) -> Iterator[None]:
-    """Set layerdrop to zero while the block lasts, and warn that training runs every layer in every step."""
+    """Set layerdrop to zero within the block, and warn that training runs every layer in every step."""
     holders: list[tuple[str, Any]] = [("config", getattr(model, "config", None)), *model.named_modules()]
     changed: list[tuple[Any, str, float]] = []
     names: list[str] = []

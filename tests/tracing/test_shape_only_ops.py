@@ -10,8 +10,8 @@ from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 
 from gralora_fx import trace
-from gralora_fx.operators.namespace import restore_operators
-from gralora_fx.tracing.patches.shape_only_ops import cheap_shapes
+from gralora_fx.operators.namespace import restore_aten
+from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
 
 aten = torch.ops.aten
 
@@ -26,10 +26,10 @@ class Joined(nn.Module):
 
 
 def graph_of(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
-    with cheap_shapes():
+    with shape_only_ops():
         program = torch.export.export(model, inputs, dynamic_shapes=[{0: torch.export.Dim.AUTO}] * len(inputs))
     graph_module = program.module(check_guards=False)
-    restore_operators(graph_module.graph)
+    restore_aten(graph_module.graph)
     graph_module.recompile()
     return graph_module
 
@@ -56,7 +56,7 @@ def test_what_is_computed_beside_a_trace_is_as_ever() -> None:
     """Tensors with values, in this thread or in others, do not meet the operators."""
     model, x = Joined(0), torch.randn(3, 4, 8)
     expected = model(x, x)
-    with cheap_shapes(), ThreadPoolExecutor(1) as pool:
+    with shape_only_ops(), ThreadPoolExecutor(1) as pool:
         assert torch.equal(model(x, x), expected)
         assert torch.equal(pool.submit(model, x, x).result(), expected)
         assert torch.equal(torch.cat([torch.tensor([]), torch.ones(2)]), torch.ones(2))

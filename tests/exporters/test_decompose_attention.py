@@ -1,4 +1,4 @@
-"""Attention as plain operators on ONNX Runtime, held against the reference that traces compute with."""
+"""Decomposed attention on ONNX Runtime, compared with the reference that traces compute with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.exporters.onnx_passes.decompose_attention import lower_attention, lower_masks
+from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.translation.operators import DOMAIN
 from gralora_fx.exporters.translation.translate import OPSET, translate
 from gralora_fx.tracing.trace import trace
@@ -61,7 +61,7 @@ def test_it_computes_what_a_trace_does(
     values = inputs(heads, key_heads, value_size, padding())
     model = translate(trace(module, values, dynamic=False).graph_module)
     (node,) = (node for node in model.graph if node.domain == DOMAIN)
-    lower_attention(model.graph, node, {})
+    decompose_attention(model.graph, node, {})
     model.graph.opset_imports[""] = OPSET
     model.graph.opset_imports.pop(DOMAIN)
     assert torch.allclose(run(model, tmp_path, values), module(*values), atol=1e-5)
@@ -74,7 +74,7 @@ def test_a_mask_of_a_models_own_is_added(tmp_path: Path, mask_heads: int) -> Non
     values = inputs(4, 2, SIZE, bias)
     model = translate(trace(module, values, dynamic=False).graph_module)
     (node,) = (node for node in model.graph if node.domain == DOMAIN)
-    lower_attention(model.graph, node, {})
+    decompose_attention(model.graph, node, {})
     model.graph.opset_imports[""] = OPSET
     model.graph.opset_imports.pop(DOMAIN)
     actual = run(model, tmp_path, values)
@@ -86,12 +86,12 @@ def test_a_mask_of_a_models_own_is_added(tmp_path: Path, mask_heads: int) -> Non
 def test_a_mask_that_a_model_reads_itself_is_made(tmp_path: Path, window: int) -> None:
     class Mask(nn.Module):
         def forward(self, mask: Tensor, x: Tensor) -> Tensor:
-            made: Tensor = torch.ops.gralora.mask(mask, x.shape[1], window, torch.float32)
-            return made + x.sum()
+            additive: Tensor = torch.ops.gralora.mask(mask, x.shape[1], window, torch.float32)
+            return additive + x.sum()
 
     values = (padding(), torch.zeros(BATCH, LENGTH))
     model = translate(trace(Mask(), values).graph_module)
-    assert lower_masks(model.graph) == 1
+    assert decompose_masks(model.graph) == 1
     model.graph.opset_imports[""] = OPSET
     model.graph.opset_imports.pop(DOMAIN)
     actual = run(model, tmp_path, values)

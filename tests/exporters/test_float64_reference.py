@@ -1,4 +1,4 @@
-"""What float32 itself rounds: models that magnify their last bits are held against float64, wrong exports are not."""
+"""The float64 reference: models that magnify float32's last bits are compared with it, wrong exports fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traces import fresh
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification.float64_reference import InFloat64, Judge
+from gralora_fx.exporters.verification.float64_reference import Float64Model, ToleranceCheck
 
 
 class Magnifier(nn.Module):
@@ -61,38 +61,38 @@ def test_another_model_is_not_excused(tmp_path: Path) -> None:
         verify_onnx(tmp_path / "onnx", model)
 
 
-def judged(off: float, turns: float = 3000.0) -> tuple[bool, Judge]:
+def judged(off: float, turns: float = 3000.0) -> tuple[bool, ToleranceCheck]:
     """Whether values that are off by a number are accepted, and who said so."""
     model = traced(turns).eval()
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = model(x)
-    judge = Judge(model, 1e-4, exact=True)
-    return judge.accepts("it", expected, expected + off, lambda m: m(x=x)), judge
+    tolerance_check = ToleranceCheck(model, 1e-4, use_float64=True)
+    return tolerance_check.accepts("it", expected, expected + off, lambda m: m(x=x)), tolerance_check
 
 
 @pytest.mark.parametrize(("off", "accepted"), [(1e-6, True), (3e-4, True), (0.05, False)])
-def test_what_is_off_by_more_than_rounding_is_a_fault(off: float, accepted: bool) -> None:
-    found, judge = judged(off)
-    assert found is accepted
-    assert len(judge.found) == (off > 1e-4)
+def test_what_is_off_by_more_than_rounding_is_an_error(off: float, accepted: bool) -> None:
+    is_accepted, tolerance_check = judged(off)
+    assert is_accepted is accepted
+    assert len(tolerance_check.exceeded) == (off > 1e-4)
 
 
 def test_a_model_that_does_not_magnify_has_no_excuse() -> None:
-    accepted, judge = judged(2e-4, turns=1.0)
+    accepted, tolerance_check = judged(2e-4, turns=1.0)
     assert not accepted
-    (check,) = judge.found
+    (check,) = tolerance_check.exceeded
     assert check.rounding < 1e-6
 
 
 def test_after_one_fault_no_other_difference_is_looked_into() -> None:
     model = traced(turns=1.0).eval()
-    judge = Judge(model, 1e-4, exact=True)
+    tolerance_check = ToleranceCheck(model, 1e-4, use_float64=True)
     zero = torch.zeros(1)
     for _ in range(2):
-        assert not judge.accepts("it", zero, zero + 1, lambda m: m(x=torch.ones(1, 64))[0, :1])
-    assert judge.accepts("it", zero, zero + 1e-5, lambda m: m(x=torch.ones(1, 64))[0, :1])
-    assert len(judge.found) == 1
+        assert not tolerance_check.accepts("it", zero, zero + 1, lambda m: m(x=torch.ones(1, 64))[0, :1])
+    assert tolerance_check.accepts("it", zero, zero + 1e-5, lambda m: m(x=torch.ones(1, 64))[0, :1])
+    assert len(tolerance_check.exceeded) == 1
 
 
 def test_rounding_that_tells_nothing_excuses_nothing() -> None:
@@ -102,13 +102,13 @@ def test_rounding_that_tells_nothing_excuses_nothing() -> None:
 
 def test_without_float64_the_report_says_so() -> None:
     model = traced().eval()
-    judge = Judge(model, 1e-4, exact=True)
+    tolerance_check = ToleranceCheck(model, 1e-4, use_float64=True)
 
-    def run(_: InFloat64) -> Tensor:
+    def run(_: Float64Model) -> Tensor:
         raise NotImplementedError("no kernel for float64")
 
-    assert not judge.accepts("it", torch.zeros(1), torch.ones(1), run)
-    assert str(judge.found[0]) == "it: 1.0e+00, no run in float64 to tell what rounding does: no kernel for float64"
+    assert not tolerance_check.accepts("it", torch.zeros(1), torch.ones(1), run)
+    assert str(tolerance_check.exceeded[0]) == "it: 1.0e+00, no float64 run to compare with: no kernel for float64"
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt"])
@@ -117,6 +117,6 @@ def test_a_run_in_float64_is_the_model_cast_to_float64(name: str) -> None:
     inputs = {name: value for name, value in traced_model.example_inputs.items() if isinstance(value, Tensor)}
     with torch.no_grad():
         expected = model.double()(**inputs)[0]
-    found = next(iter(InFloat64(traced_model)(**inputs).values()))
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    actual = next(iter(Float64Model(traced_model)(**inputs).values()))
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
