@@ -46,8 +46,7 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
         raise ExportError(
             f"the export holds {found.values:,} quantized values and the model's linear layers {known:,}, so there "
             "is no model with the same rounded weights to compare it with; export with verify=False and "
-            "tolerance_check it by "
-            "what it is for"
+            "judge the export by its results"
         )
     return dequantized_model(
         fold_adapters(model), precision, quantization, with_tables=found is not None and found.lookups > 0

@@ -10,17 +10,13 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
-from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
-from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.model.merging import AdapterMerging
 from gralora_fx.model.model_class import class_for
 from gralora_fx.model.peft_attributes import PeftAttributes
 from gralora_fx.model.switching import AdapterSwitching
 from gralora_fx.passes.adapter_paths import adapter_names as as_names
-from gralora_fx.passes.fold_weights import SiteUpdate
-from gralora_fx.passes.overlay import copy_in_mode
-from gralora_fx.passes.replace_weights import replace_weights
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
@@ -29,7 +25,7 @@ from gralora_fx.tracing.traced_model import TracedModel, check_traced
 _TREE = "graph_module"  # names of parameters begin with it
 
 
-class GraloraModel(AdapterSwitching, PeftAttributes):
+class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
     """A traced model with GraLoRA adapters in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
@@ -272,88 +268,6 @@ class GraloraModel(AdapterSwitching, PeftAttributes):
                 raise
         if is_trainable is not None:
             self.installed(adapter_name).requires_grad_(is_trainable)
-
-    # -- merging ----------------------------------------------------------------------------------------------------
-
-    def merge_adapter(
-        self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
-    ) -> None:
-        """Fold active adapters into the weights; their nodes leave the graph, the output stays the same.
-
-        The base's own weights are kept for `unmerge_adapter`, so the adapted layers are in memory twice; the buffers
-        are kept for the next merge.
-
-        Args:
-            adapter_names: Names of active adapters; None for all.
-            safe_merge: Whether to check that every merged weight is finite.
-            untie: Whether to give a layer with a tied weight one of its own, rather than raise.
-
-        Raises:
-            MergeError: There is nothing to merge, an adapter is not active or merged already, or a weight is tied or
-                would not be finite. Nothing has changed after an error.
-        """
-        names = None if adapter_names is None else as_names(adapter_names)
-        self._state.merge(names, safe=safe_merge, untie=untie)
-
-    def unmerge_adapter(self) -> None:
-        """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
-
-        Raises:
-            MergeError: Nothing is merged.
-        """
-        self._state.unmerge()
-
-    def merge_and_unload(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
-    ) -> TracedModel:
-        """Fold active adapters into the base's weights themselves, and return the base model.
-
-        As in PEFT, the base changes and no copy is kept; `gralora_fx.merge` leaves it unchanged instead. The model is
-        empty afterwards.
-
-        Args:
-            safe_merge: Whether to check first that every merged weight is finite.
-            adapter_names: Names of active adapters; None for all.
-            untie: Whether to give a layer with a tied weight one of its own in the result, rather than raise; the
-                base keeps the tied weight as it is.
-
-        Returns:
-            The base model, node for node, with folded weights.
-
-        Raises:
-            MergeError: There is nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
-        """
-        names = None if adapter_names is None else as_names(adapter_names)
-        folded = [self.installed(name) for name in names or self.active_adapters]
-        described = describe_folded(folded, self.traced, own=True)
-        untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
-        merged = replace_weights(self.unload(), untied)
-        merged.merged_adapters = described
-        return merged
-
-    def unload(self) -> TracedModel:
-        """Remove every adapter and return the base model: its graph node for node, its weights as they are.
-
-        The model is empty afterwards; parameters that required gradients before the rewrite require them again.
-        """
-        self._state.clear()
-        traced = self.traced
-        for name in self._was_trainable:
-            traced.tree.parameters[name].requires_grad_(True)
-        graph = copy_graph(traced.graph_module)
-        graph_module = copy_in_mode(self._state.base.tree, graph, self.training, "GraloraGraph")
-        return traced.with_graph(graph_module, traced.tree).train(self.training)
-
-    def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
-        """The weight updates of adapters, by site; None for the active ones.
-
-        Raises:
-            RewriteError: An adapter does not exist, or two of them cannot be active together.
-        """
-        names = self._state.state.active if adapter_names is None else adapter_names
-        site_updates = self._state.updates(names)
-        self._state.check_copies_not_shared(names)
-        return site_updates
 
 
 def _check_same_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:

@@ -64,7 +64,7 @@ def problems_of(
         *_missing(rule, config, traced, sites, saved),
         *_unsupported(rule, traced, sites),
         *_unused_exclusions(rule, traced),
-        *_unused_keys(config, traced, selected),
+        *_unused_keys(config, config.BEYOND_PEFT, traced, selected),
         *_unfit_sizes(config, selected),
     ]
 
@@ -153,11 +153,13 @@ def _unused_exclusions(rule: TargetRule, traced: TracedModel) -> list[str]:
     return [_no_match(name, paths, "exclude_modules") for name in unmatched_names(rule.excluded, paths)]
 
 
-def _unused_keys(config: AdapterConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> list[str]:
-    """Keys of `rank_pattern` and the other patterns that apply to no adapted layer."""
+def _unused_keys(
+    config: AdapterConfig, fields: Iterable[str], traced: TracedModel, selected: Sequence[PlannedSite]
+) -> list[str]:
+    """Keys of those patterns among `fields` that apply to no adapted layer."""
     paths = [name for planned in selected for name in names_of_site(planned.site, traced.tree)]
     problems = []
-    for name in config.PATTERNS:
+    for name in (field for field in fields if field in config.PATTERNS):
         keys = getattr(config, name)
         used = {pattern_key(keys, path) for path in paths}
         for key in keys:
@@ -208,6 +210,8 @@ def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, s
         for name in config.modules_to_save or ()
         if name not in config.task_heads and not any(path.endswith(name) for path in paths)
     ]
+    # PEFT ignores such a key where it has the field at all, so that a checkpoint may hold one
+    gaps += _unused_keys(config, [name for name in config.PATTERNS if name not in config.BEYOND_PEFT], traced, selected)
     if config.fan_in_fan_out != (corrected := stores_transposed(selected)):
         kind = "Conv1D" if corrected else "Linear"
         gaps.append(

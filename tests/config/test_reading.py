@@ -185,7 +185,7 @@ def test_links_in_a_circle_and_folders_in_place_of_files(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("candidate", "message"),
     [
         (None, "None is not a PEFT configuration"),
         (3, "3 is not a PEFT configuration"),

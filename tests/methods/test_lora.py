@@ -146,6 +146,22 @@ def test_the_plan_shows_the_rank_of_each_site() -> None:
     assert "k=" not in table
 
 
+def test_a_key_of_a_pattern_that_matches_nothing_is_named_in_a_warning() -> None:
+    """PEFT ignores it; GraLoRA's patterns are an extension of this package, where it is an error."""
+    with pytest.warns(UserWarning, match="rank_pattern key 'k_proj' counts for no adapted layer; nearest names: "):
+        made = plan(traced("llama"), LoraConfig(target_modules=BOTH, rank_pattern={"k_proj": 3}))
+    assert {planned.r for planned in made.selected} == {8}
+    with pytest.raises(TargetError, match="rank_pattern key 'k_proj' counts for no adapted layer"):
+        plan(traced("llama"), GraloraConfig(target_modules=BOTH, rank_pattern={"k_proj": 4}))
+
+
+def test_adapters_of_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
+    """PEFT adds `target_parameters` to `all-linear` on a mixture of experts."""
+    peft_model(tiny_model("mixtral"), method="LORA", r=4, target_modules="all-linear").save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"target_parameters=.*is not supported"):
+        read_config(tmp_path)
+
+
 def test_an_embedding_is_refused_by_name() -> None:
     with pytest.raises(TargetError, match=r"model\.embed_tokens is a Embedding, not a linear layer"):
         plan(traced("llama"), LoraConfig(target_modules=["q_proj", "embed_tokens"]))

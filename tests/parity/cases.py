@@ -196,6 +196,8 @@ def _lora_cases(name: str, arch: Architecture) -> Iterator[Case]:
     if name == "gpt2":
         kinds["lora-fan-in-fan-out"] = {**TRANSPOSED, **small}
         kinds["rslora-fan-in-fan-out"] = {**TRANSPOSED, **small, "use_rslora": True}
+    if name == "mixtral":  # PEFT adapts its stacked experts too, by target_parameters, which is refused by name
+        del kinds["lora-all-linear"]
     for kind, fields in kinds.items():
         if name in _REPEATED and kind in ("lora-exclude", "lora-gaussian", "lora-zero-start", "lora-patterns"):
             continue  # said of the architecture that it is a relative of

@@ -404,7 +404,7 @@ def test_exclusions_that_cannot_be_meant(excluded: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "targets", "given", "message"),
+    ("name", "targets", "fan_in_fan_out", "message"),
     [
         ("gpt2", ["c_attn"], False, "fan_in_fan_out is False, but the adapted layers are Conv1D; it is read as True"),
         ("bert", ["query"], True, "fan_in_fan_out is True, but the adapted layers are Linear; it is read as False"),

@@ -57,7 +57,7 @@ OPTIONS = ("model", "decoder", "session_options")
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("path", "value"),
     [
         ((*OPTIONS, "custom_ops_library"), "evil.so"),
         ((*OPTIONS, "enable_profiling"), "/tmp/profile"),

@@ -85,7 +85,7 @@ def line_to_name(kind: type[nn.Module]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "place", "message"),
+    ("kind", "location", "message"),
     [
         (If, " at the root module", "needs the value of a tensor .*torch.where or torch.cond, or give the value as"),
         (Inner, " at branch", "needs the value of a tensor"),

@@ -1,0 +1,101 @@
+"""PEFT's verbs for merging adapters into the weights, and for taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gralora_fx.adapters.folded_adapters import describe_folded
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.model.inspection import AdapterInspection
+from gralora_fx.passes.adapter_paths import adapter_names as as_names
+from gralora_fx.passes.fold_weights import SiteUpdate
+from gralora_fx.passes.overlay import copy_in_mode
+from gralora_fx.passes.replace_weights import replace_weights
+from gralora_fx.tracing.traced_model import TracedModel
+
+
+class AdapterMerging(AdapterInspection):
+    """The verbs, over the adapters' state."""
+
+    _was_trainable: list[str]
+    training: bool
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
+    ) -> None:
+        """Fold active adapters into the weights; their nodes leave the graph, the output stays the same.
+
+        The base's own weights are kept for `unmerge_adapter`, so the adapted layers are in memory twice; the buffers
+        are kept for the next merge.
+
+        Args:
+            adapter_names: Names of active adapters; None for all.
+            safe_merge: Whether to check that every merged weight is finite.
+            untie: Whether to give a layer with a tied weight one of its own, rather than raise.
+
+        Raises:
+            MergeError: There is nothing to merge, an adapter is not active or merged already, or a weight is tied or
+                would not be finite. Nothing has changed after an error.
+        """
+        names = None if adapter_names is None else as_names(adapter_names)
+        self._state.merge(names, safe=safe_merge, untie=untie)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
+
+        Raises:
+            MergeError: Nothing is merged.
+        """
+        self._state.unmerge()
+
+    def merge_and_unload(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
+    ) -> TracedModel:
+        """Fold active adapters into the base's weights themselves, and return the base model.
+
+        As in PEFT, the base changes and no copy is kept; `gralora_fx.merge` leaves it unchanged instead. The model is
+        empty afterwards.
+
+        Args:
+            safe_merge: Whether to check first that every merged weight is finite.
+            adapter_names: Names of active adapters; None for all.
+            untie: Whether to give a layer with a tied weight one of its own in the result, rather than raise; the
+                base keeps the tied weight as it is.
+
+        Returns:
+            The base model, node for node, with folded weights.
+
+        Raises:
+            MergeError: There is nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
+        """
+        names = None if adapter_names is None else as_names(adapter_names)
+        folded = [self.installed(name) for name in names or self.active_adapters]
+        described = describe_folded(folded, self.traced, own=True)
+        untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
+        merged = replace_weights(self.unload(), untied)
+        merged.merged_adapters = described
+        return merged
+
+    def unload(self) -> TracedModel:
+        """Remove every adapter and return the base model: its graph node for node, its weights as they are.
+
+        The model is empty afterwards; parameters that required gradients before the rewrite require them again.
+        """
+        self._state.clear()
+        traced = self.traced
+        for name in self._was_trainable:
+            traced.tree.parameters[name].requires_grad_(True)
+        graph = copy_graph(traced.graph_module)
+        graph_module = copy_in_mode(self._state.base.tree, graph, self.training, "GraloraGraph")
+        return traced.with_graph(graph_module, traced.tree).train(self.training)
+
+    def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
+        """The weight updates of adapters, by site; None for the active ones.
+
+        Raises:
+            RewriteError: An adapter does not exist, or two of them cannot be active together.
+        """
+        names = self._state.state.active if adapter_names is None else adapter_names
+        site_updates = self._state.updates(names)
+        self._state.check_copies_not_shared(names)
+        return site_updates
