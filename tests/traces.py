@@ -51,7 +51,9 @@ def fresh(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = 
         model = tiny_model(name, *sizes, **overrides).to(dtype)
         _PAIRS[key] = model, trace(model, task=task)
     torch.manual_seed(0)  # as a model made anew leaves it, for what is drawn next
-    return copy.deepcopy(_PAIRS[key])
+    model, copied = copy.deepcopy(_PAIRS[key])
+    model.requires_grad_(True)  # `traced(name)` shares its parameters, which a rewrite froze
+    return model, copied
 
 
 def fresh_trace(name: str, *sizes: Any, **options: Any) -> TracedModel:

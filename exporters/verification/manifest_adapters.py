@@ -90,7 +90,8 @@ def _all(entries: Mapping[str, AdapterEntry]) -> str:
 def _one(name: str, entry: AdapterEntry) -> str:
     """A description of an adapter: name, sizes, base and digest."""
     config = entry.config
-    sizes = ", ".join(f"{field}={value}" for field, value in config_from_fields(config, name).sizes.items() if value)
+    fields = config_from_fields(config, name).sizes
+    sizes = ", ".join(f"{field}={value}" for field, value in fields.items() if value not in ({}, None))
     base = config.get("base_model_name_or_path")
     made_for = f", made for {base}" if base else ""
     return f"the adapter {name!r} ({sizes}{made_for}, SHA-256 {str(entry.sha256)[:12]})"

@@ -127,7 +127,7 @@ class AdapterSwitching(AdapterInspection):
         if not isinstance(config_or_plan, RewritePlan):
             raise ConfigError(
                 f"expected a GraloraConfig, a LoraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
-                "from_peft of either configuration converts PEFT's"
+                "convert a live PEFT configuration with GraloraConfig.from_peft or LoraConfig.from_peft"
             )
         weights = {site.path: site.weight for site in self.sites}
         for planned in config_or_plan.selected:

@@ -192,7 +192,7 @@ def test_quantized_files_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lm_head.weight is I8 in model.safetensors, no float tensor"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is I8 in model.safetensors, not a float tensor"):
         load_streamed(tmp_path, CACHED)
 
 

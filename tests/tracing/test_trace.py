@@ -500,7 +500,7 @@ class LoopsOverPositions(nn.Module):
 )
 def test_a_size_that_the_forward_branches_on_is_refused(model: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with pytest.raises(TraceError, match=r"holds for the example's sizes only.*dynamic=False"):
+    with pytest.raises(TraceError, match=r"is valid for the example's sizes only.*dynamic=False"):
         trace(model, (x,))
     fixed = trace(model, (x,), dynamic=False)
     assert torch.allclose(fixed(x), model(x), atol=1e-6)
