@@ -65,13 +65,13 @@ class OutputComparison:
         if missing:
             raise ExportError(f"{description} lack {', '.join(missing)}, which the export takes; give every input")
         results = run_values(self.session, {name: feed[name] for name in names}, description)
-        found = {name: as_tensor(value) for name, value in results.items()}
-        if len(expected) != len(found):
-            raise ExportError(f"the export gives {', '.join(found)}, the model {', '.join(expected)}; export it again")
-        if set(expected) != set(found):
-            expected = dict(zip(found, expected.values(), strict=True))
+        actual = {name: as_tensor(value) for name, value in results.items()}
+        if len(expected) != len(actual):
+            raise ExportError(f"the export gives {', '.join(actual)}, the model {', '.join(expected)}; export it again")
+        if set(expected) != set(actual):
+            expected = dict(zip(actual, expected.values(), strict=True))
         drop_padding = self.verification.drop_padding
-        kept_expected, kept_actual = drop_padding(expected, case), drop_padding(found, case)
+        kept_expected, kept_actual = drop_padding(expected, case), drop_padding(actual, case)
         for name, value in kept_expected.items():
             if value.shape != kept_actual[name].shape:
                 ours, models = list(kept_actual[name].shape), list(value.shape)
@@ -83,10 +83,10 @@ class OutputComparison:
 
     def _outputs(self, model: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
         """A model's outputs by name, with the logits that the export returns."""
-        found = named_outputs(model(**own_inputs(case)))
+        outputs = named_outputs(model(**own_inputs(case)))
         if self.logits == "last":
-            found["logits"] = last_logits(found["logits"], flat(case)["attention_mask"])
-        return found
+            outputs["logits"] = last_logits(outputs["logits"], flat(case)["attention_mask"])
+        return outputs
 
     def _exactly(self, case: Mapping[str, Any]) -> Callable[[int], Callable[[Float64Model], Tensor]]:
         """A function from the index of an output to one that computes it with a float64 model, run once each."""
@@ -112,11 +112,11 @@ def _difference(name: str, expected: Tensor, actual: Tensor) -> tuple[float, flo
     return absolute, absolute / largest if largest else absolute, agreement
 
 
-def _summary(name: str, found: list[tuple[float, float, float | None]]) -> TensorCheck:
-    agreements = [agreement for _, _, agreement in found if agreement is not None]
+def _summary(name: str, differences: list[tuple[float, float, float | None]]) -> TensorCheck:
+    agreements = [agreement for _, _, agreement in differences if agreement is not None]
     return TensorCheck(
         name=name,
-        max_abs_error=max(absolute for absolute, _, _ in found),
-        max_rel_error=max(relative for _, relative, _ in found),
+        max_abs_error=max(absolute for absolute, _, _ in differences),
+        max_rel_error=max(relative for _, relative, _ in differences),
         argmax_agreement=min(agreements) if agreements else None,
     )

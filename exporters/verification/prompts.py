@@ -78,8 +78,8 @@ def pad_prompts(
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        kept = slice(longest - len(row), None) if side == "left" else slice(len(row))
-        ids[index, kept], mask[index, kept] = torch.tensor(row), 1
+        filled = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[index, filled], mask[index, filled] = torch.tensor(row), 1
     sizes = sorted({len(row) for row in rows})
     size = f"{sizes[0]} to {sizes[-1]} tokens padded {side}" if len(sizes) > 1 else f"{longest} tokens"
     return Prompts(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)

@@ -49,8 +49,8 @@ def inspect(
     with StageProgress():
         base = load_base(model, adapter, task)
         loaded = trace_base(base)
-        drawn = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
-    for path in drawn:
+        written = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
+    for path in written:
         notes.print(f"wrote {path}")
     if base.report is not None:
         print(base.report.describe(base.supplied))

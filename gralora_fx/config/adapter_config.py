@@ -145,14 +145,14 @@ class AdapterConfig:
         """The indices of `layers_to_transform`, or None if it is not set."""
         if self.layers_to_transform is None or self.layers_to_transform == []:
             return None
-        given = self.layers_to_transform
-        return frozenset([given] if isinstance(given, int) else given)
+        layers = self.layers_to_transform
+        return frozenset([layers] if isinstance(layers, int) else layers)
 
     @property
     def layer_patterns(self) -> tuple[str, ...]:
         """The names of `layers_pattern`; empty where any container counts."""
-        given = self.layers_pattern
-        return (given,) if isinstance(given, str) and given else tuple(given or ())
+        patterns = self.layers_pattern
+        return (patterns,) if isinstance(patterns, str) and patterns else tuple(patterns or ())
 
     @property
     def saved_module_names(self) -> tuple[str, ...]:
@@ -238,11 +238,11 @@ class AdapterConfig:
         absent = {name for name in cls.BEYOND_PEFT if values.get(name) is None}
         warn_of_unknown(values, known, origin, cls.TITLE)
         values = {name: value for name, value in values.items() if name in known - absent}
-        kept, only_in_peft, notes = as_peft_reads(values, dropout=cls.DROPOUT, alpha=cls.ALPHA)
+        accepted, only_in_peft, notes = as_peft_reads(values, dropout=cls.DROPOUT, alpha=cls.ALPHA)
         for note in notes:
             warn_caller(f"{origin}: {note}")
         try:
-            return cls(**kept).changed(**only_in_peft)
+            return cls(**accepted).changed(**only_in_peft)
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from error
 
@@ -269,13 +269,13 @@ class AdapterConfig:
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            given = getattr(self, name)
-            if given is not None and not given and name == "target_modules":
+            value = getattr(self, name)
+            if value is not None and not value and name == "target_modules":
                 raise ConfigError("target_modules is empty; name modules, or take 'all-linear'")
-            if isinstance(given, str) and not (name == "target_modules" and self.adapts_all_linear):
-                check_expression(name, given)
-            elif given is not None and not isinstance(given, (str, set)):
-                raise ConfigError(f"{name} must be a list of names, a string or None, but got {shown(given)}")
+            if isinstance(value, str) and not (name == "target_modules" and self.adapts_all_linear):
+                check_expression(name, value)
+            elif value is not None and not isinstance(value, (str, set)):
+                raise ConfigError(f"{name} must be a list of names, a string or None, but got {shown(value)}")
         if self.modules_to_save is not None:
             if not isinstance(self.modules_to_save, list):
                 raise ConfigError(

@@ -28,8 +28,8 @@ def drop_path(x: Tensor, p: float, train: bool) -> Tensor:
     """
     if not train or p == 0.0:
         return x
-    kept = torch.floor(torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device) + (1 - p))
-    return x.div(1 - p) * kept
+    survives = torch.floor(torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device) + (1 - p))
+    return x.div(1 - p) * survives
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ def greedy_tokens(step: Step, ids: Tensor, steps: int, mask: Tensor | None = Non
         The new tokens, `[batch, steps]`.
     """
     mask = torch.ones_like(ids) if mask is None else mask
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     for _ in range(steps):
         ids = step(ids, mask)[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        found.append(ids)
-    return torch.cat(found, dim=1)
+        outputs.append(ids)
+    return torch.cat(outputs, dim=1)

@@ -89,8 +89,8 @@ def _unnamed(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
 
 def file_names(folder: Path) -> list[str]:
     """Every file in a directory and its subdirectories except the manifest, as POSIX paths."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != MANIFEST_NAME)
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in paths if name != MANIFEST_NAME)
 
 
 def _sha256(path: Path) -> str:
