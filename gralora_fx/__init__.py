@@ -1,4 +1,4 @@
-"""Rewrite traced models with GraLoRA adapters; train, merge, export to ONNX and serve them."""
+"""Rewrite traced models with GraLoRA or LoRA adapters; train, merge, export to ONNX and serve them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

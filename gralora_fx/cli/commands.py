@@ -18,7 +18,7 @@ from gralora_fx.progress.timing import timed
 
 app = typer.Typer(
     name="gralora-fx",
-    help="Rewrite traced models with GraLoRA adapters, export them to ONNX and check the result.",
+    help="Rewrite traced models with GraLoRA or LoRA adapters, export them to ONNX and check the result.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

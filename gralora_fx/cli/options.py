@@ -50,7 +50,7 @@ def _either(choices: tuple[str, ...]) -> str:
 _TASKS = "\n".join(TASKS)
 Model = Annotated[str | None, typer.Option(help="Base model: a local directory or a hub id.", callback=_name)]
 Adapter = Annotated[
-    str | None, typer.Option(help="PEFT-format GraLoRA adapter: a local directory or a hub id.", callback=_name)
+    str | None, typer.Option(help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id.", callback=_name)
 ]
 Task = Annotated[
     str | None,

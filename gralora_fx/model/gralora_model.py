@@ -26,7 +26,7 @@ _TREE = "graph_module"  # names of parameters begin with it
 
 
 class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
-    """A traced model with GraLoRA adapters in its graph.
+    """A traced model with adapters (GraLoRA, LoRA) in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
     copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost

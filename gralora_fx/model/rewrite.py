@@ -1,4 +1,4 @@
-"""`rewrite`: linear call sites become GraLoRA subgraphs."""
+"""`rewrite`: linear call sites become subgraphs with adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gralora_fx.tracing.traced_model import TracedModel, check_traced
 def rewrite(
     traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan, *, adapter_name: str = "default"
 ) -> GraloraModel:
-    """Substitute the targeted linear call sites of a traced model with GraLoRA subgraphs.
+    """Substitute the targeted linear call sites of a traced model with subgraphs that hold adapters.
 
     The traced model keeps its graph; the result has a copy of it over the same parameters, which stop requiring
     gradients.

@@ -63,7 +63,7 @@ def problems_of(
     return [
         *_missing(rule, config, traced, sites, saved),
         *_unsupported(rule, traced, sites),
-        *_unused_exclusions(rule, traced),
+        *(_unused_exclusions(rule, traced) if "exclude_modules" in config.BEYOND_PEFT else ()),
         *_unused_keys(config, config.BEYOND_PEFT, traced, selected),
         *_unfit_sizes(config, selected),
     ]
@@ -210,7 +210,8 @@ def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, s
         for name in config.modules_to_save or ()
         if name not in config.task_heads and not any(path.endswith(name) for path in paths)
     ]
-    # PEFT ignores such a key where it has the field at all, so that a checkpoint may hold one
+    # where PEFT has these fields, it ignores names that match nothing, so that a checkpoint may hold some
+    gaps += [] if "exclude_modules" in config.BEYOND_PEFT else _unused_exclusions(rule, traced)
     gaps += _unused_keys(config, [name for name in config.PATTERNS if name not in config.BEYOND_PEFT], traced, selected)
     if config.fan_in_fan_out != (corrected := stores_transposed(selected)):
         kind = "Conv1D" if corrected else "Linear"

@@ -155,6 +155,14 @@ def test_a_key_of_a_pattern_that_matches_nothing_is_named_in_a_warning() -> None
         plan(traced("llama"), GraloraConfig(target_modules=BOTH, rank_pattern={"k_proj": 4}))
 
 
+def test_an_exclusion_that_matches_nothing_is_named_in_a_warning() -> None:
+    with pytest.warns(UserWarning, match="exclude_modules 'absent' matches no module"):
+        made = plan(traced("llama"), LoraConfig(target_modules=BOTH, exclude_modules=["absent"]))
+    assert len(made.selected) == 4
+    with pytest.raises(TargetError, match="exclude_modules 'absent' matches no module"):
+        plan(traced("llama"), GraloraConfig(r=4, target_modules=BOTH, exclude_modules=["absent"]))
+
+
 def test_adapters_of_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
     """PEFT adds `target_parameters` to `all-linear` on a mixture of experts."""
     peft_model(tiny_model("mixtral"), method="LORA", r=4, target_modules="all-linear").save_pretrained(str(tmp_path))
