@@ -22,7 +22,7 @@ GROUPS = {
         "tracing/test_arguments.py",
         "properties/test_properties.py",
         "exporters/test_onnx.py",
-        "exporters/test_exact.py",
+        "exporters/test_float64_reference.py",
         "test_usage_examples.py",
     ),
     "traces with a cache": (
