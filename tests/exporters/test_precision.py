@@ -41,7 +41,7 @@ def dtypes(graph: fx.Graph) -> list[torch.dtype]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_what_stays_float32_is_what_the_half_precision_model_computes_so(name: str) -> None:
     changed = CastGraph("fp16", num_cache_outputs=4)(fresh_trace(name, task=CACHED).graph_module.graph).graph
     assert changed is not None

@@ -153,7 +153,21 @@ def _cases(name: str, arch: Architecture) -> Iterator[Case]:
         yield Case(name, "seq-cls-all-linear", {"target_modules": "all-linear", **HYBRID, "task_type": "SEQ_CLS"})
 
 
-_REPEATED = ("roberta", "distilbert", "mpnet", "qwen3", "gemma3", "mistral", "bart", "clip_text")
+# of a relative of another architecture, and of one whose forward is slow, what depends on the architecture alone
+_REPEATED = (
+    "roberta",
+    "distilbert",
+    "mpnet",
+    "qwen3",
+    "gemma3",
+    "mistral",
+    "mixtral",
+    "bart",
+    "t5",
+    "whisper",
+    "clip_text",
+)
+_BY_ARCHITECTURE = ("lora", "rslora-patterns", "lora-all-linear", "lora-bias-only", "lora-saved-head", "lora-seq-cls")
 
 
 def _lora_cases(name: str, arch: Architecture) -> Iterator[Case]:
@@ -199,8 +213,8 @@ def _lora_cases(name: str, arch: Architecture) -> Iterator[Case]:
     if name == "mixtral":  # PEFT adapts its stacked experts too, by target_parameters, which is refused by name
         del kinds["lora-all-linear"]
     for kind, fields in kinds.items():
-        if name in _REPEATED and kind in ("lora-exclude", "lora-gaussian", "lora-zero-start", "lora-patterns"):
-            continue  # said of the architecture that it is a relative of
+        if name in _REPEATED and kind not in _BY_ARCHITECTURE:
+            continue
         yield Case(name, kind, fields, optimizer="AdamW" if "zero" in kind else "SGD", method="LORA")
     for kind, dtype in DTYPES.items():
         if (name, kind) not in UNTRACEABLE and name in ("gpt2", "llama", "bert", "vit"):

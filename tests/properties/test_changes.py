@@ -279,4 +279,4 @@ class ChangesOfAdapters(RuleBasedStateMachine):
 
 
 def test_any_order_of_changes_keeps_output_and_graph_right() -> None:
-    run_state_machine_as_test(ChangesOfAdapters, settings=examples(120, stateful_step_count=15))
+    run_state_machine_as_test(ChangesOfAdapters, settings=examples(60, stateful_step_count=15))

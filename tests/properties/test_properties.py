@@ -30,14 +30,14 @@ pytestmark = [
 ]
 
 
-@examples(50)
+@examples(35)
 @given(st.data(), cases((torch.float32, torch.float64, torch.bfloat16)))
 def test_an_untrained_adapter_changes_no_bit(data: st.DataObject, case: Case) -> None:
     config = replace(data.draw(configs(case.traced), label="config"), init_weights=True)
     assert torch.equal(output(rewrite(case.traced, config), case), output(case.traced, case))
 
 
-@examples(60)
+@examples(40)
 @given(st.data(), net_cases(), st.booleans())
 def test_the_forward_is_that_of_the_dense_update(data: st.DataObject, case: Case, records: bool) -> None:
     model = data.draw(adapted(case))
@@ -50,7 +50,7 @@ def test_the_forward_is_that_of_the_dense_update(data: st.DataObject, case: Case
     assert error(actual.detach(), expected) < case.tolerance
 
 
-@examples(60)
+@examples(40)
 @given(st.data(), net_cases())
 def test_the_update_of_a_site_is_the_dense_one(data: st.DataObject, case: Case) -> None:
     model = data.draw(adapted(case))
@@ -64,7 +64,7 @@ def test_the_update_of_a_site_is_the_dense_one(data: st.DataObject, case: Case) 
         assert error(model.block_norms(site.path), blocks.norm(dim=(1, 3))) < case.tolerance
 
 
-@examples(250)
+@examples(40)
 @given(st.data(), net_cases())
 def test_the_plan_takes_what_the_names_say(data: st.DataObject, case: Case) -> None:
     named, paths = data.draw(targets(case.traced))
@@ -89,7 +89,7 @@ def test_the_plan_takes_what_the_names_say(data: st.DataObject, case: Case) -> N
         assert (planned.r, planned.k, planned.scale) == (r, k, alpha / (r + config.hybrid_r))
 
 
-@examples(60)
+@examples(40)
 @given(st.data(), cases())
 def test_merged_is_unmerged(data: st.DataObject, case: Case) -> None:
     model = data.draw(adapted(case))
@@ -116,7 +116,7 @@ def test_merged_is_unmerged(data: st.DataObject, case: Case) -> None:
     assert torch.equal(output(model, case), expected), "the copy is not one"
 
 
-@examples(50)
+@examples(35)
 @given(st.data(), cases((torch.float32, torch.float64, torch.bfloat16)))
 def test_unloading_gives_the_base_back(data: st.DataObject, case: Case) -> None:
     tree, graph_module = case.traced.tree, case.traced.graph_module
@@ -149,7 +149,7 @@ def test_unloading_gives_the_base_back(data: st.DataObject, case: Case) -> None:
         assert parameter.requires_grad == trainable.get(id(parameter), True), name
 
 
-@examples(50)
+@examples(35)
 @given(st.data(), cases((torch.float32, torch.float64, torch.bfloat16)), st.booleans())
 def test_a_saved_adapter_loads_with_every_bit_and_the_same_meaning(
     data: st.DataObject, case: Case, within_peft: bool
@@ -180,7 +180,7 @@ def is_for_peft(model: GraloraModel, case: Case) -> bool:
     return not any(beyond) and "functional" not in kinds
 
 
-@examples(300)
+@examples(120)
 @given(free_configs())
 def test_a_configuration_is_read_as_it_was_written(config: GraloraConfig) -> None:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
@@ -191,7 +191,7 @@ def test_a_configuration_is_read_as_it_was_written(config: GraloraConfig) -> Non
     assert again.to_json() == config.to_json()
 
 
-@examples(100)
+@examples(40)
 @given(patterns(st.integers(1, 512)))
 def test_a_pattern_keeps_its_order_in_a_file(pattern: dict[str, int]) -> None:
     config = GraloraConfig(rank_pattern=pattern, alpha_pattern=pattern, gralora_k_pattern=pattern)
