@@ -64,7 +64,7 @@ def test_the_update_of_a_site_is_the_dense_one(data: st.DataObject, case: Case) 
         assert error(model.block_norms(site.path), blocks.norm(dim=(1, 3))) < case.tolerance
 
 
-@examples(40)
+@examples(100)
 @given(st.data(), net_cases())
 def test_the_plan_takes_what_the_names_say(data: st.DataObject, case: Case) -> None:
     named, paths = data.draw(targets(case.traced))
@@ -191,7 +191,7 @@ def test_a_configuration_is_read_as_it_was_written(config: GraloraConfig) -> Non
     assert again.to_json() == config.to_json()
 
 
-@examples(40)
+@examples(60)
 @given(patterns(st.integers(1, 512)))
 def test_a_pattern_keeps_its_order_in_a_file(pattern: dict[str, int]) -> None:
     config = GraloraConfig(rank_pattern=pattern, alpha_pattern=pattern, gralora_k_pattern=pattern)
