@@ -7,6 +7,14 @@ from xdist.scheduler import LoadFileScheduling
 
 # Files that trace the same tiny models: one worker runs those of a group, so that each trace is made once.
 GROUPS = {
+    "parity": (
+        "parity/test_parity_lora.py",
+        "parity/test_parity_encoder_decoders.py",
+        "parity/test_parity_more_decoders.py",
+        "parity/test_parity_encoders.py",
+        "parity/test_parity_decoders.py",
+        "parity/test_parity_vision_and_plain.py",
+    ),
     "traces": (
         "tracing/test_trace.py",
         "planning/test_targets.py",
@@ -23,6 +31,14 @@ GROUPS = {
         "properties/test_properties.py",
         "exporters/test_onnx.py",
         "exporters/test_float64_reference.py",
+        "model/test_copies.py",
+        "model/test_inspection.py",
+        "picture/test_flow.py",
+        "picture/test_page.py",
+        "picture/test_saving.py",
+        "picture/test_svg.py",
+        "sources/test_atomic_save.py",
+        "tracing/test_subgraphs.py",
         "test_usage_examples.py",
     ),
     "traces with a cache": (
@@ -31,6 +47,8 @@ GROUPS = {
         "exporters/test_quantization.py",
         "exporters/test_verify.py",
         "exporters/test_pipeline.py",
+        "exporters/test_flavours.py",
+        "serving/test_empty.py",
         "serving/test_generation.py",
         "serving/test_model.py",
     ),
@@ -40,15 +58,9 @@ LONG = (
     "model/test_trainer.py",
     "exporters/test_decoder_architectures.py",
     "exporters/test_transformers_js.py",
-    "parity/test_parity_lora.py",
     "exporters/test_fusion.py",
     "exporters/test_encoder_decoder_export.py",
-    "parity/test_parity_encoder_decoders.py",
-    "parity/test_parity_more_decoders.py",
-    "parity/test_parity_encoders.py",
-    "parity/test_parity_decoders.py",
     "test_cli.py",
-    "parity/test_parity_vision_and_plain.py",
     "test_demo.py",
     "tracing/test_modes.py",
     "exporters/test_directory.py",
@@ -56,7 +68,6 @@ LONG = (
     "exporters/test_plain.py",
     "properties/test_changes.py",
     "tracing/test_encoder_decoder.py",
-    "model/test_copies.py",
     "test_examples.py",
     "exporters/test_head_sizes.py",
 )

@@ -197,7 +197,7 @@ def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path
 
 
 def test_an_encoder_decoder_is_exported_with_its_cache_and_a_warning_is_shown_once(tmp_path: Path) -> None:
-    model = tiny_model("t5", pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    model = tiny_model("t5", num_layers=1, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
     model.save_pretrained(tmp_path / "base")
     config = peft.GraloraConfig(r=4, target_modules=["q"], task_type="SEQ_2_SEQ_LM", init_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")

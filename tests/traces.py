@@ -31,7 +31,13 @@ def traced(name: str) -> TracedModel:
     """A trace of a tiny model in evaluation mode, to be read only; making it warns of nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return trace(source(name))
+        result = trace(source(name))
+    _PAIRS[_key(name)] = copy.deepcopy((source(name), result))  # at once: a rewrite of this trace freezes the model
+    return result
+
+
+def _key(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = torch.float32, **overrides: Any) -> str:
+    return repr((name, sizes, task, dtype, sorted(overrides.items())))
 
 
 def fresh(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -44,16 +50,14 @@ def fresh(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = 
         dtype: What the model's weights are.
         overrides: Fields of its configuration.
     """
-    key = repr((name, sizes, task, dtype, sorted(overrides.items())))
-    if key == repr((name, (), None, torch.float32, [])):
-        _PAIRS[key] = source(name), traced(name)
+    key = _key(name, *sizes, task=task, dtype=dtype, **overrides)
+    if key == _key(name):
+        traced(name)  # which leaves a copy
     elif key not in _PAIRS:
         model = tiny_model(name, *sizes, **overrides).to(dtype)
         _PAIRS[key] = model, trace(model, task=task)
     torch.manual_seed(0)  # as a model made anew leaves it, for what is drawn next
-    model, copied = copy.deepcopy(_PAIRS[key])
-    model.requires_grad_(True)  # `traced(name)` shares its parameters, which a rewrite froze
-    return model, copied
+    return copy.deepcopy(_PAIRS[key])
 
 
 def fresh_trace(name: str, *sizes: Any, **options: Any) -> TracedModel:
