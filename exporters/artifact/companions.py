@@ -1,4 +1,4 @@
-"""What stands beside the models of an export: the configuration and the tokenizer."""
+"""Files written with an export's models: the configuration and the tokenizer."""
 
 from __future__ import annotations
 

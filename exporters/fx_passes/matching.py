@@ -1,4 +1,4 @@
-"""Matching of traced expressions: what a node computes, whichever way the model spelled it."""
+"""Matching of traced expressions: what a node computes, however the model's code is written."""
 
 from __future__ import annotations
 

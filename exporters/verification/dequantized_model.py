@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from gralora_fx.exporters.folded_model import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
 from gralora_fx.exporters.onnx_passes.quantize import dequantize
 from gralora_fx.exporters.options import Quantization
+from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
@@ -76,7 +77,7 @@ def dequantized_model(
     tables = {id(site.weight): blocks.pop(site.path) for site in shared}
     model = replace_weights(model, blocks)
     graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
-    _replace(graph_module, lambda parameter, _: tables.get(id(parameter), parameter))
+    map_parameters(graph_module, lambda parameter, _: tables.get(id(parameter), parameter))
     return model.with_graph(graph_module, model.tree)
 
 
@@ -85,16 +86,13 @@ def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)
     graph_module = cast_graph(graph_module, "fp32")
-    casts: dict[int, nn.Parameter] = {}
 
     def cast(parameter: nn.Parameter, name: str) -> nn.Parameter:
-        if id(parameter) not in casts:
-            values = values_of(parameter, name)
-            values = values.to(dtype).float() if values.is_floating_point() else values
-            casts[id(parameter)] = nn.Parameter(values, requires_grad=False)
-        return casts[id(parameter)]
+        values = values_of(parameter, name)
+        values = values.to(dtype).float() if values.is_floating_point() else values
+        return nn.Parameter(values, requires_grad=False)
 
-    _replace(graph_module, cast)
+    map_parameters(graph_module, cast)
     graph_parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     names = {
         id(own): graph_parameters[name] for name, own in traced.tree.parameters.items() if name in graph_parameters
@@ -119,10 +117,3 @@ def _parts(matrix: Tensor, quantization: Quantization, dtype: torch.dtype) -> It
     half = np.float16 if dtype == torch.float16 else np.float32  # the quantizer's input
     for part in torch.split(matrix, _COLUMNS, dim=1):
         yield torch.from_numpy(dequantize(np.ascontiguousarray(part.numpy(), dtype=half), quantization, dtype))
-
-
-def _replace(graph_module: fx.GraphModule, replacement: Callable[[nn.Parameter, str], nn.Parameter]) -> None:
-    for path, module in graph_module.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = replacement(parameter, f"{path}.{name}")

@@ -16,6 +16,7 @@ from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.reports import RoundingCheck
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
+from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_like, empty_cache, pairs_of, positions
@@ -148,17 +149,14 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.GraphModule:
     wide_module = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
-    casts: dict[int, nn.Parameter] = {}
 
-    def wide(parameter: nn.Parameter) -> nn.Parameter:
-        if id(parameter) not in casts:
-            casts[id(parameter)] = nn.Parameter(round_off(parameter.detach().double()), requires_grad=False)
-        return casts[id(parameter)]
+    def wide(parameter: nn.Parameter, _: str) -> nn.Parameter:
+        if parameter.dtype != torch.float32:
+            return parameter
+        return nn.Parameter(round_off(parameter.detach().double()), requires_grad=False)
 
+    map_parameters(wide_module, wide)
     for module in wide_module.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dtype == torch.float32:
-                module._parameters[name] = wide(parameter)
         for tensors in (module._buffers, vars(module)):
             tensors |= {name: _wide(value) for name, value in tensors.items() if isinstance(value, Tensor)}
     return wide_module

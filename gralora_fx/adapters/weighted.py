@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
-from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update
+from gralora_fx.methods import AdapterDims, AdapterTensors, SummableMethod, Update
 from gralora_fx.methods.forms import as_gralora, summed, summed_lora
 from gralora_fx.methods.registry import GRALORA
 
@@ -51,13 +51,13 @@ def weighted_sum(
         for path in adapter.factors:
             update = adapter.update(path)
             updates.setdefault(path, []).append(Update(update.factors, update.scale * weight))
-    method, dims, factors = _sums(adapters, updates)
+    config, factors = _sums(adapters, updates)
     overflown = [
         path for path, sums in factors.items() if not all(bool(t.isfinite().all()) for t in sums if t is not None)
     ]
     if overflown:
         raise ConfigError(f"the sum is not finite at {', '.join(overflown)}; the weights {list(weights)} are too large")
-    config = method.config_of(adapters[0].config, dims).changed(
+    config = config.changed(
         target_modules=set(factors),
         fan_in_fan_out=any(adapter.config.fan_in_fan_out for adapter in adapters),
         exclude_modules=None,
@@ -71,20 +71,19 @@ def weighted_sum(
 
 def _sums(
     adapters: Sequence[InstalledAdapter], updates: Mapping[str, Sequence[Update]]
-) -> tuple[AdapterMethod, AdapterDims, dict[str, AdapterTensors]]:
+) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
     """The sum at every site in one method and one size: that of the adapters if it takes any update, else GraLoRA."""
     names = {adapter.config.PEFT_TYPE for adapter in adapters}
     method = adapters[0].method
-    if len(names) == 1 and method.takes_lora_form:
+    if len(names) == 1 and isinstance(method, SummableMethod):
         rank = max(sum(update.factors.lora_form()[0].shape[0] for update in summands) for summands in updates.values())
         factors = {path: method.from_lora_form(*summed_lora(summands, r=rank)) for path, summands in updates.items()}
-        return method, next(iter(factors.values())).dims, factors
+        return method.config_of(adapters[0].config, next(iter(factors.values())).dims), factors
     k, r, hybrid_r = _common_sizes(list(updates.values()))
     sums: dict[str, AdapterTensors] = {
         path: summed(summands, k=k, r=r, hybrid_r=hybrid_r) for path, summands in updates.items()
     }
-
-    return GRALORA, AdapterDims(r, k, hybrid_r), sums
+    return GRALORA.config_of(adapters[0].config, AdapterDims(r, k, hybrid_r)), sums
 
 
 def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:

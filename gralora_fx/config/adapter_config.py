@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -27,7 +28,7 @@ _TASK_HEADS = {
 }
 
 
-class AdapterConfig:
+class AdapterConfig(ABC):
     """The configuration of an adapter, of whatever method: a frozen dataclass with at least the fields below.
 
     A subclass lists its fields in PEFT's order, names those that set its sizes, and calls `check_common` after the
@@ -88,13 +89,13 @@ class AdapterConfig:
         for name, check_value in self.PATTERNS.items():
             self._check_pattern(name, check_value)
 
+    @abstractmethod
     def check_sizes(self) -> None:
         """Check the fields of the method itself.
 
         Raises:
             ConfigError: A field has an invalid value.
         """
-        raise NotImplementedError
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:

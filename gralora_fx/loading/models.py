@@ -14,7 +14,6 @@ from transformers import AutoConfig, PreTrainedModel
 
 from gralora_fx.adapters.checkpoint import base_names, read_adapter
 from gralora_fx.config import AdapterConfig
-from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.adapter_tasks import task_of, with_past
 from gralora_fx.errors import (
     CheckpointError,
@@ -27,6 +26,7 @@ from gralora_fx.errors import (
 )
 from gralora_fx.loading.load_report import LoadReport, listed
 from gralora_fx.loading.model_classes import class_for, warn_of_another_head
+from gralora_fx.methods import read_config
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.silence import quiet
 from gralora_fx.progress.timing import timed
@@ -313,7 +313,7 @@ def base_name(model: str | None, adapter: str | None) -> str:
     """
     if model is None and adapter is None:
         raise ConfigError("no model was named; give --model, or --adapter with a base_model_name_or_path")
-    name = model or config_fields(adapter or "")[0].get("base_model_name_or_path")
+    name = model or read_config(adapter or "").base_model_name_or_path
     if name is None:
         raise ConfigError(f"{adapter} names no base model; give --model")
     return name

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from gralora_fx.config import AdapterConfig, GraloraConfig
 from gralora_fx.methods.low_rank import accumulate, add_low_rank, drop_inputs
-from gralora_fx.methods.method import AdapterDims, AdapterMethod, common_fields
+from gralora_fx.methods.method import AdapterDims, AdapterMethod
 
 
 class Factors(NamedTuple):
@@ -113,8 +114,6 @@ def initial_factors(
     dims: AdapterDims,
     *,
     zero_update: bool = True,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Factors:
     """Fresh tensors: `A` uniform as in a linear layer of `in/k` inputs, `B` zero so that the update is zero.
 
@@ -125,11 +124,9 @@ def initial_factors(
         out_features: Output width of the layer; `k` divides it.
         dims: The adapter's sizes.
         zero_update: False draws `B` at random too.
-        device: Device of the result.
-        dtype: Dtype of the result.
 
     Returns:
-        Tensors of the shapes that `factor_shapes` gives.
+        Float32 tensors on the CPU, of the shapes that `factor_shapes` gives.
     """
     r, k, hybrid_r = dims
 
@@ -147,7 +144,7 @@ def initial_factors(
         # PEFT makes two linear layers first, whose own initial draws advance the generator
         nn.Linear(in_features, hybrid_r, bias=False), nn.Linear(hybrid_r, out_features, bias=False)
         A_general, B_general = draw_pair(in_features, hybrid_r, out_features)
-    return Factors(*(None if t is None else t.to(device, dtype) for t in (A, B, A_general, B_general)))  # type: ignore[arg-type]
+    return Factors(A, B, A_general, B_general)
 
 
 def add_output(
@@ -299,14 +296,10 @@ class Gralora(AdapterMethod):
         return f"r={dims.r} k={dims.k}" + (f" hybrid_r={dims.hybrid_r}" if dims.hybrid_r else "")
 
     def config_of(self, config: AdapterConfig, dims: AdapterDims) -> GraloraConfig:
-        """A configuration of these sizes at every site and scale 1, otherwise as another one."""
-        own = config
-        if not isinstance(own, GraloraConfig):
-            own = GraloraConfig(gralora_dropout=min(config.dropout, 0.99), **common_fields(config))
-        return own.changed(
-            r=dims.r,
-            gralora_k=dims.k,
-            hybrid_r=dims.hybrid_r,
-            alpha=dims.r + dims.hybrid_r,
-            **{name: {} for name in GraloraConfig.PATTERNS},
-        )
+        """A configuration of these sizes at every site and scale 1, otherwise as one of whatever method."""
+        values = {
+            field.name: getattr(config, field.name) for field in fields(GraloraConfig) if hasattr(config, field.name)
+        }
+        values |= {name: {} for name in GraloraConfig.PATTERNS}
+        values |= {"r": dims.r, "gralora_k": dims.k, "hybrid_r": dims.hybrid_r, "alpha": dims.r + dims.hybrid_r}
+        return GraloraConfig().changed(**values | {"gralora_dropout": config.dropout})

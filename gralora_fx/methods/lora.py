@@ -22,7 +22,7 @@ from gralora_fx.config import AdapterConfig
 from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
 from gralora_fx.errors import ConfigError, shown, warn_caller
 from gralora_fx.methods.low_rank import add_low_rank
-from gralora_fx.methods.method import AdapterDims, AdapterMethod, common_fields
+from gralora_fx.methods.method import AdapterDims, SummableMethod
 
 # Fields of PEFT's LoraConfig that change what is computed or trained: what each one is.
 _OTHER_FORMS = {
@@ -225,13 +225,12 @@ class LoraFactors(NamedTuple):
         return self.A, self.B
 
 
-class Lora(AdapterMethod):
+class Lora(SummableMethod):
     """LoRA and rsLoRA."""
 
     config = LoraConfig
     tensors = LoraFactors
     keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # noqa: RUF012  # typed in the base class
-    takes_lora_form = True
 
     def sizes(self, config: LoraConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
         """Rank and scale of the adapter at a site."""
@@ -287,10 +286,7 @@ class Lora(AdapterMethod):
         """The tensors of the update `B @ A`: these."""
         return LoraFactors(A, B)
 
-    def config_of(self, config: AdapterConfig, dims: AdapterDims) -> LoraConfig:
+    def config_of(self, config: LoraConfig, dims: AdapterDims) -> LoraConfig:
         """A configuration of this rank at every site and scale 1, otherwise as another one."""
-        own = config
-        if not isinstance(own, LoraConfig):
-            own = LoraConfig(lora_dropout=min(config.dropout, 0.99), **common_fields(config))
         patterns: dict[str, Any] = {name: {} for name in LoraConfig.PATTERNS}
-        return own.changed(r=dims.r, lora_alpha=dims.r, use_rslora=False, **patterns)
+        return config.changed(r=dims.r, lora_alpha=dims.r, use_rslora=False, **patterns)

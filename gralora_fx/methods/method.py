@@ -90,13 +90,11 @@ class AdapterMethod(ABC):
         tensors: The named tuple of its tensors at a site.
         keys: The rest of each tensor's key in a checkpoint, after the path of the site, by field of `tensors`. What
             comes before `.weight` is its name in the graph module.
-        takes_lora_form: Whether any update of low rank can be written in this method, so that sums can.
     """
 
     config: ClassVar[type[AdapterConfig]]
     tensors: ClassVar[Callable[..., AdapterTensors]]
     keys: ClassVar[Mapping[str, str]]
-    takes_lora_form: ClassVar[bool] = False
 
     @abstractmethod
     def sizes(self, config: AdapterConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:
@@ -181,35 +179,19 @@ class AdapterMethod(ABC):
         output = self.forward(x.to(dtype), torch.zeros_like(y, dtype=dtype), factors, 1.0, **options)
         return torch.add(y, output.type_as(y), alpha=scale)
 
+
+class SummableMethod(AdapterMethod):
+    """A method in which any update of low rank can be written, so that a sum of its adapters is one of them."""
+
+    @abstractmethod
     def from_lora_form(self, A: Tensor, B: Tensor) -> AdapterTensors:
-        """The tensors of this method with the update `B @ A`, where it `takes_lora_form`.
+        """The tensors of this method with the update `B @ A`.
 
         Args:
             A: `[R, in]`.
             B: `[out, R]`.
         """
-        raise NotImplementedError
 
-    def config_of(self, config: AdapterConfig, dims: AdapterDims) -> AdapterConfig:
-        """A configuration of these sizes at every site and scale 1, otherwise as another one.
-
-        Only a method that `takes_lora_form` needs it, and GraLoRA, in which any other sum is written.
-        """
-        raise NotImplementedError
-
-
-def common_fields(config: AdapterConfig) -> dict[str, Any]:
-    """The fields of a configuration that every method has, by name."""
-    names = (
-        "target_modules",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    )
-    return {name: getattr(config, name) for name in names}
+    @abstractmethod
+    def config_of(self, config: Any, dims: AdapterDims) -> AdapterConfig:
+        """A configuration of these sizes at every site and scale 1, otherwise as another one of this method."""

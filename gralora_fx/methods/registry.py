@@ -52,6 +52,22 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
     raise _unknown(f"the {type(config).__name__}", getattr(config, "peft_type", None))
 
 
+def method_named(name: object, origin: str) -> AdapterMethod:
+    """The method of PEFT's name (`peft_type`).
+
+    Args:
+        name: The name, in capitals or not.
+        origin: Where it comes from, for messages.
+
+    Raises:
+        ConfigError: It is not registered.
+    """
+    for method in METHODS:
+        if str(name).upper() == method.config.PEFT_TYPE:
+            return method
+    raise _unknown(origin, name)
+
+
 def config_from_fields(fields: Mapping[str, Any], origin: str) -> AdapterConfig:
     """The configuration that the fields of a file mean, of the method that they name.
 
@@ -62,11 +78,7 @@ def config_from_fields(fields: Mapping[str, Any], origin: str) -> AdapterConfig:
     Raises:
         ConfigError: The method is not registered, or the fields are invalid.
     """
-    name = fields.get("peft_type")
-    for method in METHODS:
-        if str(name).upper() == method.config.PEFT_TYPE:
-            return method.config.from_fields(fields, origin)
-    raise _unknown(origin, name)
+    return method_named(fields.get("peft_type"), origin).config.from_fields(fields, origin)
 
 
 def read_config(directory: str | Path, *, revision: str | None = None) -> AdapterConfig:

@@ -86,7 +86,7 @@ def attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
 @dataclass(frozen=True)
 class Attention(Call):
-    """A call of `gralora::attention`; what each argument is stands at `attention`."""
+    """A call of `gralora::attention`; `attention` describes the arguments."""
 
     target: ClassVar[Any] = define(
         "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scale, int window, "

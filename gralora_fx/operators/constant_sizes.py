@@ -25,7 +25,7 @@ def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Reshape(Call):
-    """A call of `gralora::reshape`; what each argument is stands at `reshape`."""
+    """A call of `gralora::reshape`; `reshape` describes the arguments."""
 
     target: ClassVar[Any] = define("reshape(Tensor x, int[] shape) -> Tensor", reshape)
 
@@ -40,7 +40,7 @@ def slice_axis(x: Tensor, axis: int, start: int, stop: int, step: int) -> Tensor
 
 @dataclass(frozen=True)
 class Slice(Call):
-    """A call of `gralora::slice`; what each argument is stands at `slice_axis`."""
+    """A call of `gralora::slice`; `slice_axis` describes the arguments."""
 
     target: ClassVar[Any] = define("slice(Tensor x, int axis, int start, int stop, int step) -> Tensor", slice_axis)
 

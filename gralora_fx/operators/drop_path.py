@@ -34,7 +34,7 @@ def drop_path(x: Tensor, p: float, train: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class DropPath(Call):
-    """A call of `gralora::drop_path`; what each argument is stands at `drop_path`."""
+    """A call of `gralora::drop_path`; `drop_path` describes the arguments."""
 
     target: ClassVar[Any] = define(
         "drop_path(Tensor x, float p, bool train) -> Tensor", drop_path, tags=(torch.Tag.nondeterministic_seeded,)

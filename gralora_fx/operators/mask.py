@@ -41,7 +41,7 @@ def mask_shape(padding: Tensor, length: int, window: int, dtype: torch.dtype) ->
 
 @dataclass(frozen=True)
 class Mask(Call):
-    """A call of `gralora::mask`; what each argument is stands at `causal_mask`."""
+    """A call of `gralora::mask`; `causal_mask` describes the arguments."""
 
     target: ClassVar[Any] = define(
         "mask(Tensor padding, SymInt length, int window, ScalarType dtype) -> Tensor", causal_mask, shape=mask_shape
@@ -71,7 +71,7 @@ def mask_of_blocks(blocks: Tensor, plain: Tensor, whole: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskOfBlocks(Call):
-    """A call of `gralora::mask_of_blocks`; what each argument is stands at `mask_of_blocks`."""
+    """A call of `gralora::mask_of_blocks`; `mask_of_blocks` describes the arguments."""
 
     target: ClassVar[Any] = define(
         "mask_of_blocks(Tensor blocks, Tensor plain, Tensor whole) -> Tensor", mask_of_blocks

@@ -35,7 +35,7 @@ def rms_norm_shape(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RmsNorm(Call):
-    """A call of `gralora::rms_norm`; what each argument is stands at `rms_norm`."""
+    """A call of `gralora::rms_norm`; `rms_norm` describes the arguments."""
 
     target: ClassVar[Any] = define(
         "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor", rms_norm, shape=rms_norm_shape

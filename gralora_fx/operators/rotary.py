@@ -35,7 +35,7 @@ def rotate_shape(x: Tensor, cos: Tensor, sin: Tensor, axis: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotate(Call):
-    """A call of `gralora::rotate`; what each argument is stands at `rotate`."""
+    """A call of `gralora::rotate`; `rotate` describes the arguments."""
 
     target: ClassVar[Any] = define(
         "rotate(Tensor x, Tensor cos, Tensor sin, int axis) -> Tensor", rotate, shape=rotate_shape
@@ -72,7 +72,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotary(Call):
-    """A call of `gralora::rotary`; what each argument is stands at `rotary`."""
+    """A call of `gralora::rotary`; `rotary` describes the arguments."""
 
     target: ClassVar[Any] = define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor", rotary)
 

@@ -66,34 +66,21 @@ def insert_adapter(
                 f"{site.path}: node {name!r} is not a linear call of this graph any more; trace the model again"
             )
         for call in calls:
-            insert, options = _insert_at, {"dropout": dropout, "dtype": dtype}
+            sizes = {"scale": scale, "features": (site.in_features, site.out_features), "dims": dims}
             if call.operand is not None:
-                insert, options = _insert_into_operand, {}
-            features = (site.in_features, site.out_features)
-            inserted += insert(
-                graph,
-                call,
-                site.path,
-                adapter,
-                names,
-                scale=scale,
-                method=method,
-                features=features,
-                dims=dims,
-                **options,
-            )
+                added = _insert_into_operand(graph, call, method, names, **sizes)
+            else:
+                added = _insert_at(graph, call, method, names, **sizes, dropout=dropout, dtype=dtype)
+            for candidate in added:
+                annotate(candidate, site=site.path, adapter=adapter, call=call.node.name)
+                if "nn_module_stack" in call.node.meta:
+                    candidate.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
+            inserted += added
     return tuple(inserted)
 
 
 def _insert_at(
-    graph: fx.Graph,
-    call: LinearCall,
-    path: str,
-    adapter: str,
-    names: Mapping[str, str],
-    *,
-    method: AdapterMethod,
-    **options: Any,
+    graph: fx.Graph, call: LinearCall, method: AdapterMethod, names: Mapping[str, str], **options: Any
 ) -> list[fx.Node]:
     node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
     with graph.inserting_before(after):
@@ -107,22 +94,11 @@ def _insert_at(
         inserted.append(candidate)
     members = set(inserted)
     node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
-    for candidate in inserted:
-        annotate(candidate, site=path, adapter=adapter, call=node.name)
-        if "nn_module_stack" in node.meta:
-            candidate.meta["nn_module_stack"] = node.meta["nn_module_stack"]
     return inserted
 
 
 def _insert_into_operand(
-    graph: fx.Graph,
-    call: LinearCall,
-    path: str,
-    adapter: str,
-    names: Mapping[str, str],
-    *,
-    method: AdapterMethod,
-    **options: Any,
+    graph: fx.Graph, call: LinearCall, method: AdapterMethod, names: Mapping[str, str], **options: Any
 ) -> list[fx.Node]:
     """Add an adapter's update to the weight passed to a branch or a loop.
 
@@ -135,12 +111,7 @@ def _insert_into_operand(
         result: Any = method.add_update(_proxy(call.weight, tracer), method.tensors(**tensors), **options)
     assert call.operand is not None
     replace_operand(call.node, call.operand, result.node)
-    inserted = [candidate for candidate in graph.nodes if candidate not in before]
-    for candidate in inserted:
-        annotate(candidate, site=path, adapter=adapter, call=call.node.name)
-        if "nn_module_stack" in call.node.meta:
-            candidate.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
-    return inserted
+    return [candidate for candidate in graph.nodes if candidate not in before]
 
 
 def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 
@@ -63,8 +63,7 @@ def problems_of(
     return [
         *_missing(rule, config, traced, sites, saved),
         *_unsupported(rule, traced, sites),
-        *(_unused_exclusions(rule, traced) if "exclude_modules" in config.BEYOND_PEFT else ()),
-        *_unused_keys(config, config.BEYOND_PEFT, traced, selected),
+        *_unused_names(config.BEYOND_PEFT, rule, traced, config, selected),
         *_unfit_sizes(config, selected),
     ]
 
@@ -153,13 +152,17 @@ def _unused_exclusions(rule: TargetRule, traced: TracedModel) -> list[str]:
     return [_no_match(name, paths, "exclude_modules") for name in unmatched_names(rule.excluded, paths)]
 
 
-def _unused_keys(
-    config: AdapterConfig, fields: Iterable[str], traced: TracedModel, selected: Sequence[PlannedSite]
+def _unused_names(
+    fields: Container[str],
+    rule: TargetRule,
+    traced: TracedModel,
+    config: AdapterConfig,
+    selected: Sequence[PlannedSite],
 ) -> list[str]:
-    """Keys of those patterns among `fields` that apply to no adapted layer."""
+    """Names in those of the given fields, `exclude_modules` and patterns such as `rank_pattern`, that match nothing."""
     paths = [name for planned in selected for name in names_of_site(planned.site, traced.tree)]
-    problems = []
-    for name in (field for field in fields if field in config.PATTERNS):
+    problems = _unused_exclusions(rule, traced) if "exclude_modules" in fields else []
+    for name in (name for name in config.PATTERNS if name in fields):
         keys = getattr(config, name)
         used = {pattern_key(keys, path) for path in paths}
         for key in keys:
@@ -211,8 +214,8 @@ def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, s
         if name not in config.task_heads and not any(path.endswith(name) for path in paths)
     ]
     # where PEFT has these fields, it ignores names that match nothing, so that a checkpoint may hold some
-    gaps += [] if "exclude_modules" in config.BEYOND_PEFT else _unused_exclusions(rule, traced)
-    gaps += _unused_keys(config, [name for name in config.PATTERNS if name not in config.BEYOND_PEFT], traced, selected)
+    of_peft = {"exclude_modules", *config.PATTERNS} - set(config.BEYOND_PEFT)
+    gaps += _unused_names(of_peft, rule, traced, config, selected)
     if config.fan_in_fan_out != (corrected := stores_transposed(selected)):
         kind = "Conv1D" if corrected else "Linear"
         gaps.append(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from gralora_fx.cli import app
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
-from gralora_fx.loading.models import load_base, load_model, load_streamed, load_traced
+from gralora_fx.loading.models import base_name, load_base, load_model, load_streamed, load_traced
 
 CLASSIFIER = "text-classification"
 
@@ -183,6 +183,15 @@ def test_an_adapter_of_another_kind_is_named(folder: Path, tmp_path: Path, confi
     peft.get_peft_model(tiny_model("bert", num_labels=3), config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=kind):
         load_base(str(folder / "classifier"), str(tmp_path), None)
+
+
+@pytest.mark.parametrize("method", [peft.GraloraConfig, peft.LoraConfig])
+def test_a_base_that_is_not_a_name_is_refused_before_it_is_looked_for(method: type, tmp_path: Path) -> None:
+    method(r=4, target_modules=["query"]).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": ["bert"]}))
+    with pytest.raises(ConfigError, match=r"base_model_name_or_path must be a string or None, but got \['bert'\]"):
+        base_name(None, str(tmp_path))
 
 
 # -- what is not a model ----------------------------------------------------------------------------------------------

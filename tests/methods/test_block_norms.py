@@ -14,7 +14,8 @@ from gralora_fx.methods.method import AdapterDims, Update
 
 def factors_of(rank: AdapterDims, seed: int = 0) -> Factors:
     torch.manual_seed(seed)
-    return initial_factors(24, 48, rank, zero_update=False, dtype=torch.float64)
+    drawn = initial_factors(24, 48, rank, zero_update=False)
+    return Factors(*(None if tensor is None else tensor.double() for tensor in drawn))  # type: ignore[arg-type]
 
 
 def dense_norms(factors: Factors, scale: float, *, transposed: bool = False) -> Tensor:
