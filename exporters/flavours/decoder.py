@@ -17,7 +17,7 @@ from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
-from gralora_fx.exporters.onnx_passes.normalization import lower_norms, match_rms_norms
+from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.options import ExportOptions
@@ -78,7 +78,7 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
             LowerRotary(tables),  # those that attention did not absorb
             name_cache,
             *([keep_last_position] if options.logits == "last" else []),  # before norms, which fused it could not cut
-            lower_norms,
+            LowerNorms(),
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,
             FoldConstants(unless_weight),

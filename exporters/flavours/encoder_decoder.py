@@ -11,7 +11,7 @@ from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
-from gralora_fx.exporters.onnx_passes.normalization import lower_norms, match_rms_norms
+from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights, tables_of_heads
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, Pipeline
@@ -70,7 +70,7 @@ def translated_pipeline(name: str) -> Pipeline[ir.Model]:
         name,
         (
             fold_transposes,  # first: constant folding would compute the transposes of weights
-            lower_norms,
+            LowerNorms(),
             FoldConstants(unless_weight),
             remove_unused_nodes,
             drop_stack_traces,

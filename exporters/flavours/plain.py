@@ -22,8 +22,12 @@ from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
+from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
+from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
@@ -33,8 +37,6 @@ from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
 from gralora_fx.graph.surgery import copy_graph
-
-OPSET = 20  # supported by runtimes other than ONNX Runtime too
 
 
 def plain_model(
@@ -53,7 +55,7 @@ def plain_model(
     """
     graph_module, outputs = _with_flat_outputs(graph_module)
     first = [CastGraph(options.precision)]  # casts are seen before anything is simplified
-    model = translate(graph_module, first=first, opset=OPSET, log=log)
+    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log)
     return plain_pipeline(input_names(inputs), outputs, options).run(model, log)
 
 
@@ -70,6 +72,10 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
         "plain",
         (
             fold_transposes,  # first: constant folding would compute the transposes of weights
+            FuseDotProductAttention(),  # before constants are folded and lifted: it makes some
+            remove_unused_nodes,  # so that none of them counts as a reader of tokens
+            LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
+            FlattenTokens(),  # what lies between one attention and the next
             FoldConstants(_may_fold),
             remove_unused_nodes,
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),

@@ -11,6 +11,7 @@ from gralora_fx.compat.transformers_exporters import fix_for_onnx
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.operators.attention import Attention
 from gralora_fx.operators.constant_sizes import Reshape, Slice
+from gralora_fx.operators.dot_product_attention import DotProductAttention
 from gralora_fx.operators.mask import Mask
 from gralora_fx.operators.rms_norm import RmsNorm
 from gralora_fx.operators.rotary import Rotary
@@ -27,7 +28,7 @@ _MIXED = {
     _aten.index_select.default,
     _aten.masked_fill.Scalar,
     _aten.where.self,
-    *(call.target for call in (Attention, Mask, Reshape, RmsNorm, Rotary, Slice)),
+    *(call.target for call in (Attention, DotProductAttention, Mask, Reshape, RmsNorm, Rotary, Slice)),
 }
 
 

@@ -14,6 +14,7 @@ class Builder:
     """Creates nodes to be inserted into a graph later; calling it creates one and returns its first output.
 
     Attributes:
+        graph: The graph that the nodes are for.
         nodes: The nodes created so far, in order.
     """
 
@@ -24,7 +25,7 @@ class Builder:
             graph: The graph that the nodes are for.
         """
         self.nodes: list[ir.Node] = []
-        self._graph = graph
+        self.graph = graph
 
     def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Make a node with one output."""
@@ -54,18 +55,23 @@ class Builder:
         """A constant of a dtype."""
         return self("Constant", value=ir.tensor(np.asarray(values).astype(dtype.numpy()), dtype=dtype))
 
+    def take(self) -> list[ir.Node]:
+        """The created nodes, to be inserted by the caller."""
+        nodes, self.nodes = self.nodes, []
+        return nodes
+
     def insert_before(self, node: ir.Node) -> None:
         """Insert the created nodes before a node of the graph."""
-        self._graph.insert_before(node, self.nodes)
+        self.graph.insert_before(node, self.nodes)
         self.nodes = []
 
     def insert_after(self, value: ir.Value) -> None:
         """Insert the created nodes after the producer of a value, or at the beginning if it has none."""
         producer = value.producer()
         if producer is not None:
-            self._graph.insert_after(producer, self.nodes)
+            self.graph.insert_after(producer, self.nodes)
         else:
-            self._graph.insert_before(self._graph[0], self.nodes)
+            self.graph.insert_before(self.graph[0], self.nodes)
         self.nodes = []
 
 

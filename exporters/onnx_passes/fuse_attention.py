@@ -14,6 +14,7 @@ from gralora_fx.exporters.onnx_passes.pack_qkv import merge_heads, pack_qkv
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionReport, Skip
+from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention supports only multiples of it as head size
@@ -60,7 +61,7 @@ class FuseAttention:
         shared: _Shared = {}
         for node in fitting:
             _replace(model.graph, node, self.tables, shared)
-        return _result(len(fitting), tuple(Skip(_layer(node), why) for node, why in plain.items()))
+        return _result(len(fitting), tuple(Skip(layer_of(node), why) for node, why in plain.items()))
 
 
 def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:
@@ -192,10 +193,3 @@ def _number(value: ir.Value, axis: int) -> int:
             f"axis {axis} of {value.name} has shape {value.shape}, but attention needs a fixed size there"
         )
     return size
-
-
-def _layer(node: ir.Node) -> str:
-    """The module in which an attention was traced."""
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-    names = [name.strip(" '\"[]") for name in scopes.split(",")]
-    return next((name for name in reversed(names[:-1]) if name), str(node.name))

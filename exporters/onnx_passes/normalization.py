@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -114,38 +115,43 @@ def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
     return (users[0], weight) if same else (node, None)
 
 
-def lower_norms(model: ir.Model) -> PassResult[ir.Model]:
-    """Replace normalisations by the runtime's operators, fused with the residual addition before them.
+@dataclass(frozen=True)
+class LowerNorms:
+    """Replace normalisations by the runtime's operators, an RMS norm by ONNX's `RMSNormalization`.
 
     Before: `s = Add(x, r); y = RMSNormalization(s, weight)`
     After:  `y, s = SkipSimplifiedLayerNormalization(x, r, weight)`
 
-    Likewise for `LayerNormalization`; an RMS norm without an addition becomes ONNX's `RMSNormalization`.
+    Likewise for `LayerNormalization`.
 
-    Args:
-        model: A translated model; it is changed in place, its nodes sorted.
-
-    Returns:
-        The number of additions fused.
+    Attributes:
+        fuses_additions: Whether to fuse them with the residual addition before them.
     """
-    fused = 0
-    for node in list(model.graph):
-        norm = RmsNormNode.of(node)
-        if norm is None and node.op_type != "LayerNormalization":
-            continue
-        addition = _residual(node)
-        if addition is not None:
-            _fuse(model.graph, node, addition, norm)
-            fused += 1
-        elif norm is not None:
-            build = Builder(model.graph)
-            weight = norm.weight or _ones(build, node, norm.x)
-            y = build("RMSNormalization", norm.x, weight, epsilon=norm.epsilon)
-            replace_value(y, node.outputs[0])
-            build.insert_before(node)
-            model.graph.remove(node, safe=True)
-        model.graph.sort()
-    return PassResult(fused)
+
+    fuses_additions: bool = True
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Replace them, in place, the nodes sorted; the result counts additions fused and RMS norms replaced."""
+        changed = 0
+        for node in list(model.graph):
+            norm = RmsNormNode.of(node)
+            if norm is None and node.op_type != "LayerNormalization":
+                continue
+            addition = _residual(node) if self.fuses_additions else None
+            if addition is not None:
+                _fuse(model.graph, node, addition, norm)
+                changed += 1
+            elif norm is not None:
+                build = Builder(model.graph)
+                weight = norm.weight or _ones(build, node, norm.x)
+                y = build("RMSNormalization", norm.x, weight, epsilon=norm.epsilon)
+                replace_value(y, node.outputs[0])
+                build.insert_before(node)
+                model.graph.remove(node, safe=True)
+                changed += 1
+            if self.fuses_additions:
+                model.graph.sort()
+        return PassResult(changed)
 
 
 def _residual(node: ir.Node) -> ir.Node | None:

@@ -13,7 +13,7 @@ from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, rotated
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
 from gralora_fx.exporters.translation.weights import concat_tensor
 
-_SWAP = [0, 2, 1, 3]  # heads and length
+SWAP = [0, 2, 1, 3]  # heads and length
 
 
 def merge_heads(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
@@ -29,8 +29,14 @@ def merge_heads(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Va
         return rotated(build, rotary, merge_heads(build, rotary.x, tables), tables)
     swapped = _unswapped(build, tensor)
     if swapped is None:
-        swapped = build("Transpose", tensor, perm=_SWAP)
+        swapped = build("Transpose", tensor, perm=SWAP)
     return _before_split(swapped, tensor) or build("Reshape", swapped, build.ints(0, 0, -1))
+
+
+def merged_heads(tensor: ir.Value) -> ir.Value | None:
+    """The tensor `[batch, length, heads * size]` whose heads were split to `[batch, heads, length, size]`, or None."""
+    swapped = _before_swap(tensor)
+    return None if swapped is None else _before_split(swapped, tensor)
 
 
 def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
@@ -48,7 +54,7 @@ def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
     if before is None:
         return None
     result = build.node(node.op_type, [before, *node.inputs[1:]], domain=node.domain, **_attributes(node)).outputs[0]
-    result.shape, result.type = ir.Shape([tensor.shape[axis] for axis in _SWAP]), tensor.type
+    result.shape, result.type = ir.Shape([tensor.shape[axis] for axis in SWAP]), tensor.type
     return result
 
 
@@ -184,7 +190,7 @@ def _before_swap(tensor: ir.Value | None) -> ir.Value | None:
     """The tensor `[batch, length, heads, size]` from which another was transposed, or None."""
     producer = None if tensor is None else tensor.producer()
     swaps = producer is not None and producer.op_type == "Transpose"
-    return producer.inputs[0] if swaps and list(producer.attributes["perm"].as_ints()) == _SWAP else None  # type: ignore[union-attr]
+    return producer.inputs[0] if swaps and list(producer.attributes["perm"].as_ints()) == SWAP else None  # type: ignore[union-attr]
 
 
 def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:

@@ -122,3 +122,10 @@ def _rename(value: ir.Value, names: Mapping[str, str]) -> None:
         else:
             dims.append(names.get(symbol) or " + ".join(names.get(term, term) for term in symbol.split(" + ")))
     value.shape = ir.Shape(dims)
+
+
+def layer_of(node: ir.Node) -> str:
+    """The path of the module in which a node was traced, or the node's name."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    names = [name.strip(" '\"[]") for name in scopes.split(",")]
+    return next((name for name in reversed(names[:-1]) if name), str(node.name))

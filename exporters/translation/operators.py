@@ -15,6 +15,7 @@ import onnx_ir as ir
 from gralora_fx.compat.torch_onnx import current_builder
 from gralora_fx.operators.attention import Attention
 from gralora_fx.operators.constant_sizes import Reshape, Slice
+from gralora_fx.operators.dot_product_attention import DotProductAttention
 from gralora_fx.operators.mask import Mask
 from gralora_fx.operators.rms_norm import RmsNorm
 from gralora_fx.operators.rotary import Rotary
@@ -87,6 +88,22 @@ class AttentionNode(DomainNode):
 
 
 @dataclass(frozen=True)
+class DotProductAttentionNode(DomainNode):
+    """`DotProductAttention`: as `gralora::dot_product_attention`; `is_causal` is 0 or 1."""
+
+    op_type = "DotProductAttention"
+    attributes = ("scale", "is_causal")
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    mask: ir.Value | None
+    padding: ir.Value | None
+    scale: float
+    is_causal: int
+
+
+@dataclass(frozen=True)
 class MaskNode(DomainNode):
     """`Mask`: as `gralora::mask`; `length` is a tensor of no axes, `dtype` an `ir.DataType`."""
 
@@ -128,6 +145,12 @@ def _attention(
     query: Any, key: Any, value: Any, mask: Any, sinks: Any, scale: float, window: int, softcap: float, dropout: float
 ) -> Any:
     return AttentionNode(query, key, value, mask, sinks, scale=scale, window=window, softcap=softcap).add()
+
+
+def _dot_product_attention(
+    query: Any, key: Any, value: Any, mask: Any, padding: Any, scale: float, is_causal: bool
+) -> Any:
+    return DotProductAttentionNode(query, key, value, mask, padding, scale=scale, is_causal=int(is_causal)).add()
 
 
 def _mask(padding: Any, length: Any, window: int, dtype: int) -> Any:
@@ -173,5 +196,6 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     Reshape.target: _reshape,
     Slice.target: _slice,
     Attention.target: _attention,
+    DotProductAttention.target: _dot_product_attention,
     Mask.target: _mask,
 }

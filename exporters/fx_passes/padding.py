@@ -1,0 +1,225 @@
+"""Padding in attention masks: which part of a mask hides padding, and what else the mask does."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from gralora_fx.exporters.fx_passes.matching import (
+    ADD,
+    MUL,
+    aten,
+    expression,
+    is_call,
+    number,
+    operands,
+    same_size,
+    shape,
+)
+from gralora_fx.operators.constant_sizes import Reshape
+
+_HIDDEN = -1e4  # an additive mask hides keys with this number or a smaller one
+_AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
+_NOT = (aten.logical_not.default, aten.bitwise_not.default)
+_CAST = (aten._to_copy.default,)
+_EXPAND = (aten.expand.default,)
+
+
+class Mask(NamedTuple):
+    """A mask in two parts, both of which hide keys.
+
+    Attributes:
+        rest: What it does beside hiding padding, boolean or additive; None for nothing.
+        padding: `[batch, keys]`, zero at the keys that it hides as padding; None where it hides none.
+    """
+
+    rest: fx.Node | None
+    padding: fx.Node | None
+
+
+def split_mask(mask: fx.Node) -> Mask:
+    """A mask of `[batch or 1, heads or 1, queries or 1, keys]` in its two parts; what is not understood is the rest.
+
+    Understood are transformers' own masks, in either form: `allowed & padding[batch, key]`, `where(mask, bias, min)`,
+    `bias + mask`, and `(1 - padding[:, None, None, :]) * min`.
+    """
+    padding = _shown_keys(mask) or _added_padding(mask)
+    if padding is not None:
+        return Mask(None, padding)
+    return _expanded(mask) or _conjunction(mask) or _selected(mask) or _sum(mask) or Mask(mask, None)
+
+
+def _expanded(mask: fx.Node) -> Mask | None:
+    """Of `expand(mask)`, which an attention operator does by itself."""
+    if not is_call(mask, *_EXPAND) or not isinstance(mask.args[0], fx.Node):
+        return None
+    source = mask.args[0]
+    found = split_mask(source) if len(shape(source)) == 4 else Mask(source, None)
+    return None if found.padding is None else found
+
+
+def _conjunction(mask: fx.Node) -> Mask | None:
+    """Of `rest & padding`."""
+    both = operands(mask, *_AND)
+    parts = [split_mask(part) for part in both or () if isinstance(part, fx.Node) and len(shape(part)) == 4]
+    if len(parts) != 2 or all(part.padding is None for part in parts):
+        return None
+    rests = [part.rest for part in parts if part.rest is not None and not _is_true(part.rest)]
+    paddings = [part.padding for part in parts if part.padding is not None]
+    return Mask(rests[0] if rests else None, paddings[0]) if len(rests) < 2 and len(set(paddings)) == 1 else None
+
+
+def _selected(mask: fx.Node) -> Mask | None:
+    """Of `where(padding, bias, smallest)`."""
+    selection = _selection(mask)
+    padding = None if selection is None else _shown_keys(selection[0])
+    if selection is None or padding is None or not _hides(selection[2]) or not isinstance(selection[1], fx.Node):
+        return None
+    bias = selection[1]
+    return Mask(bias, padding) if len(shape(bias)) == 4 else None
+
+
+def _sum(mask: fx.Node) -> Mask | None:
+    """Of `bias + mask`."""
+    terms = operands(mask, *ADD)
+    for bias, other in (terms, terms[::-1]) if terms is not None else ():
+        if isinstance(bias, fx.Node) and isinstance(other, fx.Node) and len(shape(bias)) == 4:
+            padding = _added_padding(other)
+            if padding is not None:
+                return Mask(bias, padding)
+    return None
+
+
+def _shown_keys(node: Any) -> fx.Node | None:
+    """The padding of a boolean mask that is true at the keys which are not padding, whatever the query."""
+    if len(shape(node)) != 4:
+        return None
+    if is_call(node, *_EXPAND, *_CAST):
+        return _shown_keys(node.args[0])
+    if is_call(node, *_NOT):
+        return _hidden_keys(node.args[0])
+    both = operands(node, *_AND)
+    if both is not None:
+        for one, other in (both, both[::-1]):
+            if _is_true(one):
+                return _shown_keys(other)
+        return None
+    return _row_of_keys(node)
+
+
+def _hidden_keys(node: Any) -> fx.Node | None:
+    """The padding of a boolean mask that is true at the keys which are padding."""
+    if is_call(node, *_EXPAND, *_CAST):
+        return _hidden_keys(node.args[0])
+    if is_call(node, *_NOT):
+        return _shown_keys(node.args[0])
+    hidden = operands(node, aten.rsub.Scalar)
+    if hidden is not None and number(hidden[1]) == 1.0:
+        return _shown_keys(hidden[0])
+    difference = operands(node, aten.sub.Tensor)
+    if difference is not None and _is_number(difference[0], 1.0):
+        return _shown_keys(difference[1])
+    return None
+
+
+def _row_of_keys(node: fx.Node) -> fx.Node | None:
+    """The padding `[batch, keys]` that a mask `[batch, 1, 1, keys]` repeats."""
+    if is_call(node, aten.index.Tensor):
+        rows, indices = node.args
+        if not isinstance(indices, (list, tuple)) or len(indices) != 2:
+            return None
+        along_batch, along_keys = (_is_range(index) for index in indices)
+        sizes = [[expression(size) for size in shape(index)] for index in indices]
+        fits = sizes[0][1:] == [1, 1, 1] and sizes[1][:3] == [1, 1, 1]
+        return _row(rows) if along_batch and along_keys and fits else None
+    if [expression(size) for size in shape(node)[1:3]] != [1, 1]:
+        return None
+    source: Any = node
+    while len(shape(source)) > 2:
+        if not is_call(source, aten.unsqueeze.default, Reshape.target, aten.reshape.default, *_CAST):
+            return None
+        source = source.args[0]
+    sizes = [shape(node)[0], shape(node)[3]]
+    same = len(shape(source)) == 2 and all(same_size(a, b) for a, b in zip(shape(source), sizes, strict=True))
+    return _row(source) if same else None
+
+
+def _row(node: Any) -> fx.Node | None:
+    """The input `[batch, keys]` that tells padding, behind casts and comparisons with zero."""
+    while is_call(node, *_CAST, aten.ne.Scalar, aten.gt.Scalar):
+        if len(node.args) > 1 and node.args[1] != 0:
+            return None
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) and node.op == "placeholder" and len(shape(node)) == 2 else None
+
+
+def _added_padding(node: Any) -> fx.Node | None:
+    """The padding of an additive mask that is zero at all other keys and hides those of padding."""
+    if len(shape(node)) != 4:
+        return None
+    if is_call(node, *_EXPAND, *_CAST):
+        return _added_padding(node.args[0])
+    selection = _selection(node)
+    if selection is not None:
+        shown, hidden = (_is_number(value, 0.0) for value in selection[1:])
+        if shown and _hides(selection[2]):
+            return _shown_keys(selection[0])
+        return _hidden_keys(selection[0]) if hidden and _hides(selection[1]) else None
+    factors = operands(node, *MUL)
+    for one, other in (factors, factors[::-1]) if factors is not None else ():
+        if _hides(other):
+            return _hidden_keys(one)
+    return None
+
+
+def _selection(node: Any) -> tuple[Any, Any, Any] | None:
+    """`(condition, value, other)` of `where`, and of `masked_fill`, whose condition selects the number."""
+    if is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
+        condition, value, other = node.args
+        return condition, value, other
+    if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        value, condition, other = node.args
+        return condition, other, value
+    return None
+
+
+def _is_range(node: Any) -> bool:
+    """Whether a node counts from zero along one axis."""
+    while is_call(node, aten.unsqueeze.default, *_CAST) or (is_call(node, *ADD) and number(node.args[1]) == 0.0):
+        node = node.args[0]
+    return is_call(node, aten.arange.default) and len(node.args) == 1
+
+
+def _is_true(node: Any) -> bool:
+    """Whether a boolean is true everywhere."""
+    if is_call(node, *_EXPAND, *_CAST):
+        return _is_true(node.args[0])
+    both = operands(node, *_AND)
+    if both is not None:
+        return all(map(_is_true, both))
+    if is_call(node, aten.ge.Scalar):
+        return _is_range(node.args[0]) and number(node.args[1]) is not None and float(node.args[1]) <= 0.0
+    if is_call(node, aten.new_ones.default, aten.ones.default):
+        return bool(node.meta["val"].dtype == torch.bool)
+    return is_call(node, aten.full.default, aten.full_like.default) and node.args[1] is True
+
+
+def _is_number(value: Any, wanted: float) -> bool:
+    """Whether a value is a number everywhere."""
+    if is_call(value, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+        return wanted == 0.0
+    if is_call(value, aten.ones_like.default, aten.ones.default):
+        return wanted == 1.0
+    if is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+        value = value.args[-1]
+    return number(value) == wanted
+
+
+def _hides(value: Any) -> bool:
+    """Whether a value, added to a score, hides the key."""
+    if is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+        value = value.args[-1]
+    found = number(value)
+    return found is not None and found <= _HIDDEN
