@@ -33,6 +33,7 @@ def options_of(model: OrtModel) -> onnxruntime.SessionOptions:
     return options
 
 
+@pytest.mark.filterwarnings("ignore:AzureExecutionProvider takes no node")
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -58,6 +59,7 @@ def test_options_of_the_cpu_have_no_effect(exported: Path) -> None:
         load(exported, (CPU, {"use_arena": 1}))
 
 
+@pytest.mark.filterwarnings("ignore:AzureExecutionProvider takes no node")
 def test_options_of_a_provider_reach_it(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     make = onnxruntime.InferenceSession
