@@ -104,7 +104,7 @@ class OrtModel:
         kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
         lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
         lines += [f"runs on {text}" for text in describe_providers(self._runtime, self.session)]
-        lines += [] if self._threads is None else [f"{self._threads} threads"]
+        lines += [] if self._threads is None else [f"threads: {self._threads}"]
         lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
         return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from tiny_models import text_batch
 from torch import nn
 from traces import fresh_trace
 
+from benchmarks import providers
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
@@ -36,6 +37,13 @@ Write = Callable[[str], Path]
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "onnx"
     export_onnx(trace(nn.Sequential(nn.Linear(8, 4)).eval(), (torch.randn(1, 8),)), path, verify=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classifier") / "onnx"
+    export_onnx(fresh_trace("bert"), path, verify=False)
     return path
 
 
@@ -204,7 +212,18 @@ def test_the_cpu_alone_has_nothing_to_say_of_placement(exported: Path) -> None:
     model = load(exported, threads=1)
     assert model.placement is None
     version = onnxruntime.__version__
-    assert model.describe() == f"{exported}: no task, fp32\nruns on {CPU} of onnxruntime {version}\n1 threads"
+    assert model.describe() == f"{exported}: no task, fp32\nruns on {CPU} of onnxruntime {version}\nthreads: 1"
+
+
+def test_the_benchmark_has_a_row_for_each_side_that_opens(classifier: Path) -> None:
+    models, missing = providers.open_sides(classifier)
+    assert len(models) + len(missing) == len(providers.SIDES)
+    feed = {name: value.numpy() for name, value in text_batch(2, 5).items()}
+    table, timings = providers.providers_table(models, feed, iterations=1)
+    assert [row["case"] for row in table.rows] == list(models) == list(timings.seconds)
+    base = table.rows[0]
+    assert (base["case"], base["difference"], base["nodes"]) == (providers.BASE, "0.0e+00", "all")
+    assert set(providers.cpu_flags()) <= set(providers.FLAGS)
 
 
 # -- OpenVINO's plug-in, where it is installed and has a device --------------------------------------------------------
@@ -220,13 +239,6 @@ def test_openvino_names_what_it_needs(exported: Path) -> None:
             load(exported, OPENVINO)
     else:
         pytest.skip("it has a device here")
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("classifier") / "onnx"
-    export_onnx(fresh_trace("bert"), path, verify=False)
-    return path
 
 
 def test_openvino_computes_the_same(classifier: Path, openvino: Device) -> None:
