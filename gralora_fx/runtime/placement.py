@@ -10,6 +10,7 @@ import onnxruntime
 
 from gralora_fx.errors import warn_caller
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.runtime.openvino import arithmetic, is_openvino
 from gralora_fx.runtime.session import CPU, Runtime
 
 _RECORD = "session.record_ep_graph_assignment_info"
@@ -76,7 +77,18 @@ def warn_of_idle(runtime: Runtime, placement: Placement | None) -> None:
             warn_caller(f"{name} takes no node of this model, which runs on {others}; leave it out")
 
 
-def describe_providers(runtime: Runtime, session: Any) -> list[str]:
-    """Every provider of a session with version and device, as far as they are known."""
-    devices = {device.provider: str(device) for device in runtime.devices}
-    return [devices.get(name, f"{name} of onnxruntime {onnxruntime.__version__}") for name in session.get_providers()]
+def describe_providers(runtime: Runtime, session: Any, *, is_quantized: bool = False) -> list[str]:
+    """Every provider of a session with version and device, as far as they are known, and OpenVINO's precision.
+
+    Args:
+        runtime: The providers with their options.
+        session: The session that they run.
+        is_quantized: Whether the model has quantized weights.
+    """
+    options = dict(runtime.providers)
+    texts = {device.provider: str(device) for device in runtime.devices}
+    for device in runtime.devices:
+        if is_openvino(device.provider):
+            precision = arithmetic(options[device.provider], device, is_quantized=is_quantized)
+            texts[device.provider] += f", in {precision} arithmetic"
+    return [texts.get(name, f"{name} of onnxruntime {onnxruntime.__version__}") for name in session.get_providers()]

@@ -103,7 +103,9 @@ class OrtModel:
         """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
         kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
         lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
-        lines += [f"runs on {text}" for text in describe_providers(self._runtime, self.session)]
+        lines += [
+            f"runs on {text}" for text in describe_providers(self._runtime, self.session, is_quantized=bool(kinds))
+        ]
         lines += [] if self._threads is None else [f"threads: {self._threads}"]
         lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
         return "\n".join(lines)

@@ -255,7 +255,9 @@ def test_openvino_computes_the_same(classifier: Path, openvino: Device) -> None:
     }
     assert model.placement is not None
     assert sum(model.placement[OPENVINO].values()) > 0
-    assert f"runs on {OPENVINO} {openvino.version} on CPU" in model.describe()
+    assert f"runs on {openvino}, in fp32 arithmetic\n" in model.describe()
+    bf16 = "BF16" in openvino.properties["OPTIMIZATION_CAPABILITIES"].split()
+    assert f"runs on {openvino}, in {'bf16' if bf16 else 'fp32'} arithmetic\n" in rounded.describe()
 
 
 def test_openvino_is_registered_once(classifier: Path, openvino: Device) -> None:
