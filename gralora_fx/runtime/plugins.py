@@ -36,7 +36,8 @@ _NEEDS = {  # what a provider looks for, where its own answer is only that there
     "WebGpuExecutionProvider": "a GPU",
 }
 _lock = threading.Lock()
-_registered: set[str] = set()  # modules whose library this process has registered
+_registered: set[str] = set()  # modules whose library was registered here
+_brought: set[str] = set()  # providers that appeared with them
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def devices_of(provider: str) -> tuple[Device, ...]:
 def registered_devices(provider: str) -> tuple[Device, ...]:
     """The devices of a plug-in provider whose library is registered."""
     handles = [handle for handle in onnxruntime.get_ep_devices() if handle.ep_name == provider]
-    return tuple(_device(handle) for handle in handles if "library_path" in handle.ep_metadata)
+    # ONNX Runtime lists devices of its own providers too; older versions do not say which come from a library
+    return tuple(_device(handle) for handle in handles if provider in _brought or "library_path" in handle.ep_metadata)
 
 
 def choose_device(devices: tuple[Device, ...], kind: object = None) -> Device:
@@ -154,8 +156,9 @@ def _register(module_name: str, provider: str) -> bool:
         if names is not None and provider.partition(".")[0] not in names:
             return False
         if module_name not in _registered:
-            path = module.get_library_path()
+            path, before = module.get_library_path(), _providers_with_devices()
             onnxruntime.register_execution_provider_library(f"gralora-fx:{module_name}", path)
+            _brought.update(_providers_with_devices() - before)
     except Exception as failure:  # a package's own code, and ONNX Runtime's types without a common base
         raise ServingError(
             f"the execution provider package {_package(module_name)} cannot be loaded from {path} "
@@ -163,6 +166,10 @@ def _register(module_name: str, provider: str) -> bool:
         ) from failure
     _registered.add(module_name)
     return names is not None
+
+
+def _providers_with_devices() -> set[str]:
+    return {handle.ep_name for handle in onnxruntime.get_ep_devices()}
 
 
 def _package(module_name: str) -> str:

@@ -107,11 +107,10 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
 
 
 def _reason(failure: Exception) -> str:
-    """What ONNX Runtime or a provider says, without OpenVINO's lines about its own code."""
+    """What ONNX Runtime or a provider says, without OpenVINO's lines about places in its own code."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    if len(lines) > 1 and "Exception from " in lines[0]:
-        return next((line for line in lines if "Exception from " not in line), lines[0])
-    return first_line(failure)
+    telling = [line for line in lines if not any(mark in line for mark in ("Exception from src/", " failed at src/"))]
+    return telling[0] if telling and telling[0] is not lines[0] else first_line(failure)
 
 
 def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> None:
