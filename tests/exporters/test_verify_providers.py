@@ -98,6 +98,7 @@ def test_arithmetic_is_the_least_exact_of_a_run(providers: list[Any], precision:
         ("fp32", "bf16", 8e-2),
         ("fp16", "fp32", 1e-2),
         ("bf16", "bf16", 8e-2),
+        ("fp32", "int8", 16e-2),
     ],
 )
 def test_tolerance_is_that_of_the_arithmetic_too(precision: str, arithmetic: str, expected: float) -> None:
