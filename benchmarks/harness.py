@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 State = TypeVar("State")
 console = Console(width=None if Console().is_terminal else 140)
 
-_PACKAGES = ("gralora-fx", "torch", "transformers", "peft", "onnxruntime", "numpy")
+_PACKAGES = ("gralora-fx", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-ep-openvino", "numpy")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gralora_fx.runtime.placement import describe_placement
+
 
 @dataclass(frozen=True)
 class TensorCheck:
@@ -89,13 +91,36 @@ class RoundingCheck:
 
 
 @dataclass(frozen=True)
+class ProviderRun:
+    """The execution provider that an export was run on.
+
+    Attributes:
+        name: The provider.
+        version: Its version; for one that is part of ONNX Runtime, ONNX Runtime's.
+        device: The device, as far as it is known.
+        nodes: How many nodes of each operator every provider ran; empty where the CPU is alone.
+    """
+
+    name: str
+    version: str
+    device: str
+    nodes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The provider with version and device, and the nodes that each provider ran."""
+        device = f" on {self.device}" if self.device else ""
+        nodes = f"; nodes: {describe_placement(self.nodes)}" if self.nodes else ""
+        return f"{self.name} {self.version}{device}{nodes}"
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """The result of `verify_onnx`.
 
     Attributes:
         passed: Whether every output is close enough in every case, and the logits of every greedy step: within the
             tolerance, or no more than four times as far off as float32 itself is from float64.
-        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller.
+        tolerance: Largest difference allowed, relative to the largest value or to `least_scale` where that is smaller.
         cases: The inputs that were compared.
         tensors: One entry for each output.
         tokens: Greedy tokens, for an export that generates.
@@ -104,6 +129,9 @@ class VerifyReport:
         rounding: The differences above the tolerance, which were compared with a float64 run.
         level: `"quick"` or `"full"`: how many inputs were compared.
         reference: What the export was compared with.
+        provider: Where it was run, if a provider was asked for; None for the CPU provider.
+        least_scale: The least value that a difference is relative to: 1, or less for a provider whose arithmetic is
+            less exact than float32.
     """
 
     passed: bool
@@ -116,6 +144,8 @@ class VerifyReport:
     rounding: tuple[RoundingCheck, ...] = ()
     level: str = "full"
     reference: str = "the PyTorch model"
+    provider: ProviderRun | None = None
+    least_scale: float = 1.0
 
     @property
     def max_abs_error(self) -> float:
@@ -135,9 +165,12 @@ class VerifyReport:
         lines += [] if self.tokens is None else [str(self.tokens)]
         lines += [f"above the tolerance: {check}" for check in self.rounding]
         verdict = "passed" if self.passed else "FAILED"
-        lines.append(f"{verdict}: {len(self.cases)} cases ({'; '.join(self.cases)}), tolerance {self.tolerance:g}")
+        least = "" if self.least_scale == 1 else f" of the largest value, and {self.tolerance * self.least_scale:g}"
+        cases = "; ".join(self.cases)
+        lines.append(f"{verdict}: {len(self.cases)} cases ({cases}), tolerance {self.tolerance:g}{least}")
         if {self.weights, self.arithmetic} != {"fp32"}:
             lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
+        lines += [] if self.provider is None else [f"run on {self.provider}"]
         lines.append(f"{self.level} verification, compared with {self.reference}")
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.reports import VerifyReport
+from gralora_fx.exporters.verification.arithmetic import arithmetic_of, provider_run
 from gralora_fx.exporters.verification.cases import TokenRun, Verification
 from gralora_fx.exporters.verification.dequantized_model import reference_model
 from gralora_fx.exporters.verification.float32_copy import open_comparable
@@ -19,10 +20,11 @@ from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.outputs import OutputComparison
 from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
-from gralora_fx.exporters.verification.tolerances import describe_weights, tolerance_of
+from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -34,6 +36,8 @@ def verify_onnx(
     inputs: Mapping[str, Any] | None = None,
     prompts: Sequence[Any] | None = None,
     tolerance: float | None = None,
+    providers: Providers | None = None,
+    provider_options: ProviderOptions | None = None,
     seed: int = 0,
     check: bool = True,
 ) -> VerifyReport:
@@ -54,6 +58,9 @@ def verify_onnx(
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
             what the export's precision explains (see `tolerances`), or four times the rounding error of float32 itself
             if that is larger (see `float64_reference`).
+        providers: Execution providers to run the export on, as `load` takes them; None for the CPU. Their arithmetic
+            sets the tolerance too (see `arithmetic`), and the report says which one ran which nodes.
+        provider_options: Options of each provider, if they are not given beside its name.
         seed: Seed of the fresh inputs.
         check: Whether to compare every file with its SHA-256 first; False if that has been done.
 
@@ -66,14 +73,20 @@ def verify_onnx(
     Raises:
         ExportError: The directory is not an export, or one of another base or adapter, a file is not what was exported,
             its inputs or outputs are not the model's, a prompt does not fit, or a case cannot run.
+        ServingError: A provider is not installed, has no such device, or an option is unknown.
     """
     check_choice("level", level, LEVELS)
+    runtime = None
+    if not (providers is None and provider_options is None):
+        runtime, _ = runtime_of(providers, provider_options, None, None)
     manifest, quick = read_manifest(output_dir), level == "quick"
     if check and manifest.files is not None:  # a comparison runs some inputs only, and would not see every changed byte
         check_files(output_dir, manifest, digests=True)
     check_runnable(model)
     check_same_model(output_dir, manifest, model)
-    session, arithmetic = open_comparable(Path(output_dir), manifest)
+    session, arithmetic = open_comparable(Path(output_dir), manifest, runtime)
+    if runtime is not None:
+        arithmetic = arithmetic_of(runtime, arithmetic, is_quantized=manifest.quantization is not None)
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
@@ -82,8 +95,13 @@ def verify_onnx(
     chosen = _prompts(verification, traced, seed, quick)
     chosen += [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
     reference = reference_model(model, manifest)
+    is_rough = runtime is not None and arithmetic != "fp32"
+    explained = tolerance_of(manifest.precision, arithmetic if is_rough else "fp32")
     tolerance_check = ToleranceCheck(
-        reference, tolerance_of(manifest.precision) if tolerance is None else tolerance, use_float64=tolerance is None
+        reference,
+        explained if tolerance is None else tolerance,
+        use_float64=tolerance is None,
+        least_scale=LEAST_SCALE if is_rough and tolerance is None else 1.0,
     )
     with _evaluating(model, reference):
         outputs = OutputComparison(session, reference, verification, manifest.logits, tolerance_check)
@@ -100,6 +118,8 @@ def verify_onnx(
         rounding=tuple(tolerance_check.exceeded),
         level=level,
         reference=_describe_reference(model, reference),
+        provider=None if runtime is None else provider_run(runtime, session),
+        least_scale=tolerance_check.least_scale,
     )
 
 

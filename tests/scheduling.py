@@ -51,6 +51,8 @@ GROUPS = {
         "serving/test_empty.py",
         "serving/test_generation.py",
         "serving/test_model.py",
+        "serving/test_providers.py",
+        "exporters/test_verify_providers.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.

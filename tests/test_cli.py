@@ -97,7 +97,9 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     assert "passed: 4 cases" in result.stdout
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert "quick verification, compared with the PyTorch model with 'default' active" in result.stdout
-    assert "full verification" in run("verify", *arguments).stdout
+    verified = run("verify", *arguments, "--provider", "CPUExecutionProvider").stdout
+    assert "full verification" in verified
+    assert "run on CPUExecutionProvider " in verified
     weights = tmp_path / "onnx" / "model.onnx_data"
     data = bytearray(weights.read_bytes())
     data[64] ^= 1

@@ -11,27 +11,28 @@ import onnx_ir as ir
 from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.translation.weights import LazyTensor
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.session import check_external_data, open_session
+from gralora_fx.runtime.session import CPU, Runtime, check_external_data, open_session
 
 _IN_FLOAT32 = 1  # the accuracy level
 
 
-def open_comparable(directory: Path, manifest: Manifest) -> tuple[Any, str]:
-    """A session over an export, or over its float32 copy where that is needed, and the precision it computes in.
+def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> tuple[Any, str]:
+    """A session over an export, or over its float32 copy where that is needed, and the precision of its model.
 
     Args:
         directory: An export directory.
         manifest: Its manifest.
+        runtime: How to run it; None for the CPU. Only a bfloat16 export that other providers run needs no copy.
 
     Raises:
         ExportError: ONNX Runtime cannot load it, or the disk has no room for the copy.
     """
-    precision = manifest.precision
-    if precision != "bf16" and manifest.quantization is None:
-        return open_session(directory), precision
+    precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
+    if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
+        return open_session(directory, runtime), precision
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
         write_float32_copy(directory, Path(copy))
-        return open_session(copy), "fp16" if precision == "fp16" else "fp32"
+        return open_session(copy, runtime), "fp16" if precision == "fp16" else "fp32"
 
 
 def write_float32_copy(directory: Path, target: Path) -> None:

@@ -39,15 +39,18 @@ class ToleranceCheck:
     Runs with random rounding are Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic", 1997).
     """
 
-    def __init__(self, model: TracedModel | GraloraModel, tolerance: float, *, use_float64: bool) -> None:
+    def __init__(
+        self, model: TracedModel | GraloraModel, tolerance: float, *, use_float64: bool, least_scale: float = 1.0
+    ) -> None:
         """Nothing is run before it is needed.
 
         Args:
             model: The reference, in evaluation mode and float32.
-            tolerance: Largest difference, relative to the largest value or to 1 where that is smaller.
+            tolerance: Largest difference, relative to the largest value or to the least scale where that is smaller.
             use_float64: Whether the second rule applies.
+            least_scale: The least value that a difference is relative to.
         """
-        self.tolerance = tolerance
+        self.tolerance, self.least_scale = tolerance, least_scale
         self.exceeded: list[RoundingCheck] = []
         self._is_lost = not use_float64  # after an inexcusable difference no other is examined
         self._models = [Float64Model(model, draw) for draw in range(_DRAWS + 1)]
@@ -63,7 +66,7 @@ class ToleranceCheck:
             actual: The export's values.
             in_float64: Computes the same tensor with a given float64 model.
         """
-        scale = max(1.0, largest_value(expected))
+        scale = max(self.least_scale, largest_value(expected))
         difference = largest_gap(expected, actual) / scale
         if difference <= self.tolerance or self._is_lost:
             return difference <= self.tolerance

@@ -113,7 +113,7 @@ class _Tally:
         self._passed &= tolerance_check.accepts(
             f"{case}, token {index}", expected, actual, lambda model: model.after(step.ids, step.mask)
         )
-        scale = max(1.0, largest_value(expected))
+        scale = max(tolerance_check.least_scale, largest_value(expected))
         self._errors[index] = max(self._errors.get(index, 0.0), largest_gap(expected, actual) / scale)
         wanted, got = expected.argmax(-1), actual.argmax(-1)
         self._compared += wanted.shape[0]

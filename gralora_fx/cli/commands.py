@@ -125,15 +125,19 @@ def verify(
     allow_random_head: opt.ExportedHead = False,
     level: opt.Level = None,
     prompt: opt.Prompts = None,
+    provider: opt.Provider = None,
+    provider_option: opt.ProviderOption = None,
     files: opt.Files = False,
 ) -> None:
     """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
 
-    One that generates is compared by its greedy tokens too.
+    One that generates is compared by its greedy tokens too. --provider runs the export as it will be served.
     """
     check_choice("verify", level or "full", LEVELS)
+    of_provider = opt.provider_options(provider, provider_option)
     if files:
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
+        others["--provider"] = provider
         _verify_files(output, [name for name, value in others.items() if value])
         return
     with StageProgress(), gc_pause():
@@ -144,6 +148,9 @@ def verify(
             from gralora_fx.model.model_class import without_trainer
             from gralora_fx.runtime.export_files import check_files
             from gralora_fx.runtime.manifest import read_manifest
+            from gralora_fx.runtime.options import runtime_of
+        if provider is not None:  # before a model is loaded
+            runtime_of(provider, of_provider, None, None)
         manifest = read_manifest(output)
         exported = manifest.task
         if exported is not None and task not in (None, exported):
@@ -160,6 +167,7 @@ def verify(
             loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
         with timed("verify"):
             options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
+            options |= {"providers": provider, "provider_options": of_provider}
             report = verify_onnx(output, loaded, **options)
     print(report)
     if not report.passed:

@@ -110,10 +110,43 @@ Prompts = Annotated[
 Files = Annotated[
     bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
 ]
+Provider = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Execution provider to run on.  [default: the CPU provider]", callback=_utf8),
+]
+ProviderOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="An option of the provider; may be repeated.", callback=_utf8),
+]
 # of demo
 DemoOutput = Annotated[Path, typer.Option(help="Where to write.", callback=_utf8)]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training texts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split, the initial values and the batches.")]
+
+
+def provider_options(provider: str | None, options: list[str] | None) -> dict[str, str] | None:
+    """The options of a provider by name; None if there are none.
+
+    Args:
+        provider: The provider, if one was given.
+        options: `KEY=VALUE` each.
+
+    Raises:
+        ConfigError: There is no provider that they are for, one is not `KEY=VALUE`, or a key is given twice.
+    """
+    if not options:
+        return None
+    if provider is None:
+        raise ConfigError(f"--provider-option {options[0]} needs --provider; name the provider that it is for")
+    found: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--provider-option takes KEY=VALUE, but got {option!r:.80}")
+        if key in found:
+            raise ConfigError(f"--provider-option {key} is given twice; give it once")
+        found[key] = value
+    return found
 
 
 def export_options(

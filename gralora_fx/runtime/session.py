@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from gralora_fx.compat.onnxruntime import NoKernel
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.names import DECODER, ENCODER, MODEL_NAME
+from gralora_fx.runtime.plugins import Device
 
 CPU = "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
@@ -28,10 +28,12 @@ class Runtime:
         providers: Execution providers in order of preference, each with its options; empty if the session options hold
             them.
         session_options: Session options; None for those of `quiet_options`.
+        devices: The devices of plug-in providers; the session options then hold all providers.
     """
 
     providers: tuple[tuple[str, Mapping[str, Any]], ...] = ((CPU, {}),)
     session_options: onnxruntime.SessionOptions | None = field(default=None, compare=False)
+    devices: tuple[Device, ...] = ()
 
 
 def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
@@ -52,11 +54,6 @@ def quiet_run() -> onnxruntime.RunOptions:
     options = onnxruntime.RunOptions()
     options.log_severity_level = FATAL
     return options
-
-
-def available_threads() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_session(
@@ -84,7 +81,7 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
     if not path.is_file():
         raise error(f"no {path.name} in {path.parent}; give the directory of an export")
     check_external_data(path, error)
-    providers = [(name, dict(options)) for name, options in runtime.providers]
+    providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     try:
         session = onnxruntime.InferenceSession(
             str(path),
@@ -97,7 +94,9 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
         if isinstance(failure, NoKernel):
             names = ", ".join(name for name, _ in runtime.providers) or "the providers of the session options"
             advice = f"{names} cannot compute it: give providers that can, or export in another precision"
-        raise error(f"ONNX Runtime cannot load {path} ({first_line(failure)}); {advice}") from failure
+        elif runtime.devices:
+            advice = f"check the options of {runtime.devices[0].provider}, or leave it out"
+        raise error(f"ONNX Runtime cannot load {path} ({_reason(failure)}); {advice}") from failure
     missing = [name for name, _ in runtime.providers if name not in session.get_providers()]
     if missing:
         raise error(
@@ -105,6 +104,13 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
             f"{', '.join(session.get_providers())}; install what the provider needs, or leave it out"
         )
     return session
+
+
+def _reason(failure: Exception) -> str:
+    """What ONNX Runtime or a provider says, without OpenVINO's lines about places in its own code."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    telling = [line for line in lines if not any(mark in line for mark in ("Exception from src/", " failed at src/"))]
+    return telling[0] if telling and telling[0] is not lines[0] else first_line(failure)
 
 
 def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> None:

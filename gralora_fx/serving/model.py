@@ -16,10 +16,17 @@ from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
+from gralora_fx.runtime.placement import (
+    Placement,
+    describe_placement,
+    describe_providers,
+    placement_of,
+    warn_of_idle,
+)
 from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
-from gralora_fx.serving.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
 from gralora_fx.serving.sampling import Sampling
@@ -85,6 +92,23 @@ class OrtModel:
         self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset)
         self.input_names = tuple(inputs)
         self.output_names = tuple(value.name for value in self.session.get_outputs())
+        warn_of_idle(self._runtime, self.placement)
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        """How many nodes of each operator every provider runs; None where the CPU is alone (see `placement_of`)."""
+        return placement_of(self.session)
+
+    def describe(self) -> str:
+        """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
+        kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
+        lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
+        lines += [
+            f"runs on {text}" for text in describe_providers(self._runtime, self.session, is_quantized=bool(kinds))
+        ]
+        lines += [] if self._threads is None else [f"threads: {self._threads}"]
+        lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
+        return "\n".join(lines)
 
     @property
     def task(self) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.operators.attention import Attention
+from gralora_fx.runtime.cores import available_threads
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 from gralora_fx.serving import sampling as sampling_options
@@ -300,7 +303,22 @@ def test_generation_takes_the_threads_that_were_asked_for(llama: OrtModel, monke
     monkeypatch.setattr(onnxruntime_genai, "Model", lambda config: model(config.real))
     for options in ({"threads": 3}, {"session_options": {"intra_op_num_threads": 3}}, {}):
         load(llama.directory, **options).generate([5], max_new_tokens=1)
-    assert [session_options["intra_op_num_threads"] for session_options in seen] == [3, 3, len(os.sched_getaffinity(0))]
+    assert [session_options["intra_op_num_threads"] for session_options in seen] == [3, 3, available_threads()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not count threads")
+@pytest.mark.parametrize("threads", [1, 3, None])
+def test_calls_and_generation_start_no_more_threads_than_that(llama: OrtModel, threads: int | None) -> None:
+    """Each has its own pool, in which the caller's thread works too."""
+    load(llama.directory, threads=threads).generate([5], max_new_tokens=1)  # what a process starts once
+    gc.collect()
+    counts = [len(os.listdir("/proc/self/task"))]
+    model = load(llama.directory, threads=threads)
+    counts.append(len(os.listdir("/proc/self/task")))
+    model.generate([5], max_new_tokens=1)
+    counts.append(len(os.listdir("/proc/self/task")))
+    expected = (threads or available_threads()) - 1
+    assert [after - before for before, after in itertools.pairwise(counts)] == [expected, expected]
 
 
 def test_generation_on_another_provider_is_refused_by_name(llama: OrtModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime import session
+from gralora_fx.runtime.cores import available_threads
 from gralora_fx.serving import OrtModel, load
 
 CPU, AZURE = "CPUExecutionProvider", "AzureExecutionProvider"
@@ -33,6 +33,7 @@ def options_of(model: OrtModel) -> onnxruntime.SessionOptions:
     return options
 
 
+@pytest.mark.filterwarnings("ignore:AzureExecutionProvider takes no node")
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -58,6 +59,7 @@ def test_options_of_the_cpu_have_no_effect(exported: Path) -> None:
         load(exported, (CPU, {"use_arena": 1}))
 
 
+@pytest.mark.filterwarnings("ignore:AzureExecutionProvider takes no node")
 def test_options_of_a_provider_reach_it(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     make = onnxruntime.InferenceSession
@@ -119,9 +121,9 @@ def test_a_provider_that_does_not_start_is_not_replaced_in_silence(
 
 
 def test_threads_are_those_that_were_asked_for(exported: Path) -> None:
-    assert options_of(load(exported)).intra_op_num_threads == len(os.sched_getaffinity(0))
+    assert options_of(load(exported)).intra_op_num_threads == available_threads()
     unsaid = load(exported, session_options={"intra_op_num_threads": 0})
-    assert options_of(unsaid).intra_op_num_threads == len(os.sched_getaffinity(0))
+    assert options_of(unsaid).intra_op_num_threads == available_threads()
     assert options_of(load(exported, threads=3)).intra_op_num_threads == 3
     assert options_of(load(exported, session_options={"intra_op_num_threads": 3})).intra_op_num_threads == 3
 

@@ -1,17 +1,23 @@
-"""The runtime options of `load`, checked: execution providers, session options and threads."""
+"""How ONNX Runtime is to run a model, checked: execution providers, session options and threads."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from gralora_fx.errors import ServingError, warn_caller
-from gralora_fx.runtime.session import CPU, Runtime, available_threads, quiet_options
+from gralora_fx.errors import ServingError, first_line, warn_caller
+from gralora_fx.runtime.cores import available_threads
+from gralora_fx.runtime.openvino import complete_options, is_openvino
+from gralora_fx.runtime.placement import record_placement
+from gralora_fx.runtime.plugins import Device, choose_device, devices_of
+from gralora_fx.runtime.session import CPU, Runtime, quiet_options
 
 Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]]
+Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
 ProviderOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
@@ -43,12 +49,52 @@ def runtime_of(
     fields = dict(session_options or {})
     if threads is not None and "intra_op_num_threads" in fields:
         raise ServingError("threads and session_options['intra_op_num_threads'] are the same; give one of them")
-    own = fields.pop("intra_op_num_threads", None)
-    count = _threads((None if own == 0 else own) if threads is None else threads)  # 0 leaves it to the runtime
+    own = fields.pop("intra_op_num_threads", None) or None  # 0 leaves it to the runtime
+    given = own if threads is None else threads
+    count = _threads(given)
     options = quiet_options(count)
     for name, value in fields.items():
         _set_field(options, name, value)
-    return Runtime(_providers(providers, provider_options), options), count
+    chosen = _providers(providers, provider_options)
+    return _runtime(chosen, options, count, threads_are_given=given is not None), count
+
+
+def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *, threads_are_given: bool) -> Runtime:
+    """Session options that hold the providers, if a plug-in is among them; else providers beside the options."""
+    if [name for name, _ in chosen] != [CPU]:
+        record_placement(options)
+    plugins = {name: found for name, _ in chosen if name != CPU and (found := devices_of(name))}
+    if not plugins:
+        return Runtime(chosen, options)
+    devices: list[Device] = []
+    final: list[tuple[str, Mapping[str, Any]]] = []
+    for name, own in chosen:
+        device, values = None, dict(own)
+        if name in plugins:
+            device = choose_device(plugins[name], values.pop("device_type", None))
+            devices.append(device)
+            if is_openvino(name):
+                values = complete_options(values, device, threads, threads_are_given=threads_are_given)
+        final.append((name, values))
+        texts = {key: _as_text(name, key, value) for key, value in values.items()}
+        try:
+            if device is None:
+                options.add_provider(name, texts)
+            else:
+                options.add_provider_for_devices([device.handle], texts)
+        except Exception as error:  # ONNX Runtime raises types of its own, without a common base
+            raise ServingError(f"ONNX Runtime cannot add {device or name} ({first_line(error)})") from error
+    return Runtime(tuple(final), options, tuple(devices))
+
+
+def _as_text(provider: str, name: str, value: object) -> str:
+    """An option's value as text, which plug-ins take: objects as JSON."""
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ServingError(f"option {name} of {provider} must be a text or a number, but got {value!r:.80}") from error
 
 
 def _with_session_options(
@@ -66,6 +112,10 @@ def _with_session_options(
     if has_providers and not (providers is None and provider_options is None):
         raise ServingError("the SessionOptions hold providers themselves; leave out providers and provider_options")
     chosen = () if has_providers else _providers(providers, provider_options)
+    if plugin := next((name for name, _ in chosen if name != CPU and devices_of(name)), None):
+        raise ServingError(
+            f"{plugin} would change the given SessionOptions; give a dict of fields, or add its devices to them"
+        )
     return Runtime(chosen, options), options.intra_op_num_threads or available_threads()
 
 
@@ -88,9 +138,7 @@ def _set_field(options: onnxruntime.SessionOptions, name: object, value: object)
         raise ServingError(f"session option {name!r} is of type {kind}, but got {value!r:.80}") from error
 
 
-def _providers(
-    providers: Providers | None, provider_options: ProviderOptions | None
-) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+def _providers(providers: Providers | None, provider_options: ProviderOptions | None) -> Pairs:
     """Providers with their options, by name."""
     if providers is None:
         if provider_options is not None:
@@ -107,11 +155,9 @@ def _providers(
         pairs = list(zip(names, options, strict=True))
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ServingError(f"execution provider {twice} is named twice; name it once")
-    available = onnxruntime.get_available_providers()
-    if missing := [name for name in names if name not in available]:
-        raise ServingError(
-            f"execution provider {', '.join(missing)} is not installed; there are {', '.join(available)}"
-        )
+    for name in names:
+        if name != CPU:
+            devices_of(name)  # which raises if it is not installed
     return tuple((name, _provider_options(name, options)) for name, options in pairs)
 
 
@@ -139,6 +185,9 @@ def _provider_options(name: str, options: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise ServingError(f"options of {name} must be a dict by name, but got {options!r:.80}")
+    other = next((key for key in options if key.endswith("ExecutionProvider") and key != name), None)
+    if other is not None:
+        raise ServingError(f"options for {other} are given, but it is not among the providers; name it there too")
     if name == CPU and options:
         warn_caller(f"{', '.join(options)} has no effect: {CPU} has no options; give session_options for the session's")
     return dict(options)
