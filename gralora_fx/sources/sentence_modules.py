@@ -153,6 +153,11 @@ def read_sentence_modules(directory: Path, error: type[GraloraError]) -> Sentenc
     _check_order(steps, path, error)
     options = _transformer_options(directory, error)
     settings = _settings(directory, error)
+    if prompt := settings.get("default_prompt_name"):
+        warn_caller(
+            f"{directory / SETTINGS_NAME} has the default prompt {shown(prompt)}, which sentence-transformers puts before "
+            "every text; an export does not, so do it yourself"
+        )
     return SentenceModules(
         str(directory),
         tuple(steps),
@@ -193,7 +198,7 @@ def _entries(path: Path, error: type[GraloraError]) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as failure:
         raise error(f"{path} cannot be read as JSON ({failure}); it may be truncated, so copy it again") from failure
     if not isinstance(entries, list) or not entries:
-        raise error(f"{path} is not a list of modules; copy it again")
+        raise error(f"{path} is not a list of modules; copy it again, or {_REMEDY}")
     for entry in entries:
         texts = [entry.get(key) for key in ("type", "path")] if isinstance(entry, dict) else [None]
         if not all(isinstance(text, str) for text in texts):

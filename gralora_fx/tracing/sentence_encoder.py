@@ -60,7 +60,10 @@ def sentence_modules_of(model: object, task: str | None, source: str | Path | No
         return None
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise TraceError(f"task {task!r} needs a transformers model, but got a {name}; give one, such as AutoModel's")
+        raise TraceError(
+            f"task {task!r} needs a transformers model, but got a {name}; give AutoModel.from_pretrained(directory), "
+            "where a SentenceTransformer is saved with save_pretrained"
+        )
     if model.config.is_encoder_decoder or task_of_class(name) != "feature-extraction":
         raise TraceError(
             f"task {task!r} needs a model that returns hidden states, but got a {name}; load it with AutoModel, or a "

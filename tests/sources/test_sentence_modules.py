@@ -139,6 +139,14 @@ def test_how_texts_are_tokenized_is_not_part_of_an_export(tmp_path: Path) -> Non
         read(tmp_path, **GOOD, **{"sentence_bert_config.json": {"query_length": 32}})
 
 
+def test_a_default_prompt_is_not_part_of_an_export(tmp_path: Path) -> None:
+    settings = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    with pytest.warns(
+        UserWarning, match="has the default prompt 'query', which sentence-transformers puts before every"
+    ):
+        read(tmp_path, **GOOD, **{"config_sentence_transformers.json": settings})
+
+
 def test_only_a_sentence_encoder_is_found(tmp_path: Path) -> None:
     assert find_sentence_directory(tmp_path, TraceError) is None
     write(tmp_path, GOOD)

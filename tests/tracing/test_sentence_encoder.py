@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from sentence_encoders import HIDDEN, save_encoder, save_transformer
@@ -17,7 +18,7 @@ from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from gralora_fx import trace
+from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.errors import TraceError
 from gralora_fx.sources.sentence_modules import POOLING_MODES, Normalize, Pooling, SentenceModules
 from gralora_fx.tracing.sentence_encoder import followed_by
@@ -84,6 +85,29 @@ def test_a_trace_is_the_encoder(encoder: Path) -> None:
         name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
     assert traced.site("pooler.dense").calls == ()  # nothing reads it
+
+
+def test_an_adapter_trains_through_the_pooling(encoder: Path) -> None:
+    """Gradients are PEFT's, through sentence-transformers; only the adapter has any."""
+    config = {"r": 8, "gralora_k": 2, "target_modules": ["query", "value"], "init_weights": False}
+    source = SentenceTransformer(str(encoder), device="cpu").eval()
+    wrapped = peft.get_peft_model(source[0].model, peft.GraloraConfig(**config)).eval()  # in place
+    theirs = {name.replace(".default", ""): value for name, value in wrapped.named_parameters() if value.requires_grad}
+    gralora = rewrite(trace(AutoModel.from_pretrained(encoder).eval(), task=TASK), GraloraConfig(**config))
+    pairs = []
+    for path in (entry.site.path for entry in gralora.plans["default"].selected):
+        factors, prefix = gralora.factors(path), f"base_model.model.{path}.gralora"
+        pairs += [(factors.A, theirs[f"{prefix}_A"]), (factors.B, theirs[f"{prefix}_B"])]
+    assert len(pairs) == len(theirs) == sum(value.requires_grad for value in gralora.parameters())
+    with torch.no_grad():
+        for own, other in pairs:
+            own.copy_(other)
+    batch = text_batch()
+    source(dict(batch))["sentence_embedding"][:, 0].sum().backward()
+    gralora(**batch).sentence_embedding[:, 0].sum().backward()
+    for own, other in pairs:
+        assert own.grad is not None
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_an_embedding_is_truncated(encoder: Path, tmp_path: Path) -> None:
