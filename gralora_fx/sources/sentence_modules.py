@@ -155,8 +155,8 @@ def read_sentence_modules(directory: Path, error: type[GraloraError]) -> Sentenc
     settings = _settings(directory, error)
     if prompt := settings.get("default_prompt_name"):
         warn_caller(
-            f"{directory / SETTINGS_NAME} has the default prompt {shown(prompt)}, which sentence-transformers puts before "
-            "every text; an export does not, so do it yourself"
+            f"{directory / SETTINGS_NAME} has the default prompt {shown(prompt)}, which sentence-transformers puts "
+            "before every text; an export does not, so do it yourself"
         )
     return SentenceModules(
         str(directory),
