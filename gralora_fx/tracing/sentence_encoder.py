@@ -111,7 +111,8 @@ def followed_by(model: nn.Module, modules: SentenceModules | None) -> Iterator[N
         yield
         return
     assert isinstance(model, PreTrainedModel)
-    model.add_module(_NAME, _Steps(modules).to(model.dtype))
+    device = "cpu" if model.device.type == "meta" else model.device
+    model.add_module(_NAME, _Steps(modules).to(device, model.dtype))
     try:
         with patch.object(model, "forward", _pooled(model)):
             yield
@@ -177,12 +178,18 @@ class _Pooling(nn.Module):
         return torch.cat([_POOLED[mode](states, mask) for mode in self.modes], dim=-1)
 
 
+def _raised(values: Tensor) -> Tensor:
+    """Values in float32, or in float64 where they are."""
+    return values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+
+
 def _weighted(states: Tensor, weights: Tensor, power: float = 1.0) -> Tensor:
     """The sum of states by weights `[batch, length]`, divided by a power of the sum of weights."""
-    weights = weights.unsqueeze(-1).to(torch.float32)
+    raised = _raised(states)
+    weights = weights.unsqueeze(-1).to(raised.dtype)
     total = weights.sum(1).clamp(min=_SMALLEST_COUNT)
     total = total.sqrt() if power == 0.5 else total
-    return ((states.to(torch.float32) * weights).sum(1) / total).to(states.dtype)
+    return ((raised * weights).sum(1) / total).to(states.dtype)
 
 
 def _largest(states: Tensor, mask: Tensor) -> Tensor:
@@ -217,7 +224,7 @@ class _Normalize(nn.Module):
         super().__init__()
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        return functional.normalize(embeddings.to(torch.float32), dim=-1).to(embeddings.dtype)
+        return functional.normalize(_raised(embeddings), dim=-1).to(embeddings.dtype)
 
 
 class _Dense(nn.Module):

@@ -67,7 +67,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"type_vocab_size": 1},  # as RoBERTa and XLM-R have it
         ),
         ("distilbert", "weightedmean", (Dense(HIDDEN, 16, use_residual=True),), {"padding_side": "left"}),
-        ("qwen3", "lasttoken", (Normalize(),), {"padding_side": "left"}),
+        ("qwen3", POOLING_MODES, (Normalize(),), {"padding_side": "left"}),
         ("qwen3", "lasttoken", (), {}),
         ("t5", "mean", (Dense(HIDDEN, 24, bias=False, activation_function=nn.Identity()), Normalize()), {}),
     ],

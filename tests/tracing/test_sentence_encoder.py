@@ -70,6 +70,15 @@ def test_a_long_row_does_not_overflow(dtype: torch.dtype) -> None:
     torch.testing.assert_close(embedding, torch.full((1, 8), 8**-0.5, dtype=dtype))
 
 
+def test_a_float64_model_loses_nothing() -> None:
+    model, batch = tiny_model("bert").base_model.double(), text_batch()
+    with torch.no_grad(), followed_by(model, SentenceModules("", (Pooling(("mean", "weightedmean")), Normalize()))):
+        actual = model(**batch)
+    features = {"token_embeddings": actual.token_embeddings, "attention_mask": batch["attention_mask"]}
+    pooled = oracle.Normalize()(oracle.Pooling(HIDDEN, ("mean", "weightedmean"))(features))["sentence_embedding"]
+    torch.testing.assert_close(actual.sentence_embedding, pooled, rtol=1e-12, atol=1e-12)
+
+
 def test_a_trace_is_the_encoder(encoder: Path) -> None:
     model = AutoModel.from_pretrained(encoder).eval()
     names = {name for name, _ in model.named_modules()}
