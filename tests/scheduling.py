@@ -68,6 +68,7 @@ LONG = (
     "exporters/test_directory.py",
     "tracing/test_branches.py",
     "exporters/test_plain.py",
+    "exporters/test_sentence_export.py",
     "properties/test_changes.py",
     "tracing/test_encoder_decoder.py",
     "test_examples.py",

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.loading.sentence_task import with_sentence_settings
 from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.sources.sentence_modules import SETTINGS_NAME
 from gralora_fx.tracing.inputs.decoder_cache import PAST
 from gralora_fx.tracing.traced_model import TracedModel
 
 
 def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     """Write `config.json`, `generation_config.json` of a model that generates, and the tokenizer's files.
+
+    A sentence encoder's tokenizer truncates and lowercases as its directory says; its prompts are written too.
 
     Args:
         stage: Where to write them.
@@ -31,6 +35,9 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if traced.generation_config is not None and PAST in traced.example_inputs:
         traced.generation_config.save_pretrained(stage)
+    if traced.sentence is not None and traced.sentence.settings:
+        text = json.dumps(traced.sentence.settings, indent=2, sort_keys=True, ensure_ascii=False)
+        (stage / SETTINGS_NAME).write_text(f"{text}\n", encoding="utf-8")
     if tokenizer is None:
         return
     if isinstance(tokenizer, (str, Path)):
@@ -38,6 +45,8 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         if loaded is None:
             raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
         tokenizer = loaded
+    if traced.sentence is not None:
+        tokenizer = with_sentence_settings(tokenizer, traced.sentence, traced.config)
     features = getattr(tokenizer, "feature_extractor", None)
     try:
         tokenizer.save_pretrained(stage)

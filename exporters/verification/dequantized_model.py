@@ -42,7 +42,8 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
     if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
     quantization = None if found is None else Quantization(found.kind, found.block_size, found.accuracy_level)
-    known = sum({id(site.weight): site.weight.numel() for site in traced.sites}.values())
+    called = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls}
+    known = sum(called.values())
     if found is not None and found.values != known:
         raise ExportError(
             f"the export holds {found.values:,} quantized values and the model's linear layers {known:,}, so there "

@@ -15,7 +15,11 @@ _PEFT_TASKS = {
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 # other tasks for which an adapter of a task type may be used
-_ALIKE = {"SEQ_CLS": ("image-classification",), "SEQ_2_SEQ_LM": ("automatic-speech-recognition",)}
+_ALIKE = {
+    "SEQ_CLS": ("image-classification",),
+    "SEQ_2_SEQ_LM": ("automatic-speech-recognition",),
+    "FEATURE_EXTRACTION": ("sentence-similarity",),
+}
 _WITH_CACHE = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 
 
@@ -35,6 +39,8 @@ def requested_task(adapter: str | None, task: str | None, *, with_cache: bool) -
     if task is not None or adapter is None:
         return task
     adapter_task = _PEFT_TASKS.get(str(config_fields(adapter)[0].get("task_type")))
+    if adapter_task == "feature-extraction":
+        return None  # sentence-similarity, if the base is a sentence encoder
     return with_past(adapter_task) if with_cache and adapter_task else adapter_task
 
 

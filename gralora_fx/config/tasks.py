@@ -6,6 +6,7 @@ from gralora_fx.errors import TraceError
 
 TASKS = (
     "feature-extraction",
+    "sentence-similarity",
     "fill-mask",
     "text-classification",
     "token-classification",

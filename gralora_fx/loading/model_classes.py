@@ -8,10 +8,12 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.samples import task_of_class
+from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
         TraceError: The task is unknown, or the configuration names no class.
     """
     check_task(task)
+    if task == SENTENCE_TASK:
+        return _encoder_class(config)
     if task is not None:
         return getattr(transformers, _AUTO_CLASSES[task.removesuffix("-with-past")])
     name = _saved_class(config)
@@ -48,6 +52,19 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
     if not hasattr(transformers, name):
         raise TraceError(f"the checkpoint is a {name}, which transformers does not have; give its task")
     return getattr(transformers, name)
+
+
+def _encoder_class(config: PreTrainedConfig) -> Any:
+    """The class of a bare model; of an encoder-decoder only the encoder, such as `T5EncoderModel`."""
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    if encoder is not None and encoder.__name__.endswith("EncoderModel"):
+        return encoder
+    if config.is_encoder_decoder:
+        raise TraceError(
+            f"{config.model_type} is an encoder-decoder, whose encoder transformers does not load alone; "
+            f"{SENTENCE_TASK} is for encoders, decoders and T5"
+        )
+    return transformers.AutoModel
 
 
 def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:

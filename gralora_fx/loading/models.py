@@ -26,6 +26,7 @@ from gralora_fx.errors import (
 )
 from gralora_fx.loading.load_report import LoadReport, listed
 from gralora_fx.loading.model_classes import class_for, warn_of_another_head
+from gralora_fx.loading.sentence_task import sentence_source, unread_names, without_unread
 from gralora_fx.methods import read_config
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.silence import quiet
@@ -34,6 +35,7 @@ from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.safetensors_files import attach_shards, check_readable, empty_model
 from gralora_fx.tracing.inputs.samples import infer_task
+from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
 from gralora_fx.tracing.trace import trace
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -94,7 +96,8 @@ def load_with_report(
         if directory is not None:
             check_readable(directory)
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
-    return model.eval(), LoadReport.of(str(name), model, info)
+    report = LoadReport.of(str(name), model, info)
+    return model.eval(), without_unread(model, report) if task == SENTENCE_TASK else report
 
 
 def _check_values(
@@ -148,7 +151,8 @@ def load_streamed(
         raise
     except Exception as error:  # transformers raises types of its own
         raise TraceError(f"no model can be made of {name} ({first_line(error)})") from error
-    return attach_shards(model, directory, supplied)
+    unread = unread_names(model) if task == SENTENCE_TASK else set()
+    return attach_shards(model, directory, supplied | unread)
 
 
 def load_traced(
@@ -194,6 +198,7 @@ class Base:
         adapter: Directory or hub id of the adapter, or None.
         config: The adapter's configuration, or None.
         supplied: Names of the parameters that the adapter supplies.
+        modules: Directory whose `modules.json` says what follows the transformer of a sentence encoder, or None.
         num_labels: Number of classes of the adapter's head, or None.
         report: How the checkpoint fits the model; None if the weights are streamed, which checks it already.
     """
@@ -205,6 +210,7 @@ class Base:
     adapter: str | None
     config: AdapterConfig | None
     supplied: Set[str]
+    modules: Path | None
     num_labels: int | None
     report: LoadReport | None
 
@@ -251,6 +257,8 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
             supplied = base_names(tensors)
             del tensors  # they are read again when the adapter is installed
         name, num_labels, report = base_name(model, adapter), heads[-1] if heads else None, None
+        check_model_files(name, TraceError)
+        task, modules = sentence_source(task, (adapter, name), is_asked=is_asked)
         if stream:
             loaded = load_streamed(name, task, num_labels=num_labels, supplied=supplied)
         else:
@@ -259,7 +267,7 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
                 loaded, report = load_with_report(name, task, num_labels=num_labels)
     if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
         warn_of_another_head(loaded, name)
-    return Base(name, loaded, task, is_asked, adapter, config, supplied, num_labels, report)
+    return Base(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report)
 
 
 def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | GraloraModel:
@@ -279,7 +287,7 @@ def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | Gralora
         task = with_past(task)
     with timed("trace"):
         try:
-            traced = trace(base.model, task=task)
+            traced = trace(base.model, task=task, sentence_modules=base.modules)
         except TraceError as error:
             if not base.is_asked and task.endswith("-with-past"):
                 without = task.removesuffix("-with-past")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.operators.namespace import restore_aten
 from gralora_fx.progress.gc_pause import gc_pause
 from gralora_fx.progress.silence import quiet
+from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.capture import dynamic_axes, export_transformers_model
 from gralora_fx.tracing.check import check_dynamic_sizes, difference, fillable_inputs
 from gralora_fx.tracing.failures import reason as reason_of
@@ -34,6 +36,7 @@ from gralora_fx.tracing.patches.eager_modes import traceable_modes
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
+from gralora_fx.tracing.sentence_encoder import drop_unread, followed_by, sentence_modules_of
 from gralora_fx.tracing.traced_model import TracedModel
 
 _NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
@@ -46,6 +49,7 @@ def trace(
     *,
     task: str | None = None,
     dynamic: bool = True,
+    sentence_modules: str | Path | None = None,
 ) -> TracedModel:
     """Trace a model to a `torch.fx` graph over its own parameters.
 
@@ -62,6 +66,8 @@ def trace(
         task: One of optimum's task names; example inputs are generated from the model's configuration if none are
             given.
         dynamic: Whether axes may vary; False fixes every size to the example's.
+        sentence_modules: For `task="sentence-similarity"`: a directory or hub id whose `modules.json` says what follows
+            the transformer, such as that of an adapter; None for where the model was loaded from.
 
     Returns:
         The traced model, in the model's mode.
@@ -70,6 +76,7 @@ def trace(
         TraceError: The model cannot be traced (the message says where), or inputs are missing or do not fit.
     """
     arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
+    sentence = sentence_modules_of(model, task, sentence_modules)
     if isinstance(model, torch.export.ExportedProgram):
         return trace_program(model, arguments, task)
     if isinstance(model, fx.GraphModule):
@@ -83,6 +90,18 @@ def trace(
     if isinstance(model, PreTrainedModel):
         task = task or infer_task(model)
         check_head(model, task)
+    with followed_by(model, sentence):
+        return _traced(model, arguments, task, dynamic, sentence)
+
+
+def _traced(
+    model: nn.Module,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    task: str | None,
+    dynamic: bool,
+    sentence: SentenceModules | None,
+) -> TracedModel:
+    """The trace of a live module, as it is called now."""
     with placeholder_parameters(model) as originals:
         if arguments is None:
             if not isinstance(model, PreTrainedModel):
@@ -117,6 +136,7 @@ def trace(
         loss_function=getattr(model, "loss_function", None) if config is not None else None,
         shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
         training=True,
+        sentence=sentence,
     )
     return traced.train(model.training)
 
@@ -213,6 +233,7 @@ def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.Gr
     restore_aten(graph_module.graph)
     without_empty_blocks(graph_module.graph)
     padding_as_argument(graph_module.graph)
+    drop_unread(model, graph_module.graph)
     graph_module.recompile()
     return graph_module
 

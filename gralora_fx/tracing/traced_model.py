@@ -19,6 +19,7 @@ from gralora_fx.graph.subgraph_calls import layers_in_subgraphs
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.user_pass import GraphPass, run_pass
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
+from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of
 from gralora_fx.tracing.graph_record import deep_copy, pack_module, unpack_module
 from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, batch_of, cache_layout, empty_cache, own_cache
@@ -48,6 +49,7 @@ class TracedModel:
         out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
         in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
         merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
+        sentence: The modules after the transformer that make a sentence encoder of it, or None.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class TracedModel:
         shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None,
         training: bool = False,
         merged_adapters: Mapping[str, Any] | None = None,
+        sentence: SentenceModules | None = None,
     ) -> None:
         """Wrap a cleaned graph; use `trace`."""
         self.graph_module = graph_module
@@ -79,6 +82,7 @@ class TracedModel:
         self.shift_labels = shift_labels
         self.training = training
         self.merged_adapters: Mapping[str, Any] = merged_adapters or {}
+        self.sentence = sentence
         self._sites = find_sites(graph_module, tree)
         self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
         self.in_subgraphs = layers_in_subgraphs(graph_module.graph)
@@ -238,6 +242,7 @@ class TracedModel:
             shift_labels=self.shift_labels,
             training=self.training,
             merged_adapters=self.merged_adapters,
+            sentence=self.sentence,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _HEADS = {
 }
 _CLASSIFIERS = {"text-classification", "token-classification", "question-answering", "image-classification"}
 _TAKES = {
+    "sentence-similarity": ("input_ids",),
     "image-classification": ("pixel_values",),
     "automatic-speech-recognition": ("input_features", "input_values"),
 }
@@ -105,7 +106,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     accepted = inspect.signature(model.forward).parameters
     if main == "input_ids":
         inputs["attention_mask"] = torch.ones_like(inputs[main])
-        if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", None):
+        if "token_type_ids" in accepted and _has_token_types(model, task):
             inputs["token_type_ids"] = torch.zeros_like(inputs[main])
     if with_past:
         return decoder_step(model, _padded(inputs))
@@ -113,6 +114,12 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
     return inputs
+
+
+def _has_token_types(model: PreTrainedModel, task: str) -> bool:
+    """Whether token types are an input; a sentence encoder with a single type needs none, nor do tokenizers give it."""
+    count = getattr(model.config, "type_vocab_size", None) or 0
+    return bool(count > 1 if task == "sentence-similarity" else count)
 
 
 def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
