@@ -18,7 +18,7 @@ from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
+from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, PassResult, Pipeline
@@ -69,7 +69,6 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
         tables: The tables of rotary embeddings in its graph.
         options: The options of the export.
     """
-    quantization = options.quantization
     return Pipeline(
         "decoder",
         (
@@ -86,7 +85,7 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
             name_axes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
-            *([QuantizeWeights(quantization)] if quantization else []),  # last: all others look for matrices
+            *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
 

@@ -12,7 +12,8 @@ from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import lower_norms, match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights, tables_of_heads
+from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
+from gralora_fx.exporters.onnx_passes.quantize import tables_of_heads
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, Pipeline
 from gralora_fx.exporters.translation.names import name_axes
@@ -86,14 +87,13 @@ def named_pipeline(name: str, options: ExportOptions, tables: frozenset[str]) ->
         options: The options of the export.
         tables: Names of embeddings that are a head's weight in either part.
     """
-    quantization = options.quantization
     return Pipeline(
         name,
         (
             name_axes,
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
-            *([QuantizeWeights(quantization, tables)] if quantization else []),  # last: all others look for matrices
+            *quantization_passes(options.quantization, tables),  # last: all others look for matrices
         ),
     )
 

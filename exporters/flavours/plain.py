@@ -24,7 +24,7 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
-from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
+from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
@@ -65,7 +65,6 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
         outputs: Names of its outputs.
         options: The options of the export.
     """
-    quantization = options.quantization
     return Pipeline(
         "plain",
         (
@@ -83,7 +82,7 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
             fix_nodes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names
-            *([QuantizeWeights(quantization)] if quantization else []),  # last: all others look for matrices
+            *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
 
