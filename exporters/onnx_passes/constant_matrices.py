@@ -63,12 +63,6 @@ def matrix_of(node: ir.Node) -> ConstantMatrix | None:
     return ConstantMatrix(value, is_transposed)
 
 
-def is_used_both_ways(weight: ir.Value) -> bool:
-    """Whether a matrix is used both as it is and transposed."""
-    operands = {matrix_of(use.node) for use in weight.uses()}
-    return (weight, False) in operands and (weight, True) in operands
-
-
 def num_values(values: Iterable[ir.Value]) -> int:
     """How many numbers tensors of known shape hold."""
     return sum(math.prod(int(size) for size in value.shape.numpy()) for value in values if value.shape is not None)

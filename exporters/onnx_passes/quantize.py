@@ -17,7 +17,6 @@ from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
 from gralora_fx.exporters.onnx_passes.constant_matrices import (
     Counts,
     drop_unread,
-    is_used_both_ways,
     matrix_of,
     num_values,
     replace_product,
@@ -175,7 +174,8 @@ def _blocks(
     inputs, outputs = reversed(sizes) if is_transposed else sizes
     count = -(-inputs // quantization.block_size)
     matrix = _Matrix(tensor, is_transposed, quantization, tensor.dtype)
-    name = f"{weight.name}_turned" if is_transposed and is_used_both_ways(weight) else str(weight.name)
+    is_taken = f"{weight.name}_Q{quantization.bits}" in graph.initializers  # by the same matrix the other way round
+    name = f"{weight.name}_transposed" if is_taken else str(weight.name)
     parts = (
         (
             f"{name}_Q{quantization.bits}",

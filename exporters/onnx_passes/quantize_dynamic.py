@@ -14,7 +14,6 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     ConstantMatrix,
     Counts,
     drop_unread,
-    is_used_both_ways,
     matrix_of,
     num_values,
     replace_product,
@@ -188,7 +187,8 @@ def _initializers(graph: ir.Graph, match: ConstantMatrix) -> tuple[ir.Value, ir.
     sizes = [int(size) for size in tensor.shape.numpy()]
     inputs, outputs = reversed(sizes) if is_transposed else sizes
     matrix = _Matrix(tensor, is_transposed)
-    name = f"{weight.name}_transposed" if is_transposed and is_used_both_ways(weight) else str(weight.name)
+    is_taken = f"{weight.name}_quantized" in graph.initializers  # by the same matrix the other way round
+    name = f"{weight.name}_transposed" if is_taken else str(weight.name)
     values: list[ir.Value] = []
     for label, dtype, shape, make in (
         (f"{name}_quantized", ir.DataType.INT8, (inputs, outputs), matrix.values),

@@ -147,6 +147,29 @@ def test_an_export_computes_what_the_onnx_standard_says(tmp_path: Path) -> None:
     assert np.array_equal(served, ours)
 
 
+class BothWays(nn.Module):
+    """A matrix and its transpose, in either order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(24, 32)), nn.Parameter(torch.randn(24, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x @ self.first) @ self.first.T
+        return nn.functional.linear(nn.functional.linear(x, self.second.T), self.second)
+
+
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int8", "int4"])
+def test_a_matrix_and_its_transpose_are_quantized_apart(kind: Any, tmp_path: Path) -> None:
+    module = BothWays()
+    export_onnx(trace(module, (torch.randn(2, 24),)), tmp_path / "onnx", quantize=kind, verify=False)
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        expected = module(x)
+    actual = load(tmp_path / "onnx")(x=x)[0]
+    assert float(torch.cosine_similarity(actual, expected, dim=-1).min()) > 0.97
+
+
 def test_sums_of_two_products_fit_in_16_bits(report: ExportReport) -> None:
     values = [value for name, value in weights(report.output_dir / "model.onnx").items() if name.endswith("_quantized")]
     assert len(values) == 14
