@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +16,13 @@ from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_output, check_replaced, staged
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.flavours.registry import flavour_of
-from gralora_fx.exporters.folded_model import fold_adapters
+from gralora_fx.exporters.folded_model import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.exportable import check_exportable, graph_to_translate
-from gralora_fx.exporters.onnx_passes.quantize import quantized_weights
-from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
+from gralora_fx.exporters.options import DYNAMIC, ExportOptions
 from gralora_fx.exporters.pipeline import PassLog
 from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
+from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
@@ -28,6 +30,8 @@ from gralora_fx.progress.gc_pause import gc_pause
 from gralora_fx.progress.timing import timed
 from gralora_fx.runtime.export_files import describe_files, file_names
 from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.quality import Quality
+from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -37,13 +41,14 @@ def export_onnx(
     *,
     adapters: Literal["merged", "swappable", "batched"] = "merged",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
-    quantize: Literal["int8", "int4"] | None = None,
-    block_size: int = 32,
-    accuracy_level: int = 4,
+    quantize: Literal["int8", "int4", "int8-dynamic"] | None = None,
+    block_size: int | None = None,
+    accuracy_level: int | None = None,
     logits: Literal["last", "all"] = "last",
     tokenizer: Any = None,
     verify: bool | Literal["quick", "full"] = True,
     overwrite: bool = False,
+    texts: Sequence[str] | None = None,
     dump: str | Path | None = None,
 ) -> ExportReport:
     """Export a model to `model.onnx` with its weights in `model.onnx_data`, and check it against PyTorch.
@@ -59,21 +64,25 @@ def export_onnx(
         adapters: How adapters are held; `"merged"` folds them.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
-        quantize: Weight-only quantization, for any task: `"int8"`, `"int4"` or None. Adapters are folded before it.
-        block_size: Values of a matrix's input axis that share a scale; a power of two, 16 or more.
-        accuracy_level: How ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in float32, 2 in
-            float16, 3 in bfloat16, 4 in int8, its fastest.
+        quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
+            `"int8-dynamic"` multiplies int8 weights by activations that are rounded to uint8 as they come; or None.
+        block_size: For int8 and int4, values of a matrix's input axis that share a scale; a power of two, 16 or more,
+            None for 32.
+        accuracy_level: For int8 and int4, how ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in
+            float32, 2 in float16, 3 in bfloat16, 4 in int8, its fastest; None for 4.
         logits: For a decoder with a cache, `"last"` or `"all"`: which positions' logits to return.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place, and
             how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
             (`loading.load_streamed`), which cannot be run.
         overwrite: Whether an earlier export of another base or task may be replaced.
+        texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`), for a
+            model without a cache and with a tokenizer; None for the random inputs of verification.
         dump: A directory to write the graph to after each pass, as text; None for that of the environment variable
             `GRALORA_FX_DUMP`, or none.
 
     Returns:
-        Files, seconds of each stage, what verification found, and what every pass did.
+        Files, seconds of each stage, what verification found, what quantization changes, and what every pass did.
 
     Raises:
         ExportError: The output may not be written, the model cannot be exported, or the export's results differ from
@@ -90,6 +99,7 @@ def export_onnx(
         tokenizer=tokenizer,
         verify=verify,
         overwrite=overwrite,
+        texts=texts,
         dump=dump,
     )
     check_output(output_dir)
@@ -110,13 +120,14 @@ def export_onnx(
             manifest = _described(model, models, flavour, options, log)
             write_manifest(stage, manifest)
         verification = _verified(stage, model, options, seconds)
+        quality = _quality(stage, model, flavour, options, seconds)
         files = digests.result()
         files |= describe_files(stage, [name for name in file_names(stage) if name not in files])
         found = None if verification is None else verification.to_dict()
-        write_manifest(stage, dataclasses.replace(manifest, files=files, verification=found))
+        write_manifest(stage, dataclasses.replace(manifest, files=files, verification=found, quality=quality))
     path = Path(output_dir)
     sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    return ExportReport(path, sizes, seconds, verification, _attention(log), tuple(log.reports))
+    return ExportReport(path, sizes, seconds, verification, _attention(log), tuple(log.reports), quality)
 
 
 def _check(
@@ -135,6 +146,11 @@ def _check(
     if options.logits == "all" and not flavour.has_last_logits:
         warn_caller(
             "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it out"
+        )
+    if options.texts is not None and traced.cache_layout is not CacheLayout.NONE:
+        raise ExportError(
+            "texts is for a model without a cache, and this one has one; leave it out, and give verify_onnx the texts "
+            "as prompts"
         )
     if options.level is not None:
         check_runnable(model)
@@ -179,3 +195,30 @@ def _verified(
     if not report.passed:
         raise ExportError(f"the export's results differ from the model's, so it was not written:\n{report}")
     return report
+
+
+def _quality(
+    stage: Path,
+    model: TracedModel | GraloraModel,
+    flavour: Flavour,
+    options: ExportOptions,
+    seconds: dict[str, float],
+) -> Quality | None:
+    """What quantization changes; None where nothing is compared, or blocks serve a model with a cache.
+
+    Raises:
+        ExportError: It cannot be measured, or the export gives values that are not finite.
+    """
+    has_cache = base_trace(model).cache_layout is not CacheLayout.NONE
+    is_measured = options.quantize == DYNAMIC or (options.quantize is not None and not has_cache)
+    if options.level is None or not is_measured or options.precision == "bf16":  # which the CPU provider does not run
+        return None
+    with timed("quality", seconds):
+        return measure_quality(
+            stage,
+            model,
+            flavour.verification,
+            logits=flavour.logits(options),
+            texts=options.texts,
+            tokenizer=options.tokenizer,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,17 +10,19 @@ from typing import Any, Literal
 from gralora_fx.errors import ExportError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-QUANTIZATIONS = ("int4", "int8")
+DYNAMIC = "int8-dynamic"
+QUANTIZATIONS = ("int4", "int8", DYNAMIC)
 LOGITS = ("last", "all")
 LEVELS = ("quick", "full")
 ADAPTER_MODES = ("merged",)
 _SMALLEST_BLOCK = 16
+_BLOCK_SIZE, _ACCURACY_LEVEL = 32, 4  # if none are given
 _BITS = {"int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are quantized.
+    """How weights alone are quantized, in blocks.
 
     Attributes:
         kind: `"int4"` or `"int8"`.
@@ -28,8 +31,8 @@ class Quantization:
     """
 
     kind: str
-    block_size: int = 32
-    accuracy_level: int = 4
+    block_size: int = _BLOCK_SIZE
+    accuracy_level: int = _ACCURACY_LEVEL
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -37,9 +40,9 @@ class Quantization:
         Raises:
             ExportError: The quantized operators do not take a value; the message says which there are.
         """
-        if self.kind not in QUANTIZATIONS:
-            choices = " or ".join(map(repr, QUANTIZATIONS))
-            raise ExportError(f"quantize={self.kind!r} is not available; take {choices} or None")
+        if self.kind not in _BITS:
+            choices = " or ".join(map(repr, _BITS))
+            raise ExportError(f"quantize={self.kind!r} is not a kind of blocks; take {choices}")
         _check_blocks(self.block_size, self.accuracy_level)
 
     @property
@@ -49,31 +52,52 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class DynamicQuantization:
+    """Weights in int8 with a scale a column, activations rounded to uint8 as they come.
+
+    Attributes:
+        kind: `"int8-dynamic"`.
+    """
+
+    kind: str = DYNAMIC
+
+    def __post_init__(self) -> None:
+        """Check the kind.
+
+        Raises:
+            ExportError: It is another; the message says which there is.
+        """
+        check_choice("quantize", self.kind, (DYNAMIC,))
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """How a model is exported; `export_onnx` says what each option means.
 
     Attributes:
         adapters: How adapters are held.
         precision: Precision of weights, activations and the cache.
-        quantize: Kind of weight-only quantization; None for none.
-        block_size: Quantized values that share a scale.
-        accuracy_level: How ONNX Runtime multiplies with quantized weights.
+        quantize: Kind of quantization; None for none.
+        block_size: Values that share a scale, of int4 and int8; None for 32.
+        accuracy_level: How ONNX Runtime multiplies with int4 and int8; None for 4.
         logits: Whether a decoder with a cache gives the last position's logits or all.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer; None for none.
         verify: Whether to compare the export with the model: a level, True for `"quick"`, or False.
         overwrite: Whether an earlier export of another base or task may be replaced.
+        texts: Texts on which a quantized export is compared with the float32 model; None for random inputs.
         dump: The directory to write the graph to after each pass; None for that of the environment, or none.
     """
 
     adapters: str = "merged"
     precision: str = "fp32"
     quantize: str | None = None
-    block_size: int = 32
-    accuracy_level: int = 4
+    block_size: int | None = None
+    accuracy_level: int | None = None
     logits: str = "last"
     tokenizer: Any = None
     verify: bool | Literal["quick", "full"] = True
     overwrite: bool = False
+    texts: Sequence[str] | None = None
     dump: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -95,14 +119,58 @@ class ExportOptions:
             raise ExportError(
                 f"{self.tokenizer!r:.80} is not a tokenizer; give one of transformers, or the directory of one"
             )
-        _check_blocks(self.block_size, self.accuracy_level)
-        if self.quantize is not None:
-            Quantization(self.quantize)  # which checks its kind
+        _check_blocks(self._block_size, self._accuracy_level)
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            choices = " or ".join(map(repr, QUANTIZATIONS))
+            raise ExportError(f"quantize={self.quantize!r} is not available; take {choices} or None")
+        if self.quantize == DYNAMIC:
+            self._check_dynamic()
+        if self.texts is not None:
+            self._check_texts(self.texts)
+
+    def _check_dynamic(self) -> None:
+        given = {"block_size": self.block_size, "accuracy_level": self.accuracy_level}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ExportError(
+                f"{' and '.join(unused)} has no effect with quantize={DYNAMIC!r}, which has a scale for each column "
+                "and multiplies in int8; leave it out"
+            )
+        if self.precision != "fp32":
+            raise ExportError(
+                f"quantize={DYNAMIC!r} rounds float32 activations, so it does not go with "
+                f"precision={self.precision!r}; take precision='fp32'"
+            )
+
+    def _check_texts(self, texts: Any) -> None:
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(t, str) for t in texts):
+            raise ExportError(f"texts must be a sequence of texts, but got {texts!r:.80}")
+        if not texts:
+            raise ExportError("texts is empty; give at least one text, or None for random inputs")
+        if self.quantize is None:
+            raise ExportError("texts has no effect without quantize: it is what a quantized export is compared on")
+        if self.precision == "bf16":
+            raise ExportError("texts cannot be compared in bf16, which ONNX Runtime's CPU provider does not run")
+        if self.tokenizer is None:
+            raise ExportError("texts needs a tokenizer; give tokenizer= too")
+        if self.level is None:
+            raise ExportError("texts has no effect with verify=False, which compares nothing; leave one of them out")
 
     @property
-    def quantization(self) -> Quantization | None:
+    def quantization(self) -> Quantization | DynamicQuantization | None:
         """How weights are quantized, or None."""
-        return None if self.quantize is None else Quantization(self.quantize, self.block_size, self.accuracy_level)
+        if self.quantize is None:
+            return None
+        if self.quantize == DYNAMIC:
+            return DynamicQuantization()
+        return Quantization(self.quantize, self._block_size, self._accuracy_level)
+
+    @property
+    def _block_size(self) -> int:
+        return _BLOCK_SIZE if self.block_size is None else self.block_size
+
+    @property
+    def _accuracy_level(self) -> int:
+        return _ACCURACY_LEVEL if self.accuracy_level is None else self.accuracy_level
 
     @property
     def level(self) -> Literal["quick", "full"] | None:

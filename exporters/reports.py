@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gralora_fx.runtime.placement import describe_placement
+from gralora_fx.runtime.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ class ExportReport:
         verification: The result of verification, or None if it was skipped.
         attention: Which layers' attention is fused, for a decoder with a cache.
         passes: What every pass did, in order.
+        quality: What quantization changes, where that was measured.
     """
 
     output_dir: Path
@@ -259,9 +261,10 @@ class ExportReport:
     verification: VerifyReport | None = None
     attention: AttentionReport | None = None
     passes: tuple[PassReport, ...] = ()
+    quality: Quality | None = None
 
     def __str__(self) -> str:
-        """The files, the time of each stage and the verification."""
+        """The files, the time of each stage, the verification, and what quantization changes."""
         lines = [f"wrote {self.output_dir}"]
         lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
@@ -269,4 +272,6 @@ class ExportReport:
             lines.append(str(self.attention))
         if self.verification is not None:
             lines.append(str(self.verification))
+        if self.quality is not None:
+            lines.append(str(self.quality))
         return "\n".join(lines)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.folded_model import base_trace
-from gralora_fx.exporters.options import LEVELS, check_choice
-from gralora_fx.exporters.reports import VerifyReport
+from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
+from gralora_fx.exporters.reports import TensorCheck, VerifyReport
 from gralora_fx.exporters.verification.arithmetic import arithmetic_of, provider_run
 from gralora_fx.exporters.verification.cases import TokenRun, Verification
 from gralora_fx.exporters.verification.dequantized_model import reference_model
+from gralora_fx.exporters.verification.evaluating import evaluating
 from gralora_fx.exporters.verification.float32_copy import open_comparable
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
+from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
+from gralora_fx.exporters.verification.integer_products import compare_products
 from gralora_fx.exporters.verification.outputs import OutputComparison
 from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -68,7 +70,7 @@ def verify_onnx(
         Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
         export, which ONNX Runtime's CPU provider cannot run, is run with its own weights and float32 arithmetic, and so
         is a quantized one. They are compared with the model with the same rounded weights: what the rounding itself
-        costs is for a task to say.
+        costs is for a task to say. The int8 products of an int8-dynamic export are compared too, as they are.
 
     Raises:
         ExportError: The directory is not an export, or one of another base or adapter, a file is not what was exported,
@@ -103,15 +105,16 @@ def verify_onnx(
         use_float64=tolerance is None,
         least_scale=LEAST_SCALE if is_rough and tolerance is None else 1.0,
     )
-    with _evaluating(model, reference):
+    with evaluating(model, reference):
         outputs = OutputComparison(session, reference, verification, manifest.logits, tolerance_check)
         tensors, passed = outputs.run(cases)
         tokens = verification.compare_tokens(TokenRun(session, reference, cases, chosen, tolerance_check, quick))
+    products = _compare_products(Path(output_dir), manifest)
     return VerifyReport(
-        passed and tokens.passed,
+        passed and tokens.passed and all(product.max_rel_error <= PRODUCT_TOLERANCE for product in products),
         tolerance_check.tolerance,
         tuple(description for description, _ in cases),
-        (*tensors, *tokens.tensors),
+        (*tensors, *tokens.tensors, *products),
         tokens.tokens,
         describe_weights(manifest),
         arithmetic,
@@ -121,6 +124,12 @@ def verify_onnx(
         provider=None if runtime is None else provider_run(runtime, session),
         least_scale=tolerance_check.least_scale,
     )
+
+
+def _compare_products(directory: Path, manifest: Manifest) -> list[TensorCheck]:
+    """What int8 products give on this machine, of an export that has some."""
+    is_dynamic = manifest.quantization is not None and manifest.quantization.kind == DYNAMIC
+    return [compare_products(directory)] if is_dynamic else []
 
 
 def _prompts(verification: Verification, traced: TracedModel, seed: int, quick: bool) -> list[Prompts]:
@@ -133,17 +142,6 @@ def _given(verification: Verification, prompts: Sequence[Any], output_dir: str |
     if verification.prompts is None:
         raise ExportError("the export has no cache, so it takes no prompts; give inputs")
     return given_prompts(prompts, output_dir, traced)
-
-
-@contextmanager
-def _evaluating(model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel) -> Iterator[None]:
-    """The reference in evaluation mode; afterwards it is in the model's again."""
-    was_training = model.training
-    reference.eval()
-    try:
-        yield
-    finally:
-        reference.train(was_training)
 
 
 def _describe_reference(model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel) -> str:

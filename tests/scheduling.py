@@ -45,6 +45,7 @@ GROUPS = {
         "exporters/test_precision.py",
         "exporters/test_streaming.py",
         "exporters/test_quantization.py",
+        "exporters/test_dynamic_quantization.py",
         "exporters/test_verify.py",
         "exporters/test_pipeline.py",
         "exporters/test_flavours.py",

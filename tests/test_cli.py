@@ -314,6 +314,10 @@ def test_a_named_task_is_taken_as_it_is(decoder: Path, tmp_path: Path) -> None:
         (("--quantize", "int4", "--accuracy-level", "5"), "accuracy_level=5 is not an accuracy level; take 0"),
         (("--block-size", "32"), "--block-size has no effect without --quantize"),
         (("--accuracy-level", "1"), "--accuracy-level has no effect without --quantize"),
+        (("--quantize", "int8-dynamic", "--block-size", "32"), "block_size has no effect with quantize='int8-dynamic'"),
+        (("--texts", "texts"), "--texts has no effect without --quantize"),
+        (("--quantize", "int8", "--texts", "texts", "--stream"), "--texts contradicts --stream"),
+        (("--quantize", "int8", "--texts", "texts", "--no-tokenizer"), "--texts contradicts --no-tokenizer"),
         (("--task", "poetry"), "unknown task 'poetry'; take one of feature-extraction, "),
         (("--model", " "), "take a local directory or a hub id, but one of them is empty"),
         (("--verify", "slow"), "verify='slow' is not available; take 'quick' or 'full'"),
@@ -480,3 +484,23 @@ def test_export_streams_quantizes_and_is_verified_afterwards(tmp_path: Path) -> 
     result = run("export", *named, "--stream", "--quantize", "int4", "--block-size", 16)
     assert "run gralora-fx verify" in result.stderr
     assert "passed" in run("verify", "--model", tmp_path / "base", "--output", tmp_path / "onnx").stdout
+
+
+def test_an_int8_export_is_compared_on_the_texts_of_a_file(decoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("rates rose again\n\nthe match was lost\n")
+    named = ("--model", decoder / "base", "--task", "text-generation", "--output", tmp_path / "onnx")
+    result = run("export", *named, "--quantize", "int8-dynamic", "--texts", tmp_path / "texts")
+    assert "compared with the float32 model on 2 given texts:\n  logits: argmax equal in " in result.stdout
+    assert json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["quality"]["inputs"] == "2 given texts"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("\n \n", "holds no text; write one on each line"), (None, "cannot be read as UTF-8 text")]
+)
+def test_a_file_of_texts_that_has_none_is_one_error(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "texts").write_text(content)
+    arguments = ["export", "--model", "/no/such/model", "--output", str(tmp_path / "onnx"), "--quantize", "int8"]
+    result = CliRunner().invoke(app, [*arguments, "--texts", str(tmp_path / "texts")])
+    assert isinstance(result.exception, GraloraError)
+    assert message in str(result.exception)

@@ -12,13 +12,15 @@ from gralora_fx.exporters.artifact.genai_config import write_genai_config
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.broadcast_attention import match_broadcast_attention
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
+from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, PassResult, Pipeline
@@ -56,6 +58,7 @@ def decoder_model(
         match_rms_norms,
         match_rotary,
         match_broadcast_attention,
+        match_attention,
         first=[CastGraph(options.precision, num_cache_outputs)],  # casts are seen before anything is simplified
         log=log,
     )
@@ -69,13 +72,13 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
         tables: The tables of rotary embeddings in its graph.
         options: The options of the export.
     """
-    quantization = options.quantization
     return Pipeline(
         "decoder",
         (
             fold_transposes,  # first: packing and merging of matmuls look for weights, not for their transposes
             FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
+            FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             name_cache,
             *([keep_last_position] if options.logits == "last" else []),  # before norms, which fused it could not cut
             LowerNorms(),
@@ -86,7 +89,7 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
             name_axes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
-            *([QuantizeWeights(quantization)] if quantization else []),  # last: all others look for matrices
+            *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
 

@@ -7,12 +7,16 @@ from torch import fx
 
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
+from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
+from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights, tables_of_heads
+from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
+from gralora_fx.exporters.onnx_passes.quantize import tables_of_heads
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog, Pipeline
 from gralora_fx.exporters.translation.names import name_axes
@@ -57,7 +61,7 @@ def encoder_decoder_models(request: Request) -> Models:
 
 def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, log: PassLog) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
-    return translated_pipeline(name).run(translate(graph_module, match_rms_norms, first=first, log=log, name=name), log)
+    return translated_pipeline(name).run(translate(graph_module, match_rms_norms, match_attention, first=first, log=log, name=name), log)
 
 
 def translated_pipeline(name: str) -> Pipeline[ir.Model]:
@@ -70,7 +74,10 @@ def translated_pipeline(name: str) -> Pipeline[ir.Model]:
         name,
         (
             fold_transposes,  # first: constant folding would compute the transposes of weights
-            LowerNorms(),
+            FuseDotProductAttention(),
+            remove_unused_nodes,  # so that none of them counts as a reader of tokens
+            LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
+            FlattenTokens(),  # what lies between one attention and the next
             FoldConstants(unless_weight),
             remove_unused_nodes,
             drop_stack_traces,
@@ -86,14 +93,13 @@ def named_pipeline(name: str, options: ExportOptions, tables: frozenset[str]) ->
         options: The options of the export.
         tables: Names of embeddings that are a head's weight in either part.
     """
-    quantization = options.quantization
     return Pipeline(
         name,
         (
             name_axes,
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
-            *([QuantizeWeights(quantization, tables)] if quantization else []),  # last: all others look for matrices
+            *quantization_passes(options.quantization, tables),  # last: all others look for matrices
         ),
     )
 

@@ -28,7 +28,7 @@ from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAtt
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
+from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
@@ -67,7 +67,6 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
         outputs: Names of its outputs.
         options: The options of the export.
     """
-    quantization = options.quantization
     return Pipeline(
         "plain",
         (
@@ -89,7 +88,7 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
             fix_nodes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names
-            *([QuantizeWeights(quantization)] if quantization else []),  # last: all others look for matrices
+            *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
 

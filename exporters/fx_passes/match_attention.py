@@ -164,15 +164,16 @@ def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:
     graph.erase_node(product)
 
 
-def _untransposed(graph: fx.Graph, key: fx.Node) -> fx.Node:
+def _untransposed(graph: fx.Graph, key: Any) -> fx.Node:
     """The key `[batch, heads, keys, size]` of its transpose."""
-    if is_call(key, aten.transpose.int) and {axis % 4 for axis in key.args[1:]} == {2, 3}:
-        source = key.args[0]
-        assert isinstance(source, fx.Node)
+    arguments: list[Any] = list(key.args)
+    if is_call(key, aten.transpose.int) and {axis % 4 for axis in arguments[1:]} == {2, 3}:
+        source: fx.Node = arguments[0]
         return source
-    node = graph.call_function(aten.transpose.int, (key, 2, 3))
     if is_call(key, aten.permute.default):
-        axes = [axis % 4 for axis in key.args[1]]
-        node.target, node.args = aten.permute.default, (key.args[0], [axes[0], axes[1], axes[3], axes[2]])
+        axes = [axis % 4 for axis in arguments[1]]
+        node = graph.call_function(aten.permute.default, (arguments[0], [*axes[:2], axes[3], axes[2]]))
+    else:
+        node = graph.call_function(aten.transpose.int, (key, 2, 3))
     node.meta = {**key.meta, "val": key.meta["val"].transpose(2, 3)}
     return node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import ml_dtypes
 import onnx_ir as ir
@@ -116,8 +117,8 @@ def _unfit(attention: DotProductAttentionNode) -> str | None:
 def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, bias: ir.Value | None) -> None:
     query, key, value = attention.query, attention.key, attention.value
     heads, key_heads = static_dim(query, 1), static_dim(key, 1)
-    merged = [merged_heads(part) for part in (query, key, value)]
-    options = {"scale": attention.scale, "is_causal": attention.is_causal}
+    merged = [None if part.is_graph_output() else merged_heads(part) for part in (query, key, value)]
+    options: dict[str, Any] = {"scale": attention.scale, "is_causal": attention.is_causal}
     flat = [part for part in merged if part is not None]
     output = node.outputs[0]
     if len(flat) < len(merged):
@@ -161,7 +162,7 @@ def _decompose(build: Builder, node: ir.Node, attention: DotProductAttentionNode
     if bias is None and attention.is_causal:
         bias = _causal(build, query, key)
     inputs = [query, key, attention.value, bias]
-    options = {"scale": attention.scale, "window": 0, "softcap": 0.0}
+    options: dict[str, Any] = {"scale": attention.scale, "window": 0, "softcap": 0.0}
     plain = build.node(AttentionNode.op_type, inputs, domain=DOMAIN, **options)
     result, output = plain.outputs[0], node.outputs[0]
     result.type = output.type

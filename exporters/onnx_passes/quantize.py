@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,37 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
+from gralora_fx.exporters.onnx_passes.constant_matrices import (
+    Counts,
+    drop_unread,
+    matrix_of,
+    num_values,
+    replace_product,
+    unquantized,
+)
 from gralora_fx.exporters.options import Quantization
-from gralora_fx.exporters.pipeline import PassLog, PassResult
+from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.weights import LazyTensor, parts_of
-from gralora_fx.runtime.manifest import QuantizedWeights
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _COLUMNS = 4096  # quantized at once
-
-
-class Counts(NamedTuple):
-    """Numbers of matmuls and of lookups that read quantized blocks, and of the quantized values."""
-
-    multiplications: int
-    lookups: int
-    values: int
-
-
-def quantized_weights(quantization: Quantization | None, log: PassLog) -> QuantizedWeights | None:
-    """What the manifest says of the quantized weights of all models of an export; None where there are none.
-
-    Args:
-        quantization: How they were quantized.
-        log: What the passes did, those that quantized among them.
-    """
-    if quantization is None:
-        return None
-    counts = log.summaries(Counts)
-    multiplications, lookups, values = (sum(numbers) for numbers in zip(*counts, strict=True))
-    return QuantizedWeights(
-        **dataclasses.asdict(quantization), multiplications=multiplications, lookups=lookups, values=values
-    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +45,7 @@ class QuantizeWeights:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Quantize them, in place; the summary is `Counts`."""
         counts = quantize_weights(model, self.quantization, tables=self.tables | tables_of_heads(model))
-        return PassResult(counts.multiplications + counts.lookups, summary=counts)
+        return PassResult(counts.multiplications + counts.lookups, unquantized(model), summary=counts)
 
 
 def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Collection[str] = ()) -> Counts:
@@ -89,7 +69,7 @@ def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Col
     blocks: dict[tuple[str, bool], tuple[ir.Value, ir.Value]] = {}
     replaced = lookups = 0
     for node in list(model.graph.all_nodes()):
-        match = _weight_of(node)
+        match = matrix_of(node)
         if match is None:
             continue
         weight, is_transposed = match
@@ -98,7 +78,7 @@ def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Col
             blocks[key] = _blocks(model.graph, weight, is_transposed, quantization)
         _multiply(node, *blocks[key], quantization)
         replaced += 1
-    values = sum(_size(model.graph.initializers[name]) for name, _ in blocks)
+    values = num_values(model.graph.initializers[name] for name, _ in blocks)
     for name in sorted(tables):
         table = model.graph.initializers.get(name)
         if table is not None and (name, True) not in blocks and _is_looked_up(table, quantization):
@@ -107,7 +87,7 @@ def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Col
         if is_transposed:
             lookups += _gather(model.graph.initializers[name], packed, scales, quantization)
     if blocks:
-        _drop_unread(model.graph, [name for name, _ in blocks])
+        drop_unread(model.graph, [name for name, _ in blocks])
     return Counts(replaced, lookups, values)
 
 
@@ -184,25 +164,6 @@ def dequantize(matrix: NDArray[Any], quantization: Quantization, dtype: torch.dt
     return np.ascontiguousarray(rows.T)
 
 
-def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The constant matrix by which a node multiplies, and whether it is stored `[N, K]`; None for other nodes."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or node.inputs[1] is None:
-        return None
-    value, is_transposed = node.inputs[1], False
-    if node.op_type == "Gemm":
-        numbers = {name: attribute.value for name, attribute in node.attributes.items()}
-        if numbers.get("transA") or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0:
-            return None
-        is_transposed = bool(numbers.get("transB"))
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        value, is_transposed = producer.inputs[0], not is_transposed
-    tensor = value.const_value
-    if not value.is_initializer() or tensor is None or len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
-        return None
-    return value, is_transposed
-
-
 def _blocks(
     graph: ir.Graph, weight: ir.Value, is_transposed: bool, quantization: Quantization
 ) -> tuple[ir.Value, ir.Value]:
@@ -213,7 +174,8 @@ def _blocks(
     inputs, outputs = reversed(sizes) if is_transposed else sizes
     count = -(-inputs // quantization.block_size)
     matrix = _Matrix(tensor, is_transposed, quantization, tensor.dtype)
-    name = f"{weight.name}_turned" if is_transposed and _is_both(weight) else str(weight.name)
+    is_taken = f"{weight.name}_Q{quantization.bits}" in graph.initializers  # by the same matrix the other way round
+    name = f"{weight.name}_transposed" if is_taken else str(weight.name)
     parts = (
         (
             f"{name}_Q{quantization.bits}",
@@ -231,19 +193,11 @@ def _blocks(
     return values[0], values[1]
 
 
-def _is_both(weight: ir.Value) -> bool:
-    """Whether a matrix is used both as it is and transposed."""
-    operands = {_weight_of(use.node) for use in weight.uses()}
-    return (weight, False) in operands and (weight, True) in operands
-
-
 def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, quantization: Quantization) -> None:
-    graph = node.graph  # the model's, or a branch
-    assert isinstance(graph, ir.Graph)
     assert packed.shape is not None
-    tensor = _weight_of(node)
-    assert tensor is not None
-    weight, is_transposed = tensor
+    matrix = matrix_of(node)
+    assert matrix is not None
+    weight, is_transposed = matrix
     assert weight.shape is not None
     inputs = weight.shape[1] if is_transposed else weight.shape[0]
     attributes: dict[str, Any] = {
@@ -255,22 +209,7 @@ def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, quantization: Q
     if quantization.accuracy_level:
         attributes["accuracy_level"] = quantization.accuracy_level
     product = ir.node("MatMulNBits", [node.inputs[0], packed, scales], attributes=attributes, domain=MICROSOFT)
-    nodes = [product]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None:
-        nodes.append(ir.node("Add", [product.outputs[0], bias]))
-    old, new = node.outputs[0], nodes[-1].outputs[0]
-    for value in (product.outputs[0], new):
-        value.type, value.shape = old.type, old.shape
-    new.name = old.name
-    graph.insert_before(node, nodes)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    operand = node.inputs[1]
-    assert operand is not None
-    graph.remove(node, safe=True)
-    producer = operand.producer()
-    if producer is not None and not operand.uses():
-        graph.remove(producer, safe=True)
+    replace_product(node, [product])
 
 
 def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, quantization: Quantization) -> int:
@@ -315,21 +254,8 @@ def _is_looked_up(table: ir.Value, quantization: Quantization) -> bool:
 
 def tables_of_heads(model: ir.Model) -> set[str]:
     """Names of the matrices that are both looked up and multiplied by."""
-    weights = [found[0] for node in model.graph.all_nodes() if (found := _weight_of(node)) is not None and found[1]]
+    weights = [found[0] for node in model.graph.all_nodes() if (found := matrix_of(node)) is not None and found[1]]
     return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}
-
-
-def _size(value: ir.Value) -> int:
-    assert value.shape is not None
-    sizes = [int(size) for size in value.shape.numpy()]
-    return math.prod(sizes)
-
-
-def _drop_unread(graph: ir.Graph, names: list[str]) -> None:
-    for name in names:
-        value = graph.initializers.get(name)
-        if value is not None and not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
 
 
 def _axis(node: ir.Node) -> int:

@@ -9,40 +9,13 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import const_ints
 
-ELEMENTWISE = frozenset(
-    [
-        "Abs",
-        "Add",
-        "Cast",
-        "Clip",
-        "Div",
-        "Elu",
-        "Erf",
-        "Exp",
-        "Gelu",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "LeakyRelu",
-        "Max",
-        "Min",
-        "Mish",
-        "Mul",
-        "Neg",
-        "Pow",
-        "Reciprocal",
-        "Relu",
-        "Selu",
-        "Sigmoid",
-        "Sign",
-        "Softplus",
-        "Softsign",
-        "Sqrt",
-        "Sub",
-        "Tanh",
-        "Where",
-    ]
-)
+# fmt: off
+ELEMENTWISE = frozenset({
+    "Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity",
+    "LeakyRelu", "Max", "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Sign", "Softplus",
+    "Softsign", "Sqrt", "Sub", "Tanh", "Where",
+})
+# fmt: on
 NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 ALONG_FEATURES = frozenset({"Concat", "Slice", "Split"})  # token by token if they act on the last axis
 

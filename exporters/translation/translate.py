@@ -199,8 +199,7 @@ def _registry(opset: int) -> Any:
     for target, function in onnx_translations().items():
         registry.register_op(target, function)
     registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
-    if opset < OPSET:  # which has an operator for it
-        registry.register_op(_aten.scaled_dot_product_attention.default, dot_product_attention)
+    registry.register_op(_aten.scaled_dot_product_attention.default, dot_product_attention)
     registry.register_op(_aten.batch_norm.default, batch_norm)
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)

@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.folded_model import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
+from gralora_fx.exporters.onnx_passes.quantization import quantization_of
 from gralora_fx.exporters.onnx_passes.quantize import dequantize
-from gralora_fx.exporters.options import Quantization
+from gralora_fx.exporters.onnx_passes.quantize_dynamic import dequantize_columns
+from gralora_fx.exporters.options import DynamicQuantization, Quantization
 from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
@@ -41,7 +43,7 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
     traced = base_trace(model)
     if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
-    quantization = None if found is None else Quantization(found.kind, found.block_size, found.accuracy_level)
+    quantization = None if found is None else quantization_of(found)
     called = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls}
     known = sum(called.values())
     if found is not None and found.values != known:
@@ -56,9 +58,13 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
 
 
 def dequantized_model(
-    traced: TracedModel, precision: str, quantization: Quantization | None = None, *, with_tables: bool = False
+    traced: TracedModel,
+    precision: str,
+    quantization: Quantization | DynamicQuantization | None = None,
+    *,
+    with_tables: bool = False,
 ) -> TracedModel:
-    """The model with an export's rounded weights, in float32 arithmetic.
+    """The model with an export's rounded weights, in float32 arithmetic: activations are not rounded.
 
     Args:
         traced: The adapter-free model, of any precision, its folded weights lazy or not.
@@ -73,8 +79,9 @@ def dequantized_model(
     model = _in_float32(traced, dtype)
     if quantization is None:
         return model
-    blocks = {site.path: _as_blocks(site, quantization, dtype) for site in model.sites}
-    shared = [site for site in model.sites if with_tables and _is_shared(model, site, quantization)]
+    blocks = {site.path: _rounded(site, quantization, dtype) for site in model.sites}
+    block_size = quantization.block_size if with_tables and isinstance(quantization, Quantization) else None
+    shared = [site for site in model.sites if block_size and _is_shared(model, site, block_size)]
     tables = {id(site.weight): blocks.pop(site.path) for site in shared}
     model = replace_weights(model, blocks)
     graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
@@ -102,19 +109,26 @@ def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).eval()
 
 
-def _is_shared(traced: TracedModel, site: LinearSite, quantization: Quantization) -> bool:
+def _is_shared(traced: TracedModel, site: LinearSite, block_size: int) -> bool:
     """Whether a weight with other readers is stored as blocks for all of them."""
     is_read = bool(site.tied_with) or bool(other_readers(traced.graph_module, [site])[site.path])
-    return is_read and site.in_features % quantization.block_size == 0
+    return is_read and site.in_features % block_size == 0
 
 
-def _as_blocks(site: LinearSite, quantization: Quantization, dtype: torch.dtype) -> nn.Parameter:
+def _rounded(site: LinearSite, quantization: Quantization | DynamicQuantization, dtype: torch.dtype) -> nn.Parameter:
+    """A site's weight, quantized and dequantized."""
     matrix = site.weight if site.kind == "conv1d" else site.weight.t()  # [in, out]
-    values = torch.cat(list(_parts(matrix.detach(), quantization, dtype)), dim=1)
+    values = torch.cat(list(_parts(matrix.detach(), quantization, dtype, site.path)), dim=1)
     return nn.Parameter((values if site.kind == "conv1d" else values.t()).contiguous(), requires_grad=False)
 
 
-def _parts(matrix: Tensor, quantization: Quantization, dtype: torch.dtype) -> Iterator[Tensor]:
+def _parts(
+    matrix: Tensor, quantization: Quantization | DynamicQuantization, dtype: torch.dtype, name: str
+) -> Iterator[Tensor]:
     half = np.float16 if dtype == torch.float16 else np.float32  # the quantizer's input
     for part in torch.split(matrix, _COLUMNS, dim=1):
-        yield torch.from_numpy(dequantize(np.ascontiguousarray(part.numpy(), dtype=half), quantization, dtype))
+        values = np.ascontiguousarray(part.numpy(), dtype=half)
+        if isinstance(quantization, DynamicQuantization):
+            yield torch.from_numpy(dequantize_columns(values, name))
+        else:
+            yield torch.from_numpy(dequantize(values, quantization, dtype))

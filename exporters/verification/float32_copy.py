@@ -9,6 +9,9 @@ from typing import Any
 import onnx_ir as ir
 
 from gralora_fx.exporters.artifact.staging import require_space
+from gralora_fx.exporters.onnx_passes.builder import replace_value
+from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
+from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.weights import LazyTensor
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.session import CPU, Runtime, check_external_data, open_session
@@ -36,7 +39,7 @@ def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None
 
 
 def write_float32_copy(directory: Path, target: Path) -> None:
-    """Write a copy of an export that computes in float32 instead of bfloat16 or int8.
+    """Write a copy of an export that computes in float32 instead of bfloat16 or int8, activations not rounded.
 
     The weights keep the values that they were rounded to. The CPU provider has no bfloat16 kernel for multiplications,
     attention or elementwise operators; and what a quantized operator loses by rounding activations would hide what is
@@ -67,6 +70,8 @@ def _in_float32(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:
             value.const_value = _as_float32(tensor)
+    for product in quantized_products(model):
+        _multiply_in_float32(model.graph, product)
     for node in model.graph.all_nodes():
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _IN_FLOAT32)
@@ -75,6 +80,34 @@ def _in_float32(model: ir.Model) -> None:
                 node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
             elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
                 node.attributes[name] = ir.AttrTensor(name, _as_float32(attribute.as_tensor()))
+
+
+def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
+    """Multiply by what int8 weights stand for.
+
+    Before: `y = Cast(MatMulInteger(q, w, z)) * (s * w_scale)`, with `q, s, z = DynamicQuantizeLinear(x)`
+    After:  `y = MatMul(x, w * w_scale)`
+    """
+    rounding, *nodes = product.nodes
+    weight, scale = product.weight.const_value, product.scale.const_value
+    assert weight is not None
+    assert scale is not None
+    name = f"{product.weight.name}_float32"
+    if name not in graph.initializers:
+        shape = ir.Shape(weight.shape.numpy())
+        lazy = LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(weight.numpy() * scale.numpy()))
+        graph.initializers[name] = ir.Value(
+            name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=lazy
+        )
+    branch = nodes[0].graph
+    assert isinstance(branch, ir.Graph)
+    product_node = ir.node("MatMul", [product.input, graph.initializers[name]])
+    branch.insert_before(nodes[-1], product_node)
+    replace_value(product_node.outputs[0], product.output)
+    branch.remove(nodes, safe=True)
+    if not any(value.uses() for value in rounding.outputs):
+        branch.remove(rounding, safe=True)
+    drop_unread(graph, [str(product.weight.name), str(product.scale.name)])
 
 
 def _values(model: ir.Model) -> list[ir.Value]:

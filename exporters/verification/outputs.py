@@ -54,7 +54,16 @@ class OutputComparison:
                 passed &= self.tolerance_check.accepts(f"{description}, {name}", expected, actual, exactly(index))
         return [_summary(name, found) for name, found in differences.items()], passed
 
-    def _compare(self, case: Mapping[str, Any], description: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def both(self, case: Mapping[str, Any], description: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All outputs of the model and of the export, by the export's names, padding included.
+
+        Args:
+            case: Inputs by name.
+            description: What they are, for messages.
+
+        Raises:
+            ExportError: The model or the export cannot run, or they give other outputs than each other.
+        """
         feed, names = flat(case), [value.name for value in self.session.get_inputs()]
         try:
             with torch.no_grad():
@@ -70,6 +79,10 @@ class OutputComparison:
             raise ExportError(f"the export gives {', '.join(actual)}, the model {', '.join(expected)}; export it again")
         if set(expected) != set(actual):
             expected = dict(zip(actual, expected.values(), strict=True))
+        return expected, actual
+
+    def _compare(self, case: Mapping[str, Any], description: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        expected, actual = self.both(case, description)
         drop_padding = self.verification.drop_padding
         kept_expected, kept_actual = drop_padding(expected, case), drop_padding(actual, case)
         for name, value in kept_expected.items():

@@ -80,6 +80,7 @@ def export(
     verify: opt.Verify = None,
     no_verify: opt.NoVerify = False,
     overwrite: opt.Overwrite = False,
+    texts: opt.Texts = None,
     dump: opt.Dump = None,
 ) -> None:
     """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch.
@@ -89,6 +90,8 @@ def export(
     options = opt.export_options(
         {"precision": precision, "quantize": quantize, "logits": logits, "verify": verify},
         {"block_size": block_size, "accuracy_level": accuracy_level},
+        texts=texts,
+        no_tokenizer=no_tokenizer,
         no_verify=no_verify,
         stream=stream,
     )
@@ -106,6 +109,8 @@ def export(
         if known is not None and not overwrite:
             check_replaced(output, task=known)
         tokenizer = None if no_tokenizer else load_tokenizer(base_name(model, adapter))
+        if texts is not None and tokenizer is None:
+            raise ExportError(f"--texts needs a tokenizer, and {base_name(model, adapter)} has none; leave it out")
         options_of_load = {"with_cache": True, "stream": stream, "allow_random_head": allow_random_head}
         with without_trainer():
             loaded = load_traced(model, adapter, task, **options_of_load)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gralora_fx.config.tasks import TASKS, check_task
-from gralora_fx.errors import ConfigError
+from gralora_fx.errors import ConfigError, first_line
 from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, ExportOptions
 
 
@@ -69,16 +69,21 @@ Full = Annotated[bool, typer.Option("--full", help="Draw every layer, rather tha
 # of export
 Precision = Annotated[str, typer.Option(metavar=_either(PRECISIONS), help="Precision of weights and cache.")]
 Quantize = Annotated[
-    str | None, typer.Option(metavar=_either(QUANTIZATIONS), help="Store matrices as blocks of small integers.")
+    str | None,
+    typer.Option(
+        metavar=_either(QUANTIZATIONS),
+        help="Store matrices as blocks of small integers; int8-dynamic: multiply in int8, activations rounded too.",
+    ),
 ]
 BlockSize = Annotated[
-    int | None, typer.Option(help="Quantized values that share a scale: a power of two, 16 or more.  [default: 32]")
+    int | None,
+    typer.Option(help="Values of int8 or int4 that share a scale: a power of two, 16 or more.  [default: 32]"),
 ]
 AccuracyLevel = Annotated[
     int | None,
     typer.Option(
         metavar="[0|1|2|3|4]",
-        help="How quantized weights multiply: 0 the runtime's choice, 1 float32, 2 float16, 3 bfloat16, 4 int8, "
+        help="How int8 or int4 weights multiply: 0 the runtime's choice, 1 float32, 2 float16, 3 bfloat16, 4 int8, "
         "the fastest.  [default: 4]",
     ),
 ]
@@ -96,6 +101,12 @@ Verify = Annotated[
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export of another base or task.")]
+Texts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Compare a quantized export with the model on texts, one on each line.", callback=_utf8
+    ),
+]
 Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=_utf8)]
 # of verify
 ExportedHead = Annotated[bool, typer.Option("--allow-random-head", help="For an export that was made with it.")]
@@ -149,14 +160,37 @@ def provider_options(provider: str | None, options: list[str] | None) -> dict[st
     return found
 
 
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, one on each line; empty lines are left out.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no text.
+    """
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--texts {path} cannot be read as UTF-8 text ({first_line(error)})") from error
+    if not texts:
+        raise ConfigError(f"--texts {path} holds no text; write one on each line")
+    return texts
+
+
 def export_options(
-    options: dict[str, Any], blocks: dict[str, int | None], *, no_verify: bool, stream: bool
+    options: dict[str, Any],
+    blocks: dict[str, int | None],
+    *,
+    texts: Path | None,
+    no_tokenizer: bool,
+    no_verify: bool,
+    stream: bool,
 ) -> dict[str, Any]:
     """The options of `export_onnx`, checked before anything slow is imported.
 
     Args:
         options: Options that are valid by themselves.
         blocks: Options that need `--quantize`; None if not given.
+        texts: A file of texts to compare on, which needs `--quantize` too.
+        no_tokenizer: Whether the tokenizer is left out.
         no_verify: Whether to skip the comparison.
         stream: Whether weights are streamed, so that there is nothing to compare with.
 
@@ -168,10 +202,20 @@ def export_options(
     if given and options["quantize"] is None:
         option = next(iter(given)).replace("_", "-")
         raise ConfigError(f"--{option} has no effect without --quantize; give --quantize too, or leave it out")
+    if texts is not None:
+        _check_texts(options["quantize"], no_tokenizer=no_tokenizer, no_verify=no_verify, stream=stream)
     if options["verify"] is not None and (no_verify or stream):
         other = "--no-verify" if no_verify else "--stream, which leaves nothing to compare with"
         raise ConfigError(f"--verify {options['verify']} contradicts {other}; leave one of them out")
     level = options["verify"] or not (no_verify or stream)
     found = {**options, **given, "verify": level}
     ExportOptions(**found)  # which checks them
-    return found
+    return found if texts is None else {**found, "texts": read_texts(texts)}
+
+
+def _check_texts(quantize: str | None, *, no_tokenizer: bool, no_verify: bool, stream: bool) -> None:
+    if quantize is None:
+        raise ConfigError("--texts has no effect without --quantize; give --quantize too, or leave it out")
+    others = {"--no-tokenizer": no_tokenizer, "--no-verify": no_verify, "--stream": stream}
+    if contradicting := [name for name, is_given in others.items() if is_given]:
+        raise ConfigError(f"--texts contradicts {contradicting[0]}: texts are tokenized and compared; leave one out")

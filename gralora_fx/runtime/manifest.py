@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.runtime.quality import OutputQuality, Quality
 
 SCHEMA_VERSION = 1
 _PRECISIONS = ("fp32", "fp16", "bf16")
@@ -22,17 +23,17 @@ class QuantizedWeights:
     """How an export's matrices are quantized, and how much of it is.
 
     Attributes:
-        kind: `"int4"` or `"int8"`.
-        block_size: Values of a matrix's input axis that share a scale.
-        accuracy_level: How ONNX Runtime multiplies with them.
-        multiplications: Nodes that multiply with blocks.
+        kind: `"int4"`, `"int8"` or `"int8-dynamic"`.
+        block_size: Values of a matrix's input axis that share a scale; None where those of a whole column do.
+        accuracy_level: How ONNX Runtime multiplies with blocks; None where there are none.
+        multiplications: Nodes that multiply with quantized values.
         lookups: Nodes that look up rows of blocks.
         values: Values of the matrices that are multiplied with.
     """
 
     kind: str
-    block_size: int
-    accuracy_level: int
+    block_size: int | None
+    accuracy_level: int | None
     multiplications: int
     lookups: int
     values: int
@@ -90,6 +91,7 @@ class Manifest:
         attention: Which layers' attention is fused, of a decoder with a cache.
         passes: What every pass did, in order.
         verification: What verification measured, or None.
+        quality: How a quantized export differs from the float32 model, where that was measured.
         files: Every other file of the directory by its path; None where they were not recorded.
     """
 
@@ -109,12 +111,13 @@ class Manifest:
     attention: Mapping[str, Any] | None = None
     passes: tuple[Mapping[str, Any], ...] = ()
     verification: Mapping[str, Any] | None = None
+    quality: Quality | None = None
     files: Mapping[str, FileEntry] | None = None
 
     def to_json(self) -> str:
         """The text of the file, keys in order; what an export may lack is left out where it does."""
         found = dataclasses.asdict(self)
-        optional = ("attention", "files")
+        optional = ("attention", "files", "quality")
         fields = {name: value for name, value in found.items() if name not in optional or value is not None}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
@@ -189,6 +192,7 @@ class _Reader:
             attention=self.take("attention", dict, type(None), default=None),
             passes=tuple(self._objects("passes")),
             verification=self.take("verification", dict, type(None), default=None),
+            quality=self._quality(),
             files=self._files(),
         )
 
@@ -207,8 +211,13 @@ class _Reader:
         return _Reader(self.take(name, dict), self.path, self.error, place)
 
     def record(self, kind: type[Any]) -> Any:
-        """The object as a record of texts and whole numbers."""
-        types = {"str": (str,), "int": (int,)}
+        """The object as a record of texts and numbers."""
+        types = {
+            "str": (str,),
+            "int": (int,),
+            "int | None": (int, type(None)),
+            "float | None": (float, type(None)),
+        }
         return kind(
             **{field.name: self.take(field.name, *types[str(field.type)]) for field in dataclasses.fields(kind)}
         )
@@ -226,6 +235,16 @@ class _Reader:
             name: AdapterEntry(entry.take("config", dict), entry.take("sha256", *_TEXT_OR_NONE))
             for name, entry in entries.items()
         }
+
+    def _quality(self) -> Quality | None:
+        if self.take("quality", dict, type(None), default=None) is None:
+            return None
+        entry = self.within("quality")
+        outputs = [
+            _Reader(output, self.path, self.error, f"quality.outputs.{index}").record(OutputQuality)
+            for index, output in enumerate(entry._objects("outputs"))
+        ]
+        return Quality(entry.take("inputs", str), tuple(outputs))
 
     def _objects(self, name: str) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = self.take(name, list, default=[])

@@ -1,0 +1,148 @@
+"""Products with a constant matrix: which nodes are some, what takes their place, and which are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from gralora_fx.exporters.reports import Skip
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_KEPT = {  # operators that multiply by weights or by activations, and keep their precision
+    "Attention": "attention multiplies activations by activations",
+    "MultiHeadAttention": "attention multiplies activations by activations",
+    "GroupQueryAttention": "attention multiplies activations by activations",
+    "Conv": "a convolution is not a product with a matrix",
+    "ConvTranspose": "a convolution is not a product with a matrix",
+    "Einsum": "an Einsum is not a product with a matrix",
+    "LSTM": "a recurrent layer is not a product with a matrix",
+    "GRU": "a recurrent layer is not a product with a matrix",
+    "RNN": "a recurrent layer is not a product with a matrix",
+}
+
+
+class ConstantMatrix(NamedTuple):
+    """The constant matrix by which a node multiplies.
+
+    Attributes:
+        value: The initializer.
+        is_transposed: Whether it is stored `[N, K]` instead of `[K, N]`.
+    """
+
+    value: ir.Value
+    is_transposed: bool
+
+
+class Counts(NamedTuple):
+    """Numbers of matmuls and of lookups that read quantized values, and of the quantized values."""
+
+    multiplications: int
+    lookups: int
+    values: int
+
+
+def matrix_of(node: ir.Node) -> ConstantMatrix | None:
+    """The constant matrix by which a node multiplies; None for other nodes."""
+    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or node.inputs[1] is None:
+        return None
+    value, is_transposed = node.inputs[1], False
+    if node.op_type == "Gemm":
+        if _is_scaled(node):
+            return None
+        attribute = node.attributes.get("transB")
+        is_transposed = attribute is not None and bool(attribute.value)
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        value, is_transposed = producer.inputs[0], not is_transposed
+    tensor = value.const_value
+    if not value.is_initializer() or tensor is None or len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
+        return None
+    return ConstantMatrix(value, is_transposed)
+
+
+def num_values(values: Iterable[ir.Value]) -> int:
+    """How many numbers tensors of known shape hold."""
+    return sum(math.prod(int(size) for size in value.shape.numpy()) for value in values if value.shape is not None)
+
+
+def replace_product(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes in the place of a `MatMul` or `Gemm`; the last one's output takes the name of the old product.
+
+    Before: `y = Gemm(x, w, b)`
+    After:  `...; y = Add(<output of the last of the nodes>, b)`; without a bias, `y` is the last of the nodes' output
+
+    Args:
+        node: The node; it is removed, and a transpose of its weight with it that nothing else reads.
+        nodes: Those that compute its product, in order.
+    """
+    graph = node.graph  # the model's, or a branch
+    assert isinstance(graph, ir.Graph)
+    nodes = list(nodes)
+    old = node.outputs[0]
+    nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = old.type, old.shape
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
+    new = nodes[-1].outputs[0]
+    new.type, new.shape, new.name = old.type, old.shape, old.name
+    graph.insert_before(node, nodes)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    operand = node.inputs[1]
+    assert operand is not None
+    graph.remove(node, safe=True)
+    producer = operand.producer()
+    if producer is not None and not operand.uses():
+        graph.remove(producer, safe=True)
+
+
+def drop_unread(graph: ir.Graph, names: Iterable[str]) -> None:
+    """Remove those initializers of a graph that nothing reads."""
+    for name in names:
+        value = graph.initializers.get(name)
+        if value is not None and not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def unquantized(model: ir.Model) -> tuple[Skip, ...]:
+    """Weights and products that a quantized model holds in its own precision, each with the reason."""
+    skips = dict(skip for node in model.graph.all_nodes() for skip in _skips(node))
+    return tuple(Skip(place, reason) for place, reason in skips.items())
+
+
+def _skips(node: ir.Node) -> Iterator[tuple[str, str]]:
+    place = node.name or str(node.outputs[0].name)
+    if node.op_type in ("MatMul", "Gemm"):
+        yield place, _why_not(node)
+    elif node.op_type == "Gather":
+        table = node.inputs[0]
+        if table is not None and table.is_initializer() and table.dtype in _FLOATS and len(table.shape or ()) == 2:
+            yield str(table.name), "an embedding is looked up, not multiplied by"
+    elif node.op_type in _KEPT:
+        yield place, _KEPT[node.op_type]
+
+
+def _why_not(node: ir.Node) -> str:
+    first, second = (value if value is None else _constant(value) for value in node.inputs[:2])
+    if second is None:
+        return "its constant operand is the first" if first is not None else "a product of two activations"
+    if len(second.shape) != 2:
+        return f"its constant operand has {len(second.shape)} axes, a matrix has two"
+    if second.dtype not in _FLOATS:
+        return f"its constant operand is {second.dtype.name.lower()}"
+    return "a Gemm with transA, alpha or beta" if node.op_type == "Gemm" else "its weight is left as it is"
+
+
+def _constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """The constant that a value is, or is the transpose of."""
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
+    return None if source is None else ir.convenience.get_const_tensor(source)
+
+
+def _is_scaled(node: ir.Node) -> bool:
+    """Whether a `Gemm` does more than to multiply and add."""
+    numbers = {name: attribute.value for name, attribute in node.attributes.items()}
+    return bool(numbers.get("transA")) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0

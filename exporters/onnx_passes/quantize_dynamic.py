@@ -1,0 +1,221 @@
+"""Dynamic quantization: int8 weights with a scale a column, and activations that are rounded to uint8 as they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.onnx_passes.constant_matrices import (
+    ConstantMatrix,
+    Counts,
+    drop_unread,
+    matrix_of,
+    num_values,
+    replace_product,
+    unquantized,
+)
+from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.exporters.translation.weights import LazyTensor, parts_of
+
+# Largest absolute value of a weight: 7 bits, `reduce_range` of onnxruntime's quantizer. x86 processors without VNNI
+# add two products of uint8 and int8 in int16, which saturates at 32,767: 2 * 255 * 64 = 32,640 fits, 2 * 255 * 127 not.
+LARGEST = 64
+_COLUMNS = 4096  # quantized at once
+
+
+def quantize_dynamically(model: ir.Model) -> PassResult[ir.Model]:
+    """Multiply by constant matrices in int8; in place, the summary is `Counts`.
+
+    Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`
+    After:  `q, s, z = DynamicQuantizeLinear(x)`
+            `y = Cast(MatMulInteger(q, w_quantized [K, N], z)) * (s * w_scale [N])`, and the bias added behind it
+
+    These are the nodes of onnxruntime's own `quantize_dynamic` (QInt8, per channel, reduced range) with its values,
+    which its graph optimizations fuse to one operator. The range of `x` is that of the whole tensor; products of one
+    tensor share its rounding. A matrix is read and quantized when it is written. Zero points of weights are zero, and
+    left out.
+    """
+    weights: dict[ConstantMatrix, tuple[ir.Value, ir.Value]] = {}
+    rounded: dict[tuple[int, int], ir.Node] = {}
+    count = 0
+    for node in list(model.graph.all_nodes()):
+        match = matrix_of(node)
+        if match is None:
+            continue
+        if match not in weights:
+            weights[match] = _initializers(model.graph, match)
+        _multiply(node, *weights[match], rounded)
+        count += 1
+    values = num_values(weight for weight, _ in weights)
+    drop_unread(model.graph, [str(weight.name) for weight, _ in weights])
+    return PassResult(count, unquantized(model), summary=Counts(count, 0, values))
+
+
+class QuantizedProduct(NamedTuple):
+    """The nodes of a product of a quantized export.
+
+    Attributes:
+        nodes: `DynamicQuantizeLinear`, `MatMulInteger`, `Cast`, and the `Mul` of the scales and of the result.
+        input: The activations, float32 `[..., K]`.
+        weight: int8 `[K, N]`.
+        scale: float32 `[N]`.
+        output: float32 `[..., N]`.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    input: ir.Value
+    weight: ir.Value
+    scale: ir.Value
+    output: ir.Value
+
+
+def quantized_products(model: ir.Model) -> list[QuantizedProduct]:
+    """The products of a dynamically quantized model, in order, those of branches too.
+
+    Raises:
+        ExportError: The nodes around a `MatMulInteger` are not those that the export writes.
+    """
+    nodes = [node for node in model.graph.all_nodes() if node.op_type == "MatMulInteger"]
+    return [_product(node) for node in nodes]
+
+
+def _product(node: ir.Node) -> QuantizedProduct:
+    cast = _only_reader(node)
+    product = None if cast is None else _only_reader(cast)
+    scales = None if product is None else _producer(product, 1)
+    rounding = _producer(node, 0)
+    nodes = [found for found in (rounding, node, cast, scales, product) if found is not None]
+    kinds = [found.op_type for found in nodes]
+    if kinds != ["DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul", "Mul"]:
+        raise ExportError(
+            f"the product {node.name or node.outputs[0].name} is not one of an int8-dynamic export (its nodes are "
+            f"{', '.join(kinds)}); export the model again"
+        )
+    found, weight, scale = nodes[0].inputs[0], node.inputs[1], nodes[3].inputs[1]
+    assert found is not None
+    assert weight is not None
+    assert scale is not None
+    return QuantizedProduct(tuple(nodes), found, weight, scale, nodes[-1].outputs[0])
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    readers = [use.node for use in node.outputs[0].uses()]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _producer(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index] if len(node.inputs) > index else None
+    return None if value is None else value.producer()
+
+
+def quantize_columns(matrix: NDArray[Any], name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A matrix as integers between -64 and 64 with a scale a column, symmetric, as onnxruntime's quantizer rounds.
+
+    Args:
+        matrix: `[K, N]`.
+        name: Its name in error messages.
+
+    Returns:
+        Integers `[K, N]` and scales `[N]`; their product is close to the matrix.
+
+    Raises:
+        ExportError: A value is not finite.
+    """
+    matrix = matrix.astype(np.float32, copy=False)
+    largest = np.abs(matrix).max(axis=0).astype(np.float64)
+    if not np.isfinite(largest).all():
+        raise ExportError(f"{name} holds values that are not finite, which int8 cannot express; mend the weights")
+    scales = (2 * largest / (2 * LARGEST)).astype(np.float32)
+    scales[scales < np.finfo(np.float32).tiny] = 1.0
+    return np.clip((matrix / scales).round(), -128, 127).astype(np.int8), scales
+
+
+def dequantize_columns(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """A matrix `[K, N]` quantized and dequantized again.
+
+    Raises:
+        ExportError: A value is not finite.
+    """
+    values, scales = quantize_columns(matrix, name)
+    return values * scales
+
+
+@dataclass
+class _Matrix:
+    """A matrix, its integers and its scales, which are computed together; the scales are dropped once written."""
+
+    weight: ir.TensorProtocol
+    is_transposed: bool
+    _scales: NDArray[np.float32] | None = field(default=None, init=False)
+
+    def values(self) -> ir.TensorProtocol:
+        """`[K, N]`, int8."""
+        values, self._scales = self._quantized()
+        return ir.tensor(values)
+
+    def scales(self) -> ir.TensorProtocol:
+        """`[N]`, float32."""
+        scales = self._quantized()[1] if self._scales is None else self._scales
+        self._scales = None
+        return ir.tensor(scales)
+
+    def _quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """All columns, a group at a time: a copy of the whole matrix would be the largest thing in memory."""
+        sizes = [int(size) for size in self.weight.shape.numpy()]
+        inputs, outputs = reversed(sizes) if self.is_transposed else sizes
+        values, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
+        end = 0
+        for matrix in (self.weight,) if self.is_transposed else parts_of(self.weight):
+            part = matrix.numpy().T if self.is_transposed else matrix.numpy()
+            for start in range(0, part.shape[1], _COLUMNS):
+                columns = part[:, start : start + _COLUMNS]
+                begin, end = end, end + columns.shape[1]
+                values[:, begin:end], scales[begin:end] = quantize_columns(columns, str(self.weight.name))
+        return values, scales
+
+
+def _initializers(graph: ir.Graph, match: ConstantMatrix) -> tuple[ir.Value, ir.Value]:
+    """Add initializers for a matrix's integers and scales."""
+    weight, is_transposed = match
+    tensor = weight.const_value
+    assert tensor is not None
+    sizes = [int(size) for size in tensor.shape.numpy()]
+    inputs, outputs = reversed(sizes) if is_transposed else sizes
+    matrix = _Matrix(tensor, is_transposed)
+    is_taken = f"{weight.name}_quantized" in graph.initializers  # by the same matrix the other way round
+    name = f"{weight.name}_transposed" if is_taken else str(weight.name)
+    values: list[ir.Value] = []
+    for label, dtype, shape, make in (
+        (f"{name}_quantized", ir.DataType.INT8, (inputs, outputs), matrix.values),
+        (f"{name}_scale", ir.DataType.FLOAT, (outputs,), matrix.scales),
+    ):
+        lazy = LazyTensor(label, dtype, ir.Shape(shape), make)
+        values.append(ir.Value(name=label, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy))
+        graph.initializers[label] = values[-1]
+    return values[0], values[1]
+
+
+def _multiply(node: ir.Node, weight: ir.Value, scale: ir.Value, rounded: dict[tuple[int, int], ir.Node]) -> None:
+    """Replace a node; `rounded` has the node that rounds each tensor of each graph, and gets that of this one."""
+    source = node.inputs[0]
+    assert source is not None
+    nodes: list[ir.Node] = []
+    name = str(node.outputs[0].name)  # of which new names are made: those that a branch draws may be taken outside it
+    key = (id(node.graph), id(source))
+    if key not in rounded:
+        outputs = [ir.val(f"{name}_input_{part}") for part in ("quantized", "scale", "zero_point")]
+        rounded[key] = ir.node("DynamicQuantizeLinear", [source], outputs=outputs)
+        nodes.append(rounded[key])
+    values, step, zero_point = rounded[key].outputs
+    product = ir.node("MatMulInteger", [values, weight, zero_point], name=node.name)
+    cast = ir.node("Cast", product.outputs, attributes={"to": ir.DataType.FLOAT})
+    scales = ir.node("Mul", [step, scale])
+    result = ir.node("Mul", [cast.outputs[0], scales.outputs[0]])
+    for computed, part in ((product, "integers"), (cast, "cast"), (scales, "scales"), (result, "product")):
+        computed.outputs[0].name = f"{name}_{part}"
+    replace_product(node, [*nodes, product, cast, scales, result])

