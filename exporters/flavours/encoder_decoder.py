@@ -61,7 +61,8 @@ def encoder_decoder_models(request: Request) -> Models:
 
 def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, log: PassLog) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
-    return translated_pipeline(name).run(translate(graph_module, match_rms_norms, match_attention, first=first, log=log, name=name), log)
+    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log, name=name)
+    return translated_pipeline(name).run(model, log)
 
 
 def translated_pipeline(name: str) -> Pipeline[ir.Model]:
