@@ -10,7 +10,18 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("merge", "forward", "switching", "tracing", "training", "decoders", "generation", "streaming", "providers")
+NAMES = (
+    "merge",
+    "forward",
+    "encoding",
+    "switching",
+    "tracing",
+    "training",
+    "decoders",
+    "generation",
+    "streaming",
+    "providers",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

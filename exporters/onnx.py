@@ -21,7 +21,7 @@ from gralora_fx.exporters.fx_passes.exportable import check_exportable, graph_to
 from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
 from gralora_fx.exporters.options import DYNAMIC, ExportOptions
 from gralora_fx.exporters.pipeline import PassLog
-from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
+from gralora_fx.exporters.reports import AttentionReport, AttentionSummary, ExportReport, VerifyReport
 from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
@@ -45,6 +45,7 @@ def export_onnx(
     block_size: int | None = None,
     accuracy_level: int | None = None,
     logits: Literal["last", "all"] = "last",
+    keep_padding: bool = False,
     tokenizer: Any = None,
     verify: bool | Literal["quick", "full"] = True,
     overwrite: bool = False,
@@ -71,6 +72,8 @@ def export_onnx(
         accuracy_level: For int8 and int4, how ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in
             float32, 2 in float16, 3 in bfloat16, 4 in int8, its fastest; None for 4.
         logits: For a decoder with a cache, `"last"` or `"all"`: which positions' logits to return.
+        keep_padding: For an encoder, whether positions that the mask calls padding are computed too, for a reader of
+            their outputs. Left out, they cost no time, and outputs are zero there. No effect on other models.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place, and
             how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
@@ -96,6 +99,7 @@ def export_onnx(
         block_size=block_size,
         accuracy_level=accuracy_level,
         logits=logits,
+        keep_padding=keep_padding,
         tokenizer=tokenizer,
         verify=verify,
         overwrite=overwrite,
@@ -176,8 +180,13 @@ def _described(
 
 
 def _attention(log: PassLog) -> AttentionReport | None:
-    """Which layers' attention is fused, where a pass looked for any."""
-    return next(iter(log.summaries(AttentionReport)), None)
+    """Which layers' attention is fused, in all parts of the model, where there is any."""
+    with_cache = log.summaries(AttentionReport)
+    found = log.summaries(AttentionSummary)
+    if with_cache or not found:
+        return next(iter(with_cache), None)
+    plain = {layer: why for part in found for layer, why in part.plain.items()}
+    return AttentionReport(sum(part.fused for part in found), plain)
 
 
 def _verified(

@@ -81,6 +81,7 @@ class ExportOptions:
         block_size: Values that share a scale, of int4 and int8; None for 32.
         accuracy_level: How ONNX Runtime multiplies with int4 and int8; None for 4.
         logits: Whether a decoder with a cache gives the last position's logits or all.
+        keep_padding: Whether an encoder computes positions of padding too.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer; None for none.
         verify: Whether to compare the export with the model: a level, True for `"quick"`, or False.
         overwrite: Whether an earlier export of another base or task may be replaced.
@@ -94,6 +95,7 @@ class ExportOptions:
     block_size: int | None = None
     accuracy_level: int | None = None
     logits: str = "last"
+    keep_padding: bool = False
     tokenizer: Any = None
     verify: bool | Literal["quick", "full"] = True
     overwrite: bool = False
@@ -111,8 +113,9 @@ class ExportOptions:
         check_choice("logits", self.logits, LOGITS)
         if not isinstance(self.verify, bool):
             check_choice("verify", self.verify, LEVELS)
-        if not isinstance(self.overwrite, bool):
-            raise ExportError(f"overwrite must be True or False, but got {self.overwrite!r:.80}")
+        for name in ("overwrite", "keep_padding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ExportError(f"{name} must be True or False, but got {getattr(self, name)!r:.80}")
         if not (self.dump is None or isinstance(self.dump, (str, Path))):
             raise ExportError(f"dump must be the path of a directory or None, but got {self.dump!r:.80}")
         if not (isinstance(self.tokenizer, (str, Path, type(None))) or hasattr(self.tokenizer, "save_pretrained")):

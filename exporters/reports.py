@@ -223,9 +223,21 @@ class PassReport:
         return {"pipeline": self.pipeline, "name": self.name, "changed": self.changed, **skipped}
 
 
+class AttentionSummary(NamedTuple):
+    """What a pass found of attention without a cache; the passes of a model add up.
+
+    Attributes:
+        fused: Number of layers that it fused.
+        plain: Layers that it did not, each with the reason.
+    """
+
+    fused: int
+    plain: dict[str, str]
+
+
 @dataclass(frozen=True)
 class AttentionReport:
-    """How the attention of a decoder was exported.
+    """How attention was exported.
 
     Attributes:
         fused: Number of layers that use ONNX Runtime's fused operator.
@@ -250,7 +262,7 @@ class ExportReport:
         files: Its files with their sizes in bytes.
         seconds: Seconds that each stage took.
         verification: The result of verification, or None if it was skipped.
-        attention: Which layers' attention is fused, for a decoder with a cache.
+        attention: Which layers' attention is fused; None for a model without any.
         passes: What every pass did, in order.
         quality: What quantization changes, where that was measured.
     """

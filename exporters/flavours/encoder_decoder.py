@@ -45,8 +45,9 @@ def encoder_decoder_models(request: Request) -> Models:
     """
     options, log = request.options, request.log
     parts = split(request.graph_module)
-    encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), log)
-    decoder = _translated("decoder", parts.decoder, CastGraph(options.precision, len(parts.outputs) - 1), log)
+    encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), options, log)
+    cast = CastGraph(options.precision, len(parts.outputs) - 1)
+    decoder = _translated("decoder", parts.decoder, cast, options, log)
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):
@@ -59,28 +60,30 @@ def encoder_decoder_models(request: Request) -> Models:
     return {ENCODER: encoder, DECODER: decoder}
 
 
-def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, log: PassLog) -> ir.Model:
+def _translated(
+    name: str, graph_module: fx.GraphModule, cast: CastGraph, options: ExportOptions, log: PassLog
+) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
     model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log, name=name)
-    return translated_pipeline(name).run(model, log)
+    return translated_pipeline(name, options).run(model, log)
 
 
-def translated_pipeline(name: str) -> Pipeline[ir.Model]:
+def translated_pipeline(name: str, options: ExportOptions) -> Pipeline[ir.Model]:
     """What either part goes through as it was translated.
 
     Args:
         name: The part.
+        options: The options of the export.
     """
     return Pipeline(
         name,
         (
             fold_transposes,  # first: constant folding would compute the transposes of weights
-            FuseDotProductAttention(),
-            remove_unused_nodes,  # so that none of them counts as a reader of tokens
+            FuseDotProductAttention(),  # before constants are folded: it makes some
             LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
-            FlattenTokens(),  # what lies between one attention and the next
             FoldConstants(unless_weight),
-            remove_unused_nodes,
+            remove_unused_nodes,  # so that none of them counts as a reader of tokens
+            FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
             drop_stack_traces,
         ),
     )

@@ -71,12 +71,11 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
         "plain",
         (
             fold_transposes,  # first: constant folding would compute the transposes of weights
-            FuseDotProductAttention(),  # before constants are folded and lifted: it makes some
-            remove_unused_nodes,  # so that none of them counts as a reader of tokens
+            FuseDotProductAttention(),  # before constants are folded: it makes some
             LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
-            FlattenTokens(),  # what lies between one attention and the next
             FoldConstants(_may_fold),
-            remove_unused_nodes,
+            remove_unused_nodes,  # so that none of them counts as a reader of tokens
+            FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
             OnnxIrPass(DeduplicateInitializersPass()),  # it looks at small ones only
             OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, expression, is_call, number, operands, shape
-from gralora_fx.exporters.fx_passes.padding import split_mask
+from gralora_fx.exporters.fx_passes.padding import Selection, selection, split_mask
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.reports import Skip
+from gralora_fx.exporters.reports import AttentionSummary, Skip
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.operators.call import named_arguments
+from gralora_fx.operators.constant_sizes import Reshape
 from gralora_fx.operators.dot_product_attention import DotProductAttention
 
 _SDPA = aten.scaled_dot_product_attention.default
@@ -49,7 +51,8 @@ def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
                 _replace(graph, product, scores)
                 count += 1
     graph.eliminate_dead_code()
-    return PassResult(count, tuple(skipped))
+    found = AttentionSummary(0, {skip.place: skip.reason for skip in skipped}) if skipped else None
+    return PassResult(count, tuple(skipped), summary=found)
 
 
 def layer_of(node: fx.Node) -> str:
@@ -83,22 +86,28 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores that a softmax reads: `scale * query @ transpose(key)` and what is added."""
+    """Scores that a softmax reads: `scale * query @ transpose(key)`, what is added, and what hides keys at last."""
 
     query: fx.Node
     transposed_key: fx.Node
-    scale: float
-    biases: tuple[fx.Node, ...]
+    scale: float = 1.0
+    biases: tuple[fx.Node, ...] = ()
+    hidden: Selection | None = None
 
     def times(self, factor: float) -> _Scores | None:
         """The scores times a number, if nothing was added before."""
-        return None if self.biases else _Scores(self.query, self.transposed_key, self.scale * factor, ())
+        return None if self.biases or self.hidden else replace(self, scale=self.scale * factor)
+
+    def plus(self, bias: Any) -> _Scores | None:
+        """The scores plus a mask or a bias, if no keys were hidden before."""
+        is_mask = isinstance(bias, fx.Node) and len(shape(bias)) <= 4
+        return replace(self, biases=(*self.biases, bias)) if is_mask and self.hidden is None else None
 
 
 def _product_after(softmax: fx.Node) -> fx.Node | None:
     """The product of attention weights and values that reads a softmax alone."""
     weights, users = softmax, list(softmax.users)
-    if len(users) == 1 and is_call(users[0], aten._to_copy.default):
+    while len(users) == 1 and is_call(users[0], aten._to_copy.default, aten.reshape.default, Reshape.target):
         weights, users = users[0], list(users[0].users)
     is_product = len(users) == 1 and is_call(users[0], *_PRODUCT) and users[0].args[0] is weights
     return users[0] if is_product else None
@@ -113,8 +122,9 @@ def _scores_of(softmax: fx.Node, product: fx.Node) -> _Scores | str:
     source = softmax.args[0]
     if not isinstance(source, fx.Node) or source.meta["val"].dtype != product.meta["val"].dtype:
         return "its softmax is computed in another precision than its products"
-    if rank != 4 or len(shape(product.args[1])) != 4:
-        return f"its scores have {rank} axes, and the operator takes batch, heads, queries and keys"
+    axes = len(shape(product.args[1]))
+    if rank != 4 or axes != 4:
+        return f"its products have {min(rank, axes)} axes, and the operator takes batch, heads, queries and keys"
     scores = _read(source)
     return "its scores are more than queries times keys and what is added to them" if scores is None else scores
 
@@ -122,7 +132,7 @@ def _scores_of(softmax: fx.Node, product: fx.Node) -> _Scores | str:
 def _read(node: Any) -> _Scores | None:
     if is_call(node, *_PRODUCT):
         query, key = node.args
-        return _Scores(query, key, 1.0, ()) if len(shape(query)) == len(shape(key)) == 4 else None
+        return _Scores(query, key) if len(shape(query)) == len(shape(key)) == 4 else None
     for targets, power in ((MUL, 1), (_DIVISION, -1)):
         factors = operands(node, *targets)
         if factors is not None and number(factors[1]):
@@ -131,37 +141,60 @@ def _read(node: Any) -> _Scores | None:
     terms = operands(node, *ADD)
     for one, other in (terms, terms[::-1]) if terms is not None else ():
         scores = _read(one)
-        if scores is not None and isinstance(other, fx.Node) and len(shape(other)) <= 4:
-            return _Scores(scores.query, scores.transposed_key, scores.scale, (*scores.biases, other))
-    return None
+        if scores is not None:
+            return scores.plus(other)
+    found = selection(node)
+    scores = None if found is None else _read(found.shown)
+    return None if scores is None or scores.hidden is not None else replace(scores, hidden=found)
 
 
 def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:
     """Insert the operator in place of the second product."""
-    rests: list[fx.Node] = []
-    padding: fx.Node | None = None
-    for bias in scores.biases:
-        found = split_mask(bias)
-        if found.padding is not None and padding in (None, found.padding):
-            padding = found.padding
-            rests += [] if found.rest is None else [found.rest]
-        else:
-            rests.append(bias)
+    found = [split_mask(bias) for bias in scores.biases]
+    paddings = {mask.padding for mask in found if mask.padding is not None}
+    hidden = scores.hidden
+    if hidden is not None and hidden.padding is not None:
+        paddings.add(hidden.padding)
+        hidden = None
+    padding = paddings.pop() if len(paddings) == 1 else None
+    rests = [mask.rest for mask in found] if padding is not None else list(scores.biases)
     value = product.args[1]
     assert isinstance(value, fx.Node)
     with graph.inserting_before(product):
-        mask = rests[0] if rests else None
-        for bias in rests[1:]:
-            assert mask is not None
-            total = mask.meta["val"] + bias.meta["val"]
-            mask = graph.call_function(aten.add.Tensor, (mask, bias))
-            mask.meta = {**bias.meta, "val": total}
+        mask = _sum(graph, [rest for rest in rests if rest is not None])
+        hidden = scores.hidden if padding is None else hidden
+        if hidden is not None:
+            mask = _hide(graph, hidden, mask)
         key = _untransposed(graph, scores.transposed_key)
         call = DotProductAttention(scores.query, key, value, mask, padding, scores.scale, is_causal=False)
         new = call.insert(graph)
     new.meta = dict(product.meta)
     product.replace_all_uses_with(new)
     graph.erase_node(product)
+
+
+def _sum(graph: fx.Graph, biases: list[fx.Node]) -> fx.Node | None:
+    total: fx.Node | None = None
+    for bias in biases:
+        before = total
+        total = bias if before is None else graph.call_function(aten.add.Tensor, (before, bias))
+        if before is not None:
+            total.meta = {**bias.meta, "val": before.meta["val"] + bias.meta["val"]}
+    return total
+
+
+def _hide(graph: fx.Graph, hidden: Selection, bias: fx.Node | None) -> fx.Node:
+    """A mask that hides keys by a condition, and adds a bias to the others."""
+    shown = hidden.condition
+    if not hidden.is_shown:
+        shown = graph.call_function(aten.logical_not.default, (hidden.condition,))
+        shown.meta = dict(hidden.condition.meta)
+    if bias is None:
+        return shown
+    smallest = torch.finfo(bias.meta["val"].dtype).min
+    mask = graph.call_function(aten.where.ScalarOther, (shown, bias, smallest))
+    mask.meta = {**bias.meta, "val": torch.where(shown.meta["val"], bias.meta["val"], smallest)}
+    return mask
 
 
 def _untransposed(graph: fx.Graph, key: Any) -> fx.Node:

@@ -24,6 +24,7 @@ _HIDDEN = -1e4  # an additive mask hides keys with this number or a smaller one
 _AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
 _NOT = (aten.logical_not.default, aten.bitwise_not.default)
 _CAST = (aten._to_copy.default,)
+_NONZERO = (aten.ne.Scalar, aten.gt.Scalar)
 _EXPAND = (aten.expand.default,)
 
 
@@ -46,7 +47,7 @@ def split_mask(mask: fx.Node) -> Mask:
     `bias + mask`, and `(1 - padding[:, None, None, :]) * min`.
     """
     padding = _shown_keys(mask) or _added_padding(mask)
-    if padding is not None:
+    if padding is not None or _is_true(mask):
         return Mask(None, padding)
     return _expanded(mask) or _conjunction(mask) or _selected(mask) or _sum(mask) or Mask(mask, None)
 
@@ -73,12 +74,11 @@ def _conjunction(mask: fx.Node) -> Mask | None:
 
 def _selected(mask: fx.Node) -> Mask | None:
     """Of `where(padding, bias, smallest)`."""
-    selection = _selection(mask)
-    padding = None if selection is None else _shown_keys(selection[0])
-    if selection is None or padding is None or not _hides(selection[2]) or not isinstance(selection[1], fx.Node):
+    found = selection(mask)
+    if found is None or not isinstance(found.shown, fx.Node) or len(shape(found.shown)) != 4:
         return None
-    bias = selection[1]
-    return Mask(bias, padding) if len(shape(bias)) == 4 else None
+    padding = found.padding
+    return None if padding is None else Mask(found.shown, padding)
 
 
 def _sum(mask: fx.Node) -> Mask | None:
@@ -115,6 +115,8 @@ def _hidden_keys(node: Any) -> fx.Node | None:
         return _hidden_keys(node.args[0])
     if is_call(node, *_NOT):
         return _shown_keys(node.args[0])
+    if is_call(node, aten.eq.Scalar) and node.args[1] == 0:
+        return _shown_keys(node.args[0])
     hidden = operands(node, aten.rsub.Scalar)
     if hidden is not None and number(hidden[1]) == 1.0:
         return _shown_keys(hidden[0])
@@ -138,7 +140,8 @@ def _row_of_keys(node: fx.Node) -> fx.Node | None:
         return None
     source: Any = node
     while len(shape(source)) > 2:
-        if not is_call(source, aten.unsqueeze.default, Reshape.target, aten.reshape.default, *_CAST):
+        compares = is_call(source, *_NONZERO) and source.args[1] == 0
+        if not compares and not is_call(source, aten.unsqueeze.default, Reshape.target, aten.reshape.default, *_CAST):
             return None
         source = source.args[0]
     sizes = [shape(node)[0], shape(node)[3]]
@@ -148,7 +151,7 @@ def _row_of_keys(node: fx.Node) -> fx.Node | None:
 
 def _row(node: Any) -> fx.Node | None:
     """The input `[batch, keys]` that tells padding, behind casts and comparisons with zero."""
-    while is_call(node, *_CAST, aten.ne.Scalar, aten.gt.Scalar):
+    while is_call(node, *_CAST, *_NONZERO):
         if len(node.args) > 1 and node.args[1] != 0:
             return None
         node = node.args[0]
@@ -161,12 +164,9 @@ def _added_padding(node: Any) -> fx.Node | None:
         return None
     if is_call(node, *_EXPAND, *_CAST):
         return _added_padding(node.args[0])
-    selection = _selection(node)
-    if selection is not None:
-        shown, hidden = (_is_number(value, 0.0) for value in selection[1:])
-        if shown and _hides(selection[2]):
-            return _shown_keys(selection[0])
-        return _hidden_keys(selection[0]) if hidden and _hides(selection[1]) else None
+    found = selection(node)
+    if found is not None:
+        return found.padding if _is_number(found.shown, 0.0) else None
     factors = operands(node, *MUL)
     for one, other in (factors, factors[::-1]) if factors is not None else ():
         if _hides(other):
@@ -174,15 +174,36 @@ def _added_padding(node: Any) -> fx.Node | None:
     return None
 
 
-def _selection(node: Any) -> tuple[Any, Any, Any] | None:
-    """`(condition, value, other)` of `where`, and of `masked_fill`, whose condition selects the number."""
+class Selection(NamedTuple):
+    """What `where` or `masked_fill` gives: a value at keys that are shown, and a hiding number at the others.
+
+    Attributes:
+        condition: A boolean.
+        is_shown: Whether keys are shown where it is true; otherwise where it is false.
+        shown: The value at keys that are shown.
+    """
+
+    condition: fx.Node
+    is_shown: bool
+    shown: Any
+
+    @property
+    def padding(self) -> fx.Node | None:
+        """The padding mask, if nothing but padding is hidden."""
+        return _shown_keys(self.condition) if self.is_shown else _hidden_keys(self.condition)
+
+
+def selection(node: Any) -> Selection | None:
+    """What a node selects, if it hides keys; None of anything else."""
     if is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
         condition, value, other = node.args
-        return condition, value, other
-    if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        value, condition, other = node.args
-        return condition, other, value
-    return None
+    elif is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        other, condition, value = node.args
+    else:
+        return None
+    if _hides(other):
+        return Selection(condition, True, value)
+    return Selection(condition, False, other) if _hides(value) else None
 
 
 def _is_range(node: Any) -> bool:

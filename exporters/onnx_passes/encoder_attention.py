@@ -12,7 +12,7 @@ from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, sta
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.reports import AttentionReport, Skip
+from gralora_fx.exporters.reports import AttentionSummary, Skip
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import DOMAIN, AttentionNode, DotProductAttentionNode
 
@@ -35,7 +35,10 @@ class _Biases:
         if key not in self.made:
             build = Builder(self.graph)
             dtype = query.dtype or ir.DataType.FLOAT
-            self.made[key] = _bias(build, attention, dtype)
+            bias = _bias(build, attention, dtype)
+            if bias.shape is None:
+                bias.shape = ir.Shape([None, None, None, None])
+            self.made[key] = bias
             build.insert_before(node)
         return self.made[key]
 
@@ -86,7 +89,7 @@ class FuseDotProductAttention:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place; the result lists the decomposed layers as skipped.
 
-        The summary is an `AttentionReport`.
+        The summary is an `AttentionSummary`.
         """
         biases = _Biases(model.graph)
         fused, plain = 0, []
@@ -102,7 +105,7 @@ class FuseDotProductAttention:
                 plain.append(Skip(layer_of(node), why))
                 _decompose(build, node, attention, bias)
             model.graph.remove(node, safe=True)
-        report = AttentionReport(fused, {skip.place: skip.reason for skip in plain})
+        report = AttentionSummary(fused, {skip.place: skip.reason for skip in plain})
         return PassResult(fused, tuple(plain), summary=report if fused or plain else None)
 
 

@@ -78,9 +78,16 @@ def _ignores_padding(node: ir.Node, value: ir.Value, padding: ir.Value) -> bool:
     if node.op_type == "Squeeze":
         axes = const_ints(node.inputs[1]) if len(node.inputs) > 1 else None
         return axes in ([-1], [2])
-    if node.op_type == "Mul":
-        return any(_is_made_of(other, padding) for other in node.inputs if other is not value)
-    return False
+    return any(_is_zero_at_padding(other, padding) for other in (value, *node.outputs))
+
+
+def _is_zero_at_padding(value: ir.Value, padding: ir.Value) -> bool:
+    """Whether a value is a padding mask, or the product of something with one."""
+    node = value.producer()
+    is_product = node is not None and node.op_type == "Mul"
+    return _is_made_of(value, padding) or (
+        node is not None and is_product and any(_is_made_of(factor, padding) for factor in node.inputs)
+    )
 
 
 def _is_made_of(value: ir.Value | None, padding: ir.Value) -> bool:

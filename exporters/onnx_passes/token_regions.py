@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import const_ints
+from gralora_fx.exporters.onnx_passes.builder import const_ints, static_dim
 
 # fmt: off
 ELEMENTWISE = frozenset({
@@ -71,10 +71,12 @@ def attention_around(attention: dict[Dims, list[ir.Node]], dims: Dims) -> Iterat
 
 
 def token_dims(value: ir.Value | None) -> Dims | None:
-    """Batch and length of a token tensor `[batch, length, features]`; None of anything else."""
+    """Batch and length of a token tensor `[batch, length, features]`, its features fixed; None of anything else."""
     if value is None or value.shape is None or len(value.shape) != 3:
         return None
-    batch, length, _ = value.shape
+    batch, length, features = value.shape
+    if not isinstance(features, int):
+        return None
     return str(_plain(batch)), str(_plain(length))
 
 
@@ -88,12 +90,11 @@ def _tokens_of(node: ir.Node) -> Dims | None:
         return None  # a branch of a condition reads it
     if node.op_type == "MatMul":
         x, weight = node.inputs
-        is_weight = weight is not None and weight.is_initializer() and weight.shape is not None
-        if not is_weight or weight is None or weight.shape is None or len(weight.shape) != 2:
+        width, dims, output = _width(weight), token_dims(x), node.outputs[0]
+        if width is None:
             return None
-        dims, output = token_dims(x), node.outputs[0]
         if dims is not None and output.shape is None and x is not None and x.shape is not None:
-            output.shape, output.type = ir.Shape([*x.shape[:2], weight.shape[1]]), x.type
+            output.shape, output.type = ir.Shape([*x.shape[:2], width]), x.type
         return dims
     if node.op_type in NORMS:
         axis = node.attributes.get("axis")
@@ -102,6 +103,16 @@ def _tokens_of(node: ir.Node) -> Dims | None:
     if node.op_type in ELEMENTWISE:
         return _same_tokens(node)
     return _along_features(node) if node.op_type in ALONG_FEATURES else None
+
+
+def _width(weight: ir.Value | None) -> int | None:
+    """The columns of a matrix that is an initializer, or the transpose of one, as a tied embedding; else None."""
+    node = None if weight is None else weight.producer()
+    is_transposed = node is not None and node.op_type == "Transpose"
+    source = node.inputs[0] if is_transposed and node is not None else weight
+    if source is None or not source.is_initializer() or source.shape is None or len(source.shape) != 2:
+        return None
+    return static_dim(source, 0 if is_transposed else 1)
 
 
 def _same_tokens(node: ir.Node) -> Dims | None:
@@ -118,7 +129,8 @@ def _same_tokens(node: ir.Node) -> Dims | None:
 
 def _is_of_features(value: ir.Value) -> bool:
     """Whether a value is the same for every token: a number, or a vector of features."""
-    return value.shape is not None and len(value.shape) <= 1
+    tensor = ir.convenience.get_const_tensor(value) if value.shape is None else value
+    return tensor is not None and tensor.shape is not None and len(tensor.shape) <= 1
 
 
 def _along_features(node: ir.Node) -> Dims | None:

@@ -74,6 +74,7 @@ def export(
     block_size: opt.BlockSize = None,
     accuracy_level: opt.AccuracyLevel = None,
     logits: opt.Logits = "last",
+    keep_padding: opt.KeepPadding = False,
     allow_random_head: opt.RandomHead = False,
     no_tokenizer: opt.NoTokenizer = False,
     stream: opt.Stream = False,
@@ -88,7 +89,13 @@ def export(
     A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
     """
     options = opt.export_options(
-        {"precision": precision, "quantize": quantize, "logits": logits, "verify": verify},
+        {
+            "precision": precision,
+            "quantize": quantize,
+            "logits": logits,
+            "keep_padding": keep_padding,
+            "verify": verify,
+        },
         {"block_size": block_size, "accuracy_level": accuracy_level},
         texts=texts,
         no_tokenizer=no_tokenizer,

@@ -100,6 +100,9 @@ Verify = Annotated[
     typer.Option(metavar=_either(LEVELS), help="How thoroughly to compare with PyTorch.  [default: quick]"),
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.")]
+KeepPadding = Annotated[
+    bool, typer.Option("--keep-padding", help="Of an encoder, compute positions of padding too; else they are zero.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export of another base or task.")]
 Texts = Annotated[
     Path | None,

@@ -88,7 +88,7 @@ class Manifest:
         inputs: Shapes of the graph's inputs by name; of several graphs, those of each by the name of its file.
         outputs: As `inputs`.
         packages: Versions of the packages that made it.
-        attention: Which layers' attention is fused, of a decoder with a cache.
+        attention: Which layers' attention is fused; None for a model without any.
         passes: What every pass did, in order.
         verification: What verification measured, or None.
         quality: How a quantized export differs from the float32 model, where that was measured.
