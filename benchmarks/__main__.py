@@ -21,6 +21,7 @@ NAMES = (
     "generation",
     "streaming",
     "providers",
+    "threads",
 )
 RESULTS = Path(__file__).parent / "results"
 

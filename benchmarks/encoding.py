@@ -95,9 +95,7 @@ def run(iterations: int = 15) -> Report:
     bert = BertModel(BertConfig(num_hidden_layers=LAYERS)).eval()
     _compare(report, f"BERT-base's width, {LAYERS} layers", bert, "feature-extraction", Shape.texts, wide, iterations)
     vit, images = ViTModel(ViTConfig(num_hidden_layers=LAYERS)).eval(), {Shape(8, 0): 0.95}
-    _compare(
-        report, f"ViT-base's width, {LAYERS} layers", vit, "image-feature-extraction", Shape.images, images, iterations
-    )
+    _compare(report, f"ViT-base's width, {LAYERS} layers", vit, "feature-extraction", Shape.images, images, iterations)
     return report
 
 
