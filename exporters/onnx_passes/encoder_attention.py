@@ -1,4 +1,4 @@
-"""Attention without a cache as ONNX's own operator, one a layer."""
+"""Attention without a cache as one operator a layer, of ONNX Runtime or of ONNX."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
 from gralora_fx.exporters.pipeline import PassResult
@@ -16,18 +16,31 @@ from gralora_fx.exporters.reports import AttentionSummary, Skip
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import DOMAIN, AttentionNode, DotProductAttentionNode
 
-PADDING = "gralora.padding"  # metadata of `Attention`: the padding mask that is part of its bias
+PADDING = "gralora.padding"  # metadata of attention: the padding mask that hides keys
+ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
+KEY_MASK = 4  # the input of `MultiHeadAttention` that hides keys
 
 
 @dataclass
-class _Biases:
-    """Additive masks `[batch or 1, heads or 1, length, total]`, each made once for all layers that share it."""
+class _Masks:
+    """Masks, each made once for all layers that share it."""
 
     graph: ir.Graph
     made: dict[tuple[ir.Value | None, ir.Value | None, str], ir.Value] = field(default_factory=dict)
+    keys: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
-    def of(self, attention: DotProductAttentionNode, node: ir.Node) -> ir.Value | None:
-        """The additive mask of an operator, made before a node where no earlier one has it."""
+    def of_keys(self, padding: ir.Value, node: ir.Node) -> ir.Value:
+        """A padding mask `[batch, total]` as the runtime's operator takes it: integers, zero for padding."""
+        if padding not in self.keys:
+            build = Builder(self.graph)
+            is_float = padding.dtype is not None and padding.dtype.is_floating_point()
+            source = build("Cast", padding, to=ir.DataType.BOOL) if is_float else padding
+            self.keys[padding] = build("Cast", source, to=ir.DataType.INT32)
+            build.insert_before(node)
+        return self.keys[padding]
+
+    def additive(self, attention: DotProductAttentionNode, node: ir.Node) -> ir.Value | None:
+        """The mask of an operator as `[batch or 1, heads or 1, length, total]`, which is added to its scores."""
         mask, padding, query = attention.mask, attention.padding, attention.query
         if mask is None and padding is None:
             return None
@@ -37,7 +50,7 @@ class _Biases:
             dtype = query.dtype or ir.DataType.FLOAT
             bias = _bias(build, attention, dtype)
             if bias.shape is None:
-                bias.shape = ir.Shape([None, None, None, None])
+                bias.shape, bias.type = ir.Shape([None, None, None, None]), ir.TensorType(dtype)
             self.made[key] = bias
             build.insert_before(node)
         return self.made[key]
@@ -76,14 +89,14 @@ def _length(build: Builder, query: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True)
 class FuseDotProductAttention:
-    """Replace attention without a cache by ONNX's `Attention`, which takes queries, keys and values with heads merged.
+    """Replace attention without a cache by one operator, which takes queries, keys and values with heads merged.
 
-    Before: `y = DotProductAttention(Transpose(Reshape(q)), Transpose(Reshape(k)), Transpose(Reshape(v)), mask)`
-    After:  `y = Attention(q, k, v, bias)`
+    Before: `y = DotProductAttention(Transpose(Reshape(q)), Transpose(Reshape(k)), Transpose(Reshape(v)), padding)`
+    After:  `y = MultiHeadAttention(q, k, v, padding)`
 
-    ONNX Runtime's kernel takes 0.76 to 0.85 of the time of `MatMul`, `Softmax` and transposes, and less than its own
-    `MultiHeadAttention` with a mask (`python -m benchmarks encoding`). Queries, keys and values stay three products: a
-    packed one has to be split again, which costs more than one product saves.
+    That is ONNX Runtime's operator, which most execution providers have. Causal attention and attention with fewer
+    heads of keys, which it does not do, become ONNX's `Attention`. Queries, keys and values stay three products: a
+    packed one has to be split again, which takes longer than one product of three saves.
     """
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
@@ -91,19 +104,18 @@ class FuseDotProductAttention:
 
         The summary is an `AttentionSummary`.
         """
-        biases = _Biases(model.graph)
+        masks = _Masks(model.graph)
         fused, plain = 0, []
         for node, attention in DotProductAttentionNode.all_in(model.graph):
             why = _unfit(attention)
             build = Builder(model.graph)
-            bias = biases.of(attention, node)
             if why is None:
-                _replace(build, node, attention, bias)
+                _replace(build, node, attention, masks)
                 build.insert_before(node)
                 fused += 1
             else:
                 plain.append(Skip(layer_of(node), why))
-                _decompose(build, node, attention, bias)
+                _decompose(build, node, attention, masks.additive(attention, node))
             model.graph.remove(node, safe=True)
         report = AttentionSummary(fused, {skip.place: skip.reason for skip in plain})
         return PassResult(fused, tuple(plain), summary=report if fused or plain else None)
@@ -117,23 +129,31 @@ def _unfit(attention: DotProductAttentionNode) -> str | None:
     return "its number of heads is not known" if heads is None or key_heads is None else None
 
 
-def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, bias: ir.Value | None) -> None:
-    query, key, value = attention.query, attention.key, attention.value
+def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, masks: _Masks) -> None:
+    query, key, value = parts = attention.query, attention.key, attention.value
     heads, key_heads = static_dim(query, 1), static_dim(key, 1)
-    merged = [None if part.is_graph_output() else merged_heads(part) for part in (query, key, value)]
-    options: dict[str, Any] = {"scale": attention.scale, "is_causal": attention.is_causal}
-    flat = [part for part in merged if part is not None]
+    merged = [None if part.is_graph_output() else merged_heads(part) for part in parts]
     output = node.outputs[0]
-    if len(flat) < len(merged):
-        replace_value(build("Attention", query, key, value, bias, **options), output)
-        return
-    new = build.node("Attention", [*flat, bias], q_num_heads=heads, kv_num_heads=key_heads, **options)
+    if heads == key_heads and not attention.is_causal and merged[0] is not None:
+        of_keys = merged[1:] if None not in merged else [key, value]  # which it takes with heads apart, too
+        keys = masks.of_keys(attention.padding, node) if attention.mask is None and attention.padding else None
+        bias = None if keys is not None else masks.additive(attention, node)
+        inputs = [merged[0], *of_keys, None, keys, bias]
+        new = build.node("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, scale=attention.scale)
+    else:
+        bias = masks.additive(attention, node)
+        options: dict[str, Any] = {"scale": attention.scale, "is_causal": attention.is_causal}
+        if None in merged:
+            replace_value(build("Attention", *parts, bias, **options), output)
+            return
+        new = build.node("Attention", [*merged, bias], q_num_heads=heads, kv_num_heads=key_heads, **options)
     new.meta[PADDING] = attention.padding
-    result = new.outputs[0]
-    width = static_dim(value, 3)
+    result, width = new.outputs[0], static_dim(value, 3)
     for end in _merging_reshapes(output):
         replace_value(result, end)
     if output.uses() or output.is_graph_output():
+        if result.shape is None and query.shape is not None and heads and width:
+            result.shape, result.type = ir.Shape([query.shape[0], query.shape[2], heads * width]), output.type
         apart = build("Reshape", result, build.ints(0, 0, heads, -1 if width is None else width))
         replace_value(build("Transpose", apart, perm=SWAP), output)
 

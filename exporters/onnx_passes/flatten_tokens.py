@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, const_ints
-from gralora_fx.exporters.onnx_passes.encoder_attention import PADDING
+from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION, PADDING
 from gralora_fx.exporters.onnx_passes.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import Skip
+
+WITHOUT_PADDING = "gralora.without_padding"  # metadata of a `Gather` that takes tokens out of the padded form
+WITH_PADDING = "gralora.with_padding"  # and of one that puts them back
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def _ignores_padding(node: ir.Node, value: ir.Value, padding: ir.Value) -> bool:
     """Whether what a node makes of tokens does not depend on those of padding, or is a token tensor again."""
     if _is_first(node) and node.inputs[0] is value:
         return True
-    if node.op_type == "Attention":  # as keys and values of another sequence's queries
+    if node.op_type in ATTENTION:  # as keys and values of another sequence's queries
         return node.meta.get(PADDING) is padding
     if node.op_type == "Squeeze":
         axes = const_ints(node.inputs[1]) if len(node.inputs) > 1 else None
@@ -157,7 +160,11 @@ class _Flattening:
             assert value.shape is not None
             self._prepare(value)
             flat = self.build("Reshape", value, self.build.ints(-1, value.shape[2]))
-            matrix = flat if self.tokens is None else self.build("Gather", flat, self.tokens, axis=0)
+            matrix = flat
+            if self.tokens is not None:
+                gather = self.build.node("Gather", [flat, self.tokens], axis=0)
+                gather.meta[WITHOUT_PADDING] = True
+                matrix = gather.outputs[0]
             matrix.type, matrix.shape = value.type, ir.Shape([self.num_rows, value.shape[2]])
             self.entries[value] = matrix
             self.build.insert_before(node)
@@ -183,7 +190,7 @@ class _Flattening:
 
     def _read_restored(self, node: ir.Node) -> None:
         """Let a node outside the region read token tensors made of matrices."""
-        is_zero = node.op_type != "Attention"  # which hides padding
+        is_zero = node.op_type not in ATTENTION  # which hides padding
         for index, value in enumerate(node.inputs):
             if value is None or value not in self.matrices:
                 continue
@@ -197,7 +204,9 @@ class _Flattening:
         assert matrix.shape is not None
         build, width = self.build, matrix.shape[1]
         if self.places is not None:
-            tokens = build("Gather", matrix, self.places, axis=0)
+            gather = build.node("Gather", [matrix, self.places], axis=0)
+            gather.meta[WITH_PADDING] = True
+            tokens = gather.outputs[0]
         else:
             tokens = build("Reshape", matrix, self._shape(width))
         if is_zero and self.kept is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import const_ints, static_dim
+from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION
 
 # fmt: off
 ELEMENTWISE = frozenset({
@@ -43,7 +44,7 @@ def token_regions(graph: ir.Graph) -> list[TokenRegion]:
     """The regions of a graph around its attention, one for each size of sequence.
 
     Args:
-        graph: A graph whose attention is ONNX's `Attention`. Missing shapes of token tensors are noted in it.
+        graph: A graph whose attention is one operator a layer. Missing shapes of token tensors are noted in it.
     """
     regions: dict[Dims, TokenRegion] = {}
     attention: dict[Dims, list[ir.Node]] = {}
@@ -52,7 +53,7 @@ def token_regions(graph: ir.Graph) -> list[TokenRegion]:
         dims = _tokens_of(node)
         if dims is not None:
             candidates.setdefault(dims, []).append(node)
-        elif node.op_type == "Attention" and node.domain == "" and (found := token_dims(node.inputs[0])) is not None:
+        elif node.op_type in ATTENTION and (found := token_dims(node.inputs[0])) is not None:
             if node.outputs[0].shape is None or len(node.outputs[0].shape) != 3:
                 continue
             attention.setdefault(found, []).append(node)
