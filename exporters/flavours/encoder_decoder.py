@@ -9,7 +9,6 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
-from gralora_fx.exporters.onnx_passes.branch_on_padding import branch_on_padding
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
@@ -85,7 +84,6 @@ def translated_pipeline(name: str, options: ExportOptions) -> Pipeline[ir.Model]
             FoldConstants(unless_weight),
             remove_unused_nodes,  # so that none of them counts as a reader of tokens
             FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
-            branch_on_padding,  # after it, whose nodes are part of the branches
             drop_stack_traces,
         ),
     )

@@ -23,7 +23,6 @@ from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
-from gralora_fx.exporters.onnx_passes.branch_on_padding import branch_on_padding
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
@@ -77,7 +76,6 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
             FoldConstants(_may_fold),
             remove_unused_nodes,  # so that none of them counts as a reader of tokens
             FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
-            branch_on_padding,  # after it, whose nodes are part of the branches
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
             OnnxIrPass(DeduplicateInitializersPass()),  # it looks at small ones only
             OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now

@@ -12,9 +12,6 @@ from gralora_fx.exporters.onnx_passes.token_regions import ALONG_FEATURES, NORMS
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import Skip
 
-WITHOUT_PADDING = "gralora.without_padding"  # metadata of a `Gather` that takes tokens out of the padded form
-WITH_PADDING = "gralora.with_padding"  # and of one that puts them back
-
 
 @dataclass(frozen=True)
 class FlattenTokens:
@@ -160,11 +157,7 @@ class _Flattening:
             assert value.shape is not None
             self._prepare(value)
             flat = self.build("Reshape", value, self.build.ints(-1, value.shape[2]))
-            matrix = flat
-            if self.tokens is not None:
-                gather = self.build.node("Gather", [flat, self.tokens], axis=0)
-                gather.meta[WITHOUT_PADDING] = True
-                matrix = gather.outputs[0]
+            matrix = flat if self.tokens is None else self.build("Gather", flat, self.tokens, axis=0)
             matrix.type, matrix.shape = value.type, ir.Shape([self.num_rows, value.shape[2]])
             self.entries[value] = matrix
             self.build.insert_before(node)
@@ -204,9 +197,7 @@ class _Flattening:
         assert matrix.shape is not None
         build, width = self.build, matrix.shape[1]
         if self.places is not None:
-            gather = build.node("Gather", [matrix, self.places], axis=0)
-            gather.meta[WITH_PADDING] = True
-            tokens = gather.outputs[0]
+            tokens = build("Gather", matrix, self.places, axis=0)
         else:
             tokens = build("Reshape", matrix, self._shape(width))
         if is_zero and self.kept is not None:
