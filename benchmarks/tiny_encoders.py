@@ -1,0 +1,108 @@
+"""Tiny random models of every encoder class of transformers, by the mapping that lists it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from benchmarks.tiny_configs import small_fields, tiny_model
+from benchmarks.tiny_decoders import own_fields
+
+_FEATURES = "feature-extraction"
+# task: transformers' mapping, from the type of a model to its class
+_MAPPINGS: dict[str, Mapping[str, Any]] = {
+    "fill-mask": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "question-answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "audio-classification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    _FEATURES: modeling_auto.MODEL_MAPPING_NAMES,
+}
+_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A class and where transformers lists it.
+
+    Attributes:
+        name: The class.
+        task: The task of its mapping.
+    """
+
+    name: str
+    task: str
+
+
+def encoder_classes() -> tuple[Listed, ...]:
+    """Every class with a head for classification or masked words, and a bare model of every other encoder."""
+    found: dict[str, Listed] = {}
+    for task, mapping in _MAPPINGS.items():
+        for kind, names in mapping.items():
+            for name in (names,) if isinstance(names, str) else names:
+                if hasattr(transformers, name) and (task != _FEATURES or skipped(kind) is None):
+                    found.setdefault(name, Listed(name, task))
+    return tuple(found.values())
+
+
+def skipped(kind: str) -> str | None:
+    """Why the bare model of a type is left out, or None where it is not.
+
+    Args:
+        kind: Type of the model, a key of transformers' mappings.
+    """
+    if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "a decoder, which `python -m benchmarks decoders` checks"
+    if any(kind in mapping for task, mapping in _MAPPINGS.items() if task != _FEATURES):
+        return "its classes with a head are checked"
+    config = getattr(transformers, CONFIG_MAPPING_NAMES.get(kind, ""), None)
+    if config is None or any(kind in mapping for mapping in _DECODING):
+        return "an encoder-decoder"
+    return "of several models" if len(config.sub_configs) > 1 else None
+
+
+def skipped_types() -> dict[str, list[str]]:
+    """The types whose bare model is left out, by the reason."""
+    types: dict[str, list[str]] = {}
+    for kind in modeling_auto.MODEL_MAPPING_NAMES:
+        reason = skipped(kind)
+        if reason is not None:
+            types.setdefault(reason, []).append(kind)
+    return types
+
+
+_DECODING = (
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
+
+
+def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """A randomly initialised tiny model, in evaluation mode.
+
+    Args:
+        name: Its class, such as `"BertForMaskedLM"`.
+        seed: Seed of its weights.
+        **fields: Configuration fields to set besides.
+    """
+    model_class = getattr(transformers, name)
+    config_class = model_class.config_class
+    own, _ = _EXCEPTIONS.get(name.partition("For")[0].removesuffix("Model"), ({}, ""))
+    default = config_class()
+    small = small_fields(default, is_decoder=False, layers=1)
+    padding = (
+        {"pad_token_id": 0} if default.get_text_config() is default else {}
+    )  # a classifier looks for the last token
+    config: PreTrainedConfig = config_class(**{**small, **padding, **own_fields(name), **own, **fields})
+    return tiny_model(model_class, config, seed)
+
+
+# what no rule on names tells: architecture, fields, and why
+_EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {}
