@@ -55,7 +55,7 @@ def each_apart(
         limit: Seconds of processor time that each may take.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])  # the imports, once
+    context.set_forkserver_preload(["benchmarks.warm", module])  # the imports, once
     with ThreadPoolExecutor(at_once) as pool:
         yield from pool.map(lambda name: _apart(context, name, work, limit), names)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.passes.fold_weights import shared_sites
 
 K = 2
+_BETWEEN = ("Cast", "Reshape", "Slice", "Where", "Mul", "Transpose")  # what a model may do to attention's weights
 STAGES = ("build", "trace", "rewrite", "export", "hold")
 
 
@@ -67,28 +69,31 @@ def check_encoder(
     note("hold")
     verification = verify_onnx(directory, adapted, "quick")
     attention = report.attention
-    found = {} if attention is None else dict(attention.plain)
-    nodes = [node.op_type for node in onnx.load(directory / "model.onnx", load_external_data=False).graph.node]
+    plain = {} if attention is None else dict(attention.plain)
+    nodes = onnx.load(directory / "model.onnx", load_external_data=False).graph.node
+    for name in _weighted_sums(nodes)[len(plain) :]:
+        plain[name] = "its softmax was not recognised as attention's"
     return Checked(
         sites=len(traced.sites),
         fused=0 if attention is None else attention.fused,
-        plain=found,
+        plain=plain,
         uses_interface=any(
             isinstance(part, PreTrainedModel) and part._can_set_attn_implementation() for part in model.modules()
         ),
-        nan_checks=nodes.count("IsNaN"),
+        nan_checks=sum(node.op_type == "IsNaN" for node in nodes),
         difference="" if verification.passed else _difference(verification.tensors),
     )
 
 
 def _rewritten(traced: TracedModel, model: PreTrainedModel) -> GraloraModel | TracedModel:
-    """The trace with adapters on all linear layers but the output embedding; the trace where there are none."""
+    """The trace with adapters on all linear layers but the output embedding and shared weights; the trace where there are none."""
     head = model.get_output_embeddings()
+    shared = shared_sites(traced.graph_module, traced.sites)
     paths = {
         site.path
         for site in traced.sites
         if site.in_features % K == 0 == site.out_features % K
-        and not site.tied_with
+        and site.path not in shared
         and model.get_submodule(site.path) is not head
     }
     if not paths:
@@ -96,6 +101,24 @@ def _rewritten(traced: TracedModel, model: PreTrainedModel) -> GraloraModel | Tr
     is_conv1d = all(site.kind == "conv1d" for site in traced.sites if site.path in paths)
     config = GraloraConfig(r=4, gralora_k=K, target_modules=paths, init_weights=False, fan_in_fan_out=is_conv1d)
     return rewrite(traced, config)
+
+
+def _weighted_sums(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    """The softmaxes whose result is the first operand of a product: attention in several operators."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def ends(value: str) -> bool:
+        for node in readers.get(value, ()):
+            if node.op_type == "MatMul" and node.input[0] == value:
+                return True
+            if node.op_type in _BETWEEN and any(map(ends, node.output)):
+                return True
+        return False
+
+    return [node.name for node in nodes if node.op_type == "Softmax" and ends(node.output[0])]
 
 
 def _difference(tensors: object) -> str:

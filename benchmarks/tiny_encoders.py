@@ -104,5 +104,38 @@ def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     return tiny_model(model_class, config, seed)
 
 
+_WINDOWS = {"window_size": 2, "image_size": 64}, "its last stage has to be as wide as a window"
+_PERCEIVER = {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1}
+_PERCEIVER_HEADS = {"num_self_attention_heads": 2, "num_cross_attention_heads": 1}
 # what no rule on names tells: architecture, fields, and why
-_EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {}
+_EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "Bit": ({"num_groups": 2}, "groups have to divide its channels"),
+    "AST": ({"max_length": 64}, "its spectrograms have a length of their own"),
+    "Cvt": ({"depth": [3, 3, 3], "embed_dim": [8, 8, 8]}, "its rates of dropped paths are taken by the stage"),
+    "MobileViTV2": ({"image_size": 256}, "an image has to have two patches after five halvings"),
+    "NeoMME": ({"head_dim": 16}, "its angles are a quarter of a head"),
+    "TextNet": ({"stem_out_channels": 32}, "its stem is as wide as its first stage"),
+    "Esm": ({"vocab_size": 96}, "its default has no vocabulary"),
+    "GPTNeo": ({"num_layers": 2, "max_position_embeddings": 64}, "its kinds of layers are written as a product"),
+    "GraniteSpeech5": ({"context_size": 16}, "a context has to fit its positions"),
+    "GraniteSpeech5Encoder": ({"context_size": 16}, "a context has to fit its positions"),
+    "Perceiver": ({**_PERCEIVER, **_PERCEIVER_HEADS}, "its latents have names of their own"),
+    "Reformer": (
+        {
+            "axial_pos_embds_dim": [8, 24],
+            "axial_pos_shape": [8, 8],
+            "attn_layers": ["local", "lsh"],
+            "num_hidden_layers": 2,
+            "is_decoder": False,
+        },
+        "its positions are products",
+    ),
+    "DonutSwin": _WINDOWS,
+    "MaskFormerSwin": _WINDOWS,
+    "MobileBert": (
+        {"hidden_size": 32, "true_hidden_size": 16, "intra_bottleneck_size": 16, "embedding_size": 16},
+        "its layers have an inner width",
+    ),
+    "Swin": _WINDOWS,
+    "Swinv2": _WINDOWS,
+}

@@ -71,10 +71,15 @@ def attention_around(attention: dict[Dims, list[ir.Node]], dims: Dims) -> Iterat
 
 
 def token_dims(value: ir.Value | None) -> Dims | None:
-    """Batch and length of a token tensor `[batch, length, features]`; None of anything else."""
+    """Batch and length of a token tensor `[batch, length, features]`; None of anything else.
+
+    Its number of features is known; a tensor `[batch, features, length]` has the length there.
+    """
     if value is None or value.shape is None or len(value.shape) != 3:
         return None
-    batch, length, _ = value.shape
+    batch, length, features = value.shape
+    if not isinstance(features, int):
+        return None
     return str(_plain(batch)), str(_plain(length))
 
 

@@ -45,7 +45,9 @@ class DomainNode:
     @classmethod
     def read(cls, node: ir.Node) -> Self:
         """What a node that is known to be the operator takes."""
-        return cls(*node.inputs, *(node.attributes[name].value for name in cls.attributes))
+        count = len(fields(cls)) - len(cls.attributes)
+        inputs = [*node.inputs, *[None] * (count - len(node.inputs))]  # a node has no trailing inputs that are None
+        return cls(*inputs, *(node.attributes[name].value for name in cls.attributes))
 
     @classmethod
     def all_in(cls, nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, Self]]:
