@@ -86,7 +86,7 @@ def check_encoder(
 
 
 def _rewritten(traced: TracedModel, model: PreTrainedModel) -> GraloraModel | TracedModel:
-    """The trace with adapters on all linear layers but the output embedding and shared weights; the trace where there are none."""
+    """The trace with adapters on all linear layers but shared weights; the trace itself where there are none."""
     head = model.get_output_embeddings()
     shared = shared_sites(traced.graph_module, traced.sites)
     paths = {

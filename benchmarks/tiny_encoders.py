@@ -112,6 +112,8 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "Bit": ({"num_groups": 2}, "groups have to divide its channels"),
     "AST": ({"max_length": 64}, "its spectrograms have a length of their own"),
     "Cvt": ({"depth": [3, 3, 3], "embed_dim": [8, 8, 8]}, "its rates of dropped paths are taken by the stage"),
+    "LayoutLMv3": ({"coordinate_size": 6, "shape_size": 4}, "its boxes are as wide as its words, in six parts"),
+    "Lilt": ({"hidden_size": 48}, "its boxes are as wide as its words, in six parts"),
     "MobileViTV2": ({"image_size": 256}, "an image has to have two patches after five halvings"),
     "NeoMME": ({"head_dim": 16}, "its angles are a quarter of a head"),
     "TextNet": ({"stem_out_channels": 32}, "its stem is as wide as its first stage"),

@@ -36,8 +36,9 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Remove nodes that compute nothing.
 
     Casts to a tensor's own dtype, copies, dropout in evaluation mode, multiplications by 1 and empty pieces are
-    removed; other casts get the form that has a translation. Splits become slices, and a squeeze names its axes. A shape that can be written with
-    numbers known when tracing, 0 for an unchanged size and at most one -1, becomes a constant.
+    removed; other casts get the form that has a translation. Splits become slices, and a squeeze names its axes. A
+    shape that can be written with numbers known when tracing, 0 for an unchanged size and at most one -1, becomes a
+    constant.
 
     Args:
         graph: A traced graph in evaluation mode, every node with what tracing noted of it; it is changed in place.

@@ -103,7 +103,8 @@ def _tokens_of(node: ir.Node) -> Dims | None:
     if node.op_type in NORMS:
         axis = node.attributes.get("axis")
         is_last = axis is None or axis.as_int() in (-1, 2)
-        return token_dims(node.outputs[0]) if is_last and not any(v.uses() for v in node.outputs[1:]) else None
+        dims = token_dims(node.inputs[0]) if is_last and not any(v.uses() for v in node.outputs[1:]) else None
+        return dims if dims == token_dims(node.outputs[0]) else None
     if node.op_type in ELEMENTWISE:
         return _same_tokens(node)
     return _along_features(node) if node.op_type in ALONG_FEATURES else None
