@@ -65,7 +65,12 @@ def skipped(kind: str) -> str | None:
     config = getattr(transformers, CONFIG_MAPPING_NAMES.get(kind, ""), None)
     if config is None or any(kind in mapping for mapping in _DECODING):
         return "an encoder-decoder"
-    return "of several models" if len(config.sub_configs) > 1 else None
+    if len(config.sub_configs) > 1:
+        return "of several models"
+    names = modeling_auto.MODEL_MAPPING_NAMES[kind]
+    model_class = getattr(transformers, names if isinstance(names, str) else names[0], None)
+    takes = getattr(model_class, "main_input_name", "input_ids")
+    return None if takes in _INPUTS else "of neither a text, an image nor a sound alone"
 
 
 def skipped_types() -> dict[str, list[str]]:
@@ -95,15 +100,16 @@ def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     model_class = getattr(transformers, name)
     config_class = model_class.config_class
     own, _ = _EXCEPTIONS.get(name.partition("For")[0].removesuffix("Model"), ({}, ""))
-    default = config_class()
-    small = small_fields(default, is_decoder=False, layers=1)
-    padding = (
-        {"pad_token_id": 0} if default.get_text_config() is default else {}
-    )  # a classifier looks for the last token
-    config: PreTrainedConfig = config_class(**{**small, **padding, **own_fields(name), **own, **fields})
+    small = small_fields(config_class(), is_decoder=False, layers=1)
+    config: PreTrainedConfig = config_class(**{**small, **own_fields(name), **own, **fields})
+    for part in (config, config.get_text_config()):
+        for field, token in _NEEDED.items():
+            if getattr(part, field, None) is None:
+                setattr(part, field, token)
     return tiny_model(model_class, config, seed)
 
 
+_NEEDED = {"pad_token_id": 0, "decoder_start_token_id": 1}  # a classifier finds the end of a text by its padding
 _WINDOWS = {"window_size": 2, "image_size": 64}, "its last stage has to be as wide as a window"
 _PERCEIVER = {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1}
 _PERCEIVER_HEADS = {"num_self_attention_heads": 2, "num_cross_attention_heads": 1}

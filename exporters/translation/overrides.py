@@ -103,7 +103,7 @@ def batch_norm(
 
 
 def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) -> Any:
-    """Fourier transform of real numbers along given axes, as a complex tensor, whose last axis is the pair of its parts.
+    """Fourier transform of real numbers along given axes, as a complex tensor: its last axis is the pair of parts.
 
     PyTorch's decomposition fixes the sizes of the trace.
 
