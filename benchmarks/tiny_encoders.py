@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ _MAPPINGS: dict[str, Mapping[str, Any]] = {
     "audio-classification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     _FEATURES: modeling_auto.MODEL_MAPPING_NAMES,
 }
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
 
 
@@ -42,7 +44,7 @@ class Listed:
 
 
 def encoder_classes() -> tuple[Listed, ...]:
-    """Every class with a head for classification or masked words, and a bare model of every other encoder."""
+    """Every class with a head for classification or masked words, and the bare model of every other encoder."""
     found: dict[str, Listed] = {}
     for task, mapping in _MAPPINGS.items():
         for kind, names in mapping.items():
@@ -70,7 +72,12 @@ def skipped(kind: str) -> str | None:
     names = modeling_auto.MODEL_MAPPING_NAMES[kind]
     model_class = getattr(transformers, names if isinstance(names, str) else names[0], None)
     takes = getattr(model_class, "main_input_name", "input_ids")
-    return None if takes in _INPUTS else "of neither a text, an image nor a sound alone"
+    if takes not in _INPUTS:
+        return "of neither a text, an image nor a sound alone"
+    parameters = {} if model_class is None else inspect.signature(model_class.forward).parameters
+    required = {name for name, each in parameters.items() if each.default is each.empty and each.kind not in _VARIABLE}
+    is_alone = model_class is None or (takes in parameters and required <= {"self", takes})
+    return None if is_alone else "a part of a model, which other parts give its inputs"
 
 
 def skipped_types() -> dict[str, list[str]]:
@@ -100,7 +107,11 @@ def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     model_class = getattr(transformers, name)
     config_class = model_class.config_class
     own, _ = _EXCEPTIONS.get(name.partition("For")[0].removesuffix("Model"), ({}, ""))
-    small = small_fields(config_class(), is_decoder=False, layers=1)
+    default = config_class()
+    small = small_fields(default, is_decoder=False, layers=1)
+    angles = getattr(default, "rope_parameters", None)
+    if isinstance(angles, dict) and "mrope_section" in angles:
+        small["rope_parameters"] = {**angles, "mrope_section": [2, 1, 1]}  # together half of a head
     config: PreTrainedConfig = config_class(**{**small, **own_fields(name), **own, **fields})
     for part in (config, config.get_text_config()):
         for field, token in _NEEDED.items():
