@@ -153,7 +153,7 @@ def _read(node: Any) -> _Scores | None:
         if scores is not None and isinstance(other, fx.Node) and _is_mask(other, node):
             return dataclasses.replace(scores, biases=(*scores.biases, other))
     selection = selection_of(node)
-    if selection is not None and hides(selection[1]) and _is_mask(selection[0], node):
+    if selection is not None and hides(selection[1]) and _is_of_keys(selection[0], node):
         scores = _read(selection[2])
         return None if scores is None else dataclasses.replace(scores, hidden=(*scores.hidden, selection[0]))
     return None
@@ -162,6 +162,18 @@ def _read(node: Any) -> _Scores | None:
 def _is_mask(mask: fx.Node, scores: fx.Node) -> bool:
     """Whether a mask has the axes that the operator takes, beside scores with or without folded heads."""
     return len(shape(mask)) == 2 or (len(shape(scores)) == 4 and len(shape(mask)) <= 4)
+
+
+def _is_of_keys(hidden: fx.Node, scores: fx.Node) -> bool:
+    """Whether a mask hides the same keys from every query.
+
+    Where `masked_fill` hides all keys from a query, it weighs them alike; the operator would not.
+    """
+    source: Any = hidden
+    while is_call(source, aten.expand.default, aten.expand_as.default):
+        source = source.args[0]
+    sizes = shape(source)
+    return _is_mask(source, scores) and len(sizes) == 4 and expression(sizes[2]) == 1
 
 
 def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:

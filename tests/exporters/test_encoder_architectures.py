@@ -15,7 +15,6 @@ FUSED = {
     "AlbertForMaskedLM": 1,
     "BigBirdForMaskedLM": 1,  # its forward makes a layer and throws its weights away
     "BloomForSequenceClassification": 1,  # its heads are folded into the batch, and the bias is part of the product
-    "DebertaV2ForMaskedLM": 1,  # likewise; what it adds is gathered
     "LlamaForSequenceClassification": 1,
     "MBartForSequenceClassification": 3,  # it squeezes axes that it does not name
     "ModernBertForMaskedLM": 2,  # one layer with a window
@@ -50,6 +49,12 @@ def test_attention_that_does_not_fuse_is_exported_as_it_is(tmp_path: Path) -> No
     result = check_encoder(tiny_encoder("OpenAIGPTForSequenceClassification"), "text-classification", tmp_path / "onnx")
     assert (result.difference, result.fused) == ("", 0)
     assert set(result.plain.values()) == {"its softmax was not recognised as attention's"}
+
+
+def test_a_mask_that_hides_all_keys_from_a_query_is_not_fused(tmp_path: Path) -> None:
+    name = "DebertaV2ForSequenceClassification"  # its first token may be padding, which attends to nothing
+    result = check_encoder(tiny_encoder(name), TASKS[name], tmp_path / "onnx")
+    assert (result.difference, result.fused) == ("", 0)
 
 
 def test_the_list_is_transformers_own() -> None:
