@@ -18,11 +18,13 @@ NAMES = (
     "tracing",
     "training",
     "decoders",
+    "encoders",
     "generation",
     "streaming",
     "providers",
     "threads",
 )
+_SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,22 +41,24 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure gralora-fx beside PEFT.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; none for all")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice if left out")
-    parser.add_argument("--only", metavar="CLASS,CLASS", help="of decoders: the classes to check; left out for all")
+    parser.add_argument("--only", metavar="CLASS,CLASS", help="of a survey: the classes to check; left out for all")
+    parser.add_argument("--workers", type=int, help="of a survey: how many classes at a time; 2 if left out")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
         print(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     names = options.names or NAMES
-    if options.only is not None and names != ["decoders"]:
-        parser.error("--only goes with decoders alone")
+    chosen = {} if options.only is None else {"only": options.only.split(",")}
+    chosen |= {} if options.workers is None else {"workers": options.workers}
+    if chosen and (len(names) > 1 or names[0] not in _SURVEYS):
+        parser.error(f"--only and --workers go with {' or '.join(_SURVEYS)} alone")
     if len(names) > 1:  # each in a process of its own: what one frees would change what memory costs the next
         threads = [] if options.threads is None else ["--threads", str(options.threads)]
         return max(subprocess.run([sys.executable, "-m", "benchmarks", name, *threads]).returncode for name in names)
     if options.threads is not None:
         importlib.import_module("torch").set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT reads an old attribute
-    chosen = {} if options.only is None else {"only": options.only.split(",")}
     report = importlib.import_module(f"benchmarks.{names[0]}").run(**chosen)
     report.show()
     report.write(RESULTS)

@@ -60,6 +60,7 @@ GROUPS = {
 LONG = (
     "model/test_trainer.py",
     "exporters/test_decoder_architectures.py",
+    "exporters/test_encoder_architectures.py",
     "exporters/test_transformers_js.py",
     "exporters/test_fusion.py",
     "exporters/test_encoder_decoder_export.py",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from gralora_fx.exporters.fx_passes.folded_heads import heads_of, refolded, replace_folded, with_heads
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, expression, is_call, number, operands, shape
-from gralora_fx.exporters.fx_passes.padding import Selection, selection, split_mask
+from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, selection_of, split_mask
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionSummary, Skip
 from gralora_fx.graph.module_tree import module_stack
@@ -28,7 +30,8 @@ def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
     Before: `y = softmax(query @ transpose(key) * scale + bias + where(padding, 0, smallest)) @ value`
     After:  `y = dot_product_attention(query, key, value, bias, padding, scale)`
 
-    Likewise for `scaled_dot_product_attention`.
+    Likewise for `scaled_dot_product_attention`, for scores that `masked_fill` hides, and for products of
+    `[batch * heads, length, size]`.
 
     Args:
         graph: A traced graph in evaluation mode; it is changed in place.
@@ -86,28 +89,29 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores that a softmax reads: `scale * query @ transpose(key)`, what is added, and what hides keys at last."""
+    """Scores that a softmax reads: `scale * query @ transpose(key)` and what is added."""
 
     query: fx.Node
     transposed_key: fx.Node
-    scale: float = 1.0
-    biases: tuple[fx.Node, ...] = ()
-    hidden: Selection | None = None
+    scale: float
+    biases: tuple[fx.Node, ...]
+    hidden: tuple[fx.Node, ...] = ()  # boolean, true at keys whose scores a number replaces that hides them
+    padding: fx.Node | None = None  # `[batch, keys]`, where a number replaces the scores of padding
+    folded_biases: tuple[fx.Node, ...] = ()  # added before heads were taken out of the batch
+    heads: int | None = None  # where the product has heads folded into the batch
 
     def times(self, factor: float) -> _Scores | None:
         """The scores times a number, if nothing was added before."""
-        return None if self.biases or self.hidden else replace(self, scale=self.scale * factor)
-
-    def plus(self, bias: Any) -> _Scores | None:
-        """The scores plus a mask or a bias, if no keys were hidden before."""
-        is_mask = isinstance(bias, fx.Node) and len(shape(bias)) <= 4
-        return replace(self, biases=(*self.biases, bias)) if is_mask and self.hidden is None else None
+        is_product = not (self.biases or self.hidden or self.padding or self.folded_biases)
+        return dataclasses.replace(self, scale=self.scale * factor) if is_product else None
 
 
 def _product_after(softmax: fx.Node) -> fx.Node | None:
     """The product of attention weights and values that reads a softmax alone."""
     weights, users = softmax, list(softmax.users)
-    while len(users) == 1 and is_call(users[0], aten._to_copy.default, aten.reshape.default, Reshape.target):
+    if len(users) == 1 and is_call(users[0], aten._to_copy.default):
+        weights, users = users[0], list(users[0].users)
+    while len(users) == 1 and is_call(users[0], aten.reshape.default, Reshape.target):
         weights, users = users[0], list(users[0].users)
     is_product = len(users) == 1 and is_call(users[0], *_PRODUCT) and users[0].args[0] is weights
     return users[0] if is_product else None
@@ -122,17 +126,25 @@ def _scores_of(softmax: fx.Node, product: fx.Node) -> _Scores | str:
     source = softmax.args[0]
     if not isinstance(source, fx.Node) or source.meta["val"].dtype != product.meta["val"].dtype:
         return "its softmax is computed in another precision than its products"
-    axes = len(shape(product.args[1]))
-    if rank != 4 or axes != 4:
-        return f"its products have {min(rank, axes)} axes, and the operator takes batch, heads, queries and keys"
     scores = _read(source)
-    return "its scores are more than queries times keys and what is added to them" if scores is None else scores
+    if scores is None:
+        return "its scores are more than queries times keys and what is added to them"
+    if len(shape(scores.query)) == 4 == len(shape(product.args[1])) or scores.heads is not None:
+        return scores
+    return f"its scores have {rank} axes, and the operator takes batch, heads, queries and keys"
 
 
 def _read(node: Any) -> _Scores | None:
     if is_call(node, *_PRODUCT):
         query, key = node.args
-        return _Scores(query, key) if len(shape(query)) == len(shape(key)) == 4 else None
+        return _Scores(query, key, 1.0, ()) if len(shape(query)) == len(shape(key)) in (3, 4) else None
+    if is_call(node, aten.baddbmm.default) and node.kwargs.get("beta", 1) == 1:
+        bias, query, key = node.args
+        return _Scores(query, key, float(node.kwargs.get("alpha", 1)), (), folded_biases=(bias,))
+    folded = refolded(node)
+    if folded is not None:
+        scores = _read(folded)
+        return None if scores is None else dataclasses.replace(scores, heads=heads_of(node) or heads_of(folded))
     for targets, power in ((MUL, 1), (_DIVISION, -1)):
         factors = operands(node, *targets)
         if factors is not None and number(factors[1]):
@@ -141,72 +153,115 @@ def _read(node: Any) -> _Scores | None:
     terms = operands(node, *ADD)
     for one, other in (terms, terms[::-1]) if terms is not None else ():
         scores = _read(one)
-        if scores is not None:
-            return scores.plus(other)
-    found = selection(node)
-    scores = None if found is None else _read(found.shown)
-    return None if scores is None or scores.hidden is not None else replace(scores, hidden=found)
+        if scores is not None and isinstance(other, fx.Node) and _is_mask(other, node):
+            return dataclasses.replace(scores, biases=(*scores.biases, other))
+    selection = selection_of(node)
+    if selection is not None and hides(selection[1]) and _is_of_keys(selection[0], node):
+        scores = _read(selection[2])
+        return None if scores is None else dataclasses.replace(scores, hidden=(*scores.hidden, selection[0]))
+    if selection is not None and hides(selection[2]) and isinstance(selection[0], fx.Node):
+        scores, mask = _read(selection[1]), split_mask(selection[0])
+        if scores is not None and scores.padding is None and mask.rest is None and mask.padding is not None:
+            return dataclasses.replace(scores, padding=mask.padding)
+    return None
+
+
+def _is_mask(mask: fx.Node, scores: fx.Node) -> bool:
+    """Whether a mask has the axes that the operator takes, beside scores with or without folded heads."""
+    return len(shape(mask)) == 2 or (len(shape(scores)) == 4 and len(shape(mask)) <= 4)
+
+
+def _is_of_keys(hidden: fx.Node, scores: fx.Node) -> bool:
+    """Whether a mask hides the same keys from every query.
+
+    Where `masked_fill` hides all keys from a query, it weighs them alike; the operator would not.
+    """
+    source: Any = hidden
+    while is_call(source, aten.expand.default, aten.expand_as.default):
+        source = source.args[0]
+    sizes = shape(source)
+    return _is_mask(source, scores) and len(sizes) == 4 and expression(sizes[2]) == 1
 
 
 def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:
     """Insert the operator in place of the second product."""
-    found = [split_mask(bias) for bias in scores.biases]
-    paddings = {mask.padding for mask in found if mask.padding is not None}
-    hidden = scores.hidden
-    if hidden is not None and hidden.padding is not None:
-        paddings.add(hidden.padding)
-        hidden = None
-    padding = paddings.pop() if len(paddings) == 1 else None
-    rests = [mask.rest for mask in found] if padding is not None else list(scores.biases)
     value = product.args[1]
     assert isinstance(value, fx.Node)
     with graph.inserting_before(product):
-        mask = _sum(graph, [rest for rest in rests if rest is not None])
-        hidden = scores.hidden if padding is None else hidden
-        if hidden is not None:
-            mask = _hide(graph, hidden, mask)
-        key = _untransposed(graph, scores.transposed_key)
-        call = DotProductAttention(scores.query, key, value, mask, padding, scores.scale, is_causal=False)
+        if scores.heads is not None:
+            unfolded = (with_heads(graph, bias, scores.heads) for bias in scores.folded_biases)
+            scores = dataclasses.replace(scores, biases=(*scores.biases, *unfolded))
+        mask, padding = _mask(graph, scores)
+        query, key = scores.query, _untransposed(graph, scores.transposed_key)
+        if scores.heads is not None:
+            query, key, value = (with_heads(graph, part, scores.heads) for part in (query, key, value))
+        call = DotProductAttention(query, key, value, mask, padding, scores.scale, is_causal=False)
         new = call.insert(graph)
-    new.meta = dict(product.meta)
-    product.replace_all_uses_with(new)
+        folded = len(shape(product)) == 3
+        new.meta = dict(product.meta)
+        if folded:
+            sizes = [*query.meta["val"].shape[:3], value.meta["val"].shape[3]]
+            new.meta["val"] = query.meta["val"].new_empty(sizes)
+            replace_folded(graph, new, product)
+        else:
+            product.replace_all_uses_with(new)
     graph.erase_node(product)
 
 
-def _sum(graph: fx.Graph, biases: list[fx.Node]) -> fx.Node | None:
-    total: fx.Node | None = None
-    for bias in biases:
-        before = total
-        total = bias if before is None else graph.call_function(aten.add.Tensor, (before, bias))
-        if before is not None:
-            total.meta = {**bias.meta, "val": before.meta["val"] + bias.meta["val"]}
-    return total
+def _mask(graph: fx.Graph, scores: _Scores) -> Mask:
+    """What is added to scores and what replaces them as one mask, with the padding apart."""
+    mask: fx.Node | None = None
+    padding = scores.padding
+    for bias in scores.biases:
+        found = split_mask(bias)
+        rest: fx.Node | None = bias
+        if found.padding is not None and padding in (None, found.padding):
+            padding, rest = found.padding, found.rest
+        if mask is None or rest is None:
+            mask = rest if mask is None else mask
+        else:
+            mask = _added(graph, aten.add.Tensor, mask, rest)
+    for hidden in scores.hidden:
+        row = hidden_padding(hidden)
+        if row is not None and padding in (None, row):
+            padding = row
+        elif mask is None:
+            mask = _added(graph, aten.logical_not.default, hidden)
+        elif mask.meta["val"].dtype == torch.bool:
+            mask = _added(graph, aten.logical_and.default, mask, _added(graph, aten.logical_not.default, hidden))
+        else:
+            smallest = torch.finfo(mask.meta["val"].dtype).min
+            wide = _added(
+                graph,
+                aten.mul.Tensor,
+                _added(graph, aten._to_copy.default, hidden, dtype=mask.meta["val"].dtype),
+                smallest,
+            )
+            mask = _added(graph, aten.minimum.default, mask, wide)
+    return Mask(mask, padding)
 
 
-def _hide(graph: fx.Graph, hidden: Selection, bias: fx.Node | None) -> fx.Node:
-    """A mask that hides keys by a condition, and adds a bias to the others."""
-    shown = hidden.condition
-    if not hidden.is_shown:
-        shown = graph.call_function(aten.logical_not.default, (hidden.condition,))
-        shown.meta = dict(hidden.condition.meta)
-    if bias is None:
-        return shown
-    smallest = torch.finfo(bias.meta["val"].dtype).min
-    mask = graph.call_function(aten.where.ScalarOther, (shown, bias, smallest))
-    mask.meta = {**bias.meta, "val": torch.where(shown.meta["val"], bias.meta["val"], smallest)}
-    return mask
+def _added(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call with the value that tracing would note."""
+    node = graph.call_function(target, args, kwargs)
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    node.meta = {**args[0].meta, "val": target(*values, **kwargs)}
+    return node
 
 
 def _untransposed(graph: fx.Graph, key: Any) -> fx.Node:
-    """The key `[batch, heads, keys, size]` of its transpose."""
+    """The key `[..., keys, size]` of its transpose."""
+    if (source := refolded(key)) is not None and is_call(source, aten.transpose.int, aten.permute.default):
+        key = source
+    rank = len(shape(key))
     arguments: list[Any] = list(key.args)
-    if is_call(key, aten.transpose.int) and {axis % 4 for axis in arguments[1:]} == {2, 3}:
-        source: fx.Node = arguments[0]
-        return source
+    if is_call(key, aten.transpose.int) and {axis % rank for axis in arguments[1:]} == {rank - 2, rank - 1}:
+        untransposed: fx.Node = arguments[0]
+        return untransposed
     if is_call(key, aten.permute.default):
-        axes = [axis % 4 for axis in arguments[1]]
-        node = graph.call_function(aten.permute.default, (arguments[0], [*axes[:2], axes[3], axes[2]]))
+        axes = [axis % rank for axis in arguments[1]]
+        node = graph.call_function(aten.permute.default, (arguments[0], [*axes[:-2], axes[-1], axes[-2]]))
     else:
-        node = graph.call_function(aten.transpose.int, (key, 2, 3))
-    node.meta = {**key.meta, "val": key.meta["val"].transpose(2, 3)}
+        node = graph.call_function(aten.transpose.int, (key, rank - 2, rank - 1))
+    node.meta = {**key.meta, "val": key.meta["val"].transpose(-2, -1)}
     return node

@@ -25,7 +25,7 @@ _AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
 _NOT = (aten.logical_not.default, aten.bitwise_not.default)
 _CAST = (aten._to_copy.default,)
 _NONZERO = (aten.ne.Scalar, aten.gt.Scalar)
-_EXPAND = (aten.expand.default,)
+_EXPAND = (aten.expand.default, aten.expand_as.default)
 
 
 class Mask(NamedTuple):
@@ -52,6 +52,11 @@ def split_mask(mask: fx.Node) -> Mask:
     return _expanded(mask) or _conjunction(mask) or _selected(mask) or _sum(mask) or Mask(mask, None)
 
 
+def hidden_padding(hidden: fx.Node) -> fx.Node | None:
+    """The padding of a boolean mask that is true at padding and nowhere else; None of any other."""
+    return _hidden_keys(hidden) if len(shape(hidden)) == 4 else None
+
+
 def _expanded(mask: fx.Node) -> Mask | None:
     """Of `expand(mask)`, which an attention operator does by itself."""
     if not is_call(mask, *_EXPAND) or not isinstance(mask.args[0], fx.Node):
@@ -74,11 +79,12 @@ def _conjunction(mask: fx.Node) -> Mask | None:
 
 def _selected(mask: fx.Node) -> Mask | None:
     """Of `where(padding, bias, smallest)`."""
-    found = selection(mask)
-    if found is None or not isinstance(found.shown, fx.Node) or len(shape(found.shown)) != 4:
+    selection = selection_of(mask)
+    padding = None if selection is None else _shown_keys(selection[0])
+    if selection is None or padding is None or not hides(selection[2]) or not isinstance(selection[1], fx.Node):
         return None
-    padding = found.padding
-    return None if padding is None else Mask(found.shown, padding)
+    bias = selection[1]
+    return Mask(bias, padding) if len(shape(bias)) == 4 else None
 
 
 def _sum(mask: fx.Node) -> Mask | None:
@@ -115,8 +121,14 @@ def _hidden_keys(node: Any) -> fx.Node | None:
         return _hidden_keys(node.args[0])
     if is_call(node, *_NOT):
         return _shown_keys(node.args[0])
-    if is_call(node, aten.eq.Scalar) and node.args[1] == 0:
-        return _shown_keys(node.args[0])
+    row = node
+    while is_call(row, aten.unsqueeze.default, Reshape.target, aten.reshape.default):
+        row = row.args[0]
+    if is_call(row, aten.eq.Scalar) and row.args[1] == 0:
+        sizes = [expression(size) for size in shape(node)]
+        keys = shape(row.args[0])
+        is_row = len(sizes) == 4 and sizes[1:3] == [1, 1] and len(keys) == 2
+        return _row(row.args[0]) if is_row and same_size(keys[1], shape(node)[3]) else None
     hidden = operands(node, aten.rsub.Scalar)
     if hidden is not None and number(hidden[1]) == 1.0:
         return _shown_keys(hidden[0])
@@ -164,46 +176,28 @@ def _added_padding(node: Any) -> fx.Node | None:
         return None
     if is_call(node, *_EXPAND, *_CAST):
         return _added_padding(node.args[0])
-    found = selection(node)
-    if found is not None:
-        return found.padding if _is_number(found.shown, 0.0) else None
+    selection = selection_of(node)
+    if selection is not None:
+        shown, hidden = (_is_number(value, 0.0) for value in selection[1:])
+        if shown and hides(selection[2]):
+            return _shown_keys(selection[0])
+        return _hidden_keys(selection[0]) if hidden and hides(selection[1]) else None
     factors = operands(node, *MUL)
     for one, other in (factors, factors[::-1]) if factors is not None else ():
-        if _hides(other):
+        if hides(other):
             return _hidden_keys(one)
     return None
 
 
-class Selection(NamedTuple):
-    """What `where` or `masked_fill` gives: a value at keys that are shown, and a hiding number at the others.
-
-    Attributes:
-        condition: A boolean.
-        is_shown: Whether keys are shown where it is true; otherwise where it is false.
-        shown: The value at keys that are shown.
-    """
-
-    condition: fx.Node
-    is_shown: bool
-    shown: Any
-
-    @property
-    def padding(self) -> fx.Node | None:
-        """The padding mask, if nothing but padding is hidden."""
-        return _shown_keys(self.condition) if self.is_shown else _hidden_keys(self.condition)
-
-
-def selection(node: Any) -> Selection | None:
-    """What a node selects, if it hides keys; None of anything else."""
+def selection_of(node: Any) -> tuple[Any, Any, Any] | None:
+    """`(condition, value, other)` of `where`, and of `masked_fill`, whose condition selects the number."""
     if is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
         condition, value, other = node.args
-    elif is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        other, condition, value = node.args
-    else:
-        return None
-    if _hides(other):
-        return Selection(condition, True, value)
-    return Selection(condition, False, other) if _hides(value) else None
+        return condition, value, other
+    if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        value, condition, other = node.args
+        return condition, other, value
+    return None
 
 
 def _is_range(node: Any) -> bool:
@@ -238,7 +232,7 @@ def _is_number(value: Any, wanted: float) -> bool:
     return number(value) == wanted
 
 
-def _hides(value: Any) -> bool:
+def hides(value: Any) -> bool:
     """Whether a value, added to a score, hides the key."""
     if is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
         value = value.args[-1]

@@ -54,7 +54,10 @@ def retrace(
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
     assert mode is not None
     values = [node.meta["val"] for node in inputs]
-    noted = [mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v for v in values]
+    noted = [
+        mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
+        for v in values
+    ]
     with mode, torch.no_grad():
         noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
         parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
@@ -88,15 +91,17 @@ def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
     mode = detect_fake_mode([node.meta["val"] for node in graph.nodes if "val" in node.meta])
     assert mode is not None
 
-    def value(node: fx.Node) -> Any:
-        noted = node.meta["val"]
-        return mode.from_tensor(noted) if isinstance(noted, Tensor) and not isinstance(noted, FakeTensor) else noted
-
     with mode, torch.no_grad():
         for node in added:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _as_fake(source.meta["val"], mode))
             node.meta["val"] = node.target(*args, **kwargs)
     return PassResult(len(added))
+
+
+def _as_fake(value: Any, mode: Any) -> Any:
+    """A tensor as a fake one whose sizes are numbers, such as a weight; anything else as it is."""
+    is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+    return mode.from_tensor(value, static_shapes=True) if is_real else value
 
 
 def _let_read(new: fx.Node, old: fx.Node, reads: Callable[[fx.Node], bool]) -> None:

@@ -36,8 +36,9 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Remove nodes that compute nothing.
 
     Casts to a tensor's own dtype, copies, dropout in evaluation mode, multiplications by 1 and empty pieces are
-    removed; other casts get the form that has a translation. Splits become slices. A shape that can be written with
-    numbers known when tracing, 0 for an unchanged size and at most one -1, becomes a constant.
+    removed; other casts get the form that has a translation. Splits become slices, and a squeeze names its axes. A
+    shape that can be written with numbers known when tracing, 0 for an unchanged size and at most one -1, becomes a
+    constant.
 
     Args:
         graph: A traced graph in evaluation mode, every node with what tracing noted of it; it is changed in place.
@@ -53,6 +54,8 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
             _plain_cast(node)
         elif (source := _unchanged(node)) is not None:
             _drop(node, source)
+        elif node.target is aten.squeeze.default:
+            _named_axes(node)
         elif node.target in _SHAPES:
             _constant_shape(node)
         elif node.target in _SPLITS:
@@ -99,6 +102,23 @@ def _plain_cast(node: fx.Node) -> None:
         _drop(node, source)
         return
     node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _named_axes(node: fx.Node) -> None:
+    """Name the axes that are dropped: without names, a batch of one row would be dropped too.
+
+    Before: `squeeze(x)` of `[batch, 1]`
+    After:  `squeeze(x, 1)`
+    """
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axes = [axis for axis, size in enumerate(shape(source)) if expression(size) == 1]
+    for axis in reversed(axes):
+        with node.graph.inserting_before(node):
+            dropped = node.graph.call_function(aten.squeeze.dim, (source, axis))
+        dropped.meta = {**node.meta, "val": source.meta["val"].squeeze(axis)}
+        source = dropped
+    _drop(node, source)
 
 
 def _constant_shape(node: fx.Node) -> None:

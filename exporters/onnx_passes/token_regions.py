@@ -72,7 +72,10 @@ def attention_around(attention: dict[Dims, list[ir.Node]], dims: Dims) -> Iterat
 
 
 def token_dims(value: ir.Value | None) -> Dims | None:
-    """Batch and length of a token tensor `[batch, length, features]`, its features fixed; None of anything else."""
+    """Batch and length of a token tensor `[batch, length, features]`; None of anything else.
+
+    Its number of features is known; a tensor `[batch, features, length]` has the length there.
+    """
     if value is None or value.shape is None or len(value.shape) != 3:
         return None
     batch, length, features = value.shape
@@ -100,7 +103,8 @@ def _tokens_of(node: ir.Node) -> Dims | None:
     if node.op_type in NORMS:
         axis = node.attributes.get("axis")
         is_last = axis is None or axis.as_int() in (-1, 2)
-        return token_dims(node.outputs[0]) if is_last and not any(v.uses() for v in node.outputs[1:]) else None
+        dims = token_dims(node.inputs[0]) if is_last and not any(v.uses() for v in node.outputs[1:]) else None
+        return dims if dims == token_dims(node.outputs[0]) else None
     if node.op_type in ELEMENTWISE:
         return _same_tokens(node)
     return _along_features(node) if node.op_type in ALONG_FEATURES else None

@@ -1,4 +1,4 @@
-"""Translations of PyTorch operators that replace torchlib's: faster ones, and one that torchlib refuses."""
+"""Translations of PyTorch operators that replace torchlib's: faster ones, and some that torchlib lacks."""
 
 from __future__ import annotations
 
@@ -100,3 +100,26 @@ def batch_norm(
     result = op.Div(centred, op.Sqrt(op.Add(variance, op.Constant(value=_number(eps, x.dtype)))))
     result = result if weight is None else op.Mul(result, op.Reshape(weight, column))
     return result if bias is None else op.Add(result, op.Reshape(bias, column))
+
+
+def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) -> Any:
+    """Fourier transform of real numbers along given axes, as a complex tensor: its last axis is the pair of parts.
+
+    PyTorch's decomposition fixes the sizes of the trace.
+
+    Args:
+        x: Real numbers of any rank.
+        s: None for the whole length of each axis.
+        dim: The axes.
+        norm: None or `"backward"` for no factor.
+
+    Raises:
+        NotImplementedError: Lengths, no axes, or another factor are given.
+    """
+    if s is not None or dim is None or norm not in (None, "backward"):
+        raise NotImplementedError("fft_fftn with lengths, without axes, or with a factor has no translation")
+    rank = len(x.shape)
+    result = op.Unsqueeze(x, op.Constant(value_ints=[-1]))
+    for axis in reversed([axis % rank for axis in dim]):
+        result = op.DFT(result, None, op.Constant(value_int=axis))
+    return result

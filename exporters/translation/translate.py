@@ -32,7 +32,7 @@ from gralora_fx.exporters.fx_passes.retrace import note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
-from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention
+from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn
 from gralora_fx.exporters.translation.weights import weight_tensor
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
@@ -201,6 +201,7 @@ def _registry(opset: int) -> Any:
     registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
     registry.register_op(_aten.scaled_dot_product_attention.default, dot_product_attention)
     registry.register_op(_aten.batch_norm.default, batch_norm)
+    registry.register_op(_aten.fft_fftn.default, fft_fftn)
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)
     return registry

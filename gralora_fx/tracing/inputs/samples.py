@@ -37,6 +37,7 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids",
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
+_FRAMES = 20  # of speech
 _SAMPLES = 4000  # a quarter of a second of speech
 
 
@@ -198,15 +199,34 @@ def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -
     if name == "input_ids":
         return _token_ids(model, _LENGTH, generator)
     if name == "pixel_values":
+        config = _image_config(config)
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return torch.randn(_BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
     if name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 64)
         return torch.randn(_BATCH, config.num_mel_bins, frames, generator=generator)
+    if name == "input_values" and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return torch.randn(_BATCH, config.max_length, config.num_mel_bins, generator=generator)  # a spectrogram
+    if name == "input_features" and (width := _frame_width(config)):
+        return torch.randn(_BATCH, _FRAMES, width, generator=generator)
     if name == "input_values":
         return torch.randn(_BATCH, _SAMPLES, generator=generator)
     raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
+
+
+def _frame_width(config: Any) -> int | None:
+    """How many features a frame of speech has, of a model that takes `[batch, frames, features]`; None of another."""
+    names = ("feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
+    return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
+
+
+def _image_config(config: Any) -> Any:
+    """The part of a configuration that says how large images are; the configuration itself where none does."""
+    if hasattr(config, "image_size"):
+        return config
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return next((part for part in parts if hasattr(part, "image_size")), config)
 
 
 def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) -> torch.Tensor:

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from gralora_fx.compat.operators import is_mutable
 from gralora_fx.graph.surgery import copy_graph, erase_unused
 from gralora_fx.tracing.normalize.inline import inline_subgraphs
 
@@ -37,6 +38,7 @@ def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
             graph.erase_node(node)
     _drop_empty_parts(graph)
     _drop_dead_scalars(graph)
+    _drop_unread_writes(graph)
     result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
     result.graph.lint()
     return result
@@ -74,3 +76,29 @@ def _drop_dead_scalars(graph: fx.Graph) -> None:
         is_size = node.target is torch.ops.aten.sym_size.int or getattr(node.target, "__module__", "") == "_operator"
         if node.op == "call_function" and is_size and not node.users and node.target is not operator.setitem:
             graph.erase_node(node)
+
+
+def _drop_unread_writes(graph: fx.Graph) -> None:
+    """Erase writes into fresh memory that nothing reads, such as initial weights of a layer that a forward makes.
+
+    Before: `w = empty([8, 8]); u = uniform_(w, -1, 1)`, and no more
+    After:  nothing
+    """
+    for root in graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format):
+        family = _users(root)
+        if all(_only_writes(node) for node in family):
+            for node in [*reversed([node for node in graph.nodes if node in family]), root]:
+                graph.erase_node(node)
+
+
+def _users(node: fx.Node) -> set[fx.Node]:
+    """What reads a node, and what reads that, as far as they write into its memory."""
+    found = set(node.users)
+    for user in node.users:
+        found |= _users(user) if _only_writes(user) else set()
+    return found
+
+
+def _only_writes(node: fx.Node) -> bool:
+    """Whether a node gives its first argument's memory again, or only writes into it."""
+    return is_mutable(node.target) or node.target is torch.ops.aten.detach.default

@@ -1,0 +1,63 @@
+"""Encoders of many architectures, from trace to a verified export: the sample of `python -m benchmarks encoders`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.encoder_check import check_encoder
+from benchmarks.tiny_encoders import encoder_classes, skipped_types, tiny_encoder
+
+TASKS = {entry.name: entry.task for entry in encoder_classes()}
+# class: how many layers of attention it has
+FUSED = {
+    "AlbertForMaskedLM": 1,
+    "BigBirdForMaskedLM": 1,  # its forward makes a layer and throws its weights away
+    "BloomForSequenceClassification": 1,  # its heads are folded into the batch, and the bias is part of the product
+    "LlamaForSequenceClassification": 1,
+    "MBartForSequenceClassification": 3,  # it squeezes axes that it does not name
+    "ModernBertForMaskedLM": 2,  # one layer with a window
+    "MvpForSequenceClassification": 3,
+    "Wav2Vec2BertForSequenceClassification": 1,  # it takes frames
+    "XLMWithLMHeadModel": 1,  # masked_fill hides the keys
+    "CLIPForImageClassification": 1,  # a part of its configuration says how large images are
+    "ASTForAudioClassification": 1,  # it takes spectrograms
+}
+
+
+def task_of(name: str) -> str | None:
+    """The task to trace a class for."""
+    task = TASKS.get(name)
+    return None if task == "audio-classification" else task
+
+
+@pytest.mark.parametrize("name", [*FUSED])
+def test_the_export_gives_the_models_values_and_every_layer_is_fused(tmp_path: Path, name: str) -> None:
+    result = check_encoder(tiny_encoder(name), task_of(name), tmp_path / "onnx")
+    assert (result.difference, result.plain, result.nan_checks) == ("", {}, 0)
+    assert result.fused == FUSED[name]
+    assert result.sites > 2
+
+
+def test_fourier_transforms_hold_for_every_size(tmp_path: Path) -> None:
+    result = check_encoder(tiny_encoder("FNetForMaskedLM"), "fill-mask", tmp_path / "onnx")
+    assert (result.difference, result.fused) == ("", 0)
+
+
+def test_attention_that_does_not_fuse_is_exported_as_it_is(tmp_path: Path) -> None:
+    result = check_encoder(tiny_encoder("OpenAIGPTForSequenceClassification"), "text-classification", tmp_path / "onnx")
+    assert (result.difference, result.fused) == ("", 0)
+    assert set(result.plain.values()) == {"its softmax was not recognised as attention's"}
+
+
+def test_a_mask_that_hides_all_keys_from_a_query_is_not_fused(tmp_path: Path) -> None:
+    name = "DebertaV2ForSequenceClassification"  # its first token may be padding, which attends to nothing
+    result = check_encoder(tiny_encoder(name), TASKS[name], tmp_path / "onnx")
+    assert (result.difference, result.fused) == ("", 0)
+
+
+def test_the_list_is_transformers_own() -> None:
+    assert set(FUSED) <= set(TASKS)
+    assert len(TASKS) > 500
+    assert "an encoder-decoder" in skipped_types()
