@@ -54,7 +54,10 @@ def retrace(
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
     assert mode is not None
     values = [node.meta["val"] for node in inputs]
-    noted = [mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v for v in values]
+    noted = [
+        mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
+        for v in values
+    ]
     with mode, torch.no_grad():
         noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
         parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
@@ -90,7 +93,11 @@ def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     def value(node: fx.Node) -> Any:
         noted = node.meta["val"]
-        return mode.from_tensor(noted) if isinstance(noted, Tensor) and not isinstance(noted, FakeTensor) else noted
+        return (
+            mode.from_tensor(noted, static_shapes=True)
+            if isinstance(noted, Tensor) and not isinstance(noted, FakeTensor)
+            else noted
+        )
 
     with mode, torch.no_grad():
         for node in added:
