@@ -29,9 +29,11 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from typer.testing import CliRunner
 
 from gralora_fx import trace
-from gralora_fx.errors import ServingError
+from gralora_fx.cli.commands import app
+from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
@@ -124,3 +126,23 @@ def test_an_export_for_one_size_names_it(name: str, image_size: Any, size: tuple
     torch.testing.assert_close(served(pixel_values=images).logits, model(images, **constants).logits, atol=1e-4, rtol=0)
     with pytest.raises(ServingError, match=rf"images of 40 x 64, but the model takes {size[0]} x {size[1]}: .*resize"):
         served(pixel_values=torch.randn(1, 3, 40, 64))
+
+
+def test_the_command_line_takes_an_image_size(tmp_path: Path) -> None:
+    model_of("vit").save_pretrained(tmp_path / "vit")
+    arguments = ["--model", str(tmp_path / "vit"), "--output", str(tmp_path / "onnx")]
+    runner = CliRunner()
+    result = runner.invoke(app, ["export", *arguments, "--image-size", "dynamic"])
+    assert result.exit_code == 0, result.output
+    assert read_manifest(tmp_path / "onnx").image_sizes == ImageSizes(least=(8, 8))
+    verified = runner.invoke(app, ["verify", *arguments])
+    assert verified.exit_code == 0, verified.output
+    assert "images of" in verified.output
+    result = runner.invoke(app, ["export", *arguments, "--image-size", "48x16"])
+    assert result.exit_code == 0, result.output
+    assert read_manifest(tmp_path / "onnx").image_size == (48, 16)
+    inspected = runner.invoke(app, ["inspect", "--model", str(tmp_path / "vit")])
+    assert "images: 32 x 32 only" in inspected.output
+    refused = runner.invoke(app, ["export", *arguments, "--image-size", "48"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "such as 224x224, or dynamic, but got '48'" in str(refused.exception)
