@@ -59,8 +59,10 @@ GROUPS = {
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.
 LONG = (
     "model/test_trainer.py",
+    "tracing/test_image_sizes.py",
     "exporters/test_decoder_architectures.py",
     "exporters/test_encoder_architectures.py",
+    "exporters/test_image_size_export.py",
     "exporters/test_transformers_js.py",
     "exporters/test_fusion.py",
     "exporters/test_encoder_decoder_export.py",

@@ -50,7 +50,15 @@ def test_signatures() -> None:
     def names(function: object) -> list[str]:
         return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
 
-    assert names(gralora_fx.trace) == ["model", "example_inputs", "kwargs", "task", "dynamic", "sentence_modules"]
+    assert names(gralora_fx.trace) == [
+        "model",
+        "example_inputs",
+        "kwargs",
+        "task",
+        "dynamic",
+        "sentence_modules",
+        "image_size",
+    ]
     assert names(gralora_fx.plan) == ["traced", "config"]
     assert names(gralora_fx.rewrite) == ["traced", "config_or_plan", "adapter_name"]
     assert names(gralora_fx.merge) == ["model", "adapter_names", "safe", "untie"]

@@ -61,6 +61,7 @@ def describe(
         packages={name: version(name) for name in ("gralora-fx", *_PACKAGES)},
         attention=attention,
         passes=tuple(passes),
+        image_sizes=traced.signature.image_sizes,
     )
 
 

@@ -28,6 +28,7 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.fx_passes.decompose import Decompose, FoldNumbers
 from gralora_fx.exporters.fx_passes.functionalize import functionalize
 from gralora_fx.exporters.fx_passes.libraries import eliminate_common_subexpressions, fix_calls, promote_types
+from gralora_fx.exporters.fx_passes.plain_sizes import plain_sizes
 from gralora_fx.exporters.fx_passes.retrace import note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
@@ -130,6 +131,7 @@ def _translate_into(
             *passes,  # on a graph in which each expression has one spelling
             Decompose(known, lambda: decomposition_table(known)),  # what no pass has replaced
             FoldNumbers(known, lambda path: _constant(weights[path][1]) if path in weights else None),
+            plain_sizes,  # of those that decompositions compute too
             constant_slices,
             promote_types,  # last: it runs the whole graph
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from gralora_fx.compat.pytree import KeyPath, tree_map_with_path
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verification.random_values import LENGTHS, like, longest_text, pad, text_like
+from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
 from gralora_fx.tracing.inputs.input_trees import path_of
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -36,15 +38,38 @@ def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) ->
                 f"batch {batch}",
                 {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()},
             )
+        for image_size in _other_image_sizes(model):
+            case = {name: _nested(model, name, value, 2, generator) for name, value in inputs.items()}
+            case[IMAGES] = _images(case[IMAGES], image_size, generator)
+            yield f"2 images of {pixels(image_size)}", case
         return
     limit = longest_text(model)
     rows, positions_held = _held_sizes(model, sample)
+    image_sizes = iter(_other_image_sizes(model))
     for batch, length, padding in ((1, LENGTHS[0], None), (1, LENGTHS[3], None), (3, 11, "right"), (4, 6, "left")):
         batch, size = rows or batch, positions_held or min(length, limit)
         case = {name: text_like(name, value, model, batch, size, generator) for name, value in sample.items()}
         if padding and size > 1:
             pad(case, padding)
-        yield f"{batch} x {size}" + (f" padded {padding}" if padding else ""), case
+        description = f"{batch} x {size}" + (f" padded {padding}" if padding else "")
+        for image_size in itertools.islice(image_sizes, 1):
+            case[IMAGES] = _images(case[IMAGES], image_size, generator)
+            description += f" with images of {pixels(image_size)}"
+        yield description, case
+
+
+def _other_image_sizes(model: TracedModel) -> list[tuple[int, int]]:
+    """Image sizes to compare, of a trace in which they vary: smaller and larger than the example's, odd if they may."""
+    sizes = model.signature.image_sizes
+    if sizes is None or sizes.fixed is not None:
+        return []
+    height, width = model.example_inputs[IMAGES].shape[2:]
+    return [sizes.fitting((height // 2 + 1, width)), sizes.fitting((width + 5, height + 3))]
+
+
+def _images(images: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Random images of another height and width."""
+    return torch.randn(*images.shape[:2], *size, generator=generator).to(images.dtype)
 
 
 def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int | None, int | None]:

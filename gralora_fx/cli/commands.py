@@ -54,6 +54,9 @@ def inspect(
         notes.print(f"wrote {path}")
     if base.report is not None:
         print(base.report.describe(base.supplied))
+    traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
+    if traced.signature.image_sizes is not None:
+        print(f"images: {traced.signature.image_sizes}")
     if isinstance(loaded, GraloraModel):
         print(loaded.plans["default"])
         return
@@ -75,6 +78,7 @@ def export(
     accuracy_level: opt.AccuracyLevel = None,
     logits: opt.Logits = "last",
     keep_padding: opt.KeepPadding = False,
+    image_size: opt.ImageSizeText = None,
     allow_random_head: opt.RandomHead = False,
     no_tokenizer: opt.NoTokenizer = False,
     stream: opt.Stream = False,
@@ -102,6 +106,7 @@ def export(
         no_verify=no_verify,
         stream=stream,
     )
+    size = opt.read_image_size(image_size)
     with StageProgress(), gc_pause():
         with timed("import"):
             from gralora_fx.config.adapter_tasks import requested_task
@@ -120,7 +125,7 @@ def export(
             raise ExportError(f"--texts needs a tokenizer, and {base_name(model, adapter)} has none; leave it out")
         options_of_load = {"with_cache": True, "stream": stream, "allow_random_head": allow_random_head}
         with without_trainer():
-            loaded = load_traced(model, adapter, task, **options_of_load)
+            loaded = load_traced(model, adapter, task, image_size=size, **options_of_load)
         gc.freeze()
         report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, dump=dump, **options)
     print(report)
@@ -176,7 +181,13 @@ def verify(
             with timed("files"):
                 check_files(output, manifest, digests=True)
         with without_trainer():
-            loaded = load_traced(model, adapter, exported or task, allow_random_head=allow_random_head)
+            loaded = load_traced(
+                model,
+                adapter,
+                exported or task,
+                allow_random_head=allow_random_head,
+                image_size=manifest.image_size,
+            )
         with timed("verify"):
             options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
             options |= {"providers": provider, "provider_options": of_provider}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from gralora_fx.config.tasks import TASKS, check_task
 from gralora_fx.errors import ConfigError, first_line
 from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, ExportOptions
+from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
 
 
 def _utf8(value: Any) -> Any:
@@ -90,6 +92,14 @@ AccuracyLevel = Annotated[
 Logits = Annotated[
     str, typer.Option(metavar=_either(LOGITS), help="Of a model with a cache: logits of the last position, or all.")
 ]
+ImageSizeText = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        metavar="[HxW|dynamic]",
+        help="Images of one size, or of any.  [default: of any where the model takes them as it is, else of its own]",
+    ),
+]
 RandomHead = Annotated[
     bool, typer.Option("--allow-random-head", help="Export a head that the checkpoint lacks, with random values.")
 ]
@@ -161,6 +171,22 @@ def provider_options(provider: str | None, options: list[str] | None) -> dict[st
             raise ConfigError(f"--provider-option {key} is given twice; give it once")
         found[key] = value
     return found
+
+
+def read_image_size(text: str | None) -> ImageSize:
+    """The image size of `--image-size`: `224x224` is a height and a width.
+
+    Raises:
+        ConfigError: It is neither that nor `dynamic`.
+    """
+    if text is None:
+        return None
+    if text == DYNAMIC:
+        return DYNAMIC
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ConfigError(f"--image-size takes a height and a width, such as 224x224, or dynamic, but got {text!r:.80}")
+    return int(match[1]), int(match[2])
 
 
 def read_texts(path: Path) -> list[str]:

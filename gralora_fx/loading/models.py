@@ -34,6 +34,7 @@ from gralora_fx.progress.timing import timed
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.safetensors_files import attach_shards, check_readable, empty_model
+from gralora_fx.tracing.inputs.image_sizes import ImageSize
 from gralora_fx.tracing.inputs.samples import infer_task
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
 from gralora_fx.tracing.trace import trace
@@ -163,6 +164,7 @@ def load_traced(
     with_cache: bool = False,
     stream: bool = False,
     allow_random_head: bool = False,
+    image_size: ImageSize = None,
 ) -> TracedModel | GraloraModel:
     """A traced model, rewritten with an adapter if one is given.
 
@@ -174,6 +176,7 @@ def load_traced(
         stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
         allow_random_head: Whether the base may lack tensors that the adapter does not supply, such as a head; they get
             random values, the same in every run.
+        image_size: As of `trace`.
 
     Raises:
         ConfigError: Neither names a base model, or the adapter is for another task.
@@ -183,7 +186,7 @@ def load_traced(
     """
     base = load_base(model, adapter, task, stream=stream)
     base.check(allow_random_head=allow_random_head)
-    return trace_base(base, with_cache=with_cache)
+    return trace_base(base, with_cache=with_cache, image_size=image_size)
 
 
 @dataclass(frozen=True)
@@ -270,12 +273,13 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
     return Base(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report)
 
 
-def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | GraloraModel:
+def trace_base(base: Base, *, with_cache: bool = False, image_size: ImageSize = None) -> TracedModel | GraloraModel:
     """Trace a base, and rewrite it with its adapter if it has one.
 
     Args:
         base: The result of `load_base`.
         with_cache: Whether a task that was not given defaults to the one with a cache, if there is one.
+        image_size: As of `trace`.
 
     Raises:
         TraceError: The base cannot be traced.
@@ -287,7 +291,7 @@ def trace_base(base: Base, *, with_cache: bool = False) -> TracedModel | Gralora
         task = with_past(task)
     with timed("trace"):
         try:
-            traced = trace(base.model, task=task, sentence_modules=base.modules)
+            traced = trace(base.model, task=task, sentence_modules=base.modules, image_size=image_size)
         except TraceError as error:
             if not base.is_asked and task.endswith("-with-past"):
                 without = task.removesuffix("-with-past")

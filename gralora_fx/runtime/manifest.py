@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.runtime.quality import OutputQuality, Quality
+from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize, ImageSizes
 
 SCHEMA_VERSION = 1
 _PRECISIONS = ("fp32", "fp16", "bf16")
@@ -92,6 +93,7 @@ class Manifest:
         passes: What every pass did, in order.
         verification: What verification measured, or None.
         quality: How a quantized export differs from the float32 model, where that was measured.
+        image_sizes: Heights and widths of images that the graph takes; None if it takes no images.
         files: Every other file of the directory by its path; None where they were not recorded.
     """
 
@@ -112,12 +114,20 @@ class Manifest:
     passes: tuple[Mapping[str, Any], ...] = ()
     verification: Mapping[str, Any] | None = None
     quality: Quality | None = None
+    image_sizes: ImageSizes | None = None
     files: Mapping[str, FileEntry] | None = None
+
+    @property
+    def image_size(self) -> ImageSize:
+        """The image size that the export was made for, as of `trace`; None if it takes no images."""
+        if self.image_sizes is None:
+            return None
+        return self.image_sizes.fixed or DYNAMIC
 
     def to_json(self) -> str:
         """The text of the file, keys in order; what an export may lack is left out where it does."""
         found = dataclasses.asdict(self)
-        optional = ("attention", "files", "quality")
+        optional = ("attention", "files", "image_sizes", "quality")
         fields = {name: value for name, value in found.items() if name not in optional or value is not None}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
@@ -193,6 +203,7 @@ class _Reader:
             passes=tuple(self._objects("passes")),
             verification=self.take("verification", dict, type(None), default=None),
             quality=self._quality(),
+            image_sizes=self._image_sizes(),
             files=self._files(),
         )
 
@@ -245,6 +256,24 @@ class _Reader:
             for index, output in enumerate(entry._objects("outputs"))
         ]
         return Quality(entry.take("inputs", str), tuple(outputs))
+
+    def _image_sizes(self) -> ImageSizes | None:
+        if self.take("image_sizes", dict, type(None), default=None) is None:
+            return None
+        entry = self.within("image_sizes")
+        fixed = entry.take("fixed", list, type(None))
+        return ImageSizes(
+            None if fixed is None else entry._height_and_width("fixed"),
+            entry.take("reason", *_TEXT_OR_NONE),
+            entry._height_and_width("least"),
+            entry.take("multiple_of", int),
+        )
+
+    def _height_and_width(self, name: str) -> tuple[int, int]:
+        found: list[Any] = self.take(name, list)
+        if len(found) != 2 or any(type(size) is not int or size < 1 for size in found):
+            self._refuse(name, found)
+        return found[0], found[1]
 
     def _objects(self, name: str) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = self.take(name, list, default=[])

@@ -15,6 +15,7 @@ from gralora_fx.errors import ServingError, first_line
 from gralora_fx.runtime.context_length import context_length
 from gralora_fx.runtime.encoder_decoder_session import empty_past
 from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_of
+from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.signature import default_input
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -39,12 +40,14 @@ class Feed:
         is_encoder_decoder: Whether the session is an `EncoderDecoderSession`.
         position_offset: By how many positions a model has fewer than its configuration says; if not 0, padding takes
             none.
+        image_sizes: Heights and widths of images that the model takes, where the export says.
     """
 
     inputs: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     is_encoder_decoder: bool = False
     position_offset: int = 0
+    image_sizes: ImageSizes | None = None
 
     def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Flatten the inputs to the session's names: a list, tuple, dict or dataclass becomes its parts, by path.
@@ -72,7 +75,7 @@ class Feed:
         takes = f"the model takes {', '.join([*shown, *cache])}"
         if unknown := [str(name) for name in inputs if name not in self.inputs]:
             raise ServingError(f"unknown input {', '.join(unknown)}; {takes}, so leave out what it does not take")
-        arrays = {name: as_array(name, value, self.inputs[name]) for name, value in inputs.items()}
+        arrays = {name: self._array(name, value) for name, value in inputs.items()}
         self._check_ids(arrays)
         pasts = [name for name in self.inputs if name.startswith(f"{PAST}.")]
         if arrays and not any(name in arrays for name in pasts):
@@ -90,6 +93,15 @@ class Feed:
         self._check_equal_axes(arrays)
         self._check_length(arrays)
         return arrays
+
+    def _array(self, name: str, value: Any) -> NDArray[Any]:
+        if name == IMAGES and self.image_sizes is not None:
+            channels = self.inputs[name].shape[1]
+            shape = _plain_array(name, value).shape
+            problem = self.image_sizes.problem(shape, channels if isinstance(channels, int) else None)
+            if problem is not None:
+                raise ServingError(f"input {name!r} {problem}")
+        return as_array(name, value, self.inputs[name])
 
     def _parts(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if name in self.inputs or not any(path.startswith(f"{name}.") for path in self.inputs):

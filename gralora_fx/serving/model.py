@@ -89,7 +89,7 @@ class OrtModel:
         self.session = open_session(self.directory, self._runtime, error=ServingError)
         inputs = {value.name: value for value in self.session.get_inputs()}
         is_pair = isinstance(self.session, EncoderDecoderSession)
-        self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset)
+        self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
         self.input_names = tuple(inputs)
         self.output_names = tuple(value.name for value in self.session.get_outputs())
         warn_of_idle(self._runtime, self.placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +17,22 @@ from transformers import PreTrainedModel
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.progress.silence import quiet
 from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
+from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.attention import fused_attention
 from gralora_fx.tracing.patches.llama_functions import llama_functions_as_operators
 from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
 
 
+class Axes(enum.Enum):
+    """Which axes of a trace may vary."""
+
+    NONE = "none"
+    SEQUENCES = "all but height and width of images"
+    IMAGES = "all"
+
+
 def export_transformers_model(
-    model: PreTrainedModel, inputs: Mapping[str, Any], *, dynamic: bool
+    model: PreTrainedModel, inputs: Mapping[str, Any], axes: Axes
 ) -> torch.export.ExportedProgram:
     """Export a transformers model in its current mode, with a cache if one is given.
 
@@ -31,27 +41,33 @@ def export_transformers_model(
     Args:
         model: The model; its modules and parameters stay unchanged.
         inputs: Keyword inputs of its forward; with past keys and values it is a step with a cache.
-        dynamic: Whether axes may vary.
+        axes: Which axes may vary.
 
     Returns:
         A program over the model's own parameters.
     """
-    shapes = dynamic_axes(inputs) if dynamic else None
+    shapes = dynamic_axes(inputs, axes)
     noted = inputs if cache_layout(inputs) is CacheLayout.DECODER else None
     operators = nullcontext() if noted is None else _operators(model)
     forward = _step_forward(model, use_cache=PAST in inputs, noted=noted)
     with quiet(), patch.object(model, "forward", forward), operators:
-        return export_program(model, copied(inputs), shapes, dynamic=dynamic)
+        return export_program(model, copied(inputs), shapes, dynamic=axes is not Axes.NONE)
 
 
-def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`dynamic_shapes` for `torch.export`: all axes may vary; of images only the batch, of a cache batch and length.
+def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict[str, Any] | None:
+    """`dynamic_shapes` for `torch.export`: all axes may vary; of a cache batch and length, of images mostly the batch.
 
-    Vision models are made for one image size; with dynamic height and width some cannot be traced.
+    Many vision models are made for one image size; with dynamic height and width some cannot be traced.
+
+    Args:
+        inputs: Inputs by name.
+        axes: Which axes may vary.
     """
+    if axes is Axes.NONE:
+        return None
     shapes = auto_dynamic_shapes(inputs)
-    if "pixel_values" in shapes:
-        shapes["pixel_values"] = {0: torch.export.Dim.AUTO}
+    if IMAGES in shapes and axes is not Axes.IMAGES:
+        shapes[IMAGES] = {0: torch.export.Dim.AUTO}
     if PAST in shapes:
         shapes[PAST] = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO} for _ in shapes[PAST]]
     return shapes

@@ -53,6 +53,16 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
     return _gap(expected, actual)
 
 
+def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
+    """Why the eager model fails on inputs in evaluation mode, or None if it does not."""
+    with _in_evaluation(model), torch.random.fork_rng(devices=()):
+        try:
+            _call_eager(model, sample)
+        except Exception as error:  # noqa: BLE001  # a model raises what it likes
+            return f"the model itself takes no other size: {first_line(error)}"
+    return None
+
+
 def fillable_inputs(model: nn.Module, sample: Mapping[str, Any], names: Collection[str]) -> tuple[frozenset[str], bool]:
     """Inputs that may be left out of a call, because the value of `default_input` equals the eager model's default.
 

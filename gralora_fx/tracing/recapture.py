@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.compat.operators import HigherOrderOperator, OpOverload
 from gralora_fx.progress.silence import quiet
-from gralora_fx.tracing.capture import dynamic_axes
+from gralora_fx.tracing.capture import Axes, dynamic_axes
 from gralora_fx.tracing.normalize.clean import without_guards
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 
@@ -62,7 +62,7 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
     """
     graph_module.recompile()
     with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():
-        wrapper, shapes = _Named(graph_module, inputs), dynamic_axes(inputs) if dynamic else None
+        wrapper, shapes = _Named(graph_module, inputs), dynamic_axes(inputs, Axes.SEQUENCES if dynamic else Axes.NONE)
         program = torch.export.export(wrapper, (), dict(inputs), dynamic_shapes=shapes, strict=False)
         captured = without_guards(program.run_decompositions({}).module(check_guards=False))
     restore_parameters(captured, originals)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,12 +20,14 @@ from gralora_fx.operators.namespace import restore_aten
 from gralora_fx.progress.gc_pause import gc_pause
 from gralora_fx.progress.silence import quiet
 from gralora_fx.sources.sentence_modules import SentenceModules
-from gralora_fx.tracing.capture import dynamic_axes, export_transformers_model
+from gralora_fx.tracing.capture import Axes, dynamic_axes, export_transformers_model
 from gralora_fx.tracing.check import check_dynamic_sizes, difference, fillable_inputs
 from gralora_fx.tracing.failures import reason as reason_of
 from gralora_fx.tracing.failures import where, where_defined
+from gralora_fx.tracing.image_trace import at_image_size, trace_sizes
 from gralora_fx.tracing.inputs.arguments import example_arguments, forward_with, named_arguments, split_constants
 from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.image_sizes import ImageSize
 from gralora_fx.tracing.inputs.input_trees import distinct, fixed_axes
 from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task, widen
 from gralora_fx.tracing.inputs.signature import signature_of
@@ -34,6 +37,7 @@ from gralora_fx.tracing.normalize.modes import annotate_mode_args, find_rng_op
 from gralora_fx.tracing.normalize.training_branches import differing_modules, names_of_modules, updated_buffers
 from gralora_fx.tracing.patches.eager_modes import traceable_modes
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
+from gralora_fx.tracing.patches.same_padding import same_padding_by_arithmetic
 from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
 from gralora_fx.tracing.sentence_encoder import drop_unread, followed_by, sentence_modules_of
@@ -50,6 +54,7 @@ def trace(
     task: str | None = None,
     dynamic: bool = True,
     sentence_modules: str | Path | None = None,
+    image_size: ImageSize = None,
 ) -> TracedModel:
     """Trace a model to a `torch.fx` graph over its own parameters.
 
@@ -68,15 +73,21 @@ def trace(
         dynamic: Whether axes may vary; False fixes every size to the example's.
         sentence_modules: For `task="sentence-similarity"`: a directory or hub id whose `modules.json` says what follows
             the transformer, such as that of an adapter; None for where the model was loaded from.
+        image_size: For a model that takes images: a height and a width to trace with, or `"dynamic"` for images of any
+            size. A model with a table of positions then interpolates it (`interpolate_pos_encoding`). None: of any size
+            if the model takes them as it is called, else of the example's (see `signature.image_sizes`).
 
     Returns:
         The traced model, in the model's mode.
 
     Raises:
-        TraceError: The model cannot be traced (the message says where), or inputs are missing or do not fit.
+        TraceError: The model cannot be traced (the message says where), not for images of any size though that was
+            asked for, or inputs are missing or do not fit.
     """
     arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
     sentence = sentence_modules_of(model, task, sentence_modules)
+    if image_size is not None and isinstance(model, (torch.export.ExportedProgram, fx.GraphModule)):
+        raise TraceError("image_size is for live models; this one is traced already, for the sizes that it takes")
     if isinstance(model, torch.export.ExportedProgram):
         return trace_program(model, arguments, task)
     if isinstance(model, fx.GraphModule):
@@ -91,7 +102,7 @@ def trace(
         task = task or infer_task(model)
         check_head(model, task)
     with followed_by(model, sentence):
-        return _traced(model, arguments, task, dynamic, sentence)
+        return _traced(model, arguments, task, dynamic, sentence, image_size)
 
 
 def _traced(
@@ -100,6 +111,7 @@ def _traced(
     task: str | None,
     dynamic: bool,
     sentence: SentenceModules | None,
+    image_size: ImageSize,
 ) -> TracedModel:
     """The trace of a live module, as it is called now."""
     with placeholder_parameters(model) as originals:
@@ -110,11 +122,14 @@ def _traced(
                 )
             arguments = (), inputs_for_task(model, task or "")
         tensors, constants = split_constants(model, named_arguments(model, *arguments))
+        tensors, constants = at_image_size(model, tensors, constants, image_size)
         sample = distinct(widen(model, tensors) if dynamic else tensors)
         signature = signature_of(model, sample, constants, has_cache=PAST in sample)
         with patch.object(model, "forward", forward_with(model, tuple(sample), constants)):
             with gc_pause():
-                graph_module = _trace_both_modes(model, sample, dynamic)
+                graph_module, sample, image_sizes = trace_sizes(
+                    model, sample, constants, image_size, dynamic=dynamic, capture=partial(_trace_both_modes, model)
+                )
             fillable, counts_padding = fillable_inputs(model, sample, signature.may_be_left_out)
         restore_parameters(graph_module, originals)
     config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
@@ -128,6 +143,7 @@ def _traced(
             counts_padding=counts_padding,
             dynamic=dynamic,
             fixed=fixed_axes(graph_module.graph, sample),
+            image_sizes=image_sizes,
         ),
         task=task,
         config=config,
@@ -141,19 +157,19 @@ def _traced(
     return traced.train(model.training)
 
 
-def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
+def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], axes: Axes) -> fx.GraphModule:
     """Trace a graph for both modes: in training mode, where every dropout has its probability.
 
     If that fails, or differs from the model in evaluation mode, the modules with a separate training branch are traced
     in evaluation mode, or else the whole model; a warning says what training then lacks.
     """
     with _unchanged(model), without_layerdrop(model):
-        in_training, reason = _training_trace(model, sample, dynamic)
+        in_training, reason = _training_trace(model, sample, axes)
         updated = () if in_training is None else updated_buffers(in_training)
         if in_training is not None and reason is None and not updated:
-            return _with_free_sizes(model, in_training, sample, dynamic)
+            return _with_free_sizes(model, in_training, sample, axes)
         model.eval()
-        in_evaluation = _export(model, sample, dynamic)
+        in_evaluation = _export(model, sample, axes)
         annotate_mode_args(in_evaluation.graph, in_training=False)
         problem = difference(model, in_evaluation, sample)
         if problem is not None:
@@ -163,42 +179,42 @@ def _trace_both_modes(model: nn.Module, sample: Mapping[str, Any], dynamic: bool
             )
         paths = () if in_training is None else differing_modules(in_training.graph, in_evaluation.graph)
         if in_training is not None and reason is None and not paths:  # the model updates its buffers in both modes
-            return _with_free_sizes(model, in_training, sample, dynamic)
+            return _with_free_sizes(model, in_training, sample, axes)
         reason = reason or f"it updates {', '.join(updated)}"
         if rng_op := find_rng_op(in_evaluation.graph):
             reason = f"it draws random numbers in evaluation too ({rng_op})"
             if in_training is not None and not paths and difference(model, in_training, sample) is None:
                 warn_caller(f"{type(model).__name__} and its trace give other values in every run: {reason}")
-                return _with_free_sizes(model, in_training, sample, dynamic)
+                return _with_free_sizes(model, in_training, sample, axes)
         if paths:
-            mixed, other_reason = _training_trace(model, sample, dynamic, evaluated=paths)
+            mixed, other_reason = _training_trace(model, sample, axes, evaluated=paths)
             reason = f"{names_of_modules(model, paths)} differs in training ({reason})"
             if mixed is not None and other_reason is None and updated_buffers(mixed) == updated_buffers(in_evaluation):
                 warn_caller(f"{reason}; that is not part of the trace, and training runs it as in evaluation")
-                return _with_free_sizes(model, mixed, sample, dynamic)
+                return _with_free_sizes(model, mixed, sample, axes)
         warn_caller(
             f"{type(model).__name__} was traced in evaluation mode, so training runs without its attention dropout and "
             f"noise: {reason}"
         )
-        return _with_free_sizes(model, in_evaluation, sample, dynamic)
+        return _with_free_sizes(model, in_evaluation, sample, axes)
 
 
 def _training_trace(
-    model: nn.Module, sample: Mapping[str, Any], dynamic: bool, *, evaluated: Collection[str] = ()
+    model: nn.Module, sample: Mapping[str, Any], axes: Axes, *, evaluated: Collection[str] = ()
 ) -> tuple[fx.GraphModule | None, str | None]:
     """A trace in training mode, or None, and why it is wrong in evaluation mode, or None.
 
     Args:
         model: The model; its mode changes.
         sample: Inputs by name.
-        dynamic: Whether axes may vary.
+        axes: Which axes may vary.
         evaluated: Paths of modules to put into evaluation mode.
     """
     model.train()
     for path in evaluated:
         model.get_submodule(path).training = False
     try:
-        graph_module = _export(model, sample, dynamic)
+        graph_module = _export(model, sample, axes)
         annotate_mode_args(graph_module.graph)
         if rng_op := find_rng_op(graph_module.graph):
             return graph_module, f"it draws random numbers ({rng_op})"
@@ -208,21 +224,26 @@ def _training_trace(
 
 
 def _with_free_sizes(
-    model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any], dynamic: bool
+    model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any], axes: Axes
 ) -> fx.GraphModule:
     """The graph, after checking that it equals the model on other sizes too, if they may vary."""
-    if dynamic:
+    if axes is not Axes.NONE:
         check_dynamic_sizes(model, graph_module, sample)
     return graph_module
 
 
-def _export(model: nn.Module, sample: Mapping[str, Any], dynamic: bool) -> fx.GraphModule:
+def _export(model: nn.Module, sample: Mapping[str, Any], axes: Axes) -> fx.GraphModule:
     try:
-        with quiet(), drop_paths_as_operators(model), traceable_modes() as checkpoints:
+        with (
+            quiet(),
+            drop_paths_as_operators(model),
+            same_padding_by_arithmetic(model),
+            traceable_modes() as checkpoints,
+        ):
             if isinstance(model, PreTrainedModel):
-                program = export_transformers_model(model, sample, dynamic=dynamic)
+                program = export_transformers_model(model, sample, axes)
             else:
-                shapes = dynamic_axes(dict(sample)) if dynamic else None
+                shapes = dynamic_axes(sample, axes)
                 with torch.enable_grad():  # so that regions without gradients are recorded
                     program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type

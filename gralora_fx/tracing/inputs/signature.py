@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.decoder_cache import PAST, positions
+from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
 
 _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
@@ -34,6 +35,7 @@ class CallSignature:
         fixed: Sizes of input tensors to which the trace is fixed.
         dynamic: Whether the trace was made for other sizes than the example's too.
         has_form: Whether inputs must have the structure of the examples, as for an exported graph.
+        image_sizes: Heights and widths of images that the trace takes; None if it takes no images.
     """
 
     inputs: tuple[str, ...]
@@ -47,6 +49,7 @@ class CallSignature:
     fixed: FixedAxes = dataclasses.field(default_factory=dict)
     dynamic: bool = True
     has_form: bool = True
+    image_sizes: ImageSizes | None = None
 
     @property
     def may_be_left_out(self) -> tuple[str, ...]:
@@ -87,6 +90,8 @@ class CallSignature:
         for name in inputs:
             if inputs[name] is None and not (name in examples and examples[name] is None):
                 inputs[name] = self._filled(name, inputs)
+            if name == IMAGES and self.image_sizes is not None:
+                self._check_images(inputs[name])
             if self.has_form and name in examples:
                 check_form(name, examples[name], inputs[name], self.fixed)
         return inputs
@@ -141,6 +146,14 @@ class CallSignature:
                 f"out, the model takes {shown(self.defaults[name])}: give {name}={self.values[name]!r}, or trace again "
                 "without it"
             )
+
+    def _check_images(self, images: Any) -> None:
+        """Check the size of images, since the graph's own error would be obscure, or there would be none."""
+        channels = self.fixed.get(IMAGES, (None, None))[1]
+        if isinstance(images, torch.Tensor) and self.image_sizes is not None:
+            problem = self.image_sizes.problem(images.shape, channels)
+            if problem is not None:
+                raise TraceError(f"input {IMAGES!r} {problem}")
 
     def _filled(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
         known = {other: value for other, value in inputs.items() if value is not None}
