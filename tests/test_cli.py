@@ -339,7 +339,9 @@ def test_options_are_checked_before_anything_is_loaded(tmp_path: Path, options: 
 def test_help_lists_tasks_and_choices(command: str) -> None:
     text = CliRunner().invoke(app, [command, "--help"]).stdout
     assert all(f" {task}\n" in text for task in TASKS)
-    assert command != "export" or all(f"[{choices}]" in text for choices in ("fp32|fp16|bf16", "int4|int8", "last|all"))
+    assert command != "export" or all(
+        f"[{choices}]" in text for choices in ("fp32|fp16|bf16", "int4|int8|int8-dynamic", "last|all")
+    )
 
 
 def test_a_decoder_without_keys_and_values_is_named(tmp_path: Path) -> None:

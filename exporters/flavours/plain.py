@@ -1,4 +1,4 @@
-"""A model without a cache as one ONNX graph of standard operators."""
+"""A model without a cache as one ONNX graph."""
 
 from __future__ import annotations
 

@@ -6,10 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from gralora_fx.exporters.fx_passes.matching import aten, expression, is_call, same_size, shape
-from gralora_fx.operators.constant_sizes import Reshape
-
-_VIEWS = (Reshape.target, aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+from gralora_fx.exporters.fx_passes.matching import aten, expression, is_call, reshaped, same_size, shape
 
 
 def refolded(node: Any) -> fx.Node | None:
@@ -18,13 +15,14 @@ def refolded(node: Any) -> fx.Node | None:
     Before: `x` of `[batch, heads, length, size]`
     After:  `reshape(x)` of `[batch * heads, length, size]`, or the reverse
     """
-    if not is_call(node, *_VIEWS, aten.expand.default) or not isinstance(node.args[0], fx.Node):
+    source = node.args[0] if is_call(node, aten.expand.default) else reshaped(node)
+    if not isinstance(source, fx.Node):
         return None
-    before, after = shape(node.args[0]), shape(node)
+    before, after = shape(source), shape(node)
     is_same = {len(before), len(after)} <= {3, 4} and all(map(same_size, before[-2:], after[-2:]))
     if is_call(node, aten.expand.default):
         is_same = is_same and len(before) == len(after) and all(map(same_size, before, after))
-    return node.args[0] if is_same else None
+    return source if is_same else None
 
 
 def heads_of(node: Any) -> int | None:

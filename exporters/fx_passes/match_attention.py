@@ -10,13 +10,22 @@ import torch
 from torch import fx
 
 from gralora_fx.exporters.fx_passes.folded_heads import heads_of, refolded, replace_folded, with_heads
-from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, expression, is_call, number, operands, shape
+from gralora_fx.exporters.fx_passes.matching import (
+    ADD,
+    MUL,
+    aten,
+    expression,
+    is_call,
+    number,
+    operands,
+    reshaped,
+    shape,
+)
 from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, selection_of, split_mask
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionSummary, Skip
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.operators.call import named_arguments
-from gralora_fx.operators.constant_sizes import Reshape
 from gralora_fx.operators.dot_product_attention import DotProductAttention
 
 _SDPA = aten.scaled_dot_product_attention.default
@@ -111,7 +120,7 @@ def _product_after(softmax: fx.Node) -> fx.Node | None:
     weights, users = softmax, list(softmax.users)
     if len(users) == 1 and is_call(users[0], aten._to_copy.default):
         weights, users = users[0], list(users[0].users)
-    while len(users) == 1 and is_call(users[0], aten.reshape.default, Reshape.target):
+    while len(users) == 1 and reshaped(users[0]) is weights:
         weights, users = users[0], list(users[0].users)
     is_product = len(users) == 1 and is_call(users[0], *_PRODUCT) and users[0].args[0] is weights
     return users[0] if is_product else None

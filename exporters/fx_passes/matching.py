@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gralora_fx.operators.constant_sizes import Slice
+from gralora_fx.operators.constant_sizes import Reshape, Slice
 
 aten = torch.ops.aten
 MUL = (aten.mul.Tensor, aten.mul.Scalar, operator.mul)
@@ -31,6 +31,15 @@ def operands(node: Any, *targets: Any) -> tuple[Any, Any] | None:
 def number(value: Any) -> float | None:
     """A number, or None."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def reshaped(node: Any) -> Any:
+    """What a node gives with other axes; None where it does anything else."""
+    reshape = Reshape.of(node)
+    if reshape is not None:
+        return reshape.x
+    views = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default)
+    return node.args[0] if is_call(node, *views) else None
 
 
 def shape(node: Any) -> tuple[Any, ...]:

@@ -15,10 +15,10 @@ from gralora_fx.exporters.fx_passes.matching import (
     is_call,
     number,
     operands,
+    reshaped,
     same_size,
     shape,
 )
-from gralora_fx.operators.constant_sizes import Reshape
 
 _HIDDEN = -1e4  # an additive mask hides keys with this number or a smaller one
 _AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
@@ -122,8 +122,8 @@ def _hidden_keys(node: Any) -> fx.Node | None:
     if is_call(node, *_NOT):
         return _shown_keys(node.args[0])
     row = node
-    while is_call(row, aten.unsqueeze.default, Reshape.target, aten.reshape.default):
-        row = row.args[0]
+    while (source := reshaped(row)) is not None:
+        row = source
     if is_call(row, aten.eq.Scalar) and row.args[1] == 0:
         sizes = [expression(size) for size in shape(node)]
         keys = shape(row.args[0])
@@ -152,10 +152,12 @@ def _row_of_keys(node: fx.Node) -> fx.Node | None:
         return None
     source: Any = node
     while len(shape(source)) > 2:
-        compares = is_call(source, *_NONZERO) and source.args[1] == 0
-        if not compares and not is_call(source, aten.unsqueeze.default, Reshape.target, aten.reshape.default, *_CAST):
+        before = reshaped(source)
+        if before is None and (is_call(source, *_CAST) or (is_call(source, *_NONZERO) and source.args[1] == 0)):
+            before = source.args[0]
+        if before is None:
             return None
-        source = source.args[0]
+        source = before
     sizes = [shape(node)[0], shape(node)[3]]
     same = len(shape(source)) == 2 and all(same_size(a, b) for a, b in zip(shape(source), sizes, strict=True))
     return _row(source) if same else None

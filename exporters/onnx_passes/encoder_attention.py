@@ -14,7 +14,7 @@ from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionSummary, Skip
 from gralora_fx.exporters.translation.names import layer_of
-from gralora_fx.exporters.translation.operators import DOMAIN, AttentionNode, DotProductAttentionNode
+from gralora_fx.exporters.translation.operators import AttentionNode, DotProductAttentionNode
 
 PADDING = "gralora.padding"  # metadata of attention: the padding mask that hides keys
 ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
@@ -184,9 +184,10 @@ def _decompose(build: Builder, node: ir.Node, attention: DotProductAttentionNode
     query, key = attention.query, attention.key
     if bias is None and attention.is_causal:
         bias = _causal(build, query, key)
-    inputs = [query, key, attention.value, bias]
-    options: dict[str, Any] = {"scale": attention.scale, "window": 0, "softcap": 0.0}
-    plain = build.node(AttentionNode.op_type, inputs, domain=DOMAIN, **options)
+    plain = AttentionNode(
+        query, key, attention.value, bias, sinks=None, scale=attention.scale, window=0, softcap=0.0
+    ).node()
+    build.nodes.append(plain)
     result, output = plain.outputs[0], node.outputs[0]
     result.type = output.type
     replace_value(build("Transpose", result, perm=SWAP), output)

@@ -65,6 +65,12 @@ class DomainNode:
         """Which input of a node a name is."""
         return [field.name for field in fields(cls)].index(name)
 
+    def node(self) -> ir.Node:
+        """A new node, for a pass to insert."""
+        inputs = [getattr(self, field.name) for field in fields(self) if field.name not in self.attributes]
+        attributes = {name: getattr(self, name) for name in self.attributes}
+        return ir.node(self.op_type, inputs, attributes, domain=DOMAIN, version=1)
+
     def add(self) -> ir.Value:
         """A new node in the graph that is being translated; its output."""
         names = [field.name for field in fields(self) if field.name not in self.attributes]

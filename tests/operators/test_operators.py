@@ -20,6 +20,7 @@ from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.operators.attention import Attention, attention
 from gralora_fx.operators.call import Call, named_arguments
 from gralora_fx.operators.constant_sizes import Reshape, Slice, reshape, slice_axis
+from gralora_fx.operators.dot_product_attention import DotProductAttention, dot_product_attention
 from gralora_fx.operators.drop_path import DropPath, drop_path
 from gralora_fx.operators.mask import Mask, MaskOfBlocks, causal_mask, mask_of_blocks
 from gralora_fx.operators.namespace import operator_for
@@ -106,6 +107,12 @@ CASES = {
         attention,
         lambda b, n: {**heads(b, n), "mask": padding(b, n), "sinks": random(4)},
         {**SCALED, "window": 2, "softcap": 5.0},
+    ),
+    "dot_product_attention": Case(
+        DotProductAttention,
+        dot_product_attention,
+        lambda b, n: {**heads(b, n), "mask": random(b, 1, n, 3 + n), "padding": padding(b, n)},
+        {"scale": 0.3, "is_causal": False},
     ),
     "mask": Case(
         Mask, causal_mask, lambda b, n: {"padding": padding(b, n)}, {"length": 2, "window": 2, "dtype": torch.float32}
