@@ -18,7 +18,6 @@ from gralora_fx.exporters.translation.operators import AttentionNode, DotProduct
 
 PADDING = "gralora.padding"  # metadata of attention: the padding mask that hides keys
 ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
-KEY_MASK = 4  # the input of `MultiHeadAttention` that hides keys
 
 
 @dataclass

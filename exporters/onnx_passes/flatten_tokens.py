@@ -75,9 +75,9 @@ def _ignores_padding(node: ir.Node, value: ir.Value, padding: ir.Value) -> bool:
         return True
     if node.op_type in ATTENTION:  # as keys and values of another sequence's queries
         return node.meta.get(PADDING) is padding
-    if node.op_type == "Squeeze":
+    if node.op_type == "Squeeze" and node.outputs[0].is_graph_output() and not node.outputs[0].uses():
         axes = const_ints(node.inputs[1]) if len(node.inputs) > 1 else None
-        return axes in ([-1], [2])
+        return axes in ([-1], [2])  # one number a token
     return any(_is_zero_at_padding(other, padding) for other in (value, *node.outputs))
 
 

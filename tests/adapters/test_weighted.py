@@ -65,13 +65,13 @@ def test_the_update_is_the_weighted_sum_at_every_site(configs: list[dict[str, An
 
 @pytest.mark.parametrize("configs", [SAME_K, OTHER_TARGETS, OTHER_K], ids=["same k", "other targets", "other k"])
 def test_with_weights_of_one_it_is_the_active_sum(configs: list[dict[str, Any]]) -> None:
-    model, inputs = with_adapters(configs), inputs_of("bert")
+    model, inputs = with_adapters(configs, sizes={"num_hidden_layers": 2}).double(), inputs_of("bert")
     names = [f"a{index}" for index in range(len(configs))]
     model.set_adapter(names)
-    expected = run(model, inputs)
+    expected = run(model, inputs)  # in float64: the logits are small, and float32 rounds them apart on some processors
     model.add_weighted_adapter(names, [1.0] * len(names), "sum")
     model.set_adapter("sum")
-    assert relative_error(run(model, inputs), expected) < 1e-5
+    assert relative_error(run(model, inputs), expected) < 1e-10
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         f"graph_module.{path}" for path, _ in model.installed("sum").named_parameters()
     }

@@ -115,24 +115,27 @@ def test_padding_can_be_kept(tmp_path: Path) -> None:
 class Pooled(nn.Module):
     """Reads all positions, padding or not."""
 
-    def __init__(self, masked: bool) -> None:
+    def __init__(self, pooling: str) -> None:
         super().__init__()
-        self.bert, self.masked = BertModel(CONFIG, add_pooling_layer=False), masked
+        self.bert, self.pooling = BertModel(CONFIG, add_pooling_layer=False), pooling
+        self.score = nn.Linear(CONFIG.hidden_size, 1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if not self.masked:
+        if self.pooling == "largest":
             return states.amax(1)  # type: ignore[no-any-return]
+        if self.pooling == "scored":
+            return self.score(states).squeeze(-1).softmax(1)  # type: ignore[no-any-return]
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_reader_of_all_positions_keeps_padding_in_unless_it_masks_it(masked: bool, tmp_path: Path) -> None:
-    model = Pooled(masked).eval()
+@pytest.mark.parametrize("pooling", ["largest", "scored", "masked mean"])
+def test_a_reader_of_all_positions_keeps_padding_in_unless_it_masks_it(pooling: str, tmp_path: Path) -> None:
+    model = Pooled(pooling).eval()
     inputs = text_batch(4, 11)
     traced = trace(model, {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]})
     report = export_onnx(traced, tmp_path / "onnx")
-    assert bool(skipped(report)) is not masked
+    assert bool(skipped(report)) is (pooling != "masked mean")
     (actual,) = run(tmp_path / "onnx", inputs).values()
     np.testing.assert_allclose(actual, model(**inputs).detach().numpy(), atol=1e-5)

@@ -25,7 +25,7 @@ def same_padding_by_arithmetic(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as changed:
         for name in sorted({type(module).__module__ for module in model.modules()}):
-            if pads_like_tensorflow(sys.modules[name]):
+            if name in sys.modules and pads_like_tensorflow(sys.modules[name]):
                 changed.enter_context(patch.object(sys.modules[name], _NAME, _pad))
         yield
 
