@@ -36,3 +36,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what takes long first; `--no-loadscope-reorder` lets the workers take it in this order."""
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def openvino() -> Any:
+    """The device of OpenVINO's plug-in; it has none on a processor that is not Intel's."""
+    pytest.importorskip("onnxruntime_ep_openvino", reason="pip install 'gralora-fx[openvino]'")
+    from gralora_fx.errors import ServingError
+    from gralora_fx.runtime.plugins import devices_of
+
+    try:
+        return devices_of("OpenVINOExecutionProvider")[0]
+    except ServingError as error:
+        info = Path("/proc/cpuinfo")
+        if "runs on no device" in str(error) and info.exists() and "GenuineIntel" not in info.read_text():
+            pytest.skip(str(error))
+        raise

@@ -27,7 +27,6 @@ from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
-from gralora_fx.exporters.onnx_passes.newer_forms import update_forms
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.options import ExportOptions
@@ -71,8 +70,7 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
     return Pipeline(
         "plain",
         (
-            update_forms,  # first: what others make has the newer form
-            fold_transposes,  # early: constant folding would compute the transposes of weights
+            fold_transposes,  # first: constant folding would compute the transposes of weights
             FuseDotProductAttention(),  # before constants are folded: it makes some
             LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
             FoldConstants(_may_fold),

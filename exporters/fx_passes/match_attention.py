@@ -24,7 +24,7 @@ from gralora_fx.exporters.fx_passes.matching import (
 from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, selection_of, split_mask
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionSummary, Skip
-from gralora_fx.graph.module_tree import module_stack
+from gralora_fx.graph.module_tree import innermost_path
 from gralora_fx.operators.call import named_arguments
 from gralora_fx.operators.dot_product_attention import DotProductAttention
 
@@ -58,19 +58,13 @@ def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
                 continue
             scores = _scores_of(node, product)
             if isinstance(scores, str):
-                skipped.append(Skip(layer_of(node), scores))
+                skipped.append(Skip(innermost_path(node) or node.name, scores))
             else:
                 _replace(graph, product, scores)
                 count += 1
     graph.eliminate_dead_code()
     found = AttentionSummary(0, {skip.place: skip.reason for skip in skipped}) if skipped else None
     return PassResult(count, tuple(skipped), summary=found)
-
-
-def layer_of(node: fx.Node) -> str:
-    """The path of the module in which a node was traced."""
-    paths = [path for path, _ in module_stack(node) if path]
-    return paths[-1] if paths else node.name
 
 
 def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:
@@ -85,8 +79,7 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     scale = float(size) ** -0.5 if scale is None else float(scale)
     mask = given["attn_mask"]
-    found = split_mask(mask) if mask is not None else None
-    rest, padding = (None, None) if found is None else found
+    rest, padding = (None, None) if mask is None else split_mask(mask)
     with graph.inserting_before(node):
         call = DotProductAttention(query, key, value, rest, padding, scale, bool(given["is_causal"]))
         new = call.insert(graph)

@@ -61,9 +61,8 @@ def _expanded(mask: fx.Node) -> Mask | None:
     """Of `expand(mask)`, which an attention operator does by itself."""
     if not is_call(mask, *_EXPAND) or not isinstance(mask.args[0], fx.Node):
         return None
-    source = mask.args[0]
-    found = split_mask(source) if len(shape(source)) == 4 else Mask(source, None)
-    return None if found.padding is None else found
+    found = split_mask(mask.args[0]) if len(shape(mask.args[0])) == 4 else None
+    return None if found is None or found.padding is None else found
 
 
 def _conjunction(mask: fx.Node) -> Mask | None:
@@ -229,14 +228,16 @@ def _is_number(value: Any, wanted: float) -> bool:
         return wanted == 0.0
     if is_call(value, aten.ones_like.default, aten.ones.default):
         return wanted == 1.0
-    if is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
-        value = value.args[-1]
-    return number(value) == wanted
+    return _constant(value) == wanted
 
 
 def hides(value: Any) -> bool:
     """Whether a value, added to a score, hides the key."""
-    if is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
-        value = value.args[-1]
-    found = number(value)
+    found = _constant(value)
     return found is not None and found <= _HIDDEN
+
+
+def _constant(value: Any) -> float | None:
+    """A number, or the number that a tensor is filled with."""
+    is_filled = is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
+    return number(value.args[-1] if is_filled else value)

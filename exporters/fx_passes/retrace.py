@@ -54,10 +54,7 @@ def retrace(
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
     assert mode is not None
     values = [node.meta["val"] for node in inputs]
-    noted = [
-        mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
-        for v in values
-    ]
+    noted = [_as_fake(value, mode) for value in values]
     with mode, torch.no_grad():
         noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
         parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)

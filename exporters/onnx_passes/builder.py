@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -73,6 +74,20 @@ class Builder:
         else:
             self.graph.insert_before(self.graph[0], self.nodes)
         self.nodes = []
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add a tensor to a graph under its own name."""
+    assert tensor.name is not None
+    kind = ir.TensorType(tensor.dtype)
+    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
+    graph.initializers[tensor.name] = value
+    return value
+
+
+def smallest_number(dtype: ir.DataType) -> float:
+    """The smallest finite number of a float dtype, which hides a key where it is added to a score."""
+    return float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]  # it knows bfloat16
 
 
 def replace_value(new: ir.Value, old: ir.Value) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from gralora_fx.exporters.onnx_passes.builder import add_initializer
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.runtime.names import FLAG
 
@@ -100,7 +101,4 @@ def _input(name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
 
 
 def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=name)
-    value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
-    graph.initializers[name] = value
-    return value
+    return add_initializer(graph, ir.tensor([number], dtype=ir.DataType.INT64, name=name))

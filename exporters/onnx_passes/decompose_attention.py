@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.translation.operators import AttentionNode, MaskNode
 
 
@@ -109,8 +108,7 @@ def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dt
         seen = build("And", seen, build("Greater", columns, build("Sub", rows, build("Constant", value_int=window))))
     real = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
     seen = build("And", build("Unsqueeze", seen, build.ints(0, 1)), real)
-    smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
-    return build("Where", seen, build.tensor(0.0, dtype), build.tensor(float(smallest), dtype))
+    return build("Where", seen, build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype))
 
 
 def _replace(node: ir.Node, new: ir.Value, build: Builder) -> None:

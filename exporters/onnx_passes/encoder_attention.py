@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
 from gralora_fx.exporters.pipeline import PassResult
@@ -57,8 +56,7 @@ class _Masks:
 
 def _bias(build: Builder, attention: DotProductAttentionNode, dtype: ir.DataType) -> ir.Value:
     mask, padding = attention.mask, attention.padding
-    smallest = float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]  # it knows bfloat16
-    zero, hidden = build.tensor(0.0, dtype), build.tensor(smallest, dtype)
+    zero, hidden = build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype)
     keys = None
     if padding is not None:
         keys = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
@@ -197,10 +195,9 @@ def _decompose(build: Builder, node: ir.Node, attention: DotProductAttentionNode
 def _causal(build: Builder, query: ir.Value, key: ir.Value) -> ir.Value:
     """The additive mask `[1, 1, length, total]` by which a position attends to no later one."""
     dtype = query.dtype or ir.DataType.FLOAT
-    smallest = float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]
     start, step = build.scalar(0), build.scalar(1)
     sizes = [build("Squeeze", build("Shape", part, start=2, end=3)) for part in (query, key)]
     rows, columns = (build("Range", start, size, step) for size in sizes)
     seen = build("LessOrEqual", build("Unsqueeze", columns, build.ints(0)), build("Unsqueeze", rows, build.ints(1)))
-    mask = build("Where", seen, build.tensor(0.0, dtype), build.tensor(smallest, dtype))
+    mask = build("Where", seen, build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype))
     return build("Unsqueeze", mask, build.ints(0, 1))

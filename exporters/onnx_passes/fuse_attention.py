@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.onnx_passes.pack_qkv import merge_heads, pack_qkv
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
@@ -118,11 +117,10 @@ def _lengths_and_bias(
     `new` is `[batch, length, ...]`; the number of new positions cannot be told from the cache's length, since the cache
     may be a larger buffer.
     """
-    smallest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]  # it knows bfloat16
     total = build("Cast", build("Shape", mask, start=1, end=2), to=ir.DataType.INT32)
     last = build("Sub", total, build.tensor([1], ir.DataType.INT32))
     lengths = build("Expand", last, build("Shape", mask, start=0, end=1))
-    zero, hidden = build.tensor(0.0, dtype), build.tensor(float(smallest), dtype)
+    zero, hidden = build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype)
     row = build("Where", build("Cast", mask, to=ir.DataType.BOOL), zero, hidden)
     wide = build("Unsqueeze", row, build.ints(1, 2))  # [batch, 1, 1, total]
     ones, length = build.ints(1), build("Shape", new, start=1, end=2)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, const_ints, static_dim
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, add_initializer, const_ints, static_dim
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, rotated
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
 from gralora_fx.exporters.translation.weights import concat_tensor
@@ -212,9 +212,7 @@ def concat_initializers(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value
     """
     name = _joint_name([str(value.name) for value in values])
     tensor = concat_tensor(name, [value.const_value for value in values if value.const_value is not None])
-    joined = ir.Value(name=name, shape=tensor.shape, type=values[0].type, const_value=tensor)
-    graph.initializers[name] = joined
-    return joined
+    return add_initializer(graph, tensor)
 
 
 def _joint_name(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer
 from gralora_fx.exporters.onnx_passes.constant_matrices import (
     Counts,
     drop_unread,
@@ -187,9 +187,7 @@ def _blocks(
     )
     values: list[ir.Value] = []
     for label, dtype, shape, make in parts:
-        lazy = LazyTensor(label, dtype, ir.Shape(shape), make)
-        values.append(ir.Value(name=label, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy))
-        graph.initializers[label] = values[-1]
+        values.append(add_initializer(graph, LazyTensor(label, dtype, ir.Shape(shape), make)))
     return values[0], values[1]
 
 

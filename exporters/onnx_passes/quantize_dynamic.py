@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.onnx_passes.builder import add_initializer
 from gralora_fx.exporters.onnx_passes.constant_matrices import (
     ConstantMatrix,
     Counts,
@@ -194,9 +195,7 @@ def _initializers(graph: ir.Graph, match: ConstantMatrix) -> tuple[ir.Value, ir.
         (f"{name}_quantized", ir.DataType.INT8, (inputs, outputs), matrix.values),
         (f"{name}_scale", ir.DataType.FLOAT, (outputs,), matrix.scales),
     ):
-        lazy = LazyTensor(label, dtype, ir.Shape(shape), make)
-        values.append(ir.Value(name=label, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy))
-        graph.initializers[label] = values[-1]
+        values.append(add_initializer(graph, LazyTensor(label, dtype, ir.Shape(shape), make)))
     return values[0], values[1]
 
 

@@ -11,7 +11,7 @@ from gralora_fx.exporters.onnx_passes.builder import const_ints, static_dim
 from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION
 
 # fmt: off
-ELEMENTWISE = frozenset({
+_ELEMENTWISE = frozenset({
     "Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity",
     "LeakyRelu", "Max", "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Sign", "Softplus",
     "Softsign", "Sqrt", "Sub", "Tanh", "Where",
@@ -59,13 +59,13 @@ def token_regions(graph: ir.Graph) -> list[TokenRegion]:
             attention.setdefault(found, []).append(node)
     for dims, nodes in attention.items():
         region = TokenRegion(dims, attention=nodes)
-        region.nodes = _connected(candidates.get(dims, []), [*attention_around(attention, dims)])
+        region.nodes = _connected(candidates.get(dims, []), [*_attention_around(attention, dims)])
         region.values = {node.outputs[0] for node in nodes} | {v for node in region.nodes for v in node.outputs}
         regions[dims] = region
     return list(regions.values())
 
 
-def attention_around(attention: dict[Dims, list[ir.Node]], dims: Dims) -> Iterator[ir.Node]:
+def _attention_around(attention: dict[Dims, list[ir.Node]], dims: Dims) -> Iterator[ir.Node]:
     """Attention whose queries, keys or values are of a sequence."""
     for nodes in attention.values():
         yield from (node for node in nodes if any(token_dims(value) == dims for value in node.inputs[:3]))
@@ -105,7 +105,7 @@ def _tokens_of(node: ir.Node) -> Dims | None:
         is_last = axis is None or axis.as_int() in (-1, 2)
         dims = token_dims(node.inputs[0]) if is_last and not any(v.uses() for v in node.outputs[1:]) else None
         return dims if dims == token_dims(node.outputs[0]) else None
-    if node.op_type in ELEMENTWISE:
+    if node.op_type in _ELEMENTWISE:
         return _same_tokens(node)
     return _along_features(node) if node.op_type in ALONG_FEATURES else None
 

@@ -73,9 +73,7 @@ class DomainNode:
 
     def add(self) -> ir.Value:
         """A new node in the graph that is being translated; its output."""
-        names = [field.name for field in fields(self) if field.name not in self.attributes]
-        attributes = {name: getattr(self, name) for name in self.attributes}
-        return _add(DOMAIN, self.op_type, [getattr(self, name) for name in names], attributes)
+        return _append(self.node())
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _dot_product_attention(
 
 def _mask(padding: Any, length: Any, window: int, dtype: int) -> Any:
     if isinstance(length, int):
-        length = _add("", "Constant", [], {"value_int": length})
+        length = _add("Constant", [], {"value_int": length})
     return MaskNode(padding, length, window=window, dtype=dtype).add()
 
 
@@ -177,21 +175,22 @@ def _rotary(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
 
 def _reshape(x: Any, shape: list[int]) -> Any:
     """ONNX `Reshape` to a constant shape, 0 for a size that stays as it is."""
-    sizes = _add("", "Constant", [], {"value_ints": list(shape)})
-    return _add("", "Reshape", [x, sizes], {})
+    sizes = _add("Constant", [], {"value_ints": list(shape)})
+    return _add("Reshape", [x, sizes], {})
 
 
 def _slice(x: Any, axis: int, start: int, stop: int, step: int) -> Any:
     """ONNX `Slice` with constant limits."""
-    limits = [_add("", "Constant", [], {"value_ints": [number]}) for number in (start, stop, axis, step)]
-    return _add("", "Slice", [x, *limits], {})
+    limits = [_add("Constant", [], {"value_ints": [number]}) for number in (start, stop, axis, step)]
+    return _add("Slice", [x, *limits], {})
 
 
-def _add(domain: str, op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> ir.Value:
-    version = None if domain == "" else 1
-    node = ir.Node(
-        domain, op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1, version=version
-    )
+def _add(op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> ir.Value:
+    """A new node of ONNX's own in the graph that is being translated; its output."""
+    return _append(ir.node(op_type, inputs, attributes))
+
+
+def _append(node: ir.Node) -> ir.Value:
     tracer: Any = current_builder()
     tracer.nodes.append(node)
     return node.outputs[0]

@@ -32,6 +32,7 @@ from gralora_fx.exporters.fx_passes.plain_sizes import plain_sizes
 from gralora_fx.exporters.fx_passes.retrace import note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
+from gralora_fx.exporters.translation.newer_forms import update_forms
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn
 from gralora_fx.exporters.translation.weights import weight_tensor
@@ -52,7 +53,6 @@ def translate(
     graph_module: fx.GraphModule,
     *passes: Pass[fx.Graph],
     first: Sequence[Pass[fx.Graph]] = (),
-    opset: int = OPSET,
     log: PassLog | None = None,
     name: str = "graph",
 ) -> ir.Model:
@@ -66,7 +66,6 @@ def translate(
         graph_module: The graph, every node with its traced value; it is left unchanged.
         passes: What to do with a copy of the graph, once it is simplified.
         first: What to do with it before, as it was traced: its weights are parameters of its module.
-        opset: Version of ONNX's operators.
         log: Receives a report for each pass over the copy.
         name: The graph's name in reports.
 
@@ -74,7 +73,7 @@ def translate(
         ExportError: An operator has no ONNX form; the message names it.
     """
     with quiet():
-        registry = _registry(opset)
+        registry = _registry()
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     log = PassLog() if log is None else log
     if first:
@@ -84,13 +83,14 @@ def translate(
         graph_module = graph.owning_module
     weights = _translate_into(model.graph, graph_module, model, registry, log, f"{name}-fx", passes)
     add_opset_imports(model)
-    model.graph.opset_imports[""] = opset
+    model.graph.opset_imports[""] = OPSET
     for function in model.functions.values():
-        function.opset_imports[""] = opset
+        function.opset_imports[""] = OPSET
     if model.functions:
         InlinePass()(model)
-    for name, (target, tensor) in weights.items():
-        initializer = model.graph.initializers.pop(name, None)
+    update_forms(model)
+    for placeholder, (target, tensor) in weights.items():
+        initializer = model.graph.initializers.pop(placeholder, None)
         if initializer is not None:
             initializer.name = target
             initializer.const_value = weight_tensor(target, tensor)
@@ -196,8 +196,8 @@ def _constant(tensor: Tensor) -> Tensor | None:
 
 
 @functools.cache  # made by parsing the source of some 500 functions, and only read afterwards
-def _registry(opset: int) -> Any:
-    registry = new_registry(opset)
+def _registry() -> Any:
+    registry = new_registry(OPSET)
     for target, function in onnx_translations().items():
         registry.register_op(target, function)
     registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)

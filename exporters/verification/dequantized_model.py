@@ -48,8 +48,8 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
     known = sum(called.values())
     if found is not None and found.values != known:
         raise ExportError(
-            f"the export holds {found.values:,} quantized values and the model's linear layers {known:,}, so there "
-            "is no model with the same rounded weights to compare it with; export with verify=False and "
+            f"the export holds {found.values:,} quantized values and the model's linear layers {known:,}, so it "
+            "cannot be compared with a model of the same rounded weights; export with verify=False and "
             "judge the export by its results"
         )
     return dequantized_model(

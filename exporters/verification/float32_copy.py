@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gralora_fx.exporters.artifact.staging import require_space
-from gralora_fx.exporters.onnx_passes.builder import replace_value
+from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.weights import LazyTensor
@@ -95,10 +95,8 @@ def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
     name = f"{product.weight.name}_float32"
     if name not in graph.initializers:
         shape = ir.Shape(weight.shape.numpy())
-        lazy = LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(weight.numpy() * scale.numpy()))
-        graph.initializers[name] = ir.Value(
-            name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=lazy
-        )
+        values = LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(weight.numpy() * scale.numpy()))
+        add_initializer(graph, values)
     branch = nodes[0].graph
     assert isinstance(branch, ir.Graph)
     product_node = ir.node("MatMul", [product.input, graph.initializers[name]])

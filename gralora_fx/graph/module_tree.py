@@ -89,6 +89,11 @@ def module_stack(node: fx.Node) -> Iterator[tuple[str, type | str]]:
             yield entry[0].removeprefix("L['self'].").split("@")[0], entry[1]
 
 
+def innermost_path(node: fx.Node) -> str | None:
+    """The path of the innermost module that a node was traced in; None for the model itself, or where none is noted."""
+    return next((path for path, _ in reversed(list(module_stack(node))) if path), None)
+
+
 def _input_embeddings(model: nn.Module) -> Any:
     """A transformers model's input embeddings, or None if it has none."""
     if not isinstance(model, PreTrainedModel):

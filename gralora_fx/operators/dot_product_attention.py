@@ -31,7 +31,7 @@ def dot_product_attention(
             where nothing but padding is masked.
         padding: `[batch, total]`, zero where a key is padding, which hides it beside what the mask hides, or None.
         scale: Factor of the scores.
-        is_causal: Whether a position attends to no later one; then there is no mask.
+        is_causal: Whether each position attends only to itself and earlier ones; `mask` and `padding` are then None.
 
     Returns:
         `[batch, heads, length, value size]`.

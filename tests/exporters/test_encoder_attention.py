@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,
@@ -32,7 +33,6 @@ from gralora_fx.exporters.fx_passes.padding import split_mask
 from gralora_fx.exporters.fx_passes.simplify import simplify
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.operators.dot_product_attention import dot_product_attention
-from tests.tiny_models import text_batch, tiny_model
 
 
 def t5_encoder() -> PreTrainedModel:

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForMaskedLM,
@@ -22,7 +23,6 @@ from transformers import (
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.reports import ExportReport
-from tests.tiny_models import text_batch, tiny_model
 
 CONFIG = BertConfig(
     hidden_size=32,

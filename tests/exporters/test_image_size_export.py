@@ -10,24 +10,15 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tiny_images import IMAGE_MODELS, VIT, image_model
 from torch import nn
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    ConvNextConfig,
-    ConvNextForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     EfficientNetConfig,
     EfficientNetForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 from typer.testing import CliRunner
 
@@ -39,42 +30,18 @@ from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 from gralora_fx.tracing.inputs.image_sizes import ImageSizes
 
-_VIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resnet": lambda: ResNetForImageClassification(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ),
-    "convnext": lambda: ConvNextForImageClassification(
-        ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=64)
-    ),
+    **IMAGE_MODELS,
     "efficientnet": lambda: EfficientNetForImageClassification(
         EfficientNetConfig(width_coefficient=0.25, depth_coefficient=0.25, image_size=64, hidden_dim=320)
     ),
-    "dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**_VIT)),
-    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**_VIT)),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**_VIT)),
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**_VIT)),
-    "swin": lambda: SwinForImageClassification(
-        SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4)
-    ),
+    "dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**VIT)),
+    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**VIT)),
 }
 
 
 def model_of(name: str) -> Any:
-    """A tiny random model whose outputs depend on all of the image."""
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and parameter.numel() and parameter[0].numel() > 4:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model
+    return image_model(MODELS[name])
 
 
 def exported(name: str, directory: Path, image_size: Any = None) -> tuple[Any, dict[str, Any], Any]:

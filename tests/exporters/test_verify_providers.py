@@ -18,7 +18,7 @@ from gralora_fx.errors import ConfigError, ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.verification.arithmetic import arithmetic_of
 from gralora_fx.exporters.verification.tolerances import tolerance_of
-from gralora_fx.runtime.plugins import Device, devices_of
+from gralora_fx.runtime.plugins import Device
 from gralora_fx.runtime.session import Runtime
 
 CPU, AZURE, OPENVINO = "CPUExecutionProvider", "AzureExecutionProvider", "OpenVINOExecutionProvider"
@@ -37,19 +37,6 @@ def export(model: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("bert") / "onnx"
     export_onnx(model, path, verify=False)
     return path
-
-
-@pytest.fixture(scope="module")
-def openvino() -> Device:
-    """The plug-in's device; it has none on a processor that is not Intel's."""
-    pytest.importorskip("onnxruntime_ep_openvino", reason="pip install 'gralora-fx[openvino]'")
-    try:
-        return devices_of(OPENVINO)[0]
-    except ServingError as error:
-        info = Path("/proc/cpuinfo")
-        if "runs on no device" in str(error) and info.exists() and "GenuineIntel" not in info.read_text():
-            pytest.skip(str(error))
-        raise
 
 
 def test_the_report_names_the_provider_and_its_nodes(export: Path, model: TracedModel) -> None:

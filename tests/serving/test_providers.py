@@ -62,19 +62,6 @@ def write_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return write
 
 
-@pytest.fixture(scope="session")
-def openvino() -> Device:
-    """The plug-in's device; it has none on a processor that is not Intel's."""
-    pytest.importorskip("onnxruntime_ep_openvino", reason="pip install 'gralora-fx[openvino]'")
-    try:
-        return devices_of(OPENVINO)[0]
-    except ServingError as error:
-        info = Path("/proc/cpuinfo")
-        if "runs on no device" in str(error) and info.exists() and "GenuineIntel" not in info.read_text():
-            pytest.skip(str(error))
-        raise
-
-
 # -- what is not installed or does not load ----------------------------------------------------------------------------
 
 

@@ -9,24 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_images import IMAGE_MODELS, PYRAMID, VIT, image_model
 from torch import nn
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    ConvNextConfig,
-    ConvNextForImageClassification,
     Dinov2Config,
     Dinov2Model,
     MobileNetV2Config,
     MobileNetV2Model,
     PvtConfig,
     PvtModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 from transformers.models.mobilenet_v1 import modeling_mobilenet_v1
 from transformers.models.mobilenet_v2 import modeling_mobilenet_v2
@@ -36,40 +27,18 @@ from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.image_sizes import ImageSizes
 from gralora_fx.tracing.patches.same_padding import pads_like_tensorflow
 
-_VIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-_PYRAMID = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resnet": lambda: ResNetForImageClassification(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ),
-    "convnext": lambda: ConvNextForImageClassification(ConvNextConfig(**_PYRAMID, image_size=64)),
+    **IMAGE_MODELS,
     "mobilenet_v2": lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35, image_size=64)),
-    "dinov2": lambda: Dinov2Model(Dinov2Config(**_VIT)),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**_VIT)),
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**_VIT)),
-    "pvt": lambda: PvtModel(PvtConfig(image_size=64, num_attention_heads=[1, 1, 2, 2], **_PYRAMID)),
-    "swin": lambda: SwinForImageClassification(
-        SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4)
-    ),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**VIT)),
+    "pvt": lambda: PvtModel(PvtConfig(image_size=64, num_attention_heads=[1, 1, 2, 2], **PYRAMID)),
 }
 WITH_TABLE = ("vit", "clip")
 
 
 @cache
 def model_of(name: str) -> nn.Module:
-    """A tiny random model whose outputs depend on all of the image."""
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and parameter[0].numel() > 4:  # transformers' initial values vanish in deep models
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    model: nn.Module = image_model(MODELS[name])
     return model
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import Builder
-from gralora_fx.exporters.pipeline import PassResult
-
 _MODES = {"bilinear": "linear", "bicubic": "cubic"}
 
 
-def update_forms(model: ir.Model) -> PassResult[ir.Model]:
+def update_forms(model: ir.Model) -> None:
     """Rewrite nodes whose form changed in opset 20, in place.
 
     Before: `DFT(x, length, axis=1)`, `GridSample(x, grid, mode="bilinear")`
@@ -19,25 +16,20 @@ def update_forms(model: ir.Model) -> PassResult[ir.Model]:
     Args:
         model: A model of opset 20 or later, its functions inlined.
     """
-    count = 0
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type == "DFT" and "axis" in node.attributes:
             _axis_as_input(node)
-            count += 1
         elif node.domain == "" and node.op_type == "GridSample" and "mode" in node.attributes:
             mode = node.attributes["mode"].as_string()
             if mode in _MODES:
                 node.attributes["mode"] = ir.AttrString("mode", _MODES[mode])
-                count += 1
-    return PassResult(count)
 
 
 def _axis_as_input(node: ir.Node) -> None:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    build = Builder(graph)
-    axis = build.scalar(node.attributes["axis"].as_int())
-    build.insert_before(node)
+    axis = ir.node("Constant", [], {"value_int": node.attributes["axis"].as_int()})
+    graph.insert_before(node, axis)
     node.resize_inputs(3)
-    node.replace_input_with(2, axis)
+    node.replace_input_with(2, axis.outputs[0])
     del node.attributes["axis"]
