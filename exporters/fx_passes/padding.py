@@ -46,7 +46,8 @@ def split_mask(mask: fx.Node) -> Mask:
     Understood are transformers' own masks, in either form: `allowed & padding[batch, key]`, `where(mask, bias, min)`,
     `bias + mask`, and `(1 - padding[:, None, None, :]) * min`.
     """
-    padding = _shown_keys(mask) or _added_padding(mask)
+    is_boolean = bool(mask.meta["val"].dtype == torch.bool)  # numbers are added to scores, ones and zeros too
+    padding = _shown_keys(mask) if is_boolean else _added_padding(mask)
     if padding is not None or _is_true(mask):
         return Mask(None, padding)
     return _expanded(mask) or _conjunction(mask) or _selected(mask) or _sum(mask) or Mask(mask, None)

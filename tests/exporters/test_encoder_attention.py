@@ -197,6 +197,7 @@ SMALLEST = torch.finfo(torch.float32).min
         (lambda m: m[:, None, None, :] == 0, (False, True)),
         (lambda m: (1.0 - m[:, None, None, :].float()) * -1.0, (False, True)),
         (lambda m: (m.cumsum(1) > 1)[:, None, None, :], (False, True)),
+        (lambda m: m[:, None, None, :].float(), (False, True)),  # a bias of ones and zeros
     ],
 )
 def test_padding_is_told_from_the_rest_of_a_mask(function: Any, expected: tuple[bool, bool]) -> None:
