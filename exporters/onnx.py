@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gralora_fx.errors import ExportError, warn_caller
+from gralora_fx.exporters.adapters_as_data import DataSites, check_found, data_sites, trace_to_export
+from gralora_fx.exporters.artifact.adapter_files import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
@@ -16,8 +18,9 @@ from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_output, check_replaced, staged
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.flavours.registry import flavour_of
-from gralora_fx.exporters.folded_model import base_trace, fold_adapters
+from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.fx_passes.exportable import check_exportable, graph_to_translate
+from gralora_fx.exporters.onnx_passes.mark_sites import MarkedSites
 from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
 from gralora_fx.exporters.options import DYNAMIC, ExportOptions
 from gralora_fx.exporters.pipeline import PassLog
@@ -39,7 +42,7 @@ def export_onnx(
     model: TracedModel | GraloraModel,
     output_dir: str | Path,
     *,
-    adapters: Literal["merged", "swappable", "batched"] = "merged",
+    adapters: Literal["merged", "swappable", "inputs", "batched"] = "merged",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     quantize: Literal["int8", "int4", "int8-dynamic"] | None = None,
     block_size: int | None = None,
@@ -62,7 +65,10 @@ def export_onnx(
     Args:
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
         output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
-        adapters: How adapters are held; `"merged"` folds them.
+        adapters: How adapters are held: `"merged"` folds the active ones into the weights. All others keep the base and
+            take adapters as data (see `gralora_fx.runtime.adapter_inputs`), at the layers that any adapter of the model
+            adapts; the active ones are written to `adapters/`. `"swappable"`: as initializers that may be overridden,
+            of rank 0 unless they are; `"inputs"`: as required inputs; `"batched"`: stacked, chosen by row.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
@@ -110,19 +116,23 @@ def export_onnx(
     log = PassLog.asked_for(options.dump)
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
-        traced = fold_adapters(model)
+        traced = trace_to_export(model, options.adapters)
+        data = data_sites(model, options.adapters, options.precision)
         flavour = flavour_of(traced)
         _check(model, traced, flavour, options, output_dir)
     with timed("convert", seconds), gc_pause():
-        models = flavour.convert(Request(traced, graph_to_translate(traced), options, log))
+        models = flavour.convert(Request(traced, graph_to_translate(traced), options, log, data))
+        check_found(data, (found.paths for found in log.summaries(MarkedSites)))
     with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
         with timed("write", seconds):
             save_models(models, stage, output_dir)
             digests = reader.submit(describe_files, stage, file_names(stage))
             write_companions(stage, traced, options.tokenizer)
             flavour.write_files(stage, traced, models)
-            manifest = _described(model, models, flavour, options, log)
+            manifest = _described(model, models, flavour, options, log, data)
             write_manifest(stage, manifest)
+            if data is not None and isinstance(model, GraloraModel):
+                write_active_adapters(stage, model, data.inputs, manifest.base_fingerprint)
         verification = _verified(stage, model, options, seconds)
         quality = _quality(stage, model, flavour, options, seconds)
         files = digests.result()
@@ -163,7 +173,12 @@ def _check(
 
 
 def _described(
-    model: TracedModel | GraloraModel, models: Models, flavour: Flavour, options: ExportOptions, log: PassLog
+    model: TracedModel | GraloraModel,
+    models: Models,
+    flavour: Flavour,
+    options: ExportOptions,
+    log: PassLog,
+    data: DataSites | None,
 ) -> Manifest:
     """The manifest of what was converted."""
     attention = _attention(log)
@@ -176,6 +191,7 @@ def _described(
         logits=flavour.logits(options),
         attention=None if attention is None else dataclasses.asdict(attention),
         passes=[entry.to_dict() for entry in log.reports],
+        adapter_inputs=None if data is None else data.inputs,
     )
 
 

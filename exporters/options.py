@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gralora_fx.errors import ExportError
+from gralora_fx.runtime.adapter_inputs import AS_DATA
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DYNAMIC = "int8-dynamic"
 QUANTIZATIONS = ("int4", "int8", DYNAMIC)
 LOGITS = ("last", "all")
 LEVELS = ("quick", "full")
-ADAPTER_MODES = ("merged",)
+ADAPTER_MODES = ("merged", *AS_DATA)
 _SMALLEST_BLOCK = 16
 _BLOCK_SIZE, _ACCURACY_LEVEL = 32, 4  # if none are given
 _BITS = {"int4": 4, "int8": 8}
@@ -128,6 +129,11 @@ class ExportOptions:
             raise ExportError(f"quantize={self.quantize!r} is not available; take {choices} or None")
         if self.quantize == DYNAMIC:
             self._check_dynamic()
+            if self.adapters in AS_DATA:
+                raise ExportError(
+                    f"quantize={DYNAMIC!r} folds adapters first, so it does not go with adapters={self.adapters!r}; "
+                    "take quantize='int8' or 'int4', over which adapters stay float"
+                )
         if self.texts is not None:
             self._check_texts(self.texts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +133,7 @@ class VerifyReport:
         provider: Where it was run, if a provider was asked for; None for the CPU provider.
         least_scale: The least value that a difference is relative to: 1, or less for a provider whose arithmetic is
             less exact than float32.
+        adapters: Of an export that takes adapters as data, the comparison with each; the rest is that of the base.
     """
 
     passed: bool
@@ -147,11 +148,18 @@ class VerifyReport:
     reference: str = "the PyTorch model"
     provider: ProviderRun | None = None
     least_scale: float = 1.0
+    adapters: Mapping[str, VerifyReport] = field(default_factory=dict)
 
     @property
     def max_abs_error(self) -> float:
         """Largest difference of any value."""
-        return max((tensor.max_abs_error for tensor in self.tensors), default=0.0)
+        others = (report.max_abs_error for report in self.adapters.values())
+        return max((*(tensor.max_abs_error for tensor in self.tensors), *others), default=0.0)
+
+    def with_adapter(self, name: str, report: VerifyReport) -> VerifyReport:
+        """The same report with the comparison of one adapter more."""
+        adapters = {**self.adapters, name: report}
+        return dataclasses.replace(self, passed=self.passed and report.passed, adapters=adapters)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, as `gralora_export.json` holds it."""
@@ -173,6 +181,8 @@ class VerifyReport:
             lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
         lines += [] if self.provider is None else [f"run on {self.provider}"]
         lines.append(f"{self.level} verification, compared with {self.reference}")
+        for name, report in self.adapters.items():
+            lines += [f"with the adapter {name!r}:", str(report)]
         return "\n".join(lines)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +13,9 @@ from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
+from gralora_fx.exporters.verification.adapter_variants import variants
 from gralora_fx.exporters.verification.arithmetic import arithmetic_of, provider_run
-from gralora_fx.exporters.verification.cases import TokenRun, Verification
-from gralora_fx.exporters.verification.dequantized_model import reference_model
+from gralora_fx.exporters.verification.cases import Case, TokenRun, Verification
 from gralora_fx.exporters.verification.evaluating import evaluating
 from gralora_fx.exporters.verification.float32_copy import open_comparable
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
@@ -24,9 +26,11 @@ from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
+from gralora_fx.runtime.session import Runtime
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -70,7 +74,9 @@ def verify_onnx(
         Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
         export, which ONNX Runtime's CPU provider cannot run, is run with its own weights and float32 arithmetic, and so
         is a quantized one. They are compared with the model with the same rounded weights: what the rounding itself
-        costs is for a task to say. The int8 products of an int8-dynamic export are compared too, as they are.
+        costs is for a task to say. Of an export that takes adapters as data, the base is compared, then each active
+        adapter of the model alone, with the file of its name in the export. The int8 products of an
+        int8-dynamic export are compared too, as they are.
 
     Raises:
         ExportError: The directory is not an export, or one of another base or adapter, a file is not what was exported,
@@ -92,38 +98,71 @@ def verify_onnx(
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
-    check_inputs([value.name for value in session.get_inputs()], cases[0][1])
+    check_inputs([value.name for value in session.get_inputs() if not is_adapter_tensor(value.name)], cases[0][1])
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
     chosen = _prompts(verification, traced, seed, quick)
     chosen += [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
-    reference = reference_model(model, manifest)
-    is_rough = runtime is not None and arithmetic != "fp32"
-    explained = tolerance_of(manifest.precision, arithmetic if is_rough else "fp32")
-    tolerance_check = ToleranceCheck(
-        reference,
-        explained if tolerance is None else tolerance,
-        use_float64=tolerance is None,
-        least_scale=LEAST_SCALE if is_rough and tolerance is None else 1.0,
-    )
-    with evaluating(model, reference):
-        outputs = OutputComparison(session, reference, verification, manifest.logits, tolerance_check)
-        tensors, passed = outputs.run(cases)
-        tokens = verification.compare_tokens(TokenRun(session, reference, cases, chosen, tolerance_check, quick))
+    comparison = _Comparison(manifest, verification, cases, chosen, quick, arithmetic, runtime, tolerance)
+    report: VerifyReport | None = None
+    for variant in variants(session, model, manifest, Path(output_dir)):
+        with variant.active(), evaluating(model, variant.reference()):
+            found = comparison.run(variant.session, model, variant.reference())
+        report = found if report is None else report.with_adapter(str(variant.name), found)
+    assert report is not None
     products = _compare_products(Path(output_dir), manifest)
-    return VerifyReport(
-        passed and tokens.passed and all(product.max_rel_error <= PRODUCT_TOLERANCE for product in products),
-        tolerance_check.tolerance,
-        tuple(description for description, _ in cases),
-        (*tensors, *tokens.tensors, *products),
-        tokens.tokens,
-        describe_weights(manifest),
-        arithmetic,
-        rounding=tuple(tolerance_check.exceeded),
-        level=level,
-        reference=_describe_reference(model, reference),
-        provider=None if runtime is None else provider_run(runtime, session),
-        least_scale=tolerance_check.least_scale,
-    )
+    is_exact = all(product.max_rel_error <= PRODUCT_TOLERANCE for product in products)
+    return dataclasses.replace(report, passed=report.passed and is_exact, tensors=(*report.tensors, *products))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What is compared of an export, with each adapter or the one that is folded into it."""
+
+    manifest: Manifest
+    verification: Verification
+    cases: Sequence[Case]
+    prompts: Sequence[Prompts]
+    quick: bool
+    arithmetic: str
+    runtime: Runtime | None
+    tolerance: float | None
+
+    def run(
+        self, session: Any, model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel
+    ) -> VerifyReport:
+        """Compare outputs and greedy tokens.
+
+        Args:
+            session: The export.
+            model: The model that was exported.
+            reference: The model with the export's weights, in evaluation mode.
+        """
+        is_rough = self.runtime is not None and self.arithmetic != "fp32"
+        explained = tolerance_of(self.manifest.precision, self.arithmetic if is_rough else "fp32")
+        check = ToleranceCheck(
+            reference,
+            explained if self.tolerance is None else self.tolerance,
+            use_float64=self.tolerance is None,
+            least_scale=LEAST_SCALE if is_rough and self.tolerance is None else 1.0,
+        )
+        outputs = OutputComparison(session, reference, self.verification, self.manifest.logits, check)
+        tensors, passed = outputs.run(self.cases)
+        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick)
+        tokens = self.verification.compare_tokens(run)
+        return VerifyReport(
+            passed and tokens.passed,
+            check.tolerance,
+            tuple(description for description, _ in self.cases),
+            (*tensors, *tokens.tensors),
+            tokens.tokens,
+            describe_weights(self.manifest),
+            self.arithmetic,
+            rounding=tuple(check.exceeded),
+            level="quick" if self.quick else "full",
+            reference=_describe_reference(model, reference),
+            provider=None if self.runtime is None else provider_run(self.runtime, session),
+            least_scale=check.least_scale,
+        )
 
 
 def _compare_products(directory: Path, manifest: Manifest) -> list[TensorCheck]:

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Iterable
 
 
 class GraloraError(Exception):
@@ -54,6 +55,13 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
         return f"a value of type {type(value).__name__}, too large to show"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Names for a message, with commas between them; of a great many the first and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def warn_caller(message: str) -> None:

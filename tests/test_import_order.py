@@ -37,6 +37,7 @@ ORDER = [
     "exporters.reports",
     "exporters.pipeline",
     "exporters.folded_model",
+    "exporters.adapters_as_data",
     "exporters.fx_passes",
     "exporters.translation",
     "exporters.onnx_passes",

@@ -14,6 +14,7 @@ from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.position_offset import position_offset
 from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, Manifest, QuantizedWeights, SiteEntry
 from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.tracing.traced_model import TracedModel
@@ -31,18 +32,20 @@ def describe(
     logits: str,
     attention: Mapping[str, Any] | None,
     passes: Iterable[Mapping[str, Any]],
+    adapter_inputs: AdapterInputs | None = None,
 ) -> Manifest:
     """The manifest of an export, without its files and its verification.
 
     Args:
         model: What was exported.
         graphs: The ONNX graphs by the names of their files; inputs and outputs of several are told apart by them.
-        adapters: How adapters are held: `"merged"`.
+        adapters: How adapters are held.
         precision: Precision of the weights that are not quantized, and of the cache.
         quantization: How matrices are quantized and how many, or None.
         logits: Which positions' logits the graph returns: `"last"` or `"all"`.
         attention: Which layers' attention is fused, or None.
         passes: What every pass did.
+        adapter_inputs: The adapter tensors that the graphs take; None where adapters are folded.
     """
     traced = base_trace(model)
     return Manifest(
@@ -53,7 +56,7 @@ def describe(
         adapters_mode=adapters,
         logits=logits,
         position_offset=position_offset(traced),
-        adapters=describe_adapters(model),
+        adapters=describe_adapters(model) if adapter_inputs is None else {},
         base_fingerprint=fingerprint_of(model),
         sites=tuple(SiteEntry(site.path, site.kind, site.in_features, site.out_features) for site in traced.sites),
         inputs=_by_file({name: _shapes(graph.inputs) for name, graph in graphs.items()}),
@@ -62,6 +65,7 @@ def describe(
         attention=attention,
         passes=tuple(passes),
         image_sizes=traced.signature.image_sizes,
+        adapter_inputs=adapter_inputs,
     )
 
 
@@ -86,7 +90,7 @@ def _by_file(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(values: Iterable[ir.Value]) -> dict[str, list[int | str | None]]:
-    return {str(value.name): _shape(value) for value in values}
+    return {str(value.name): _shape(value) for value in values if not is_adapter_tensor(str(value.name))}
 
 
 def _shape(value: ir.Value) -> list[int | str | None]:

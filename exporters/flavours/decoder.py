@@ -8,12 +8,14 @@ import onnx_ir as ir
 from torch import fx
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.artifact.genai_config import write_genai_config
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.broadcast_attention import match_broadcast_attention
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
@@ -36,7 +38,12 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 
 def decoder_model(
-    graph_module: fx.GraphModule, options: ExportOptions, log: PassLog, *, num_cache_outputs: int = 0
+    graph_module: fx.GraphModule,
+    options: ExportOptions,
+    log: PassLog,
+    *,
+    num_cache_outputs: int = 0,
+    data: DataSites | None = None,
 ) -> ir.Model:
     """The ONNX model of a traced decoder step.
 
@@ -49,6 +56,7 @@ def decoder_model(
         options: The options of the export.
         log: Gets a report for each pass, and an `AttentionReport`.
         num_cache_outputs: How many outputs after the logits are a cache's.
+        data: The layers whose adapters are data of the model; None for none.
 
     Raises:
         ExportError: The graph cannot be expressed in ONNX.
@@ -62,19 +70,21 @@ def decoder_model(
         first=[CastGraph(options.precision, num_cache_outputs)],  # casts are seen before anything is simplified
         log=log,
     )
-    return decoder_pipeline(RotaryTables(model.graph), options).run(model, log)
+    return decoder_pipeline(RotaryTables(model.graph), options, data).run(model, log)
 
 
-def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[ir.Model]:
+def decoder_pipeline(tables: RotaryTables, options: ExportOptions, data: DataSites | None = None) -> Pipeline[ir.Model]:
     """The passes over a translated decoder.
 
     Args:
         tables: The tables of rotary embeddings in its graph.
         options: The options of the export.
+        data: The layers whose adapters are data of the model; None for none.
     """
     return Pipeline(
         "decoder",
         (
+            *marking_passes(data),  # first: weights have their own names
             fold_transposes,  # first: packing and merging of matmuls look for weights, not for their transposes
             FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
@@ -89,6 +99,7 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions) -> Pipeline[i
             name_axes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
+            *insertion_passes(data),  # what was packed stays packed
             *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
@@ -109,7 +120,9 @@ def name_cache(model: ir.Model) -> PassResult[ir.Model]:
 
 def _convert(request: Request) -> Models:
     count = cached_tensors(request.traced.example_inputs)
-    model = decoder_model(request.graph_module, request.options, request.log, num_cache_outputs=count)
+    model = decoder_model(
+        request.graph_module, request.options, request.log, num_cache_outputs=count, data=request.data
+    )
     return {"model": model}
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from torch import fx
 
+from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
+from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
@@ -18,7 +20,7 @@ from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.quantize import tables_of_heads
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import PassLog, Pipeline
+from gralora_fx.exporters.pipeline import Pipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
@@ -45,9 +47,9 @@ def encoder_decoder_models(request: Request) -> Models:
     """
     options, log = request.options, request.log
     parts = split(request.graph_module)
-    encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), options, log)
+    encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), request)
     cast = CastGraph(options.precision, len(parts.outputs) - 1)
-    decoder = _translated("decoder", parts.decoder, cast, options, log)
+    decoder = _translated("decoder", parts.decoder, cast, request)
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):
@@ -56,28 +58,28 @@ def encoder_decoder_models(request: Request) -> Models:
         value.name = name
     tables = frozenset(tables_of_heads(encoder) | tables_of_heads(decoder))
     for name, model in (("encoder", encoder), ("decoder", decoder)):
-        named_pipeline(name, options, tables).run(model, log)
+        named_pipeline(name, options, tables, request.data).run(model, log)
     return {ENCODER: encoder, DECODER: decoder}
 
 
-def _translated(
-    name: str, graph_module: fx.GraphModule, cast: CastGraph, options: ExportOptions, log: PassLog
-) -> ir.Model:
+def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, request: Request) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
-    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log, name=name)
-    return translated_pipeline(name, options).run(model, log)
+    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=request.log, name=name)
+    return translated_pipeline(name, request.options, request.data).run(model, request.log)
 
 
-def translated_pipeline(name: str, options: ExportOptions) -> Pipeline[ir.Model]:
+def translated_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> Pipeline[ir.Model]:
     """What either part goes through as it was translated.
 
     Args:
         name: The part.
         options: The options of the export.
+        data: The layers whose adapters are data of the models; None for none.
     """
     return Pipeline(
         name,
         (
+            *marking_passes(data),  # first: weights have their own names
             fold_transposes,  # first: constant folding would compute the transposes of weights
             FuseDotProductAttention(),  # before constants are folded: it makes some
             LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
@@ -89,18 +91,22 @@ def translated_pipeline(name: str, options: ExportOptions) -> Pipeline[ir.Model]
     )
 
 
-def named_pipeline(name: str, options: ExportOptions, tables: frozenset[str]) -> Pipeline[ir.Model]:
+def named_pipeline(
+    name: str, options: ExportOptions, tables: frozenset[str], data: DataSites | None = None
+) -> Pipeline[ir.Model]:
     """What a part goes through once its inputs and outputs have their names.
 
     Args:
         name: The part.
         options: The options of the export.
         tables: Names of embeddings that are a head's weight in either part.
+        data: The layers whose adapters are data of the models; None for none.
     """
     return Pipeline(
         name,
         (
             name_axes,
+            *insertion_passes(data),  # what was fused stays fused; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
             *quantization_passes(options.quantization, tables),  # last: all others look for matrices

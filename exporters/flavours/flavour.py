@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import fx
 
+from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import PassLog
 from gralora_fx.exporters.verification.cases import Verification
@@ -26,12 +27,14 @@ class Request:
         graph_module: A copy of its graph in evaluation mode, every node with its traced value (`meta["val"]`).
         options: The options of the export.
         log: Receives a report for each pass.
+        data: The layers whose adapters are data of the models; None for none.
     """
 
     traced: TracedModel
     graph_module: fx.GraphModule
     options: ExportOptions
     log: PassLog
+    data: DataSites | None = None
 
 
 def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None:

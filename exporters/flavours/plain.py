@@ -20,10 +20,12 @@ from torch import Tensor, fx
 from gralora_fx.compat import pytree
 from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
+from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
@@ -40,7 +42,11 @@ from gralora_fx.graph.surgery import copy_graph
 
 
 def plain_model(
-    graph_module: fx.GraphModule, inputs: Mapping[str, Any], options: ExportOptions, log: PassLog
+    graph_module: fx.GraphModule,
+    inputs: Mapping[str, Any],
+    options: ExportOptions,
+    log: PassLog,
+    data: DataSites | None = None,
 ) -> ir.Model:
     """The ONNX model of a traced graph without a cache.
 
@@ -49,6 +55,7 @@ def plain_model(
         inputs: The inputs it was traced with, by name.
         options: The options of the export.
         log: Receives a report for each pass.
+        data: The layers whose adapters are data of the model; None for none.
 
     Raises:
         ExportError: The graph cannot be expressed in ONNX.
@@ -56,20 +63,24 @@ def plain_model(
     graph_module, outputs = _with_flat_outputs(graph_module)
     first = [CastGraph(options.precision)]  # casts are seen before anything is simplified
     model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log)
-    return plain_pipeline(input_names(inputs), outputs, options).run(model, log)
+    return plain_pipeline(input_names(inputs), outputs, options, data).run(model, log)
 
 
-def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions) -> Pipeline[ir.Model]:
+def plain_pipeline(
+    inputs: list[str], outputs: list[str], options: ExportOptions, data: DataSites | None = None
+) -> Pipeline[ir.Model]:
     """The passes over a translated graph without a cache.
 
     Args:
         inputs: Names of its inputs.
         outputs: Names of its outputs.
         options: The options of the export.
+        data: The layers whose adapters are data of the model; None for none.
     """
     return Pipeline(
         "plain",
         (
+            *marking_passes(data),  # first: weights have their own names
             fold_transposes,  # first: constant folding would compute the transposes of weights
             FuseDotProductAttention(),  # before constants are folded: it makes some
             LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
@@ -87,6 +98,7 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
             fix_nodes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names
+            *insertion_passes(data),  # what was fused stays fused
             *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
@@ -155,7 +167,8 @@ def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _convert(request: Request) -> Models:
-    return {"model": plain_model(request.graph_module, request.traced.graph_inputs, request.options, request.log)}
+    inputs = request.traced.graph_inputs
+    return {"model": plain_model(request.graph_module, inputs, request.options, request.log, request.data)}
 
 
 PLAIN = Flavour(

@@ -20,6 +20,7 @@ from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
+from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.sources.lazy_tensors import lazy_parameter, raw_values_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -98,7 +99,7 @@ def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
 
 
 def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Make every half-precision input float32 and cast it inside the model; the cache keeps its dtype.
+    """Make every half-precision input float32 and cast it inside the model; cache and adapters keep their dtype.
 
     Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
     After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
@@ -112,7 +113,8 @@ def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
     count = 0
     for value in model.graph.inputs:
         dtype = value.dtype
-        if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or str(value.name).startswith("past_key_values"):
+        keeps_dtype = str(value.name).startswith("past_key_values") or is_adapter_tensor(str(value.name))
+        if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or keeps_dtype:
             continue
         cast = ir.node("Cast", [value], attributes={"to": dtype})
         cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape

@@ -91,8 +91,9 @@ def smallest_number(dtype: ir.DataType) -> float:
 
 
 def replace_value(new: ir.Value, old: ir.Value) -> None:
-    """Replace all uses of a value by another, graph outputs included; the new one takes its shape, dtype and name."""
+    """Replace all uses of a value by another, graph outputs included; it takes its shape, dtype, name and metadata."""
     new.shape, new.type, new.name = old.shape, old.type, old.name
+    new.meta.update(old.meta)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 

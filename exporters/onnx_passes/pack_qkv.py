@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, add_initializer, const_ints, static_dim
+from gralora_fx.exporters.onnx_passes.mark_sites import mark_concat
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, rotated
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
 from gralora_fx.exporters.translation.weights import concat_tensor
@@ -129,9 +130,15 @@ def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) 
     if any(p.x is not first.x or (p.bias is None) != (first.bias is None) for p in projections):
         return None
     result = build("MatMul", first.x, concat_initializers(graph, [projection.weight for projection in projections]))
-    if first.bias is None:
-        return result
-    return build("Add", result, concat_initializers(graph, [p.bias for p in projections if p.bias is not None]))
+    if first.bias is not None:
+        result = build("Add", result, concat_initializers(graph, [p.bias for p in projections if p.bias is not None]))
+    outputs = [projection.output for projection in projections]
+    mark_concat(result, outputs)
+    widths = [static_dim(output, -1) for output in outputs]
+    if first.output.shape is not None:
+        result.shape = ir.Shape([*first.output.shape[:-1], sum(width or 0 for width in widths)])
+    result.type = first.output.type
+    return result
 
 
 def _cut_from_one(parts: Sequence[ir.Value | None]) -> ir.Value | None:
@@ -159,6 +166,7 @@ class _Projection(NamedTuple):
     x: ir.Value
     weight: ir.Value
     bias: ir.Value | None
+    output: ir.Value
 
 
 def _projection(tensor: ir.Value | None) -> _Projection | None:
@@ -178,7 +186,8 @@ def _projection(tensor: ir.Value | None) -> _Projection | None:
     x, weight = producer.inputs
     if x is None or weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
         return None
-    return _Projection(x, weight, bias)
+    assert value is not None
+    return _Projection(x, weight, bias, value)
 
 
 def _alike(first: RotaryNode, second: RotaryNode) -> bool:

@@ -105,6 +105,35 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def as_data(update: Update, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same update as the tensors that an exported model takes (see `gralora_fx.runtime.adapter_inputs`).
+
+    Args:
+        update: An adapter's tensors at a site, and their scale, which becomes part of the `B` tensors.
+        k: Blocks in each direction; that of the update, unless the rank of its blocks is 0.
+
+    Returns:
+        `A [k, in/k, r]`, `B [k, r, out/k]`, `A_general [in, hybrid_r]` and `B_general [hybrid_r, out]`, in float32 or
+        better; a part that the update lacks has rank 0.
+
+    Raises:
+        ValueError: The update has blocks of another `k`.
+    """
+    factors = as_gralora(update.factors)
+    (r, own_k, _), (ins, outs) = factors.dims, factors.features
+    if r and own_k != k:
+        raise ValueError(f"blocks of k={own_k}, not of k={k}")
+    dtype = torch.promote_types(factors.A.dtype, torch.float32)
+    A, B = factors.A.to(dtype), factors.B.to(dtype) * update.scale
+    if not r:
+        A, B = A.new_zeros(k, ins // k, 0), B.new_zeros(k, 0, outs // k)
+    A_general, B_general = A.new_zeros(ins, 0), B.new_zeros(0, outs)
+    if factors.A_general is not None and factors.B_general is not None:
+        A_general, B_general = factors.A_general.to(dtype).t(), factors.B_general.to(dtype).t() * update.scale
+    return A.contiguous(), B.contiguous(), A_general.contiguous(), B_general.contiguous()
+
+
+@torch.no_grad()
 def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
     """Frobenius norms of the `k x k` blocks of a weight update, without the dense update.
 

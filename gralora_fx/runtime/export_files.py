@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.manifest import FileEntry, Manifest
-from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.runtime.names import ADAPTERS, MANIFEST_NAME
 
 # files that serving or a tokenizer reads when they are there, by the names that libraries look for
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx_data", "vocab.txt", "merges.txt")
@@ -88,9 +88,12 @@ def _unnamed(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Every file in a directory and its subdirectories except the manifest, as POSIX paths."""
+    """Every file in a directory and its subdirectories, as POSIX paths.
+
+    Left out are the manifest and the adapters, which come and go, each with a record of its own.
+    """
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in paths if name != MANIFEST_NAME)
+    return sorted(name for name in paths if name != MANIFEST_NAME and not name.startswith(f"{ADAPTERS}/"))
 
 
 def _sha256(path: Path) -> str:

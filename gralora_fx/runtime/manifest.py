@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from gralora_fx.errors import ExportError, GraloraError
+from gralora_fx.runtime.adapter_inputs import AS_DATA, AdapterInputs, AdapterSite
 from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.runtime.quality import OutputQuality, Quality
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize, ImageSizes
@@ -80,7 +81,7 @@ class Manifest:
         task: The task the model was exported for, or None.
         precision: Precision of the weights that are not quantized, and of the cache.
         quantization: How matrices are quantized, or None.
-        adapters_mode: How adapters are held: `"merged"`.
+        adapters_mode: How adapters are held: `"merged"`, `"swappable"`, `"inputs"` or `"batched"`.
         logits: Which positions' logits the graph returns: `"last"` or `"all"`.
         position_offset: How many rows of the table of positions no position has.
         adapters: Adapters that were folded, by name.
@@ -94,6 +95,7 @@ class Manifest:
         verification: What verification measured, or None.
         quality: How a quantized export differs from the float32 model, where that was measured.
         image_sizes: Heights and widths of images that the graph takes; None if it takes no images.
+        adapter_inputs: The adapter tensors that the graph takes; None where adapters are folded.
         files: Every other file of the directory by its path; None where they were not recorded.
     """
 
@@ -115,6 +117,7 @@ class Manifest:
     verification: Mapping[str, Any] | None = None
     quality: Quality | None = None
     image_sizes: ImageSizes | None = None
+    adapter_inputs: AdapterInputs | None = None
     files: Mapping[str, FileEntry] | None = None
 
     @property
@@ -127,7 +130,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of the file, keys in order; what an export may lack is left out where it does."""
         found = dataclasses.asdict(self)
-        optional = ("attention", "files", "image_sizes", "quality")
+        optional = ("adapter_inputs", "attention", "files", "image_sizes", "quality")
         fields = {name: value for name, value in found.items() if name not in optional or value is not None}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
@@ -204,6 +207,7 @@ class _Reader:
             verification=self.take("verification", dict, type(None), default=None),
             quality=self._quality(),
             image_sizes=self._image_sizes(),
+            adapter_inputs=self._adapter_inputs(),
             files=self._files(),
         )
 
@@ -267,6 +271,25 @@ class _Reader:
             entry.take("reason", *_TEXT_OR_NONE),
             entry._height_and_width("least"),
             entry.take("multiple_of", int),
+        )
+
+    def _adapter_inputs(self) -> AdapterInputs | None:
+        if self.take("adapter_inputs", dict, type(None), default=None) is None:
+            return None
+        entry = self.within("adapter_inputs")
+        sites = [
+            _Reader(site, self.path, self.error, f"adapter_inputs.sites.{index}").record(AdapterSite)
+            for index, site in enumerate(entry._objects("sites"))
+        ]
+        uncalled: list[Any] = entry.take("uncalled", list)
+        if entry.take("mode", str) not in AS_DATA or entry.take("k", int) < 1:
+            self._refuse("adapter_inputs", dict(entry.fields))
+        return AdapterInputs(
+            entry.take("mode", str),
+            entry.take("k", int),
+            entry.take("dtype", str),
+            tuple(sites),
+            tuple(str(path) for path in uncalled),
         )
 
     def _height_and_width(self, name: str) -> tuple[int, int]:

@@ -1,0 +1,141 @@
+"""What an export needs to make the adapters of a model data: their layers, the layers' weights, and one `k`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.folded_model import fold_adapters
+from gralora_fx.graph.sites import LinearSite
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.planning.rewrite_plan import PlannedSite
+from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
+from gralora_fx.tracing.traced_model import TracedModel
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class DataSites:
+    """The layers of a model whose adapters are data of its export.
+
+    Attributes:
+        inputs: The tensors that the export takes.
+        weights: Paths of the layers that a weight belongs to, by each name of the weight.
+    """
+
+    inputs: AdapterInputs
+    weights: Mapping[str, tuple[str, ...]]
+
+
+def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel:
+    """The adapter-free model that an export is made from.
+
+    Args:
+        model: What is exported.
+        mode: How adapters are held; `"merged"` folds the active ones, all others leave them out.
+
+    Raises:
+        ExportError: The model is of another type.
+        MergeError: An adapter cannot be folded.
+    """
+    return fold_adapters(model) if mode == "merged" or not isinstance(model, GraloraModel) else model.traced
+
+
+def data_sites(model: TracedModel | GraloraModel, mode: str, precision: str) -> DataSites | None:
+    """The layers that any adapter of a model adapts, active or not; None for a mode that folds them.
+
+    Args:
+        model: What is exported.
+        mode: How adapters are held.
+        precision: Precision of the export, which is that of the adapter tensors.
+
+    Raises:
+        ExportError: The model has no adapter, one is merged into its weights, their blocks are of several `k`, or an
+            adapter is more than a sum of low-rank terms.
+    """
+    if mode == "merged":
+        return None
+    if not isinstance(model, GraloraModel) or not model.configs:
+        raise ExportError(
+            f"adapters={mode!r} needs a model with adapters, whose layers the export then takes them at; give what "
+            "rewrite() returned, or adapters='merged'"
+        )
+    if model.merged_adapters:
+        raise ExportError(
+            f"adapters={mode!r} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged into its "
+            "weights; call unmerge_adapter() first"
+        )
+    for name in model.configs:
+        _check_low_rank(model, name)
+    planned = model.adapted_sites()
+    ks = _block_counts(model)
+    if len(ks) > 1:
+        raise ExportError(
+            f"the model's GraLoRA adapters have gralora_k of {listed(sorted(ks))}, and an export takes blocks of one; "
+            "export them apart, or convert some with to_lora"
+        )
+    k = ks.pop() if ks else 1
+    sites = {entry.site.path: entry.site for entry in planned}
+    _check_widths(planned, k)
+    called = [site for site in sites.values() if site.calls]
+    inputs = AdapterInputs(
+        mode,
+        k,
+        _DTYPES[precision],
+        tuple(AdapterSite(site.path, site.in_features, site.out_features) for site in called),
+        tuple(site.path for site in sites.values() if not site.calls),
+    )
+    return DataSites(inputs, _names_of_weights(called, model.traced))
+
+
+def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None:
+    """Check that the output of every layer was found in the exported graphs.
+
+    Args:
+        data: The layers; None for none.
+        found: Paths of the layers that were found, by graph.
+
+    Raises:
+        ExportError: Some were not; they are named.
+    """
+    if data is None:
+        return
+    missing = {site.path for site in data.inputs.sites}.difference(*found)
+    if missing:
+        raise ExportError(
+            f"no adapter can be data at {listed(sorted(missing))}: their weights are computed in the graph, or used "
+            "within a branch or a loop; leave these layers out of target_modules, or export with adapters='merged'"
+        )
+
+
+def _check_low_rank(model: GraloraModel, name: str) -> None:
+    copies = model.installed(name).copies
+    if copies:
+        raise ExportError(
+            f"adapter {name!r} has copies of {listed(sorted(copies))} (modules_to_save or bias), which are not sums "
+            "of low-rank terms and cannot be data; export it with adapters='merged'"
+        )
+
+
+def _block_counts(model: GraloraModel) -> set[int]:
+    """The `gralora_k` of the adapters that have blocks."""
+    return {config.gralora_k for config in model.configs.values() if hasattr(config, "gralora_k")}
+
+
+def _check_widths(planned: Iterable[PlannedSite], k: int) -> None:
+    wrong = [p.site.path for p in planned if p.site.in_features % k or p.site.out_features % k]
+    if wrong:
+        raise ExportError(
+            f"gralora_k={k} does not divide the widths of {listed(sorted(set(wrong)))}, which another adapter of the "
+            "model adapts; export the adapters apart"
+        )
+
+
+def _names_of_weights(sites: Iterable[LinearSite], traced: TracedModel) -> dict[str, tuple[str, ...]]:
+    paths: dict[str, tuple[str, ...]] = {}
+    for site in sites:
+        for name in traced.tree.names_of(site.weight):
+            paths[name] = (*paths.get(name, ()), site.path)
+    return paths

@@ -1,0 +1,61 @@
+"""The output of an adapter as an ONNX function: one node at a site, which ONNX Runtime inlines at load."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from gralora_fx.exporters.onnx_passes.builder import Builder
+from gralora_fx.exporters.translation.operators import DOMAIN
+
+NAME = "Adapter"
+
+
+def adapter_function(model: ir.Model, k: int, num_axes: int, opset: int) -> ir.OperatorIdentifier:
+    """The function that gives an adapter's output, added to a model if it has none yet.
+
+    `output = Adapter(x, A, B, A_general, B_general)` with
+
+        x [..., in], A [k, in/k, r], B [k, r, out/k], A_general [in, hybrid_r], B_general [hybrid_r, out]
+        output [..., out]
+
+    Every rank may be 0. The blocks of GraLoRA exchange parts of their products between two batched matmuls; nothing is
+    computed from shapes at run time.
+
+    Args:
+        model: The model.
+        k: Blocks in each direction.
+        num_axes: Axes of `x`.
+        opset: Version of ONNX's operators.
+
+    Returns:
+        What nodes call the function by.
+    """
+    name = f"{NAME}_k{k}_{num_axes}d"
+    identifier = (DOMAIN, name, "")
+    if identifier not in model.functions:
+        model.functions[identifier] = _function(name, k, num_axes, opset)
+    return identifier
+
+
+def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
+    x, A, B, A_general, B_general = inputs = [ir.Value(name=n) for n in ("x", "A", "B", "A_general", "B_general")]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
+    build = Builder(graph)
+    lead = num_axes - 2  # axes before those of tokens and features
+    kept = [0] * lead
+    front = list(range(lead))
+    swap = [*front, lead + 1, lead]  # of blocks and tokens, before the features
+    blocks = build("Reshape", x, build.ints(*kept, 0, k, -1))  # [..., tokens, input block, in/k]
+    blocks = build("Transpose", blocks, perm=[*swap, lead + 2])
+    hidden = build("MatMul", blocks, A)  # [..., input block, tokens, r]
+    hidden = build("Reshape", hidden, build.ints(*kept, 0, 0, k, -1))  # [..., input block, tokens, output block, s]
+    hidden = build("Transpose", hidden, perm=[*front, lead + 2, lead + 1, lead, lead + 3])
+    hidden = build("Reshape", hidden, build.ints(*kept, 0, 0, -1))  # [..., output block, tokens, r]
+    output = build("MatMul", hidden, B)  # [..., output block, tokens, out/k]
+    output = build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), build.ints(*kept, 0, -1))
+    general = build("MatMul", build("MatMul", x, A_general), B_general)
+    result = build("Add", output, general)
+    result.name = "output"
+    graph.extend(build.take())
+    graph.outputs.append(result)
+    return ir.Function(DOMAIN, name, graph=graph, attributes=[])

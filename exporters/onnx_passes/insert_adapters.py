@@ -1,0 +1,165 @@
+"""Insertion of adapters whose tensors are data of the model: added to the outputs of linear layers, fused or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function
+from gralora_fx.exporters.onnx_passes.builder import Builder, static_dim
+from gralora_fx.exporters.onnx_passes.mark_sites import SITES, SiteOutput, sites_in
+from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.runtime.adapter_inputs import HYBRID_RANK, INPUTS, RANK, AdapterInputs, AdapterSite
+
+
+@dataclass(frozen=True)
+class InsertAdapters:
+    """Add the output of an adapter at every marked site; its tensors become inputs of the model.
+
+    Before: `y = MatMul(x, W)`
+    After:  `y = Add(MatMul(x, W), Adapter(x, A, B, A_general, B_general))`
+
+    of matmuls that were packed into one:
+
+    Before: `y = MatMul(x, [Wq Wk Wv])`
+    After:  `y = Add(MatMul(x, [Wq Wk Wv]), Concat(Adapter(x, ...), Adapter(x, ...), Adapter(x, ...)))`
+
+    Attributes:
+        inputs: The adapter tensors.
+    """
+
+    inputs: AdapterInputs
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Insert them, in place; the result counts the sites' calls.
+
+        Raises:
+            ExportError: A marked value is not computed by a linear layer any more.
+        """
+        insertion = _Insertion(model, self.inputs)
+        marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
+        for value in marked:
+            insertion.add_to(value)
+        return PassResult(insertion.count)
+
+
+class _Insertion:
+    """Insertion into one model."""
+
+    def __init__(self, model: ir.Model, inputs: AdapterInputs) -> None:
+        self.model, self.inputs = model, inputs
+        self.sites = {site.path: site for site in inputs.sites}
+        self.tensors: dict[str, ir.Value] = {}
+        self.count = 0
+
+    def add_to(self, value: ir.Value) -> None:
+        """Add adapters to a value; a part of it that no adapter has stays as it is."""
+        marks = [mark for mark in sites_in(value) if mark.path in self.sites]
+        if not marks:
+            return
+        x, width = _input_of(value), static_dim(value, -1)
+        build = Builder(self.model.graph)
+        spans = list(_spans(marks, width))
+        if len(spans) == 1 and spans[0][2] is not None:
+            result = build("Add", value, self._output(build, x, spans[0][2]))
+        elif all(mark is not None for _, _, mark in spans):
+            outputs = [self._output(build, x, mark) for _, _, mark in spans if mark is not None]
+            result = build("Add", value, build("Concat", *outputs, axis=-1))
+        else:
+            result = self._by_parts(build, value, x, spans)
+        self.count += len(marks)
+        nodes = build.take()
+        _replace(value, result, nodes)
+
+    def _by_parts(
+        self, build: Builder, value: ir.Value, x: ir.Value, spans: Sequence[tuple[int, int, SiteOutput | None]]
+    ) -> ir.Value:
+        sizes = build.ints(*(stop - start for start, stop, _ in spans))
+        split = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1)
+        parts = [
+            part if mark is None else build("Add", part, self._output(build, x, mark))
+            for part, (_, _, mark) in zip(split.outputs, spans, strict=True)
+        ]
+        return build("Concat", *parts, axis=-1)
+
+    def _output(self, build: Builder, x: ir.Value, mark: SiteOutput) -> ir.Value:
+        """The adapter's output at a site."""
+        assert x.shape is not None
+        site = self.sites[mark.path]
+        domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), self.model.graph.opset_imports[""])
+        output = build(name, x, *self._tensors(site), domain=domain)
+        if mark.rows is None:
+            return output
+        start, stop = mark.rows
+        return build("Slice", output, build.ints(start), build.ints(stop), build.ints(-1))
+
+    def _tensors(self, site: AdapterSite) -> list[ir.Value]:
+        """The inputs that are a site's tensors; made for its first call."""
+        shapes = site.shapes(self.inputs.k, RANK, HYBRID_RANK)
+        for name, shape in shapes.items():
+            if name not in self.tensors:
+                self.tensors[name] = self._input(name, shape)
+        return [self.tensors[name] for name in shapes]
+
+    def _input(self, name: str, shape: Sequence[int | str]) -> ir.Value:
+        dtype = ir.DataType[{"float32": "FLOAT"}.get(self.inputs.dtype, self.inputs.dtype.upper())]
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        if self.inputs.mode != INPUTS:
+            sizes = [0 if isinstance(size, str) else size for size in shape]
+            value.const_value = ir.tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
+            self.model.graph.initializers[name] = value
+        self.model.graph.inputs.append(value)
+        return value
+
+
+def _spans(marks: Sequence[SiteOutput], width: int | None) -> Iterator[tuple[int, int, SiteOutput | None]]:
+    """The columns of a value one after the other: those of each site, and those of none between them."""
+    position = 0
+    for mark in sorted(marks, key=lambda mark: mark.start):
+        if mark.start > position:
+            yield position, mark.start, None
+        yield mark.start, mark.stop, mark
+        position = mark.stop
+    if width is not None and position < width:
+        yield position, width, None
+
+
+def _input_of(value: ir.Value) -> ir.Value:
+    """The input of the linear layers that a value is the output of.
+
+    Raises:
+        ExportError: No such layer computes it.
+    """
+    node = value.producer()
+    while node is not None and node.op_type in ("Add", "Split"):
+        product = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
+        node = None if product is None else product.producer()
+    if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
+        raise ExportError(
+            f"{sites_in(value)[0].path}: its output is not computed by a matmul in the ONNX graph, so no adapter can "
+            "be data there; leave the layer out of target_modules, or export with adapters='merged'"
+        )
+    return node.inputs[0]
+
+
+def _replace(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes that compute a value from another one, and let the other's readers read it."""
+    producer = old.producer()
+    assert producer is not None
+    graph = producer.graph
+    assert isinstance(graph, ir.Graph)
+    graph.insert_after(producer, nodes)
+    new.shape, new.type = old.shape, old.type
+    added = set(nodes)
+    for usage in list(old.uses()):
+        if usage.node not in added:
+            usage.node.replace_input_with(usage.idx, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            new.name, old.name = old.name, f"{old.name}.base"
+            graph.outputs[index] = new
+    old.meta.pop(SITES, None)

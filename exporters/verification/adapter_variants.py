@@ -1,0 +1,139 @@
+"""What an export is compared as: as it is, or, where it takes adapters as data, without one and with each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.artifact.adapter_files import adapter_tensors
+from gralora_fx.exporters.verification.dequantized_model import reference_model
+from gralora_fx.methods import Update
+from gralora_fx.methods.fold import fold
+from gralora_fx.methods.gralora import Factors
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.passes.replace_weights import replace_weights
+from gralora_fx.runtime.adapter_file import SUFFIX, read_record, read_tensors
+from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.adapter_session import adapter_values, with_adapter
+from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.tracing.traced_model import TracedModel
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An export and the model in one state of its adapters.
+
+    Attributes:
+        session: The export's session in that state.
+        model: The model that was exported.
+        manifest: The export's manifest.
+        name: The adapter; None for the base, or for an export whose adapters are folded.
+        tensors: The adapter's tensors in the export, by name; empty without one.
+    """
+
+    session: Any
+    model: TracedModel | GraloraModel
+    manifest: Manifest
+    name: str | None
+    tensors: Arrays
+
+    def active(self) -> AbstractContextManager[None]:
+        """The model in that state within a block."""
+        if self.manifest.adapter_inputs is None or not isinstance(self.model, GraloraModel):
+            return nullcontext()
+        return self.model.disable_adapter() if self.name is None else _only(self.model, self.name)
+
+    def reference(self) -> TracedModel | GraloraModel:
+        """What the export is compared with: the model, or one with the export's rounded weights."""
+        return self._reference
+
+    @cached_property
+    def _reference(self) -> TracedModel | GraloraModel:
+        if self.manifest.adapter_inputs is None or not isinstance(self.model, GraloraModel):
+            return reference_model(self.model, self.manifest)
+        base = reference_model(self.model.traced, self.manifest)
+        if base is self.model.traced:
+            return self.model
+        assert isinstance(base, TracedModel)
+        return _folded(base, self.tensors, self.manifest.adapter_inputs)
+
+
+def variants(session: Any, model: TracedModel | GraloraModel, manifest: Manifest, directory: Path) -> Iterator[Variant]:
+    """The states in which an export is compared: one for folded adapters, else the base and each active adapter.
+
+    Args:
+        session: A session over the export.
+        model: The model that was exported.
+        manifest: The export's manifest.
+        directory: The export directory.
+
+    Raises:
+        ExportError: An active adapter of the model is not in the export, or is another one there.
+    """
+    inputs = manifest.adapter_inputs
+    if inputs is None:
+        yield Variant(session, model, manifest, None, {})
+        return
+    yield Variant(with_adapter(session, adapter_values({}, inputs)), model, manifest, None, {})
+    for name in model.active_adapters if isinstance(model, GraloraModel) else ():
+        assert isinstance(model, GraloraModel)
+        path = directory / ADAPTERS / f"{name}{SUFFIX}"
+        if not path.is_file():
+            there = sorted(file.name.removesuffix(SUFFIX) for file in path.parent.glob(f"*{SUFFIX}"))
+            raise ExportError(
+                f"the model's adapter {name!r} is not in {directory}, which has {listed(there) or 'none'}; add it with "
+                "export_adapter, or make another one active"
+            )
+        tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
+        _check_equal(name, path, tensors, model, inputs)
+        yield Variant(with_adapter(session, adapter_values(tensors, inputs)), model, manifest, name, tensors)
+
+
+def _check_equal(name: str, path: Path, tensors: Arrays, model: GraloraModel, inputs: AdapterInputs) -> None:
+    adapter = model.installed(name)
+    expected = adapter_tensors(name, {site: adapter.update(site) for site in adapter.factors}, inputs)
+    differing = [key for key in expected if key not in tensors or not np.array_equal(tensors[key], expected[key])]
+    if differing or expected.keys() != tensors.keys():
+        raise ExportError(
+            f"{path} holds another adapter than the model's {name!r}: {listed(differing or ['layers'], 3)} differ; "
+            "export it again with export_adapter"
+        )
+
+
+def _folded(base: TracedModel, tensors: Arrays, inputs: AdapterInputs) -> TracedModel:
+    """A float32 model with an adapter's tensors, as the export has them, folded into its weights."""
+    sites = {site.path: site for site in base.sites}
+    weights: dict[str, nn.Parameter] = {}
+    for entry in inputs.sites:
+        if entry.names()[0] not in tensors:
+            continue
+        A, B, A_general, B_general = (torch.from_numpy(tensors[name].astype(np.float32)) for name in entry.names())
+        update = Update(Factors(A, B, A_general.t(), B_general.t()), 1.0)
+        site = sites[entry.path]
+        folded = fold(site.weight.detach(), [update], transposed=site.kind == "conv1d")
+        weights[entry.path] = nn.Parameter(folded, requires_grad=False)
+    return replace_weights(base, weights)
+
+
+@contextmanager
+def _only(model: GraloraModel, name: str) -> Iterator[None]:
+    """One adapter alone active within a block."""
+    before = model.active_adapters
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)

@@ -1,0 +1,83 @@
+"""Sessions that run with an adapter: its tensors are fed beside the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gralora_fx.runtime.adapter_file import Arrays, as_ort_value, cast
+from gralora_fx.runtime.adapter_inputs import INPUTS, AdapterInputs, is_adapter_tensor
+from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
+
+Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
+
+
+class AdapterSession:
+    """An ONNX Runtime session with an adapter, with the interface of a session whose inputs do not include it.
+
+    ONNX Runtime's own way, `RunOptions.add_active_adapter`, overrides what is fed without notice and is ignored with
+    I/O binding; feeding the tensors is the same and has neither fault.
+
+    Attributes:
+        session: The `onnxruntime.InferenceSession`.
+        values: The adapter's tensors that the session takes.
+    """
+
+    def __init__(self, session: Any, values: Values) -> None:
+        """Take the tensors that the session has inputs for."""
+        self.session = session
+        taken = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+        self.values = {name: value for name, value in values.items() if name in taken}
+
+    def get_inputs(self) -> list[Any]:
+        """The inputs without those for an adapter."""
+        return [value for value in self.session.get_inputs() if not is_adapter_tensor(value.name)]
+
+    def get_outputs(self) -> list[Any]:
+        """The outputs."""
+        outputs: list[Any] = self.session.get_outputs()
+        return outputs
+
+    def get_providers(self) -> list[str]:
+        """The execution providers."""
+        providers: list[str] = self.session.get_providers()
+        return providers
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, Any], options: Any = None) -> list[Any]:
+        """Run on arrays."""
+        results: list[Any] = self.session.run(names, {**feed, **self.values}, options)
+        return results
+
+    def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any], options: Any = None) -> list[Any]:
+        """Run on `OrtValue`s."""
+        results: list[Any] = self.session.run_with_ort_values(names, {**feed, **self.values}, options)
+        return results
+
+
+def with_adapter(session: Any, values: Values) -> Any:
+    """A session, or an `EncoderDecoderSession`, that runs with an adapter.
+
+    Args:
+        session: The session over an export.
+        values: The adapter's tensors.
+    """
+    if isinstance(session, EncoderDecoderSession):
+        return EncoderDecoderSession(AdapterSession(session.encoder, values), AdapterSession(session.decoder, values))
+    return AdapterSession(session, values)
+
+
+def adapter_values(tensors: Arrays, inputs: AdapterInputs) -> dict[str, Any]:
+    """The tensors of an adapter as a session takes them; layers that it does not adapt have rank 0.
+
+    Args:
+        tensors: The adapter's tensors by name; empty for the base.
+        inputs: The adapter tensors of the export. Overridable initializers that are left out keep their default.
+    """
+    given = dict(tensors)
+    if inputs.mode == INPUTS:
+        for site in inputs.sites:
+            for name, shape in site.shapes(inputs.k, 0, 0).items():
+                given.setdefault(name, cast(np.zeros(shape), inputs.dtype))  # type: ignore[arg-type]
+    return {name: as_ort_value(array) for name, array in given.items()}
