@@ -286,7 +286,8 @@ def cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
 def _array(value: Any) -> NDArray[Any]:
     if value.element_type() == TensorProto.BFLOAT16:  # which numpy lacks
         raw: NDArray[Any] = as_tensor(value).view(torch.uint16).numpy()
-        return raw.view(_BFLOAT16).copy()
+        half: NDArray[Any] = raw.view(_BFLOAT16).copy()
+        return half
     found: NDArray[Any] = np.array(value.numpy())
     return found
 
