@@ -202,15 +202,7 @@ def read_tensors(
     problems = [*_record_problems(record, inputs, fingerprint)]
     if problems:
         raise error(f"{path} does not fit this export: {listed(problems)}")
-    try:
-        content = path.read_bytes()
-    except OSError as failure:
-        raise error(f"{path} cannot be read ({first_line(failure)}); give the file of an adapter") from failure
-    if len(content) != record.size or hashlib.sha256(content).hexdigest() != record.file_sha256:
-        raise error(
-            f"{path} is not what {record_path(path).name} describes: it was changed or cut short; copy both files "
-            "again, or make the adapter again with gralora-fx export-adapter"
-        )
+    check_file(path, record, error)
     try:
         parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
         tensors = {name: _array(value) for name, value in parameters.items()}
@@ -220,6 +212,23 @@ def read_tensors(
     if problems:
         raise error(f"{path} does not fit this export: {listed(problems)}")
     return tensors
+
+
+def check_file(path: Path, record: AdapterRecord, error: type[GraloraError]) -> None:
+    """Check that an adapter file is the one that its record describes.
+
+    Raises:
+        GraloraError: Of the given type: it cannot be read, or its size or SHA-256 differs.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as failure:
+        raise error(f"{path} cannot be read ({first_line(failure)}); give the file of an adapter") from failure
+    if len(content) != record.size or hashlib.sha256(content).hexdigest() != record.file_sha256:
+        raise error(
+            f"{path} is not what {record_path(path).name} describes: it was changed or cut short; copy both files "
+            "again, or make the adapter again with gralora-fx export-adapter"
+        )
 
 
 def _record_problems(record: AdapterRecord, inputs: AdapterInputs, fingerprint: str | None) -> Iterable[str]:

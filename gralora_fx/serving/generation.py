@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
+from gralora_fx.runtime.adapter_file import check_file
 from gralora_fx.runtime.genai_schema import read_genai_config
 from gralora_fx.runtime.session import CPU, FATAL, Runtime
+from gralora_fx.serving.adapters import LoadedAdapter
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
@@ -58,13 +61,18 @@ class Generator:
             self._model = onnxruntime_genai.Model(config)
         except Exception as error:  # onnxruntime-genai raises types of its own
             raise ServingError(f"onnxruntime-genai cannot load {directory} ({first_line(error)})") from error
+        self._adapters = onnxruntime_genai.Adapters(self._model)
+        self._known: set[str] = set()  # digests of the adapter files that it has read
+        self._lock = threading.Lock()
         ends = fields["eos_token_id"]
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._padding, self._vocabulary, self._context = (
             fields[name] for name in ("pad_token_id", "vocab_size", "context_length")
         )
 
-    def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, adapter: LoadedAdapter | None = None
+    ) -> Iterator[list[int]]:
         """Generate one new token for each row in every step, until every row has ended or is full.
 
         Rows of unequal length are padded on the right, as onnxruntime-genai expects, and run as a batch.
@@ -72,9 +80,10 @@ class Generator:
         Args:
             prompts: Token ids by row, checked.
             sampling: How tokens are chosen.
+            adapter: The adapter to run with; None for the base.
 
         Raises:
-            ServingError: onnxruntime-genai fails.
+            ServingError: onnxruntime-genai fails, or an adapter's file was changed since it was loaded.
         """
         longest = max(len(row) for row in prompts)
         rows = np.full((len(prompts), longest), self._padding, dtype=np.int32)
@@ -84,12 +93,28 @@ class Generator:
         try:
             parameters.set_search_options(**sampling.options(longest, len(prompts), self._context))
             generator = self._genai.Generator(self._model, parameters)
+            if adapter is not None:
+                generator.set_active_adapter(*self._active(adapter))
             generator.append_tokens(rows)
             while not generator.is_done():
                 generator.generate_next_token()
                 yield [int(token) for token in generator.get_next_tokens()]
         except Exception as error:  # onnxruntime-genai raises types of its own
             raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
+
+    def _active(self, adapter: LoadedAdapter) -> tuple[Any, str]:
+        """An adapter as onnxruntime-genai takes it, which reads the file itself, once.
+
+        Raises:
+            ServingError: The file was changed since it was loaded.
+        """
+        name = adapter.record.file_sha256
+        with self._lock:
+            if name not in self._known:
+                check_file(adapter.path, adapter.record, ServingError)
+                self._adapters.load(str(adapter.path), name)
+                self._known.add(name)
+        return self._adapters, name
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Check that the model can take prompts.
@@ -126,6 +151,7 @@ class Answers(Iterator[Any]):
         tokenizer: PreTrainedTokenizerBase | None,
         sampling: Sampling,
         stop: Sequence[str],
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         """Check the prompts and start.
 
@@ -135,6 +161,7 @@ class Answers(Iterator[Any]):
             tokenizer: For texts, and for stop strings.
             sampling: How tokens are chosen.
             stop: Strings that end an answer.
+            adapter: The adapter to answer with; None for the base.
 
         Raises:
             ServingError: A prompt cannot be taken.
@@ -143,7 +170,7 @@ class Answers(Iterator[Any]):
         self._prompts = prompts
         reader = tokenizer if prompts.gives_text or stop else None
         self._answers = [Answer(reader, generator.ends, stop) for _ in prompts.rows]
-        self._steps = generator.tokens(prompts.rows, sampling)
+        self._steps = generator.tokens(prompts.rows, sampling, adapter)
 
     def __next__(self) -> Any:
         """What the next step adds: a text or ids, or a list of them for a list of prompts."""

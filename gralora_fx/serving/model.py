@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.runtime.adapter_session import with_adapter
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
@@ -25,6 +26,7 @@ from gralora_fx.runtime.placement import (
     warn_of_idle,
 )
 from gralora_fx.runtime.session import Runtime, open_session, quiet_run
+from gralora_fx.serving.adapters import Adapters
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
 from gralora_fx.serving.outputs import Outputs
@@ -75,6 +77,7 @@ class OrtModel:
         config: The model's `config.json`; empty if there is none.
         input_names: Inputs of the graph.
         output_names: Outputs of the graph.
+        adapters: The adapters that are loaded, by name.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class OrtModel:
         self.config = _read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
         self.session = open_session(self.directory, self._runtime, error=ServingError)
-        inputs = {value.name: value for value in self.session.get_inputs()}
+        self.adapters = Adapters(self.directory, self.manifest)
+        base = with_adapter(self.session, self.adapters.base_values)
+        inputs = {value.name: value for value in base.get_inputs()}
         is_pair = isinstance(self.session, EncoderDecoderSession)
         self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
         self.input_names = tuple(inputs)
@@ -127,11 +132,50 @@ class OrtModel:
             raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
         return tokenizer
 
-    def __call__(self, *args: Any, **inputs: Any) -> Outputs:
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load an adapter, so that calls can name it.
+
+        An adapter in the export's own `adapters/` needs no loading: it is loaded when a call first names it.
+
+        Args:
+            name: The name to give it.
+            path: An `.onnx_adapter` file that `export_adapter` or `export_onnx` wrote, its record beside it.
+
+        Raises:
+            ServingError: The export takes no adapters, the name is taken, or the file is damaged, incomplete, or of
+                another base, rank or gralora_k than the export takes; nothing changes then.
+        """
+        self.adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; calls that run with it end undisturbed.
+
+        Raises:
+            ServingError: It is not loaded.
+        """
+        self.adapters.unload(name)
+
+    def bind_adapter(self, binding: Any, adapter: str | None) -> None:
+        """Bind an adapter's tensors in an `onnxruntime.IOBinding` of `session`, for the runs that use the binding.
+
+        ONNX Runtime ignores active adapters of `RunOptions` there.
+
+        Args:
+            binding: The result of `session.io_binding()`.
+            adapter: Name of the adapter; None for the base.
+
+        Raises:
+            ServingError: There is no such adapter.
+        """
+        for name, value in self.adapters.values(adapter).items():
+            binding.bind_ortvalue_input(name, value)
+
+    def __call__(self, *args: Any, adapter: str | None = None, **inputs: Any) -> Outputs:
         """Run the model once.
 
         Args:
             *args: Not accepted: inputs are given by name.
+            adapter: Name of the adapter to run with; None for the base.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
                 a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
                 Integers and floats are cast to the graph's dtypes.
@@ -148,8 +192,9 @@ class OrtModel:
         parts = self._feed.parts({name: value for name, value in inputs.items() if value is not None})
         gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
         feed = self._feed.arrays(parts)
+        session = with_adapter(self.session, self.adapters.values(adapter))
         try:
-            results = self.session.run(None, feed, quiet_run())
+            results = session.run(None, feed, quiet_run())
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error
@@ -164,6 +209,7 @@ class OrtModel:
         attention_mask: Any = None,
         stop: str | Sequence[str] = (),
         stream: bool = False,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Any:
         """Answer prompts; onnxruntime-genai keeps the cache and chooses the tokens.
@@ -175,6 +221,7 @@ class OrtModel:
             attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
             stop: Strings that end an answer; they are not part of it.
             stream: Whether to return an iterator over pieces of text (of token ids, for prompts of ids).
+            adapter: Name of the adapter to answer with; None for the base.
             **sampling: `max_new_tokens=None` (64, or fewer if the context is full), `do_sample=False`, and with
                 `do_sample=True` `top_k=50`, `top_p=1.0`, `temperature=1.0`, `seed=None`.
 
@@ -188,7 +235,7 @@ class OrtModel:
         """
         self._check_generates()
         if unknown := [name for name in sampling if name not in Sampling.__dataclass_fields__]:
-            options = ", ".join(("stop", "stream", *Sampling.__dataclass_fields__))
+            options = ", ".join(("stop", "stream", "adapter", *Sampling.__dataclass_fields__))
             raise ServingError(f"unknown option {', '.join(unknown)}; there are {options}")
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
@@ -203,7 +250,8 @@ class OrtModel:
             raise ServingError("prompts and input_ids are both given; give one of them")
         else:
             parsed = read_tokenized(input_ids, attention_mask)
-        answers = Answers(self._generator, parsed, tokenizer, chosen, stops)
+        active = None if adapter is None else self.adapters[adapter]
+        answers = Answers(self._generator, parsed, tokenizer, chosen, stops, active)
         return answers if stream else answers.result()
 
     def _check_generates(self) -> None:

@@ -1,0 +1,148 @@
+"""The adapters that a served model has: loaded once, checked, chosen by name in every call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.errors import ServingError, first_line, listed, shown
+from gralora_fx.runtime.adapter_file import SUFFIX, AdapterRecord, check_name, read_record, read_tensors
+from gralora_fx.runtime.adapter_session import adapter_values
+from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.names import ADAPTERS
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in memory.
+
+    Attributes:
+        path: The file that it was read from.
+        record: What the file's record says.
+        values: Its tensors as a session takes them, by name.
+    """
+
+    path: Path
+    record: AdapterRecord
+    values: Mapping[str, Any]
+
+
+class Adapters(Mapping[str, LoadedAdapter]):
+    """The adapters of a served model, by name; any thread may load and unload some while others run.
+
+    Those in the export's own directory are loaded when they are first asked for.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        """Start with none loaded.
+
+        Args:
+            directory: The export directory.
+            manifest: Its manifest.
+        """
+        self._directory, self._manifest = directory, manifest
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._lock = threading.Lock()
+        inputs = manifest.adapter_inputs
+        self.base_values: Mapping[str, Any] = {} if inputs is None else adapter_values({}, inputs)
+
+    def __getitem__(self, name: str) -> LoadedAdapter:
+        """An adapter that is loaded, or that the export's own directory holds.
+
+        Raises:
+            ServingError: There is none of the name, the export takes no adapters, or the file may not be used.
+        """
+        self._check_takes_adapters()
+        if not isinstance(name, str):
+            raise ServingError(f"adapter must be one name or None, but got {shown(name)}: one adapter runs in a call")
+        found = self._loaded.get(name)
+        if found is None and name in self._own():
+            found = self.load(name, self._own()[name], exist_ok=True)
+        if found is None:
+            names = sorted({*self._loaded, *self._own()})
+            raise ServingError(f"no adapter {name!r}; there is {listed(names) or 'none'}: load it with load_adapter")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the adapters that are loaded."""
+        return iter(sorted(self._loaded))
+
+    def __len__(self) -> int:
+        """How many are loaded."""
+        return len(self._loaded)
+
+    def values(self, name: str | None) -> Mapping[str, Any]:  # type: ignore[override]
+        """The tensors to feed for an adapter, or for the base.
+
+        Raises:
+            ServingError: There is no such adapter.
+        """
+        return self.base_values if name is None else self[name].values
+
+    def load(self, name: str, path: str | Path, *, exist_ok: bool = False) -> LoadedAdapter:
+        """Load an adapter file, checked against its record and the export.
+
+        Args:
+            name: The name to give it here.
+            path: The `.onnx_adapter` file.
+            exist_ok: Whether an adapter of the name may be loaded already, which is then returned.
+
+        Raises:
+            ServingError: The name is taken or invalid, or the file may not be used; the message says why.
+        """
+        inputs = self._check_takes_adapters()
+        check_name(name, ServingError)
+        file = self._file(path)
+        record = read_record(file, ServingError)
+        tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
+        adapter = LoadedAdapter(file, record, adapter_values(tensors, inputs))
+        with self._lock:
+            if name in self._loaded and exist_ok:
+                return self._loaded[name]
+            if name in self._loaded:
+                raise ServingError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
+            self._loaded = {**self._loaded, name: adapter}
+        return adapter
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; calls that run with it end undisturbed.
+
+        Raises:
+            ServingError: It is not loaded.
+        """
+        self._check_takes_adapters()
+        with self._lock:
+            if name not in self._loaded:
+                raise ServingError(f"no adapter {shown(name)} is loaded; loaded is {listed(self) or 'none'}")
+            self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
+
+    def _own(self) -> dict[str, Path]:
+        """The adapter files in the export's directory, by name."""
+        folder = self._directory / ADAPTERS
+        return {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+    def _check_takes_adapters(self) -> Any:
+        inputs = self._manifest.adapter_inputs
+        if inputs is None:
+            raise ServingError(
+                f"{self._directory} takes no adapters: it was exported with adapters='merged'; export the model with "
+                "adapters='swappable'"
+            )
+        return inputs
+
+    def _file(self, path: str | Path) -> Path:
+        try:
+            file = Path(path).absolute()
+            is_folder = file.is_dir()
+        except (TypeError, ValueError, OSError) as error:
+            raise ServingError(f"{shown(path)} is not the path of a file ({first_line(error)})") from error
+        if is_folder:
+            raise ServingError(
+                f"{file} is a directory; give an {SUFFIX} file, which gralora-fx export-adapter makes of a PEFT adapter"
+            )
+        if file.suffix != SUFFIX:
+            raise ServingError(f"{file} is not an {SUFFIX} file; gralora-fx export-adapter makes one of a PEFT adapter")
+        return file
