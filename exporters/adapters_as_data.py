@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.folded_model import fold_adapters
 from gralora_fx.graph.sites import LinearSite
@@ -120,8 +121,9 @@ def _check_low_rank(model: GraloraModel, name: str) -> None:
 
 
 def _block_counts(model: GraloraModel) -> set[int]:
-    """The `gralora_k` of the adapters that have blocks."""
-    return {config.gralora_k for config in model.configs.values() if hasattr(config, "gralora_k")}
+    """The `gralora_k` of the adapters that have blocks, at any site."""
+    plans = [plan for plan in model.plans.values() if isinstance(plan.config, GraloraConfig)]
+    return {planned.k for plan in plans for planned in plan.selected}
 
 
 def _check_widths(planned: Iterable[PlannedSite], k: int) -> None:

@@ -11,15 +11,15 @@ NAME = "Adapter"
 
 
 def adapter_function(model: ir.Model, k: int, num_axes: int, opset: int) -> ir.OperatorIdentifier:
-    """The function that gives an adapter's output, added to a model if it has none yet.
+    """The function that gives the two parts of an adapter's output, added to a model if it has none yet.
 
-    `output = Adapter(x, A, B, A_general, B_general)` with
+    `blocks, general = Adapter(x, A, B, A_general, B_general)` with
 
         x [..., in], A [k, in/k, r], B [k, r, out/k], A_general [in, hybrid_r], B_general [hybrid_r, out]
-        output [..., out]
+        blocks [..., out], general [..., out]
 
-    Every rank may be 0. The blocks of GraLoRA exchange parts of their products between two batched matmuls; nothing is
-    computed from shapes at run time.
+    whose sum is the adapter's output: one node adds both to what the layer gives. Every rank may be 0. The blocks of
+    GraLoRA exchange parts of their products between two batched matmuls; nothing is computed from shapes at run time.
 
     Args:
         model: The model.
@@ -54,8 +54,7 @@ def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
     output = build("MatMul", hidden, B)  # [..., output block, tokens, out/k]
     output = build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), build.ints(*kept, 0, -1))
     general = build("MatMul", build("MatMul", x, A_general), B_general)
-    result = build("Add", output, general)
-    result.name = "output"
+    output.name, general.name = "blocks", "general"
     graph.extend(build.take())
-    graph.outputs.append(result)
+    graph.outputs.extend([output, general])
     return ir.Function(DOMAIN, name, graph=graph, attributes=[])

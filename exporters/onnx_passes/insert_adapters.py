@@ -21,12 +21,13 @@ class InsertAdapters:
     """Add the output of an adapter at every marked site; its tensors become inputs of the model.
 
     Before: `y = MatMul(x, W)`
-    After:  `y = Add(MatMul(x, W), Adapter(x, A, B, A_general, B_general))`
+    After:  `blocks, general = Adapter(x, A, B, A_general, B_general)`
+            `y = Sum(MatMul(x, W), blocks, general)`
 
-    of matmuls that were packed into one:
+    Of matmuls that were packed into one, each part of the output is concatenated first.
 
     Before: `y = MatMul(x, [Wq Wk Wv])`
-    After:  `y = Add(MatMul(x, [Wq Wk Wv]), Concat(Adapter(x, ...), Adapter(x, ...), Adapter(x, ...)))`
+    After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
     Attributes:
         inputs: The adapter tensors.
@@ -64,11 +65,9 @@ class _Insertion:
         x, width = _input_of(value), static_dim(value, -1)
         build = Builder(self.model.graph)
         spans = list(_spans(marks, width))
-        if len(spans) == 1 and spans[0][2] is not None:
-            result = build("Add", value, self._output(build, x, spans[0][2]))
-        elif all(mark is not None for _, _, mark in spans):
-            outputs = [self._output(build, x, mark) for _, _, mark in spans if mark is not None]
-            result = build("Add", value, build("Concat", *outputs, axis=-1))
+        if all(mark is not None for _, _, mark in spans):
+            outputs = [self._outputs(build, x, mark) for _, _, mark in spans if mark is not None]
+            result = build("Sum", value, *(_concat(build, parts) for parts in zip(*outputs, strict=True)))
         else:
             result = self._by_parts(build, value, x, spans)
         self.count += len(marks)
@@ -81,21 +80,21 @@ class _Insertion:
         sizes = build.ints(*(stop - start for start, stop, _ in spans))
         split = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1)
         parts = [
-            part if mark is None else build("Add", part, self._output(build, x, mark))
+            part if mark is None else build("Sum", part, *self._outputs(build, x, mark))
             for part, (_, _, mark) in zip(split.outputs, spans, strict=True)
         ]
         return build("Concat", *parts, axis=-1)
 
-    def _output(self, build: Builder, x: ir.Value, mark: SiteOutput) -> ir.Value:
-        """The adapter's output at a site."""
+    def _outputs(self, build: Builder, x: ir.Value, mark: SiteOutput) -> Sequence[ir.Value]:
+        """The two parts of the adapter's output at a site."""
         assert x.shape is not None
         site = self.sites[mark.path]
         domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), self.model.graph.opset_imports[""])
-        output = build(name, x, *self._tensors(site), domain=domain)
+        outputs = build.node(name, [x, *self._tensors(site)], domain=domain, num_outputs=2).outputs
         if mark.rows is None:
-            return output
-        start, stop = mark.rows
-        return build("Slice", output, build.ints(start), build.ints(stop), build.ints(-1))
+            return outputs
+        start, stop = build.ints(mark.rows[0]), build.ints(mark.rows[1])
+        return [build("Slice", output, start, stop, build.ints(-1)) for output in outputs]
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:
         """The inputs that are a site's tensors; made for its first call."""
@@ -114,6 +113,10 @@ class _Insertion:
             self.model.graph.initializers[name] = value
         self.model.graph.inputs.append(value)
         return value
+
+
+def _concat(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+    return parts[0] if len(parts) == 1 else build("Concat", *parts, axis=-1)
 
 
 def _spans(marks: Sequence[SiteOutput], width: int | None) -> Iterator[tuple[int, int, SiteOutput | None]]:

@@ -273,9 +273,6 @@ def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) ->
             yield f"{name} holds values that are not finite"
     if r > 0 and r % inputs.k:
         yield f"the rank {r} at {site.path} is not a multiple of k={inputs.k}"
-    widths = site.in_features, site.out_features
-    if (rank := max(r, hybrid_r)) > max(widths):
-        yield f"the rank {rank} at {site.path} is above its widths of {widths[0]} and {widths[1]}"
 
 
 def as_ort_value(array: NDArray[Any]) -> Any:

@@ -61,23 +61,27 @@ def with_adapter(session: Any, values: Values) -> Any:
 
     Args:
         session: The session over an export.
-        values: The adapter's tensors.
+        values: The adapter's tensors; of none, the session itself is returned.
     """
+    if not values:
+        return session
     if isinstance(session, EncoderDecoderSession):
         return EncoderDecoderSession(AdapterSession(session.encoder, values), AdapterSession(session.decoder, values))
     return AdapterSession(session, values)
 
 
 def adapter_values(tensors: Arrays, inputs: AdapterInputs) -> dict[str, Any]:
-    """The tensors of an adapter as a session takes them; layers that it does not adapt have rank 0.
+    """The tensors of an adapter as a session takes them, for layers that it does not adapt too where that is required.
 
     Args:
         tensors: The adapter's tensors by name; empty for the base.
         inputs: The adapter tensors of the export. Overridable initializers that are left out keep their default.
     """
-    given = dict(tensors)
-    if inputs.mode == INPUTS:
-        for site in inputs.sites:
-            for name, shape in site.shapes(inputs.k, 0, 0).items():
-                given.setdefault(name, cast(np.zeros(shape), inputs.dtype))  # type: ignore[arg-type]
-    return {name: as_ort_value(array) for name, array in given.items()}
+    values = {name: as_ort_value(array) for name, array in tensors.items()}
+    return values if inputs.mode != INPUTS else empty_adapter(inputs) | values
+
+
+def empty_adapter(inputs: AdapterInputs) -> dict[str, Any]:
+    """Tensors of rank 0 at every layer: the base."""
+    shapes = [item for site in inputs.sites for item in site.shapes(inputs.k, 0, 0).items()]
+    return {name: as_ort_value(cast(np.zeros([int(n) for n in shape]), inputs.dtype)) for name, shape in shapes}

@@ -10,7 +10,7 @@ from typing import Any
 
 from gralora_fx.errors import ServingError, first_line, listed, shown
 from gralora_fx.runtime.adapter_file import SUFFIX, AdapterRecord, check_name, read_record, read_tensors
-from gralora_fx.runtime.adapter_session import adapter_values
+from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter, with_adapter
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.names import ADAPTERS
 
@@ -23,11 +23,13 @@ class LoadedAdapter:
         path: The file that it was read from.
         record: What the file's record says.
         values: Its tensors as a session takes them, by name.
+        session: The model's session, run with them.
     """
 
     path: Path
     record: AdapterRecord
     values: Mapping[str, Any]
+    session: Any
 
 
 class Adapters(Mapping[str, LoadedAdapter]):
@@ -36,18 +38,21 @@ class Adapters(Mapping[str, LoadedAdapter]):
     Those in the export's own directory are loaded when they are first asked for.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, session: Any, max_rank: int | None = None) -> None:
         """Start with none loaded.
 
         Args:
             directory: The export directory.
             manifest: Its manifest.
+            session: The session over its model.
+            max_rank: The largest rank that an adapter may have; None for no limit.
         """
         self._directory, self._manifest = directory, manifest
+        self._session, self._max_rank = session, max_rank
         self._loaded: dict[str, LoadedAdapter] = {}
         self._lock = threading.Lock()
         inputs = manifest.adapter_inputs
-        self.base_values: Mapping[str, Any] = {} if inputs is None else adapter_values({}, inputs)
+        self.base_session = session if inputs is None else with_adapter(session, adapter_values({}, inputs))
 
     def __getitem__(self, name: str) -> LoadedAdapter:
         """An adapter that is loaded, or that the export's own directory holds.
@@ -74,13 +79,22 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """How many are loaded."""
         return len(self._loaded)
 
-    def values(self, name: str | None) -> Mapping[str, Any]:  # type: ignore[override]
-        """The tensors to feed for an adapter, or for the base.
+    def to_bind(self, name: str | None) -> dict[str, Any]:
+        """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base.
 
         Raises:
             ServingError: There is no such adapter.
         """
-        return self.base_values if name is None else self[name].values
+        inputs = self._check_takes_adapters()
+        return empty_adapter(inputs) | ({} if name is None else dict(self[name].values))
+
+    def session(self, name: str | None) -> Any:
+        """The session that runs with an adapter, or without one.
+
+        Raises:
+            ServingError: There is no such adapter.
+        """
+        return self.base_session if name is None else self[name].session
 
     def load(self, name: str, path: str | Path, *, exist_ok: bool = False) -> LoadedAdapter:
         """Load an adapter file, checked against its record and the export.
@@ -97,8 +111,12 @@ class Adapters(Mapping[str, LoadedAdapter]):
         check_name(name, ServingError)
         file = self._file(path)
         record = read_record(file, ServingError)
+        rank = max(record.r, record.hybrid_r)
+        if self._max_rank is not None and rank > self._max_rank:
+            raise ServingError(f"{file} has rank {rank}, above the limit of {self._max_rank} (max_rank)")
         tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
-        adapter = LoadedAdapter(file, record, adapter_values(tensors, inputs))
+        values = adapter_values(tensors, inputs)
+        adapter = LoadedAdapter(file, record, values, with_adapter(self._session, values))
         with self._lock:
             if name in self._loaded and exist_ok:
                 return self._loaded[name]

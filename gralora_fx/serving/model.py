@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import load_tokenizer
-from gralora_fx.runtime.adapter_session import with_adapter
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
@@ -43,6 +42,7 @@ def load(
     session_options: onnxruntime.SessionOptions | Mapping[str, Any] | None = None,
     threads: int | None = None,
     check: bool = False,
+    max_rank: int | None = None,
 ) -> OrtModel:
     """Open an export on ONNX Runtime.
 
@@ -56,6 +56,7 @@ def load(
         session_options: An `onnxruntime.SessionOptions`, used as it is, or a dict of its fields.
         threads: Threads of an operator, in calls and in `generate`; None for one on each core that the process may use.
         check: Whether to read every file and compare its SHA-256 with the manifest's.
+        max_rank: The largest rank of an adapter that `load_adapter` takes; None for no limit.
 
     Returns:
         The model, ready to be called.
@@ -65,7 +66,9 @@ def load(
             installed, or an option is unknown or of another type.
     """
     runtime, count = runtime_of(providers, provider_options, session_options, threads)
-    return OrtModel(export_dir, runtime, threads=count, check=check)
+    if not (max_rank is None or (type(max_rank) is int and max_rank > 0)):
+        raise ServingError(f"max_rank must be a positive integer or None, but got {max_rank!r:.80}")
+    return OrtModel(export_dir, runtime, threads=count, check=check, max_rank=max_rank)
 
 
 class OrtModel:
@@ -81,7 +84,13 @@ class OrtModel:
     """
 
     def __init__(
-        self, export_dir: str | Path, runtime: Runtime | None = None, *, threads: int | None = None, check: bool = False
+        self,
+        export_dir: str | Path,
+        runtime: Runtime | None = None,
+        *,
+        threads: int | None = None,
+        check: bool = False,
+        max_rank: int | None = None,
     ) -> None:
         """Open an export; use `load`."""
         self.directory = _directory(export_dir)
@@ -90,9 +99,8 @@ class OrtModel:
         self.config = _read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
         self.session = open_session(self.directory, self._runtime, error=ServingError)
-        self.adapters = Adapters(self.directory, self.manifest)
-        base = with_adapter(self.session, self.adapters.base_values)
-        inputs = {value.name: value for value in base.get_inputs()}
+        self.adapters = Adapters(self.directory, self.manifest, self.session, max_rank)
+        inputs = {value.name: value for value in self.adapters.base_session.get_inputs()}
         is_pair = isinstance(self.session, EncoderDecoderSession)
         self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
         self.input_names = tuple(inputs)
@@ -167,7 +175,7 @@ class OrtModel:
         Raises:
             ServingError: There is no such adapter.
         """
-        for name, value in self.adapters.values(adapter).items():
+        for name, value in self.adapters.to_bind(adapter).items():
             binding.bind_ortvalue_input(name, value)
 
     def __call__(self, *args: Any, adapter: str | None = None, **inputs: Any) -> Outputs:
@@ -192,7 +200,7 @@ class OrtModel:
         parts = self._feed.parts({name: value for name, value in inputs.items() if value is not None})
         gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
         feed = self._feed.arrays(parts)
-        session = with_adapter(self.session, self.adapters.values(adapter))
+        session = self.adapters.session(adapter)
         try:
             results = session.run(None, feed, quiet_run())
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
