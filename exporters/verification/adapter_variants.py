@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from gralora_fx.methods.fold import fold
 from gralora_fx.methods.gralora import Factors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.passes.replace_weights import replace_weights
-from gralora_fx.runtime.adapter_file import SUFFIX, read_record, read_tensors
+from gralora_fx.runtime.adapter_file import SUFFIX, cast, read_record, read_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
-from gralora_fx.runtime.adapter_session import adapter_values, with_adapter
+from gralora_fx.runtime.adapter_session import adapter_dtype, adapter_values, with_adapter
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.names import ADAPTERS
 from gralora_fx.tracing.traced_model import TracedModel
@@ -87,7 +88,8 @@ def variants(session: Any, model: TracedModel | GraloraModel, manifest: Manifest
     if inputs is None:
         yield Variant(session, model, manifest, None, {})
         return
-    yield Variant(with_adapter(session, adapter_values({}, inputs)), model, manifest, None, {})
+    taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # a float32 copy of a bfloat16 export
+    yield Variant(with_adapter(session, adapter_values({}, taken)), model, manifest, None, {})
     for name in model.active_adapters if isinstance(model, GraloraModel) else ():
         assert isinstance(model, GraloraModel)
         path = directory / ADAPTERS / f"{name}{SUFFIX}"
@@ -99,7 +101,8 @@ def variants(session: Any, model: TracedModel | GraloraModel, manifest: Manifest
             )
         tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
         _check_equal(name, path, tensors, model, inputs)
-        yield Variant(with_adapter(session, adapter_values(tensors, inputs)), model, manifest, name, tensors)
+        values = adapter_values({key: cast(array, taken.dtype) for key, array in tensors.items()}, taken)
+        yield Variant(with_adapter(session, values), model, manifest, name, tensors)
 
 
 def _check_equal(name: str, path: Path, tensors: Arrays, model: GraloraModel, inputs: AdapterInputs) -> None:

@@ -72,6 +72,7 @@ def export(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     task: opt.Task = None,
+    adapters: opt.AdaptersMode = "merged",
     precision: opt.Precision = "fp32",
     quantize: opt.Quantize = None,
     block_size: opt.BlockSize = None,
@@ -88,12 +89,13 @@ def export(
     texts: opt.Texts = None,
     dump: opt.Dump = None,
 ) -> None:
-    """Fold an adapter into its base model, export it to ONNX and compare it with PyTorch.
+    """Export a model to ONNX, an adapter folded into it or as data beside it, and compare it with PyTorch.
 
     A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
     """
     options = opt.export_options(
         {
+            "adapters": adapters,
             "precision": precision,
             "quantize": quantize,
             "logits": logits,
@@ -131,6 +133,23 @@ def export(
     print(report)
     if stream and not no_verify:
         notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
+
+
+@app.command("export-adapter")
+def export_adapter(
+    onnx: opt.Onnx,
+    adapter: opt.Adapter = None,
+    name: opt.AdapterName = "default",
+    overwrite: opt.OverwriteAdapter = False,
+) -> None:
+    """Add a PEFT adapter to an export that takes adapters as data, without loading a model."""
+    if adapter is None:
+        raise ExportError("--adapter is missing; give the directory or the hub id of a PEFT adapter")
+    with StageProgress(), timed("export adapter"):
+        from gralora_fx.exporters import export_adapter as write
+
+        path = write(adapter, onnx, name, overwrite=overwrite)
+    print(f"wrote {path} ({path.stat().st_size:,} bytes) and {path.with_suffix('.json').name}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ import typer
 
 from gralora_fx.config.tasks import TASKS, check_task
 from gralora_fx.errors import ConfigError, first_line
-from gralora_fx.exporters.options import LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, ExportOptions
+from gralora_fx.exporters.options import ADAPTER_MODES, LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, ExportOptions
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
 
 
@@ -69,6 +69,14 @@ Html = Annotated[
 Svg = Annotated[Path | None, typer.Option(help="Also write the picture alone.", callback=_utf8)]
 Full = Annotated[bool, typer.Option("--full", help="Draw every layer, rather than one for each run of equal layers.")]
 # of export
+AdaptersMode = Annotated[
+    str,
+    typer.Option(
+        "--adapters",
+        metavar=_either(ADAPTER_MODES),
+        help="Fold the adapter into the weights, or keep adapters apart as data that every run chooses.",
+    ),
+]
 Precision = Annotated[str, typer.Option(metavar=_either(PRECISIONS), help="Precision of weights and cache.")]
 Quantize = Annotated[
     str | None,
@@ -121,6 +129,10 @@ Texts = Annotated[
     ),
 ]
 Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=_utf8)]
+# of export-adapter
+Onnx = Annotated[Path, typer.Option(help="An export directory.", callback=_utf8)]
+AdapterName = Annotated[str, typer.Option("--name", help="Name of the adapter in the export.", callback=_utf8)]
+OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter of the same name.")]
 # of verify
 ExportedHead = Annotated[bool, typer.Option("--allow-random-head", help="For an export that was made with it.")]
 Level = Annotated[

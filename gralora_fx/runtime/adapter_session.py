@@ -81,6 +81,14 @@ def adapter_values(tensors: Arrays, inputs: AdapterInputs) -> dict[str, Any]:
     return values if inputs.mode != INPUTS else empty_adapter(inputs) | values
 
 
+def adapter_dtype(session: Any) -> str:
+    """The dtype of the adapter tensors that a session takes."""
+    parts = [session.encoder, session.decoder] if isinstance(session, EncoderDecoderSession) else [session]
+    values = [v for part in parts for v in (*part.get_inputs(), *part.get_overridable_initializers())]
+    kind = next(value.type for value in values if is_adapter_tensor(value.name))
+    return {"tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}.get(kind, "float32")
+
+
 def empty_adapter(inputs: AdapterInputs) -> dict[str, Any]:
     """Tensors of rank 0 at every layer: the base."""
     shapes = [item for site in inputs.sites for item in site.shapes(inputs.k, 0, 0).items()]
