@@ -1,17 +1,33 @@
-"""Export of rewritten models to ONNX, and verification of the exports."""
+"""Export of rewritten models to ONNX, verification of the exports, and adapters in other forms."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gralora_fx.exporters.lora import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
     from gralora_fx.exporters.verify import verify_onnx
 
-__all__ = ["ExportReport", "VerifyReport", "export_onnx", "verify_onnx"]
+__all__ = [
+    "ExportReport",
+    "LoraReport",
+    "VerifyReport",
+    "export_onnx",
+    "to_lora",
+    "verify_onnx",
+]
 
-# Where each name lives; imported on first use, so that an export's files can be checked without torch.
-_HOMES = {"ExportReport": "reports", "VerifyReport": "reports", "export_onnx": "onnx", "verify_onnx": "verify"}
+# Where each name lives; imported on first use, so that an export's files can be checked without torch. No file has the
+# name of a function in it: as a submodule it would take the function's place in this package.
+_HOMES = {
+    "ExportReport": "reports",
+    "LoraReport": "lora",
+    "VerifyReport": "reports",
+    "export_onnx": "onnx",
+    "to_lora": "lora",
+    "verify_onnx": "verify",
+}
 
 
 def __getattr__(name: str) -> Any:
