@@ -1,9 +1,10 @@
-"""Export of rewritten models to ONNX, verification of the exports, and adapters in other forms."""
+"""Export of rewritten models to ONNX, verification of the exports, adapters as plain LoRA and merged checkpoints."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gralora_fx.exporters.checkpoint import MergeReport, merge_checkpoint
     from gralora_fx.exporters.lora import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
@@ -12,8 +13,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ExportReport",
     "LoraReport",
+    "MergeReport",
     "VerifyReport",
     "export_onnx",
+    "merge_checkpoint",
     "to_lora",
     "verify_onnx",
 ]
@@ -23,8 +26,10 @@ __all__ = [
 _HOMES = {
     "ExportReport": "reports",
     "LoraReport": "lora",
+    "MergeReport": "checkpoint",
     "VerifyReport": "reports",
     "export_onnx": "onnx",
+    "merge_checkpoint": "checkpoint",
     "to_lora": "lora",
     "verify_onnx": "verify",
 }

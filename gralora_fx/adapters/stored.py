@@ -30,6 +30,7 @@ from gralora_fx.sources.safetensors_layout import (
     FLOATS,
     Extent,
     Layout,
+    all_finite,
     opened_for_reading,
     read_layout,
     read_tensor,
@@ -81,10 +82,15 @@ class StoredAdapter:
     others: Mapping[str, Extent]
     handle: int
 
-    def update(self, path: str) -> Update:
-        """The weight update at a site, read from the file."""
+    def update(self, path: str, dtype: torch.dtype | None = None) -> Update:
+        """The weight update at a site, read from the file.
+
+        Args:
+            path: The site.
+            dtype: Dtype to cast its tensors to; None for their own.
+        """
         site = self.sites[path]
-        tensors = {field: read_tensor(self.handle, extent) for field, extent in site.extents.items()}
+        tensors = {field: read_tensor(self.handle, extent).to(dtype) for field, extent in site.extents.items()}
         return Update(self.method.tensors(**tensors), site.scale)
 
     def values(self, extent: Extent) -> Tensor:
@@ -124,7 +130,7 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
     _check(path, problems)
     with opened_for_reading(layout.file) as handle:
         for key, extent in layout.tensors.items():
-            if not bool(torch.isfinite(read_tensor(handle, extent)).all()):
+            if not all_finite(handle, extent):
                 problems.append(f"{key} holds values that are not finite")
         _check(path, problems)
         yield StoredAdapter(path, config, method, sites, copies, repeats, others, handle)

@@ -59,6 +59,19 @@ def fold_rows(
         _add_products(source, terms, accumulator, target)
 
 
+@torch.no_grad()
+def largest_change(update: Update) -> float:
+    """A bound for the absolute value of every entry of `scale * update`, from norms of its factors."""
+    in_features, out_features = update.factors.features
+    grid, shape = update.factors.grid, (out_features, in_features)
+    blocks = product(_cut(0, out_features, out_features // grid), _cut(0, in_features, in_features // grid))
+    largest = 0.0
+    for rows, columns in blocks:
+        pairs = update.factors.products(slice(*rows), slice(*columns), shape)
+        largest = max(largest, sum((float(left.norm()) * float(right.norm()) for left, right in pairs), 0.0))
+    return abs(update.scale) * largest
+
+
 def _add_products(
     block: Tensor, terms: Sequence[tuple[Tensor, Tensor, float]], accumulator: torch.dtype, into: Tensor
 ) -> None:

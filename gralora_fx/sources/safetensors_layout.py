@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from gralora_fx.errors import CheckpointError
 
 _LENGTH = 8  # bytes at the beginning of a file: the length of its header
 _METADATA = "__metadata__"
+_BLOCK = 2**19  # values that are checked at a time
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
@@ -42,6 +44,11 @@ class Extent:
     def nbytes(self) -> int:
         """Its size in bytes."""
         return self.end - self.begin
+
+    @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -153,15 +160,25 @@ def read_tensor(handle: int, extent: Extent) -> Tensor:
     return values
 
 
+def all_finite(handle: int, extent: Extent) -> bool:
+    """Whether all values of a float tensor are finite, which are read some at a time."""
+    dtype = FLOATS[extent.dtype]
+    part = torch.empty(min(extent.numel, _BLOCK), dtype=dtype)
+    for first in range(0, extent.numel, _BLOCK):
+        values = part[: min(_BLOCK, extent.numel - first)]
+        read_into(handle, values, extent.begin + first * dtype.itemsize)
+        if not extremes_are_finite(values):
+            return False
+    return True
+
+
+def extremes_are_finite(values: Tensor) -> bool:
+    """Whether all values are finite: the extremes are not where any value is not, and cost less than each."""
+    return not values.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
+
+
 def element_rows(extent: Extent, most: int) -> Iterator[tuple[int, int]]:
     """Cut a matrix's rows into runs of about `most` values: the first row of each, and the one after its last."""
-    rows, width = extent.shape[0], max(1, _product(extent.shape[1:]))
+    rows, width = extent.shape[0], max(1, math.prod(extent.shape[1:]))
     step = max(1, most // width)
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
