@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from gralora_fx.errors import MergeError
 from gralora_fx.exporters.merged_files.base_files import BaseFiles
 from gralora_fx.exporters.merged_files.changes import Change, Changes
 from gralora_fx.methods.fold import fold_rows, largest_change
-from gralora_fx.runtime.cores import available_threads
 from gralora_fx.sources.safetensors_layout import (
     FLOATS,
     Extent,
@@ -30,8 +29,8 @@ from gralora_fx.sources.safetensors_layout import (
     read_tensor,
 )
 
-_WORKERS = 4  # at most; each holds one block of values and one site's adapter
-_BLOCK = 2**19  # values that are folded at a time: few enough for a core's cache
+_WORKERS = 4  # also on fewer cores, since they wait for the disk too; each holds a block of values and a site's adapter
+_BLOCK = 2**20  # values that are folded at a time
 _COPIED = 2**26  # bytes that are copied at a time
 _BUFFER = 2**22  # bytes of a buffer, where the system cannot copy between the files itself
 
@@ -130,7 +129,7 @@ def write_shards(
         OSError: Writing fails.
     """
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(min(_WORKERS, available_threads())))
+        pool = stack.enter_context(_workers())
         futures: list[Future[None]] = []
         scratch = _Scratch()
         for shard in shards:
@@ -159,6 +158,17 @@ def write_shards(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads of one core each: those of torch's own within each of them would get in each other's way."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # which threads that start later take over
 
 
 def _changed_in(shard: NewShard, changes: Changes) -> Iterator[tuple[str, Change]]:

@@ -96,8 +96,9 @@ def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bo
 def test_tensors_are_those_of_pefts_merge(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     base = saved(name, tmp_path)
     directory = adapter(base, tmp_path, **fields)
-    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    before, threads = {file.name: file.read_bytes() for file in base.iterdir()}, torch.get_num_threads()
     report = merge_checkpoint(base, directory, tmp_path / "merged")
+    assert torch.get_num_threads() == threads
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
     ours, theirs = tensors_of(tmp_path / "merged"), merged_by_peft(base, directory, tmp_path, torch.float32)
     assert ours.keys() == theirs.keys()
