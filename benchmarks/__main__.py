@@ -21,6 +21,7 @@ NAMES = (
     "encoders",
     "generation",
     "streaming",
+    "merge-checkpoint",
     "providers",
     "threads",
 )
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.threads is not None:
         importlib.import_module("torch").set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT reads an old attribute
-    report = importlib.import_module(f"benchmarks.{names[0]}").run(**chosen)
+    report = importlib.import_module(f"benchmarks.{names[0].replace('-', '_')}").run(**chosen)
     report.show()
     report.write(RESULTS)
     return 0

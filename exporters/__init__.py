@@ -1,22 +1,39 @@
-"""Export of rewritten models to ONNX, and verification of the exports."""
+"""Export of rewritten models to ONNX, verification of the exports, and conversions of adapters and checkpoints."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gralora_fx.exporters.export_adapter import export_adapter
+    from gralora_fx.exporters.adapter import export_adapter
+    from gralora_fx.exporters.checkpoint import MergeReport, merge_checkpoint
+    from gralora_fx.exporters.lora import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
     from gralora_fx.exporters.verify import verify_onnx
 
-__all__ = ["ExportReport", "VerifyReport", "export_adapter", "export_onnx", "verify_onnx"]
+__all__ = [
+    "ExportReport",
+    "LoraReport",
+    "MergeReport",
+    "VerifyReport",
+    "export_adapter",
+    "export_onnx",
+    "merge_checkpoint",
+    "to_lora",
+    "verify_onnx",
+]
 
-# Where each name lives; imported on first use, so that an export's files can be checked without torch.
+# Where each name lives; imported on first use, so that an export's files can be checked without torch. No file has the
+# name of a function in it: as a submodule it would take the function's place in this package.
 _HOMES = {
     "ExportReport": "reports",
+    "LoraReport": "lora",
+    "MergeReport": "checkpoint",
     "VerifyReport": "reports",
-    "export_adapter": "export_adapter",
+    "export_adapter": "adapter",
     "export_onnx": "onnx",
+    "merge_checkpoint": "checkpoint",
+    "to_lora": "lora",
     "verify_onnx": "verify",
 }
 

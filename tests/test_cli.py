@@ -506,3 +506,37 @@ def test_a_file_of_texts_that_has_none_is_one_error(content: str | None, message
     result = CliRunner().invoke(app, [*arguments, "--texts", str(tmp_path / "texts")])
     assert isinstance(result.exception, GraloraError)
     assert message in str(result.exception)
+
+
+def test_an_adapter_is_written_as_lora(decoder: Path, tmp_path: Path) -> None:
+    printed = run("to-lora", "--adapter", decoder / "adapter", "--output", tmp_path / "lora")
+    assert "4 sites, rank 8" in printed.stdout
+    printed = run("to-lora", "--adapter", decoder / "adapter", "--output", tmp_path / "cut", "--rank", 3)
+    assert "error over all sites" in printed.stdout
+    printed = run("to-lora", "--adapter", tmp_path / "lora", "--output", tmp_path / "again", expect=1)
+    assert printed.stderr.splitlines()[-1].startswith("error: ")
+    assert "is a LoRA adapter already" in printed.stderr
+    for rank in (0, 100):
+        run("to-lora", "--adapter", decoder / "adapter", "--output", tmp_path / "none", "--rank", rank, expect=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_is_merged_into_files(decoder: Path, tmp_path: Path) -> None:
+    arguments = (
+        "merge",
+        "--model",
+        decoder / "base",
+        "--adapter",
+        decoder / "adapter",
+        "--output",
+        tmp_path / "merged",
+    )
+    assert "4 weights merged" in run(*arguments).stdout
+    assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+    assert "--overwrite" in run(*arguments, expect=1).stderr
+    run(*arguments, "--overwrite")
+    wrong = run(
+        "merge", "--model", tmp_path / "no", "--adapter", decoder / "adapter", "--output", tmp_path / "x", expect=1
+    )
+    assert "error: no " in wrong.stderr
+    assert not (tmp_path / "x").exists()

@@ -44,7 +44,7 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
 @every_page
 def test_options_of_commands_exist(page: Path) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    for name, arguments in re.findall(r"gralora-fx (\w+) +(--[^`#\n]*)", page.read_text(encoding="utf-8")):
+    for name, arguments in re.findall(r"gralora-fx ([\w-]+) +(--[^`#\n]*)", page.read_text(encoding="utf-8")):
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[\w-]+", arguments)) <= known, f"gralora-fx {name} {arguments}"
 

@@ -42,6 +42,7 @@ ORDER = [
     "exporters.translation",
     "exporters.onnx_passes",
     "exporters.artifact",
+    "exporters.merged_files",
     "exporters.verification",
     "exporters.flavours",
     "exporters.verify",

@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,54 @@ def check_output(directory: str | Path) -> Path:
     Raises:
         ExportError: The path is a file, or a directory that holds something other than an export.
     """
+    path = check_path(directory)
+    if path.is_dir() and any(path.iterdir()) and not is_export(path):
+        raise ExportError(
+            f"{path} is not empty and holds no {MANIFEST_NAME}, so it is not an earlier export; "
+            "give another output directory or empty this one"
+        )
+    return path
+
+
+def check_converted(directory: str | Path, sources: Iterable[Path], marker: str, *, overwrite: bool) -> Path:
+    """The output path of what is made from other directories, checked: new, empty, or an earlier result.
+
+    Args:
+        directory: The output directory.
+        sources: The directories that it is made from.
+        marker: File by which an earlier result is known.
+        overwrite: Whether an earlier result may be replaced.
+
+    Raises:
+        ExportError: The path is a file, one of the sources, within one or around one, or it is not empty and may not be
+            replaced.
+    """
+    path = check_path(directory)
+    for source in sources:
+        one, other = path.resolve(), source.resolve()
+        if one == other or other in one.parents or one in other.parents:
+            relation = "is" if one == other else "is within" if other in one.parents else "holds"
+            raise ExportError(f"the output {path} {relation} the input {source}; give another output directory")
+    if not (path.is_dir() and any(path.iterdir())):
+        return path
+    if not (path / marker).is_file():
+        raise ExportError(
+            f"{path} is not empty and holds no {marker}, so it is not an earlier result; give another output directory "
+            "or empty this one"
+        )
+    if not overwrite:
+        raise ExportError(
+            f"{path} is not empty; give --overwrite (overwrite=True) to replace it, or another output directory"
+        )
+    return path
+
+
+def check_path(directory: str | Path) -> Path:
+    """The output path, checked: a directory that could be made or replaced, whatever it holds.
+
+    Raises:
+        ExportError: It is a file, a link, the current directory or not writable.
+    """
     path = Path(directory)
     try:
         path.exists()
@@ -42,11 +90,6 @@ def check_output(directory: str | Path) -> Path:
     parent = next((ancestor for ancestor in path.absolute().parents if ancestor.exists()), Path("/"))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ExportError(f"{path} cannot be made, since {parent} is not writable; give another output directory")
-    if path.is_dir() and any(path.iterdir()) and not is_export(path):
-        raise ExportError(
-            f"{path} is not empty and holds no {MANIFEST_NAME}, so it is not an earlier export; "
-            "give another output directory or empty this one"
-        )
     return path
 
 
@@ -79,7 +122,7 @@ def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str 
 
 
 @contextmanager
-def staged(directory: str | Path) -> Iterator[Path]:
+def staged(directory: str | Path, check: Callable[[str | Path], Path] = check_output) -> Iterator[Path]:
     """A directory to write into, which takes the output's place when the block ends without an error.
 
     An earlier export there is replaced whole; after an error it is as it was, and nothing else is left. What a killed
@@ -87,11 +130,12 @@ def staged(directory: str | Path) -> Iterator[Path]:
 
     Args:
         directory: The output directory.
+        check: Checks that it may be written or replaced.
 
     Raises:
         ExportError: The output may not be written, or writing fails.
     """
-    path = check_output(directory).absolute()
+    path = check(directory).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(path)

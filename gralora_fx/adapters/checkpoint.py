@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 _SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT ignores
-_SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
 def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -47,7 +47,7 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
     path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
     fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
     config = config_from_fields(fields, str(path / CONFIG_NAME))
-    _check_sizes(config, sizes, path)
+    check_sizes(config, sizes, path)
     return config, tensors
 
 
@@ -55,15 +55,28 @@ def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, T
     """The fields of a configuration, the tensors, and the sizes recorded with them (empty if unknown)."""
     fields = read_fields(config)
     tensors, metadata = _read_weights(weights)
+    return fields, tensors, recorded_sizes(metadata, weights)
+
+
+def recorded_sizes(metadata: Mapping[str, str], weights: Path) -> dict[str, Any]:
+    """The sizes recorded with an adapter's tensors; empty if unknown.
+
+    Args:
+        metadata: Texts of the safetensors file.
+        weights: The file, for messages.
+
+    Raises:
+        CheckpointError: The record is damaged.
+    """
     record = metadata.get(_SIZES)
     try:
         sizes = {} if record is None else json.loads(record)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{weights} has a damaged header ({error}); copy or save it again") from error
-    return fields, tensors, sizes if isinstance(sizes, dict) else {}
+    return sizes if isinstance(sizes, dict) else {}
 
 
-def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
+def check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
     """Check that tensors were saved with the sizes and the scale of their configuration.
 
     Raises:
@@ -87,13 +100,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: The file does not exist, is truncated or is not a safetensors file.
     """
-    if not path.is_file():
-        if (path.parent / _PICKLE_NAME).is_file():
-            raise CheckpointError(
-                f"{path.parent} holds {_PICKLE_NAME}, a pickle, which can run code when it is read; "
-                f"save the adapter again with PEFT to get {WEIGHTS_NAME}"
-            )
-        raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+    check_weights_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
@@ -104,13 +111,28 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def check_weights_file(path: Path) -> None:
+    """Check that an adapter's safetensors file exists.
+
+    Raises:
+        CheckpointError: It does not; a pickle in its place is named.
+    """
+    if not path.is_file():
+        if (path.parent / _PICKLE_NAME).is_file():
+            raise CheckpointError(
+                f"{path.parent} holds {_PICKLE_NAME}, a pickle, which can run code when it is read; "
+                f"save the adapter again with PEFT to get {WEIGHTS_NAME}"
+            )
+        raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+
+
 def base_names(keys: Iterable[str]) -> set[str]:
     """The base's parameter names for the keys of PEFT's file that hold copies of parameters.
 
     Args:
         keys: Keys of the file; those of adapter tensors match nothing in the base.
     """
-    return {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in keys}
+    return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
 def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
@@ -195,14 +217,24 @@ def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Pa
 
 def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer]:
     """The functions that write an adapter's files, by file name."""
-    config = saved_config(adapter, traced)
+    # a parameter with two names is written under both
+    return adapter_writers(saved_config(adapter, traced), lambda: checkpoint_parameters(adapter))
+
+
+def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, Writer]:
+    """The functions that write the two files of an adapter, by file name.
+
+    Args:
+        config: Its configuration.
+        tensors: Gives its tensors by PEFT's keys.
+    """
 
     def write_tensors(path: Path) -> None:
-        # a parameter with two names is written under both
-        parameters = sorted(checkpoint_parameters(adapter).items())
-        tensors = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in parameters}
+        copies = {
+            k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in sorted(tensors().items())
+        }
         try:
-            save_file(tensors, path, metadata=_metadata(config))
+            save_file(copies, path, metadata=_metadata(config))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
         with path.open("r+b") as file:
@@ -260,12 +292,12 @@ def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:
     for site_path, factors in adapter.factors.items():
         for field, tensor in factors._asdict().items():
             if tensor is not None:
-                parameters[f"{_PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
+                parameters[f"{KEY_PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
     for module, owned in adapter.copies.items():
         for base, parameter in owned.items():
             is_layers_own = module in adapter.factors and base == f"{module}.bias"
             name = f"{module}.base_layer.bias" if is_layers_own else base
-            parameters[f"{_PREFIX}{name}"] = parameter
+            parameters[f"{KEY_PREFIX}{name}"] = parameter
     return parameters
 
 
@@ -282,10 +314,10 @@ def _match_keys(
     for key, tensor in tensors.items():
         if key in expected:
             continue
-        short = (key.replace(".modules_to_save.", ".", 1), _SAVED_MODULE.sub(".", key, count=1))
+        short = (key.replace(".modules_to_save.", ".", 1), SAVED_COPY.sub(".", key, count=1))
         target = next((name for name in short if name in expected), None)
         if target is None:
-            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+            name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
             base = tree.parameters.get(name)
             if base is None:
                 problems.append(f"unexpected {key}")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from gralora_fx.cli import options as opt
+from gralora_fx.config.checks import check_integer
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.progress.console import StageProgress
@@ -138,13 +139,11 @@ def export(
 @app.command("export-adapter")
 def export_adapter(
     onnx: opt.Onnx,
-    adapter: opt.Adapter = None,
+    adapter: opt.SavedAdapter,
     name: opt.AdapterName = "default",
     overwrite: opt.OverwriteAdapter = False,
 ) -> None:
     """Add a PEFT adapter to an export that takes adapters as data, without loading a model."""
-    if adapter is None:
-        raise ExportError("--adapter is missing; give the directory or the hub id of a PEFT adapter")
     with StageProgress(), timed("export adapter"):
         from gralora_fx.exporters import export_adapter as write
 
@@ -225,6 +224,36 @@ def _verify_files(output: Path, others: list[str]) -> None:
     with StageProgress(), timed("verify files"):
         count = check_files(output, read_manifest(output), digests=True)
     print(f"{count} files of {output} are what was exported")
+
+
+@app.command()
+def to_lora(
+    adapter: opt.SavedAdapter, output: opt.Result, rank: opt.Rank = None, overwrite: opt.Replace = False
+) -> None:
+    """Write a GraLoRA adapter as the exact plain LoRA checkpoint, for PEFT and whatever serves LoRA.
+
+    With --rank also a smaller one: the nearest of that rank, with what it loses.
+    """
+    if rank is not None:
+        check_integer("--rank", rank, 1)
+    with StageProgress(), timed("convert"):
+        from gralora_fx.exporters.lora import to_lora as convert
+
+        report = convert(adapter, output, rank=rank, overwrite=overwrite)
+    print(report)
+
+
+@app.command()
+def merge(
+    adapter: opt.SavedAdapter, output: opt.Result, model: opt.Model = None, overwrite: opt.Replace = False
+) -> None:
+    """Fold an adapter into the safetensors files of its base, one tensor at a time, and copy the other files."""
+    with StageProgress():
+        with timed("import"):
+            from gralora_fx.exporters.checkpoint import merge_checkpoint
+            from gralora_fx.loading.models import base_name
+        report = merge_checkpoint(base_name(model, adapter), adapter, output, overwrite=overwrite)
+    print(report)
 
 
 @app.command()

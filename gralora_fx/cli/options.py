@@ -133,6 +133,19 @@ Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directo
 Onnx = Annotated[Path, typer.Option(help="An export directory.", callback=_utf8)]
 AdapterName = Annotated[str, typer.Option("--name", help="Name of the adapter in the export.", callback=_utf8)]
 OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter of the same name.")]
+# of to-lora and merge
+SavedAdapter = Annotated[
+    str,
+    typer.Option(
+        "--adapter", help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id.", callback=_name
+    ),
+]
+Result = Annotated[Path, typer.Option("--output", help="The directory to write: new or empty.", callback=_utf8)]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output directory.")]
+Rank = Annotated[
+    int | None,
+    typer.Option(help="Truncate every update to this rank by its singular values.  [default: the exact rank]"),
+]
 # of verify
 ExportedHead = Annotated[bool, typer.Option("--allow-random-head", help="For an export that was made with it.")]
 Level = Annotated[

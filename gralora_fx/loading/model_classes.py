@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.samples import task_of_class
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
 
+_HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 _log = logging.getLogger(__name__)
 
 _AUTO_CLASSES = {
@@ -85,6 +88,16 @@ def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
             requested,
             saved_task,
         )
+
+
+def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The number of classes of the classification head that an adapter brings; None if it brings none.
+
+    Args:
+        shapes: Shapes of the adapter's tensors by their keys.
+    """
+    heads = [shape[0] for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
+    return heads[-1] if heads else None
 
 
 def _saved_class(config: PreTrainedConfig) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from gralora_fx.errors import (
     warn_caller,
 )
 from gralora_fx.loading.load_report import LoadReport, listed
-from gralora_fx.loading.model_classes import class_for, warn_of_another_head
+from gralora_fx.loading.model_classes import class_for, head_classes, warn_of_another_head
 from gralora_fx.loading.sentence_task import sentence_source, unread_names, without_unread
 from gralora_fx.methods import read_config
 from gralora_fx.model.gralora_model import GraloraModel
@@ -41,8 +40,6 @@ from gralora_fx.tracing.trace import trace
 from gralora_fx.tracing.traced_model import TracedModel
 
 _log = logging.getLogger(__name__)
-
-_HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
 
 def load_model(
@@ -249,17 +246,17 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
         CheckpointError: The adapter cannot be read, or files to stream lack tensors.
     """
     config: AdapterConfig | None = None
-    heads: list[int] = []
+    num_labels: int | None = None
     supplied: set[str] = set()
     is_asked = task is not None
     with timed("load"):
         if adapter is not None:
             config, tensors = read_adapter(adapter)
             task = task_of(config, task, adapter)
-            heads = [tensor.shape[0] for key, tensor in tensors.items() if _HEAD_KEY.search(key) and tensor.ndim == 2]
+            num_labels = head_classes({key: tensor.shape for key, tensor in tensors.items()})
             supplied = base_names(tensors)
             del tensors  # they are read again when the adapter is installed
-        name, num_labels, report = base_name(model, adapter), heads[-1] if heads else None, None
+        name, report = base_name(model, adapter), None
         check_model_files(name, TraceError)
         task, modules = sentence_source(task, (adapter, name), is_asked=is_asked)
         if stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from gralora_fx.compat.transformers_loading import (
 from gralora_fx.errors import CheckpointError
 from gralora_fx.sources.lazy_tensors import with_source
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,15 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: There are none, the index is damaged, or it names a file outside the directory.
     """
-    index = directory / _INDEX
-    if not index.is_file():
-        file = directory / _SINGLE
-        if not file.is_file():
-            raise CheckpointError(
-                f"{directory} holds neither {_SINGLE} nor {_INDEX}; save the model with transformers, as safetensors"
-            )
+    file, index = directory / SINGLE_NAME, directory / INDEX_NAME
+    if file.is_file():  # which transformers prefers too
         with _opened(file) as opened:
             return {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118  # it is not a mapping
+    if not index.is_file():
+        raise CheckpointError(
+            f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
+            "save the model with transformers, as safetensors"
+        )
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {key: directory / name for key, name in weight_map.items() if Path(name).name == name}
@@ -146,29 +146,44 @@ def check_readable(directory: Path) -> None:
             pass
 
 
-def _by_parameter_name(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Stored tensors by the model's parameter names."""
+def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """The model's names for the keys of its files, as transformers renames them when it loads the model.
+
+    Args:
+        model: The model; its values are not read.
+        keys: Keys of tensors in safetensors files.
+
+    Returns:
+        The name of each key, and those keys that hold only a part of a parameter.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     model_keys = model.state_dict()
     prefix = model.base_model_prefix
-    by_name: dict[str, StoredTensor] = {}
-    parts: list[str] = []
-    for key, tensor in stored.items():
+    names: dict[str, str] = {}
+    parts: set[str] = set()
+    for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, model_keys)
         if name not in model_keys and key in model_keys:
             name, pattern = rename_source_key(key, [], [], prefix, model_keys)
         if pattern is not None and name in model_keys:
-            parts.append(f"{key} is a part of {name}")
-        by_name[name] = tensor
-    if parts:
+            parts.add(key)
+        names[key] = name
+    return names, parts
+
+
+def _by_parameter_name(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stored tensors by the model's parameter names."""
+    names, partial = parameter_names(model, stored)
+    if partial:
+        parts = [f"{key} is a part of {names[key]}" for key in stored if key in partial]
         shown = "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
         raise CheckpointError(
             f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
             "cannot be streamed; load the model whole instead"
         )
-    return by_name
+    return {names[key]: tensor for key, tensor in stored.items()}
 
 
 def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str]:

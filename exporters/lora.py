@@ -1,0 +1,229 @@
+"""`to_lora`: a saved adapter as a plain LoRA checkpoint, from its tensors alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.adapters.checkpoint import KEY_PREFIX, adapter_writers
+from gralora_fx.adapters.stored import StoredAdapter, open_adapter
+from gralora_fx.config import CONFIG_NAME, AdapterConfig
+from gralora_fx.config.checks import check_integer
+from gralora_fx.config.expressions import fullmatch
+from gralora_fx.errors import CheckpointError, ConfigError
+from gralora_fx.exporters.artifact.staging import check_converted, staged
+from gralora_fx.methods.lora import Lora, LoraConfig
+from gralora_fx.methods.truncate import truncate, update_norm
+from gralora_fx.planning.targets import TargetRule
+
+_LORA = Lora()
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """A site of the result.
+
+    Attributes:
+        path: Its module path.
+        exact_rank: Rank of the exact LoRA form: `k*r + hybrid_r` of GraLoRA.
+        rank: Rank that was written.
+        error: `||dW - dW_N|| / ||dW||`, in the Frobenius norm; 0 for the exact form.
+    """
+
+    path: str
+    exact_rank: int
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """The result of `to_lora`.
+
+    Attributes:
+        output_dir: The directory written.
+        files: Its files with their sizes in bytes.
+        sites: The adapted layers.
+        error: Relative error over all sites: `||dW - dW_N|| / ||dW||` with all updates in one vector.
+        dtype: Dtype of the LoRA tensors.
+    """
+
+    output_dir: Path
+    files: dict[str, int]
+    sites: tuple[LoraSite, ...]
+    error: float
+    dtype: torch.dtype
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank at each site, by path."""
+        return {site.path: site.rank for site in self.sites}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The relative error at each site, by path."""
+        return {site.path: site.error for site in self.sites}
+
+    def __str__(self) -> str:
+        """The files and the ranks; where something was cut off, the error at each site too."""
+        lines = [f"wrote {self.output_dir}"]
+        lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
+        ranks = sorted(set(self.ranks.values()))
+        shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        lines.append(f"{len(self.sites)} sites, {shown}, {str(self.dtype).removeprefix('torch.')}, scale 1")
+        if all(site.rank == site.exact_rank for site in self.sites):
+            return "\n".join([*lines, "exact: the updates are those of the adapter"])
+        width = max(len(site.path) for site in self.sites)
+        lines.append(f"{'site':<{width}}{'exact rank':>12}{'rank':>6}{'error':>10}")
+        lines += [f"{s.path:<{width}}{s.exact_rank:>12}{s.rank:>6}{s.error:>10.2e}" for s in self.sites]
+        return "\n".join([*lines, f"error over all sites, relative: {self.error:.2e}"])
+
+
+def to_lora(
+    adapter_dir: str | Path, output_dir: str | Path, *, rank: int | None = None, overwrite: bool = False
+) -> LoraReport:
+    """Write a saved adapter as a plain LoRA checkpoint, which PEFT and whatever serves LoRA load.
+
+    A GraLoRA adapter is a LoRA of rank `k*r + hybrid_r` with block-sparse factors, exactly. The scale is folded into
+    `lora_B`, so `lora_alpha` is the rank; half-precision tensors become float32 where that would round them. No base
+    model is needed.
+
+    Args:
+        adapter_dir: PEFT-format adapter: a local directory or a hub id.
+        output_dir: Where to write: a new or empty directory.
+        rank: Rank to truncate every update to, by its singular values; None for the exact form. LoRA and rsLoRA
+            adapters can be truncated too.
+        overwrite: Whether an earlier adapter in `output_dir` is replaced.
+
+    Returns:
+        The ranks, and what truncation lost.
+
+    Raises:
+        ConfigError: The adapter's configuration cannot be read, `rank` is not positive or above every exact rank, or
+            the adapter is a LoRA already and no rank is given.
+        CheckpointError: The adapter's tensors are missing, damaged, not finite or do not fit its configuration.
+        ExportError: The output may not be written, or writing fails.
+    """
+    if rank is not None:
+        check_integer("rank", rank, 1)
+    with open_adapter(adapter_dir) as adapter:
+        check = functools.partial(check_converted, sources=[adapter.directory], marker=CONFIG_NAME, overwrite=overwrite)
+        check(output_dir)
+        _check_form(adapter, rank)
+        pairs, sites, error = _converted(adapter, rank)
+        tensors = _by_key(pairs) | {key: adapter.values(extent) for key, extent in adapter.others.items()}
+        config = _lora_config(adapter.config, {site.path: site.rank for site in sites})
+        with staged(output_dir, check) as stage:
+            for name, write in adapter_writers(config, lambda: tensors).items():
+                write(stage / name)
+    path = Path(output_dir)
+    files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    return LoraReport(path, files, tuple(sites), error, next(iter(pairs.values()))[0].dtype)
+
+
+def _check_form(adapter: StoredAdapter, rank: int | None) -> None:
+    if rank is None and adapter.config.PEFT_TYPE == LoraConfig.PEFT_TYPE:
+        raise ConfigError(
+            f"{adapter.directory} is a LoRA adapter already; use it as it is, or give a rank (--rank) to truncate it to"
+        )
+
+
+def _converted(
+    adapter: StoredAdapter, rank: int | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[LoraSite], float]:
+    """The LoRA pairs of scale 1 by site, what is known of each, and the error over all."""
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    sites, lost, norm = [], 0.0, 0.0
+    for path in adapter.sites:
+        update = adapter.update(path)
+        A, B = update.factors.lora_form()
+        if rank is None or A.shape[0] <= rank:
+            pairs[path] = A, _scaled(B, update.scale)
+            sites.append(LoraSite(path, A.shape[0], A.shape[0], 0.0))
+            norm = math.hypot(norm, update_norm(A, B, update.scale))
+        else:
+            cut = truncate(A, B, update.scale, rank)
+            pairs[path] = cut.A, cut.B
+            sites.append(LoraSite(path, A.shape[0], cut.A.shape[0], cut.lost / cut.norm if cut.norm else 0.0))
+            lost, norm = math.hypot(lost, cut.lost), math.hypot(norm, cut.norm)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in pairs[path]):
+            raise CheckpointError(f"the update at {path} is too large for float32 once its scale is folded in")
+    largest = max(site.exact_rank for site in sites)
+    if rank is not None and rank > largest:
+        raise ConfigError(
+            f"rank={rank} is more than the rank of every update of {adapter.directory}, which is at most {largest}; "
+            "nothing is to be truncated, so give a lower rank, or none for the exact form"
+        )
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for pair in pairs.values() for tensor in pair))
+    return {path: (A.to(dtype), B.to(dtype)) for path, (A, B) in pairs.items()}, sites, lost / norm if norm else 0.0
+
+
+def _scaled(B: Tensor, scale: float) -> Tensor:
+    """`scale * B`, in float32 where a half-precision dtype would round it."""
+    exact = B.to(torch.float64) * scale
+    product = exact.to(B.dtype)
+    is_half = B.dtype.itemsize < torch.float32.itemsize
+    return exact.to(torch.float32) if is_half and not torch.equal(product.to(torch.float64), exact) else product
+
+
+def _by_key(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{KEY_PREFIX}{path}.{_LORA.keys[field]}": tensor
+        for path, pair in pairs.items()
+        for field, tensor in zip(("A", "B"), pair, strict=True)
+    }
+
+
+def _lora_config(config: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """PEFT's `LoraConfig` of scale 1 that selects the same layers."""
+    shared = (
+        *("exclude_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern"),
+        *("task_type", "base_model_name_or_path", "revision"),
+    )
+    fields: dict[str, Any] = {name: getattr(config, name) for name in shared} | _targets(config, ranks)
+    r, _ = Counter(ranks.values()).most_common(1)[0]
+    pattern = {_pattern_key(path, ranks): rank for path, rank in ranks.items() if rank != r}
+    return LoraConfig().changed(
+        r=r,
+        lora_alpha=r,
+        lora_dropout=config.dropout,
+        bias=LoraConfig.ADAPTED_BIASES if config.trains_adapted_biases else config.bias,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        inference_mode=True,
+        **fields,
+    )
+
+
+def _targets(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
+    """The fields that select layers: the configuration's own where they select the saved ones, else their paths.
+
+    `all-linear` and None depend on the model, so that their layers are named.
+    """
+    targets = config.target_modules
+    if targets is not None and not config.adapts_all_linear:
+        is_pattern = isinstance(targets, str)
+        rule = TargetRule(
+            names=frozenset() if isinstance(targets, str) else frozenset(targets),
+            pattern=targets if isinstance(targets, str) else None,
+            indices=None if is_pattern else config.layer_indices,
+            layer_patterns=config.layer_patterns,
+        )
+        if all(rule.rejection(path) is None for path in paths):
+            return {"target_modules": targets}
+    return {"target_modules": set(paths), "layers_to_transform": None, "layers_pattern": None}
+
+
+def _pattern_key(path: str, paths: Iterable[str]) -> str:
+    """A key of PEFT's patterns that matches one path alone: an expression for the end of a path."""
+    is_plain = fullmatch(r"[\w.]+", path)
+    key = path if is_plain else "".join(c if c.isalnum() or c in "._" else f"\\{c}" for c in path)
+    return f"^{key}" if any(other.endswith(f".{path}") for other in paths) else key

@@ -1,0 +1,232 @@
+"""A saved adapter whose tensors stay in their file: its sites and copies by the file's header, each read by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.adapters.checkpoint import (
+    KEY_PREFIX,
+    SAVED_COPY,
+    WEIGHTS_NAME,
+    check_sizes,
+    check_weights_file,
+    recorded_sizes,
+)
+from gralora_fx.config import CONFIG_NAME, AdapterConfig
+from gralora_fx.config.reading import read_fields
+from gralora_fx.errors import CheckpointError
+from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update, config_from_fields, method_of
+from gralora_fx.planning.targets import pattern_key
+from gralora_fx.sources.atomic_save import read_together
+from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.safetensors_layout import (
+    FLOATS,
+    Extent,
+    Layout,
+    all_finite,
+    opened_for_reading,
+    read_layout,
+    read_tensor,
+)
+
+# modules whose weights PEFT saves whole where they are targeted, or where the vocabulary was resized
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """An adapter's tensors at one site, in their file.
+
+    Attributes:
+        extents: Where each tensor lies, by its field in the method's named tuple.
+        features: Widths `in` and `out` of the layer.
+        dims: The adapter's sizes there.
+        scale: Factor of its update.
+    """
+
+    extents: Mapping[str, Extent]
+    features: tuple[int, int]
+    dims: AdapterDims
+    scale: float
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A saved adapter, open for reading.
+
+    Attributes:
+        directory: Where it is.
+        config: Its configuration.
+        method: Its method.
+        sites: Its sites by module path, sorted.
+        copies: Trained parameters (`modules_to_save`, biases) by their names in the base.
+        repeats: The base's own values that PEFT saves beside an adapter, by their names in the base.
+        others: Every tensor that belongs to no site, by its key in the file.
+        handle: Descriptor of the file.
+    """
+
+    directory: Path
+    config: AdapterConfig
+    method: AdapterMethod
+    sites: Mapping[str, StoredSite]
+    copies: Mapping[str, Extent]
+    repeats: Mapping[str, Extent]
+    others: Mapping[str, Extent]
+    handle: int
+
+    def update(self, path: str, dtype: torch.dtype | None = None) -> Update:
+        """The weight update at a site, read from the file.
+
+        Args:
+            path: The site.
+            dtype: Dtype to cast its tensors to; None for their own.
+        """
+        site = self.sites[path]
+        tensors = {field: read_tensor(self.handle, extent).to(dtype) for field, extent in site.extents.items()}
+        return Update(self.method.tensors(**tensors), site.scale)
+
+    def values(self, extent: Extent) -> Tensor:
+        """The values of one of the other tensors, read from the file."""
+        return read_tensor(self.handle, extent)
+
+
+@contextmanager
+def open_adapter(directory: str | Path, *, revision: str | None = None) -> Iterator[StoredAdapter]:
+    """Open a saved adapter of whatever method; its base is not needed.
+
+    Args:
+        directory: Local directory or hub id.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: The configuration is missing or invalid.
+        CheckpointError: The tensors are missing, a pickle, damaged or not finite, or do not fit the configuration; each
+            is named.
+    """
+    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    fields, layout = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
+    config = config_from_fields(fields, str(path / CONFIG_NAME))
+    check_sizes(config, recorded_sizes(layout.metadata, layout.file), path)
+    method = method_of(config)
+    problems = [
+        f"{key} is {extent.dtype}, not a float tensor"
+        for key, extent in layout.tensors.items()
+        if extent.dtype not in FLOATS
+    ]
+    _check(path, problems)
+    found, others = _by_site(layout.tensors, method)
+    sites = {site: entry for site in sorted(found) if (entry := _site(site, found[site], config, method, problems))}
+    copies, repeats = _copies(others, config, found, problems)
+    if not found and not problems:
+        problems.append(f"no tensor of a {config.TITLE} adapter")
+    _check(path, problems)
+    with opened_for_reading(layout.file) as handle:
+        for key, extent in layout.tensors.items():
+            if not all_finite(handle, extent):
+                problems.append(f"{key} holds values that are not finite")
+        _check(path, problems)
+        yield StoredAdapter(path, config, method, sites, copies, repeats, others, handle)
+
+
+def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], Layout]:
+    fields = read_fields(config)
+    check_weights_file(weights)
+    return fields, read_layout(weights)
+
+
+def _check(path: Path, problems: list[str]) -> None:
+    if problems:
+        more = f"\n- and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        listed = "\n".join(f"- {problem}" for problem in problems[:_SHOWN])
+        raise CheckpointError(
+            f"the tensors of {path} cannot be used with its {CONFIG_NAME}; copy or save the adapter again:\n"
+            f"{listed}{more}"
+        )
+
+
+def _by_site(
+    tensors: Mapping[str, Extent], method: AdapterMethod
+) -> tuple[dict[str, dict[str, Extent]], dict[str, Extent]]:
+    """A file's tensors by site and field, and those that belong to no site by key."""
+    sites: dict[str, dict[str, Extent]] = {}
+    others: dict[str, Extent] = {}
+    for key, extent in tensors.items():
+        name = key.removeprefix(KEY_PREFIX)
+        field = next((field for field, end in method.keys.items() if name.endswith(f".{end}")), None)
+        if field is None or name == key:
+            others[key] = extent
+        else:
+            sites.setdefault(name.removesuffix(f".{method.keys[field]}"), {})[field] = extent
+    return sites, others
+
+
+def _site(
+    path: str, extents: Mapping[str, Extent], config: AdapterConfig, method: AdapterMethod, problems: list[str]
+) -> StoredSite | None:
+    """A site with the sizes that the configuration says, if its tensors have them."""
+
+    def value_of(field: str) -> Any:
+        pattern: Mapping[str, Any] = getattr(config, config.PATTERN_OF.get(field, ""), {})
+        key = pattern_key(pattern, path)
+        return getattr(config, field) if key is None else pattern[key]
+
+    dims, scale = method.sizes(config, value_of)
+    expected = method.shapes(dims.k, dims.k, dims)  # of the right number of dimensions
+    unfit = [f"missing {KEY_PREFIX}{path}.{method.keys[field]}" for field in expected if field not in extents]
+    unfit += [f"unexpected {KEY_PREFIX}{path}.{method.keys[field]}" for field in extents if field not in expected]
+    if not unfit:
+        unfit = method.problems(dims.k, dims.k, dims)
+    if not unfit and all(len(extents[field].shape) == len(shape) for field, shape in expected.items()):
+        features = _without_values(method, extents).features
+        expected = method.shapes(*features, dims)
+        if all(extents[field].shape == shape for field, shape in expected.items()):
+            return StoredSite(extents, features, dims, scale)
+    sizes = ", ".join(f"{method.keys[field]} {list(extent.shape)}" for field, extent in extents.items())
+    problems += unfit or [f"{path} has {sizes}, which is not {method.text(dims)}"]
+    return None
+
+
+def _without_values(method: AdapterMethod, extents: Mapping[str, Extent]) -> AdapterTensors:
+    return method.tensors(**{field: torch.empty(extent.shape, device="meta") for field, extent in extents.items()})
+
+
+def _copies(
+    others: Mapping[str, Extent], config: AdapterConfig, sites: Iterable[str], problems: list[str]
+) -> tuple[dict[str, Extent], dict[str, Extent]]:
+    """Trained copies of the base's parameters, and repeats of its values, by the base's names."""
+    copies: dict[str, Extent] = {}
+    repeats: dict[str, Extent] = {}
+    layers = set(sites)
+    for key, extent in others.items():
+        name = key.removeprefix(KEY_PREFIX)
+        module, _, last = name.rpartition(".")
+        layer, _, inner = module.rpartition(".")
+        if name == key or not module:
+            problems.append(f"unexpected {key}")
+        elif inner == "base_layer" and layer in layers:
+            is_trained = last == "bias" and (config.bias == "all" or config.trains_adapted_biases)
+            (copies if is_trained else repeats)[f"{layer}.{last}"] = extent
+        elif inner == "original_module":
+            repeats[f"{layer}.{last}"] = extent
+        elif _is_saved(module, config) or (last == "bias" and config.bias == "all"):
+            copies[SAVED_COPY.sub(".", name.replace(".modules_to_save.bias", ".bias"), count=1)] = extent
+        elif last == "weight" and module.rpartition(".")[2] in _EMBEDDINGS:
+            repeats[name] = extent
+        else:
+            problems.append(f"unexpected {key}")
+    return copies, {name: extent for name, extent in repeats.items() if name not in copies}
+
+
+def _is_saved(module: str, config: AdapterConfig) -> bool:
+    """Whether a module or one that it is in belongs to `modules_to_save`, by PEFT's bare `endswith`."""
+    parts = module.split(".")
+    outer = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(path.endswith(name) for path in outer for name in config.saved_module_names)
