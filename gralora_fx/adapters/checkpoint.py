@@ -2,106 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gralora_fx.adapters.adapter_files import (
+    PREFIX,
+    WEIGHTS_NAME,
+    file_metadata,
+    read_adapter,
+    sorted_metadata,
+    tensors_digest,
+)
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.config.reading import read_fields
-from gralora_fx.errors import CheckpointError, shown, warn_caller
+from gralora_fx.errors import CheckpointError, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.methods import config_from_fields
 from gralora_fx.planning.targets import exact_targets, resolve_targets
-from gralora_fx.sources.atomic_save import Writer, read_together, save_together
-from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.atomic_save import Writer, save_together
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.traced_model import TracedModel
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."
-_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT ignores
+__all__ = [  # those of `adapter_files` too
+    "WEIGHTS_NAME",
+    "base_names",
+    "check_state_dict",
+    "checkpoint_parameters",
+    "load_tensors",
+    "read_adapter",
+    "saved_config",
+    "tensors_digest",
+    "write_adapters",
+]
+
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
-
-
-def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of a saved adapter.
-
-    Args:
-        directory: Local directory or hub id.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: The configuration is missing or invalid.
-        CheckpointError: The tensors are missing, a pickle, or cannot be read.
-    """
-    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
-    fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
-    config = config_from_fields(fields, str(path / CONFIG_NAME))
-    _check_sizes(config, sizes, path)
-    return config, tensors
-
-
-def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """The fields of a configuration, the tensors, and the sizes recorded with them (empty if unknown)."""
-    fields = read_fields(config)
-    tensors, metadata = _read_weights(weights)
-    record = metadata.get(_SIZES)
-    try:
-        sizes = {} if record is None else json.loads(record)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{weights} has a damaged header ({error}); copy or save it again") from error
-    return fields, tensors, sizes if isinstance(sizes, dict) else {}
-
-
-def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
-    """Check that tensors were saved with the sizes and the scale of their configuration.
-
-    Raises:
-        CheckpointError: They differ; every field is named.
-    """
-    differing = [
-        f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
-        for name, value in config.sizes.items()
-        if name in sizes and sizes[name] != value
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{directory} holds the configuration of one adapter and the tensors of another: {'; '.join(differing)}; "
-            f"copy or save both files again, or put the value back if {CONFIG_NAME} was edited"
-        )
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: The file does not exist, is truncated or is not a safetensors file.
-    """
-    if not path.is_file():
-        if (path.parent / _PICKLE_NAME).is_file():
-            raise CheckpointError(
-                f"{path.parent} holds {_PICKLE_NAME}, a pickle, which can run code when it is read; "
-                f"save the adapter again with PEFT to get {WEIGHTS_NAME}"
-            )
-        raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last one from PyTorch, which opens it again
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); it is truncated or not a safetensors file, so copy or save it again"
-        ) from error
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
@@ -110,7 +49,7 @@ def base_names(keys: Iterable[str]) -> set[str]:
     Args:
         keys: Keys of the file; those of adapter tensors match nothing in the base.
     """
-    return {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in keys}
+    return {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
 def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
@@ -202,39 +141,16 @@ def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer
         parameters = sorted(checkpoint_parameters(adapter).items())
         tensors = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in parameters}
         try:
-            save_file(tensors, path, metadata=_metadata(config))
+            save_file(tensors, path, metadata=file_metadata(config))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
         with path.open("r+b") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = _sorted_metadata(file.read(length))
+            header = sorted_metadata(file.read(length))
             file.seek(8)
             file.write(header)
 
     return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
-
-
-def _metadata(config: AdapterConfig) -> dict[str, str]:
-    return {"format": "pt", _SIZES: json.dumps(config.sizes, sort_keys=True)}
-
-
-def _sorted_metadata(header: bytes) -> bytes:
-    """A safetensors header with sorted metadata, whose order safetensors does not keep."""
-    fields = json.loads(header)
-    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    return text.ljust(len(header)) if len(text) <= len(header) else header
-
-
-def tensors_digest(tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
-    """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
-    copies = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in sorted(tensors.items())}
-    content = memoryview(save(copies, metadata=_metadata(config)))
-    end = 8 + int.from_bytes(content[:8], "little")
-    digest = hashlib.sha256(content[:8])
-    digest.update(_sorted_metadata(bytes(content[8:end])))
-    digest.update(content[end:])
-    return digest.hexdigest()
 
 
 def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfig:
@@ -260,12 +176,12 @@ def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:
     for site_path, factors in adapter.factors.items():
         for field, tensor in factors._asdict().items():
             if tensor is not None:
-                parameters[f"{_PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
+                parameters[f"{PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
     for module, owned in adapter.copies.items():
         for base, parameter in owned.items():
             is_layers_own = module in adapter.factors and base == f"{module}.bias"
             name = f"{module}.base_layer.bias" if is_layers_own else base
-            parameters[f"{_PREFIX}{name}"] = parameter
+            parameters[f"{PREFIX}{name}"] = parameter
     return parameters
 
 
@@ -285,7 +201,7 @@ def _match_keys(
         short = (key.replace(".modules_to_save.", ".", 1), _SAVED_MODULE.sub(".", key, count=1))
         target = next((name for name in short if name in expected), None)
         if target is None:
-            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
             base = tree.parameters.get(name)
             if base is None:
                 problems.append(f"unexpected {key}")

@@ -29,16 +29,44 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
     """
     result = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
     source, target = (weight.t(), result.t()) if transposed else (weight, result)
-    accumulator = torch.promote_types(weight.dtype, torch.float32)
+    everything = slice(0, source.shape[0]), slice(0, source.shape[1])
+    _fold_region(source, target, updates, everything, source.shape)
+    return result
+
+
+@torch.no_grad()
+def fold_region(part: Tensor, updates: Sequence[Update], rows: slice, columns: slice, shape: Sequence[int]) -> None:
+    """Fold updates into a part of a weight, in place; otherwise as `fold`.
+
+    Args:
+        part: `[rows, columns]` of the weight; it may be a view.
+        updates: The updates of the whole weight.
+        rows: Output features of the part, with start and stop.
+        columns: Input features of the part, with start and stop.
+        shape: `[out, in]` of the whole weight.
+    """
+    _fold_region(part, part, updates, (rows, columns), shape)
+
+
+def _fold_region(
+    source: Tensor, target: Tensor, updates: Sequence[Update], region: tuple[slice, slice], shape: Sequence[int]
+) -> None:
+    """Fold into `target` what `source` holds of a region, one block of the updates' grid at a time."""
+    accumulator = torch.promote_types(source.dtype, torch.float32)
     grid = math.lcm(*(update.factors.grid for update in updates))
-    for rows, columns in product(_slices(source.shape[0], grid), _slices(source.shape[1], grid)):
-        block, into = source[rows, columns], target[rows, columns]
+    first_row, first_column = region[0].start, region[1].start
+    for rows, columns in product(_slices(shape[0], grid, region[0]), _slices(shape[1], grid, region[1])):
+        within = (
+            slice(rows.start - first_row, rows.stop - first_row),
+            slice(columns.start - first_column, columns.stop - first_column),
+        )
+        block, into = source[within], target[within]
         terms = [
             (left, right, update.scale)
             for update in updates
-            for left, right in update.factors.products(rows, columns, source.shape)
+            for left, right in update.factors.products(rows, columns, shape)
         ]
-        if accumulator == weight.dtype:
+        if accumulator == source.dtype:
             for left, right, scale in terms:
                 torch.addmm(block, left.to(accumulator), right.to(accumulator), alpha=scale, out=into)
                 block = into
@@ -47,7 +75,6 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
             for left, right, scale in terms:
                 total.addmm_(left.to(accumulator), right.to(accumulator), alpha=scale)
             into.copy_(total)
-    return result
 
 
 @torch.no_grad()
@@ -60,6 +87,10 @@ def delta_weight(update: Update, *, transposed: bool = False) -> Tensor:
     return fold(zero, [update], transposed=transposed, out=zero)
 
 
-def _slices(size: int, parts: int) -> Iterator[slice]:
+def _slices(size: int, parts: int, within: slice) -> Iterator[slice]:
+    """What lies within a range of each of several equal parts."""
     width = size // parts
-    return (slice(part * width, (part + 1) * width) for part in range(parts))
+    for part in range(parts):
+        start, stop = max(part * width, within.start), min((part + 1) * width, within.stop)
+        if start < stop:
+            yield slice(start, stop)
