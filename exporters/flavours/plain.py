@@ -10,7 +10,6 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
-    DeduplicateInitializersPass,
     LiftConstantsToInitializersPass,
     NameFixPass,
     OutputFixPass,
@@ -23,7 +22,12 @@ from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
-from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.clean_up import (
+    FoldConstants,
+    deduplicate_constants,
+    drop_stack_traces,
+    remove_unused_nodes,
+)
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
@@ -77,7 +81,7 @@ def plain_pipeline(inputs: list[str], outputs: list[str], options: ExportOptions
             remove_unused_nodes,  # so that none of them counts as a reader of tokens
             FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
-            OnnxIrPass(DeduplicateInitializersPass()),  # it looks at small ones only
+            deduplicate_constants,
             OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now
             OnnxIrPass(OutputFixPass()),  # two outputs may be the same value by now
             NameEnds(tuple(inputs), tuple(outputs)),
