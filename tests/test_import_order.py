@@ -40,6 +40,7 @@ ORDER = [
     "exporters.fx_passes",
     "exporters.translation",
     "exporters.onnx_passes",
+    "exporters.folding",
     "exporters.artifact",
     "exporters.verification",
     "exporters.flavours",
