@@ -4,14 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gralora_fx.exporters.fold import fold_onnx
+    from gralora_fx.exporters.folding.report import FoldReport
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
     from gralora_fx.exporters.verify import verify_onnx
 
-__all__ = ["ExportReport", "VerifyReport", "export_onnx", "verify_onnx"]
+__all__ = ["ExportReport", "FoldReport", "VerifyReport", "export_onnx", "fold_onnx", "verify_onnx"]
 
 # Where each name lives; imported on first use, so that an export's files can be checked without torch.
-_HOMES = {"ExportReport": "reports", "VerifyReport": "reports", "export_onnx": "onnx", "verify_onnx": "verify"}
+_HOMES = {
+    "ExportReport": "reports",
+    "FoldReport": "folding.report",
+    "VerifyReport": "reports",
+    "export_onnx": "onnx",
+    "fold_onnx": "fold",
+    "verify_onnx": "verify",
+}
 
 
 def __getattr__(name: str) -> Any:
