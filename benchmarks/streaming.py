@@ -141,13 +141,13 @@ def export() -> None:
     from gralora_fx.loading.models import load_traced
 
     base, adapter, output, task, options = sys.argv[1:]
-    imports = _peak()
+    imports = peak_memory()
     model = load_traced(base, adapter, task, stream=True)
     export_onnx(model, output, verify=False, **json.loads(options))
-    print(json.dumps({"imports": imports, "peak": _peak()}))
+    print(json.dumps({"imports": imports, "peak": peak_memory()}))
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """The largest resident set of this program in bytes; `ru_maxrss` would count that of the process it came from."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

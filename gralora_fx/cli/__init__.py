@@ -1,4 +1,4 @@
-"""The command line: `gralora-fx inspect | export | verify | demo`."""
+"""The command line: `gralora-fx inspect | export | fold | verify | demo`."""
 
 from gralora_fx.cli.commands import app
 from gralora_fx.cli.program import main

@@ -28,7 +28,7 @@ def _utf8(value: Any) -> Any:
 def _name(name: str | None) -> str | None:
     """Check that a directory or hub id is not empty."""
     if name is not None and not name.strip():
-        raise ConfigError("--model and --adapter take a local directory or a hub id, but one of them is empty")
+        raise ConfigError("--model, --adapter and --base take a local directory or a hub id, but one of them is empty")
     return _utf8(name)  # type: ignore[no-any-return]
 
 
@@ -121,6 +121,28 @@ Texts = Annotated[
     ),
 ]
 Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=_utf8)]
+# of fold
+Onnx = Annotated[Path, typer.Option(help="The export to fold into; it stays as it is.", callback=_utf8)]
+GivenAdapter = Annotated[
+    str,
+    typer.Option(
+        "--adapter", help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id.", callback=_name
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="Base model, a local directory or a hub id: to find weights by value, check them, and quantize from.",
+        callback=_name,
+    ),
+]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Quantize weights of an int4 or int8 export again, best with --base.")
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write it though rounding takes half of an update away, or bases differ in name."),
+]
 # of verify
 ExportedHead = Annotated[bool, typer.Option("--allow-random-head", help="For an export that was made with it.")]
 Level = Annotated[
