@@ -160,8 +160,8 @@ class Rewriting:
                 before = bisect.bisect_left(ranges, (start + tensor.nbytes, 0)) - 1
                 if before >= 0 and ranges[before][1] > start:
                     raise MergeError(
-                        f"{value.name} of {file} lies in bytes of {Path(tensor.path).name} that would change with another weight; "
-                        "export the merged model instead"
+                        f"{value.name} of {file} lies in bytes of {Path(tensor.path).name} that would change with "
+                        "another weight; export the merged model instead"
                     )
 
 
