@@ -12,6 +12,7 @@ from pathlib import Path
 
 NAMES = (
     "merge",
+    "fold",
     "forward",
     "encoding",
     "switching",

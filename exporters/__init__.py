@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gralora_fx.exporters.adapter import export_adapter
     from gralora_fx.exporters.checkpoint import MergeReport, merge_checkpoint
+    from gralora_fx.exporters.fold import fold_onnx
+    from gralora_fx.exporters.folding.report import FoldReport
     from gralora_fx.exporters.lora import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
@@ -13,11 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExportReport",
+    "FoldReport",
     "LoraReport",
     "MergeReport",
     "VerifyReport",
     "export_adapter",
     "export_onnx",
+    "fold_onnx",
     "merge_checkpoint",
     "to_lora",
     "verify_onnx",
@@ -27,11 +31,13 @@ __all__ = [
 # name of a function in it: as a submodule it would take the function's place in this package.
 _HOMES = {
     "ExportReport": "reports",
+    "FoldReport": "folding.report",
     "LoraReport": "lora",
     "MergeReport": "checkpoint",
     "VerifyReport": "reports",
     "export_adapter": "adapter",
     "export_onnx": "onnx",
+    "fold_onnx": "fold",
     "merge_checkpoint": "checkpoint",
     "to_lora": "lora",
     "verify_onnx": "verify",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_fx.adapters.checkpoint import KEY_PREFIX, adapter_writers
+from gralora_fx.adapters.adapter_files import KEY_PREFIX
+from gralora_fx.adapters.checkpoint import adapter_writers
 from gralora_fx.adapters.stored import StoredAdapter, open_adapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.checks import check_integer

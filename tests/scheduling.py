@@ -54,6 +54,10 @@ GROUPS = {
         "serving/test_model.py",
         "serving/test_providers.py",
         "exporters/test_verify_providers.py",
+        "exporters/test_fold_onnx.py",
+        "exporters/test_fold_quantized.py",
+        "exporters/test_fold_bad_input.py",
+        "exporters/test_fold_foreign.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.

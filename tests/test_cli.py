@@ -154,6 +154,20 @@ def test_an_adapter_that_changes_nothing_or_is_of_another_base_is_named(decoder:
     assert f"zero was made for org/another, and is used with {decoder / 'base'}" in said
 
 
+def test_an_adapter_is_folded_into_an_export_and_verified(decoder: Path, tmp_path: Path) -> None:
+    base, adapter = decoder / "base", decoder / "adapter"
+    run("export", "--model", base, "--output", tmp_path / "base", "--task", "text-generation-with-past", "--no-verify")
+    folding = ("fold", "--onnx", tmp_path / "base", "--adapter", adapter, "--output", tmp_path / "onnx")
+    printed = run(*folding, "--base", base)
+    assert "layers (" in printed.stdout
+    assert "as recorded" in printed.stdout
+    assert "run gralora-fx verify" in printed.stderr
+    assert "passed" in run("verify", "--model", base, "--adapter", adapter, "--output", tmp_path / "onnx").stdout
+    refused = run(*folding, "--requantize", expect=1).stderr.strip()
+    assert "requantize (--requantize) has no effect: no weight that changes is quantized; leave it out" in refused
+    assert "is the export" in run(*folding[:-1], tmp_path / "base", expect=1).stderr
+
+
 def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, tmp_path: Path) -> None:
     """A base that cannot be loaded shows that the adapter is looked at first."""
     arguments = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]

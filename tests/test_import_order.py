@@ -41,6 +41,7 @@ ORDER = [
     "exporters.fx_passes",
     "exporters.translation",
     "exporters.onnx_passes",
+    "exporters.folding",
     "exporters.artifact",
     "exporters.merged_files",
     "exporters.verification",

@@ -13,6 +13,7 @@ from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.position_offset import position_offset
 from gralora_fx.exporters.folded_model import base_trace
+from gralora_fx.exporters.folding.record import weight_entries
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, Manifest, QuantizedWeights, SiteEntry
@@ -66,6 +67,7 @@ def describe(
         passes=tuple(passes),
         image_sizes=traced.signature.image_sizes,
         adapter_inputs=adapter_inputs,
+        weights=weight_entries(traced, graphs),
     )
 
 

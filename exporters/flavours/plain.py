@@ -10,7 +10,6 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
-    DeduplicateInitializersPass,
     LiftConstantsToInitializersPass,
     NameFixPass,
     OutputFixPass,
@@ -24,7 +23,12 @@ from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
-from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.clean_up import (
+    FoldConstants,
+    deduplicate_constants,
+    drop_stack_traces,
+    remove_unused_nodes,
+)
 from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
@@ -88,7 +92,7 @@ def plain_pipeline(
             remove_unused_nodes,  # so that none of them counts as a reader of tokens
             FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
-            OnnxIrPass(DeduplicateInitializersPass()),  # it looks at small ones only
+            deduplicate_constants,
             OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now
             OnnxIrPass(OutputFixPass()),  # two outputs may be the same value by now
             NameEnds(tuple(inputs), tuple(outputs)),

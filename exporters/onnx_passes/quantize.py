@@ -128,7 +128,7 @@ class _Matrix:
         columns = slice(start, start + _COLUMNS)
         part = np.ascontiguousarray(values[columns].T if self.is_transposed else values[:, columns])
         part = part if part.dtype in (np.float32, np.float16) else part.astype(np.float32)
-        packed, scales, _ = _quantizer(self.quantization)(part)
+        packed, scales = quantize_blocks(part, self.quantization)
         return packed, scales.astype(self.dtype.numpy())
 
 
@@ -147,6 +147,36 @@ def _quantizer(quantization: Quantization) -> Callable[[NDArray[Any]], tuple[NDA
     return quantize
 
 
+def quantize_blocks(matrix: NDArray[Any], quantization: Quantization) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A matrix as packed blocks and their scales, by ONNX Runtime's quantizer.
+
+    Args:
+        matrix: `[K, N]`, float32 or float16.
+        quantization: How to quantize it.
+
+    Returns:
+        `[N, K/block, bytes]`, uint8, and `[N, K/block]` in the matrix's dtype.
+    """
+    packed, scales, _ = _quantizer(quantization)(matrix)
+    return packed, scales
+
+
+def dequantize_blocks(packed: NDArray[Any], scales: NDArray[Any], bits: int, inputs: int) -> NDArray[np.float32]:
+    """The values of packed blocks, `[N, K]`.
+
+    Args:
+        packed: `[N, K/block, bytes]`, uint8.
+        scales: `[N, K/block]`, float32.
+        bits: Bits of a value.
+        inputs: K.
+    """
+    if bits == 4:  # the low nibble comes first
+        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
+    values = (packed.astype(np.float32) - 2.0 ** (bits - 1)) * scales[..., None]
+    rows: NDArray[np.float32] = values.reshape(len(packed), -1)[:, :inputs]
+    return rows
+
+
 def dequantize(matrix: NDArray[Any], quantization: Quantization, dtype: torch.dtype) -> NDArray[np.float32]:
     """A matrix quantized and dequantized again.
 
@@ -155,13 +185,9 @@ def dequantize(matrix: NDArray[Any], quantization: Quantization, dtype: torch.dt
         quantization: How it is quantized.
         dtype: Dtype of the scales.
     """
-    packed, raw_scales, _ = _quantizer(quantization)(matrix)
+    packed, raw_scales = quantize_blocks(matrix, quantization)
     scales = torch.from_numpy(raw_scales).to(dtype).float().numpy()
-    if quantization.bits == 4:  # the low nibble comes first
-        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
-    values = (packed.astype(np.float32) - 2.0 ** (quantization.bits - 1)) * scales[..., None]
-    rows: NDArray[np.float32] = values.reshape(matrix.shape[1], -1)[:, : matrix.shape[0]]
-    return np.ascontiguousarray(rows.T)
+    return np.ascontiguousarray(dequantize_blocks(packed, scales, quantization.bits, matrix.shape[0]).T)
 
 
 def _blocks(

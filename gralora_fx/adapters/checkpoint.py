@@ -2,128 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gralora_fx.adapters.adapter_files import (
+    KEY_PREFIX,
+    SAVED_COPY,
+    WEIGHTS_NAME,
+    file_metadata,
+    read_adapter,
+    sorted_metadata,
+    tensors_digest,
+)
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.config.reading import read_fields
-from gralora_fx.errors import CheckpointError, shown, warn_caller
+from gralora_fx.errors import CheckpointError, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.methods import config_from_fields
 from gralora_fx.planning.targets import exact_targets, resolve_targets
-from gralora_fx.sources.atomic_save import Writer, read_together, save_together
-from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.atomic_save import Writer, save_together
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.traced_model import TracedModel
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PICKLE_NAME = "adapter_model.bin"
-KEY_PREFIX = "base_model.model."
-_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT ignores
-SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")
-
-
-def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of a saved adapter.
-
-    Args:
-        directory: Local directory or hub id.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: The configuration is missing or invalid.
-        CheckpointError: The tensors are missing, a pickle, or cannot be read.
-    """
-    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
-    fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
-    config = config_from_fields(fields, str(path / CONFIG_NAME))
-    check_sizes(config, sizes, path)
-    return config, tensors
-
-
-def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """The fields of a configuration, the tensors, and the sizes recorded with them (empty if unknown)."""
-    fields = read_fields(config)
-    tensors, metadata = _read_weights(weights)
-    return fields, tensors, recorded_sizes(metadata, weights)
-
-
-def recorded_sizes(metadata: Mapping[str, str], weights: Path) -> dict[str, Any]:
-    """The sizes recorded with an adapter's tensors; empty if unknown.
-
-    Args:
-        metadata: Texts of the safetensors file.
-        weights: The file, for messages.
-
-    Raises:
-        CheckpointError: The record is damaged.
-    """
-    record = metadata.get(_SIZES)
-    try:
-        sizes = {} if record is None else json.loads(record)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{weights} has a damaged header ({error}); copy or save it again") from error
-    return sizes if isinstance(sizes, dict) else {}
-
-
-def check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
-    """Check that tensors were saved with the sizes and the scale of their configuration.
-
-    Raises:
-        CheckpointError: They differ; every field is named.
-    """
-    differing = [
-        f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
-        for name, value in config.sizes.items()
-        if name in sizes and sizes[name] != value
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{directory} holds the configuration of one adapter and the tensors of another: {'; '.join(differing)}; "
-            f"copy or save both files again, or put the value back if {CONFIG_NAME} was edited"
-        )
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: The file does not exist, is truncated or is not a safetensors file.
-    """
-    check_weights_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last one from PyTorch, which opens it again
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); it is truncated or not a safetensors file, so copy or save it again"
-        ) from error
-
-
-def check_weights_file(path: Path) -> None:
-    """Check that an adapter's safetensors file exists.
-
-    Raises:
-        CheckpointError: It does not; a pickle in its place is named.
-    """
-    if not path.is_file():
-        if (path.parent / _PICKLE_NAME).is_file():
-            raise CheckpointError(
-                f"{path.parent} holds {_PICKLE_NAME}, a pickle, which can run code when it is read; "
-                f"save the adapter again with PEFT to get {WEIGHTS_NAME}"
-            )
-        raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+__all__ = [  # those of `adapter_files` too
+    "WEIGHTS_NAME",
+    "base_names",
+    "check_state_dict",
+    "checkpoint_parameters",
+    "load_tensors",
+    "read_adapter",
+    "saved_config",
+    "tensors_digest",
+    "write_adapters",
+]
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
@@ -234,39 +149,16 @@ def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Te
             k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in sorted(tensors().items())
         }
         try:
-            save_file(copies, path, metadata=_metadata(config))
+            save_file(copies, path, metadata=file_metadata(config))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
         with path.open("r+b") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = _sorted_metadata(file.read(length))
+            header = sorted_metadata(file.read(length))
             file.seek(8)
             file.write(header)
 
     return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
-
-
-def _metadata(config: AdapterConfig) -> dict[str, str]:
-    return {"format": "pt", _SIZES: json.dumps(config.sizes, sort_keys=True)}
-
-
-def _sorted_metadata(header: bytes) -> bytes:
-    """A safetensors header with sorted metadata, whose order safetensors does not keep."""
-    fields = json.loads(header)
-    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    return text.ljust(len(header)) if len(text) <= len(header) else header
-
-
-def tensors_digest(tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
-    """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
-    copies = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in sorted(tensors.items())}
-    content = memoryview(save(copies, metadata=_metadata(config)))
-    end = 8 + int.from_bytes(content[:8], "little")
-    digest = hashlib.sha256(content[:8])
-    digest.update(_sorted_metadata(bytes(content[8:end])))
-    digest.update(content[end:])
-    return digest.hexdigest()
 
 
 def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfig:

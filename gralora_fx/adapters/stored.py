@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_fx.adapters.checkpoint import (
+from gralora_fx.adapters.adapter_files import (
     KEY_PREFIX,
     SAVED_COPY,
     WEIGHTS_NAME,
@@ -20,10 +20,10 @@ from gralora_fx.adapters.checkpoint import (
     recorded_sizes,
 )
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
+from gralora_fx.config.expressions import pattern_key
 from gralora_fx.config.reading import read_fields
 from gralora_fx.errors import CheckpointError
 from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update, config_from_fields, method_of
-from gralora_fx.planning.targets import pattern_key
 from gralora_fx.sources.atomic_save import read_together
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.safetensors_layout import (

@@ -152,6 +152,26 @@ def export_adapter(
 
 
 @app.command()
+def fold(
+    onnx: opt.Onnx,
+    adapter: opt.SavedAdapter,
+    output: opt.Output,
+    base: opt.Base = None,
+    requantize: opt.Requantize = False,
+    force: opt.Force = False,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Fold an adapter into an exported model by changing its weights alone; needs no model."""
+    with StageProgress(), gc_pause():
+        with timed("import"):
+            from gralora_fx.exporters import fold_onnx
+        report = fold_onnx(onnx, adapter, output, base=base, requantize=requantize, force=force, overwrite=overwrite)
+    print(report)
+    if report.adapter_name is not None:
+        notes.print("not compared with PyTorch, which needs the model; run gralora-fx verify")
+
+
+@app.command()
 def verify(
     output: opt.Output,
     model: opt.Model = None,

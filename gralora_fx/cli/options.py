@@ -28,7 +28,7 @@ def _utf8(value: Any) -> Any:
 def _name(name: str | None) -> str | None:
     """Check that a directory or hub id is not empty."""
     if name is not None and not name.strip():
-        raise ConfigError("--model and --adapter take a local directory or a hub id, but one of them is empty")
+        raise ConfigError("--model, --adapter and --base take a local directory or a hub id, but one of them is empty")
     return _utf8(name)  # type: ignore[no-any-return]
 
 
@@ -129,16 +129,29 @@ Texts = Annotated[
     ),
 ]
 Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=_utf8)]
-# of export-adapter
+# of export-adapter, fold, to-lora and merge
 Onnx = Annotated[Path, typer.Option(help="An export directory.", callback=_utf8)]
-AdapterName = Annotated[str, typer.Option("--name", help="Name of the adapter in the export.", callback=_utf8)]
-OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter of the same name.")]
-# of to-lora and merge
 SavedAdapter = Annotated[
     str,
     typer.Option(
         "--adapter", help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id.", callback=_name
     ),
+]
+AdapterName = Annotated[str, typer.Option("--name", help="Name of the adapter in the export.", callback=_utf8)]
+OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter of the same name.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="Base model, a local directory or a hub id: to find weights by value, check them, and quantize from.",
+        callback=_name,
+    ),
+]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Quantize weights of an int4 or int8 export again, best with --base.")
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write it though rounding takes half of an update away, or bases differ in name."),
 ]
 Result = Annotated[Path, typer.Option("--output", help="The directory to write: new or empty.", callback=_utf8)]
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output directory.")]

@@ -129,3 +129,14 @@ def _compiled(expression: str) -> regex.Pattern[str]:
         raise ValueError(str(error)) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def pattern_key(keys: Iterable[str], path: str) -> str | None:
+    """The pattern key that applies to a path: the path itself, else the first that matches.
+
+    A key matches as in PEFT's LoRA: as a regular expression for a path, or for its end after a dot.
+    """
+    keys = list(keys)
+    if path in keys:
+        return path
+    return next((key for key in keys if fullmatch(within(END_OF_PATH, key), path)), None)

@@ -28,8 +28,24 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
         `weight + sum of scale * update`, in `out`.
     """
     result = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
-    fold_rows(weight, updates, first=0, shape=weight.shape, transposed=transposed, out=result)
+    source, target = (weight.t(), result.t()) if transposed else (weight, result)
+    everything = slice(0, source.shape[0]), slice(0, source.shape[1])
+    _fold_region(source, target, updates, everything, source.shape)
     return result
+
+
+@torch.no_grad()
+def fold_region(part: Tensor, updates: Sequence[Update], rows: slice, columns: slice, shape: Sequence[int]) -> None:
+    """Fold updates into a part of a weight, in place; otherwise as `fold`.
+
+    Args:
+        part: `[rows, columns]` of the weight; it may be a view.
+        updates: The updates of the whole weight.
+        rows: Output features of the part, with start and stop.
+        columns: Input features of the part, with start and stop.
+        shape: `[out, in]` of the whole weight.
+    """
+    _fold_region(part, part, updates, (rows, columns), shape)
 
 
 @torch.no_grad()
@@ -46,17 +62,25 @@ def fold_rows(
         transposed: Whether the weight is stored `[in, out]`.
         out: Where to write, of the shape and dtype of `rows`; `rows` itself folds in place.
     """
+    stored = slice(first, first + rows.shape[0]), slice(0, shape[1])
+    if transposed:
+        _fold_region(rows.t(), out.t(), updates, stored[::-1], shape[::-1])
+    else:
+        _fold_region(rows, out, updates, stored, shape)
+
+
+def _fold_region(
+    source: Tensor, target: Tensor, updates: Sequence[Update], region: tuple[slice, slice], shape: Sequence[int]
+) -> None:
+    """Fold into `target` what `source` holds of a region, one block of the updates' grid at a time."""
+    accumulator = torch.promote_types(source.dtype, torch.float32)
     grid = math.lcm(*(update.factors.grid for update in updates))
-    accumulator = torch.promote_types(rows.dtype, torch.float32)
-    features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    height, width = shape[0] // grid, shape[1] // grid
-    for (start, stop), (left, right) in product(_cut(first, first + rows.shape[0], height), _cut(0, shape[1], width)):
-        source, target = (tensor[start - first : stop - first, left:right] for tensor in (rows, out))
-        outputs, inputs = slice(start, stop), slice(left, right)
-        if transposed:
-            source, target, outputs, inputs = source.t(), target.t(), inputs, outputs
-        terms = [(*pair, u.scale) for u in updates for pair in u.factors.products(outputs, inputs, features)]
-        _add_products(source, terms, accumulator, target)
+    (top, bottom), (left, right) = ((part.start, part.stop) for part in region)
+    for rows, columns in product(_cut(top, bottom, shape[0] // grid), _cut(left, right, shape[1] // grid)):
+        within = slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)
+        block = slice(*rows), slice(*columns)
+        terms = [(*pair, update.scale) for update in updates for pair in update.factors.products(*block, shape)]
+        _add_products(source[within], terms, accumulator, target[within])
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 import torch
 
 from gralora_fx.config import AdapterConfig
+from gralora_fx.config.expressions import pattern_key
 from gralora_fx.errors import warn_caller
 from gralora_fx.graph.sites import LinearSite, names_of_site
 from gralora_fx.methods import method_of
@@ -16,7 +17,6 @@ from gralora_fx.planning.targets import (
     counts_below,
     nearest_names,
     numbered_containers,
-    pattern_key,
     unmatched_names,
 )
 from gralora_fx.tracing.traced_model import TracedModel

@@ -11,7 +11,6 @@ from gralora_fx.config import AdapterConfig
 from gralora_fx.config.expressions import (
     ANY_CONTAINER,
     CONTAINER,
-    END_OF_PATH,
     SAVED_MODULE,
     fullmatch,
     match,
@@ -177,17 +176,6 @@ def unmatched_names(names: Iterable[str], paths: Iterable[str]) -> list[str]:
     """The names that match no path, sorted."""
     remaining = list(paths)
     return sorted(name for name in names if not any(_ends_with(path, name) for path in remaining))
-
-
-def pattern_key(keys: Iterable[str], path: str) -> str | None:
-    """The pattern key that applies to a path: the path itself, else the first that matches.
-
-    A key matches as in PEFT's LoRA: as a regular expression for a path, or for its end after a dot.
-    """
-    keys = list(keys)
-    if path in keys:
-        return path
-    return next((key for key in keys if fullmatch(within(END_OF_PATH, key), path)), None)
 
 
 def nearest_names(name: str, paths: Iterable[str]) -> list[str]:

@@ -73,6 +73,25 @@ class SiteEntry:
 
 
 @dataclass(frozen=True)
+class WeightEntry:
+    """Where the weight of a linear layer lies in an export, of a layer whose weight a file of it multiplies by.
+
+    Attributes:
+        file: The ONNX file, such as `model.onnx`.
+        initializer: Name of the initializer that the products read; of a quantized one that of its integers.
+        start: First of the layer's output features among the initializer's: it may hold several layers' weights.
+        stop: End of them.
+        transposed: Whether the initializer is stored `[in, out]`, not `[out, in]` as in PyTorch.
+    """
+
+    file: str
+    initializer: str
+    start: int
+    stop: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `gralora_export.json` says; fields with a default are not in every export.
 
@@ -97,6 +116,8 @@ class Manifest:
         image_sizes: Heights and widths of images that the graph takes; None if it takes no images.
         adapter_inputs: The adapter tensors that the graph takes; None where adapters are folded.
         files: Every other file of the directory by its path; None where they were not recorded.
+        weights: Where the weight of each linear layer lies, by its path; None where that was not recorded. A layer that
+            no file multiplies by is not in it.
     """
 
     schema_version: int
@@ -119,6 +140,7 @@ class Manifest:
     image_sizes: ImageSizes | None = None
     adapter_inputs: AdapterInputs | None = None
     files: Mapping[str, FileEntry] | None = None
+    weights: Mapping[str, tuple[WeightEntry, ...]] | None = None
 
     @property
     def image_size(self) -> ImageSize:
@@ -130,7 +152,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of the file, keys in order; what an export may lack is left out where it does."""
         found = dataclasses.asdict(self)
-        optional = ("adapter_inputs", "attention", "files", "image_sizes", "quality")
+        optional = ("adapter_inputs", "attention", "files", "image_sizes", "quality", "weights")
         fields = {name: value for name, value in found.items() if name not in optional or value is not None}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
@@ -209,6 +231,7 @@ class _Reader:
             image_sizes=self._image_sizes(),
             adapter_inputs=self._adapter_inputs(),
             files=self._files(),
+            weights=self._weights(),
         )
 
     def take(self, name: str, *kinds: type, default: Any = ...) -> Any:
@@ -229,6 +252,7 @@ class _Reader:
         """The object as a record of texts and numbers."""
         types = {
             "str": (str,),
+            "bool": (bool,),
             "int": (int,),
             "int | None": (int, type(None)),
             "float | None": (float, type(None)),
@@ -249,6 +273,18 @@ class _Reader:
         return {
             name: AdapterEntry(entry.take("config", dict), entry.take("sha256", *_TEXT_OR_NONE))
             for name, entry in entries.items()
+        }
+
+    def _weights(self) -> dict[str, tuple[WeightEntry, ...]] | None:
+        if "weights" not in self.fields:
+            return None
+        weights = self.within("weights")
+        return {
+            path: tuple(
+                _Reader(entry, self.path, self.error, f"weights.{path}.{index}").record(WeightEntry)
+                for index, entry in enumerate(weights._objects(path))
+            )
+            for path in weights.fields
         }
 
     def _quality(self) -> Quality | None:

@@ -1,0 +1,280 @@
+"""`fold_onnx`: an adapter folded into the weights of an exported ONNX model, without the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gralora_fx.errors import ExportError, MergeError
+from gralora_fx.exporters.artifact.staging import check_output, check_replaced, require_space, staged
+from gralora_fx.exporters.folding.adapter import SavedAdapter, read_saved_adapter
+from gralora_fx.exporters.folding.base_weights import BaseWeights
+from gralora_fx.exporters.folding.data_files import copy_changed
+from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit
+from gralora_fx.exporters.folding.opening import Opened, open_export
+from gralora_fx.exporters.folding.parameters import Replacements, find_replacements
+from gralora_fx.exporters.folding.places import Export, Place, find_places
+from gralora_fx.exporters.folding.products import ProductWeight, product_weights
+from gralora_fx.exporters.folding.report import FoldedSite, FoldReport
+from gralora_fx.exporters.folding.requantize import QuantizedEdit, Survival, check_survival
+from gralora_fx.exporters.folding.rewriting import Rewriting
+from gralora_fx.progress.timing import timed
+from gralora_fx.runtime.export_files import check_files, describe_files
+from gralora_fx.runtime.manifest import AdapterEntry, FileEntry, Manifest
+from gralora_fx.runtime.names import MANIFEST_NAME
+
+
+def fold_onnx(
+    onnx_dir: str | Path,
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    requantize: bool = False,
+    force: bool = False,
+    overwrite: bool = False,
+    adapter_name: str = "default",
+) -> FoldReport:
+    """Fold a saved adapter into an exported model, by changing the weights in its files alone.
+
+    The result is what an export of the merged model would be, within rounding. Weights are read, changed in float32 or
+    better and written a few megabytes at a time; nothing is traced. The weight of each layer is found where the
+    export's manifest says, else by the initializers' names, else by the values of the base. A weight that is shared
+    with an embedding is copied first. The directory is written whole or not at all, and `onnx_dir` stays as it is.
+
+    Args:
+        onnx_dir: An export of the base model, of `export_onnx` with `adapters="merged"` or of another exporter. An
+            adapter that was folded into it before stays, and this one is added.
+        adapter_dir: A PEFT-format GraLoRA or LoRA adapter: local directory or hub id.
+        output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
+        base: The base model's directory or hub id, with safetensors files: to find weights whose names do not tell, to
+            check the others, and to quantize from. None where none is needed.
+        requantize: Whether a quantized weight may be quantized again, with ONNX Runtime's own arithmetic as in an
+            export: from `base` where it is given, else from its dequantized values.
+        force: Whether to write a re-quantized export though at some layer half of the update or more is rounded away
+            (see `FoldedSite.survival`), and to fold an adapter that names another base than an earlier one.
+        overwrite: Whether an earlier export of another base or task at `output_dir` may be replaced.
+        adapter_name: The adapter's name in the manifest; a number is appended if another one has it.
+
+    Returns:
+        What was found how, and what was written.
+
+    Raises:
+        ConfigError: The adapter's configuration is missing or invalid.
+        CheckpointError: The adapter's or the base's tensors are missing, damaged or do not fit their configuration.
+        ExportError: `onnx_dir` holds no ONNX model or damaged files, or the output may not be written.
+        MergeError: The adapter does not fit the export, a weight is shared or quantized, or a result is not finite.
+    """
+    seconds: dict[str, float] = {}
+    with timed("find", seconds):
+        _check_apart(onnx_dir, output_dir)
+        opened = open_export(onnx_dir)
+        adapter = read_saved_adapter(adapter_dir)
+        manifest = opened.manifest
+        if manifest is not None:
+            _check_base_name(manifest, adapter, force=force)
+            if not overwrite:
+                check_replaced(output_dir, task=manifest.task, fingerprint=manifest.base_fingerprint)
+        weights = {file: product_weights(model.graph) for file, model in opened.models.items()}
+        export = Export(weights, manifest, None if base is None else BaseWeights(base))
+        places = find_places(export, adapter)
+        graphs = {file: model.graph for file, model in opened.models.items()}
+        replacements = find_replacements(export, graphs, adapter, places)
+        _check_quantized(export, places, replacements, requantize=requantize)
+    with timed("fold", seconds), staged(output_dir) as stage:
+        rewriting, edits = _planned(opened, adapter, places, replacements, export.base)
+        require_space(output_dir, sum(path.stat().st_size for path in opened.data))
+        with ThreadPoolExecutor(1) as reader:  # digests of what is read, while it is
+            unchanged = reader.submit(_check_digests, opened)
+            digests = _write(stage, opened, rewriting)
+            unchanged.result()
+        if not force:
+            check_survival(edits)
+        name = None
+        if manifest is not None:
+            name = _free_name(adapter_name, manifest)
+            found = _updated(manifest, adapter, name, rewriting, stage, digests)
+            (stage / MANIFEST_NAME).write_text(found.to_json(), encoding="utf-8")
+    path = Path(output_dir)
+    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+    survival = {path: share for edit in edits for path, share in edit.survival.items()}
+    sites = tuple(_site(place, rewriting, survival) for place in places)
+    replaced = tuple(adapter.replaced)
+    return FoldReport(path, name, sites, replaced, rewriting.bytes_changed, _overall(survival), sizes, seconds)
+
+
+def _check_apart(onnx_dir: str | Path, output_dir: str | Path) -> None:
+    """Check that the output is neither the source nor around or within it.
+
+    Raises:
+        ExportError: It is, or may not be written.
+    """
+    output, source = check_output(output_dir).resolve(), Path(onnx_dir).resolve()
+    if output == source or source in output.parents or output in source.parents:
+        raise ExportError(
+            f"the output {output_dir} is the export {onnx_dir} itself, or one lies within the other; give another "
+            "output directory"
+        )
+
+
+def _check_base_name(manifest: Manifest, adapter: SavedAdapter, *, force: bool) -> None:
+    """Check that the adapters that were folded before name the same base, as far as they name one.
+
+    Raises:
+        MergeError: One names another; the last parts of the names are compared.
+    """
+    own = adapter.config.base_model_name_or_path
+    for name, entry in manifest.adapters.items():
+        other = entry.config.get("base_model_name_or_path")
+        if own and other and not force and _last(str(other)) != _last(own):
+            raise MergeError(
+                f"{adapter.origin} is an adapter of {own}, but the export has the adapter {name!r} of {other}; give "
+                "one of the same base, or force=True (--force) if both names mean one model"
+            )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _check_quantized(export: Export, places: list[Place], replacements: Replacements, *, requantize: bool) -> None:
+    """Check that weights are floats, or may be quantized again.
+
+    Raises:
+        MergeError: They are not, or the base cannot be used for that.
+    """
+    every = [*places, *(place for place, _ in replacements.layers)]
+    quantized = list(dict.fromkeys(place.path for place in every if place.weight.storage != "float"))
+    if quantized and not requantize:
+        raise MergeError(
+            f"the weights of {quantized[0]}{f' and {len(quantized) - 1} other layers' if len(quantized) > 1 else ''} "
+            "are quantized, so that a small update may be rounded away: fold before quantizing (export_onnx with the "
+            "adapter), or quantize again with requantize=True (--requantize), best with base (--base)"
+        )
+    if requantize and not quantized:
+        raise MergeError("requantize (--requantize) has no effect: no weight that changes is quantized; leave it out")
+    if quantized and export.base is not None and export.manifest is not None and export.manifest.adapters:
+        raise MergeError(
+            f"the export has {', '.join(export.manifest.adapters)} folded in, so that the base's weights are not its "
+            "own; leave base (--base) out"
+        )
+
+
+def _planned(
+    opened: Opened, adapter: SavedAdapter, places: list[Place], replacements: Replacements, base: BaseWeights | None
+) -> tuple[Rewriting, list[QuantizedEdit]]:
+    """What is to be rewritten, and the edits of quantized weights."""
+    layers: dict[tuple[str, int], list[LayerEdit]] = {}
+    weights: dict[tuple[str, int], ProductWeight] = {}
+    found = [(p, LayerEdit(p.path, p.start, p.stop, (adapter.updates[p.path],))) for p in places]
+    for place, edit in (*found, *replacements.layers):
+        key = place.file, id(place.weight)
+        weights[key] = place.weight
+        layers.setdefault(key, []).append(edit)
+    rewriting = Rewriting(opened.models)
+    quantized: list[QuantizedEdit] = []
+
+    def base_weight(path: str) -> object:
+        assert base is not None
+        return base.weight(path, adapter.features(path))
+
+    for key, edits in layers.items():
+        weight = weights[key]
+        if weight.storage == "float":
+            rewriting.fold_matrix(key[0], MatrixEdit(weight, tuple(edits)))
+        else:
+            quantized.append(QuantizedEdit(weight, tuple(edits), None if base is None else base_weight))  # type: ignore[arg-type]
+            rewriting.fold_quantized(key[0], quantized[-1])
+    for value_place, values in replacements.values:
+        rewriting.replace(value_place, values)
+    rewriting.check_apart()
+    return rewriting, quantized
+
+
+def _check_digests(opened: Opened) -> None:
+    """Check that the source's files are what was exported: the result's digests would hide that they are not.
+
+    Raises:
+        ExportError: One is not.
+    """
+    if opened.manifest is not None and opened.manifest.files is not None:
+        check_files(opened.directory, opened.manifest, digests=True)
+
+
+def _write(stage: Path, opened: Opened, rewriting: Rewriting) -> dict[str, FileEntry]:
+    """Write every file; the result describes those whose digest is known by then."""
+    entries: dict[str, FileEntry] = {}
+    for path in opened.data:
+        digest = copy_changed(path, stage / path.name, rewriting.changes.get(path, ()))
+        entries[path.name] = FileEntry((stage / path.name).stat().st_size, digest)
+    for file, model in opened.models.items():
+        if file in rewriting.changed:
+            ir.save(model, stage / file)
+        else:
+            shutil.copyfile(opened.directory / file, stage / file)
+    for name in opened.companions:
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(opened.directory / name, stage / name)
+    others = [*opened.models, *opened.companions]
+    return entries | describe_files(stage, others)
+
+
+def _free_name(name: str, manifest: Manifest) -> str:
+    """An adapter's name, with a number if another one has it."""
+    count, found = 1, name
+    while found in manifest.adapters:
+        count += 1
+        found = f"{name}_{count}"
+    return found
+
+
+def _updated(
+    manifest: Manifest,
+    adapter: SavedAdapter,
+    name: str,
+    rewriting: Rewriting,
+    stage: Path,
+    files: Mapping[str, FileEntry],
+) -> Manifest:
+    """The manifest of the result: the adapter, the files as they are now, and nothing that was measured before.
+
+    A base with replaced parameters has a fingerprint of its own that is not known here, so it is left out.
+    """
+    config = json.loads(adapter.config.changed(inference_mode=True).to_json())
+    weights = manifest.weights
+    if weights is not None:
+        weights = {
+            path: tuple(
+                dataclasses.replace(e, initializer=rewriting.renamed.get((e.file, path, e.initializer), e.initializer))
+                for e in entries
+            )
+            for path, entries in weights.items()
+        }
+    return dataclasses.replace(
+        manifest,
+        adapters={**manifest.adapters, name: AdapterEntry(config, adapter.sha256)},
+        base_fingerprint=None if adapter.replaced else manifest.base_fingerprint,
+        files=dict(sorted(files.items())),
+        verification=None,
+        quality=None,
+        weights=weights,
+    )
+
+
+def _site(place: Place, rewriting: Rewriting, survival: Mapping[str, Survival]) -> FoldedSite:
+    old = place.weight.name
+    name = rewriting.renamed.get((place.file, place.path, old), old)
+    share = survival[place.path].share if place.path in survival else None
+    return FoldedSite(place.path, place.file, name, place.start, place.stop, place.how, share)
+
+
+def _overall(survival: Mapping[str, Survival]) -> float | None:
+    if not survival:
+        return None
+    return Survival(sum(s.kept for s in survival.values()), sum(s.whole for s in survival.values())).share

@@ -1,0 +1,139 @@
+"""The base model's own weights, to find an initializer by its values and to check one that was found by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gralora_fx.errors import CheckpointError, MergeError
+from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.exporters.folding.stored import dtype_of, read_rows, rows_and_columns
+from gralora_fx.sources.hub import resolve_directory
+
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
+_READ_AT_ONCE = 2**22  # bytes
+
+
+class BaseWeights:
+    """The safetensors files of a base model; a tensor is read when it is asked for."""
+
+    def __init__(self, base: str | Path) -> None:
+        """Read the headers.
+
+        Args:
+            base: Local directory or hub id.
+
+        Raises:
+            CheckpointError: There are no safetensors files, or they cannot be read.
+        """
+        from gralora_fx.sources.safetensors_files import stored_tensors  # it imports transformers
+
+        self.directory = resolve_directory(base, CheckpointError)
+        self._stored = stored_tensors(self.directory)
+        try:
+            config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = {}
+        self._is_tied = bool(config.get("tie_word_embeddings", True)) if isinstance(config, dict) else True
+
+    def weight(self, path: str, features: tuple[int, int]) -> Tensor:
+        """The weight `[out, in]` of a layer.
+
+        Args:
+            path: The layer.
+            features: Its widths in and out.
+
+        Raises:
+            MergeError: The base has no such weight, or one of another shape.
+        """
+        inputs, outputs = features
+        key = self._key(f"{path}.weight", outputs)
+        if key is None:
+            raise MergeError(f"{self.directory} holds no {path}.weight; give the base model of the adapter")
+        values = self._stored[key]()
+        if tuple(values.shape) == (outputs, inputs):
+            return values
+        if tuple(values.shape) == (inputs, outputs):  # transformers' Conv1D
+            return values.t()
+        raise MergeError(
+            f"{key} of {self.directory} has shape {list(values.shape)}, but the adapter is for a layer of {inputs} "
+            f"inputs and {outputs} outputs; give the base model of the adapter"
+        )
+
+    def _key(self, name: str, outputs: int) -> str | None:
+        if name in self._stored:
+            return name
+        ends = [key for key in self._stored if key.endswith(f".{name}") or name.endswith(f".{key}")]
+        if not ends and self._is_tied and name.count(".") == 1:  # a head: its weight is that of the embedding
+            names = tuple(f"{table}.weight" for table in _TABLES)
+            ends = [key for key in self._stored if key.endswith(names) and self._stored[key].facts()[0][0] == outputs]
+        return ends[0] if len(ends) == 1 else None
+
+
+def find_values(weights: Iterable[ProductWeight], values: Tensor) -> Iterator[tuple[ProductWeight, int]]:
+    """The weights that hold a matrix, alone or beside others, and its first output feature there.
+
+    Shapes are compared first, then the values of one input feature, then all.
+
+    Args:
+        weights: Where to look; quantized ones are left out.
+        values: `[out, in]`.
+    """
+    outputs, inputs = values.shape
+    for weight in weights:
+        if weight.storage == "float" and weight.in_features == inputs and weight.out_features >= outputs:
+            first = values[:, 0].to(dtype_of(weight.value))
+            starts = _starts(_first_input(weight), first)
+            yield from ((weight, start) for start in starts if holds(weight, start, values))
+
+
+def holds(weight: ProductWeight, start: int, values: Tensor) -> bool:
+    """Whether a weight holds a matrix, rounded to its dtype, from an output feature on; compared in pieces.
+
+    Args:
+        weight: A weight of floats.
+        start: Output feature of the weight at which the matrix begins.
+        values: `[out, in]`.
+    """
+    outputs, inputs = values.shape
+    dtype = dtype_of(weight.value)
+    _, columns = rows_and_columns(weight.value)
+    step = max(1, _READ_AT_ONCE // (columns * dtype.itemsize))
+    if weight.transposed:
+        for row in range(0, inputs, step):
+            stop = min(row + step, inputs)
+            if not torch.equal(
+                read_rows(weight.value, row, stop)[:, start : start + outputs], _as(values, dtype, slice(row, stop))
+            ):
+                return False
+        return True
+    for row in range(0, outputs, step):
+        stop = min(row + step, outputs)
+        if not torch.equal(read_rows(weight.value, start + row, start + stop), values[row:stop].to(dtype)):
+            return False
+    return True
+
+
+def _as(values: Tensor, dtype: torch.dtype, inputs: slice) -> Tensor:
+    return values[:, inputs].t().to(dtype)
+
+
+def _first_input(weight: ProductWeight) -> Tensor:
+    """The weight's values for its first input feature, `[out]`."""
+    if weight.transposed:
+        return read_rows(weight.value, 0, 1)[0]
+    step = max(1, _READ_AT_ONCE // (weight.in_features * dtype_of(weight.value).itemsize))
+    rows = range(0, weight.out_features, step)
+    parts = [read_rows(weight.value, row, min(row + step, weight.out_features))[:, 0].clone() for row in rows]
+    return torch.cat(parts)
+
+
+def _starts(row: Tensor, part: Tensor) -> list[int]:
+    """Where a vector occurs in another."""
+    last = len(row) - len(part) + 1
+    candidates: list[int] = (row[:last] == part[0]).nonzero().flatten().tolist()
+    return [start for start in candidates if torch.equal(row[start : start + len(part)], part)]

@@ -1,0 +1,216 @@
+"""Parameters that an adapter replaces as a whole: trained biases and those of `modules_to_save`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from gralora_fx.errors import MergeError
+from gralora_fx.exporters.folding.adapter import SavedAdapter
+from gralora_fx.exporters.folding.base_weights import holds
+from gralora_fx.exporters.folding.edits import LayerEdit
+from gralora_fx.exporters.folding.names import parameter_names, ranges
+from gralora_fx.exporters.folding.places import Export, Place, named_places
+from gralora_fx.exporters.folding.products import ProductWeight, Reader, initializers
+from gralora_fx.exporters.folding.requantize import is_rounding_of
+from gralora_fx.exporters.folding.stored import read_rows, rows_and_columns
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class ValuePlace:
+    """An initializer that holds a parameter which is not multiplied by.
+
+    Attributes:
+        name: The parameter.
+        file: The ONNX file.
+        value: The initializer.
+        start: First of the parameter's values in a stored row.
+        readers: The inputs that read it, those of products left out.
+        is_shared: Whether products read it too, which keep their values.
+    """
+
+    name: str
+    file: str
+    value: ir.Value
+    start: int
+    readers: tuple[Reader, ...]
+    is_shared: bool
+
+
+@dataclass(frozen=True)
+class Replacements:
+    """What replaces parameters.
+
+    Attributes:
+        layers: Weights of linear layers: where they lie, and what happens there.
+        values: Other parameters: where they lie, and their values `[rows, columns]`.
+    """
+
+    layers: tuple[tuple[Place, LayerEdit], ...]
+    values: tuple[tuple[ValuePlace, Tensor], ...]
+
+
+def find_replacements(
+    export: Export, graphs: Mapping[str, ir.Graph], adapter: SavedAdapter, adapted: Iterable[Place]
+) -> Replacements:
+    """Where the parameters lie that an adapter replaces; those that it only repeats are compared.
+
+    Args:
+        export: The export.
+        graphs: Its graphs by file.
+        adapter: The adapter.
+        adapted: The places of its adapted layers, whose weights it may repeat.
+
+    Raises:
+        MergeError: A parameter is not found, has another shape, is shared with others, or one that should repeat the
+            base's does not; all are named.
+    """
+    layers: list[tuple[Place, LayerEdit]] = []
+    values: list[tuple[ValuePlace, Tensor]] = []
+    problems: list[str] = []
+    for name, tensor in adapter.replaced.items():
+        try:
+            found = list(_layer_places(export, name, tensor))
+            layers += [(place, edit) for place, edit in found]
+            values += (
+                [] if found else [(place, _as_rows(place, tensor)) for place in _values(export, graphs, name, tensor)]
+            )
+        except MergeError as error:
+            problems.append(f"{name}: {error}")
+    known: dict[str, list[Place]] = {}
+    for place in adapted:
+        known.setdefault(place.path, []).append(place)
+    for name, tensor in adapter.copies.items():
+        if not _repeats(export, graphs, known, name, tensor):
+            problems.append(f"{name}: the adapter holds values for it that are not the export's, and does not train it")
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise MergeError(f"parameters of {adapter.origin} cannot be written into this export:\n{listed}")
+    return Replacements(tuple(layers), tuple(values))
+
+
+def _layer_places(export: Export, name: str, tensor: Tensor) -> Iterator[tuple[Place, LayerEdit]]:
+    """Places of a parameter that is the weight of a linear layer."""
+    path = name.removesuffix(_WEIGHT)
+    if tensor.ndim != 2 or path == name:
+        return
+    for place in _weight_places(export, path):
+        matrix = tensor.t() if _is_conv1d(export, path) else tensor
+        shape = [place.stop - place.start, place.weight.in_features]
+        if list(matrix.shape) != shape:
+            raise MergeError(f"it has shape {list(matrix.shape)} in the adapter and {shape} in {place.weight.name}")
+        if place.weight.problem:
+            raise MergeError(f"{place.weight.name} cannot be written: {place.weight.problem}")
+        yield place, LayerEdit(path, place.start, place.stop, values=matrix)
+
+
+def _weight_places(export: Export, path: str) -> list[Place]:
+    """Places of a linear layer's weight, as recorded or by its exact name; none for other modules."""
+    manifest = export.manifest
+    if manifest is None or manifest.weights is None:
+        widths = {} if manifest is None else {site.path: site.out_features for site in manifest.sites}
+        found = list(named_places(export.weights, path, widths, foreign=False))
+        for place in found:
+            if place.weight.others or len(place.weight.readers) > 1:
+                raise MergeError(f"{place.weight.name} has several readers, and nothing says that all are of one layer")
+        return found
+    places = []
+    for entry in manifest.weights.get(path, ()):
+        weight = next((w for w in export.weights.get(entry.file, ()) if w.name == entry.initializer), None)
+        if weight is None:
+            raise MergeError(f"{entry.file} does not hold {entry.initializer} as the manifest says; export it again")
+        places.append(Place(path, entry.file, weight, entry.start, entry.stop, "as recorded"))
+    sharing = [
+        other for other, entries in manifest.weights.items()
+        if other != path and {(e.file, e.initializer, e.start) for e in entries}
+        & {(p.file, p.weight.name, p.start) for p in places}
+    ]  # fmt: skip
+    if sharing:
+        raise MergeError(f"it is the weight of {', '.join(sharing)} too, which would change with it")
+    return places
+
+
+def _is_conv1d(export: Export, path: str) -> bool:
+    sites = export.manifest.sites if export.manifest is not None else ()
+    return any(site.path == path and site.kind == "conv1d" for site in sites)
+
+
+def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: Tensor) -> list[ValuePlace]:
+    """Places of any other parameter.
+
+    Raises:
+        MergeError: There are none, or what is there has another shape or other readers.
+    """
+    places = list(_named_values(export, graphs, name))
+    if not places:
+        raise MergeError("no initializer of the export has its name; export the merged model instead")
+    is_recorded = export.manifest is not None and export.manifest.weights is not None
+    for place in places:
+        if not place.readers and place.is_shared:
+            raise MergeError(f"{place.value.name} is read by products alone; export the merged model instead")
+        if not is_recorded and (place.is_shared or len(place.readers) > 1):
+            raise MergeError(f"{place.value.name} has several readers, and nothing says that all are of this module")
+        assert place.value.shape is not None
+        shape = [int(size) for size in place.value.shape.numpy()]
+        if place.value.name == name and list(tensor.shape) != shape:
+            raise MergeError(f"it has shape {list(tensor.shape)} in the adapter and {shape} in the export")
+    return places
+
+
+def _named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> Iterator[ValuePlace]:
+    widths = {f"{site.path}.bias": site.out_features for site in export.manifest.sites} if export.manifest else {}
+    for file, graph in graphs.items():
+        products = {id(weight.value): weight for weight in export.weights[file]}
+        for value in initializers(graph):
+            product = products.get(id(value))
+            names = next((names for names in parameter_names(value) if name in names), None)
+            if names is None:
+                continue
+            parts = [(0, 0)] if len(names) == 1 else list(ranges(names, rows_and_columns(value)[1], widths.get))
+            if parts:
+                uses = tuple(Reader(use.node, use.idx) for use in value.uses())
+                readers = uses if product is None else product.others
+                yield ValuePlace(name, file, value, parts[names.index(name)][0], readers, product is not None)
+
+
+def _as_rows(place: ValuePlace, tensor: Tensor) -> Tensor:
+    rows, _ = rows_and_columns(place.value)
+    return tensor.reshape(rows, -1)
+
+
+def _repeats(
+    export: Export,
+    graphs: Mapping[str, ir.Graph],
+    known: Mapping[str, list[Place]],
+    name: str,
+    tensor: Tensor,
+) -> bool:
+    """Whether the export holds these values of a parameter already."""
+    path = name.removesuffix(_WEIGHT)
+    places = known.get(path) or (_weight_places(export, path) if path != name else [])
+    if places and tensor.ndim == 2:
+        matrix = tensor.t() if _is_conv1d(export, path) else tensor
+        return all(_holds(place.weight, place.start, matrix) for place in places)
+    found = list(_named_values(export, graphs, name))
+    return bool(found) and all(_equal(place, tensor) for place in found)
+
+
+def _holds(weight: ProductWeight, start: int, matrix: Tensor) -> bool:
+    if matrix.shape[1] != weight.in_features or start + len(matrix) > weight.out_features:
+        return False
+    return holds(weight, start, matrix) if weight.storage == "float" else is_rounding_of(weight, start, matrix)
+
+
+def _equal(place: ValuePlace, tensor: Tensor) -> bool:
+    rows = read_rows(place.value)
+    if tensor.numel() % len(rows):
+        return False
+    expected = tensor.reshape(len(rows), -1)
+    found = rows[:, place.start : place.start + expected.shape[1]]
+    return found.shape == expected.shape and torch.equal(found, expected.to(found.dtype))

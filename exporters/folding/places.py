@@ -1,0 +1,272 @@
+"""Where the weights of adapted layers lie in ONNX files: as the export recorded, by name, or by value."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from gralora_fx.errors import MergeError
+from gralora_fx.exporters.folding.adapter import SavedAdapter
+from gralora_fx.exporters.folding.base_weights import BaseWeights, find_values, holds
+from gralora_fx.exporters.folding.names import foreign_names, parameter_names, ranges, reduced
+from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.runtime.manifest import Manifest
+
+RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's weight lies.
+
+    Attributes:
+        path: The layer.
+        file: The ONNX file.
+        weight: The initializer.
+        start: First of the layer's output features in it.
+        stop: End of them.
+        how: How it was found: `"as recorded"`, `"by name"` or `"by value"`.
+    """
+
+    path: str
+    file: str
+    weight: ProductWeight
+    start: int
+    stop: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is searched.
+
+    Attributes:
+        weights: The weights that products multiply by, by ONNX file.
+        manifest: The manifest; None of other exporters' files.
+        base: The base model's weights, if they were given.
+    """
+
+    weights: Mapping[str, Sequence[ProductWeight]]
+    manifest: Manifest | None
+    base: BaseWeights | None
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[tuple[str, str], ProductWeight]:
+        """The weights by file and name."""
+        return {(file, weight.name): weight for file, weights in self.weights.items() for weight in weights}
+
+    @functools.cached_property
+    def recorded(self) -> Mapping[tuple[str, str], list[tuple[str, int, int]]]:
+        """The layers that the manifest places in each initializer, with their first and last output feature."""
+        found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+        entries = {} if self.manifest is None else self.manifest.weights or {}
+        for path, of_layer in entries.items():
+            for entry in of_layer:
+                found.setdefault((entry.file, entry.initializer), []).append((path, entry.start, entry.stop))
+        return found
+
+
+def find_places(export: Export, adapter: SavedAdapter) -> list[Place]:
+    """Where the weight of every adapted layer lies; one may lie in several files.
+
+    Args:
+        export: The export.
+        adapter: The adapter.
+
+    Raises:
+        MergeError: A layer's weight is not found, has other widths, is shared with another layer, or differs from that
+            of the given base; every layer is named.
+    """
+    places: list[Place] = []
+    problems: list[str] = []
+    for path in adapter.updates:
+        try:
+            found = _find(export, adapter, path)
+            _check_widths(found, adapter, path)
+            _check_shared(export, found)
+            _check_base(export, found, adapter)
+        except MergeError as error:
+            problems.append(f"{path}: {error}")
+        else:
+            places += found
+    problems += list(_overlaps(places))
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems[:20])
+        more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise MergeError(f"{adapter.origin} cannot be folded into this export:\n{listed}{more}")
+    return places
+
+
+def _find(export: Export, adapter: SavedAdapter, path: str) -> list[Place]:
+    """The places of a layer's weight."""
+    manifest = export.manifest
+    if manifest is not None and manifest.weights is not None:
+        return list(_recorded(export, manifest, path))
+    widths = {site.path: site.out_features for site in manifest.sites} if manifest is not None else {}
+    widths |= {other: adapter.features(other)[1] for other in adapter.updates}
+    found = list(named_places(export.weights, path, widths, foreign=False))
+    found = found or _unique(list(named_places(export.weights, path, widths, foreign=True)))
+    found = found or list(_by_value(export, adapter, path))
+    if not found:
+        hint = (
+            "" if export.base is not None else "; give base (--base), the base model's directory, to find it by value"
+        )
+        raise MergeError(f"no initializer that a product multiplies by is named after it, or holds its values{hint}")
+    return found
+
+
+def _recorded(export: Export, manifest: Manifest, path: str) -> Iterator[Place]:
+    assert manifest.weights is not None
+    entries = manifest.weights.get(path)
+    if not entries:
+        is_site = any(site.path == path for site in manifest.sites)
+        raise MergeError(
+            "its weight is not one that the exported graph multiplies by" if is_site else "the export has no such layer"
+        )
+    for entry in entries:
+        weight = export.by_name.get((entry.file, entry.initializer))
+        if weight is None or not 0 <= entry.start < entry.stop <= weight.out_features or (
+            weight.transposed != entry.transposed
+        ):  # fmt: skip
+            raise MergeError(f"{entry.file} does not hold {entry.initializer} as the manifest says; export it again")
+        yield Place(path, entry.file, weight, entry.start, entry.stop, RECORDED)
+
+
+def named_places(
+    weights: Mapping[str, Iterable[ProductWeight]], path: str, widths: Mapping[str, int], *, foreign: bool
+) -> Iterator[Place]:
+    """Places of a layer's weight by the names of initializers.
+
+    Args:
+        weights: Weights by file.
+        path: The layer.
+        widths: Output features of layers, as far as they are known.
+        foreign: Whether another exporter chose the names, so that they resemble those of the model.
+    """
+    rename: Callable[[str], str] = reduced if foreign else str
+    wanted = rename(f"{path}.weight")
+    known = {rename(f"{layer}.weight"): width for layer, width in widths.items()}
+    for file, candidates in weights.items():
+        for weight in candidates:
+            readings = foreign_names(weight.value) if foreign else parameter_names(weight.value)
+            for names in readings:
+                index = next((i for i, name in enumerate(names) if _is_named(name, wanted, foreign)), None)
+                parts = [] if index is None else list(ranges(names, weight.out_features, known.get))
+                if index is not None and parts:
+                    yield Place(path, file, weight, *parts[index], BY_NAME)
+                    break
+
+
+def _is_named(name: str, wanted: str, foreign: bool) -> bool:
+    """Whether a name is the wanted one; of another exporter's names, one may be the end of the other."""
+    return name == wanted or (foreign and (name.endswith(f".{wanted}") or wanted.endswith(f".{name}")))
+
+
+def _unique(places: list[Place]) -> list[Place]:
+    """Places, if there is one in each file.
+
+    Raises:
+        MergeError: A file has several.
+    """
+    for file in {place.file for place in places}:
+        names = [place.weight.name for place in places if place.file == file]
+        if len(names) > 1:
+            raise MergeError(f"its weight may be any of {', '.join(names)} in {file}; give base (--base) to tell them")
+    return places
+
+
+def _by_value(export: Export, adapter: SavedAdapter, path: str) -> Iterator[Place]:
+    if export.base is None:
+        return
+    inputs, outputs = adapter.features(path)
+    values = export.base.weight(path, (inputs, outputs))
+    for file, candidates in export.weights.items():
+        found = [Place(path, file, w, start, start + outputs, BY_VALUE) for w, start in find_values(candidates, values)]
+        if len(found) > 1:
+            names = ", ".join(f"{place.weight.name} from {place.start}" for place in found)
+            raise MergeError(
+                f"its values occur several times in {file} ({names}), so which one is its weight is unknown"
+            )
+        yield from found
+
+
+def _check_widths(places: Iterable[Place], adapter: SavedAdapter, path: str) -> None:
+    inputs, outputs = adapter.features(path)
+    for place in places:
+        here = place.weight.in_features, place.stop - place.start
+        if here != (inputs, outputs):
+            raise MergeError(
+                f"the adapter is for {inputs} inputs and {outputs} outputs, but {place.weight.name} has {here[0]} and "
+                f"{here[1]}; give an adapter of this model"
+            )
+        if place.weight.problem:
+            raise MergeError(f"{place.weight.name} cannot be folded into: {place.weight.problem}")
+
+
+def _check_shared(export: Export, places: Iterable[Place]) -> None:
+    """Check that only the layer's own products read its weight.
+
+    Raises:
+        MergeError: Others do, or nothing says that they do not.
+    """
+    manifest = export.manifest
+    for place in places:
+        weight = place.weight
+        if manifest is not None and manifest.weights is not None:
+            same = [
+                path
+                for path, start, stop in export.recorded[place.file, weight.name]
+                if path != place.path and start < place.stop and place.start < stop
+            ]
+            if same:
+                raise MergeError(
+                    f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
+                    "merged model (merge with untie=True), or leave the layer out of target_modules"
+                )
+        elif _is_read_several_times(weight) and not _is_named_apart(export, weight) and export.base is None:
+            raise MergeError(
+                f"{len(weight.readers)} products read {weight.name}, and nothing says that all are of this layer; give "
+                "base (--base), or export the model again"
+            )
+
+
+def _is_read_several_times(weight: ProductWeight) -> bool:
+    """Whether several products in one graph read a weight; those in different branches are one."""
+    graphs = [id(reader.node.graph) for reader in weight.readers]
+    return len(graphs) > len(set(graphs))
+
+
+def _is_named_apart(export: Export, weight: ProductWeight) -> bool:
+    """Whether every layer of the same widths has an initializer of its own name, so that none shares a weight."""
+    if export.manifest is None:
+        return False
+    sites = export.manifest.sites
+    widths = {site.path: site.out_features for site in sites}
+    alike = [s for s in sites if s.in_features == weight.in_features and s.out_features == weight.out_features]
+    return all(any(named_places(export.weights, s.path, widths, foreign=False)) for s in alike)
+
+
+def _check_base(export: Export, places: Iterable[Place], adapter: SavedAdapter) -> None:
+    """Check that a weight found by name is the given base's; one that an adapter was folded into is not."""
+    if export.base is None or (export.manifest is not None and export.manifest.adapters):
+        return
+    for place in places:
+        if place.how == BY_VALUE or place.weight.storage != "float":
+            continue
+        values = export.base.weight(place.path, adapter.features(place.path))
+        if not holds(place.weight, place.start, values):
+            raise MergeError(
+                f"{place.weight.name} does not hold the weight of {export.base.directory}; give the base that was "
+                "exported"
+            )
+
+
+def _overlaps(places: Sequence[Place]) -> Iterator[str]:
+    """Problems of layers that were found in the same place."""
+    earlier: dict[int, list[Place]] = {}
+    for place in places:
+        for other in earlier.setdefault(id(place.weight), []):
+            if other.path != place.path and other.start < place.stop and place.start < other.stop:
+                yield f"{place.path} and {other.path} have one weight, {place.weight.name}; adapt one of them"
+        earlier[id(place.weight)].append(place)

@@ -1,0 +1,213 @@
+"""The weights that the products of an ONNX graph multiply by: how each is stored, and what else reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import onnx_ir as ir
+
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
+
+Storage = Literal["float", "blocks", "columns"]
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_ONNX = ("", "ai.onnx")
+
+
+class Reader(NamedTuple):
+    """An input of a node."""
+
+    node: ir.Node
+    position: int
+
+    @property
+    def text(self) -> str:
+        """The node's operator and name."""
+        return f"{self.node.op_type} {self.node.name or self.node.outputs[0].name}"
+
+
+@dataclass(frozen=True)
+class ProductWeight:
+    """A weight that products multiply by, of one or several linear layers.
+
+    Attributes:
+        value: The initializer: floats `[in, out]` or `[out, in]`, blocks `[out, in/block, bytes]` of `MatMulNBits`, or
+            int8 `[in, out]` of `MatMulInteger`.
+        storage: Which of these it is: `"float"`, `"blocks"` or `"columns"`.
+        transposed: Whether it is stored `[in, out]`, not `[out, in]` as in PyTorch.
+        in_features: Width of the products' input.
+        out_features: Width of their output.
+        readers: The inputs that products read it by, of a transpose or a cast before them too.
+        others: Other inputs that read it, such as a lookup's.
+        scales: The scales of blocks `[out, in/block]` or of columns `[out]`; None for floats.
+        block_size: Values of a block; 0 for other storage.
+        bits: Bits of a quantized value; 0 for floats.
+        problem: Why nothing can be folded into it; empty if it can.
+    """
+
+    value: ir.Value
+    storage: Storage
+    transposed: bool
+    in_features: int
+    out_features: int
+    readers: tuple[Reader, ...]
+    others: tuple[Reader, ...]
+    scales: ir.Value | None = None
+    block_size: int = 0
+    bits: int = 0
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the initializer."""
+        return str(self.value.name)
+
+
+def product_weights(graph: ir.Graph) -> list[ProductWeight]:
+    """The weights that the products of a graph multiply by, those in branches included, in the order of first use.
+
+    Args:
+        graph: A model's graph; weights are not read.
+    """
+    return [weight for value in initializers(graph) if (weight := _product_weight(value)) is not None]
+
+
+def initializers(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The initializers that the nodes of a graph read, those of branches included, each once."""
+    seen: set[int] = set()
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+class _Product(NamedTuple):
+    """How a product reads a weight."""
+
+    storage: Storage
+    transposed: bool
+    problem: str = ""
+
+
+def _product_weight(value: ir.Value) -> ProductWeight | None:
+    products: list[tuple[Reader, _Product]] = []
+    others: list[Reader] = []
+    for use in value.uses():
+        reader = Reader(use.node, use.idx)
+        found = list(_products(reader, value))
+        products += [(reader, product) for product in found if product is not None]
+        others += [reader] if None in found else []
+    if not products:
+        return None
+    kinds = {(product.storage, product.transposed) for _, product in products}
+    problems = [product.problem for _, product in products if product.problem]
+    mixed = [reader for reader, _ in products if reader in others]
+    if len(kinds) > 1 or mixed:
+        problems.append("products read it both as it is and transposed, or after an operator that others read too")
+    readers = tuple(dict.fromkeys(reader for reader, _ in products))
+    return _described(value, products[0][1], readers, tuple(dict.fromkeys(others)), problems)
+
+
+def _described(
+    value: ir.Value, product: _Product, readers: Sequence[Reader], others: Sequence[Reader], problems: Iterable[str]
+) -> ProductWeight | None:
+    """The weight with its widths; None for a tensor of another shape than products have."""
+    assert value.const_value is not None
+    sizes = [int(size) for size in value.const_value.shape.numpy()]
+    problem = next(iter(problems), "")
+    if product.storage == "blocks":
+        node = readers[0].node
+        ints = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+        block_size, bits = ints.get("block_size", 0), ints.get("bits", 4)
+        return ProductWeight(
+            value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), node.inputs[2], block_size,
+            bits, problem,
+        )  # fmt: skip
+    if len(sizes) != 2:
+        return None
+    inputs, outputs = sizes if product.transposed else reversed(sizes)
+    if product.storage == "columns":
+        scales = _column_scales(readers[0].node)
+        problem = problem or ("" if scales is not None else "the nodes behind MatMulInteger are not those of an export")
+        return ProductWeight(
+            value, "columns", True, inputs, outputs, tuple(readers), tuple(others), scales, bits=8, problem=problem
+        )
+    return ProductWeight(
+        value, "float", product.transposed, inputs, outputs, tuple(readers), tuple(others), problem=problem
+    )
+
+
+def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> Iterator[_Product | None]:
+    """The products that an input leads to, through transposes and casts; None for each reader of another kind.
+
+    Args:
+        reader: The input.
+        value: The initializer.
+        transposed: Whether the matrix as the input has it is the initializer, not its transpose.
+    """
+    node, index = reader
+    if index == 0 and node.op_type in ("Transpose", "Cast", "Identity") and node.domain in _ONNX:
+        order = node.attributes.get("perm")
+        swaps = node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
+        uses = [Reader(use.node, use.idx) for use in node.outputs[0].uses()]
+        if (node.op_type == "Transpose") == swaps and uses and not node.outputs[0].is_graph_output():
+            for use in uses:
+                yield from _products(use, value, transposed=transposed != swaps)
+            return
+    yield _product(node, index, value, transposed)
+
+
+def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _Product | None:
+    """How a node multiplies by a matrix; None if it does something else with it."""
+    flags = {name: attribute.value for name, attribute in node.attributes.items()}
+    is_float = value.const_value is not None and value.const_value.dtype in _FLOATS
+    if index != 1:
+        return None
+    if node.domain == MICROSOFT:
+        if node.op_type == "MatMulNBits":
+            return _Product("blocks", False, _why_not_blocks(node))
+        if node.op_type == "FusedMatMul" and is_float and not flags.get("transBatchB"):
+            scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
+            return _Product("float", transposed != bool(flags.get("transB")), scaled)
+        return _Product("float", transposed) if node.op_type == "Attention" and is_float else None
+    if node.domain not in _ONNX:
+        return None
+    if node.op_type == "MatMulInteger":
+        zero_point = len(node.inputs) > 3 and node.inputs[3] is not None
+        return _Product("columns", True, "its columns have zero points" if zero_point else "")
+    if node.op_type == "MatMul" and is_float:
+        return _Product("float", transposed)
+    if node.op_type == "Gemm" and is_float:
+        scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
+        return _Product("float", transposed != bool(flags.get("transB")), scaled)
+    return None
+
+
+def _why_not_blocks(node: ir.Node) -> str:
+    if any(value is not None for value in node.inputs[3:5]):
+        return "its blocks have zero points or a group index, which are not re-quantized"
+    bits = node.attributes.get("bits")
+    if bits is not None and bits.as_int() not in (4, 8):
+        return f"its blocks have {bits.as_int()} bits; 4 and 8 are re-quantized"
+    scales = node.inputs[2] if len(node.inputs) > 2 else None
+    return "" if scales is not None and scales.is_initializer() else "its scales are not an initializer"
+
+
+def _column_scales(node: ir.Node) -> ir.Value | None:
+    """The scales `[N]` of the columns of a `MatMulInteger`, from the nodes that the export writes behind it."""
+    cast = _only_reader(node)
+    product = None if cast is None or cast.op_type != "Cast" else _only_reader(cast)
+    if product is None or product.op_type != "Mul":
+        return None
+    scaling = next((p for v in product.inputs if v is not None and (p := v.producer()) is not cast), None)
+    if scaling is None or scaling.op_type != "Mul":
+        return None
+    return next((value for value in scaling.inputs if value is not None and value.is_initializer()), None)
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    readers = [use.node for use in node.outputs[0].uses()]
+    return readers[0] if len(readers) == 1 else None

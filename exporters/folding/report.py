@@ -1,0 +1,76 @@
+"""The report of a fold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """A layer that an adapter was folded into.
+
+    Attributes:
+        path: The layer.
+        file: The ONNX file.
+        initializer: The initializer that holds its weight now.
+        start: First of its output features there.
+        stop: End of them.
+        how: How the weight was found: `"as recorded"`, `"by name"` or `"by value"`.
+        survival: Of a quantized weight, the share of the update that is left after rounding,
+            `<after - before, dW> / <dW, dW>`; None of a float one.
+    """
+
+    path: str
+    file: str
+    initializer: str
+    start: int
+    stop: int
+    how: str
+    survival: float | None = None
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """The result of `fold_onnx`.
+
+    Attributes:
+        output_dir: The directory written.
+        adapter_name: The adapter's name in the manifest; None where there is no manifest.
+        sites: Every layer and where its weight was found; a layer of several files is there several times.
+        replaced: Parameters that the adapter trained and that were written as a whole.
+        bytes_changed: Bytes of weights that were computed anew.
+        survival: The share of the whole update that is left after rounding; None if nothing is quantized.
+        files: Files of the directory with their sizes in bytes.
+        seconds: Seconds that each stage took.
+    """
+
+    output_dir: Path
+    adapter_name: str | None
+    sites: tuple[FoldedSite, ...]
+    replaced: tuple[str, ...]
+    bytes_changed: int
+    survival: float | None
+    files: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """What was written, what was found how, and what is left of the update where it was rounded."""
+        lines = [f"wrote {self.output_dir}"]
+        lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
+        lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
+        found = ", ".join(f"{count} {how}" for how, count in Counter(site.how for site in self.sites).items())
+        count = len({site.path for site in self.sites})
+        lines.append(f"folded {count} layers ({found}), {self.bytes_changed:,} bytes of weights changed")
+        if self.replaced:
+            lines.append(f"replaced {', '.join(self.replaced)}")
+        if self.adapter_name is None:
+            lines.append("no manifest, since the export has none: compare the result with the merged model")
+        if self.survival is not None:
+            shares = sorted((site.survival, site.path) for site in self.sites if site.survival is not None)
+            least, path = shares[0]
+            lines.append(
+                f"rounding leaves {100 * self.survival:.0f} % of the update, at least {100 * least:.0f} % ({path})"
+            )
+        return "\n".join(lines)

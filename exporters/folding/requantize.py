@@ -1,0 +1,209 @@
+"""Folding into quantized weights: dequantized, updated and quantized again by the export's own arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gralora_fx.errors import MergeError
+from gralora_fx.exporters.folding.edits import LayerEdit, check_finite
+from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.exporters.folding.stored import read_rows
+from gralora_fx.exporters.onnx_passes.quantize import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_columns
+from gralora_fx.exporters.options import Quantization
+
+_COLUMNS = 1024  # output features that are quantized at once
+LEAST_SHARE = 0.5  # of an update that has to survive at every layer
+
+
+@dataclass
+class Survival:
+    """How much of a layer's update is left after rounding: `<after - before, dW> / <dW, dW>`.
+
+    `before` and `after` are the dequantized weights before and after the fold. It is 1 where rounding changes nothing,
+    0 where the update is rounded away, and near 1 on average where the rounding is of the base's own weights.
+
+    Attributes:
+        kept: `<after - before, dW>`, summed over all values.
+        whole: `<dW, dW>`.
+    """
+
+    kept: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The share; 1 for an update of zeros."""
+        return self.kept / self.whole if self.whole else 1.0
+
+    def add(self, before: Tensor, after: Tensor, update: Tensor) -> None:
+        """Add a part of the weight, whose update is known too."""
+        self.kept += float(torch.sum((after - before) * update, dtype=torch.float64))
+        self.whole += float(torch.sum(update * update, dtype=torch.float64))
+
+
+@dataclass
+class QuantizedEdit:
+    """What happens to a quantized matrix: of the layers that change all values are quantized again, no others.
+
+    Attributes:
+        weight: The initializer of the integers.
+        layers: What happens to each layer.
+        base: The base's float weight `[out, in]` of a layer by its path, to quantize from; None to quantize from the
+            dequantized values.
+        survival: How much of each update is left, by path.
+    """
+
+    weight: ProductWeight
+    layers: tuple[LayerEdit, ...]
+    base: Callable[[str], Tensor] | None
+    survival: dict[str, Survival] = field(default_factory=dict)
+    _done: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _taken: int = field(default=0, init=False)
+
+    def integers(self) -> Tensor:
+        """The new integers, in rows as they are stored."""
+        return self._take(0)
+
+    def scales(self) -> Tensor:
+        """The new scales, likewise."""
+        return self._take(1)
+
+    def _take(self, index: int) -> Tensor:
+        """One of both, which are computed together and kept until each was taken once."""
+        done = self._done or self._computed()
+        self._taken += 1
+        self._done = done if self._taken % 2 else None
+        return done[index]
+
+    def _computed(self) -> tuple[Tensor, Tensor]:
+        weight = self.weight
+        assert weight.scales is not None
+        self.survival.clear()
+        integers, scales = read_rows(weight.value), read_rows(weight.scales)
+        stored: _Blocks | _Columns
+        if weight.storage == "blocks":
+            stored = _Blocks(weight, integers.reshape(weight.out_features, -1), scales.reshape(weight.out_features, -1))
+        else:
+            stored = _Columns(weight, integers, scales.reshape(-1))
+        for layer in self.layers:
+            survival = self.survival.setdefault(layer.path, Survival())
+            for start in range(layer.start, layer.stop, _COLUMNS):
+                self._change(stored, layer, slice(start, min(start + _COLUMNS, layer.stop)), survival)
+        return integers, scales
+
+    def _change(self, stored: _Blocks | _Columns, layer: LayerEdit, outputs: slice, survival: Survival) -> None:
+        """Quantize some output features of a layer again."""
+        inputs = self.weight.in_features
+        rows = slice(outputs.start - layer.start, outputs.stop - layer.start)
+        before = stored.values(outputs)
+        source = before
+        if self.base is not None and layer.values is None:
+            source = self.base(layer.path)[rows].float()
+            if not stored.is_rounded(source, outputs):
+                raise MergeError(
+                    f"{layer.path}: {self.weight.name} is not what the base's weight is rounded to; give the base that "
+                    "was exported, or leave base (--base) out"
+                )
+        result = source.clone()
+        layer.apply(result, rows, slice(0, inputs), inputs)
+        stored.store(outputs, result, layer.path)
+        if layer.values is None:
+            survival.add(before, stored.values(outputs), result - source)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of `MatMulNBits`: integers `[out, bytes]` and scales `[out, blocks]`."""
+
+    weight: ProductWeight
+    integers: Tensor
+    all_scales: Tensor
+
+    def values(self, outputs: slice) -> Tensor:
+        """Dequantized values `[n, in]`."""
+        scales = self.all_scales[outputs]
+        packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1).numpy()
+        return torch.from_numpy(
+            dequantize_blocks(packed, scales.float().numpy(), self.weight.bits, self.weight.in_features)
+        )
+
+    def is_rounded(self, source: Tensor, outputs: slice) -> bool:
+        """Whether the stored values are within a step of others."""
+        step = self.all_scales[outputs].float().abs().repeat_interleave(self.weight.block_size, dim=1)
+        return bool(((self.values(outputs) - source).abs() <= 1.01 * step[:, : source.shape[1]] + 1e-12).all())
+
+    def store(self, outputs: slice, values: Tensor, path: str) -> None:
+        """Quantize values, rounded to the export's precision first, as an export does."""
+        dtype = self.all_scales.dtype
+        matrix: NDArray[Any] = (values.half() if dtype == torch.float16 else values.to(dtype).float()).t().numpy()
+        quantization = Quantization(f"int{self.weight.bits}", self.weight.block_size)
+        packed, scales = quantize_blocks(np.ascontiguousarray(matrix), quantization)
+        self.integers[outputs] = torch.from_numpy(packed).reshape(len(packed), -1)
+        self.all_scales[outputs] = torch.from_numpy(scales).to(dtype)
+        check_finite(self.all_scales[outputs], path)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of `MatMulInteger`: integers `[in, out]` and scales `[out]`."""
+
+    weight: ProductWeight
+    integers: Tensor
+    all_scales: Tensor
+
+    def values(self, outputs: slice) -> Tensor:
+        """Dequantized values `[n, in]`."""
+        return (self.integers[:, outputs].float() * self.all_scales[outputs]).t().contiguous()
+
+    def is_rounded(self, source: Tensor, outputs: slice) -> bool:
+        """Whether the stored values are within a step of others."""
+        step = self.all_scales[outputs].abs()[:, None]
+        return bool(((self.values(outputs) - source).abs() <= 1.01 * step).all())
+
+    def store(self, outputs: slice, values: Tensor, path: str) -> None:
+        """Quantize values."""
+        integers, scales = quantize_columns(np.ascontiguousarray(values.t().numpy()), path)
+        self.integers[:, outputs] = torch.from_numpy(integers)
+        self.all_scales[outputs] = torch.from_numpy(scales)
+
+
+def is_rounding_of(weight: ProductWeight, start: int, values: Tensor) -> bool:
+    """Whether the output features of a quantized weight from one on are what a matrix `[out, in]` is rounded to."""
+    assert weight.scales is not None
+    integers, scales, outputs = read_rows(weight.value), read_rows(weight.scales), slice(start, start + len(values))
+    if weight.storage == "columns":
+        return _Columns(weight, integers, scales.reshape(-1)).is_rounded(values.float(), outputs)
+    rows = weight.out_features
+    return _Blocks(weight, integers.reshape(rows, -1), scales.reshape(rows, -1)).is_rounded(values.float(), outputs)
+
+
+def check_survival(edits: Sequence[QuantizedEdit]) -> None:
+    """Check that at every layer more than half of the update is left.
+
+    Raises:
+        MergeError: At some it is not; the worst are named.
+    """
+    shares = {path: survival.share for edit in edits for path, survival in edit.survival.items()}
+    lost = sorted((path for path in shares if shares[path] <= LEAST_SHARE), key=lambda path: shares[path])
+    if not lost:
+        return
+    total = Survival()
+    for edit in edits:
+        for survival in edit.survival.values():
+            total.kept += survival.kept
+            total.whole += survival.whole
+    worst = ", ".join(f"{path} ({100 * shares[path]:.0f} %)" for path in lost[:5])
+    more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+    raise MergeError(
+        f"rounding leaves {100 * total.share:.0f} % of the update, and half or less of it at {len(lost)} of "
+        f"{len(shares)} layers: {worst}{more}. Give base (--base), to round the base's own weights with the update, "
+        "fold before quantizing (export_onnx), or write it all the same with force=True (--force)"
+    )
