@@ -44,13 +44,16 @@ def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel
     return fold_adapters(model) if mode == "merged" or not isinstance(model, GraloraModel) else model.traced
 
 
-def data_sites(model: TracedModel | GraloraModel, mode: str, precision: str) -> DataSites | None:
+def data_sites(
+    model: TracedModel | GraloraModel, mode: str, precision: str, form: str | None = None
+) -> DataSites | None:
     """The layers that any adapter of a model adapts, active or not; None for a mode that folds them.
 
     Args:
         model: What is exported.
         mode: How adapters are held.
         precision: Precision of the export, which is that of the adapter tensors.
+        form: `"gralora"` or `"lora"`: whether adapters have blocks; None for whether an adapter of the model has.
 
     Raises:
         ExportError: The model has no adapter, one is merged into its weights, their blocks are of several `k`, or an
@@ -71,15 +74,9 @@ def data_sites(model: TracedModel | GraloraModel, mode: str, precision: str) -> 
     for name in model.configs:
         _check_low_rank(model, name)
     planned = model.adapted_sites()
-    ks = _block_counts(model)
-    if len(ks) > 1:
-        raise ExportError(
-            f"the model's GraLoRA adapters have gralora_k of {listed(sorted(ks))}, and an export takes blocks of one; "
-            "export them apart, or convert some with to_lora"
-        )
-    k = ks.pop() if ks else 1
+    k = _blocks(model, form)
     sites = {entry.site.path: entry.site for entry in planned}
-    _check_widths(planned, k)
+    _check_widths(planned, k or 1)
     called = [site for site in sites.values() if site.calls]
     inputs = AdapterInputs(
         mode,
@@ -118,6 +115,21 @@ def _check_low_rank(model: GraloraModel, name: str) -> None:
             f"adapter {name!r} has copies of {listed(sorted(copies))} (modules_to_save or bias), which are not sums "
             "of low-rank terms and cannot be data; export it with adapters='merged'"
         )
+
+
+def _blocks(model: GraloraModel, form: str | None) -> int:
+    """Blocks in each direction of the adapters' tensors; 0 for LoRA's form."""
+    ks = _block_counts(model)
+    if form == "lora" or (form is None and not ks):
+        return 0
+    if len(ks) > 1:
+        raise ExportError(
+            f"the model's GraLoRA adapters have gralora_k of {listed(sorted(ks))}, and an export takes blocks of one; "
+            "export them apart, or in LoRA's form (adapter_form='lora')"
+        )
+    if not ks:
+        raise ExportError("adapter_form='gralora' needs a GraLoRA adapter, whose gralora_k it takes; leave it out")
+    return ks.pop()
 
 
 def _block_counts(model: GraloraModel) -> set[int]:

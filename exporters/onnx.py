@@ -43,6 +43,7 @@ def export_onnx(
     output_dir: str | Path,
     *,
     adapters: Literal["merged", "swappable", "inputs", "batched"] = "merged",
+    adapter_form: Literal["gralora", "lora"] | None = None,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     quantize: Literal["int8", "int4", "int8-dynamic"] | None = None,
     block_size: int | None = None,
@@ -69,6 +70,9 @@ def export_onnx(
             take adapters as data (see `gralora_fx.runtime.adapter_inputs`), at the layers that any adapter of the model
             adapts; the active ones are written to `adapters/`. `"swappable"`: as initializers that may be overridden,
             of rank 0 unless they are; `"inputs"`: as required inputs; `"batched"`: stacked, chosen by row.
+        adapter_form: Of adapters that are data: `"gralora"`, with the blocks of the model's `gralora_k`, or `"lora"`,
+            where any adapter is the plain LoRA that it equals, of rank `k*r + hybrid_r`: a third of the nodes at a
+            layer, k times the values, and any `gralora_k`. None for `"gralora"` if the model has such an adapter.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
@@ -100,6 +104,7 @@ def export_onnx(
     """
     options = ExportOptions(
         adapters=adapters,
+        adapter_form=adapter_form,
         precision=precision,
         quantize=quantize,
         block_size=block_size,
@@ -117,7 +122,7 @@ def export_onnx(
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
         traced = trace_to_export(model, options.adapters)
-        data = data_sites(model, options.adapters, options.precision)
+        data = data_sites(model, options.adapters, options.precision, options.adapter_form)
         flavour = flavour_of(traced)
         _check(model, traced, flavour, options, output_dir)
     with timed("convert", seconds), gc_pause():

@@ -15,6 +15,7 @@ DYNAMIC = "int8-dynamic"
 QUANTIZATIONS = ("int4", "int8", DYNAMIC)
 LOGITS = ("last", "all")
 LEVELS = ("quick", "full")
+ADAPTER_FORMS = ("gralora", "lora")
 ADAPTER_MODES = ("merged", *AS_DATA)
 _SMALLEST_BLOCK = 16
 _BLOCK_SIZE, _ACCURACY_LEVEL = 32, 4  # if none are given
@@ -77,6 +78,8 @@ class ExportOptions:
 
     Attributes:
         adapters: How adapters are held.
+        adapter_form: Whether adapters that are data have GraLoRA's blocks: `"gralora"`, `"lora"`, or None for whether
+            an adapter of the model has.
         precision: Precision of weights, activations and the cache.
         quantize: Kind of quantization; None for none.
         block_size: Values that share a scale, of int4 and int8; None for 32.
@@ -91,6 +94,7 @@ class ExportOptions:
     """
 
     adapters: str = "merged"
+    adapter_form: str | None = None
     precision: str = "fp32"
     quantize: str | None = None
     block_size: int | None = None
@@ -110,6 +114,10 @@ class ExportOptions:
             ExportError: A value is not one that the option takes; the message says which there are.
         """
         check_choice("adapters", self.adapters, ADAPTER_MODES)
+        if self.adapter_form is not None:
+            check_choice("adapter_form", self.adapter_form, ADAPTER_FORMS)
+            if self.adapters not in AS_DATA:
+                raise ExportError(f"adapter_form has no effect with adapters={self.adapters!r}; leave it out")
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("logits", self.logits, LOGITS)
         if not isinstance(self.verify, bool):

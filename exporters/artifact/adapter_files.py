@@ -112,7 +112,7 @@ def adapter_tensors(name: str, updates: Mapping[str, Update], inputs: AdapterInp
             problems.append(f"at {path} the adapter has {error}")
             continue
         arrays = [cast(value.numpy(force=True), inputs.dtype) for value in values]
-        r, hybrid_r = arrays[0].shape[2], arrays[2].shape[1]
+        r, hybrid_r = arrays[0].shape[2] if inputs.k else 0, arrays[-2].shape[1]
         shapes = site.shapes(inputs.k, r, hybrid_r)
         problems += [
             f"{key} has shape {list(array.shape)} instead of {list(shape)}"
@@ -121,7 +121,7 @@ def adapter_tensors(name: str, updates: Mapping[str, Update], inputs: AdapterInp
         ]
         if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays):
             problems.append(f"at {path} the adapter has values that are not finite in {inputs.dtype}")
-        tensors |= dict(zip(site.names(), arrays, strict=True))
+        tensors |= dict(zip(site.names(inputs.k), arrays, strict=True))
     if problems:
         raise ExportError(
             f"adapter {name!r} does not fit the export: {listed(problems)}; give one of this base and gralora_k, "

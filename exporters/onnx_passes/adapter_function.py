@@ -21,20 +21,33 @@ def adapter_function(model: ir.Model, k: int, num_axes: int, opset: int) -> ir.O
     whose sum is the adapter's output: one node adds both to what the layer gives. Every rank may be 0. The blocks of
     GraLoRA exchange parts of their products between two batched matmuls; nothing is computed from shapes at run time.
 
+    In LoRA's form it is `general = Adapter(x, A_general, B_general)`.
+
     Args:
         model: The model.
-        k: Blocks in each direction.
+        k: Blocks in each direction; 0 for LoRA's form.
         num_axes: Axes of `x`.
         opset: Version of ONNX's operators.
 
     Returns:
         What nodes call the function by.
     """
-    name = f"{NAME}_k{k}_{num_axes}d"
+    name = f"{NAME}_k{k}_{num_axes}d" if k else f"{NAME}_lora"
     identifier = (DOMAIN, name, "")
     if identifier not in model.functions:
-        model.functions[identifier] = _function(name, k, num_axes, opset)
+        model.functions[identifier] = _function(name, k, num_axes, opset) if k else _lora_function(name, opset)
     return identifier
+
+
+def _lora_function(name: str, opset: int) -> ir.Function:
+    x, A_general, B_general = inputs = [ir.Value(name=n) for n in ("x", "A_general", "B_general")]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
+    build = Builder(graph)
+    general = build("MatMul", build("MatMul", x, A_general), B_general)
+    general.name = "general"
+    graph.extend(build.take())
+    graph.outputs.append(general)
+    return ir.Function(DOMAIN, name, graph=graph, attributes=[])
 
 
 def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:

@@ -86,11 +86,13 @@ class _Insertion:
         return build("Concat", *parts, axis=-1)
 
     def _outputs(self, build: Builder, x: ir.Value, mark: SiteOutput) -> Sequence[ir.Value]:
-        """The two parts of the adapter's output at a site."""
+        """The parts of the adapter's output at a site: that of blocks, unless they have LoRA's form, and of plain LoRA."""
         assert x.shape is not None
         site = self.sites[mark.path]
         domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), self.model.graph.opset_imports[""])
-        outputs = build.node(name, [x, *self._tensors(site)], domain=domain, num_outputs=2).outputs
+        outputs = build.node(
+            name, [x, *self._tensors(site)], domain=domain, num_outputs=2 if self.inputs.k else 1
+        ).outputs
         if mark.rows is None:
             return outputs
         start, stop = build.ints(mark.rows[0]), build.ints(mark.rows[1])

@@ -18,9 +18,10 @@ from torch import nn
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.adapter_files import adapter_tensors
 from gralora_fx.exporters.verification.dequantized_model import reference_model
-from gralora_fx.methods import Update
+from gralora_fx.methods import AdapterTensors, Update
 from gralora_fx.methods.fold import fold
 from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.passes.replace_weights import replace_weights
 from gralora_fx.runtime.adapter_file import SUFFIX, cast, read_record, read_tensors
@@ -121,11 +122,12 @@ def _folded(base: TracedModel, tensors: Arrays, inputs: AdapterInputs) -> Traced
     sites = {site.path: site for site in base.sites}
     weights: dict[str, nn.Parameter] = {}
     for entry in inputs.sites:
-        if entry.names()[0] not in tensors:
+        names, site = entry.names(inputs.k), sites[entry.path]
+        if names[0] not in tensors:
             continue
-        A, B, A_general, B_general = (torch.from_numpy(tensors[name].astype(np.float32)) for name in entry.names())
-        update = Update(Factors(A, B, A_general.t(), B_general.t()), 1.0)
-        site = sites[entry.path]
+        *blocks, A, B = (torch.from_numpy(tensors[name].astype(np.float32)) for name in names)
+        factors: AdapterTensors = Factors(*blocks, A.t(), B.t()) if blocks else LoraFactors(A.t(), B.t())
+        update = Update(factors, 1.0)
         folded = fold(site.weight.detach(), [update], transposed=site.kind == "conv1d")
         weights[entry.path] = nn.Parameter(folded, requires_grad=False)
     return replace_weights(base, weights)

@@ -74,6 +74,7 @@ def export(
     adapter: opt.Adapter = None,
     task: opt.Task = None,
     adapters: opt.AdaptersMode = "merged",
+    adapter_form: opt.AdapterForm = None,
     precision: opt.Precision = "fp32",
     quantize: opt.Quantize = None,
     block_size: opt.BlockSize = None,
@@ -97,6 +98,7 @@ def export(
     options = opt.export_options(
         {
             "adapters": adapters,
+            "adapter_form": adapter_form,
             "precision": precision,
             "quantize": quantize,
             "logits": logits,

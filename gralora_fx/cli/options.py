@@ -11,7 +11,15 @@ import typer
 
 from gralora_fx.config.tasks import TASKS, check_task
 from gralora_fx.errors import ConfigError, first_line
-from gralora_fx.exporters.options import ADAPTER_MODES, LEVELS, LOGITS, PRECISIONS, QUANTIZATIONS, ExportOptions
+from gralora_fx.exporters.options import (
+    ADAPTER_FORMS,
+    ADAPTER_MODES,
+    LEVELS,
+    LOGITS,
+    PRECISIONS,
+    QUANTIZATIONS,
+    ExportOptions,
+)
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
 
 
@@ -75,6 +83,13 @@ AdaptersMode = Annotated[
         "--adapters",
         metavar=_either(ADAPTER_MODES),
         help="Fold the adapter into the weights, or keep adapters apart as data that every run chooses.",
+    ),
+]
+AdapterForm = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_either(ADAPTER_FORMS),
+        help="Of adapters that are data: with GraLoRA's blocks, or as plain LoRA: fewer nodes, more values.",
     ),
 ]
 Precision = Annotated[str, typer.Option(metavar=_either(PRECISIONS), help="Precision of weights and cache.")]

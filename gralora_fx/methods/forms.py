@@ -105,20 +105,24 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def as_data(update: Update, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def as_data(update: Update, k: int) -> tuple[Tensor, ...]:
     """The same update as the tensors that an exported model takes (see `gralora_fx.runtime.adapter_inputs`).
 
     Args:
         update: An adapter's tensors at a site, and their scale, which becomes part of the `B` tensors.
-        k: Blocks in each direction; that of the update, unless the rank of its blocks is 0.
+        k: Blocks in each direction; that of the update, unless the rank of its blocks is 0. 0 for LoRA's form.
 
     Returns:
         `A [k, in/k, r]`, `B [k, r, out/k]`, `A_general [in, hybrid_r]` and `B_general [hybrid_r, out]`, in float32 or
-        better; a part that the update lacks has rank 0.
+        better; a part that the update lacks has rank 0. In LoRA's form the last two alone, of rank `k*r + hybrid_r`.
 
     Raises:
         ValueError: The update has blocks of another `k`.
     """
+    if k == 0:
+        A, B = update.factors.lora_form()
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        return A.to(dtype).t().contiguous(), (B.to(dtype).t() * update.scale).contiguous()
     factors = as_gralora(update.factors)
     (r, own_k, _), (ins, outs) = factors.dims, factors.features
     if r and own_k != k:

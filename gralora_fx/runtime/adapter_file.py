@@ -238,16 +238,20 @@ def _record_problems(record: AdapterRecord, inputs: AdapterInputs, fingerprint: 
             f"for this export's, {str(fingerprint)[:12]}"
         )
     if record.k != inputs.k:
-        yield f"it has gralora_k={record.k}, and the export takes {inputs.k}; convert it with to_lora"
+        yield f"it has {_blocks(record.k)}, and the export takes {_blocks(inputs.k)}; add the adapter to this export"
     if record.dtype != inputs.dtype:
         yield f"it is {record.dtype}, and the export takes {inputs.dtype}"
     known = {site.path for site in inputs.sites}
     yield from (f"the export has no adapter at {path}" for path in record.sites if path not in known)
 
 
+def _blocks(k: int) -> str:
+    return f"gralora_k={k}" if k else "LoRA's form"
+
+
 def _tensor_problems(tensors: Arrays, record: AdapterRecord, inputs: AdapterInputs) -> Iterable[str]:
     sites = {site.path: site for site in inputs.sites}
-    expected = {name for path in record.sites for name in sites[path].names()}
+    expected = {name for path in record.sites for name in sites[path].names(inputs.k)}
     yield from (f"{name} is missing" for name in sorted(expected - set(tensors)))
     yield from (f"{name} is not a tensor of the export" for name in sorted(set(tensors) - expected))
     for path in record.sites:
@@ -257,12 +261,12 @@ def _tensor_problems(tensors: Arrays, record: AdapterRecord, inputs: AdapterInpu
 
 
 def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) -> Iterable[str]:
-    names = site.names()
+    names = site.names(inputs.k)
     present = [tensors[name] for name in names if name in tensors]
     if len(present) < len(names):
         return
-    a, _, general, _ = present
-    r = a.shape[2] if a.ndim == 3 else -1
+    a, general = present[0], present[-2]
+    r = a.shape[2] if inputs.k and a.ndim == 3 else 0
     hybrid_r = general.shape[1] if general.ndim == 2 else -1
     for (name, shape), array in zip(site.shapes(inputs.k, r, hybrid_r).items(), present, strict=True):
         if array.shape != shape:
@@ -271,7 +275,7 @@ def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) ->
             yield f"{name} is {array.dtype.name} instead of {inputs.dtype}"
         elif not np.isfinite(array.astype(np.float32)).all():
             yield f"{name} holds values that are not finite"
-    if r > 0 and r % inputs.k:
+    if inputs.k and r % inputs.k:
         yield f"the rank {r} at {site.path} is not a multiple of k={inputs.k}"
 
 
@@ -309,7 +313,7 @@ def _is_count(value: object) -> bool:
 _CHECKS = {
     "name": _is_text,
     "config": lambda value: isinstance(value, dict),
-    "k": lambda value: _is_count(value) and value > 0,
+    "k": _is_count,
     "r": _is_count,
     "hybrid_r": _is_count,
     "dtype": lambda value: value in _DTYPES,

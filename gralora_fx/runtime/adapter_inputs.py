@@ -6,6 +6,9 @@ With s = r / k, an adapter adds to the output of a linear layer with the input x
     x @ A_general @ B_general                                                       to the whole       (LoRA)
 
 Its scale is part of the `B` tensors. Rank 0 on either side leaves that side out.
+
+An export in LoRA's form has the second side alone, and takes a GraLoRA adapter as the LoRA of rank k*r + hybrid_r that
+it is, exactly: a third of the nodes, and k times the values.
 """
 
 from __future__ import annotations
@@ -34,21 +37,26 @@ class AdapterSite:
     in_features: int
     out_features: int
 
-    def names(self) -> tuple[str, ...]:
-        """Names of its tensors, in the order of `FIELDS`."""
-        return tuple(f"{self.path}.{field}" for field in FIELDS)
+    def names(self, k: int) -> tuple[str, ...]:
+        """Names of its tensors, in the order of `FIELDS`.
+
+        Args:
+            k: Blocks in each direction; 0 for LoRA's form, which has none.
+        """
+        return tuple(f"{self.path}.{field}" for field in (FIELDS if k else FIELDS[2:]))
 
     def shapes(self, k: int, r: int | str, hybrid_r: int | str) -> dict[str, tuple[int | str, ...]]:
         """Shapes of its tensors by name.
 
         Args:
-            k: Blocks in each direction.
+            k: Blocks in each direction; 0 for LoRA's form, which has none.
             r: Rank of the blocks, or the name of a symbolic axis.
             hybrid_r: Rank of the plain LoRA part, or the name of a symbolic axis.
         """
         inner, outer = self.in_features, self.out_features
-        shapes = ((k, inner // k, r), (k, r, outer // k), (inner, hybrid_r), (hybrid_r, outer))
-        return dict(zip(self.names(), shapes, strict=True))
+        general: list[tuple[int | str, ...]] = [(inner, hybrid_r), (hybrid_r, outer)]
+        blocks: list[tuple[int | str, ...]] = [(k, inner // k, r), (k, r, outer // k)] if k else []
+        return dict(zip(self.names(k), [*blocks, *general], strict=True))
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class AdapterInputs:
     Attributes:
         mode: `"swappable"`: overridable initializers; `"inputs"`: required inputs; `"batched"`: required inputs with a
             leading adapter axis, from which `adapter_ids` chooses for each row.
-        k: Blocks in each direction, of every site.
+        k: Blocks in each direction, of every site; 0 for LoRA's form, which has none.
         dtype: Their dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         sites: The layers that take an adapter.
         uncalled: Layers that an adapter may have tensors for, though the model's forward does not call them.
@@ -73,7 +81,7 @@ class AdapterInputs:
     def names(self) -> Iterator[str]:
         """Names of all tensors."""
         for site in self.sites:
-            yield from site.names()
+            yield from site.names(self.k)
 
 
 def is_adapter_tensor(name: str) -> bool:

@@ -318,7 +318,7 @@ class _Reader:
             for index, site in enumerate(entry._objects("sites"))
         ]
         uncalled: list[Any] = entry.take("uncalled", list)
-        if entry.take("mode", str) not in AS_DATA or entry.take("k", int) < 1:
+        if entry.take("mode", str) not in AS_DATA or entry.take("k", int) < 0:
             self._refuse("adapter_inputs", dict(entry.fields))
         return AdapterInputs(
             entry.take("mode", str),
