@@ -78,8 +78,7 @@ class ExportOptions:
 
     Attributes:
         adapters: How adapters are held.
-        adapter_form: Whether adapters that are data have GraLoRA's blocks: `"gralora"`, `"lora"`, or None for whether
-            an adapter of the model has.
+        adapter_form: Whether adapters that are data have GraLoRA's blocks: `"gralora"`, `"lora"`, or None.
         precision: Precision of weights, activations and the cache.
         quantize: Kind of quantization; None for none.
         block_size: Values that share a scale, of int4 and int8; None for 32.
@@ -180,6 +179,11 @@ class ExportOptions:
         if self.quantize == DYNAMIC:
             return DynamicQuantization()
         return Quantization(self.quantize, self._block_size, self._accuracy_level)
+
+    @property
+    def chosen_form(self) -> str | None:
+        """The form of adapters that are data; None for that of the model's adapters."""
+        return "lora" if self.adapter_form is None and self.quantize is not None else self.adapter_form
 
     @property
     def _block_size(self) -> int:

@@ -86,7 +86,7 @@ class _Insertion:
         return build("Concat", *parts, axis=-1)
 
     def _outputs(self, build: Builder, x: ir.Value, mark: SiteOutput) -> Sequence[ir.Value]:
-        """The parts of the adapter's output at a site: that of blocks, unless they have LoRA's form, and of plain LoRA."""
+        """The parts of the adapter's output at a site: that of its blocks, if it has some, and that of plain LoRA."""
         assert x.shape is not None
         site = self.sites[mark.path]
         domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), self.model.graph.opset_imports[""])

@@ -125,8 +125,9 @@ def _folded(base: TracedModel, tensors: Arrays, inputs: AdapterInputs) -> Traced
         names, site = entry.names(inputs.k), sites[entry.path]
         if names[0] not in tensors:
             continue
-        *blocks, A, B = (torch.from_numpy(tensors[name].astype(np.float32)) for name in names)
-        factors: AdapterTensors = Factors(*blocks, A.t(), B.t()) if blocks else LoraFactors(A.t(), B.t())
+        values = [torch.from_numpy(tensors[name].astype(np.float32)) for name in names]
+        A, B = values[-2].t(), values[-1].t()
+        factors: AdapterTensors = Factors(values[0], values[1], A, B) if inputs.k else LoraFactors(A, B)
         update = Update(factors, 1.0)
         folded = fold(site.weight.detach(), [update], transposed=site.kind == "conv1d")
         weights[entry.path] = nn.Parameter(folded, requires_grad=False)
