@@ -21,6 +21,7 @@ NAMES = (
     "decoders",
     "encoders",
     "generation",
+    "adapters",
     "streaming",
     "merge-checkpoint",
     "providers",

@@ -9,22 +9,18 @@ where it is not told otherwise.
 
 from __future__ import annotations
 
-import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai as og
 import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import smollm2
+from benchmarks.genai import build, open_model, run_process, seconds_of, token_times
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.serving import load
 from gralora_fx.serving.sampling import CHUNK
@@ -72,7 +68,7 @@ def run(iterations: int = 8, exports: int = 2) -> Report:
     _compare_tokens(report, base, adapter)
     for precision, bounds in (("fp32", (0.8, 1.0)), ("int4", (0.9, 1.0))):
         ours = _ours(base, adapter, RUNS / f"ours_{precision}", precision)
-        theirs = _genai(merged, RUNS / f"genai_{precision}", precision)
+        theirs = build(merged, RUNS / f"genai_{precision}", precision, RUNS / "cache")
         _compare_speed(report, ours, theirs, precision, bounds, iterations)
     return report
 
@@ -81,42 +77,23 @@ def _ours(base: Path, adapter: Path | None, output: Path, precision: str = "fp32
     command = ["export", "--model", base, "--task", "text-generation-with-past", "--output", output, "--no-verify"]
     command += [] if adapter is None else ["--adapter", adapter]
     command += [] if precision == "fp32" else ["--quantize", precision]
-    _process(["-m", "gralora_fx.cli", *command], output)
+    run_process(["-m", "gralora_fx.cli", *command], output)
     return output
-
-
-def _genai(model: Path, output: Path, precision: str) -> Path:
-    options = ["-m", model, "-o", output, "-p", precision, "-e", "cpu", "-c", RUNS / "cache"]
-    _process(["-m", "onnxruntime_genai.models.builder", *options], output)
-    return output
-
-
-def _process(arguments: Sequence[Any], output: Path) -> None:
-    shutil.rmtree(output, ignore_errors=True)
-    done = subprocess.run([sys.executable, "-W", "ignore", *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{arguments[:2]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-
-
-def _seconds(run: Any) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
 
 
 def _compare_exports(report: Report, base: Path, adapter: Path, merged: Path, exports: int) -> None:
     sides = {
         "ours, base and adapter, fp32": lambda: _ours(base, adapter, RUNS / "ours_fp32"),
-        "genai's builder, merged checkpoint, fp32": lambda: _genai(merged, RUNS / "genai_fp32", "fp32"),
+        "genai's builder, merged checkpoint, fp32": lambda: build(merged, RUNS / "genai_fp32", "fp32", RUNS / "cache"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(exports):
         for name, side in sides.items():
             progress(f"export {turn + 1} of {exports}, {name}")
-            seconds[name].append(_seconds(side))
+            seconds[name].append(seconds_of(side))
     progress("export, transformers' OnnxExporter")
     output = RUNS / "transformers"
-    theirs = _seconds(lambda: _process(["-c", TRANSFORMERS, merged, output], output))
+    theirs = seconds_of(lambda: run_process(["-c", TRANSFORMERS, merged, output], output))
     ours, builder = (statistics.median(times) for times in seconds.values())
     rows = [{"export, whole process": name, "seconds": statistics.median(times)} for name, times in seconds.items()]
     rows.append({"export, whole process": "transformers' OnnxExporter, merged checkpoint, fp32", "seconds": theirs})
@@ -131,7 +108,7 @@ def _compare_depths(report: Report, base: Path, exports: int) -> None:
     for turn in range(exports):
         for layers, model in models.items():
             progress(f"export {turn + 1} of {exports}, {layers} layers")
-            seconds[layers].append(_seconds(lambda model=model: _ours(model, None, RUNS / "ours_random")))
+            seconds[layers].append(seconds_of(lambda model=model: _ours(model, None, RUNS / "ours_random")))
     medians = {layers: statistics.median(times) for layers, times in seconds.items()}
     rows = [{"layers": layers, "seconds, whole process": median} for layers, median in medians.items()]
     report.tables.append(Table("time to export by depth", rows))
@@ -173,9 +150,9 @@ def _compare_speed(
         ids = numbers.integers(10, 40000, (1, CONTEXT)).astype(np.int32)
         turn = 1 if iteration % 2 else -1
         # loaded anew, the other one first: what memory a session gets moves its decode by two percent
-        opened = {name: _model(directory) for name, directory in [(OURS, ours), (GENAI, theirs)][::turn]}
+        opened = {name: open_model(directory, THREADS) for name, directory in [(OURS, ours), (GENAI, theirs)][::turn]}
         for graph, way in runs[::turn]:
-            times = _generate(opened[graph], ids, CHUNK if way == PIECES else 0)
+            times = token_times(opened[graph], ids, STEPS, chunk=CHUNK if way == PIECES else 0)
             if iteration >= 0:
                 prefill[graph, way].append(times[0])
                 decode[graph, way].append(statistics.median(times[1:]))
@@ -195,25 +172,3 @@ def _compare_speed(
     step = Ratio.between(decode[OURS, PIECES], decode[GENAI, AT_ONCE]).of_medians
     report.claims.append(Claim(f"{precision}, decode over genai's graph", step, at_most=bounds[1]))
     report.tables.append(Table(f"{precision}: {CONTEXT} tokens, then {STEPS} more, {THREADS} threads", rows))
-
-
-def _model(directory: Path) -> Any:
-    config = og.Config(str(directory))
-    threads = f'{{"session_options": {{"intra_op_num_threads": {THREADS}}}}}'
-    config.overlay(f'{{"model": {{"decoder": {threads}}}}}')
-    return og.Model(config)
-
-
-def _generate(model: Any, ids: np.ndarray[Any, Any], chunk: int) -> list[float]:
-    """Seconds of the prompt, then of each further token."""
-    parameters = og.GeneratorParams(model)
-    length = CONTEXT + STEPS + 1
-    chunks = {"chunk_size": chunk} if chunk else {}
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False, **chunks)
-    generator = og.Generator(model, parameters)
-
-    def prompt() -> None:
-        generator.append_tokens(ids)
-        generator.generate_next_token()
-
-    return [_seconds(prompt), *(_seconds(generator.generate_next_token) for _ in range(STEPS))]

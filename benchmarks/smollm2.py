@@ -34,13 +34,11 @@ def base(directory: Path) -> Path:
     return directory
 
 
-def adapter(directory: Path, model: Path) -> Path:
+def adapter(directory: Path, model: Path, r: int = 32) -> Path:
     """A random GraLoRA adapter on all seven projections, saved by PEFT once."""
     if not (directory / "adapter_config.json").is_file():
         torch.manual_seed(0)
-        config = peft.GraloraConfig(
-            r=32, alpha=2, target_modules=PROJECTIONS, init_weights=False, task_type="CAUSAL_LM"
-        )
+        config = peft.GraloraConfig(r=r, alpha=2, target_modules=PROJECTIONS, init_weights=False, task_type="CAUSAL_LM")
         wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
         wrapped.save_pretrained(directory)
     return directory

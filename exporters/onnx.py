@@ -72,8 +72,8 @@ def export_onnx(
             of rank 0 unless they are; `"inputs"`: as required inputs; `"batched"`: stacked, chosen by row.
         adapter_form: Of adapters that are data: `"gralora"`, with the blocks of the model's `gralora_k`, or `"lora"`,
             where any adapter is the plain LoRA that it equals, of rank `k*r + hybrid_r`: a third of the nodes at a
-            layer, k times the values, and any `gralora_k`. None for `"gralora"`, but for `"lora"` over a quantized base,
-            beside which nodes take longer than values, and where no adapter of the model has blocks.
+            layer, k times the values, and any `gralora_k`. None for `"gralora"`, but for `"lora"` over a quantized
+            base, beside which nodes take longer than values, and where no adapter of the model has blocks.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,

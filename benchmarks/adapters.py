@@ -1,0 +1,176 @@
+"""Adapters as data: what a decoder pays for them a token, and what a switch costs.
+
+SmolLM2-135M with a GraLoRA adapter on all seven projections: the export with the adapter folded in, the base's, and
+swappable ones in both forms, driven by onnxruntime-genai in turns in one process. onnxruntime-genai's own export of a
+LoRA adapter is measured beside its base.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime_genai as og
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import smollm2
+from benchmarks.genai import build, open_model, run_process, seconds_of, token_times
+from benchmarks.harness import Claim, Report, Table, progress
+from gralora_fx.serving import load
+
+RUNS = Path("runs/adapters")
+SHARED = Path("runs/generation")
+THREADS, CONTEXT, STEPS = 2, 50, 32
+TASK = ("--task", "text-generation-with-past", "--no-verify")
+Side = tuple[Any, tuple[Any, str] | None]  # a model of onnxruntime-genai, and its active adapter
+
+
+def run(iterations: int = 6) -> Report:
+    """Measure decoding and switching.
+
+    Args:
+        iterations: Prompts that each graph is timed on.
+    """
+    report = Report("adapters", "adapters as data: SmolLM2-135M, seven projections")
+    base = smollm2.base(SHARED / "base")
+    adapters = {32: smollm2.adapter(SHARED / "adapter", base), 8: smollm2.adapter(RUNS / "adapter_8", base, r=8)}
+    for precision, rank, form, over_merged in (
+        ("fp32", 32, "gralora", 1.2),
+        ("fp32", 32, "lora", None),
+        ("fp32", 8, "lora", None),
+        ("int4", 8, "lora", 1.3),
+        ("int4", 8, "gralora", None),
+    ):
+        _compare_decode(report, base, adapters[rank], (precision, rank, form), over_merged, iterations)
+    _compare_genai(report, base, iterations)
+    _compare_switches(report, RUNS / "swappable_fp32_r32_gralora")
+    return report
+
+
+def _export(base: Path, adapter: Path | None, name: str, precision: str, *options: str) -> Path:
+    output = RUNS / name
+    if not (output / "model.onnx").is_file():
+        progress(f"export {name}")
+        command = ["export", "--model", base, "--output", output, *TASK, *options]
+        command += [] if adapter is None else ["--adapter", adapter]
+        command += [] if precision == "fp32" else ["--quantize", precision]
+        run_process(["-m", "gralora_fx.cli", *command], output)
+    return output
+
+
+def _compare_decode(
+    report: Report, base: Path, adapter: Path, kind: tuple[str, int, str], over_merged: float | None, iterations: int
+) -> None:
+    precision, rank, form = kind
+    name = f"{precision}, r={rank}, {form} form"
+    data = ("--adapters", "swappable", "--adapter-form", form)
+    swappable = _export(base, adapter, f"swappable_{precision}_r{rank}_{form}", precision, *data)
+    merged = _export(base, adapter, f"merged_{precision}_r{rank}", precision)
+    plain = _export(base, None, f"base_{precision}", precision)
+    model = open_model(swappable, THREADS)
+    active = og.Adapters(model)
+    active.load(str(swappable / "adapters" / "default.onnx_adapter"), "default")
+    sides: dict[str, Side] = {
+        "merged": (open_model(merged, THREADS), None),
+        "base": (open_model(plain, THREADS), None),
+        "swappable, adapter on": (model, (active, "default")),
+        "swappable, none on": (model, None),
+    }
+    times = _interleaved(sides, name, iterations)
+    on, off = (
+        times[f"swappable, {state} on"] / times[other] for state, other in (("adapter", "merged"), ("none", "base"))
+    )
+    report.claims.append(Claim(f"{name}: decode with the adapter over merged", on, at_most=over_merged))
+    report.claims.append(Claim(f"{name}: decode with none over the base", off, at_most=1.1))
+    nodes = _nodes(swappable) - _nodes(plain)
+    values = (swappable / "adapters" / "default.onnx_adapter").stat().st_size
+    floor = {"nodes added, inlined": nodes, "MB of adapter": values / 1e6}
+    rows = [{"graph": side, "ms a token": 1e3 * seconds, **floor} for side, seconds in times.items()]
+    report.tables.append(Table(f"decode, {name}, {THREADS} threads", rows))
+
+
+def _interleaved(sides: Mapping[str, Side], name: str, iterations: int) -> dict[str, float]:
+    """Median seconds of a token by side."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    numbers = np.random.default_rng(0)
+    for iteration in range(-1, iterations):
+        progress(f"{name}, prompt {iteration + 2} of {iterations + 1}")
+        ids = numbers.integers(10, 40000, (1, CONTEXT)).astype(np.int32)
+        for side, (model, adapter) in list(sides.items())[:: 1 if iteration % 2 else -1]:
+            _, *tokens = token_times(model, ids, STEPS, adapter=adapter)
+            if iteration >= 0:
+                seconds[side].append(statistics.median(tokens))
+    return {side: statistics.median(found) for side, found in seconds.items()}
+
+
+def _nodes(directory: Path) -> int:
+    """Nodes of a graph once functions are inlined."""
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    bodies = {function.name: len(function.node) for function in model.functions}
+    return sum(bodies.get(node.op_type, 1) for node in model.graph.node)
+
+
+def _compare_genai(report: Report, base: Path, iterations: int) -> None:
+    """onnxruntime-genai's own LoRA of rank 8 over int4, over its base."""
+    lora = _lora(RUNS / "lora_8", base)
+    cache = RUNS / "cache"
+    plain, adapted = RUNS / "genai_int4", RUNS / "genai_int4_lora"
+    for output, extra in ((plain, {}), (adapted, {"adapter_path": str(lora)})):
+        if not (output / "genai_config.json").is_file():
+            progress(f"onnxruntime-genai's builder, {output.name}")
+            build(base, output, "int4", cache, **extra)
+    model = open_model(adapted, THREADS)
+    adapters = og.Adapters(model)
+    (file,) = adapted.glob("*.onnx_adapter")
+    adapters.load(str(file), "lora")
+    sides: dict[str, Side] = {
+        "genai's base": (open_model(plain, THREADS), None),
+        "genai's, adapter on": (model, (adapters, "lora")),
+        "genai's, none on": (model, None),
+    }
+    times = _interleaved(sides, "onnxruntime-genai's own, int4, r=8", iterations)
+    rows = [{"graph": side, "ms a token": 1e3 * seconds} for side, seconds in times.items()]
+    report.tables.append(Table("decode, int4, r=8, onnxruntime-genai's own LoRA", rows))
+    ratio = times["genai's, adapter on"] / times["genai's base"]
+    report.claims.append(Claim("int4, r=8: onnxruntime-genai's own LoRA over its base", ratio))
+
+
+def _lora(directory: Path, base: Path) -> Path:
+    if not (directory / "adapter_config.json").is_file():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules=smollm2.PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        peft.get_peft_model(model, config).save_pretrained(directory)
+    return directory
+
+
+def _compare_switches(report: Report, directory: Path, calls: int = 60) -> None:
+    """A call with another adapter than the call before, over one with the same; and binding all tensors."""
+    served = load(directory)
+    served.load_adapter("other", directory / "adapters" / "default.onnx_adapter")
+    ids = np.array([[5]])
+    names = ("default", "other")
+    for name in names:
+        served(input_ids=ids, adapter=name)
+    same = [seconds_of(lambda: served(input_ids=ids, adapter="default")) for _ in range(calls)]
+    switched = [seconds_of(lambda i=i: served(input_ids=ids, adapter=names[i % 2])) for i in range(calls)]
+    binding = served.session.io_binding()
+    bound = [seconds_of(lambda i=i: served.bind_adapter(binding, names[i % 2])) for i in range(calls)]
+    chosen = [seconds_of(lambda i=i: served.adapters.session(names[i % 2])) for i in range(calls)]
+    more = 1e3 * (statistics.median(switched) - statistics.median(same))
+    report.claims.append(Claim("milliseconds that a call with another adapter takes longer", more, at_most=1.0))
+    rows = [
+        {"what": "call with the same adapter", "ms": 1e3 * statistics.median(same)},
+        {"what": "call with another adapter", "ms": 1e3 * statistics.median(switched)},
+        {"what": "choosing an adapter", "ms": 1e3 * statistics.median(chosen)},
+        {"what": "binding all tensors", "ms": 1e3 * statistics.median(bound)},
+    ]
+    report.tables.append(Table("switching", rows))

@@ -1,0 +1,85 @@
+"""onnxruntime-genai as a side of a benchmark: its builder, and seconds of each token of a graph that it drives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+
+
+def build(model: Path, output: Path, precision: str, cache: Path, **extra: str) -> Path:
+    """Build a graph with onnxruntime-genai's builder, in a process of its own.
+
+    Args:
+        model: A checkpoint.
+        output: Where to write; it is emptied first.
+        precision: `"fp32"` or `"int4"`.
+        cache: Where the builder keeps what it downloads.
+        extra: Its extra options.
+    """
+    options = ["-m", model, "-o", output, "-p", precision, "-e", "cpu", "-c", cache]
+    options += ["--extra_options", *(f"{key}={value}" for key, value in extra.items())] if extra else []
+    run_process(["-m", "onnxruntime_genai.models.builder", *options], output)
+    return output
+
+
+def run_process(arguments: Sequence[Any], output: Path) -> None:
+    """Run Python with arguments, its output directory emptied first.
+
+    Raises:
+        RuntimeError: It ends with an error.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{arguments[:2]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def open_model(directory: Path, threads: int) -> Any:
+    """A graph opened by onnxruntime-genai, with a number of threads."""
+    config = og.Config(str(directory))
+    options = {"intra_op_num_threads": threads, "log_severity_level": 4}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return og.Model(config)
+
+
+def token_times(
+    model: Any, ids: np.ndarray[Any, Any], steps: int, *, chunk: int = 0, adapter: tuple[Any, str] | None = None
+) -> list[float]:
+    """Seconds of a prompt, then of each further token.
+
+    Args:
+        model: The result of `open_model`.
+        ids: `[1, length]`, the prompt.
+        steps: Tokens after the first.
+        chunk: Tokens of the prompt that are read at once; 0 for all.
+        adapter: Adapters of the model, and the name of the active one; None for none.
+    """
+    parameters = og.GeneratorParams(model)
+    length = ids.shape[1] + steps + 1
+    chunks = {"chunk_size": chunk} if chunk else {}
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False, **chunks)
+    generator = og.Generator(model, parameters)
+    if adapter is not None:
+        generator.set_active_adapter(*adapter)
+
+    def prompt() -> None:
+        generator.append_tokens(ids)
+        generator.generate_next_token()
+
+    return [seconds_of(prompt), *(seconds_of(generator.generate_next_token) for _ in range(steps))]
