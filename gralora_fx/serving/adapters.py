@@ -10,6 +10,7 @@ from typing import Any
 
 from gralora_fx.errors import ServingError, first_line, listed, shown
 from gralora_fx.runtime.adapter_file import SUFFIX, AdapterRecord, check_name, read_record, read_tensors
+from gralora_fx.runtime.adapter_inputs import INPUTS
 from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter, with_adapter
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.names import ADAPTERS
@@ -87,6 +88,17 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """
         inputs = self._check_takes_adapters()
         return empty_adapter(inputs) | ({} if name is None else dict(self[name].values))
+
+    def required(self, name: str | None) -> dict[str, Any]:
+        """The tensors that every run must be given, as arrays: none where they are initializers with a default.
+
+        Raises:
+            ServingError: There is no such adapter.
+        """
+        inputs = self._manifest.adapter_inputs
+        if inputs is None or inputs.mode != INPUTS:
+            return {}
+        return {tensor: value.numpy() for tensor, value in self.to_bind(name).items()}
 
     def session(self, name: str | None) -> Any:
         """The session that runs with an adapter, or without one.

@@ -6,9 +6,11 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
@@ -71,7 +73,11 @@ class Generator:
         )
 
     def tokens(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, adapter: LoadedAdapter | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        adapter: LoadedAdapter | None = None,
+        required: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> Iterator[list[int]]:
         """Generate one new token for each row in every step, until every row has ended or is full.
 
@@ -81,6 +87,7 @@ class Generator:
             prompts: Token ids by row, checked.
             sampling: How tokens are chosen.
             adapter: The adapter to run with; None for the base.
+            required: Its tensors, of an export that requires them as inputs, rather than that they may be overridden.
 
         Raises:
             ServingError: onnxruntime-genai fails, or an adapter's file was changed since it was loaded.
@@ -93,7 +100,9 @@ class Generator:
         try:
             parameters.set_search_options(**sampling.options(longest, len(prompts), self._context))
             generator = self._genai.Generator(self._model, parameters)
-            if adapter is not None:
+            for name, value in required.items():
+                generator.set_model_input(name, value)
+            if adapter is not None and not required:
                 generator.set_active_adapter(*self._active(adapter))
             generator.append_tokens(rows)
             while not generator.is_done():
@@ -152,6 +161,7 @@ class Answers(Iterator[Any]):
         sampling: Sampling,
         stop: Sequence[str],
         adapter: LoadedAdapter | None = None,
+        required: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> None:
         """Check the prompts and start.
 
@@ -162,6 +172,7 @@ class Answers(Iterator[Any]):
             sampling: How tokens are chosen.
             stop: Strings that end an answer.
             adapter: The adapter to answer with; None for the base.
+            required: Its tensors, of an export that requires them as inputs.
 
         Raises:
             ServingError: A prompt cannot be taken.
@@ -170,7 +181,7 @@ class Answers(Iterator[Any]):
         self._prompts = prompts
         reader = tokenizer if prompts.gives_text or stop else None
         self._answers = [Answer(reader, generator.ends, stop) for _ in prompts.rows]
-        self._steps = generator.tokens(prompts.rows, sampling, adapter)
+        self._steps = generator.tokens(prompts.rows, sampling, adapter, required)
 
     def __next__(self) -> Any:
         """What the next step adds: a text or ids, or a list of them for a list of prompts."""

@@ -259,7 +259,7 @@ class OrtModel:
         else:
             parsed = read_tokenized(input_ids, attention_mask)
         active = None if adapter is None else self.adapters[adapter]
-        answers = Answers(self._generator, parsed, tokenizer, chosen, stops, active)
+        answers = Answers(self._generator, parsed, tokenizer, chosen, stops, active, self.adapters.required(adapter))
         return answers if stream else answers.result()
 
     def _check_generates(self) -> None:
