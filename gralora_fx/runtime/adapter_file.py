@@ -205,7 +205,7 @@ def read_tensors(
     check_file(path, record, error)
     try:
         parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        tensors = {name: _array(value) for name, value in parameters.items()}
+        tensors = as_arrays(parameters)
     except Exception as failure:  # ONNX Runtime raises types of its own
         raise error(f"{path} is not an adapter of ONNX Runtime ({first_line(failure)})") from failure
     problems = [*_tensor_problems(tensors, record, inputs)]
@@ -291,6 +291,11 @@ def cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """An array in one of the dtypes of adapter tensors."""
     found: NDArray[Any] = array.astype(_DTYPES[dtype])
     return found
+
+
+def as_arrays(values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """`OrtValue`s by name as arrays, of bfloat16 too."""
+    return {name: _array(value) for name, value in values.items()}
 
 
 def _array(value: Any) -> NDArray[Any]:

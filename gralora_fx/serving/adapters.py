@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import ServingError, first_line, listed, shown
-from gralora_fx.runtime.adapter_file import SUFFIX, AdapterRecord, check_name, read_record, read_tensors
+from gralora_fx.runtime.adapter_file import (
+    SUFFIX,
+    AdapterRecord,
+    as_arrays,
+    check_name,
+    read_record,
+    read_tensors,
+    record_of,
+    record_path,
+    write_tensors,
+)
 from gralora_fx.runtime.adapter_inputs import INPUTS
+from gralora_fx.runtime.adapter_mix import mixed
 from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter, with_adapter
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.names import ADAPTERS
@@ -52,6 +65,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         self._session, self._max_rank = session, max_rank
         self._loaded: dict[str, LoadedAdapter] = {}
         self._lock = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")  # of sums, which onnxruntime-genai reads too
         inputs = manifest.adapter_inputs
         self.base_session = session if inputs is None else with_adapter(session, adapter_values({}, inputs))
 
@@ -137,6 +151,33 @@ class Adapters(Mapping[str, LoadedAdapter]):
             self._loaded = {**self._loaded, name: adapter}
         return adapter
 
+    def mix(self, name: str, weights: Mapping[str, float]) -> LoadedAdapter:
+        """Load the weighted sum of adapters under a name of its own; unloading one of them leaves the sum as it is.
+
+        Args:
+            name: The name of the sum.
+            weights: A weight for each adapter, by name.
+
+        Raises:
+            ServingError: The name is taken or invalid, there is no such adapter, a weight is not a finite number, or
+                the sum's rank is above the limit or its values are too large for their dtype.
+        """
+        inputs = self._check_takes_adapters()
+        check_name(name, ServingError)
+        if not isinstance(weights, Mapping) or not weights:
+            raise ServingError(f"weights must be a dict from adapters to numbers, but got {shown(weights)}")
+        wrong = [part for part, weight in weights.items() if not _is_number(weight)]
+        if wrong:
+            raise ServingError(f"the weight of {shown(wrong[0])} is {shown(weights[wrong[0]])}, not a finite number")
+        parts = [(as_arrays(self[part].values), float(weight)) for part, weight in weights.items()]
+        configs = {part: {"weight": float(weights[part]), "config": self[part].record.config} for part in weights}
+        file = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}{SUFFIX}"
+        tensors = mixed(parts, inputs)
+        write_tensors(file, tensors)
+        record = record_of(file, name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
+        record_path(file).write_text(record.to_json(), encoding="utf-8")
+        return self.load(name, file)
+
     def unload(self, name: str) -> None:
         """Forget an adapter; calls that run with it end undisturbed.
 
@@ -176,3 +217,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         if file.suffix != SUFFIX:
             raise ServingError(f"{file} is not an {SUFFIX} file; gralora-fx export-adapter makes one of a PEFT adapter")
         return file
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -155,6 +155,18 @@ class OrtModel:
         """
         self.adapters.load(name, path)
 
+    def mix_adapters(self, name: str, weights: Mapping[str, float]) -> None:
+        """Load the weighted sum of adapters as one more, exactly: its rank is the sum of theirs.
+
+        Args:
+            name: The name to give it.
+            weights: A weight for each adapter, by name: `{"summaries": 0.7, "german": 0.3}`.
+
+        Raises:
+            ServingError: The name is taken, there is no such adapter, or a weight is not a finite number.
+        """
+        self.adapters.mix(name, weights)
+
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; calls that run with it end undisturbed.
 
