@@ -128,9 +128,14 @@ _PERCEIVER_HEADS = {"num_self_attention_heads": 2, "num_cross_attention_heads": 
 _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "Bit": ({"num_groups": 2}, "groups have to divide its channels"),
     "AST": ({"max_length": 64}, "its spectrograms have a length of their own"),
+    "CohereCompassText": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        "its default has no angles",
+    ),
     "Cvt": ({"depth": [3, 3, 3], "embed_dim": [8, 8, 8]}, "its rates of dropped paths are taken by the stage"),
     "LayoutLMv3": ({"coordinate_size": 6, "shape_size": 4}, "its boxes are as wide as its words, in six parts"),
     "Lilt": ({"hidden_size": 48}, "its boxes are as wide as its words, in six parts"),
+    "Mistral4": ({"head_dim": 16}, "half of a head is rotated"),
     "MobileViTV2": ({"image_size": 256}, "an image has to have two patches after five halvings"),
     "NeoMME": ({"head_dim": 16}, "its angles are a quarter of a head"),
     "TextNet": ({"stem_out_channels": 32}, "its stem is as wide as its first stage"),

@@ -25,6 +25,9 @@ def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
 # used by PyTorch's own decompositions, but not supported by functionalization
 _BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadcast}
 
+# in-place operators whose rule fails while writes are functionalized with dynamic sizes, by what they write
+_UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.aten.clamp.default}
+
 
 def retrace(
     nodes: Sequence[fx.Node],
@@ -48,7 +51,9 @@ def retrace(
         computed |= {node: computed[node].clone() for node in written}
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), computed.__getitem__)
-            computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            functional = _UNTRACEABLE.get(node.target)
+            result = node.target(*args, **kwargs) if functional is None else args[0].copy_(functional(*args, **kwargs))  # type: ignore[operator]
+            computed[node] = result
         return [computed[node] for node in (*outputs, *written)]
 
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
