@@ -199,20 +199,39 @@ def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -
     if name == "input_ids":
         return _token_ids(model, _LENGTH, generator)
     if name == "pixel_values":
-        config = _image_config(config)
+        config = _part_with(config, "image_size")
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return torch.randn(_BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
-    if name == "input_features" and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 64)
-        return torch.randn(_BATCH, config.num_mel_bins, frames, generator=generator)
-    if name == "input_values" and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        return torch.randn(_BATCH, config.max_length, config.num_mel_bins, generator=generator)  # a spectrogram
-    if name == "input_features" and (width := _frame_width(config)):
-        return torch.randn(_BATCH, _FRAMES, width, generator=generator)
-    if name == "input_values":
-        return torch.randn(_BATCH, _SAMPLES, generator=generator)
+    sounds = [torch.randn(shape, generator=generator) for shape in _sound_shapes(config, name)]
+    if sounds:
+        return next((sound for sound in sounds if len(sounds) > 1 and _takes(model, name, sound)), sounds[0])
     raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
+
+
+def _sound_shapes(config: Any, name: str) -> list[tuple[int, ...]]:
+    """The shapes that a sound may have for a model, the most common first; none of another input."""
+    bins = getattr(_part_with(config, "num_mel_bins"), "num_mel_bins", None)
+    if name == "input_values":
+        if bins and hasattr(config, "max_length"):
+            return [(_BATCH, config.max_length, bins)]  # a spectrogram
+        return [(_BATCH, _SAMPLES), (_BATCH, 1, _SAMPLES)]  # some take a channel
+    if name != "input_features":
+        return []
+    width = _frame_width(config)
+    frames = 2 * getattr(config, "max_source_positions", 64)
+    shapes = [(_BATCH, bins, frames), (_BATCH, frames, bins)] if bins else []
+    return shapes or ([(_BATCH, _FRAMES, width)] if width else [])
+
+
+def _takes(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
+    """Whether a model runs on an input alone."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            model(**{name: value.to(model.dtype)})
+    except Exception:  # noqa: BLE001  # a model raises what it likes where a shape is not its own
+        return False
+    return True
 
 
 def _frame_width(config: Any) -> int | None:
@@ -221,12 +240,12 @@ def _frame_width(config: Any) -> int | None:
     return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
 
 
-def _image_config(config: Any) -> Any:
-    """The part of a configuration that says how large images are; the configuration itself where none does."""
-    if hasattr(config, "image_size"):
+def _part_with(config: Any, field: str) -> Any:
+    """The part of a configuration that has a field; the configuration itself where none does."""
+    if hasattr(config, field):
         return config
     parts = [getattr(config, name, None) for name in config.sub_configs]
-    return next((part for part in parts if hasattr(part, "image_size")), config)
+    return next((part for part in parts if hasattr(part, field)), config)
 
 
 def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) -> torch.Tensor:
