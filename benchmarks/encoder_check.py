@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.errors import first_line
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.passes.fold_weights import shared_sites
+from gralora_fx.tracing.check import eager_failure
+from gralora_fx.tracing.inputs.arguments import configured_cache
 from gralora_fx.tracing.inputs.samples import infer_task, inputs_for_task
 
 K = 2
@@ -91,13 +92,12 @@ def check_encoder(
 
 
 def _run(model: PreTrainedModel, task: str) -> None:
-    """Run a model on the inputs of its task."""
+    """Run a model on the inputs of its task, as a trace would."""
     inputs = inputs_for_task(model, task)
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except Exception as error:  # a model raises what it likes
-        raise RuntimeError(f"on {', '.join(inputs)} alone the model itself fails: {first_line(error)}") from error
+    with configured_cache(model, use_cache=False):
+        failure = eager_failure(model, inputs)
+    if failure is not None:
+        raise RuntimeError(f"on {', '.join(inputs)} alone the model itself fails: {failure}")
 
 
 def _rewritten(traced: TracedModel, model: PreTrainedModel) -> GraloraModel | TracedModel:

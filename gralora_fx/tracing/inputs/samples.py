@@ -33,6 +33,7 @@ _TAKES = {
     "image-classification": ("pixel_values",),
     "automatic-speech-recognition": ("input_features", "input_values"),
 }
+_MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
@@ -41,10 +42,20 @@ _FRAMES = 20  # of speech
 _SAMPLES = 4000  # a quarter of a second of speech
 
 
+def main_input(model: PreTrainedModel) -> str:
+    """The name of the input that holds a text, an image or a sound.
+
+    Where the class names one that may be any of them, it is the first of their usual names that its forward takes.
+    """
+    name: str = model.main_input_name
+    accepted = inspect.signature(model.forward).parameters
+    return name if name in _MAIN else next((usual for usual in _MAIN if usual in accepted), name)
+
+
 def infer_task(model: PreTrainedModel) -> str:
     """The task of a model by its class name; `feature-extraction` for a bare model."""
     task = task_of_class(type(model).__name__)
-    if task == "text2text-generation" and model.main_input_name == "input_features":
+    if task == "text2text-generation" and main_input(model) == "input_features":
         return "automatic-speech-recognition"
     return task
 
@@ -72,7 +83,7 @@ def check_head(model: PreTrainedModel, task: str) -> None:
 
 
 def _check_main_input(model: PreTrainedModel, task: str) -> None:
-    takes, main = _TAKES.get(task.removesuffix("-with-past")), model.main_input_name
+    takes, main = _TAKES.get(task.removesuffix("-with-past")), main_input(model)
     if takes is not None and main not in takes and task != infer_task(model):  # some classify images given as tokens
         expected = " or ".join(takes)
         raise TraceError(f"task {task!r} takes {expected}, but {type(model).__name__} takes {main}; give its task")
@@ -96,7 +107,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     check_task(task)
     if task == "text-generation-with-past" and model.main_input_name == "input_ids":
         return cached_inputs(model)
-    main = model.main_input_name
+    main = main_input(model)
     with_past = task.endswith("-with-past")
     if with_past and (task == "text-generation-with-past" or not model.config.is_encoder_decoder):
         raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
