@@ -51,9 +51,7 @@ def retrace(
         computed |= {node: computed[node].clone() for node in written}
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), computed.__getitem__)
-            functional = _UNTRACEABLE.get(node.target)
-            result = node.target(*args, **kwargs) if functional is None else args[0].copy_(functional(*args, **kwargs))  # type: ignore[operator]
-            computed[node] = result
+            computed[node] = _call(node.target, args, kwargs)
         return [computed[node] for node in (*outputs, *written)]
 
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
@@ -79,6 +77,12 @@ def retrace(
         _let_read(copies[result], node, lambda user: user in after)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator, which may write into its first argument."""
+    functional = _UNTRACEABLE.get(target)
+    return target(*args, **kwargs) if functional is None else args[0].copy_(functional(*args, **kwargs))
 
 
 def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:

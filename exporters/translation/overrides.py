@@ -126,7 +126,7 @@ def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) ->
     return result
 
 
-def histc(x: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:  # noqa: A002  # PyTorch's names
+def histc(x: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:
     """How many numbers lie in each of `bins` equal parts of `[min, max]`, such as the tokens of each expert.
 
     torchlib's translation looks for NaN first. Here a number that lies in no part, as NaN does, equals no part's index.

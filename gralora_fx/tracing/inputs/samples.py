@@ -231,7 +231,7 @@ def _sound_shapes(config: Any, name: str) -> list[tuple[int, ...]]:
         return []
     width = _frame_width(config)
     frames = 2 * getattr(config, "max_source_positions", 64)
-    shapes = [(_BATCH, bins, frames), (_BATCH, frames, bins)] if bins else []
+    shapes: list[tuple[int, ...]] = [(_BATCH, bins, frames), (_BATCH, frames, bins)] if bins else []
     return shapes or ([(_BATCH, _FRAMES, width)] if width else [])
 
 
