@@ -236,12 +236,17 @@ def _sound_shapes(config: Any, name: str) -> list[tuple[int, ...]]:
 
 
 def _takes(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
-    """Whether a model runs on an input alone."""
+    """Whether a model, in evaluation mode, runs on an input alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
             model(**{name: value.to(model.dtype)})
     except Exception:  # noqa: BLE001  # a model raises what it likes where a shape is not its own
         return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return True
 
 
