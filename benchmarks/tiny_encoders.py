@@ -110,7 +110,7 @@ def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     default = config_class()
     small = small_fields(default, is_decoder=False, layers=1)
     angles = getattr(default, "rope_parameters", None)
-    if isinstance(angles, dict) and "mrope_section" in angles:
+    if isinstance(angles, dict) and ("mrope_section" in angles or name in _OF_SECTIONS):
         small["rope_parameters"] = {**angles, "mrope_section": [2, 1, 1]}  # together half of a head
     config: PreTrainedConfig = config_class(**{**small, **own_fields(name), **own, **fields})
     for part in (config, config.get_text_config()):
@@ -121,6 +121,8 @@ def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
 
 
 _NEEDED = {"pad_token_id": 0, "decoder_start_token_id": 1}  # a classifier finds the end of a text by its padding
+# their default leaves out how many angles tell time, height and width, and the model then takes those of its real size
+_OF_SECTIONS = {"Glm4vTextModel", "GlmImageTextModel", "GlmOcrTextModel", "Qwen2VLTextModel", "Qwen2_5_VLTextModel"}
 _WINDOWS = {"window_size": 2, "image_size": 64}, "its last stage has to be as wide as a window"
 _PERCEIVER = {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1}
 _PERCEIVER_HEADS = {"num_self_attention_heads": 2, "num_cross_attention_heads": 1}
