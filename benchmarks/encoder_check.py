@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.passes.fold_weights import shared_sites
+from gralora_fx.tracing.check import eager_failure
+from gralora_fx.tracing.inputs.arguments import configured_cache
+from gralora_fx.tracing.inputs.samples import infer_task, inputs_for_task
 
 K = 2
 _BETWEEN = ("Cast", "Reshape", "Slice", "Where", "Mul", "Transpose")  # what a model may do to attention's weights
-STAGES = ("build", "trace", "rewrite", "export", "hold")
+STAGES = ("build", "run", "trace", "rewrite", "export", "hold")
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ def check_encoder(
 
     Raises:
         GraloraError: A step fails.
+        RuntimeError: The model itself fails on the inputs of its task, so that there is nothing to trace.
     """
     torch.manual_seed(1)
+    note("run")
+    _run(model, task or infer_task(model))
     note("trace")
     traced = trace(model, task=task)
     note("rewrite")
@@ -83,6 +89,15 @@ def check_encoder(
         nan_checks=sum(node.op_type == "IsNaN" for node in nodes),
         difference="" if verification.passed else _difference(verification.tensors),
     )
+
+
+def _run(model: PreTrainedModel, task: str) -> None:
+    """Run a model on the inputs of its task, as a trace would."""
+    inputs = inputs_for_task(model, task)
+    with configured_cache(model, use_cache=False):
+        failure = eager_failure(model, inputs)
+    if failure is not None:
+        raise RuntimeError(f"on {', '.join(inputs)} alone the model itself fails: {failure}")
 
 
 def _rewritten(traced: TracedModel, model: PreTrainedModel) -> GraloraModel | TracedModel:

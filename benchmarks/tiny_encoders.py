@@ -110,7 +110,7 @@ def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     default = config_class()
     small = small_fields(default, is_decoder=False, layers=1)
     angles = getattr(default, "rope_parameters", None)
-    if isinstance(angles, dict) and "mrope_section" in angles:
+    if isinstance(angles, dict) and ("mrope_section" in angles or name in _OF_SECTIONS):
         small["rope_parameters"] = {**angles, "mrope_section": [2, 1, 1]}  # together half of a head
     config: PreTrainedConfig = config_class(**{**small, **own_fields(name), **own, **fields})
     for part in (config, config.get_text_config()):
@@ -121,6 +121,8 @@ def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
 
 
 _NEEDED = {"pad_token_id": 0, "decoder_start_token_id": 1}  # a classifier finds the end of a text by its padding
+# their default leaves out how many angles tell time, height and width, and the model then takes those of its real size
+_OF_SECTIONS = {"Glm4vTextModel", "GlmImageTextModel", "GlmOcrTextModel", "Qwen2VLTextModel", "Qwen2_5_VLTextModel"}
 _WINDOWS = {"window_size": 2, "image_size": 64}, "its last stage has to be as wide as a window"
 _PERCEIVER = {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1}
 _PERCEIVER_HEADS = {"num_self_attention_heads": 2, "num_cross_attention_heads": 1}
@@ -128,9 +130,14 @@ _PERCEIVER_HEADS = {"num_self_attention_heads": 2, "num_cross_attention_heads": 
 _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "Bit": ({"num_groups": 2}, "groups have to divide its channels"),
     "AST": ({"max_length": 64}, "its spectrograms have a length of their own"),
+    "CohereCompassText": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        "its default has no angles",
+    ),
     "Cvt": ({"depth": [3, 3, 3], "embed_dim": [8, 8, 8]}, "its rates of dropped paths are taken by the stage"),
     "LayoutLMv3": ({"coordinate_size": 6, "shape_size": 4}, "its boxes are as wide as its words, in six parts"),
     "Lilt": ({"hidden_size": 48}, "its boxes are as wide as its words, in six parts"),
+    "Mistral4": ({"head_dim": 16}, "half of a head is rotated"),
     "MobileViTV2": ({"image_size": 256}, "an image has to have two patches after five halvings"),
     "NeoMME": ({"head_dim": 16}, "its angles are a quarter of a head"),
     "TextNet": ({"stem_out_channels": 32}, "its stem is as wide as its first stage"),

@@ -25,6 +25,9 @@ def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
 # used by PyTorch's own decompositions, but not supported by functionalization
 _BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadcast}
 
+# in-place operators whose rule fails while writes are functionalized with dynamic sizes, by what they write
+_UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.aten.clamp.default}
+
 
 def retrace(
     nodes: Sequence[fx.Node],
@@ -48,7 +51,7 @@ def retrace(
         computed |= {node: computed[node].clone() for node in written}
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), computed.__getitem__)
-            computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            computed[node] = _call(node.target, args, kwargs)
         return [computed[node] for node in (*outputs, *written)]
 
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
@@ -74,6 +77,12 @@ def retrace(
         _let_read(copies[result], node, lambda user: user in after)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator, which may write into its first argument."""
+    functional = _UNTRACEABLE.get(target)
+    return target(*args, **kwargs) if functional is None else args[0].copy_(functional(*args, **kwargs))
 
 
 def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:

@@ -131,8 +131,10 @@ def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, 
     heads, key_heads = static_dim(query, 1), static_dim(key, 1)
     merged = [None if part.is_graph_output() else merged_heads(part) for part in parts]
     output = node.outputs[0]
-    if heads == key_heads and not attention.is_causal and merged[0] is not None:
-        of_keys = merged[1:] if None not in merged else [key, value]  # which it takes with heads apart, too
+    are_apart = None in merged[1:]  # which ONNX Runtime's operator takes only if keys and values are as wide
+    fits = merged[0] is not None and (not are_apart or static_dim(key, 3) == static_dim(value, 3))
+    if heads == key_heads and not attention.is_causal and fits:
+        of_keys = [key, value] if are_apart else merged[1:]
         keys = masks.of_keys(attention.padding, node) if attention.mask is None and attention.padding else None
         bias = None if keys is not None else masks.additive(attention, node)
         inputs = [merged[0], *of_keys, None, keys, bias]

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnxscript import opset20 as op
+from onnxscript.function_libs.torch_lib.ops.core import aten_histc
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
 
@@ -123,3 +124,24 @@ def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) ->
     for axis in reversed([axis % rank for axis in dim]):
         result = op.DFT(result, None, op.Constant(value_int=axis))
     return result
+
+
+def histc(x: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:
+    """How many numbers lie in each of `bins` equal parts of `[min, max]`, such as the tokens of each expert.
+
+    torchlib's translation looks for NaN first. Here a number that lies in no part, as NaN does, equals no part's index.
+
+    Args:
+        x: Numbers of any shape.
+        bins: Number of parts.
+        min: Where the first begins.
+        max: Where the last ends, which it includes; equal to `min` for the range of the numbers themselves.
+    """
+    if min == max or x.dtype is None:
+        return aten_histc(x, bins, min, max)
+    flat = op.Reshape(x, op.Constant(value_ints=[-1, 1]))
+    low, high, count, last = (op.Constant(value=_number(value, x.dtype)) for value in (min, max, bins, bins - 1))
+    part = op.Floor(op.Mul(op.Div(op.Sub(flat, low), op.Sub(high, low)), count))
+    part = op.Where(op.Equal(flat, high), last, part)
+    parts = op.Constant(value=ir.tensor(np.arange(bins, dtype=x.dtype.numpy()), dtype=x.dtype))
+    return op.ReduceSum(op.Cast(op.Equal(part, parts), to=x.dtype), op.Constant(value_ints=[0]), keepdims=0)

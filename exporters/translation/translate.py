@@ -34,7 +34,7 @@ from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_sl
 from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.exporters.translation.newer_forms import update_forms
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
-from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn
+from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn, histc
 from gralora_fx.exporters.translation.weights import weight_tensor
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
@@ -204,6 +204,7 @@ def _registry() -> Any:
     registry.register_op(_aten.scaled_dot_product_attention.default, dot_product_attention)
     registry.register_op(_aten.batch_norm.default, batch_norm)
     registry.register_op(_aten.fft_fftn.default, fft_fftn)
+    registry.register_op(_aten.histc.default, histc)
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)
     return registry

@@ -80,9 +80,17 @@ def like(
 
 
 def pad(case: dict[str, Any], side: str) -> None:
-    """Mask a different number of positions in every row but the first."""
+    """Mask a different number of positions in every row but the first.
+
+    The tokens there are the row's smallest, so that a model that pools at the largest, as CLIP does, reads no padding.
+    The last stays, which ends the text for models that pool there.
+    """
     for name, mask in case.items():
         if name == "attention_mask":
             for row in range(1, mask.shape[0]):
                 hidden = min(row, mask.shape[1] - 1)
-                mask[row, slice(0, hidden) if side == "left" else slice(mask.shape[1] - hidden, None)] = 0
+                masked = slice(0, hidden) if side == "left" else slice(mask.shape[1] - hidden, None)
+                mask[row, masked] = 0
+                ids = case.get("input_ids")
+                if isinstance(ids, Tensor) and ids.shape == mask.shape and hidden:
+                    ids[row, :-1][masked] = ids[row, :-1].min()

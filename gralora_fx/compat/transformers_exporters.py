@@ -38,7 +38,7 @@ def export_program(
     Returns:
         A program over the model's own parameters.
     """
-    with _without_needless_imports(), _recording_grad_modes():
+    with _chosen_patches(), _recording_grad_modes():
         exported = DynamoExporter().export(model, inputs, DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
     return program
@@ -104,14 +104,22 @@ def _recording_grad_modes() -> Iterator[None]:
         yield
 
 
+# patches that transformers applies for an export to ONNX only, though without them the trace itself is of no use
+_OF_ONNX = {("transformers.masking_utils", "_vmap_expansion_sdpa")}
+
+
 @contextmanager
-def _without_needless_imports() -> Iterator[None]:
+def _chosen_patches() -> Iterator[None]:
     """Skip the patches of models that are not imported, since applying them would import dozens of models.
 
-    The exported model is in memory, so its own module is imported.
+    The exported model is in memory, so its own module is imported. A mask that is built by `torch.vmap`, whose batched
+    tensors would be part of the trace, is built by broadcasting, and needs no help for reading tensors at them.
     """
     patches = list(exporter_utils._PATCHES["dynamo"])
-    exporter_utils._PATCHES["dynamo"] = [patch for patch in patches if _is_imported(patch[0])]
+    chosen = [patch for patch in patches if _is_imported(patch[0])]
+    chosen += [patch for patch in exporter_utils._PATCHES["onnx"] if patch[:2] in _OF_ONNX]
+    chosen.append(("transformers.masking_utils", "TransformGetItemToIndex", lambda original: nullcontext))
+    exporter_utils._PATCHES["dynamo"] = chosen
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
         try:
             _call_eager(model, sample)
         except Exception as error:  # noqa: BLE001  # a model raises what it likes
-            return f"the model itself takes no other size: {first_line(error)}"
+            return first_line(error)
     return None
 
 

@@ -86,7 +86,9 @@ def trace_sizes(
     size = _size_of(sample)
     step = _step(model)
     other = _resized(sample, _other_size(size, step))
-    reason = _why_fixed(model, sample, constants, image_size, dynamic) or eager_failure(model, other)
+    reason = _why_fixed(model, sample, constants, image_size, dynamic)
+    if reason is None and (failure := eager_failure(model, other)) is not None:
+        reason = f"the model itself takes no other size: {failure}"
     if reason is None:
         try:
             with warnings.catch_warnings(record=True) as caught:  # those of a failed attempt mean nothing

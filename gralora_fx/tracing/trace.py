@@ -25,7 +25,13 @@ from gralora_fx.tracing.check import check_dynamic_sizes, difference, fillable_i
 from gralora_fx.tracing.failures import reason as reason_of
 from gralora_fx.tracing.failures import where, where_defined
 from gralora_fx.tracing.image_trace import at_image_size, trace_sizes
-from gralora_fx.tracing.inputs.arguments import example_arguments, forward_with, named_arguments, split_constants
+from gralora_fx.tracing.inputs.arguments import (
+    configured_cache,
+    example_arguments,
+    forward_with,
+    named_arguments,
+    split_constants,
+)
 from gralora_fx.tracing.inputs.decoder_cache import PAST
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
 from gralora_fx.tracing.inputs.input_trees import distinct, fixed_axes
@@ -36,6 +42,7 @@ from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empt
 from gralora_fx.tracing.normalize.modes import annotate_mode_args, find_rng_op
 from gralora_fx.tracing.normalize.training_branches import differing_modules, names_of_modules, updated_buffers
 from gralora_fx.tracing.patches.eager_modes import traceable_modes
+from gralora_fx.tracing.patches.experts import experts_as_products
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 from gralora_fx.tracing.patches.same_padding import same_padding_by_arithmetic
 from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
@@ -125,7 +132,10 @@ def _traced(
         tensors, constants = at_image_size(model, tensors, constants, image_size)
         sample = distinct(widen(model, tensors) if dynamic else tensors)
         signature = signature_of(model, sample, constants, has_cache=PAST in sample)
-        with patch.object(model, "forward", forward_with(model, tuple(sample), constants)):
+        with (
+            patch.object(model, "forward", forward_with(model, tuple(sample), constants)),
+            configured_cache(model, use_cache=PAST in sample),
+        ):
             with gc_pause():
                 graph_module, sample, image_sizes = trace_sizes(
                     model, sample, constants, image_size, dynamic=dynamic, capture=partial(_trace_both_modes, model)
@@ -238,6 +248,7 @@ def _export(model: nn.Module, sample: Mapping[str, Any], axes: Axes) -> fx.Graph
             quiet(),
             drop_paths_as_operators(model),
             same_padding_by_arithmetic(model),
+            experts_as_products(model),
             traceable_modes() as checkpoints,
         ):
             if isinstance(model, PreTrainedModel):

@@ -23,6 +23,12 @@ FUSED = {
     "XLMWithLMHeadModel": 1,  # masked_fill hides the keys
     "CLIPForImageClassification": 1,  # a part of its configuration says how large images are
     "ASTForAudioClassification": 1,  # it takes spectrograms
+    "Gemma3ForSequenceClassification": 2,  # its configuration alone says whether it returns a cache
+    "LayoutLMv3ForSequenceClassification": 1,  # it clamps in place what it reads again
+    "LevitForImageClassification": 5,  # its values are wider than its keys
+    "T5Gemma2ForTokenClassification": 4,  # its mask is built by vmap
+    "CLIPTextModel": 1,  # it pools at the largest token
+    "ParakeetEncoder": 1,  # it takes frames, of as many numbers as a spectrogram's
 }
 
 
@@ -49,6 +55,19 @@ def test_attention_that_does_not_fuse_is_exported_as_it_is(tmp_path: Path) -> No
     result = check_encoder(tiny_encoder("OpenAIGPTForSequenceClassification"), "text-classification", tmp_path / "onnx")
     assert (result.difference, result.fused) == ("", 0)
     assert set(result.plain.values()) == {"its scores are more than queries times keys and what is added to them"}
+
+
+@pytest.mark.parametrize("name", ["ImageGPTForImageClassification", "OpenAIPrivacyFilterForTokenClassification"])
+def test_images_given_as_tokens_and_experts_in_a_loop_are_exported(tmp_path: Path, name: str) -> None:
+    result = check_encoder(tiny_encoder(name), TASKS[name], tmp_path / "onnx")
+    assert result.difference == ""
+
+
+def test_a_model_that_does_not_run_on_its_tasks_inputs_is_told_from_a_failed_trace(tmp_path: Path) -> None:
+    stages: list[str] = []
+    with pytest.raises(RuntimeError, match="on pixel_values alone the model itself fails"):
+        check_encoder(tiny_encoder("VideoMAEModel"), TASKS["VideoMAEModel"], tmp_path / "onnx", stages.append)
+    assert stages == ["run"]
 
 
 def test_a_mask_that_hides_all_keys_from_a_query_is_not_fused(tmp_path: Path) -> None:

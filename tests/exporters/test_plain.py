@@ -93,6 +93,19 @@ def test_a_convolutional_net_exports(tmp_path: Path) -> None:
     assert passed(ResNetForImageClassification(config).eval(), None, tmp_path / "onnx")["BatchNormalization"] > 0
 
 
+class Counts(nn.Module):
+    """How many numbers lie in each part of a range: whole numbers as experts have, and others, NaN among them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.histc((x * 4).round().clamp(0, 7), bins=8, min=0, max=7)
+        return whole + torch.histc(x.log(), bins=8, min=-1, max=1)
+
+
+def test_numbers_are_counted_by_their_part_of_a_range(tmp_path: Path) -> None:
+    found = passed(Counts(), (torch.randn(3, 40),), tmp_path / "onnx")
+    assert found["IsNaN"] == 0
+
+
 def test_copies_that_views_need_are_not_missed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}

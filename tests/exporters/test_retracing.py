@@ -49,7 +49,15 @@ class OfSeveral(nn.Module):
         return values.to(torch.float64) * places
 
 
-@pytest.mark.parametrize("module", [Parts(), Later(), OfSeveral()], ids=lambda module: type(module).__name__)
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        first = y[:, 0]
+        y.clamp_(-1, 1)
+        return y * first.unsqueeze(1)
+
+
+@pytest.mark.parametrize("module", [Parts(), Later(), OfSeveral(), Clamped()], ids=lambda module: type(module).__name__)
 def test_writes_into_shared_tensors_become_values(module: nn.Module) -> None:
     x = torch.randn(4, 3)
     graph_module = graph_of(module, x)

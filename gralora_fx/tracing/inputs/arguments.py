@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -144,6 +146,26 @@ def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[s
     if isinstance(model, PreTrainedModel):
         return functools.partial(model.forward, **constants) if constants else model.forward
     return _flat(functools.partial(model.forward, **constants), inputs)
+
+
+@contextmanager
+def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
+    """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
+
+    Such a forward passes its keywords on, and the text model in it decides by the configuration.
+
+    Args:
+        model: A model; its configuration is as before when the block ends.
+        use_cache: Whether it returns a cache.
+    """
+    configs: list[Any] = []
+    if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:
+        configs = [model.config, model.config.get_text_config()]
+    with ExitStack() as stack:
+        for config in configs:
+            if isinstance(getattr(config, "use_cache", None), bool):
+                stack.enter_context(patch.object(config, "use_cache", use_cache))
+        yield
 
 
 def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:

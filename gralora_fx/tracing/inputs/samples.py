@@ -33,6 +33,7 @@ _TAKES = {
     "image-classification": ("pixel_values",),
     "automatic-speech-recognition": ("input_features", "input_values"),
 }
+_MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
@@ -41,10 +42,20 @@ _FRAMES = 20  # of speech
 _SAMPLES = 4000  # a quarter of a second of speech
 
 
+def main_input(model: PreTrainedModel) -> str:
+    """The name of the input that holds a text, an image or a sound.
+
+    Where the class names one that may be any of them, it is the first of their usual names that its forward takes.
+    """
+    name: str = model.main_input_name
+    accepted = inspect.signature(model.forward).parameters
+    return name if name in _MAIN else next((usual for usual in _MAIN if usual in accepted), name)
+
+
 def infer_task(model: PreTrainedModel) -> str:
     """The task of a model by its class name; `feature-extraction` for a bare model."""
     task = task_of_class(type(model).__name__)
-    if task == "text2text-generation" and model.main_input_name == "input_features":
+    if task == "text2text-generation" and main_input(model) == "input_features":
         return "automatic-speech-recognition"
     return task
 
@@ -72,8 +83,8 @@ def check_head(model: PreTrainedModel, task: str) -> None:
 
 
 def _check_main_input(model: PreTrainedModel, task: str) -> None:
-    takes, main = _TAKES.get(task.removesuffix("-with-past")), model.main_input_name
-    if takes is not None and main not in takes:
+    takes, main = _TAKES.get(task.removesuffix("-with-past")), main_input(model)
+    if takes is not None and main not in takes and task != infer_task(model):  # some classify images given as tokens
         expected = " or ".join(takes)
         raise TraceError(f"task {task!r} takes {expected}, but {type(model).__name__} takes {main}; give its task")
 
@@ -96,7 +107,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     check_task(task)
     if task == "text-generation-with-past" and model.main_input_name == "input_ids":
         return cached_inputs(model)
-    main = model.main_input_name
+    main = main_input(model)
     with_past = task.endswith("-with-past")
     if with_past and (task == "text-generation-with-past" or not model.config.is_encoder_decoder):
         raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
@@ -199,20 +210,44 @@ def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -
     if name == "input_ids":
         return _token_ids(model, _LENGTH, generator)
     if name == "pixel_values":
-        config = _image_config(config)
+        config = _part_with(config, "image_size")
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return torch.randn(_BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
-    if name == "input_features" and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 64)
-        return torch.randn(_BATCH, config.num_mel_bins, frames, generator=generator)
-    if name == "input_values" and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        return torch.randn(_BATCH, config.max_length, config.num_mel_bins, generator=generator)  # a spectrogram
-    if name == "input_features" and (width := _frame_width(config)):
-        return torch.randn(_BATCH, _FRAMES, width, generator=generator)
-    if name == "input_values":
-        return torch.randn(_BATCH, _SAMPLES, generator=generator)
+    sounds = [torch.randn(shape, generator=generator) for shape in _sound_shapes(config, name)]
+    if sounds:
+        return next((sound for sound in sounds if len(sounds) > 1 and _takes(model, name, sound)), sounds[0])
     raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
+
+
+def _sound_shapes(config: Any, name: str) -> list[tuple[int, ...]]:
+    """The shapes that a sound may have for a model, the most common first; none of another input."""
+    bins = getattr(_part_with(config, "num_mel_bins"), "num_mel_bins", None)
+    if name == "input_values":
+        if bins and hasattr(config, "max_length"):
+            return [(_BATCH, config.max_length, bins)]  # a spectrogram
+        return [(_BATCH, _SAMPLES), (_BATCH, 1, _SAMPLES)]  # some take a channel
+    if name != "input_features":
+        return []
+    width = _frame_width(config)
+    frames = 2 * getattr(config, "max_source_positions", 64)
+    shapes: list[tuple[int, ...]] = [(_BATCH, bins, frames), (_BATCH, frames, bins)] if bins else []
+    return shapes or ([(_BATCH, _FRAMES, width)] if width else [])
+
+
+def _takes(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
+    """Whether a model, in evaluation mode, runs on an input alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            model(**{name: value.to(model.dtype)})
+    except Exception:  # noqa: BLE001  # a model raises what it likes where a shape is not its own
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return True
 
 
 def _frame_width(config: Any) -> int | None:
@@ -221,12 +256,12 @@ def _frame_width(config: Any) -> int | None:
     return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
 
 
-def _image_config(config: Any) -> Any:
-    """The part of a configuration that says how large images are; the configuration itself where none does."""
-    if hasattr(config, "image_size"):
+def _part_with(config: Any, field: str) -> Any:
+    """The part of a configuration that has a field; the configuration itself where none does."""
+    if hasattr(config, field):
         return config
     parts = [getattr(config, name, None) for name in config.sub_configs]
-    return next((part for part in parts if hasattr(part, "image_size")), config)
+    return next((part for part in parts if hasattr(part, field)), config)
 
 
 def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) -> torch.Tensor:
