@@ -44,13 +44,13 @@ def _sum_at(site: AdapterSite, parts: Sequence[tuple[Sequence[NDArray[Any]], flo
     ]
     if not k:
         return general
-    A = np.concatenate(
-        [arrays[0].reshape(k, -1, k, arrays[0].shape[2] // k) for arrays in scaled], 3
-    )  # [n, in/k, j, s]
-    B = np.concatenate(
-        [arrays[1].reshape(k, k, arrays[1].shape[1] // k, -1) for arrays in scaled], 2
-    )  # [j, n, s, out/k]
-    return [A.reshape(k, site.in_features // k, -1), B.reshape(k, -1, site.out_features // k), *general]
+    ins, outs = site.in_features // k, site.out_features // k
+    ranks = [arrays[0].shape[2] // k for arrays in scaled]  # of a block pair
+    pairs = list(zip(scaled, ranks, strict=True))
+    A = np.concatenate([arrays[0].reshape(k, ins, k, s) for arrays, s in pairs], 3)  # [n, in/k, j, s]
+    B = np.concatenate([arrays[1].reshape(k, k, s, outs) for arrays, s in pairs], 2)  # [j, n, s, out/k]
+    r = k * sum(ranks)
+    return [A.reshape(k, ins, r), B.reshape(k, r, outs), *general]
 
 
 def _scaled(array: NDArray[Any], weight: float) -> NDArray[Any]:
