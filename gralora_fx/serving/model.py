@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.runtime.adapter_inputs import BATCHED, is_adapter_input
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.names import QUERY_SEQLENS
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.placement import (
     Placement,
@@ -24,11 +26,13 @@ from gralora_fx.runtime.placement import (
     placement_of,
     warn_of_idle,
 )
+from gralora_fx.runtime.requirements import check_requirements
 from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
+from gralora_fx.serving.row_adapters import RowAdapters, rows_feed
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.sources.model_files import read_json_object
 
@@ -84,10 +88,12 @@ class OrtModel:
         self.directory = _directory(export_dir)
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
+        check_requirements(self.directory, self.manifest, ServingError)
         self.config = _read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
         self.session = open_session(self.directory, self._runtime, error=ServingError)
-        inputs = {value.name: value for value in self.session.get_inputs()}
+        self._rows = RowAdapters(self.directory, self.manifest) if self.manifest.adapters_mode == BATCHED else None
+        inputs = {value.name: value for value in self.session.get_inputs() if not is_adapter_input(value.name)}
         is_pair = isinstance(self.session, EncoderDecoderSession)
         self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
         self.input_names = tuple(inputs)
@@ -127,11 +133,37 @@ class OrtModel:
             raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
         return tokenizer
 
-    def __call__(self, *args: Any, **inputs: Any) -> Outputs:
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load an adapter, so that rows of calls can name it.
+
+        An adapter in the export's own `adapters/` needs no loading: it is loaded when a call first names it.
+
+        Args:
+            name: The name to give it.
+            path: An `.onnx_adapter` file, its record beside it.
+
+        Raises:
+            ServingError: The export takes no adapters by row, the name is taken, or the file does not fit.
+        """
+        self._row_adapters().load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; calls that run with it end undisturbed.
+
+        Raises:
+            ServingError: It is not loaded.
+        """
+        self._row_adapters().unload(name)
+
+    def _row_adapters(self) -> RowAdapters:
+        return self._rows or RowAdapters(self.directory, self.manifest)  # which says why there are none
+
+    def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **inputs: Any) -> Outputs:
         """Run the model once.
 
         Args:
             *args: Not accepted: inputs are given by name.
+            adapter: Of a batched export: the adapter of each row, or one for all; None for the base.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
                 a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
                 Integers and floats are cast to the graph's dtypes.
@@ -143,13 +175,15 @@ class OrtModel:
             ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
                 of range.
         """
+        self._check_has_no_rows()
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
         parts = self._feed.parts({name: value for name, value in inputs.items() if value is not None})
         gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
         feed = self._feed.arrays(parts)
+        values = rows_feed(self._row_adapters(), adapter, feed) if self._rows is not None or adapter is not None else {}
         try:
-            results = self.session.run(None, feed, quiet_run())
+            results = self.session.run(None, {**feed, **values}, quiet_run())
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error
@@ -206,7 +240,20 @@ class OrtModel:
         answers = Answers(self._generator, parsed, tokenizer, chosen, stops)
         return answers if stream else answers.result()
 
+    def _check_has_no_rows(self) -> None:
+        """Check that the export is not a batched decoder, whose caches are buffers and whose rows have lengths.
+
+        Raises:
+            ServingError: It is one.
+        """
+        if QUERY_SEQLENS in self.input_names:
+            raise ServingError(
+                f"{self.directory} is a batched decoder, which neither single calls nor onnxruntime-genai drive; open "
+                "it as gralora_fx.serving.BatchedDecoder, or export the model with adapters='swappable'"
+            )
+
     def _check_generates(self) -> None:
+        self._check_has_no_rows()
         if not any(name.startswith("past_key_values.") for name in self.input_names):
             raise ServingError(
                 f"this export (task {self.task!r}) has no cache, so it cannot generate; "
