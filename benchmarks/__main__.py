@@ -21,6 +21,7 @@ NAMES = (
     "encoders",
     "generation",
     "streaming",
+    "batched",
     "providers",
     "threads",
 )

@@ -54,6 +54,8 @@ GROUPS = {
         "serving/test_model.py",
         "serving/test_providers.py",
         "exporters/test_verify_providers.py",
+        "exporters/test_batched_export.py",
+        "serving/test_batched.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.

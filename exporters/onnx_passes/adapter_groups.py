@@ -120,10 +120,10 @@ def _groups_of_tiles(build: Builder, x: ir.Value, tiles: RowTiles, ids: ir.Value
 
 def _rows_of_matrix(build: Builder, x: ir.Value, flat: FlatTokens, ids: ir.Value) -> Groups | str:
     if not flat.is_batch:
-        return f"the rows of its input {_shown(x)} are not those of the batch"
+        return "the rows of its input are not those of the batch"
     parts = [part for part in (flat.tokens, flat.places, flat.sizes) if part is not None]
     if any(part.producer() is None or part.producer().graph is None for part in parts):  # type: ignore[union-attr]
-        return f"the positions of its input {_shown(x)} are not known any more"
+        return "the positions of its input are not known any more"
     assert x.shape is not None
     if flat.places is None:
         shape = build("Concat", flat.sizes, build.ints(x.shape[-1]), axis=0)

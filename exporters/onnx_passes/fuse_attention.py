@@ -70,7 +70,7 @@ class FuseAttention:
         if plain and self.is_required:
             layers = listed([f"{skip.place} ({skip.reason})" for skip in plain], 4)
             raise ExportError(
-                f"a batched decoder needs GroupQueryAttention in every layer, which does not support {layers}; export "
+                f"a batched decoder needs GroupQueryAttention in every layer, and it does not fit {layers}; export "
                 "with adapters='swappable' or 'inputs', which take one adapter a run"
             )
 

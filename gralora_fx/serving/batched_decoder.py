@@ -216,7 +216,7 @@ class BatchedDecoder:
             array = np.asarray(given)
         except ValueError:
             array = np.empty((0, 0))
-        if array.ndim != 1 or array.dtype.kind not in "iu":
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
             raise ServingError(f"the tokens of row {number} are {shown(given)}; give a list of token ids")
         if not 0 < len(array) <= self.chunk:
             raise ServingError(

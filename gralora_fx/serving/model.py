@@ -156,7 +156,9 @@ class OrtModel:
         self._row_adapters().unload(name)
 
     def _row_adapters(self) -> RowAdapters:
-        return self._rows or RowAdapters(self.directory, self.manifest)  # which says why there are none
+        return (
+            RowAdapters(self.directory, self.manifest) if self._rows is None else self._rows
+        )  # says why there is none
 
     def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **inputs: Any) -> Outputs:
         """Run the model once.
