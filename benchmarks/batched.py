@@ -30,6 +30,10 @@ from gralora_fx.runtime.session import Runtime, open_session, quiet_options
 
 RUNS = Path("runs/batched")
 ROWS, PROMPT, CHUNK, THREADS = 8, 32, 64, 2
+LEAST = {
+    32: 3,
+    8: 4,
+}  # times the throughput; of rank 32, adapters are half as many bytes as the base, read in both cases
 NAMES = [f"adapter_{index}" for index in range(ROWS)]
 BATCHED, SINGLE = "one batched run", "eight single runs"
 DECODING, ALONE, JOINED = "seven rows decode", "the chunk alone", "the chunk joins them"
@@ -40,7 +44,7 @@ def run(iterations: int = 15, ranks: tuple[int, ...] = (32, 8)) -> Report:
 
     Args:
         iterations: Timed runs of each case.
-        ranks: Ranks of the adapters.
+        ranks: Ranks of the adapters: 32, 8 or both.
     """
     report = Report("batched", f"{ROWS} rows with {ROWS} adapters: SmolLM2-135M, GraLoRA k=2 on seven projections")
     base = smollm2.base(RUNS / "base")
@@ -89,7 +93,9 @@ def _compare(report: Report, swappable: Path, batched: Path, rank: int, iteratio
     report.tables.append(Table(f"a token of {ROWS} rows, r={rank}", [times.row(n, SINGLE) for n in (SINGLE, BATCHED)]))
     report.claims.append(
         Claim(
-            f"throughput of one run over eight, r={rank}", 1 / times.ratio(BATCHED, SINGLE).median_of_pairs, at_least=4
+            f"throughput of one run over eight, r={rank}",
+            1 / times.ratio(BATCHED, SINGLE).median_of_pairs,
+            at_least=LEAST[rank],
         )
     )
     report.claims.append(Claim(f"largest difference of logits, r={rank}", error, at_most=1e-4))

@@ -71,9 +71,10 @@ class AdapterInputs:
     uncalled: tuple[str, ...] = ()
 
     def ranks(self, site: AdapterSite) -> tuple[str, str]:
-        """Names of the symbolic axes of a site's ranks; each site of a stack has its own largest ones."""
-        if self.mode != BATCHED:
-            return RANK, HYBRID_RANK
+        """Names of the symbolic axes of a site's ranks, which an adapter may have in another size at every site.
+
+        ONNX Runtime takes axes of one name for equal, and uses the memory of one value for another.
+        """
         return f"{site.path}.{RANK}", f"{site.path}.{HYBRID_RANK}"
 
     def stacked(self, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
