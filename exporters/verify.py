@@ -23,10 +23,11 @@ from gralora_fx.exporters.verification.integer_products import TOLERANCE as PROD
 from gralora_fx.exporters.verification.integer_products import compare_products
 from gralora_fx.exporters.verification.mixed_rows import is_row_input
 from gralora_fx.exporters.verification.outputs import OutputComparison
-from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
+from gralora_fx.exporters.verification.prompts import Prompts, given_prompts, padded_left
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
@@ -101,6 +102,8 @@ def verify_onnx(
     check_inputs([value.name for value in session.get_inputs() if not is_row_input(value.name)], cases[0][1])
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
     chosen = _prompts(verification, traced, seed, quick)
+    if manifest.adapters_mode == BATCHED:
+        chosen = [padded_left(prompts) for prompts in chosen]
     chosen += [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
     comparison = _Comparison(manifest, verification, cases, chosen, quick, arithmetic, runtime, tolerance)
     report: VerifyReport | None = None

@@ -20,7 +20,7 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.verification import adapter_variants
-from gralora_fx.exporters.verification.mixed_rows import MixedRows
+from gralora_fx.exporters.verification.mixed_rows import MixedRows, MixedSteps
 from gralora_fx.runtime.adapter_stack import AdapterStack
 from gralora_fx.runtime.manifest import read_manifest
 
@@ -176,6 +176,26 @@ def test_decoders_are_verified_in_chunks_and_steps(name: str, logits: Any, tmp_p
         assert part.tokens.equal == part.tokens.compared > 0
     assert read_manifest(tmp_path / "onnx").requires == {"onnxruntime": "1.32"}
     assert not (tmp_path / "onnx" / "genai_config.json").exists()
+
+
+def test_a_window_of_positions(tmp_path: Path) -> None:
+    model, _ = adapted("mistral", tmp_path, task=CACHED, sliding_window=5)
+    report = export_onnx(model, tmp_path / "onnx", adapters="batched", verify="full")
+    assert report.verification is not None
+    assert report.verification.max_abs_error <= 1e-4
+
+
+def test_a_wrong_row_of_a_decoder_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = adapted("llama", tmp_path, task=CACHED)
+
+    class Shifted(MixedSteps):
+        def ids(self, rows: int) -> np.ndarray[Any, Any]:
+            right = super().ids(rows)
+            return np.where(np.arange(len(right)) == 2, (right + 1) % self.count, right)
+
+    monkeypatch.setattr(adapter_variants, "MixedSteps", Shifted)
+    with pytest.raises(ExportError, match="results differ from the model's"):
+        export_onnx(model, tmp_path / "onnx", adapters="batched")
 
 
 def test_a_decoder_in_half_precision(tmp_path: Path) -> None:
