@@ -24,6 +24,7 @@ NAMES = (
     "adapters",
     "streaming",
     "merge-checkpoint",
+    "batched",
     "providers",
     "threads",
 )

@@ -11,7 +11,7 @@ from gralora_fx.exporters.folded_model import fold_adapters
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.planning.rewrite_plan import PlannedSite
-from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import BATCHED, AdapterInputs, AdapterSite
 from gralora_fx.tracing.traced_model import TracedModel
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -74,7 +74,9 @@ def data_sites(
     for name in model.configs:
         _check_low_rank(model, name)
     planned = model.adapted_sites()
-    k = _blocks(model, form)
+    if form == "lora" and mode == BATCHED:
+        raise ExportError("adapter_form='lora' is not available with adapters='batched', whose form is 'gralora'")
+    k = _blocks(model, form) or int(mode == BATCHED)
     sites = {entry.site.path: entry.site for entry in planned}
     _check_widths(planned, k or 1)
     called = [site for site in sites.values() if site.calls]

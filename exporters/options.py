@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gralora_fx.errors import ExportError
-from gralora_fx.runtime.adapter_inputs import AS_DATA
+from gralora_fx.runtime.adapter_inputs import AS_DATA, BATCHED
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DYNAMIC = "int8-dynamic"
@@ -183,7 +183,8 @@ class ExportOptions:
     @property
     def chosen_form(self) -> str | None:
         """The form of adapters that are data; None for that of the model's adapters."""
-        return "lora" if self.adapter_form is None and self.quantize is not None else self.adapter_form
+        is_lora = self.adapter_form is None and self.quantize is not None and self.adapters != BATCHED
+        return "lora" if is_lora else self.adapter_form
 
     @property
     def _block_size(self) -> int:

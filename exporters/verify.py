@@ -21,12 +21,13 @@ from gralora_fx.exporters.verification.float32_copy import open_comparable
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
 from gralora_fx.exporters.verification.integer_products import compare_products
+from gralora_fx.exporters.verification.mixed_rows import is_row_input
 from gralora_fx.exporters.verification.outputs import OutputComparison
-from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
+from gralora_fx.exporters.verification.prompts import Prompts, given_prompts, padded_left
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
+from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
@@ -98,9 +99,11 @@ def verify_onnx(
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
-    check_inputs([value.name for value in session.get_inputs() if not is_adapter_tensor(value.name)], cases[0][1])
+    check_inputs([value.name for value in session.get_inputs() if not is_row_input(value.name)], cases[0][1])
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
     chosen = _prompts(verification, traced, seed, quick)
+    if manifest.adapters_mode == BATCHED:
+        chosen = [padded_left(prompts) for prompts in chosen]
     chosen += [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
     comparison = _Comparison(manifest, verification, cases, chosen, quick, arithmetic, runtime, tolerance)
     report: VerifyReport | None = None

@@ -58,6 +58,8 @@ GROUPS = {
         "exporters/test_fold_quantized.py",
         "exporters/test_fold_bad_input.py",
         "exporters/test_fold_foreign.py",
+        "exporters/test_batched_export.py",
+        "serving/test_batched.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.

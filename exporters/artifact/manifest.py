@@ -17,7 +17,7 @@ from gralora_fx.exporters.folding.record import weight_entries
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, Manifest, QuantizedWeights, SiteEntry
-from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.runtime.names import MANIFEST_NAME, QUERY_SEQLENS
 from gralora_fx.tracing.traced_model import TracedModel
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -68,7 +68,14 @@ def describe(
         image_sizes=traced.signature.image_sizes,
         adapter_inputs=adapter_inputs,
         weights=weight_entries(traced, graphs),
+        requires=_requirements(graphs.values()),
     )
+
+
+def _requirements(graphs: Iterable[ir.Graph]) -> dict[str, str] | None:
+    """The oldest version of each package that runs the graphs, where the usual ones do not all."""
+    needs_rows = any(value.name == QUERY_SEQLENS for graph in graphs for value in graph.inputs)
+    return {"onnxruntime": "1.32"} if needs_rows else None  # the first whose attention takes rows' lengths
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from gralora_fx.exporters.fx_passes.broadcast_attention import match_broadcast_a
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
 from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
@@ -33,6 +34,8 @@ from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.decoder_inputs import decoder_inputs, drop_padding
 from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
 from gralora_fx.exporters.verification.prompts import random_prompts
+from gralora_fx.runtime.adapter_inputs import BATCHED
+from gralora_fx.runtime.names import QUERY_SEQLENS
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -81,16 +84,19 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions, data: DataSit
         options: The options of the export.
         data: The layers whose adapters are data of the model; None for none.
     """
+    is_batched = options.adapters == BATCHED
+    last = [keep_last_position] if options.logits == "last" else []
+    by_rows = [batch_continuously, LogitsOfRows(options.logits)]
     return Pipeline(
         "decoder",
         (
             *marking_passes(data),  # first: weights have their own names
             fold_transposes,  # first: packing and merging of matmuls look for weights, not for their transposes
-            FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
+            FuseAttention(tables, is_required=is_batched),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             name_cache,
-            *([keep_last_position] if options.logits == "last" else []),  # before norms, which fused it could not cut
+            *(by_rows if is_batched else last),  # before norms, which fused it could not cut
             LowerNorms(),
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,
@@ -127,7 +133,8 @@ def _convert(request: Request) -> Models:
 
 
 def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
-    write_genai_config(directory, traced.config, models["model"])
+    if not any(value.name == QUERY_SEQLENS for value in models["model"].graph.inputs):  # genai does not drive these
+        write_genai_config(directory, traced.config, models["model"])
 
 
 DECODER = Flavour(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from torch import fx
 
+from gralora_fx.errors import ExportError
 from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
@@ -27,6 +28,7 @@ from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.encoder_decoder_inputs import drop_padding, encoder_decoder_inputs
 from gralora_fx.exporters.verification.seq2seq_tokens import compare_tokens
+from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.names import DECODER, ENCODER
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 
@@ -43,9 +45,14 @@ def encoder_decoder_models(request: Request) -> Models:
     float32.
 
     Raises:
-        ExportError: The graph cannot be split or cannot be expressed in ONNX.
+        ExportError: Adapters are to be chosen by row, or the graph cannot be split or cannot be expressed in ONNX.
     """
     options, log = request.options, request.log
+    if options.adapters == BATCHED:
+        raise ExportError(
+            "adapters='batched' is for encoders and decoders, and this is an encoder-decoder with a cache; export it "
+            "with adapters='swappable' or 'inputs', which take one adapter a run"
+        )
     parts = split(request.graph_module)
     encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), request)
     cast = CastGraph(options.precision, len(parts.outputs) - 1)

@@ -71,3 +71,50 @@ def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
     graph.extend(build.take())
     graph.outputs.extend([output, general])
     return ir.Function(DOMAIN, name, graph=graph, attributes=[])
+
+
+def batched_adapter_function(model: ir.Model, k: int, opset: int) -> ir.OperatorIdentifier:
+    """The function that gives the outputs of several adapters, each for a group of tokens, added if it is missing.
+
+    `output = BatchedAdapter(x, ids, A, B, A_general, B_general)` with
+
+        x [groups, length, in], ids [groups], A [adapters, k, in/k, r], B [adapters, k, r, out/k],
+        A_general [adapters, in, hybrid_r], B_general [adapters, hybrid_r, out]
+        output [groups, length, out]
+
+    The tensors of each group's adapter are copied: a product with those of all adapters, masked, took 1.6 to 2.2 times
+    as long for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
+
+    Args:
+        model: The model.
+        k: Blocks in each direction.
+        opset: Version of ONNX's operators.
+
+    Returns:
+        What nodes call the function by.
+    """
+    name = f"Batched{NAME}_k{k}"
+    identifier = (DOMAIN, name, "")
+    if identifier not in model.functions:
+        model.functions[identifier] = _batched_function(name, k, opset)
+    return identifier
+
+
+def _batched_function(name: str, k: int, opset: int) -> ir.Function:
+    x, ids, *tensors = inputs = [ir.Value(name=n) for n in ("x", "ids", "A", "B", "A_general", "B_general")]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
+    build = Builder(graph)
+    A, B, A_general, B_general = (build("Gather", tensor, ids, axis=0) for tensor in tensors)
+    blocks = build("Reshape", x, build.ints(0, 0, k, -1))  # [groups, length, input block, in/k]
+    hidden = build("MatMul", build("Transpose", blocks, perm=[0, 2, 1, 3]), A)  # [groups, input block, length, r]
+    hidden = build("Reshape", hidden, build.ints(0, 0, 0, k, -1))  # [groups, input block, length, output block, s]
+    hidden = build("Transpose", hidden, perm=[0, 3, 2, 1, 4])
+    hidden = build("Reshape", hidden, build.ints(0, 0, 0, -1))  # [groups, output block, length, r]
+    output = build("MatMul", hidden, B)  # [groups, output block, length, out/k]
+    output = build("Reshape", build("Transpose", output, perm=[0, 2, 1, 3]), build.ints(0, 0, -1))
+    general = build("MatMul", build("MatMul", x, A_general), B_general)
+    result = build("Add", output, general)
+    result.name = "output"
+    graph.extend(build.take())
+    graph.outputs.append(result)
+    return ir.Function(DOMAIN, name, graph=graph, attributes=[])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from gralora_fx.exporters.onnx_passes.adapter_groups import FlatTokens
 from gralora_fx.exporters.onnx_passes.builder import Builder, const_ints
 from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION, PADDING
 from gralora_fx.exporters.onnx_passes.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
@@ -37,6 +38,8 @@ class FlattenTokens:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Change every region of token tensors, in place; skipped are those whose padding stays."""
         changed, skipped = 0, []
+        batch = _first_axis(model.graph)
+        flat: dict[str, FlatTokens] = model.meta.setdefault(FlatTokens.META, {})
         for region in token_regions(model.graph):
             if not any(node.op_type == "MatMul" for node in region.nodes):
                 continue
@@ -44,8 +47,19 @@ class FlattenTokens:
             if isinstance(padding, str):
                 skipped.append(Skip(f"padding of {region.dims[1]}", padding))
                 padding = None
-            changed += _Flattening(model.graph, region, padding).run()
+            flattening = _Flattening(model.graph, region, padding)
+            changed += flattening.run()
+            if flattening.sizes is not None:
+                flat[str(flattening.num_rows.value)] = FlatTokens(
+                    region.dims[0] == batch, flattening.tokens, flattening.places, flattening.sizes
+                )
         return PassResult(changed, tuple(skipped))
+
+
+def _first_axis(graph: ir.Graph) -> str | None:
+    """The size of the batch, as text: of the first axis of the first input."""
+    shape = next((value.shape for value in graph.inputs if value.shape), None)
+    return None if shape is None else str(shape[0] if isinstance(shape[0], int) else shape[0].value)
 
 
 def _padding(region: TokenRegion) -> ir.Value | str | None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from gralora_fx.errors import ExportError
-from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function, batched_adapter_function
+from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
 from gralora_fx.exporters.onnx_passes.builder import Builder, static_dim
 from gralora_fx.exporters.onnx_passes.mark_sites import SITES, SiteOutput, sites_in
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.runtime.adapter_inputs import HYBRID_RANK, INPUTS, RANK, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import BATCHED, SWAPPABLE, AdapterInputs, AdapterSite
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class InsertAdapters:
     Before: `y = MatMul(x, [Wq Wk Wv])`
     After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
+    Batched ones get the input in groups that share an adapter each (see `adapter_groups`).
+
     Attributes:
         inputs: The adapter tensors.
     """
@@ -39,12 +42,17 @@ class InsertAdapters:
         """Insert them, in place; the result counts the sites' calls.
 
         Raises:
-            ExportError: A marked value is not computed by a linear layer any more.
+            ExportError: A marked value is not computed by a linear layer any more, or rows cannot be told apart at one.
         """
         insertion = _Insertion(model, self.inputs)
         marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
         for value in marked:
             insertion.add_to(value)
+        if insertion.problems:
+            raise ExportError(
+                f"no adapter can be chosen by row at {listed(insertion.problems, 4)}; leave such layers out of "
+                "target_modules, or export with adapters='swappable' or 'inputs', which take one adapter a run"
+            )
         return PassResult(insertion.count)
 
 
@@ -56,6 +64,8 @@ class _Insertion:
         self.sites = {site.path: site for site in inputs.sites}
         self.tensors: dict[str, ir.Value] = {}
         self.count = 0
+        self.grouping = Grouping(model) if inputs.mode == BATCHED else None
+        self.problems: list[str] = []  # layers where rows cannot be told apart, each with the reason
 
     def add_to(self, value: ir.Value) -> None:
         """Add adapters to a value; a part of it that no adapter has stays as it is."""
@@ -65,9 +75,9 @@ class _Insertion:
         x, width = _input_of(value), static_dim(value, -1)
         build = Builder(self.model.graph)
         spans = list(_spans(marks, width))
-        if all(mark is not None for _, _, mark in spans):
-            outputs = [self._outputs(build, x, mark) for _, _, mark in spans if mark is not None]
-            result = build("Sum", value, *(_concat(build, parts) for parts in zip(*outputs, strict=True)))
+        whole = [mark for _, _, mark in spans if mark is not None]
+        if len(whole) == len(spans):
+            result = build("Sum", value, *self._outputs(build, x, whole))
         else:
             result = self._by_parts(build, value, x, spans)
         self.count += len(marks)
@@ -80,19 +90,32 @@ class _Insertion:
         sizes = build.ints(*(stop - start for start, stop, _ in spans))
         split = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1)
         parts = [
-            part if mark is None else build("Sum", part, *self._outputs(build, x, mark))
+            part if mark is None else build("Sum", part, *self._outputs(build, x, [mark]))
             for part, (_, _, mark) in zip(split.outputs, spans, strict=True)
         ]
         return build("Concat", *parts, axis=-1)
 
-    def _outputs(self, build: Builder, x: ir.Value, mark: SiteOutput) -> Sequence[ir.Value]:
-        """The parts of the adapter's output at a site: that of its blocks, if it has some, and that of plain LoRA."""
-        assert x.shape is not None
-        site = self.sites[mark.path]
-        domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), self.model.graph.opset_imports[""])
-        outputs = build.node(
-            name, [x, *self._tensors(site)], domain=domain, num_outputs=2 if self.inputs.k else 1
-        ).outputs
+    def _outputs(self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput]) -> list[ir.Value]:
+        """The adapters' outputs at sites with one input, one after the other: of blocks and of plain LoRA apart."""
+        groups = None if self.grouping is None else self.grouping.of(x)
+        if isinstance(groups, str):
+            self.problems += [f"{mark.path}: {groups}" for mark in marks]
+            return [x]
+        by_site = [self._outputs_at(build, x, mark, groups) for mark in marks]
+        outputs = [_concat(build, parts) for parts in zip(*by_site, strict=True)]
+        return outputs if groups is None else [groups.restored(build, output) for output in outputs]
+
+    def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
+        """The outputs of the adapter at a site: of blocks, if it has some, and of plain LoRA; of groups, their sum."""
+        site, opset = self.sites[mark.path], self.model.graph.opset_imports[""]
+        if groups is None:
+            assert x.shape is not None
+            domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), opset)
+            operands, count = [x, *self._tensors(site)], 2 if self.inputs.k else 1
+        else:
+            domain, name, _ = batched_adapter_function(self.model, self.inputs.k, opset)
+            operands, count = [groups.x, groups.ids, *self._tensors(site)], 1
+        outputs = build.node(name, operands, domain=domain, num_outputs=count).outputs
         if mark.rows is None:
             return outputs
         start, stop = build.ints(mark.rows[0]), build.ints(mark.rows[1])
@@ -100,7 +123,8 @@ class _Insertion:
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:
         """The inputs that are a site's tensors; made for its first call."""
-        shapes = site.shapes(self.inputs.k, RANK, HYBRID_RANK)
+        ranks = self.inputs.ranks(site)
+        shapes = {name: self.inputs.stacked(shape) for name, shape in site.shapes(self.inputs.k, *ranks).items()}
         for name, shape in shapes.items():
             if name not in self.tensors:
                 self.tensors[name] = self._input(name, shape)
@@ -109,7 +133,7 @@ class _Insertion:
     def _input(self, name: str, shape: Sequence[int | str]) -> ir.Value:
         dtype = ir.DataType[{"float32": "FLOAT"}.get(self.inputs.dtype, self.inputs.dtype.upper())]
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        if self.inputs.mode != INPUTS:
+        if self.inputs.mode == SWAPPABLE:
             sizes = [0 if isinstance(size, str) else size for size in shape]
             value.const_value = ir.tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
             self.model.graph.initializers[name] = value

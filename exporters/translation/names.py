@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.runtime.names import PAST_SEQLENS
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")
 _ENCODED = ("batch_size", "encoder_sequence_length", "hidden_size")
 _PAST = ("batch_size", "num_key_value_heads", "past_sequence_length", "head_size")
+_BUFFER = ("batch_size", "num_key_value_heads", "capacity", "head_size")  # of a cache that is input and output at once
 AXES: Mapping[str, tuple[str, ...]] = {
     "input_ids": _TEXT,
     "attention_mask": _TEXT,
@@ -41,11 +43,13 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
         model: The model; its values are renamed in place.
     """
     names: dict[str, str] = {}
-    has_cache = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
+    inputs = {str(value.name) for value in model.graph.inputs}
+    has_cache = any(name.startswith("past_key_values.") for name in inputs)
+    cache = _BUFFER if PAST_SEQLENS in inputs else _PAST
     for value in model.graph.inputs:
         for axis, symbol in enumerate(_symbols(value)):
             if symbol is not None and not symbol.isdigit() and symbol not in names:
-                names[symbol] = _axis_name(str(value.name), axis, names.values(), has_cache=has_cache)
+                names[symbol] = _axis_name(str(value.name), axis, names.values(), cache if has_cache else None)
     inner = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
     for renamed in (*model.graph.inputs, *inner, *model.graph.outputs):
         _rename(renamed, names)
@@ -85,10 +89,10 @@ def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(len(nameless))
 
 
-def _axis_name(name: str, axis: int, taken: Collection[str], *, has_cache: bool = False) -> str:
-    if name.startswith("past_key_values."):
-        return _PAST[axis]
-    if has_cache and name == "attention_mask" and axis == 1:
+def _axis_name(name: str, axis: int, taken: Collection[str], cache: Sequence[str] | None) -> str:
+    if cache is not None and name.startswith("past_key_values."):
+        return cache[axis]
+    if cache is not None and name == "attention_mask" and axis == 1:
         return "total_sequence_length"
     own = f"{name}_axis_{axis}"
     if name not in AXES:  # another symbol: it may have another number of rows

@@ -18,6 +18,7 @@ from torch import nn
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.adapter_files import adapter_tensors
 from gralora_fx.exporters.verification.dequantized_model import reference_model
+from gralora_fx.exporters.verification.mixed_rows import MixedRows, MixedSteps
 from gralora_fx.methods import AdapterTensors, Update
 from gralora_fx.methods.fold import fold
 from gralora_fx.methods.gralora import Factors
@@ -25,10 +26,10 @@ from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.passes.replace_weights import replace_weights
 from gralora_fx.runtime.adapter_file import SUFFIX, cast, read_record, read_tensors
-from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.adapter_inputs import BATCHED, AdapterInputs
 from gralora_fx.runtime.adapter_session import adapter_dtype, adapter_values, with_adapter
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.runtime.names import ADAPTERS, PAST_SEQLENS
 from gralora_fx.tracing.traced_model import TracedModel
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -89,21 +90,44 @@ def variants(session: Any, model: TracedModel | GraloraModel, manifest: Manifest
     if inputs is None:
         yield Variant(session, model, manifest, None, {})
         return
-    taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # a float32 copy of a bfloat16 export
-    yield Variant(with_adapter(session, adapter_values({}, taken)), model, manifest, None, {})
-    for name in model.active_adapters if isinstance(model, GraloraModel) else ():
-        assert isinstance(model, GraloraModel)
-        path = directory / ADAPTERS / f"{name}{SUFFIX}"
-        if not path.is_file():
-            there = sorted(file.name.removesuffix(SUFFIX) for file in path.parent.glob(f"*{SUFFIX}"))
-            raise ExportError(
-                f"the model's adapter {name!r} is not in {directory}, which has {listed(there) or 'none'}; add it with "
-                "export_adapter, or make another one active"
-            )
-        tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
-        _check_equal(name, path, tensors, model, inputs)
-        values = adapter_values({key: cast(array, taken.dtype) for key, array in tensors.items()}, taken)
-        yield Variant(with_adapter(session, values), model, manifest, name, tensors)
+    names = model.active_adapters if isinstance(model, GraloraModel) else []
+    adapters = {} if inputs.mode != BATCHED else {n: _tensors_of(n, model, manifest, directory) for n in names}
+    yield Variant(_session_with(session, inputs, None, {}, adapters), model, manifest, None, {})
+    for name in names:
+        tensors = adapters.get(name) or _tensors_of(name, model, manifest, directory)
+        yield Variant(_session_with(session, inputs, name, tensors, adapters), model, manifest, name, tensors)
+
+
+def _session_with(
+    session: Any, inputs: AdapterInputs, name: str | None, tensors: Arrays, adapters: Mapping[str, Arrays]
+) -> Any:
+    """A session with an adapter, beside the others where rows have one each."""
+    if inputs.mode != BATCHED:
+        taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
+        return with_adapter(session, adapter_values({n: cast(a, taken.dtype) for n, a in tensors.items()}, taken))
+    has_cache = any(value.name == PAST_SEQLENS for value in session.get_inputs())
+    return (MixedSteps if has_cache else MixedRows)(session, inputs, adapters, name)
+
+
+def _tensors_of(name: str, model: TracedModel | GraloraModel, manifest: Manifest, directory: Path) -> Arrays:
+    """The tensors of an active adapter as the export holds them.
+
+    Raises:
+        ExportError: They are not in the export, or are another's there.
+    """
+    inputs = manifest.adapter_inputs
+    assert inputs is not None
+    assert isinstance(model, GraloraModel)
+    path = directory / ADAPTERS / f"{name}{SUFFIX}"
+    if not path.is_file():
+        there = sorted(file.name.removesuffix(SUFFIX) for file in path.parent.glob(f"*{SUFFIX}"))
+        raise ExportError(
+            f"the model's adapter {name!r} is not in {directory}, which has {listed(there) or 'none'}; add it with "
+            "export_adapter, or make another one active"
+        )
+    tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
+    _check_equal(name, path, tensors, model, inputs)
+    return tensors
 
 
 def _check_equal(name: str, path: Path, tensors: Arrays, model: GraloraModel, inputs: AdapterInputs) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gralora_fx.exporters.verification.random_values import like, longest_text, text_like, vocabulary_of
+from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -78,4 +79,12 @@ def drop_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> di
     if mask is None or bool(mask.all()):
         return dict(outputs)
     kept = mask.bool()
-    return {n: v.transpose(1, 2)[kept] if n.startswith("present.") else v[:, -1] for n, v in outputs.items()}
+    return {
+        name: value.transpose(1, 2)[kept] if name.startswith("present.") else _last(value, mask)
+        for name, value in outputs.items()
+    }
+
+
+def _last(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the last position that counts, `[batch, 1, vocabulary]`."""
+    return logits if logits.shape[1] == 1 else last_logits(logits, mask)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.folded_model import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
+from gralora_fx.exporters.verification.adapter_variants import variants
 from gralora_fx.exporters.verification.cases import Case, Verification
 from gralora_fx.exporters.verification.dequantized_model import dequantized_model
 from gralora_fx.exporters.verification.evaluating import evaluating
@@ -20,6 +21,7 @@ from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.outputs import OutputComparison
 from gralora_fx.exporters.verification.texts import text_cases
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.quality import OutputQuality, Quality
 from gralora_fx.runtime.session import open_session
 from gralora_fx.tracing.traced_model import TracedModel
@@ -41,7 +43,7 @@ def measure_quality(
     texts: Sequence[str] | None,
     tokenizer: Any,
 ) -> Quality:
-    """Run a quantized export and the float32 model on the same inputs.
+    """Run a quantized export and the float32 model on the same inputs, both without adapters that are its data.
 
     Args:
         directory: The export directory.
@@ -55,15 +57,17 @@ def measure_quality(
         ExportError: The texts do not fit the model, the model or the export cannot run, or the export gives values that
             are not finite where the model's are.
     """
-    reference, traced = float32_model(model), base_trace(model)
-    comparison = OutputComparison(
-        open_session(directory), reference, verification, logits, ToleranceCheck(reference, 0.0, use_float64=False)
-    )
-    with evaluating(model, reference):
-        if texts is None:
-            return compare_outputs(comparison, verification.cases(traced, seed=0, quick=True), "random inputs")
-        plural = "s" if len(texts) > 1 else ""
-        return compare_outputs(comparison, text_cases(texts, tokenizer, traced), f"{len(texts)} given text{plural}")
+    traced, manifest = base_trace(model), read_manifest(directory)
+    base = next(variants(open_session(directory), model, manifest, directory))  # without adapters that are data
+    with base.active():
+        reference = float32_model(model)
+        check = ToleranceCheck(reference, 0.0, use_float64=False)
+        comparison = OutputComparison(base.session, reference, verification, logits, check)
+        with evaluating(model, reference):
+            if texts is None:
+                return compare_outputs(comparison, verification.cases(traced, seed=0, quick=True), "random inputs")
+            plural = "s" if len(texts) > 1 else ""
+            return compare_outputs(comparison, text_cases(texts, tokenizer, traced), f"{len(texts)} given text{plural}")
 
 
 def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs: str) -> Quality:

@@ -214,6 +214,17 @@ def read_tensors(
     return tensors
 
 
+def check_rank(path: Path, record: AdapterRecord, most: int | None, error: type[GraloraError]) -> None:
+    """Check that an adapter's ranks are within a limit.
+
+    Raises:
+        GraloraError: Of the given type: one is above it.
+    """
+    rank = max(record.r, record.hybrid_r)
+    if most is not None and rank > most:
+        raise error(f"{path} has rank {rank}, above the limit of {most} (max_rank)")
+
+
 def check_file(path: Path, record: AdapterRecord, error: type[GraloraError]) -> None:
     """Check that an adapter file is the one that its record describes.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 SWAPPABLE, INPUTS, BATCHED = "swappable", "inputs", "batched"
 AS_DATA = (SWAPPABLE, INPUTS, BATCHED)
 FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
-RANK, HYBRID_RANK = "r", "hybrid_r"  # symbolic axes
+RANK, HYBRID_RANK, ADAPTERS_AXIS = "r", "hybrid_r", "adapters"  # symbolic axes
 ADAPTER_IDS = "adapter_ids"
 
 
@@ -78,6 +78,17 @@ class AdapterInputs:
     sites: tuple[AdapterSite, ...]
     uncalled: tuple[str, ...] = ()
 
+    def ranks(self, site: AdapterSite) -> tuple[str, str]:
+        """Names of the symbolic axes of a site's ranks, which an adapter may have in another size at every site.
+
+        ONNX Runtime takes axes of one name for equal, and uses the memory of one value for another.
+        """
+        return f"{site.path}.{RANK}", f"{site.path}.{HYBRID_RANK}"
+
+    def stacked(self, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        """The shape of an export's input, of the shape of one adapter's tensor."""
+        return (ADAPTERS_AXIS, *shape) if self.mode == BATCHED else shape
+
     def names(self) -> Iterator[str]:
         """Names of all tensors."""
         for site in self.sites:
@@ -87,3 +98,8 @@ class AdapterInputs:
 def is_adapter_tensor(name: str) -> bool:
     """Whether the name of a model's input is that of an adapter tensor."""
     return name.rpartition(".")[2] in FIELDS
+
+
+def is_adapter_input(name: str) -> bool:
+    """Whether an input of a model is an adapter tensor, or says which adapter each row has."""
+    return name == ADAPTER_IDS or is_adapter_tensor(name)

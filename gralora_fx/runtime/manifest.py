@@ -115,6 +115,7 @@ class Manifest:
         quality: How a quantized export differs from the float32 model, where that was measured.
         image_sizes: Heights and widths of images that the graph takes; None if it takes no images.
         adapter_inputs: The adapter tensors that the graph takes; None where adapters are folded.
+        requires: The oldest version of each package that runs the graph, where the usual ones do not all.
         files: Every other file of the directory by its path; None where they were not recorded.
         weights: Where the weight of each linear layer lies, by its path; None where that was not recorded. A layer that
             no file multiplies by is not in it.
@@ -139,6 +140,7 @@ class Manifest:
     quality: Quality | None = None
     image_sizes: ImageSizes | None = None
     adapter_inputs: AdapterInputs | None = None
+    requires: Mapping[str, str] | None = None
     files: Mapping[str, FileEntry] | None = None
     weights: Mapping[str, tuple[WeightEntry, ...]] | None = None
 
@@ -152,7 +154,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of the file, keys in order; what an export may lack is left out where it does."""
         found = dataclasses.asdict(self)
-        optional = ("adapter_inputs", "attention", "files", "image_sizes", "quality", "weights")
+        optional = ("adapter_inputs", "attention", "files", "image_sizes", "quality", "requires", "weights")
         fields = {name: value for name, value in found.items() if name not in optional or value is not None}
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
@@ -230,6 +232,7 @@ class _Reader:
             quality=self._quality(),
             image_sizes=self._image_sizes(),
             adapter_inputs=self._adapter_inputs(),
+            requires=self.take("requires", dict, type(None), default=None),
             files=self._files(),
             weights=self._weights(),
         )

@@ -64,25 +64,39 @@ def as_value(tensor: Tensor, kind: str) -> Any:
     return OrtValue.ortvalue_from_numpy(array.numpy())
 
 
-def empty_values(session: Any, batch: int) -> dict[str, Any]:
+def own_value(tensor: Tensor, kind: str) -> Any:
+    """A tensor as an `OrtValue` in memory of its own, like a session's output; not of bfloat16.
+
+    Args:
+        tensor: Any tensor on the CPU.
+        kind: The type in ONNX Runtime's words.
+    """
+    array = tensor.detach().to(_DTYPES[_element(kind)]).contiguous().numpy()
+    value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype)
+    value.update_inplace(array)
+    return value
+
+
+def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
     """An empty cache for every `past_key_values.N.key|value` input of a session.
 
     Args:
         session: An ONNX Runtime session.
         batch: Number of rows.
+        length: Positions that it has room for, zeros.
     """
     values: dict[str, Any] = {}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
             dtype = _DTYPES[_element(value.type)]
             values[value.name] = as_value(
-                torch.empty(batch, value.shape[1], 0, value.shape[3], dtype=dtype), value.type
+                torch.zeros(batch, value.shape[1], length, value.shape[3], dtype=dtype), value.type
             )
     return values
 
 
 def as_tensor(value: Any) -> Tensor:
-    """An `OrtValue` as a tensor of the same dtype."""
+    """An `OrtValue` as a tensor of the same dtype and memory, which is that of an array if `as_value` made it."""
     tensor: Tensor = from_dlpack(value)
     return tensor
 

@@ -16,13 +16,14 @@ from gralora_fx.runtime.adapter_file import (
     AdapterRecord,
     as_arrays,
     check_name,
+    check_rank,
     read_record,
     read_tensors,
     record_of,
     record_path,
     write_tensors,
 )
-from gralora_fx.runtime.adapter_inputs import INPUTS
+from gralora_fx.runtime.adapter_inputs import BATCHED, INPUTS
 from gralora_fx.runtime.adapter_mix import mixed
 from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter, with_adapter
 from gralora_fx.runtime.manifest import Manifest
@@ -137,9 +138,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         check_name(name, ServingError)
         file = self._file(path)
         record = read_record(file, ServingError)
-        rank = max(record.r, record.hybrid_r)
-        if self._max_rank is not None and rank > self._max_rank:
-            raise ServingError(f"{file} has rank {rank}, above the limit of {self._max_rank} (max_rank)")
+        check_rank(file, record, self._max_rank, ServingError)
         tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
         values = adapter_values(tensors, inputs)
         adapter = LoadedAdapter(file, record, values, with_adapter(self._session, values))
@@ -201,6 +200,11 @@ class Adapters(Mapping[str, LoadedAdapter]):
             raise ServingError(
                 f"{self._directory} takes no adapters: it was exported with adapters='merged'; export the model with "
                 "adapters='swappable'"
+            )
+        if inputs.mode == BATCHED:
+            raise ServingError(
+                f"the rows of {self._directory} have an adapter each; give them in a call, adapter=[...], or export "
+                "the model with adapters='swappable'"
             )
         return inputs
 

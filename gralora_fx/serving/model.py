@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.runtime.adapter_inputs import BATCHED, is_adapter_input
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.names import QUERY_SEQLENS
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.placement import (
     Placement,
@@ -24,12 +26,14 @@ from gralora_fx.runtime.placement import (
     placement_of,
     warn_of_idle,
 )
+from gralora_fx.runtime.requirements import check_requirements
 from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.adapters import Adapters
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
+from gralora_fx.serving.row_adapters import RowAdapters, rows_feed
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.sources.model_files import read_json_object
 
@@ -80,7 +84,6 @@ class OrtModel:
         config: The model's `config.json`; empty if there is none.
         input_names: Inputs of the graph.
         output_names: Outputs of the graph.
-        adapters: The adapters that are loaded, by name.
     """
 
     def __init__(
@@ -96,11 +99,14 @@ class OrtModel:
         self.directory = _directory(export_dir)
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
+        check_requirements(self.directory, self.manifest, ServingError)
         self.config = _read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
         self.session = open_session(self.directory, self._runtime, error=ServingError)
-        self.adapters = Adapters(self.directory, self.manifest, self.session, max_rank)
-        inputs = {value.name: value for value in self.adapters.base_session.get_inputs()}
+        self._rows = RowAdapters(self.directory, self.manifest, max_rank) if self._is_batched else None
+        self._adapters = Adapters(self.directory, self.manifest, self.session, max_rank)
+        taken = self._adapters.base_session.get_inputs()
+        inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
         is_pair = isinstance(self.session, EncoderDecoderSession)
         self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
         self.input_names = tuple(inputs)
@@ -141,7 +147,7 @@ class OrtModel:
         return tokenizer
 
     def load_adapter(self, name: str, path: str | Path) -> None:
-        """Load an adapter, so that calls can name it.
+        """Load an adapter, so that calls, or rows of them, can name it.
 
         An adapter in the export's own `adapters/` needs no loading: it is loaded when a call first names it.
 
@@ -153,7 +159,7 @@ class OrtModel:
             ServingError: The export takes no adapters, the name is taken, or the file is damaged, incomplete, or of
                 another base, rank or gralora_k than the export takes; nothing changes then.
         """
-        self.adapters.load(name, path)
+        self._known.load(name, path)
 
     def mix_adapters(self, name: str, weights: Mapping[str, float]) -> None:
         """Load the weighted sum of adapters as one more, exactly: its rank is the sum of theirs.
@@ -163,9 +169,10 @@ class OrtModel:
             weights: A weight for each adapter, by name: `{"summaries": 0.7, "german": 0.3}`.
 
         Raises:
-            ServingError: The name is taken, there is no such adapter, or a weight is not a finite number.
+            ServingError: The name is taken, there is no such adapter, a weight is not a finite number, or rows of the
+                export have an adapter each.
         """
-        self.adapters.mix(name, weights)
+        self._adapters.mix(name, weights)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; calls that run with it end undisturbed.
@@ -173,7 +180,7 @@ class OrtModel:
         Raises:
             ServingError: It is not loaded.
         """
-        self.adapters.unload(name)
+        self._known.unload(name)
 
     def bind_adapter(self, binding: Any, adapter: str | None) -> None:
         """Bind an adapter's tensors in an `onnxruntime.IOBinding` of `session`, for the runs that use the binding.
@@ -185,17 +192,30 @@ class OrtModel:
             adapter: Name of the adapter; None for the base.
 
         Raises:
-            ServingError: There is no such adapter.
+            ServingError: There is no such adapter, or rows of the export have an adapter each.
         """
-        for name, value in self.adapters.to_bind(adapter).items():
+        for name, value in self._adapters.to_bind(adapter).items():
             binding.bind_ortvalue_input(name, value)
 
-    def __call__(self, *args: Any, adapter: str | None = None, **inputs: Any) -> Outputs:
+    @property
+    def adapters(self) -> Mapping[str, Any]:
+        """The adapters that are loaded, by name."""
+        return self._known
+
+    @property
+    def _known(self) -> Adapters | RowAdapters:
+        return self._adapters if self._rows is None else self._rows
+
+    @property
+    def _is_batched(self) -> bool:
+        return self.manifest.adapters_mode == BATCHED
+
+    def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **inputs: Any) -> Outputs:
         """Run the model once.
 
         Args:
             *args: Not accepted: inputs are given by name.
-            adapter: Name of the adapter to run with; None for the base.
+            adapter: Name of the adapter to run with, None for the base; of a batched export also one for each row.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
                 a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
                 Integers and floats are cast to the graph's dtypes.
@@ -207,19 +227,26 @@ class OrtModel:
             ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
                 of range.
         """
+        self._check_has_no_rows()
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
         parts = self._feed.parts({name: value for name, value in inputs.items() if value is not None})
         gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
         feed = self._feed.arrays(parts)
-        session = self.adapters.session(adapter)
+        session, values = self._with_adapter(adapter, feed)
         try:
-            results = session.run(None, feed, quiet_run())
+            results = session.run(None, {**feed, **values}, quiet_run())
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error
         pairs = zip(self.output_names, results, strict=True)
         return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in pairs})
+
+    def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        """The session that runs a call with an adapter, or one for each row, and what to feed it besides."""
+        if self._rows is None:
+            return self._adapters.session(adapter), {}
+        return self.session, rows_feed(self._rows, adapter, feed)
 
     def generate(
         self,
@@ -270,11 +297,24 @@ class OrtModel:
             raise ServingError("prompts and input_ids are both given; give one of them")
         else:
             parsed = read_tokenized(input_ids, attention_mask)
-        active = None if adapter is None else self.adapters[adapter]
-        answers = Answers(self._generator, parsed, tokenizer, chosen, stops, active, self.adapters.required(adapter))
+        active = None if adapter is None else self._adapters[adapter]
+        answers = Answers(self._generator, parsed, tokenizer, chosen, stops, active, self._adapters.required(adapter))
         return answers if stream else answers.result()
 
+    def _check_has_no_rows(self) -> None:
+        """Check that the export is not a batched decoder, whose caches are buffers and whose rows have lengths.
+
+        Raises:
+            ServingError: It is one.
+        """
+        if QUERY_SEQLENS in self.input_names:
+            raise ServingError(
+                f"{self.directory} is a batched decoder, which neither single calls nor onnxruntime-genai drive; open "
+                "it as gralora_fx.serving.BatchedDecoder, or export the model with adapters='swappable'"
+            )
+
     def _check_generates(self) -> None:
+        self._check_has_no_rows()
         if not any(name.startswith("past_key_values.") for name in self.input_names):
             raise ServingError(
                 f"this export (task {self.task!r}) has no cache, so it cannot generate; "

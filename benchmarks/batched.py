@@ -1,0 +1,177 @@
+"""Eight rows with an adapter each in one run, beside eight runs with a switch between.
+
+SmolLM2-135M with GraLoRA adapters on all seven projections. Both exports take the same adapters; every row has read a
+prompt of its own and decodes its next token. Then a chunk of a long prompt joins seven decoding rows.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import smollm2
+from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.exporters import export_onnx
+from gralora_fx.runtime.adapter_file import SUFFIX, read_record, read_tensors
+from gralora_fx.runtime.adapter_session import adapter_values, with_adapter
+from gralora_fx.runtime.adapter_stack import AdapterStack
+from gralora_fx.runtime.batched_steps import BatchedSteps
+from gralora_fx.runtime.encoder_decoder_session import as_past
+from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
+from gralora_fx.runtime.session import Runtime, open_session, quiet_options
+
+RUNS = Path("runs/batched")
+ROWS, PROMPT, CHUNK, THREADS = 8, 32, 64, 2
+LEAST = {
+    32: 3,
+    8: 4,
+}  # times the throughput; of rank 32, adapters are half as many bytes as the base, read in both cases
+NAMES = [f"adapter_{index}" for index in range(ROWS)]
+BATCHED, SINGLE = "one batched run", "eight single runs"
+DECODING, ALONE, JOINED = "seven rows decode", "the chunk alone", "the chunk joins them"
+
+
+def run(iterations: int = 15, ranks: tuple[int, ...] = (32, 8)) -> Report:
+    """Measure for each rank.
+
+    Args:
+        iterations: Timed runs of each case.
+        ranks: Ranks of the adapters: 32, 8 or both.
+    """
+    report = Report("batched", f"{ROWS} rows with {ROWS} adapters: SmolLM2-135M, GraLoRA k=2 on seven projections")
+    base = smollm2.base(RUNS / "base")
+    for rank in ranks:
+        progress(f"exports with adapters of r={rank}")
+        exports = _exports(base, rank)
+        _compare(report, *exports, rank, iterations)
+        gc.collect()
+    return report
+
+
+def _exports(base: Path, rank: int) -> tuple[Path, Path]:
+    """The swappable and the batched export with the same adapters, made once."""
+    paths = RUNS / f"swappable_{rank}", RUNS / f"batched_{rank}"
+    if all(path.is_dir() for path in paths):
+        return paths
+    traced = trace(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), task="text-generation-with-past"
+    )
+    config = GraloraConfig(r=rank, alpha=2, target_modules=smollm2.PROJECTIONS, init_weights=False)
+    torch.manual_seed(0)
+    model = rewrite(traced, config, adapter_name=NAMES[0])
+    for name in NAMES[1:]:
+        model.add_adapter(name, config)
+    model.set_adapter(NAMES)
+    for path, mode in zip(paths, ("swappable", "batched"), strict=True):
+        export_onnx(model, path, adapters=mode, verify=False, overwrite=True)  # type: ignore[arg-type]
+    return paths
+
+
+def _compare(report: Report, swappable: Path, batched: Path, rank: int, iterations: int) -> None:
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(3, 1000, (ROWS, PROMPT))
+    singles, rows = _Singles(swappable, prompts), _Rows(batched, prompts)
+    ids = generator.integers(3, 1000, (ROWS, 1))
+    expected, actual = singles.decode(ids), rows.step(ids, np.ones(ROWS, dtype=np.int64))
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True))
+    progress(f"decoding with r={rank}")
+    times = measure(
+        [
+            Case.of(SINGLE, lambda: singles.decode(ids)),
+            Case.of(BATCHED, lambda: rows.step(ids, np.ones(ROWS, dtype=np.int64))),
+        ],
+        iterations=iterations,
+    )
+    report.tables.append(Table(f"a token of {ROWS} rows, r={rank}", [times.row(n, SINGLE) for n in (SINGLE, BATCHED)]))
+    report.claims.append(
+        Claim(
+            f"throughput of one run over eight, r={rank}",
+            1 / times.ratio(BATCHED, SINGLE).median_of_pairs,
+            at_least=LEAST[rank],
+        )
+    )
+    report.claims.append(Claim(f"largest difference of logits, r={rank}", error, at_most=1e-4))
+    decoding = np.array([0, *[1] * (ROWS - 1)])
+    chunk = np.array([CHUNK, *[0] * (ROWS - 1)])
+    wide = generator.integers(3, 1000, (ROWS, CHUNK))
+    times = measure(
+        [
+            Case.of(DECODING, lambda: rows.step(ids, decoding)),
+            Case.of(ALONE, lambda: rows.step(wide, chunk)),
+            Case.of(JOINED, lambda: rows.step(wide, decoding + chunk)),
+        ],
+        iterations=iterations,
+    )
+    report.tables.append(
+        Table(f"a chunk of {CHUNK} tokens, r={rank}", [times.row(n) for n in (DECODING, ALONE, JOINED)])
+    )
+    delays = [
+        (joined - decode) / alone
+        for joined, decode, alone in zip(*(times.seconds[n] for n in (JOINED, DECODING, ALONE)), strict=True)
+    ]
+    report.claims.append(
+        Claim(f"delay of decoding rows over the time of the chunk, r={rank}", float(np.median(delays)), at_most=1)
+    )
+
+
+class _Singles:
+    """The swappable export, with a cache for each row."""
+
+    def __init__(self, path: Path, prompts: np.ndarray[Any, Any]) -> None:
+        manifest = read_manifest(path)
+        assert manifest.adapter_inputs is not None
+        session = open_session(path, Runtime(session_options=quiet_options(THREADS)))
+        self.sessions = []
+        for name in NAMES:
+            file = path / ADAPTERS / f"{name}{SUFFIX}"
+            tensors = read_tensors(
+                file, read_record(file), manifest.adapter_inputs, manifest.base_fingerprint, ValueError
+            )  # type: ignore[arg-type]
+            self.sessions.append(with_adapter(session, adapter_values(tensors, manifest.adapter_inputs)))
+        self.pasts = [empty_values(session, 1) for _ in NAMES]
+        self.length = 0
+        self.pasts = [as_past(self._run(index, ids[None])) for index, ids in enumerate(prompts)]
+        self.length = prompts.shape[1]
+
+    def decode(self, ids: np.ndarray[Any, Any]) -> list[torch.Tensor]:
+        """Logits of a token of each row; the caches stay."""
+        return [as_tensor(self._run(index, row[None])["logits"])[0, -1] for index, row in enumerate(ids)]
+
+    def _run(self, index: int, ids: np.ndarray[Any, Any]) -> dict[str, Any]:
+        positions = torch.arange(self.length, self.length + ids.shape[1])[None]
+        feed = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.ones(1, self.length + ids.shape[1], dtype=torch.long),
+            "position_ids": positions,
+        }
+        return run_values(self.sessions[index], {**feed, **self.pasts[index]}, "a step")
+
+
+class _Rows:
+    """The batched export with a row for each adapter."""
+
+    def __init__(self, path: Path, prompts: np.ndarray[Any, Any]) -> None:
+        manifest = read_manifest(path)
+        assert manifest.adapter_inputs is not None
+        stack = AdapterStack(manifest.adapter_inputs, manifest.base_fingerprint)
+        for name in NAMES:
+            stack.load_adapter(name, path / ADAPTERS / f"{name}{SUFFIX}")
+        self.stack = stack.current()
+        self.ids = np.array([self.stack.ids[name] for name in NAMES], dtype=np.int64)
+        session = open_session(path, Runtime(session_options=quiet_options(THREADS)))
+        self.steps = BatchedSteps(session, rows=ROWS, capacity=4 * PROMPT + CHUNK, chunk=CHUNK)
+        self.past = np.zeros(ROWS, dtype=np.int32)
+        self.step(prompts, np.full(ROWS, prompts.shape[1]))
+        self.past += prompts.shape[1]
+
+    def step(self, ids: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Logits of each row, which stays where it is: the next step writes over this one."""
+        return self.steps(ids, counts.astype(np.int32), self.past, self.ids, self.stack.values)[:, -1]

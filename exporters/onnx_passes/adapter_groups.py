@@ -1,0 +1,162 @@
+"""The input of a linear layer in groups that share an adapter each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import onnx_ir as ir
+
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
+from gralora_fx.exporters.onnx_passes.row_tokens import NUM_TOKENS, RowTiles, row_tiles
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
+from gralora_fx.runtime.names import QUERY_SEQLENS
+
+
+class Groups(NamedTuple):
+    """The input of a layer in groups.
+
+    Attributes:
+        ids: `[groups]`, the adapter of each.
+        x: `[groups, length, features]`.
+        restored: Gives an output `[groups, length, width]` the axes of the layer's output.
+    """
+
+    ids: ir.Value
+    x: ir.Value
+    restored: Callable[[Builder, ir.Value], ir.Value]
+
+
+@dataclass
+class FlatTokens:
+    """How token tensors were flattened to matrices (see `FlattenTokens`), by the names of values.
+
+    Attributes:
+        is_batch: Whether their rows are those of the model's inputs.
+        tokens: `[tokens]`, the index of each among all positions; None where none was left out.
+        places: `[batch, length]`, the row of the matrix at each position; None where none was left out.
+        sizes: `[2]`, batch and length.
+    """
+
+    META: ClassVar[str] = "gralora_flat_tokens"  # key in a model's metadata, of these by the name of the matrices' axis
+
+    is_batch: bool
+    tokens: ir.Value | None
+    places: ir.Value | None
+    sizes: ir.Value
+
+
+@dataclass
+class Grouping:
+    """What groups inputs by the adapter of their row.
+
+    Attributes:
+        model: The model.
+    """
+
+    model: ir.Model
+
+    def __post_init__(self) -> None:
+        """Add the input that says which adapter each row has, unless the model has it."""
+        graph = self.model.graph
+        self._found: dict[ir.Value, Groups | str] = {}
+        self.batch = next((value.shape[0] for value in graph.inputs if value.shape), None)
+        found = next((value for value in graph.inputs if value.name == ADAPTER_IDS), None)
+        self.ids = found or add_input(graph, ADAPTER_IDS, ir.DataType.INT64, [self.batch or 1])
+        self._tiles: RowTiles | None = None
+        self._tile_ids = self.ids
+        inputs = {str(value.name): value for value in graph.inputs}
+        if QUERY_SEQLENS in inputs:
+            build = Builder(graph)
+            self._tiles = row_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS])
+            self._tile_ids = build("Gather", self.ids, self._tiles.rows)
+            build.insert_before(graph[0])
+
+    def of(self, x: ir.Value) -> Groups | str:
+        """An input in groups, or why its rows cannot be told apart; made once, after the input.
+
+        Args:
+            x: The input of a linear layer.
+        """
+        if x not in self._found:
+            build = Builder(self.model.graph)
+            self._found[x] = self._of(build, x)
+            build.insert_after(x)
+        return self._found[x]
+
+    def _of(self, build: Builder, x: ir.Value) -> Groups | str:
+        if x.shape is None:
+            return "the shape of its input is not known"
+        if not isinstance(self.batch, ir.SymbolicDim):
+            return f"the batch has a fixed size of {self.batch}; trace the model with dynamic=True"
+        flat: FlatTokens | None = self.model.meta.get(FlatTokens.META, {}).get(_text(x.shape[0]))
+        if self._tiles is not None and _is_tokens(x):
+            return _groups_of_tiles(build, x, self._tiles, self._tile_ids)
+        if flat is not None:
+            return _rows_of_matrix(build, x, flat, self.ids)
+        if _text(x.shape[0]) == _text(self.batch):
+            return _rows(build, x, self.ids)
+        return f"the first axis of its input {_shown(x)} is not the batch"
+
+
+def _is_tokens(x: ir.Value) -> bool:
+    """Whether an input is `[1, tokens, features]` or `[tokens, features]`."""
+    assert x.shape is not None
+    lead = [_text(size) for size in x.shape[:-1]]
+    return lead in (["1", NUM_TOKENS], [NUM_TOKENS])
+
+
+def _groups_of_tiles(build: Builder, x: ir.Value, tiles: RowTiles, ids: ir.Value) -> Groups:
+    assert x.shape is not None
+    is_matrix = len(x.shape) == 2
+
+    def restored(build: Builder, output: ir.Value) -> ir.Value:
+        whole = tiles.of_tiles(build, output)
+        return build("Squeeze", whole, build.ints(0)) if is_matrix else whole
+
+    return Groups(ids, tiles.to_tiles(build, x), restored)
+
+
+def _rows_of_matrix(build: Builder, x: ir.Value, flat: FlatTokens, ids: ir.Value) -> Groups | str:
+    if not flat.is_batch:
+        return "the rows of its input are not those of the batch"
+    parts = [part for part in (flat.tokens, flat.places, flat.sizes) if part is not None]
+    if any(part.producer() is None or part.producer().graph is None for part in parts):  # type: ignore[union-attr]
+        return "the positions of its input are not known any more"
+    assert x.shape is not None
+    if flat.places is None:
+        shape = build("Concat", flat.sizes, build.ints(x.shape[-1]), axis=0)
+        rows = build("Reshape", x, shape)
+    else:
+        rows = build("Gather", x, flat.places, axis=0)
+
+    def restored(build: Builder, output: ir.Value) -> ir.Value:
+        matrix = build("Flatten", output, axis=2)
+        return matrix if flat.tokens is None else build("Gather", matrix, flat.tokens, axis=0)
+
+    return Groups(ids, rows, restored)
+
+
+def _rows(build: Builder, x: ir.Value, ids: ir.Value) -> Groups:
+    """Groups of an input whose first axis is the batch, of two axes or more."""
+    assert x.shape is not None
+    if len(x.shape) == 3:
+        return Groups(ids, x, lambda build, output: output)
+    rows = build("Reshape", x, build.ints(0, -1, x.shape[-1]))
+
+    def restored(build: Builder, output: ir.Value) -> ir.Value:
+        if len(x.shape or ()) == 2:
+            return build("Squeeze", output, build.ints(1))
+        lead = build("Shape", x, end=-1)
+        return build("Reshape", output, build("Concat", lead, build.ints(-1), axis=0))
+
+    return Groups(ids, rows, restored)
+
+
+def _text(size: int | ir.SymbolicDim) -> str:
+    return str(size if isinstance(size, int) else size.value)
+
+
+def _shown(x: ir.Value) -> str:
+    return f"[{', '.join(_text(size) for size in x.shape or ())}]"

@@ -1,0 +1,225 @@
+"""A decoder's step for continuous batching: rows that read a chunk, rows that decode and idle rows in one run.
+
+Attention sees rows of one length, padded on the right, and knows how many tokens of each count. All else computes on
+the tokens that count, as one row of them, so that padding and idle rows cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
+from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION
+from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
+from gralora_fx.exporters.onnx_passes.row_tokens import (
+    NUM_TOKENS,
+    RowTokens,
+    last_tokens,
+    row_tokens,
+    take_tokens,
+)
+from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.exporters.translation.names import layer_of
+from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
+
+GQA = "GroupQueryAttention"
+# positions of its inputs
+_PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
+_PAST = "past_key_values."
+_ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
+_LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
+_REMEDY = "export with adapters='swappable' or 'inputs', which take one adapter a run"
+
+
+def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
+    """Let each row of a decoder's step read as many tokens as `query_seqlens` says, after `past_seqlens` cached ones.
+
+    Before: `y, present... = GroupQueryAttention(f(input_ids, position_ids), past..., lengths, total, bias)`
+    After:  `y, present... = GroupQueryAttention(rows(f(tokens, positions)), past..., lengths, total, query_seqlens)`
+
+    `tokens [1, tokens]` are those ids that count, `rows` puts what was computed for each into its place in
+    `[batch, length]`, and what attention gives is `[1, tokens]` again. Mask and positions are no inputs any more: both
+    follow from the lengths. Where the caches are one buffer for input and output, those of an idle row stay as they
+    are.
+
+    Args:
+        model: A decoder whose attention is fused and whose cache has its names; it is changed in place.
+
+    Returns:
+        The number of attention layers.
+
+    Raises:
+        ExportError: The model mixes tokens or reads its inputs in a way that does not allow it; layers are named.
+    """
+    graph = model.graph
+    inputs = {str(value.name): value for value in graph.inputs}
+    _check_inputs(inputs)
+    ids = inputs["input_ids"]
+    assert ids.shape is not None
+    batch, length = ids.shape
+    layers = [node for node in graph if node.op_type == GQA]
+    _check_layers(graph, layers)
+    _rename_inner(graph, str(batch), str(length))
+    query, past = (add_input(graph, name, ir.DataType.INT32, [batch]) for name in (QUERY_SEQLENS, PAST_SEQLENS))
+    build = Builder(graph)
+    readers = {name: list(value.uses()) for name, value in inputs.items()}
+    tokens = row_tokens(build, ids, query, past)
+    build.insert_before(graph[0])
+    for name, value in (("input_ids", tokens.ids), ("position_ids", tokens.positions)):
+        for usage in readers.get(name, []):
+            usage.node.replace_input_with(usage.idx, value)
+    _count_one_row(inputs, tokens.ids)
+    for node in layers:
+        _by_rows(graph, node, tokens)
+    for value in graph.outputs[1:]:
+        past_value = inputs[str(value.name).replace("present.", _PAST)]
+        value.shape = past_value.shape
+    remove_unused_nodes(model)
+    _check_readers(inputs)
+    graph.inputs[:] = [value for value in graph.inputs if value.name not in ("attention_mask", "position_ids")]
+    return PassResult(len(layers))
+
+
+def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
+    """Let attention read and give rows of tokens."""
+    before = Builder(graph)
+    new_inputs = [*node.inputs, *[None] * (_QUERY_LENGTHS + 1 - len(node.inputs))]
+    for index in range(3):
+        value = new_inputs[index]
+        if value is not None:
+            new_inputs[index] = tokens.to_rows(before, value)
+    new_inputs[_LENGTHS], new_inputs[_TOTAL], new_inputs[_BIAS] = tokens.cached, tokens.total, None
+    new_inputs[_QUERY_LENGTHS] = tokens.query
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    new = before.node(GQA, new_inputs, domain=node.domain, num_outputs=3, **attributes)
+    new.metadata_props.update(node.metadata_props)
+    output = tokens.of_rows(before, new.outputs[0])
+    old_shape = node.outputs[0].shape
+    new.outputs[0].shape = None if old_shape is None else ir.Shape([*tokens.sizes, old_shape[-1]])
+    new.outputs[0].type = node.outputs[0].type
+    before.insert_before(node)
+    for fresh, old in zip((output, *new.outputs[1:]), node.outputs, strict=True):
+        fresh.shape, fresh.type, fresh.name = old.shape, old.type, old.name
+        ir.convenience.replace_all_uses_with(old, fresh, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _count_one_row(inputs: Mapping[str, ir.Value], ids: ir.Value) -> None:
+    """Let nodes that take the number of rows from a mask or a cache take it from the tokens, which are one row."""
+    for name, value in inputs.items():
+        for usage in list(value.uses()) if name != "input_ids" else ():
+            limits = {key: attribute.value for key, attribute in usage.node.attributes.items()}
+            if usage.node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1):
+                usage.node.replace_input_with(0, ids)
+
+
+def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
+    """Give values that nodes compute the sizes that they have now; a plan of memory relies on them."""
+    tokens = ir.SymbolicDim(NUM_TOKENS)
+    names: dict[str, int | ir.SymbolicDim] = {
+        batch: 1,
+        length: tokens,
+        f"{batch}*{length}": tokens,
+        f"{length}*{batch}": tokens,
+    }
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is None:
+                continue
+            unknown = ir.SymbolicDim(None)
+            value.shape = ir.Shape(
+                [size if isinstance(size, int) else names.get(str(size.value), unknown) for size in value.shape]
+            )
+
+
+def _check_inputs(inputs: Mapping[str, ir.Value]) -> None:
+    known = ("input_ids", "attention_mask", "position_ids")
+    others = [name for name in inputs if name not in known and not name.startswith(_PAST)]
+    if others or "input_ids" not in inputs:
+        what = f"also takes {listed(others)}" if others else "takes no input_ids"
+        raise ExportError(f"adapters='batched' is for a decoder of input_ids alone, and this one {what}; {_REMEDY}")
+
+
+def _check_layers(graph: ir.Graph, layers: Sequence[ir.Node]) -> None:
+    """Check that every layer's attention has a cache of its own, and that no other operator mixes tokens."""
+    owners: dict[ir.Value, str] = {}
+    problems: list[str] = []
+    for node in layers:
+        for index in (_PAST_KEY, _PAST_VALUE):
+            past = node.inputs[index]
+            assert past is not None
+            if past in owners and index == _PAST_KEY:
+                problems.append(f"{layer_of(node)} has the cache of {owners[past]}")
+            owners.setdefault(past, layer_of(node))
+    problems += [f"{layer_of(node)} has attention without a cache" for node in graph if node.op_type in ATTENTION]
+    problems += [f"{layer_of(node)} computes {node.op_type} over positions" for node in _across_positions(graph)]
+    if problems:
+        raise ExportError(f"rows of a batch cannot be at different positions: {listed(problems)}; {_REMEDY}")
+
+
+def _across_positions(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes that compute something of several positions at once: of those that are inputs, or along the tokens."""
+    yield from (node for node in graph if node.op_type in ("Conv", "GRU", "LSTM", "RNN", "Scan"))
+    waiting = [value for value in graph.inputs if value.name == "position_ids"]
+    while waiting:
+        for usage in waiting.pop().uses():
+            if usage.node.op_type in _ACROSS_TOKENS:
+                yield usage.node
+            elif usage.node.op_type in _LOOKED_THROUGH:
+                waiting += usage.node.outputs
+
+
+def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
+    """Check that nothing but attention reads the cache, and nothing the mask."""
+    problems = []
+    for name, value in inputs.items():
+        for usage in value.uses():
+            is_cache = name.startswith(_PAST) and usage.node.op_type == GQA
+            if not is_cache and name != "input_ids":
+                problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
+    if problems:
+        raise ExportError(
+            f"the model needs more than the lengths of its rows: {listed(sorted(set(problems)), 6)}; {_REMEDY}"
+        )
+
+
+@dataclass(frozen=True)
+class LogitsOfRows:
+    """Give logits of rows: of the last token of each, or of every position.
+
+    Before: `logits = MatMul(x, head)`, of the tokens that count
+    After:  `logits = MatMul(Gather(x, last), head)`, or `logits = rows(MatMul(x, head))`
+
+    An idle row's logits mean nothing, and so do those of positions that do not count.
+
+    Attributes:
+        logits: `"last"` or `"all"`.
+    """
+
+    logits: str
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Change the first output, in place.
+
+        Raises:
+            ExportError: No projection leads to it.
+        """
+        inputs = {str(value.name): value for value in model.graph.inputs}
+        ids, query = inputs["input_ids"], inputs[QUERY_SEQLENS]
+        build = Builder(model.graph)
+        if self.logits == "last":
+            head = head_of(model)
+            assert ids.shape is not None
+            head.read(build, take_tokens(build, head.hidden, last_tokens(build, query), (ids.shape[0], 1)))
+            return PassResult(1)
+        logits = model.graph.outputs[0]
+        rows = row_tokens(build, ids, query, inputs[PAST_SEQLENS]).to_rows(build, logits)
+        build.insert_after(logits)
+        rows.name, logits.name = logits.name, f"{logits.name}.tokens"
+        model.graph.outputs[0] = rows
+        return PassResult(1)

@@ -1,0 +1,201 @@
+"""The adapters of a batched export, stacked: each has an id, by which rows of a batch choose it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.runtime.adapter_file import (
+    Arrays,
+    as_ort_value,
+    cast,
+    check_name,
+    check_rank,
+    read_record,
+    read_tensors,
+)
+from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
+
+BASE = 0  # the id of no adapter
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Adapters at one time.
+
+    Attributes:
+        ids: The id of each adapter by its name.
+        values: The export's adapter tensors as `OrtValue`s, by name.
+    """
+
+    ids: Mapping[str, int]
+    values: Mapping[str, Any]
+
+
+class AdapterStack:
+    """The adapters that a batched export can choose among.
+
+    An id stays that of its adapter until the adapter is unloaded. The tensors are stacked anew when a run needs them
+    after a change, padded with zeros to the largest rank at each layer. Runs in other threads go on with the stack that
+    they began with.
+    """
+
+    def __init__(self, inputs: AdapterInputs, fingerprint: str | None, max_rank: int | None = None) -> None:
+        """Begin without adapters.
+
+        Args:
+            inputs: The adapter tensors of the export.
+            fingerprint: Fingerprint of its base.
+            max_rank: The largest rank that an adapter may have; None for no limit.
+        """
+        self._inputs, self._fingerprint, self._max_rank = inputs, fingerprint, max_rank
+        self._adapters: dict[str, tuple[int, Arrays]] = {}
+        self._stack: Stack | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order of their ids."""
+        return tuple(sorted(self._adapters, key=lambda name: self._adapters[name][0]))
+
+    def load_adapter(self, name: str, path: str | Path, *, exist_ok: bool = False) -> int:
+        """Add an adapter.
+
+        Args:
+            name: What to call it.
+            path: Its `.onnx_adapter` file.
+            exist_ok: Whether there may be one of the name, which then stays.
+
+        Returns:
+            Its id.
+
+        Raises:
+            ServingError: The name is taken or is not one, or the file is damaged or does not fit.
+        """
+        check_name(name, ServingError)
+        file = Path(path)
+        record = read_record(file, ServingError)
+        check_rank(file, record, self._max_rank, ServingError)
+        tensors = read_tensors(file, record, self._inputs, self._fingerprint, ServingError)
+        return self.add(name, tensors, exist_ok=exist_ok)
+
+    def add(self, name: str, tensors: Arrays, *, exist_ok: bool = False) -> int:
+        """Add an adapter of tensors that fit the export; its id.
+
+        Args:
+            name: What to call it.
+            tensors: Its tensors.
+            exist_ok: Whether there may be one of the name, which then stays.
+
+        Raises:
+            ServingError: The name is taken.
+        """
+        with self._lock:
+            if name in self._adapters and exist_ok:
+                return self._adapters[name][0]
+            if name in self._adapters:
+                raise ServingError(f"there is an adapter {name!r} already; unload it first, or take another name")
+            taken = {number for number, _ in self._adapters.values()}
+            number = next(number for number in range(1, len(taken) + 2) if number not in taken)
+            self._adapters = {**self._adapters, name: (number, tensors)}
+            self._stack = None
+        return number
+
+    def unload_adapter(self, name: str) -> None:
+        """Remove an adapter; the ids of others stay.
+
+        Raises:
+            ServingError: There is none of the name.
+        """
+        with self._lock:
+            self._check_known(name)
+            self._adapters = {other: entry for other, entry in self._adapters.items() if other != name}
+            self._stack = None
+
+    def current(self) -> Stack:
+        """The adapters as they are."""
+        with self._lock:
+            if self._stack is None:
+                self._stack = Stack({name: number for name, (number, _) in self._adapters.items()}, self._stacked())
+            return self._stack
+
+    def id_of(self, name: str | None) -> int:
+        """The id of an adapter; that of the base for None.
+
+        Raises:
+            ServingError: There is none of the name.
+        """
+        if name is None:
+            return BASE
+        self._check_known(name)
+        return self._adapters[name][0]
+
+    def _check_known(self, name: object) -> None:
+        if not isinstance(name, str) or name not in self._adapters:
+            loaded = listed(map(repr, self.names)) or "none"
+            raise ServingError(f"no adapter {shown(name)} is loaded; there are {loaded}: load it with load_adapter()")
+
+    def _stacked(self) -> dict[str, Any]:
+        count = 1 + max((number for number, _ in self._adapters.values()), default=0)
+        adapters = dict(self._adapters.values())
+        return {
+            name: as_ort_value(array)
+            for site in self._inputs.sites
+            for name, array in _stacked_site(site, adapters, count, self._inputs)
+        }
+
+
+def row_ids(stack: Stack, adapter: object, batch: int) -> NDArray[np.int64]:
+    """The ids of a batch's rows.
+
+    Args:
+        stack: The adapters.
+        adapter: The name of one for all rows, one for each row, or None for the base; likewise for each row.
+        batch: How many rows there are.
+
+    Raises:
+        ServingError: An adapter is not loaded, or there are not as many names as rows.
+    """
+    names: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter] * batch
+    if len(names) != batch:
+        raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
+    unknown = [name for name in names if name is not None and not (isinstance(name, str) and name in stack.ids)]
+    if unknown:
+        loaded = listed(map(repr, stack.ids)) or "none"
+        raise ServingError(f"no adapter {shown(unknown[0])} is loaded; there are {loaded}: load it with load_adapter()")
+    return np.array([BASE if name is None else stack.ids[name] for name in names], dtype=np.int64)
+
+
+def _stacked_site(
+    site: AdapterSite, adapters: Mapping[int, Arrays], count: int, inputs: AdapterInputs
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """A layer's tensors of all adapters, `[adapters, ...]`, zeros where there is none.
+
+    Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
+    belong to output block j, and so for the rows of `B`.
+    """
+    k, (ins, outs) = inputs.k, (site.in_features, site.out_features)
+    given = {
+        number: [tensors[name] for name in site.names(k)]
+        for number, tensors in adapters.items()
+        if site.names(k)[0] in tensors
+    }
+    s = max((A.shape[2] // k for A, *_ in given.values()), default=0)
+    hybrid_r = max((general.shape[1] for *_, general, _ in given.values()), default=0)
+    shapes = ((k, ins // k, k, s), (k, k, s, outs // k), (ins, hybrid_r), (hybrid_r, outs))
+    A, B, A_general, B_general = (cast(np.zeros((count, *shape), np.float32), inputs.dtype) for shape in shapes)
+    for number, (own_A, own_B, own_A_general, own_B_general) in given.items():
+        own_s, own_hybrid_r = own_A.shape[2] // k, own_A_general.shape[1]
+        A[number, ..., :own_s] = own_A.reshape(k, ins // k, k, own_s)
+        B[number, :, :, :own_s] = own_B.reshape(k, k, own_s, outs // k)
+        A_general[number, :, :own_hybrid_r] = own_A_general
+        B_general[number, :own_hybrid_r] = own_B_general
+    stacked = A.reshape(count, k, ins // k, k * s), B.reshape(count, k, k * s, outs // k), A_general, B_general
+    yield from zip(site.names(k), stacked, strict=True)

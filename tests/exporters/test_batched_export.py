@@ -1,0 +1,282 @@
+"""Exports whose rows have an adapter each, beside PEFT with that adapter and beside the base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from peft_oracle import peft_model
+from tiny_models import text_batch, tiny_model
+from torch import nn
+from traces import fresh_trace
+
+from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters.verification import adapter_variants
+from gralora_fx.exporters.verification.mixed_rows import MixedRows, MixedSteps
+from gralora_fx.runtime.adapter_stack import AdapterStack
+from gralora_fx.runtime.manifest import read_manifest
+
+CACHED = "text-generation-with-past"
+CONFIGS = {
+    "one": {"r": 4, "gralora_k": 2, "alpha": 8},
+    "two": {"r": 8, "gralora_k": 2, "hybrid_r": 2, "alpha": 16},
+}
+
+
+def adapted(
+    name: str, directory: Path, *, task: str | None = None, **overrides: Any
+) -> tuple[GraloraModel, dict[str, Any]]:
+    """A model of ours with two adapters that PEFT made, and PEFT's models by adapter; None for the base."""
+    oracles: dict[str, Any] = {"None": tiny_model(name, **overrides)}
+    model: GraloraModel | None = None
+    for seed, (adapter, sizes) in enumerate(CONFIGS.items()):
+        targets = "all-linear" if adapter == "two" else r".*(query|q_lin|q_proj|c_attn|dense|down_proj|fc1)"
+        oracles[adapter] = peft_model(tiny_model(name, **overrides), seed + 1, target_modules=targets, **sizes)
+        oracles[adapter].save_pretrained(str(directory / adapter))
+        if model is None:
+            traced = trace(tiny_model(name, **overrides), task=task)
+            model = GraloraModel.from_pretrained(traced, directory / adapter, adapter_name=adapter)
+        else:
+            model.load_adapter(directory / adapter, adapter)
+    assert model is not None
+    model.set_adapter(list(CONFIGS))
+    return model.eval(), oracles
+
+
+def stack_of(path: Path) -> AdapterStack:
+    manifest = read_manifest(path)
+    assert manifest.adapter_inputs is not None
+    stack = AdapterStack(manifest.adapter_inputs, manifest.base_fingerprint)
+    for name in ("two", "one"):  # ids 1 and 2, not in the order of the export
+        stack.load_adapter(name, path / "adapters" / f"{name}.onnx_adapter")
+    return stack
+
+
+def run_rows(path: Path, inputs: dict[str, torch.Tensor], ids: list[int]) -> list[np.ndarray[Any, Any]]:
+    """A plain session on stacked tensors and ids."""
+    session = onnxruntime.InferenceSession(str(path / "model.onnx"))
+    names = {value.name for value in session.get_inputs()}
+    feed = {name: value.numpy() for name, value in inputs.items() if name in names}
+    stack = stack_of(path).current()
+    results: list[np.ndarray[Any, Any]] = session.run(
+        None, {**feed, **stack.values, "adapter_ids": np.array(ids, dtype=np.int64)}
+    )
+    return results
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraloraModel, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("bert")
+    model, oracles = adapted("bert", folder)
+    export_onnx(model, folder / "onnx", adapters="batched")
+    return folder / "onnx", model, oracles
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_rows_of_one_batch_are_pefts_with_their_adapter(
+    bert: tuple[Path, GraloraModel, dict[str, Any]], padding: str
+) -> None:
+    path, _, oracles = bert
+    inputs = text_batch(5, 9, padding)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    names = ["two", "None", "one", "two", "None"]
+    (logits,) = run_rows(path, inputs, [{"None": 0, "two": 1, "one": 2}[name] for name in names])
+    for row, name in enumerate(names):
+        with torch.no_grad():
+            expected = oracles[name](**{key: value[row : row + 1] for key, value in inputs.items()}).logits
+        assert np.abs(logits[row] - expected[0].numpy()).max() <= 1e-4
+    with torch.no_grad():  # the adapters do something
+        assert (oracles["one"](**inputs).logits - oracles["two"](**inputs).logits).abs().max() > 1e-2
+
+
+def test_rows_without_an_adapter_are_the_base_bit_for_bit(
+    bert: tuple[Path, GraloraModel, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, model, _ = bert
+    with model.disable_adapter():
+        export_onnx(model, tmp_path / "base", verify=False)
+    inputs = text_batch(5, 9)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    (mixed,) = run_rows(path, inputs, [0, 1, 0, 2, 0])
+    base = onnxruntime.InferenceSession(str(tmp_path / "base" / "model.onnx"))
+    (expected,) = base.run(None, {name: value.numpy() for name, value in inputs.items()})
+    assert np.array_equal(mixed[::2], expected[::2])
+    assert not np.array_equal(mixed[1], expected[1])
+
+
+def test_names_and_shapes_are_the_contracts(bert: tuple[Path, GraloraModel, dict[str, Any]]) -> None:
+    path, _, _ = bert
+    session = onnxruntime.InferenceSession(str(path / "model.onnx"))
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert shapes["adapter_ids"] == ["batch_size"]
+    assert shapes[f"{query}.gralora_A"][:3] == ["adapters", 2, 16]
+    assert shapes[f"{query}.gralora_B"][::3] == ["adapters", 16]
+    assert shapes[f"{query}.gralora_A_general"][:2] == ["adapters", 32]
+    assert shapes[f"{query}.gralora_B_general"][::2] == ["adapters", 32]
+    manifest = read_manifest(path)
+    assert manifest.adapters_mode == "batched"
+    assert manifest.requires is None
+
+
+@pytest.mark.parametrize("name", ["vit", "distilbert", "roberta"])
+def test_encoders_are_verified_with_every_adapter_in_one_batch(name: str, tmp_path: Path) -> None:
+    model, _ = adapted(name, tmp_path)
+    report = export_onnx(model, tmp_path / "onnx", adapters="batched")
+    assert report.verification is not None
+    assert list(report.verification.adapters) == ["one", "two"]
+    assert report.verification.max_abs_error <= 1e-4
+
+
+def test_a_wrong_row_fails_verification(
+    bert: tuple[Path, GraloraModel, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model, _ = bert
+    assert verify_onnx(path, model, "quick").passed
+
+    class Shifted(MixedRows):
+        def ids(self, rows: int) -> np.ndarray[Any, Any]:
+            right = super().ids(rows)
+            return np.where(np.arange(len(right)) == 2, (right + 1) % self.count, right)
+
+    monkeypatch.setattr(adapter_variants, "MixedRows", Shifted)
+    assert not verify_onnx(path, model, "quick").passed
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_adapters_stay_float_over_quantized_bases(quantize: Any, tmp_path: Path) -> None:
+    model, _ = adapted("bert", tmp_path)
+    report = export_onnx(model, tmp_path / "onnx", adapters="batched", quantize=quantize, block_size=16)
+    assert report.verification is not None
+    assert report.verification.passed
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    types = {value.type for value in session.get_inputs() if ".gralora_" in value.name}
+    assert types == {"tensor(float)"}
+
+
+@pytest.mark.parametrize(
+    ("name", "logits"), [("llama", "all"), *((name, "last") for name in ("llama", "gpt2", "opt", "gemma3", "mixtral"))]
+)
+def test_decoders_are_verified_in_chunks_and_steps(name: str, logits: Any, tmp_path: Path) -> None:
+    model, _ = adapted(name, tmp_path, task=CACHED)
+    report = export_onnx(model, tmp_path / "onnx", adapters="batched", logits=logits)
+    verification = report.verification
+    assert verification is not None
+    assert verification.max_abs_error <= 1e-4
+    for part in (verification, *verification.adapters.values()):
+        assert part.tokens is not None
+        assert part.tokens.equal == part.tokens.compared > 0
+    assert read_manifest(tmp_path / "onnx").requires == {"onnxruntime": "1.32"}
+    assert not (tmp_path / "onnx" / "genai_config.json").exists()
+
+
+def test_a_window_of_positions(tmp_path: Path) -> None:
+    model, _ = adapted("mistral", tmp_path, task=CACHED, sliding_window=5)
+    report = export_onnx(model, tmp_path / "onnx", adapters="batched", verify="full")
+    assert report.verification is not None
+    assert report.verification.max_abs_error <= 1e-4
+
+
+def test_a_wrong_row_of_a_decoder_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = adapted("llama", tmp_path, task=CACHED)
+
+    class Shifted(MixedSteps):
+        def ids(self, rows: int) -> np.ndarray[Any, Any]:
+            right = super().ids(rows)
+            return np.where(np.arange(len(right)) == 2, (right + 1) % self.count, right)
+
+    monkeypatch.setattr(adapter_variants, "MixedSteps", Shifted)
+    with pytest.raises(ExportError, match="results differ from the model's"):
+        export_onnx(model, tmp_path / "onnx", adapters="batched")
+
+
+def test_a_decoder_in_half_precision(tmp_path: Path) -> None:
+    model, _ = adapted("llama", tmp_path, task=CACHED)
+    report = export_onnx(model, tmp_path / "onnx", adapters="batched", precision="fp16", quantize="int4", block_size=16)
+    assert report.verification is not None
+    assert report.verification.passed
+
+
+@pytest.mark.parametrize("mode", ["swappable", "inputs", "batched"])
+@pytest.mark.parametrize(("name", "task"), [("bert", None), ("llama", CACHED)])
+def test_ranks_may_differ_from_layer_to_layer(mode: Any, name: str, task: str | None, tmp_path: Path) -> None:
+    """ONNX Runtime plans memory by the names of axes: one name for all ranks would make it fail."""
+    few = GraloraConfig(r=2, gralora_k=2, hybrid_r=2, target_modules=r".*(key|k_proj|down_proj)", init_weights=False)
+    model = rewrite(fresh_trace(name, task=task), few, adapter_name="few")
+    model.add_adapter("all", GraloraConfig(r=16, gralora_k=2, target_modules="all-linear", init_weights=False))
+    model.set_adapter(["few", "all"])
+    report = export_onnx(model, tmp_path / "onnx", adapters=mode)
+    assert report.verification is not None
+    assert report.verification.max_abs_error <= 1e-4
+
+
+class Tiled(nn.Module):
+    """A layer that sees every row twice, all rows and then all again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.repeat(2, 1, 1)).unflatten(0, (2, -1)).sum(0)
+
+
+class Turned(nn.Module):
+    """A layer whose input has the batch second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("module", [Tiled, Turned])
+def test_layers_whose_first_axis_is_not_the_batch_are_refused_by_name(module: type[nn.Module], tmp_path: Path) -> None:
+    traced = trace(module(), (torch.randn(2, 3, 8),))
+    model = rewrite(traced, GraloraConfig(r=2, gralora_k=2, target_modules=["linear"], init_weights=False))
+    with pytest.raises(ExportError, match=r"by row at linear: the first axis of its input \[.*\] is not the batch"):
+        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    traced = trace(tiny_model("t5"), task="text2text-generation-with-past")
+    model = rewrite(traced, GraloraConfig(r=2, gralora_k=2, target_modules=["q"], init_weights=False))
+    with pytest.raises(ExportError, match="adapters='swappable' or 'inputs'"):
+        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+
+
+def test_layers_that_the_operator_does_not_support_are_refused_by_name(tmp_path: Path) -> None:
+    model, _ = adapted("llama", tmp_path, task=CACHED, hidden_size=48, head_dim=12)
+    with pytest.raises(ExportError, match=r"layers\.0\.self_attn \(its head size is 12"):
+        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+
+
+def test_positions_biased_in_attention_are_refused(tmp_path: Path) -> None:
+    config = transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=101)
+    traced = trace(transformers.BloomForCausalLM(config).eval(), task=CACHED)
+    model = rewrite(traced, GraloraConfig(r=2, gralora_k=2, target_modules=["query_key_value"], init_weights=False))
+    with pytest.raises(ExportError, match=r"does not fit every layer \(it computes attention itself"):
+        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+
+
+def test_the_manifest_names_an_older_runtime_as_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gralora_fx.errors import ServingError
+    from gralora_fx.serving import BatchedDecoder
+
+    model, _ = adapted("llama", tmp_path, task=CACHED)
+    export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+    assert json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["requires"] == {"onnxruntime": "1.32"}
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
+    with pytest.raises(ServingError, match=r"needs onnxruntime 1\.32 or newer, and 1\.31\.0 is installed"):
+        BatchedDecoder(tmp_path / "onnx")
