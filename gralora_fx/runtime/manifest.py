@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.adapter_inputs import AS_DATA, AdapterInputs, AdapterSite
 from gralora_fx.runtime.names import MANIFEST_NAME
-from gralora_fx.runtime.quality import OutputQuality, Quality
+from gralora_fx.runtime.quality import OutputQuality, Quality, TokenQuality
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize, ImageSizes
 
 SCHEMA_VERSION = 1
@@ -28,6 +28,7 @@ class QuantizedWeights:
         kind: `"int4"`, `"int8"` or `"int8-dynamic"`.
         block_size: Values of a matrix's input axis that share a scale; None where those of a whole column do.
         accuracy_level: How ONNX Runtime multiplies with blocks; None where there are none.
+        zero_points: Whether blocks have a zero point each; None where there are none.
         multiplications: Nodes that multiply with quantized values.
         lookups: Nodes that look up rows of blocks.
         values: Values of the matrices that are multiplied with.
@@ -36,6 +37,7 @@ class QuantizedWeights:
     kind: str
     block_size: int | None
     accuracy_level: int | None
+    zero_points: bool | None
     multiplications: int
     lookups: int
     values: int
@@ -229,7 +231,10 @@ class _Reader:
         """The object as a record of texts and numbers."""
         types = {
             "str": (str,),
+            "str | None": _TEXT_OR_NONE,
             "int": (int,),
+            "bool | None": (bool, type(None)),
+            "float": (float,),
             "int | None": (int, type(None)),
             "float | None": (float, type(None)),
         }
@@ -255,11 +260,14 @@ class _Reader:
         if self.take("quality", dict, type(None), default=None) is None:
             return None
         entry = self.within("quality")
-        outputs = [
-            _Reader(output, self.path, self.error, f"quality.outputs.{index}").record(OutputQuality)
-            for index, output in enumerate(entry._objects("outputs"))
-        ]
-        return Quality(entry.take("inputs", str), tuple(outputs))
+        outputs, tokens = (
+            tuple(
+                _Reader(fields, self.path, self.error, f"quality.{name}.{index}").record(kind)
+                for index, fields in enumerate(entry._objects(name))
+            )
+            for name, kind in (("outputs", OutputQuality), ("tokens", TokenQuality))
+        )
+        return Quality(entry.take("inputs", str), outputs, tokens)
 
     def _image_sizes(self) -> ImageSizes | None:
         if self.take("image_sizes", dict, type(None), default=None) is None:
