@@ -23,6 +23,7 @@ NAMES = (
     "streaming",
     "providers",
     "threads",
+    "rounding",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"
