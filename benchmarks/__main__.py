@@ -26,6 +26,7 @@ NAMES = (
     "merge-checkpoint",
     "providers",
     "threads",
+    "rounding",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"

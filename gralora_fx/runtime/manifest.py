@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.adapter_inputs import AS_DATA, AdapterInputs, AdapterSite
 from gralora_fx.runtime.names import MANIFEST_NAME
-from gralora_fx.runtime.quality import OutputQuality, Quality
+from gralora_fx.runtime.quality import OutputQuality, Quality, TokenQuality
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize, ImageSizes
 
 SCHEMA_VERSION = 1
@@ -28,6 +28,7 @@ class QuantizedWeights:
         kind: `"int4"`, `"int8"` or `"int8-dynamic"`.
         block_size: Values of a matrix's input axis that share a scale; None where those of a whole column do.
         accuracy_level: How ONNX Runtime multiplies with blocks; None where there are none.
+        zero_points: Whether blocks have a zero point each; None where there are none.
         multiplications: Nodes that multiply with quantized values.
         lookups: Nodes that look up rows of blocks.
         values: Values of the matrices that are multiplied with.
@@ -36,6 +37,7 @@ class QuantizedWeights:
     kind: str
     block_size: int | None
     accuracy_level: int | None
+    zero_points: bool | None
     multiplications: int
     lookups: int
     values: int
@@ -206,12 +208,11 @@ class _Reader:
     place: str = ""
 
     def manifest(self) -> Manifest:
-        quantization = self.take("quantization", dict, type(None), default=None)
         return Manifest(
             schema_version=self.take("schema_version", int),
             task=self.take("task", *_TEXT_OR_NONE),
             precision=self._precision(),
-            quantization=None if quantization is None else self.within("quantization").record(QuantizedWeights),
+            quantization=self._quantization(),
             adapters_mode=self.take("adapters_mode", str, default="merged"),
             logits=self.take("logits", str, default="all"),
             position_offset=self.take("position_offset", int, default=0),
@@ -253,7 +254,10 @@ class _Reader:
         types = {
             "str": (str,),
             "bool": (bool,),
+            "str | None": _TEXT_OR_NONE,
             "int": (int,),
+            "bool | None": (bool, type(None)),
+            "float": (float,),
             "int | None": (int, type(None)),
             "float | None": (float, type(None)),
         }
@@ -265,6 +269,16 @@ class _Reader:
         found: str = self.take("precision", str)
         if found not in _PRECISIONS:
             self._refuse("precision", found)
+        return found
+
+    def _quantization(self) -> QuantizedWeights | None:
+        """How weights are quantized; blocks of an older export, which does not say, have no zero points."""
+        if self.take("quantization", dict, type(None), default=None) is None:
+            return None
+        entry = self.within("quantization")
+        zero_points = None if entry.fields.get("block_size") is None else False
+        fields = {"zero_points": zero_points, **entry.fields}
+        found: QuantizedWeights = dataclasses.replace(entry, fields=fields).record(QuantizedWeights)
         return found
 
     def _adapters(self) -> dict[str, AdapterEntry]:
@@ -291,11 +305,14 @@ class _Reader:
         if self.take("quality", dict, type(None), default=None) is None:
             return None
         entry = self.within("quality")
-        outputs = [
-            _Reader(output, self.path, self.error, f"quality.outputs.{index}").record(OutputQuality)
-            for index, output in enumerate(entry._objects("outputs"))
-        ]
-        return Quality(entry.take("inputs", str), tuple(outputs))
+        outputs, tokens = (
+            tuple(
+                _Reader(fields, self.path, self.error, f"quality.{name}.{index}").record(kind)
+                for index, fields in enumerate(entry._objects(name))
+            )
+            for name, kind in (("outputs", OutputQuality), ("tokens", TokenQuality))
+        )
+        return Quality(entry.take("inputs", str), outputs, tokens)
 
     def _image_sizes(self) -> ImageSizes | None:
         if self.take("image_sizes", dict, type(None), default=None) is None:
