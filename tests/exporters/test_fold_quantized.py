@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,45 @@ def test_the_runtime_computes_with_the_zero_points_of_the_result(quantize: Any, 
     assert (before - expected).abs().max().item() > 2 * step
 
 
-def test_zero_points_that_two_matrices_share_are_refused(tmp_path: Path) -> None:
+def share_zero_points(first: ir.Node, second: ir.Node) -> None:
+    second.replace_input_with(3, first.inputs[3])
+
+
+def float_zero_points(first: ir.Node, second: ir.Node) -> None:
+    scales, zero_points = first.inputs[2:4]
+    assert scales is not None
+    assert zero_points is not None
+    zero_points.const_value, zero_points.dtype = ir.tensor(np.zeros(32, np.float32)), ir.DataType.FLOAT
+
+
+def add_a_group_index(first: ir.Node, second: ir.Node) -> None:
+    tensor = ir.tensor(np.zeros(32, np.int32), name="groups")
+    groups = ir.Value(name="groups", const_value=tensor, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([32]))
+    assert first.graph is not None
+    first.graph.register_initializer(groups)  # type: ignore[union-attr]
+    first.resize_inputs(5)
+    first.replace_input_with(4, groups)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (share_zero_points, "its zero points are not its own alone"),
+        (float_zero_points, "its zero points are not packed integers"),
+        (add_a_group_index, "its blocks have a group index"),
+    ],
+)
+def test_blocks_that_cannot_be_quantized_again_are_refused(
+    change: Callable[[ir.Node, ir.Node], None], problem: str, tmp_path: Path
+) -> None:
     case = Case(tmp_path, fresh_trace("llama", task=CACHED), gralora(["o_proj"]), quantize="int4")
-    (case.base / "gralora_export.json").unlink()
+    (case.base / "gralora_export.json").unlink()  # whose digest of the graph is another then
     model = ir.load(case.base / "model.onnx")
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
     first, second = (node for node in products if "o_proj" in str(node.inputs[1].name))  # type: ignore[union-attr]
-    second.replace_input_with(3, first.inputs[3])
+    change(first, second)
     ir.save(model, case.base / "model.onnx")
-    with pytest.raises(MergeError, match=r"o_proj.weight_Q4 cannot be folded into: its zero points are not its own"):
+    with pytest.raises(MergeError, match=f"o_proj.weight_Q4 cannot be folded into: {problem}"):
         case.fold(requantize=True)
     assert not case.out.exists()
 
