@@ -27,6 +27,7 @@ NAMES = (
     "batched",
     "providers",
     "threads",
+    "rounding",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"

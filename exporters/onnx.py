@@ -90,8 +90,9 @@ def export_onnx(
             how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
             (`loading.load_streamed`), which cannot be run.
         overwrite: Whether an earlier export of another base or task may be replaced.
-        texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`), for a
-            model without a cache and with a tokenizer; None for the random inputs of verification.
+        texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`); they need
+            a tokenizer. None for texts that a decoder draws itself, and for random inputs of other models. Not for an
+            encoder-decoder with a cache.
         dump: A directory to write the graph to after each pass, as text; None for that of the environment variable
             `GRALORA_FX_DUMP`, or none.
 
@@ -167,10 +168,9 @@ def _check(
         warn_caller(
             "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it out"
         )
-    if options.texts is not None and traced.cache_layout is not CacheLayout.NONE:
+    if options.texts is not None and traced.cache_layout is CacheLayout.ENCODER_DECODER:
         raise ExportError(
-            "texts is for a model without a cache, and this one has one; leave it out, and give verify_onnx the texts "
-            "as prompts"
+            "texts is for decoders and models without a cache, and this is an encoder-decoder with one; leave it out"
         )
     if options.level is not None:
         check_runnable(model)
@@ -235,13 +235,13 @@ def _quality(
     options: ExportOptions,
     seconds: dict[str, float],
 ) -> Quality | None:
-    """What quantization changes; None where nothing is compared, or blocks serve a model with a cache.
+    """What quantization changes; None where nothing is compared, or blocks serve an encoder-decoder with a cache.
 
     Raises:
         ExportError: It cannot be measured, or the export gives values that are not finite.
     """
-    has_cache = base_trace(model).cache_layout is not CacheLayout.NONE
-    is_measured = options.quantize == DYNAMIC or (options.quantize is not None and not has_cache)
+    is_pair = base_trace(model).cache_layout is CacheLayout.ENCODER_DECODER
+    is_measured = options.quantize == DYNAMIC or (options.quantize is not None and not is_pair)
     if options.level is None or not is_measured or options.precision == "bf16":  # which the CPU provider does not run
         return None
     with timed("quality", seconds):

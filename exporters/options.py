@@ -30,11 +30,13 @@ class Quantization:
         kind: `"int4"` or `"int8"`.
         block_size: Values of a matrix's input axis that share a scale; a power of two, at least 16.
         accuracy_level: How ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8.
+        zero_points: Whether a block has a zero point too; without one, zero is half of the integers' range.
     """
 
     kind: str
     block_size: int = _BLOCK_SIZE
     accuracy_level: int = _ACCURACY_LEVEL
+    zero_points: bool = True
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -88,7 +90,8 @@ class ExportOptions:
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer; None for none.
         verify: Whether to compare the export with the model: a level, True for `"quick"`, or False.
         overwrite: Whether an earlier export of another base or task may be replaced.
-        texts: Texts on which a quantized export is compared with the float32 model; None for random inputs.
+        texts: Texts on which a quantized export is compared with the float32 model; None for texts that a decoder
+            draws, and for random inputs of other models.
         dump: The directory to write the graph to after each pass; None for that of the environment, or none.
     """
 
@@ -161,7 +164,7 @@ class ExportOptions:
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(t, str) for t in texts):
             raise ExportError(f"texts must be a sequence of texts, but got {texts!r:.80}")
         if not texts:
-            raise ExportError("texts is empty; give at least one text, or None for random inputs")
+            raise ExportError("texts is empty; give at least one text, or None to compare on others")
         if self.quantize is None:
             raise ExportError("texts has no effect without quantize: it is what a quantized export is compared on")
         if self.precision == "bf16":

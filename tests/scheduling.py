@@ -46,6 +46,7 @@ GROUPS = {
         "exporters/test_streaming.py",
         "exporters/test_quantization.py",
         "exporters/test_dynamic_quantization.py",
+        "exporters/test_rounding_report.py",
         "exporters/test_verify.py",
         "exporters/test_pipeline.py",
         "exporters/test_flavours.py",

@@ -42,6 +42,7 @@ class ProductWeight:
         readers: The inputs that products read it by, of a transpose or a cast before them too.
         others: Other inputs that read it, such as a lookup's.
         scales: The scales of blocks `[out, in/block]` or of columns `[out]`; None for floats.
+        zero_points: The packed zero points of blocks `[out, bytes]`; None where they have none.
         block_size: Values of a block; 0 for other storage.
         bits: Bits of a quantized value; 0 for floats.
         problem: Why nothing can be folded into it; empty if it can.
@@ -55,6 +56,7 @@ class ProductWeight:
     readers: tuple[Reader, ...]
     others: tuple[Reader, ...]
     scales: ir.Value | None = None
+    zero_points: ir.Value | None = None
     block_size: int = 0
     bits: int = 0
     problem: str = ""
@@ -63,6 +65,11 @@ class ProductWeight:
     def name(self) -> str:
         """Name of the initializer."""
         return str(self.value.name)
+
+    @property
+    def parts(self) -> tuple[ir.Value, ...]:
+        """Its initializers, in the order of a product's inputs: the values, then scales and zero points it has."""
+        return (self.value, *(value for value in (self.scales, self.zero_points) if value is not None))
 
 
 def product_weights(graph: ir.Graph) -> list[ProductWeight]:
@@ -122,9 +129,10 @@ def _described(
         node = readers[0].node
         ints = {name: attribute.as_int() for name, attribute in node.attributes.items()}
         block_size, bits = ints.get("block_size", 0), ints.get("bits", 4)
+        problem = problem or _why_not_apart(readers, others)
         return ProductWeight(
-            value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), node.inputs[2], block_size,
-            bits, problem,
+            value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), node.inputs[2],
+            _input(node, 3), block_size, bits, problem,
         )  # fmt: skip
     if len(sizes) != 2:
         return None
@@ -176,8 +184,7 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
     if node.domain not in _ONNX:
         return None
     if node.op_type == "MatMulInteger":
-        zero_point = len(node.inputs) > 3 and node.inputs[3] is not None
-        return _Product("columns", True, "its columns have zero points" if zero_point else "")
+        return _Product("columns", True, "" if _input(node, 3) is None else "its columns have zero points")
     if node.op_type == "MatMul" and is_float:
         return _Product("float", transposed)
     if node.op_type == "Gemm" and is_float:
@@ -187,13 +194,37 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
 
 
 def _why_not_blocks(node: ir.Node) -> str:
-    if any(value is not None for value in node.inputs[3:5]):
-        return "its blocks have zero points or a group index, which are not re-quantized"
+    """Why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
+    if _input(node, 4) is not None:
+        return "its blocks have a group index, which is not re-quantized"
     bits = node.attributes.get("bits")
     if bits is not None and bits.as_int() not in (4, 8):
         return f"its blocks have {bits.as_int()} bits; 4 and 8 are re-quantized"
-    scales = node.inputs[2] if len(node.inputs) > 2 else None
-    return "" if scales is not None and scales.is_initializer() else "its scales are not an initializer"
+    scales, zero_points = _input(node, 2), _input(node, 3)
+    if scales is None or not scales.is_initializer():
+        return "its scales are not an initializer"
+    if zero_points is None:
+        return ""
+    if not zero_points.is_initializer():
+        return "its zero points are not an initializer"
+    assert zero_points.const_value is not None
+    is_packed = zero_points.const_value.dtype == ir.DataType.UINT8
+    return "" if is_packed else "its zero points are not packed integers, and only those are re-quantized"
+
+
+def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:
+    """Why blocks cannot change without those of another matrix; empty if they can."""
+    nodes = {id(reader.node) for reader in readers}
+    for index, name in ((2, "scales"), (3, "zero points")):
+        part, *rest = (_input(reader.node, index) for reader in readers)
+        users = set() if part is None else {id(use.node) for use in part.uses()}
+        if any(other is not part for other in rest) or (users - nodes and not others):  # else the blocks are copied
+            return f"its {name} are not its own alone"
+    return ""
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if len(node.inputs) > index else None
 
 
 def _column_scales(node: ir.Node) -> ir.Value | None:

@@ -15,7 +15,7 @@ from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, check_finite
 from gralora_fx.exporters.folding.products import ProductWeight
 from gralora_fx.exporters.folding.stored import read_rows
-from gralora_fx.exporters.onnx_passes.quantize import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.onnx_passes.quantize import BlockArrays, dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_columns
 from gralora_fx.exporters.options import Quantization
 
@@ -65,39 +65,25 @@ class QuantizedEdit:
     layers: tuple[LayerEdit, ...]
     base: Callable[[str], Tensor] | None
     survival: dict[str, Survival] = field(default_factory=dict)
-    _done: tuple[Tensor, Tensor] | None = field(default=None, init=False)
-    _taken: int = field(default=0, init=False)
+    _parts: dict[int, Tensor] = field(default_factory=dict, init=False)
 
-    def integers(self) -> Tensor:
-        """The new integers, in rows as they are stored."""
-        return self._take(0)
+    def part(self, index: int) -> Tensor:
+        """New values of one of `weight.parts`, in rows as they are stored.
 
-    def scales(self) -> Tensor:
-        """The new scales, likewise."""
-        return self._take(1)
+        All are computed together, and kept until each was taken.
+        """
+        if index not in self._parts:
+            self._parts = dict(enumerate(self._computed()))
+        return self._parts.pop(index)
 
-    def _take(self, index: int) -> Tensor:
-        """One of both, which are computed together and kept until each was taken once."""
-        done = self._done or self._computed()
-        self._taken += 1
-        self._done = done if self._taken % 2 else None
-        return done[index]
-
-    def _computed(self) -> tuple[Tensor, Tensor]:
-        weight = self.weight
-        assert weight.scales is not None
+    def _computed(self) -> tuple[Tensor, ...]:
         self.survival.clear()
-        integers, scales = read_rows(weight.value), read_rows(weight.scales)
-        stored: _Blocks | _Columns
-        if weight.storage == "blocks":
-            stored = _Blocks(weight, integers.reshape(weight.out_features, -1), scales.reshape(weight.out_features, -1))
-        else:
-            stored = _Columns(weight, integers, scales.reshape(-1))
+        stored = _stored(self.weight)
         for layer in self.layers:
             survival = self.survival.setdefault(layer.path, Survival())
             for start in range(layer.start, layer.stop, _COLUMNS):
                 self._change(stored, layer, slice(start, min(start + _COLUMNS, layer.stop)), survival)
-        return integers, scales
+        return stored.parts
 
     def _change(self, stored: _Blocks | _Columns, layer: LayerEdit, outputs: slice, survival: Survival) -> None:
         """Quantize some output features of a layer again."""
@@ -121,19 +107,26 @@ class QuantizedEdit:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks of `MatMulNBits`: integers `[out, bytes]` and scales `[out, blocks]`."""
+    """Blocks of `MatMulNBits`: integers `[out, bytes]`, scales `[out, blocks]`, packed zero points `[out, bytes]`."""
 
     weight: ProductWeight
     integers: Tensor
     all_scales: Tensor
+    all_zero_points: Tensor | None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors of `weight.parts`."""
+        found = (self.integers, self.all_scales)
+        return found if self.all_zero_points is None else (*found, self.all_zero_points)
 
     def values(self, outputs: slice) -> Tensor:
         """Dequantized values `[n, in]`."""
         scales = self.all_scales[outputs]
         packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1).numpy()
-        return torch.from_numpy(
-            dequantize_blocks(packed, scales.float().numpy(), self.weight.bits, self.weight.in_features)
-        )
+        zero_points = None if self.all_zero_points is None else self.all_zero_points[outputs].numpy()
+        blocks = BlockArrays(packed, scales.float().numpy(), zero_points)
+        return torch.from_numpy(dequantize_blocks(blocks, self.weight.bits, self.weight.in_features))
 
     def is_rounded(self, source: Tensor, outputs: slice) -> bool:
         """Whether the stored values are within a step of others."""
@@ -144,10 +137,13 @@ class _Blocks:
         """Quantize values, rounded to the export's precision first, as an export does."""
         dtype = self.all_scales.dtype
         matrix: NDArray[Any] = (values.half() if dtype == torch.float16 else values.to(dtype).float()).t().numpy()
-        quantization = Quantization(f"int{self.weight.bits}", self.weight.block_size)
-        packed, scales = quantize_blocks(np.ascontiguousarray(matrix), quantization)
-        self.integers[outputs] = torch.from_numpy(packed).reshape(len(packed), -1)
-        self.all_scales[outputs] = torch.from_numpy(scales).to(dtype)
+        weight, has_zero_points = self.weight, self.all_zero_points is not None
+        quantization = Quantization(f"int{weight.bits}", weight.block_size, zero_points=has_zero_points)
+        blocks = quantize_blocks(np.ascontiguousarray(matrix), quantization)
+        self.integers[outputs] = torch.from_numpy(blocks.packed).reshape(len(blocks.packed), -1)
+        self.all_scales[outputs] = torch.from_numpy(blocks.scales).to(dtype)
+        if self.all_zero_points is not None:
+            self.all_zero_points[outputs] = torch.from_numpy(blocks.zero_points)
         check_finite(self.all_scales[outputs], path)
 
 
@@ -158,6 +154,11 @@ class _Columns:
     weight: ProductWeight
     integers: Tensor
     all_scales: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors of `weight.parts`."""
+        return self.integers, self.all_scales
 
     def values(self, outputs: slice) -> Tensor:
         """Dequantized values `[n, in]`."""
@@ -175,14 +176,18 @@ class _Columns:
         self.all_scales[outputs] = torch.from_numpy(scales)
 
 
+def _stored(weight: ProductWeight) -> _Blocks | _Columns:
+    """The tensors of a quantized weight, in memory of their own."""
+    integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
+    if weight.storage == "columns":
+        return _Columns(weight, integers, scales.reshape(-1))
+    rows = [part.reshape(weight.out_features, -1) for part in (integers, scales, *zero_points)]
+    return _Blocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
+
+
 def is_rounding_of(weight: ProductWeight, start: int, values: Tensor) -> bool:
     """Whether the output features of a quantized weight from one on are what a matrix `[out, in]` is rounded to."""
-    assert weight.scales is not None
-    integers, scales, outputs = read_rows(weight.value), read_rows(weight.scales), slice(start, start + len(values))
-    if weight.storage == "columns":
-        return _Columns(weight, integers, scales.reshape(-1)).is_rounded(values.float(), outputs)
-    rows = weight.out_features
-    return _Blocks(weight, integers.reshape(rows, -1), scales.reshape(rows, -1)).is_rounded(values.float(), outputs)
+    return _stored(weight).is_rounded(values.float(), slice(start, start + len(values)))
 
 
 def check_survival(edits: Sequence[QuantizedEdit]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,17 +57,16 @@ class Rewriting:
     def fold_quantized(self, file: str, edit: QuantizedEdit) -> None:
         """Fold into a quantized matrix; likewise."""
         weight = edit.weight
-        assert weight.scales is not None
-        pairs = ((weight.value, edit.integers), (weight.scales, edit.scales))
+        parts = [(value, functools.partial(edit.part, index)) for index, value in enumerate(weight.parts)]
         if not weight.others:
-            for value, content in pairs:
+            for value, content in parts:
                 self._edit(file, value, _taking(content), (_identity(edit.layers), str(value.name)))
             return
         if weight.storage != "blocks":
             raise MergeError(f"{weight.name} is read by {weight.others[0].text} too, which would change with it")
         name = self._new_name(file, f"{edit.layers[0].path}.weight")
-        endings = (f"_Q{weight.bits}", "_scales")
-        for index, ((value, content), ending) in enumerate(zip(pairs, endings, strict=True), 1):
+        endings = (f"_Q{weight.bits}", "_scales", "_zero_points")[: len(parts)]
+        for index, ((value, content), ending) in enumerate(zip(parts, endings, strict=True), 1):
             readers = [Reader(reader.node, index) for reader in weight.readers]
             self._add(file, value, f"{name}{ending}", _taking(content), readers)
         self._note(file, edit.layers, weight.name, f"{name}{endings[0]}")

@@ -44,6 +44,7 @@ def quantized_weights(quantization: Quantization | DynamicQuantization | None, l
         kind=quantization.kind,
         block_size=None if blocks is None else blocks.block_size,
         accuracy_level=None if blocks is None else blocks.accuracy_level,
+        zero_points=None if blocks is None else blocks.zero_points,
         multiplications=multiplications,
         lookups=lookups,
         values=values,
@@ -56,6 +57,6 @@ def quantization_of(weights: QuantizedWeights) -> Quantization | DynamicQuantiza
     Raises:
         ExportError: It is of a kind, or has a value, that no export has.
     """
-    if weights.block_size is None or weights.accuracy_level is None:
+    if weights.block_size is None or weights.accuracy_level is None or weights.zero_points is None:
         return DynamicQuantization(weights.kind)
-    return Quantization(weights.kind, weights.block_size, weights.accuracy_level)
+    return Quantization(weights.kind, weights.block_size, weights.accuracy_level, weights.zero_points)

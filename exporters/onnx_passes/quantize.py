@@ -1,4 +1,4 @@
-"""Weight-only quantization to int4 or int8 blocks with a scale each, by onnxruntime's own quantizer."""
+"""Weight-only quantization to int4 or int8 blocks with a scale and a zero point, by onnxruntime's own quantizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -34,7 +34,7 @@ class QuantizeWeights:
     """Store constant matrices as blocks of small integers (see `quantize_weights`).
 
     Attributes:
-        quantization: Width, block size and accuracy level.
+        quantization: Width, block size, accuracy level and zero points.
         tables: Names of embeddings that are a head's weight in another part of the model, so that they are blocks in
             this one too.
     """
@@ -52,21 +52,22 @@ def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Col
     """Store constant matrices as quantized blocks, and use operators that multiply with those.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`; `e = Gather(table, ids)`
-    After:  `y = MatMulNBits(x, w_Q4 [N, K/block, bytes], w_scales [N, K/block])`, and the bias added behind it;
-            `e = GatherBlockQuantized(table_Q4, ids, table_scales)` for a table that is tied to a head
+    After:  `y = MatMulNBits(x, w_Q4 [N, K/block, bytes], w_scales [N, K/block], w_zero_points [N, bytes])`, and the
+            bias added behind it; `e = GatherBlockQuantized(table_Q4, ids, table_scales, table_zero_points)` for a table
+            that is tied to a head
 
-    Quantization is symmetric, as in onnxruntime-genai. A matrix is read and quantized when it is written. An embedding
-    that is not tied to a head keeps its precision, as there.
+    A matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
+    in onnxruntime-genai.
 
     Args:
         model: The model; it is changed in place.
-        quantization: Width, block size and accuracy level.
+        quantization: Width, block size, accuracy level and zero points.
         tables: Names of embeddings to quantize too, though no head of this model is tied to them.
 
     Returns:
         The number of nodes replaced.
     """
-    blocks: dict[tuple[str, bool], tuple[ir.Value, ir.Value]] = {}
+    blocks: dict[tuple[str, bool], Blocks] = {}
     replaced = lookups = 0
     for node in list(model.graph.all_nodes()):
         match = matrix_of(node)
@@ -76,60 +77,67 @@ def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Col
         key = (str(weight.name), is_transposed)
         if key not in blocks:
             blocks[key] = _blocks(model.graph, weight, is_transposed, quantization)
-        _multiply(node, *blocks[key], quantization)
+        _multiply(node, blocks[key], quantization)
         replaced += 1
     values = num_values(model.graph.initializers[name] for name, _ in blocks)
     for name in sorted(tables):
         table = model.graph.initializers.get(name)
         if table is not None and (name, True) not in blocks and _is_looked_up(table, quantization):
             blocks[name, True] = _blocks(model.graph, table, True, quantization)
-    for (name, is_transposed), (packed, scales) in blocks.items():
+    for (name, is_transposed), matrix in blocks.items():
         if is_transposed:
-            lookups += _gather(model.graph.initializers[name], packed, scales, quantization)
+            lookups += _gather(model.graph.initializers[name], matrix, quantization)
     if blocks:
         drop_unread(model.graph, [name for name, _ in blocks])
     return Counts(replaced, lookups, values)
 
 
+class Blocks(NamedTuple):
+    """The initializers of a quantized matrix.
+
+    Attributes:
+        packed: `[N, K/block, block * bits / 8]`, uint8.
+        scales: `[N, K/block]`.
+        zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
+    """
+
+    packed: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+
 @dataclass
 class _Matrix:
-    """A matrix and its blocks; packed values and scales are computed together, and dropped once both are written."""
+    """A matrix and its blocks, whose parts are computed together, and dropped once all are written."""
 
     weight: ir.TensorProtocol
     is_transposed: bool
     quantization: Quantization
     dtype: ir.DataType
-    _scales: NDArray[Any] | None = field(default=None, init=False)
+    _parts: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
 
-    def packed(self) -> ir.TensorProtocol:
-        """`[N, K/block, block * bits / 8]`, uint8."""
-        packed, self._scales = self._quantized()
-        return ir.tensor(packed)
+    def part(self, index: int) -> ir.TensorProtocol:
+        """Packed integers, scales or zero points, by their place in `Blocks`."""
+        if index not in self._parts:
+            columns = zip(*self._columns(), strict=True)
+            self._parts = {place: np.concatenate(arrays) for place, arrays in enumerate(columns)}
+        return ir.tensor(self._parts.pop(index))
 
-    def scales(self) -> ir.TensorProtocol:
-        """`[N, K/block]`."""
-        scales = self._quantized()[1] if self._scales is None else self._scales
-        self._scales = None
-        return ir.tensor(scales)
-
-    def _quantized(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        packed, scales = (np.concatenate(arrays) for arrays in zip(*self._columns(), strict=True))
-        return packed, scales
-
-    def _columns(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    def _columns(self) -> Iterator[list[NDArray[Any]]]:
         """The blocks of successive groups of columns; of a concatenated matrix, one part at a time."""
         for matrix in (self.weight,) if self.is_transposed else parts_of(self.weight):
             values = matrix.numpy()
             for start in range(0, values.shape[0 if self.is_transposed else 1], _COLUMNS):
-                yield self._part(values, start)
+                yield self._group(values, start)
 
-    def _part(self, values: NDArray[Any], start: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _group(self, values: NDArray[Any], start: int) -> list[NDArray[Any]]:
         """The blocks of a group of columns; a copy of the whole matrix would be the largest thing in memory."""
         columns = slice(start, start + _COLUMNS)
-        part = np.ascontiguousarray(values[columns].T if self.is_transposed else values[:, columns])
-        part = part if part.dtype in (np.float32, np.float16) else part.astype(np.float32)
-        packed, scales = quantize_blocks(part, self.quantization)
-        return packed, scales.astype(self.dtype.numpy())
+        group = np.ascontiguousarray(values[columns].T if self.is_transposed else values[:, columns])
+        group = group if group.dtype in (np.float32, np.float16) else group.astype(np.float32)
+        blocks = quantize_blocks(group, self.quantization)
+        found = [blocks.packed, blocks.scales.astype(self.dtype.numpy())]
+        return found if blocks.zero_points is None else [*found, blocks.zero_points]
 
 
 @functools.cache
@@ -141,38 +149,53 @@ def _quantizer(quantization: Quantization) -> Callable[[NDArray[Any]], tuple[NDA
 
     root.handlers, root.level = handlers, level
     config = quantizers.DefaultWeightOnlyQuantConfig(
-        block_size=quantization.block_size, is_symmetric=True, bits=quantization.bits
+        block_size=quantization.block_size, is_symmetric=not quantization.zero_points, bits=quantization.bits
     )
     quantize: Callable[..., Any] = quantizers.DefaultWeightOnlyQuantizer(config).qbits_block_quant
     return quantize
 
 
-def quantize_blocks(matrix: NDArray[Any], quantization: Quantization) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A matrix as packed blocks and their scales, by ONNX Runtime's quantizer.
+class BlockArrays(NamedTuple):
+    """The values of a quantized matrix.
+
+    Attributes:
+        packed: `[N, K/block, block * bits / 8]`, uint8.
+        scales: `[N, K/block]`.
+        zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
+    """
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[Any]
+    zero_points: NDArray[np.uint8] | None
+
+
+def quantize_blocks(matrix: NDArray[Any], quantization: Quantization) -> BlockArrays:
+    """A matrix as blocks, by ONNX Runtime's quantizer.
 
     Args:
         matrix: `[K, N]`, float32 or float16.
         quantization: How to quantize it.
 
     Returns:
-        `[N, K/block, bytes]`, uint8, and `[N, K/block]` in the matrix's dtype.
+        The blocks, scales in the matrix's dtype.
     """
-    packed, scales, _ = _quantizer(quantization)(matrix)
-    return packed, scales
+    packed, scales, zero_points = _quantizer(quantization)(matrix)
+    return BlockArrays(packed, scales, zero_points if quantization.zero_points else None)
 
 
-def dequantize_blocks(packed: NDArray[Any], scales: NDArray[Any], bits: int, inputs: int) -> NDArray[np.float32]:
-    """The values of packed blocks, `[N, K]`.
+def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np.float32]:
+    """The values of blocks, `[N, K]`.
 
     Args:
-        packed: `[N, K/block, bytes]`, uint8.
-        scales: `[N, K/block]`, float32.
+        blocks: The blocks, scales in float32.
         bits: Bits of a value.
         inputs: K.
     """
-    if bits == 4:  # the low nibble comes first
-        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
-    values = (packed.astype(np.float32) - 2.0 ** (bits - 1)) * scales[..., None]
+    packed, scales, zero_points = blocks
+    zeros: Any = 2.0 ** (bits - 1)
+    if zero_points is not None:
+        zeros = _integers(zero_points, bits)[:, : packed.shape[1], None]
+    values = (_integers(packed, bits) - zeros) * scales[..., None]
     rows: NDArray[np.float32] = values.reshape(len(packed), -1)[:, :inputs]
     return rows
 
@@ -185,40 +208,47 @@ def dequantize(matrix: NDArray[Any], quantization: Quantization, dtype: torch.dt
         quantization: How it is quantized.
         dtype: Dtype of the scales.
     """
-    packed, raw_scales = quantize_blocks(matrix, quantization)
-    scales = torch.from_numpy(raw_scales).to(dtype).float().numpy()
-    return np.ascontiguousarray(dequantize_blocks(packed, scales, quantization.bits, matrix.shape[0]).T)
+    blocks = quantize_blocks(matrix, quantization)
+    scales = torch.from_numpy(blocks.scales).to(dtype).float().numpy()
+    rows = dequantize_blocks(blocks._replace(scales=scales), quantization.bits, matrix.shape[0])
+    return np.ascontiguousarray(rows.T)
 
 
-def _blocks(
-    graph: ir.Graph, weight: ir.Value, is_transposed: bool, quantization: Quantization
-) -> tuple[ir.Value, ir.Value]:
-    """Add initializers for a matrix's packed integers and scales."""
+def _integers(packed: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
+    """The integers of bytes along the last axis; of two in a byte the first is the low nibble."""
+    if bits == 4:
+        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return packed.astype(np.float32)
+
+
+def _blocks(graph: ir.Graph, weight: ir.Value, is_transposed: bool, quantization: Quantization) -> Blocks:
+    """Add initializers for a matrix's packed integers, scales and zero points."""
     tensor = weight.const_value
     assert tensor is not None
     sizes = [int(size) for size in tensor.shape.numpy()]
     inputs, outputs = reversed(sizes) if is_transposed else sizes
-    count = -(-inputs // quantization.block_size)
+    count, bits = -(-inputs // quantization.block_size), quantization.bits
     matrix = _Matrix(tensor, is_transposed, quantization, tensor.dtype)
-    is_taken = f"{weight.name}_Q{quantization.bits}" in graph.initializers  # by the same matrix the other way round
+    is_taken = f"{weight.name}_Q{bits}" in graph.initializers  # by the same matrix the other way round
     name = f"{weight.name}_transposed" if is_taken else str(weight.name)
-    parts = (
-        (
-            f"{name}_Q{quantization.bits}",
-            ir.DataType.UINT8,
-            (outputs, count, quantization.block_size * quantization.bits // 8),
-            matrix.packed,
-        ),
-        (f"{name}_scales", tensor.dtype, (outputs, count), matrix.scales),
-    )
-    values: list[ir.Value] = []
-    for label, dtype, shape, make in parts:
-        values.append(add_initializer(graph, LazyTensor(label, dtype, ir.Shape(shape), make)))
-    return values[0], values[1]
+    parts = [
+        (f"{name}_Q{bits}", ir.DataType.UINT8, (outputs, count, quantization.block_size * bits // 8)),
+        (f"{name}_scales", tensor.dtype, (outputs, count)),
+    ]
+    if quantization.zero_points:
+        parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
+    values: list[ir.Value | None] = [None] * len(Blocks._fields)
+    for index, (label, dtype, shape) in enumerate(parts):
+        make: Callable[[], ir.TensorProtocol] = functools.partial(matrix.part, index)
+        values[index] = add_initializer(graph, LazyTensor(label, dtype, ir.Shape(shape), make))
+    packed, scales, zero_points = values
+    assert packed is not None
+    assert scales is not None
+    return Blocks(packed, scales, zero_points)
 
 
-def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, quantization: Quantization) -> None:
-    assert packed.shape is not None
+def _multiply(node: ir.Node, blocks: Blocks, quantization: Quantization) -> None:
+    assert blocks.packed.shape is not None
     matrix = matrix_of(node)
     assert matrix is not None
     weight, is_transposed = matrix
@@ -226,17 +256,21 @@ def _multiply(node: ir.Node, packed: ir.Value, scales: ir.Value, quantization: Q
     inputs = weight.shape[1] if is_transposed else weight.shape[0]
     attributes: dict[str, Any] = {
         "K": inputs,
-        "N": packed.shape[0],
+        "N": blocks.packed.shape[0],
         "bits": quantization.bits,
         "block_size": quantization.block_size,
     }
     if quantization.accuracy_level:
         attributes["accuracy_level"] = quantization.accuracy_level
-    product = ir.node("MatMulNBits", [node.inputs[0], packed, scales], attributes=attributes, domain=MICROSOFT)
+    product = ir.node("MatMulNBits", [node.inputs[0], *_present(blocks)], attributes=attributes, domain=MICROSOFT)
     replace_product(node, [product])
 
 
-def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, quantization: Quantization) -> int:
+def _present(blocks: Blocks) -> list[ir.Value]:
+    return [value for value in blocks if value is not None]
+
+
+def _gather(table: ir.Value, blocks: Blocks, quantization: Quantization) -> int:
     """Let lookups in a table that is tied to a head read the head's blocks, so that it is stored once."""
     if not _is_looked_up(table, quantization):
         return 0
@@ -247,7 +281,7 @@ def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, quantization: Q
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         shape = ir.node("Constant", [], attributes={"value_ints": [rows, -1]})
-        flattened = ir.node("Reshape", [packed, shape.outputs[0]])
+        flattened = ir.node("Reshape", [blocks.packed, shape.outputs[0]])
         attributes = {
             "bits": quantization.bits,
             "block_size": quantization.block_size,
@@ -256,7 +290,7 @@ def _gather(table: ir.Value, packed: ir.Value, scales: ir.Value, quantization: Q
         }
         lookup = ir.node(
             "GatherBlockQuantized",
-            [flattened.outputs[0], node.inputs[1], scales],
+            [flattened.outputs[0], node.inputs[1], *_present(blocks)[1:]],
             attributes=attributes,
             domain=MICROSOFT,
         )

@@ -8,17 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.reports import TokenCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
+from gralora_fx.exporters.verification.model_steps import ModelSteps
 from gralora_fx.exporters.verification.prompts import Prompts
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.decoder_steps import DecoderSteps
-from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -74,22 +72,13 @@ class _Step(NamedTuple):
 
 def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
     """The last position's logits of model and export, step by step."""
-    traced = base_trace(model)
     ids, mask, history = prompts.ids, prompts.mask, prompts.ids
-    cache: Any = empty_cache(traced.example_inputs[PAST], ids.shape[0])
+    own = ModelSteps(model, ids.shape[0], prompts.description)
     export = DecoderSteps(session, ids.shape[0], prompts.description)
     for _ in range(prompts.steps):
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
-        try:
-            with torch.no_grad():
-                model_inputs = {n: v for n, v in inputs.items() if n in traced.input_names}
-                outputs = model(**traced.constants, **model_inputs, past_key_values=cache)
-        except Exception as error:  # a model raises what it likes
-            raise ExportError(f"the model itself fails on {prompts.description}: {first_line(error)}") from error
-        cache = outputs[PAST]
         expected, actual = (
             logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)
-            for logits in (outputs["logits"].float(), export(ids, mask).float())
+            for logits in (own(ids, mask).float(), export(ids, mask).float())
         )
         yield _Step(expected[:, -1], actual[:, -1], history, mask)
         ids = expected[:, -1].argmax(-1, keepdim=True)

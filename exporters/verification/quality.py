@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_fx.errors import ExportError
 from gralora_fx.exporters.folded_model import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.verification.adapter_variants import variants
 from gralora_fx.exporters.verification.cases import Case, Verification
 from gralora_fx.exporters.verification.dequantized_model import dequantized_model
 from gralora_fx.exporters.verification.evaluating import evaluating
+from gralora_fx.exporters.verification.finite import check_finite
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.outputs import OutputComparison
-from gralora_fx.exporters.verification.texts import text_cases
+from gralora_fx.exporters.verification.texts import text_cases, text_tokenizer
+from gralora_fx.exporters.verification.token_quality import token_quality
+from gralora_fx.exporters.verification.token_texts import drawn_texts, given_texts
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.quality import OutputQuality, Quality
+from gralora_fx.runtime.quality import OutputQuality, Quality, TokenQuality
 from gralora_fx.runtime.session import open_session
+from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -50,13 +53,16 @@ def measure_quality(
         model: The model that was exported.
         verification: What is compared of this kind of export.
         logits: Which positions' logits the export gives: `"last"` or `"all"`.
-        texts: A user's texts, for a model without a cache; None for the random inputs of a quick verification.
+        texts: A user's texts; None for texts that a decoder with a cache draws itself, and for the random inputs of a
+            quick verification of other models.
         tokenizer: For texts: a tokenizer, or the directory of one.
 
     Raises:
         ExportError: The texts do not fit the model, the model or the export cannot run, or the export gives values that
             are not finite where the model's are.
     """
+    if base_trace(model).cache_layout is CacheLayout.DECODER:
+        return _measure_tokens(directory, model, texts, tokenizer)
     traced, manifest = base_trace(model), read_manifest(directory)
     base = next(variants(open_session(directory), model, manifest, directory))  # without adapters that are data
     with base.active():
@@ -68,6 +74,21 @@ def measure_quality(
                 return compare_outputs(comparison, verification.cases(traced, seed=0, quick=True), "random inputs")
             plural = "s" if len(texts) > 1 else ""
             return compare_outputs(comparison, text_cases(texts, tokenizer, traced), f"{len(texts)} given text{plural}")
+
+
+def _measure_tokens(
+    directory: Path, model: TracedModel | GraloraModel, texts: Sequence[str] | None, tokenizer: Any
+) -> Quality:
+    """Compare a decoder's tokens; of an export that takes adapters as data, without one and with each active one."""
+    traced = base_trace(model)
+    chosen = drawn_texts(traced) if texts is None else given_texts(texts, text_tokenizer(tokenizer), traced)
+    found: list[TokenQuality] = []
+    for variant in variants(open_session(directory), model, read_manifest(directory), directory):
+        with variant.active():
+            reference = float32_model(model)
+            with evaluating(model, reference):
+                found.append(token_quality(variant.session, reference, chosen, variant.name))
+    return Quality(str(chosen), (), tuple(found))
 
 
 def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs: str) -> Quality:
@@ -89,11 +110,7 @@ def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs:
             if name.startswith("present.") or not value.is_floating_point() or value.ndim < 2:
                 continue
             rows = _rows(name, value.float(), case), _rows(name, actual[name].float(), case)
-            if bool(torch.isfinite(value).all()) and not bool(torch.isfinite(actual[name]).all()):
-                raise ExportError(
-                    f"the quantized export gives values of {name} that are not finite on {description}, and the "
-                    "model's are finite; export it without quantize"
-                )
+            check_finite(name, description, value, actual[name])
             tallies.setdefault(name, _Tally(_is_logits(name, value))).add(*rows)
     return Quality(inputs, tuple(tally.result(name) for name, tally in tallies.items() if tally.rows))
 

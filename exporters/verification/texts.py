@@ -32,9 +32,7 @@ def text_cases(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Ite
     Raises:
         ExportError: There is no tokenizer, it does not take a text, or it does not give what the model takes.
     """
-    loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
-    if loaded is None:
-        raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
+    loaded = text_tokenizer(tokenizer)
     names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
     for start in range(0, len(texts), _BATCH):
         batch = list(texts[start : start + _BATCH])
@@ -48,6 +46,21 @@ def text_cases(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Ite
                 "leave texts out"
             )
         yield where, {**traced.constants, **{name: encoded[name] for name in names}}
+
+
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of a user's texts.
+
+    Args:
+        tokenizer: A tokenizer, or the directory of one.
+
+    Raises:
+        ExportError: The directory has none.
+    """
+    loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if loaded is None:
+        raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
+    return loaded
 
 
 def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[str, Tensor]:

@@ -7,17 +7,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.adapter_inputs import AS_DATA, AdapterInputs, AdapterSite
+from gralora_fx.runtime.json_fields import TEXT_OR_NONE, JsonFields
 from gralora_fx.runtime.names import MANIFEST_NAME
-from gralora_fx.runtime.quality import OutputQuality, Quality
+from gralora_fx.runtime.quality import OutputQuality, Quality, TokenQuality
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize, ImageSizes
 
 SCHEMA_VERSION = 1
 _PRECISIONS = ("fp32", "fp16", "bf16")
-_TEXT_OR_NONE = (str, type(None))
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class QuantizedWeights:
         kind: `"int4"`, `"int8"` or `"int8-dynamic"`.
         block_size: Values of a matrix's input axis that share a scale; None where those of a whole column do.
         accuracy_level: How ONNX Runtime multiplies with blocks; None where there are none.
+        zero_points: Whether blocks have a zero point each; None where there are none.
         multiplications: Nodes that multiply with quantized values.
         lookups: Nodes that look up rows of blocks.
         values: Values of the matrices that are multiplied with.
@@ -36,6 +37,7 @@ class QuantizedWeights:
     kind: str
     block_size: int | None
     accuracy_level: int | None
+    zero_points: bool | None
     multiplications: int
     lookups: int
     values: int
@@ -198,36 +200,26 @@ def is_export(directory: Path) -> bool:
     return isinstance(found, dict) and "schema_version" in found
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Takes the fields of an object of the file, each of the type that an export writes."""
-
-    fields: Mapping[str, Any]
-    path: Path
-    error: type[GraloraError]
-    place: str = ""
+class _Reader(JsonFields):
+    """Reads the fields of the manifest, each of the type that an export writes."""
 
     def manifest(self) -> Manifest:
-        quantization = self.take("quantization", dict, type(None), default=None)
         return Manifest(
             schema_version=self.take("schema_version", int),
-            task=self.take("task", *_TEXT_OR_NONE),
+            task=self.take("task", *TEXT_OR_NONE),
             precision=self._precision(),
-            quantization=None if quantization is None else self.within("quantization").record(QuantizedWeights),
+            quantization=self._quantization(),
             adapters_mode=self.take("adapters_mode", str, default="merged"),
             logits=self.take("logits", str, default="all"),
             position_offset=self.take("position_offset", int, default=0),
             adapters=self._adapters(),
-            base_fingerprint=self.take("base_fingerprint", *_TEXT_OR_NONE, default=None),
-            sites=tuple(
-                _Reader(site, self.path, self.error, f"sites.{index}").record(SiteEntry)
-                for index, site in enumerate(self._objects("sites"))
-            ),
+            base_fingerprint=self.take("base_fingerprint", *TEXT_OR_NONE, default=None),
+            sites=self.records("sites", SiteEntry),
             inputs=self.take("inputs", dict, default={}),
             outputs=self.take("outputs", dict, default={}),
             packages=self.take("packages", dict, default={}),
             attention=self.take("attention", dict, type(None), default=None),
-            passes=tuple(self._objects("passes")),
+            passes=tuple(self.objects("passes")),
             verification=self.take("verification", dict, type(None), default=None),
             quality=self._quality(),
             image_sizes=self._image_sizes(),
@@ -237,44 +229,26 @@ class _Reader:
             weights=self._weights(),
         )
 
-    def take(self, name: str, *kinds: type, default: Any = ...) -> Any:
-        """A field of one of some types; `default` where the file lacks it."""
-        if name not in self.fields and default is not ...:
-            return default
-        value = self.fields.get(name, ...)
-        if type(value) not in kinds:
-            self._refuse(name, value)
-        return value
-
-    def within(self, name: str) -> _Reader:
-        """A reader of the object that a field is."""
-        place = f"{self.place}.{name}" if self.place else name
-        return _Reader(self.take(name, dict), self.path, self.error, place)
-
-    def record(self, kind: type[Any]) -> Any:
-        """The object as a record of texts and numbers."""
-        types = {
-            "str": (str,),
-            "bool": (bool,),
-            "int": (int,),
-            "int | None": (int, type(None)),
-            "float | None": (float, type(None)),
-        }
-        return kind(
-            **{field.name: self.take(field.name, *types[str(field.type)]) for field in dataclasses.fields(kind)}
-        )
-
     def _precision(self) -> str:
         found: str = self.take("precision", str)
         if found not in _PRECISIONS:
-            self._refuse("precision", found)
+            self.refuse("precision", found)
         return found
+
+    def _quantization(self) -> QuantizedWeights | None:
+        """How weights are quantized; blocks of an older export, which does not say, have no zero points."""
+        if self.take("quantization", dict, type(None), default=None) is None:
+            return None
+        entry = self.within("quantization")
+        zero_points = None if entry.fields.get("block_size") is None else False
+        fields = {"zero_points": zero_points, **entry.fields}
+        return dataclasses.replace(entry, fields=fields).record(QuantizedWeights)
 
     def _adapters(self) -> dict[str, AdapterEntry]:
         names = self.take("adapters", dict, default={})
         entries = {name: self.within("adapters").within(name) for name in names}
         return {
-            name: AdapterEntry(entry.take("config", dict), entry.take("sha256", *_TEXT_OR_NONE))
+            name: AdapterEntry(entry.take("config", dict), entry.take("sha256", *TEXT_OR_NONE))
             for name, entry in entries.items()
         }
 
@@ -282,23 +256,14 @@ class _Reader:
         if "weights" not in self.fields:
             return None
         weights = self.within("weights")
-        return {
-            path: tuple(
-                _Reader(entry, self.path, self.error, f"weights.{path}.{index}").record(WeightEntry)
-                for index, entry in enumerate(weights._objects(path))
-            )
-            for path in weights.fields
-        }
+        return {path: weights.records(path, WeightEntry) for path in weights.fields}
 
     def _quality(self) -> Quality | None:
         if self.take("quality", dict, type(None), default=None) is None:
             return None
         entry = self.within("quality")
-        outputs = [
-            _Reader(output, self.path, self.error, f"quality.outputs.{index}").record(OutputQuality)
-            for index, output in enumerate(entry._objects("outputs"))
-        ]
-        return Quality(entry.take("inputs", str), tuple(outputs))
+        outputs, tokens = entry.records("outputs", OutputQuality), entry.records("tokens", TokenQuality)
+        return Quality(entry.take("inputs", str), outputs, tokens)
 
     def _image_sizes(self) -> ImageSizes | None:
         if self.take("image_sizes", dict, type(None), default=None) is None:
@@ -307,7 +272,7 @@ class _Reader:
         fixed = entry.take("fixed", list, type(None))
         return ImageSizes(
             None if fixed is None else entry._height_and_width("fixed"),
-            entry.take("reason", *_TEXT_OR_NONE),
+            entry.take("reason", *TEXT_OR_NONE),
             entry._height_and_width("least"),
             entry.take("multiple_of", int),
         )
@@ -316,32 +281,22 @@ class _Reader:
         if self.take("adapter_inputs", dict, type(None), default=None) is None:
             return None
         entry = self.within("adapter_inputs")
-        sites = [
-            _Reader(site, self.path, self.error, f"adapter_inputs.sites.{index}").record(AdapterSite)
-            for index, site in enumerate(entry._objects("sites"))
-        ]
         uncalled: list[Any] = entry.take("uncalled", list)
         if entry.take("mode", str) not in AS_DATA or entry.take("k", int) < 0:
-            self._refuse("adapter_inputs", dict(entry.fields))
+            self.refuse("adapter_inputs", dict(entry.fields))
         return AdapterInputs(
             entry.take("mode", str),
             entry.take("k", int),
             entry.take("dtype", str),
-            tuple(sites),
+            entry.records("sites", AdapterSite),
             tuple(str(path) for path in uncalled),
         )
 
     def _height_and_width(self, name: str) -> tuple[int, int]:
         found: list[Any] = self.take(name, list)
         if len(found) != 2 or any(type(size) is not int or size < 1 for size in found):
-            self._refuse(name, found)
+            self.refuse(name, found)
         return found[0], found[1]
-
-    def _objects(self, name: str) -> list[Mapping[str, Any]]:
-        found: list[Mapping[str, Any]] = self.take(name, list, default=[])
-        if wrong := [entry for entry in found if not isinstance(entry, dict)]:
-            self._refuse(name, wrong[0])
-        return found
 
     def _files(self) -> dict[str, FileEntry] | None:
         """The files, if every name is a path within the directory and every fact of its type."""
@@ -358,8 +313,3 @@ class _Reader:
                     f"{self.path} does not describe its files as an export does ({name!r:.80}); export the model again"
                 )
         return {name: FileEntry(facts["size"], facts["sha256"]) for name, facts in entries}
-
-    def _refuse(self, name: str, value: Any) -> NoReturn:
-        where = f"{self.place}.{name}" if self.place else name
-        what = "is missing" if value is ... else f"is {value!r:.80}, which no export writes"
-        raise self.error(f"{self.path}: {where} {what}; export the model again")

@@ -38,18 +38,52 @@ class OutputQuality:
 
 
 @dataclass(frozen=True)
+class TokenQuality:
+    """How the tokens of a quantized decoder differ from the float32 model's with the same adapter.
+
+    Attributes:
+        adapter: The adapter, of an export that takes adapters as data; None for the base, or for folded adapters.
+        texts: Number of texts.
+        positions: Their positions, at each of which the next token was compared; both read the same tokens.
+        argmax_agreement: Share of positions at which the likeliest token is the same.
+        kl_divergence: Mean of KL(float32 || quantized) of the next token's probabilities, in nats.
+        greedy_tokens: Tokens that the float32 model added greedily to each text.
+        equal_greedy_tokens: How many of them the export gives too before its first other one: the median of the texts.
+    """
+
+    adapter: str | None
+    texts: int
+    positions: int
+    argmax_agreement: float
+    kl_divergence: float
+    greedy_tokens: int
+    equal_greedy_tokens: float
+
+    def __str__(self) -> str:
+        """The figures in a line."""
+        label = "" if self.adapter is None else f"with the adapter {self.adapter!r}: "
+        return (
+            f"{label}likeliest token equal at {100 * self.argmax_agreement:.1f} % of {self.positions} positions, "
+            f"KL divergence {self.kl_divergence:.4f} nats a token; the first {self.equal_greedy_tokens:g} of "
+            f"{self.greedy_tokens} greedy tokens equal (median)"
+        )
+
+
+@dataclass(frozen=True)
 class Quality:
     """How a quantized export differs from the float32 model.
 
     Attributes:
         inputs: What was compared, such as `200 given texts`.
-        outputs: The outputs, without those of a cache.
+        outputs: The outputs, without those of a cache; none for a decoder with one.
+        tokens: Of a decoder with a cache, its tokens: for folded adapters one entry, else the base and each adapter.
     """
 
     inputs: str
     outputs: tuple[OutputQuality, ...]
+    tokens: tuple[TokenQuality, ...] = ()
 
     def __str__(self) -> str:
-        """The inputs, and a line for each output."""
+        """The inputs, and a line for each output or adapter."""
         lines = [f"quantized, compared with the float32 model on {self.inputs}:"]
-        return "\n".join([*lines, *(f"  {output}" for output in self.outputs)])
+        return "\n".join([*lines, *(f"  {found}" for found in (*self.outputs, *self.tokens))])

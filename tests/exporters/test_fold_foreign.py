@@ -27,6 +27,17 @@ from gralora_fx.errors import MergeError
 from gralora_fx.exporters import fold_onnx
 from gralora_fx.progress.silence import quiet
 
+ZERO_POINTS = ("is_symmetric=false",)
+BUILDS = (("fp32", "fp32", ()), ("int4", "int4", ()), ("int4_zero_points", "int4", ZERO_POINTS))
+
+
+def build(model: Path, output: Path, precision: str, *options: str) -> None:
+    """An export of onnxruntime-genai's builder."""
+    arguments = ["-m", model, "-o", output, "-p", precision, "-e", "cpu", "-c", output.parent / "cache"]
+    arguments += ["--extra_options", *options] if options else []
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True)
+
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,10 +46,8 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=96)
     model.save_pretrained(root / "model")
     tiny_tokenizer().save_pretrained(root / "model")
-    for precision in ("fp32", "int4"):
-        arguments = ["-m", root / "model", "-o", root / precision, "-p", precision, "-e", "cpu", "-c", root / "cache"]
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, arguments)]
-        subprocess.run(command, check=True, capture_output=True)
+    for name, precision, options in BUILDS:
+        build(root / "model", root / name, precision, *options)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = OnnxExporter().export(model, text_batch(), OnnxConfig(dynamic=True))
@@ -98,18 +107,20 @@ def test_names_that_say_nothing_are_found_by_value(foreign: Path, tmp_path: Path
     assert all(np.array_equal(one, other) for one, other in zip(by_value, by_name, strict=True))
 
 
-def test_a_quantized_model_of_genais_builder(foreign: Path, tmp_path: Path) -> None:
-    report = fold_onnx(foreign / "int4", foreign / "adapter", tmp_path / "out", base=foreign / "model", requantize=True)
+@pytest.mark.parametrize(("name", "options"), [("int4", ()), ("int4_zero_points", ZERO_POINTS)])
+def test_a_quantized_model_of_genais_builder(
+    name: str, options: tuple[str, ...], foreign: Path, tmp_path: Path
+) -> None:
+    report = fold_onnx(foreign / name, foreign / "adapter", tmp_path / "out", base=foreign / "model", requantize=True)
     assert report.survival is not None
     assert 0.9 < report.survival < 1.1
-    arguments = ["-m", foreign / "merged", "-o", tmp_path / "int4", "-p", "int4", "-e", "cpu", "-c", tmp_path / "cache"]
     tiny_tokenizer().save_pretrained(foreign / "merged")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True)
+    build(foreign / "merged", tmp_path / "int4", "int4", *options)
     ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "int4")
     assert ours.keys() == theirs.keys()
-    for name, values in theirs.items():
-        assert np.mean(ours[name] != values) <= 0.01 or np.allclose(ours[name], values, rtol=1e-4), name
+    assert any("zp" in key or "zero_points" in key for key in ours) == bool(options)
+    for key, values in theirs.items():
+        assert np.mean(ours[key] != values) <= 0.01 or np.allclose(ours[key], values, rtol=1e-4), key
 
 
 @pytest.mark.parametrize("with_base", [False, True])

@@ -23,7 +23,7 @@ from tiny_models import tiny_model
 from torch import nn
 from traces import fresh_trace
 
-from gralora_fx import LoraConfig, trace
+from gralora_fx import LoraConfig, merge, trace
 from gralora_fx.errors import CheckpointError, MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.exporters.folding import data_files
@@ -152,6 +152,14 @@ def test_a_tied_head_gets_a_weight_of_its_own(quantize: Any, tmp_path: Path) -> 
         (name,) = after.keys() - before.keys() if quantize is None else [min(after.keys() - before.keys())]
         assert name.startswith("model.onnx:lm_head.weight")
         assert {site.initializer for site in report.sites if site.path == "lm_head"} == {name.partition(":")[2]}
+    if quantize == "int4":
+        parts = {f"model.onnx:lm_head.weight{ending}" for ending in ("_Q4", "_scales", "_zero_points")}
+        export_onnx(merge(case.model, untie=True), case.fresh, quantize="int4", verify=False)
+        fresh = tensors(case.fresh)
+        assert after.keys() - before.keys() == parts
+        assert all(np.mean(after[part] != fresh[part]) <= 0.01 for part in parts)
+        logits = [np.asarray(load(path)(input_ids=[[5, 9, 33, 71]]).logits) for path in (case.out, case.fresh)]
+        assert np.abs(logits[0] - logits[1]).max() <= 0.2 * np.abs(logits[1]).max()  # whose embedding is float
     for name, values in before.items():
         if "embed_tokens" in name and not name.endswith(("_quantized", "_scale")):
             assert np.array_equal(after[name], values), name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+import torch
 from fold_cases import (
     CACHED,
     PROJECTIONS,
@@ -20,6 +23,7 @@ from traces import fresh_trace
 from gralora_fx import trace
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx
+from gralora_fx.exporters.options import ExportOptions, Quantization
 from gralora_fx.serving import load
 
 
@@ -34,25 +38,106 @@ def test_quantized_weights_are_refused_unless_asked_for(quantize: Any, tmp_path:
     assert not case.out.exists()
 
 
-@pytest.mark.parametrize("quantize", ["int4", "int8", "int8-dynamic"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def without_zero_points(monkeypatch: pytest.MonkeyPatch, kind: str, block_size: int = 32) -> None:
+    """Let exports have blocks as an earlier version wrote them."""
+    quantization = Quantization(kind, block_size, zero_points=False)
+    monkeypatch.setattr(ExportOptions, "quantization", quantization)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "precision"),
+    [("int4", "fp32"), ("int8", "fp32"), ("int8-dynamic", "fp32"), ("int4", "fp16"), ("int8", "fp16")],
+)
 def test_requantized_from_the_base_it_is_a_fresh_quantized_export(
     quantize: Any, precision: Any, tmp_path: Path
 ) -> None:
-    if quantize == "int8-dynamic" and precision != "fp32":
-        pytest.skip("int8-dynamic is float32 otherwise")
+    check_requantized_from_the_base(quantize, precision, tmp_path)
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_blocks_without_zero_points_stay_without(
+    quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_zero_points(monkeypatch, quantize)
+    case = check_requantized_from_the_base(quantize, "fp32", tmp_path)
+    assert not [name for name in tensors(case.out) if name.endswith("_zero_points")]
+
+
+def check_requantized_from_the_base(quantize: Any, precision: Any, tmp_path: Path) -> Case:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
     traced = trace(model, task=CACHED)
     case = Case(tmp_path, traced, gralora(PROJECTIONS), quantize=quantize, precision=precision)
     report = case.fold(requantize=True, base=tmp_path / "model")
     ours, theirs = tensors(case.out), tensors(case.export_fresh())
+    assert ours.keys() == theirs.keys()
     for name, values in theirs.items():  # a value between two steps may go either way
         assert np.mean(ours[name] != values) <= 0.01 or np.allclose(ours[name], values, rtol=1e-3), name
     assert report.survival is not None
     assert 0.9 < report.survival < 1.1
     assert all(site.survival is not None and 0.5 < site.survival < 1.5 for site in report.sites)
     load(case.out, check=True)
+    return case
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_the_runtime_computes_with_the_zero_points_of_the_result(quantize: Any, tmp_path: Path) -> None:
+    """A layer whose values are all of one sign, so that zero points count most; its third block is partial."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(72, 24, bias=False).eval()
+    with torch.no_grad():
+        module.weight.copy_(module.weight.abs() + 1)
+    traced = trace(torch.nn.Sequential(module), (torch.randn(2, 72),))
+    case = Case(tmp_path, traced, gralora(["0"], alpha=200), quantize=quantize, accuracy_level=1)
+    case.fold(requantize=True, force=True)
+    expected = case.model(torch.eye(72))
+    folded, before = (torch.as_tensor(load(path)(input=torch.eye(72))[0]) for path in (case.out, case.base))
+    step = (expected.abs().max() / (15 if quantize == "int4" else 255)).item()
+    assert (folded - expected).abs().max().item() <= 1.1 * step  # rounded in the export, and once more
+    assert (before - expected).abs().max().item() > 2 * step
+
+
+def share_zero_points(first: ir.Node, second: ir.Node) -> None:
+    second.replace_input_with(3, first.inputs[3])
+
+
+def float_zero_points(first: ir.Node, second: ir.Node) -> None:
+    scales, zero_points = first.inputs[2:4]
+    assert scales is not None
+    assert zero_points is not None
+    zero_points.const_value, zero_points.dtype = ir.tensor(np.zeros(32, np.float32)), ir.DataType.FLOAT
+
+
+def add_a_group_index(first: ir.Node, second: ir.Node) -> None:
+    tensor = ir.tensor(np.zeros(32, np.int32), name="groups")
+    groups = ir.Value(name="groups", const_value=tensor, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([32]))
+    assert first.graph is not None
+    first.graph.register_initializer(groups)  # type: ignore[union-attr]
+    first.resize_inputs(5)
+    first.replace_input_with(4, groups)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (share_zero_points, "its zero points are not its own alone"),
+        (float_zero_points, "its zero points are not packed integers"),
+        (add_a_group_index, "its blocks have a group index"),
+    ],
+)
+def test_blocks_that_cannot_be_quantized_again_are_refused(
+    change: Callable[[ir.Node, ir.Node], None], problem: str, tmp_path: Path
+) -> None:
+    case = Case(tmp_path, fresh_trace("llama", task=CACHED), gralora(["o_proj"]), quantize="int4")
+    (case.base / "gralora_export.json").unlink()  # whose digest of the graph is another then
+    model = ir.load(case.base / "model.onnx")
+    products = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    first, second = (node for node in products if "o_proj" in str(node.inputs[1].name))  # type: ignore[union-attr]
+    change(first, second)
+    ir.save(model, case.base / "model.onnx")
+    with pytest.raises(MergeError, match=f"o_proj.weight_Q4 cannot be folded into: {problem}"):
+        case.fold(requantize=True)
+    assert not case.out.exists()
 
 
 @pytest.mark.parametrize("quantize", ["int4", "int8-dynamic"])
@@ -71,16 +156,22 @@ def test_an_update_that_rounding_takes_away_is_refused_unless_forced(quantize: A
     assert "% of the update" in str(report)
 
 
-def test_layers_without_an_update_keep_their_blocks_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_points", [True, False])
+def test_layers_without_an_update_keep_their_blocks_bit_for_bit(
+    zero_points: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not zero_points:
+        without_zero_points(monkeypatch, "int4", 16)
     traced = fresh_trace("llama", task=CACHED)
     case = Case(tmp_path, traced, gralora(["k_proj"], gralora_k=2, alpha=200), quantize="int4", block_size=16)
     case.fold(requantize=True, force=True)
     before, after = tensors(case.base), tensors(case.out)
-    name = "model.onnx:model.layers.0.self_attn.q_proj+k_proj+v_proj.weight_Q4"
-    changed = np.any(before[name] != after[name], axis=(1, 2))
-    assert not changed[:32].any()
-    assert changed[32:48].any()
-    assert not changed[48:].any()
+    name = "model.onnx:model.layers.0.self_attn.q_proj+k_proj+v_proj.weight"
+    for ending in ("_Q4", "_scales", *(["_zero_points"] if zero_points else [])):
+        changed = (before[name + ending] != after[name + ending]).reshape(64, -1).any(axis=1)
+        assert not changed[:32].any()
+        assert changed[32:48].any()
+        assert not changed[48:].any()
 
 
 def test_the_share_that_survives_is_the_projection_on_the_update(tmp_path: Path) -> None:
@@ -96,8 +187,9 @@ def test_the_share_that_survives_is_the_projection_on_the_update(tmp_path: Path)
 
     def dequantized(directory: Path) -> np.ndarray:
         found = tensors(directory)
-        values, scales = found[f"{name}_Q8"].astype(np.float32) - 128, found[f"{name}_scales"]
-        return (values * scales[..., None]).reshape(32, 32).T
+        values, scales, zero_points = (found[name + ending] for ending in ("_Q8", "_scales", "_zero_points"))
+        zeros = zero_points.reshape(scales.shape)[..., None].astype(np.float32)
+        return ((values - zeros) * scales[..., None]).reshape(32, 32).T
 
     change = dequantized(case.out) - dequantized(case.base)
     assert site.survival == pytest.approx(float((change * update).sum() / (update * update).sum()), rel=1e-3)

@@ -68,12 +68,12 @@ def test_blocks_are_those_of_onnxruntimes_quantizer(bits: int, tmp_path: Path) -
         [numpy_helper.from_array(np.ascontiguousarray(matrix), "w")],
     )
     quantizer = MatMulNBitsQuantizer(
-        helper.make_model(graph), bits=bits, block_size=32, is_symmetric=True, accuracy_level=4
+        helper.make_model(graph), bits=bits, block_size=32, is_symmetric=False, accuracy_level=4
     )
     quantizer.process()
     theirs = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantizer.model.model.graph.initializer}
     ours = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
-    for suffix in (f"_Q{bits}", "_scales"):
+    for suffix in (f"_Q{bits}", "_scales", "_zero_points"):
         (name,) = (name for name in ours if name.endswith(suffix))
         tensor = ours[name].const_value
         assert tensor is not None
@@ -103,6 +103,7 @@ def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> 
         "kind": "int4",
         "block_size": 32,
         "accuracy_level": 4,
+        "zero_points": True,
         "multiplications": 9,
         "lookups": 1,
         "values": sum(site.weight.numel() for site in traced.sites),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_the_manifest_holds_size_and_digest_of_every_other_file(exported: Path) 
 def test_an_untouched_export_passes_and_is_counted(exported: Path) -> None:
     assert check_files(exported, read_manifest(exported), digests=True) == len(list(exported.iterdir())) - 1
     assert load(exported, check=True)(input=torch.zeros(1, 8))[0].shape == (1, 200)
+
+
+@pytest.mark.parametrize(("quantize", "zero_points"), [("int4", False), ("int8-dynamic", None)])
+def test_an_older_export_that_does_not_say_has_no_zero_points(
+    quantize: Any, zero_points: bool | None, tmp_path: Path
+) -> None:
+    traced = trace(nn.Sequential(nn.Linear(32, 8)).eval(), (torch.randn(1, 32),))
+    export_onnx(traced, tmp_path, quantize=quantize, verify=False)
+    path = tmp_path / "gralora_export.json"
+    fields = json.loads(path.read_text())
+    assert fields["quantization"].pop("zero_points") is (True if quantize == "int4" else None)
+    path.write_text(json.dumps(fields))
+    quantization = read_manifest(tmp_path).quantization
+    assert quantization is not None
+    assert quantization.zero_points is zero_points
+    load(tmp_path)
 
 
 def flip(path: Path) -> None:

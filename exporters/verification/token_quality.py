@@ -1,0 +1,142 @@
+"""What quantization changes in a decoder's tokens: the export as it is run, step by step, and the float32 model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gralora_fx.exporters.verification.finite import check_finite
+from gralora_fx.exporters.verification.model_steps import ModelSteps
+from gralora_fx.exporters.verification.token_texts import TokenTexts
+from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.decoder_steps import DecoderSteps, Step
+from gralora_fx.runtime.quality import TokenQuality
+from gralora_fx.tracing.traced_model import TracedModel
+
+_BATCH = 16  # texts at a time
+
+
+def token_quality(
+    session: Any, model: TracedModel | GraloraModel, texts: TokenTexts, adapter: str | None = None
+) -> TokenQuality:
+    """Compare the probabilities of the next token at every position; both read the same tokens.
+
+    Every text is followed by tokens that are the float32 model's likeliest. As long as the export's are the same, they
+    are what it would generate.
+
+    Args:
+        session: A session over the export as it is run.
+        model: The float32 model, in evaluation mode.
+        texts: The texts.
+        adapter: The adapter that both run with, of an export that takes adapters as data.
+
+    Raises:
+        ExportError: The model or the export cannot run, or the export gives values that are not finite where the
+            model's are.
+    """
+    tally = _Tally(texts.continued)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(texts.rows), _BATCH):
+        rows = texts.rows[start : start + _BATCH]
+        where = f"texts {start + 1} to {start + len(rows)}"
+        own, export = ModelSteps(model, len(rows), where), DecoderSteps(session, len(rows), where)
+        equal = torch.full((len(rows),), texts.continued)
+        for step in _steps(own, export, rows, texts, generator):
+            check_finite("logits", where, step.expected, step.actual)
+            tally.add(step, equal)
+        tally.equal_tokens += equal.tolist()
+    return tally.result(adapter)
+
+
+class _Step(NamedTuple):
+    """What both give at a position of every row.
+
+    Attributes:
+        after: How many tokens of the continuation were read, `[batch]`: negative before the last token of the text.
+        expected: Logits of the model, `[batch, vocabulary]`.
+        actual: Those of the export.
+    """
+
+    after: Tensor
+    expected: Tensor
+    actual: Tensor
+
+
+def _steps(
+    own: Step, export: Step, rows: Sequence[Sequence[int]], texts: TokenTexts, generator: torch.Generator
+) -> Iterator[_Step]:
+    """Read texts and their continuations token by token, so that every logit is one that the export serves."""
+    lengths = torch.tensor([len(row) + texts.drawn for row in rows])
+    ids = torch.tensor([[row[0]] for row in rows])
+    for position in range(int(lengths.max()) + texts.continued - 1):
+        mask = torch.ones(len(rows), position + 1, dtype=torch.long)
+        expected, actual = (read(ids, mask)[:, -1].float() for read in (own, export))
+        yield _Step(position + 1 - lengths, expected, actual)
+        drawn = _draw(expected, texts.end, generator) if position + 1 < int(lengths.max()) else None
+        greedy = expected.argmax(-1)
+        for index, row in enumerate(rows):
+            if position + 1 < len(row):
+                greedy[index] = row[position + 1]
+            elif drawn is not None and position + 1 < lengths[index]:
+                greedy[index] = drawn[index]
+        ids = greedy.unsqueeze(1)
+
+
+def _draw(logits: Tensor, end: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A token of every row by its probability, but none that ends the text."""
+    kept = logits.double()
+    kept[:, list(end)] = float("-inf")
+    return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+
+
+class _Tally:
+    """Figures of all steps, accumulated."""
+
+    def __init__(self, continued: int) -> None:
+        self.equal_tokens: list[int] = []
+        self._continued, self._positions, self._equal, self._divergence = continued, 0, 0, 0.0
+
+    def add(self, step: _Step, equal: Tensor) -> None:
+        """Count one step of every row.
+
+        Args:
+            step: The step.
+            equal: Greedy tokens before the first that differs, by row as far as it is known; changed in place.
+        """
+        is_same = step.expected.argmax(-1) == step.actual.argmax(-1)
+        in_text = step.after <= 0
+        self._positions += int(in_text.sum())
+        self._equal += int(is_same[in_text].sum())
+        self._divergence += float(kl_divergence(step.expected[in_text], step.actual[in_text]).sum())
+        parts = (step.after >= 0) & (step.after < equal) & ~is_same
+        equal[parts] = step.after[parts]
+
+    def result(self, adapter: str | None) -> TokenQuality:
+        return TokenQuality(
+            adapter,
+            len(self.equal_tokens),
+            self._positions,
+            self._equal / self._positions,
+            self._divergence / self._positions,
+            self._continued,
+            float(statistics.median(self.equal_tokens)),
+        )
+
+
+def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
+    """KL(p || q) of the distributions of two sets of logits, in nats.
+
+    Args:
+        expected: Logits of p, `[rows, vocabulary]`.
+        actual: Those of q.
+
+    Returns:
+        `[rows]`, float64.
+    """
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (expected, actual))
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
