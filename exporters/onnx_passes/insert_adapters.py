@@ -13,7 +13,7 @@ from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function
 from gralora_fx.exporters.onnx_passes.builder import Builder, static_dim
 from gralora_fx.exporters.onnx_passes.mark_sites import SITES, SiteOutput, sites_in
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.runtime.adapter_inputs import HYBRID_RANK, INPUTS, RANK, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import INPUTS, AdapterInputs, AdapterSite
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _Insertion:
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:
         """The inputs that are a site's tensors; made for its first call."""
-        shapes = site.shapes(self.inputs.k, RANK, HYBRID_RANK)
+        shapes = site.shapes(self.inputs.k, *self.inputs.ranks(site))
         for name, shape in shapes.items():
             if name not in self.tensors:
                 self.tensors[name] = self._input(name, shape)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 SWAPPABLE, INPUTS, BATCHED = "swappable", "inputs", "batched"
 AS_DATA = (SWAPPABLE, INPUTS, BATCHED)
 FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
-RANK, HYBRID_RANK = "r", "hybrid_r"  # symbolic axes
+RANK, HYBRID_RANK = "r", "hybrid_r"  # ends of the names of symbolic axes
 ADAPTER_IDS = "adapter_ids"
 
 
@@ -69,6 +69,11 @@ class AdapterInputs:
     dtype: str
     sites: tuple[AdapterSite, ...]
     uncalled: tuple[str, ...] = ()
+
+    @staticmethod
+    def ranks(site: AdapterSite) -> tuple[str, str]:
+        """Names of the symbolic axes of a site's ranks, its own: ONNX Runtime takes axes of one name to be equal."""
+        return f"{site.path}.{RANK}", f"{site.path}.{HYBRID_RANK}"
 
     def names(self) -> Iterator[str]:
         """Names of all tensors."""
