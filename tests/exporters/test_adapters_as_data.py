@@ -28,11 +28,6 @@ class CrossAttention(nn.Module):
         return result
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    return Exports(tmp_path_factory.mktemp("exports"))
-
-
 def compare(exports: Exports, name: str, adapter: str, k: int, mode: str, tmp_path: Path) -> None:
     kind, served = KINDS[name], exports.adapted(name, k, mode)
     wrapped = add(served, kind, tmp_path / adapter, adapter, **fields_of(adapter, kind, k))
