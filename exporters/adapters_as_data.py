@@ -63,8 +63,8 @@ def data_sites(
         return None
     if not isinstance(model, GraloraModel) or not model.configs:
         raise ExportError(
-            f"adapters={mode!r} needs a model with adapters, whose layers the export then takes them at; give what "
-            "rewrite() returned, or adapters='merged'"
+            f"adapters={mode!r} needs a model with an adapter, at whose layers the export then takes others; give one "
+            "with --adapter (what rewrite() returned), or adapters='merged'"
         )
     if model.merged_adapters:
         raise ExportError(

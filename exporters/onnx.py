@@ -147,7 +147,8 @@ def export_onnx(
         found = None if verification is None else verification.to_dict()
         write_manifest(stage, dataclasses.replace(manifest, files=files, verification=found, quality=quality))
     path = Path(output_dir)
-    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+    files_there = (file for file in sorted(path.rglob("*")) if file.is_file())
+    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files_there}
     return ExportReport(path, sizes, seconds, verification, _attention(log), tuple(log.reports), quality)
 
 

@@ -52,3 +52,11 @@ def openvino() -> Any:
         if "runs on no device" in str(error) and info.exists() and "GenuineIntel" not in info.read_text():
             pytest.skip(str(error))
         raise
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Exports that take adapters as data, each made once in a process: `adapters_as_data.Exports`."""
+    from adapters_as_data import Exports
+
+    return Exports(tmp_path_factory.mktemp("exports"))

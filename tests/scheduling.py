@@ -41,6 +41,13 @@ GROUPS = {
         "tracing/test_subgraphs.py",
         "test_usage_examples.py",
     ),
+    "adapters as data": (
+        "exporters/test_adapters_as_data.py",
+        "exporters/test_adapter_contract.py",
+        "serving/test_adapters.py",
+        "serving/test_damaged_adapters.py",
+        "exporters/test_onnxruntime_web.py",
+    ),
     "traces with a cache": (
         "exporters/test_precision.py",
         "exporters/test_streaming.py",

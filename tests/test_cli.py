@@ -554,3 +554,97 @@ def test_an_adapter_is_merged_into_files(decoder: Path, tmp_path: Path) -> None:
     )
     assert "error: no " in wrong.stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def swappable(decoder: Path) -> Path:
+    """An export that takes adapters as data."""
+    path = decoder / "swappable"
+    given = ("--model", decoder / "base", "--adapter", decoder / "adapter", "--output", path)
+    assert "adapters/default.onnx_adapter" in run("export", *given, "--adapters", "swappable").stdout
+    return path
+
+
+def lora(folder: Path, targets: list[str], **fields: Any) -> Path:
+    """A LoRA adapter of the decoder that PEFT saved."""
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **fields)
+    peft.get_peft_model(tiny_model("llama", bos_token_id=1, eos_token_id=2), config).save_pretrained(str(folder))
+    return folder
+
+
+def test_adapters_are_added_to_an_export_and_verified(decoder: Path, swappable: Path, tmp_path: Path) -> None:
+    shutil.copytree(swappable, tmp_path / "onnx")
+    adapter = lora(tmp_path / "lora", ["q_proj"])
+    added = run_process("export-adapter", "--adapter", adapter, "--onnx", tmp_path / "onnx", "--name", "lora")
+    assert str(tmp_path / "onnx" / "adapters" / "lora.onnx_adapter") in added.stdout + added.stderr
+    given = ("--model", decoder / "base", "--output", tmp_path / "onnx")
+    for options in ((), ("--adapter", decoder / "adapter")):
+        assert "passed" in run("verify", *given, *options, "--verify", "quick").stdout
+    model = load(tmp_path / "onnx", check=True)
+    answers = [model.generate("abc", max_new_tokens=8, adapter=name) for name in (None, "default", "lora")]
+    assert len(set(answers)) > 1
+    logits = [model(input_ids=[[5, 6, 7]], adapter=name).logits for name in (None, "default", "lora")]
+    assert not (logits[0] == logits[1]).all()
+    assert not (logits[0] == logits[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--adapter", "{lora}", "--onnx", "{onnx}", "--name", "default"), "exists; give --overwrite"),
+        (("--adapter", "{lora}", "--onnx", "{onnx}", "--name", "a/b"), "'a/b' is not a name for an adapter"),
+        (("--adapter", "{lora}", "--onnx", "{base}"), "no gralora_export.json in"),
+        (("--adapter", "{base}", "--onnx", "{onnx}", "--name", "x"), "no adapter_config.json in"),
+        (
+            ("--adapter", "{other}", "--onnx", "{onnx}", "--name", "x"),
+            "it has no layer model.layers.0.self_attn.v_proj",
+        ),
+        (("--adapter", "{k4}", "--onnx", "{onnx}", "--name", "x"), "or convert it with to_lora"),
+        (("--adapter", "{saves}", "--onnx", "{onnx}", "--name", "x"), "(modules_to_save or bias)"),
+        (("--adapter", "{lora}", "--onnx", "{merged}", "--name", "x"), "takes no adapters: it was exported with adapt"),
+    ],
+)
+def test_an_adapter_that_cannot_be_added_is_one_line(
+    decoder: Path, swappable: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    places = {"onnx": swappable, "base": decoder / "base", "lora": lora(tmp_path / "lora", ["q_proj"])}
+    if "{other}" in arguments:
+        places["other"] = lora(tmp_path / "other", ["q_proj", "v_proj"])
+    if "{saves}" in arguments:
+        places["saves"] = lora(tmp_path / "saves", ["q_proj"], modules_to_save=["norm"])
+    if "{k4}" in arguments:
+        config = peft.GraloraConfig(r=4, gralora_k=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        places["k4"] = tmp_path / "k4"
+        peft.get_peft_model(tiny_model("llama", bos_token_id=1), config).save_pretrained(str(places["k4"]))
+    if "{merged}" in arguments:
+        places["merged"] = tmp_path / "merged"
+        run("export", "--model", decoder / "base", "--output", places["merged"], "--no-verify")
+    before = sorted(path.name for path in (swappable / "adapters").iterdir())
+    printed = run("export-adapter", *(argument.format(**places) for argument in arguments), expect=1)
+    assert printed.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert message in printed.stderr
+    assert "Traceback" not in printed.stderr
+    assert sorted(path.name for path in (swappable / "adapters").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--adapters", "swappable", "--quantize", "int8-dynamic"), "folds adapters first, so it does not go with"),
+        (("--adapters", "swappable"), "adapters='swappable' needs a model with an adapter"),
+        (("--adapters", "swapable"), "adapters='swapable' is not available; take 'merged' or 'swappable' or 'inputs'"),
+    ],
+)
+def test_an_export_that_cannot_take_adapters_is_one_line(
+    decoder: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    printed = run("export", "--model", decoder / "base", "--output", tmp_path / "onnx", *options, expect=1)
+    assert message in printed.stderr
+    assert "Traceback" not in printed.stderr
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_verify_names_an_adapter_that_the_export_lacks(decoder: Path, swappable: Path, tmp_path: Path) -> None:
+    adapter = lora(tmp_path / "lora", ["q_proj"])
+    given = ("--model", decoder / "base", "--adapter", adapter, "--output", swappable)
+    assert "another adapter than the model's 'default'" in run("verify", *given, expect=1).stderr

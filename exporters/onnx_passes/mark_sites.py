@@ -124,5 +124,13 @@ def _with_bias(product: ir.Value) -> ir.Value:
     if len(readers) != 1 or readers[0].op_type != "Add" or product.is_graph_output():
         return product
     other = next((value for value in readers[0].inputs if value is not product), None)
-    is_bias = other is not None and other.const_value is not None and other.shape is not None and len(other.shape) == 1
+    is_bias = other is not None and _is_parameter(other) and other.shape is not None and len(other.shape) == 1
     return readers[0].outputs[0] if is_bias else product
+
+
+def _is_parameter(value: ir.Value) -> bool:
+    """Whether a value is an initializer or a part of one."""
+    node = value.producer()
+    if node is not None and node.op_type == "Slice" and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return value.const_value is not None

@@ -30,6 +30,7 @@ SUFFIX = ".onnx_adapter"
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_OWN_DIGEST = "record_sha256"
 _MOST_BYTES = 64 << 20  # of a record
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
 
@@ -76,8 +77,9 @@ class AdapterRecord:
         return str(self.config.get("base_model_name_or_path") or "another base")
 
     def to_json(self) -> str:
-        """The text of the record, keys in order."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        """The text of the record, keys in order, and a SHA-256 of its own under `record_sha256`."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, _OWN_DIGEST: _fields_sha256(fields)}, indent=2, sort_keys=True) + "\n"
 
 
 def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
@@ -126,24 +128,37 @@ def record_of(
         inputs: The adapter tensors of the export that it is for.
         fingerprint: Fingerprint of the export's base.
     """
-    shapes = {tensor: tuple(array.shape) for tensor, array in tensors.items()}
-    ranks = {field: [shape for tensor, shape in shapes.items() if tensor.endswith(f".{field}")] for field in FIELDS}
+    r, hybrid_r = _largest_ranks(tensors)
     content = path.read_bytes()
     return AdapterRecord(
         schema_version=SCHEMA_VERSION,
         name=name,
         config=config,
         k=inputs.k,
-        r=max((shape[2] for shape in ranks[FIELDS[0]]), default=0),
-        hybrid_r=max((shape[1] for shape in ranks[FIELDS[2]]), default=0),
+        r=r,
+        hybrid_r=hybrid_r,
         dtype=inputs.dtype,
         sites=tuple(sorted({tensor.rpartition(".")[0] for tensor in tensors})),
-        shapes=shapes,
+        shapes={name: tuple(array.shape) for name, array in tensors.items()},
         base_fingerprint=fingerprint,
         sha256=tensors_sha256(tensors),
         file_sha256=hashlib.sha256(content).hexdigest(),
         size=len(content),
     )
+
+
+def _fields_sha256(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's fields, whatever the layout of their text."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _largest_ranks(tensors: Arrays) -> tuple[int, int]:
+    """The largest rank of the blocks and of the plain LoRA part of any layer."""
+    blocks, general = (
+        [array.shape[axis] for name, array in tensors.items() if name.endswith(f".{field}")]
+        for field, axis in ((FIELDS[0], 2), (FIELDS[2], 1))
+    )
+    return max(blocks, default=0), max(general, default=0)
 
 
 def record_path(path: Path) -> Path:
@@ -175,10 +190,13 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
         raise error(f"{place} is not the record of an adapter; {remedy}")
     if found["schema_version"] > SCHEMA_VERSION:
         raise error(f"{place} has schema {found['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx")
+    own = found.pop(_OWN_DIGEST, None)
     problems = [name for name, is_right in _CHECKS.items() if not is_right(found.get(name))]
     if problems or set(found) != {field.name for field in dataclasses.fields(AdapterRecord)}:
         unknown = sorted(set(found) - {field.name for field in dataclasses.fields(AdapterRecord)})
         raise error(f"{place} is damaged: {listed([*problems, *unknown]) or 'fields are missing'}; {remedy}")
+    if own != _fields_sha256(found):
+        raise error(f"{place} was changed: its fields have another SHA-256 than {_OWN_DIGEST} says; {remedy}")
     shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
     return AdapterRecord(**{**found, "sites": tuple(found["sites"]), "shapes": shapes})
 
@@ -209,6 +227,8 @@ def read_tensors(
     except Exception as failure:  # ONNX Runtime raises types of its own
         raise error(f"{path} is not an adapter of ONNX Runtime ({first_line(failure)})") from failure
     problems = [*_tensor_problems(tensors, record, inputs)]
+    if not problems and (record.r, record.hybrid_r) != _largest_ranks(tensors):
+        problems = ["its tensors have other ranks than its record says"]
     if problems:
         raise error(f"{path} does not fit this export: {listed(problems)}")
     return tensors
@@ -269,6 +289,8 @@ def _tensor_problems(tensors: Arrays, record: AdapterRecord, inputs: AdapterInpu
         yield from _site_problems(sites[path], tensors, inputs)
     if tensors_sha256(tensors) != record.sha256:
         yield "its tensors have another SHA-256 than its record says"
+    elif {name: array.shape for name, array in tensors.items()} != record.shapes:
+        yield "its tensors have other shapes than its record says"
 
 
 def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) -> Iterable[str]:
@@ -332,7 +354,7 @@ _CHECKS = {
     "k": _is_count,
     "r": _is_count,
     "hybrid_r": _is_count,
-    "dtype": lambda value: value in _DTYPES,
+    "dtype": lambda value: _is_text(value) and value in _DTYPES,
     "sites": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "shapes": lambda value: (
         isinstance(value, dict)
