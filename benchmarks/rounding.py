@@ -46,7 +46,7 @@ QUANTIZATIONS = {
 }
 
 
-def run(iterations: int = 8) -> Report:
+def run(iterations: int = 24) -> Report:
     """Measure divergence, size and speed of each quantization.
 
     Args:
@@ -58,7 +58,7 @@ def run(iterations: int = 8) -> Report:
     texts = [text[:CHARACTERS] for text, _ in load_news(0).test[:TEXTS]]
     report.notes.append(_effect(model, tokenizer, texts))
     rows = {name: _measured(model, q, tokenizer, texts, name) for name, q in QUANTIZATIONS.items()}
-    title = "(a) folded, then quantized; (b) float adapter over the quantized base; KL in nats a token"
+    title = "(a) folded, then quantized; (b) float, in LoRA's form, over the quantized base; KL in nats a token"
     report.tables.append(Table(title, [{"quantization": name, **row} for name, row in rows.items()]))
     decode = _compare_speed(report, iterations)
     for column in ("(a) KL", "(b) KL"):
