@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters_as_data import KINDS, Exports, arrays, expected_of, fields_of, output_of, saved
+from adapters_as_data import KINDS, Exports, arrays, copy_export, expected_of, fields_of, output_of, saved
 from tiny_tokenizers import tiny_tokenizer
 from traces import relative_error
 
@@ -31,7 +31,7 @@ class Two:
 
     def __init__(self, exports: Exports, root: Path) -> None:
         self.export, self.folder = root / "onnx", root / "files"
-        shutil.copytree(exports.adapted("llama", 2).directory, self.export)
+        copy_export(exports.adapted("llama", 2), self.export)
         self.peft: dict[str, peft.PeftModel] = {}
         self.expected: dict[str | None, torch.Tensor] = {None: expected_of(KIND.make(), KIND)}
         for name, adapter in (("formal", "gralora-8-4"), ("brief", "lora-patterns")):
