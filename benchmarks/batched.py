@@ -18,7 +18,8 @@ from benchmarks import smollm2
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_file import SUFFIX, read_record, read_tensors
+from gralora_fx.runtime.adapter_file import read_tensors
+from gralora_fx.runtime.adapter_record import SUFFIX, read_record
 from gralora_fx.runtime.adapter_session import adapter_values, with_adapter
 from gralora_fx.runtime.adapter_stack import AdapterStack
 from gralora_fx.runtime.batched_steps import BatchedSteps

@@ -10,7 +10,7 @@ from typing import Any
 from gralora_fx.adapters.stored import open_adapter
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
-from gralora_fx.runtime.adapter_file import SUFFIX, check_name
+from gralora_fx.runtime.adapter_record import SUFFIX, check_name
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.names import ADAPTERS
 

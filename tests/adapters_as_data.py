@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -165,6 +166,14 @@ class Exports:
 
 def _options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"verify": False, **({"logits": "all"} if kind.task == CACHED else {}), **options}
+
+
+def copy_export(served: OrtModel, directory: Path) -> None:
+    """Copy an export without the adapters that were added to it."""
+    shutil.copytree(served.directory, directory)
+    for path in (directory / "adapters").iterdir():
+        if path.stem != "default":
+            path.unlink()
 
 
 def add(served: OrtModel, kind: Kind, directory: Path, name: str, **fields: Any) -> peft.PeftModel:

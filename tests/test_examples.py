@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -32,3 +33,15 @@ def test_several_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     output = capsys.readouterr().out
     assert "formal, brief, mixed" in output
     assert "<svg" in (tmp_path / "model.html").read_text()
+
+
+def test_two_adapters_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["two_adapters_one_base.py", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "two_adapters_one_base.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    differences = re.findall(r"(formal|brief): ONNX Runtime and PEFT differ by (\S+) of the largest logit", output)
+    assert [name for name, _ in differences] == ["formal", "brief", "formal"]
+    assert all(float(difference) < 1e-4 for _, difference in differences)
+    assert "loaded: brief, formal" in output

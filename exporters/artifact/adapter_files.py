@@ -15,8 +15,10 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.methods.forms import as_data
 from gralora_fx.methods.method import Update
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_file import SUFFIX, cast, check_name, record_of, record_path, write_tensors
+from gralora_fx.runtime.adapter_arrays import cast
+from gralora_fx.runtime.adapter_file import record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.adapter_record import SUFFIX, check_name, record_path
 from gralora_fx.runtime.names import ADAPTERS
 from gralora_fx.sources.atomic_save import save_together
 

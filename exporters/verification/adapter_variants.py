@@ -25,8 +25,10 @@ from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.passes.replace_weights import replace_weights
-from gralora_fx.runtime.adapter_file import SUFFIX, cast, read_record, read_tensors
+from gralora_fx.runtime.adapter_arrays import cast
+from gralora_fx.runtime.adapter_file import read_tensors
 from gralora_fx.runtime.adapter_inputs import BATCHED, AdapterInputs
+from gralora_fx.runtime.adapter_record import SUFFIX, read_record
 from gralora_fx.runtime.adapter_session import adapter_dtype, adapter_values, with_adapter
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.names import ADAPTERS, PAST_SEQLENS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.runtime.adapter_file import Arrays
+from gralora_fx.runtime.adapter_arrays import Arrays
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gralora_fx.runtime.adapter_file import Arrays, as_ort_value, cast
+from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value, cast
 from gralora_fx.runtime.adapter_inputs import INPUTS, AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 

@@ -12,16 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.runtime.adapter_file import (
-    Arrays,
-    as_ort_value,
-    cast,
-    check_name,
-    check_rank,
-    read_record,
-    read_tensors,
-)
+from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value, cast
+from gralora_fx.runtime.adapter_file import read_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_record import check_name, check_rank, read_record
 
 BASE = 0  # the id of no adapter
 

@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import ServingError, first_line, listed, shown
-from gralora_fx.runtime.adapter_file import (
-    SUFFIX,
-    AdapterRecord,
-    as_arrays,
-    check_name,
-    check_rank,
-    read_record,
-    read_tensors,
-    record_of,
-    record_path,
-    write_tensors,
-)
+from gralora_fx.runtime.adapter_arrays import as_arrays
+from gralora_fx.runtime.adapter_file import read_tensors, record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import BATCHED, INPUTS
 from gralora_fx.runtime.adapter_mix import mixed
+from gralora_fx.runtime.adapter_record import SUFFIX, AdapterRecord, check_name, check_rank, read_record, record_path
 from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter, with_adapter
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.names import ADAPTERS

@@ -9,8 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, listed, shown
-from gralora_fx.runtime.adapter_file import SUFFIX
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, BATCHED
+from gralora_fx.runtime.adapter_record import SUFFIX
 from gralora_fx.runtime.adapter_stack import AdapterStack, Stack, row_ids
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.names import ADAPTERS

@@ -35,15 +35,13 @@ def compare(exports: Exports, name: str, adapter: str, k: int, mode: str, tmp_pa
     with wrapped.disable_adapter():
         assert relative_error(expected_of(wrapped, kind), expected) > 1e-3  # the adapter does something
     assert relative_error(output_of(served, kind, adapter), expected) < 1e-4
-    assert len(served.adapters[adapter].record.sites) == len({*served.adapters[adapter].record.sites})
 
 
-@pytest.mark.parametrize("adapter", list(ADAPTERS))
-@pytest.mark.parametrize("k", [2, 4])
-@pytest.mark.parametrize("name", list(KINDS))
+@pytest.mark.parametrize(
+    ("name", "k", "adapter"),
+    [(name, k, adapter) for name in KINDS for k in (2, 4) for adapter in ADAPTERS if ADAPTERS[adapter]["r"] % k == 0],
+)
 def test_one_export_takes_any_adapter(exports: Exports, name: str, k: int, adapter: str, tmp_path: Path) -> None:
-    if ADAPTERS[adapter]["r"] % k:
-        pytest.skip("k does not divide r")
     compare(exports, name, adapter, k, "swappable", tmp_path)
 
 

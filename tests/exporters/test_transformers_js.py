@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from javascript_project import installed_project, needs_node, run_script
 from tiny_models import WIDE, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,8 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
 
-ROOT = Path(__file__).parents[2]
-SOURCE, BUILD = ROOT / "tests" / "javascript", ROOT / "build" / "javascript"
 TEXTS = ["w5 w9 w12 w40 w3", "w7 w31", "w60 w61 w62 w63"]
 # what is new in an encoder-decoder is how its two graphs work together: a layer of each shows it
 ONE_LAYER = {
@@ -28,10 +25,7 @@ ONE_LAYER = {
     "whisper": {"encoder_layers": 1, "decoder_layers": 1},
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-pytestmark = pytest.mark.skipif(
-    shutil.which("node") is None or shutil.which("npm") is None,
-    reason="transformers.js needs Node 20 or later with npm, and one of them is not on the path",
-)
+pytestmark = needs_node
 
 
 def tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
@@ -46,24 +40,14 @@ def tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def project() -> Path:
-    """The Node project with its packages, installed once for each state of its lock file."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    wanted, installed = (SOURCE / "package-lock.json").read_text(), BUILD / "installed.json"
-    for name in ("package.json", "package-lock.json", ".npmrc", "generate.mjs"):
-        shutil.copy(SOURCE / name, BUILD / name)
-    if not installed.is_file() or installed.read_text() != wanted:
-        done = subprocess.run(["npm", "ci"], cwd=BUILD, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"npm ci failed: {done.stderr}"
-        installed.write_text(wanted)
-    return BUILD
+    """The Node project with its packages."""
+    return installed_project()
 
 
 def generated(project: Path, model: Path, class_name: str, **request: Any) -> list[list[int]]:
     """What transformers.js generates, prompts included."""
     text = json.dumps({"model": str(model), "class": class_name, **request})
-    done = subprocess.run(["node", "generate.mjs", text], cwd=project, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    tokens: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    tokens: list[list[int]] = run_script(project, "generate.mjs", text)
     return tokens
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters_as_data import KINDS, Exports, arrays, expected_of, fields_of, output_of, saved
+from adapters_as_data import KINDS, Exports, arrays, copy_export, expected_of, fields_of, output_of, saved
 from tiny_tokenizers import tiny_tokenizer
 from traces import relative_error
 
@@ -31,7 +31,7 @@ class Two:
 
     def __init__(self, exports: Exports, root: Path) -> None:
         self.export, self.folder = root / "onnx", root / "files"
-        shutil.copytree(exports.adapted("llama", 2).directory, self.export)
+        copy_export(exports.adapted("llama", 2), self.export)
         self.peft: dict[str, peft.PeftModel] = {}
         self.expected: dict[str | None, torch.Tensor] = {None: expected_of(KIND.make(), KIND)}
         for name, adapter in (("formal", "gralora-8-4"), ("brief", "lora-patterns")):
@@ -274,3 +274,16 @@ def test_one_of_many_threads_that_load_a_name_gets_it(two: Two) -> None:
     assert sorted("is loaded already" in text for text in said) == [False] + [True] * 7
     assert said.count("loaded") == 1
     assert np.isfinite(output_of(model, KIND, "formal").numpy()).all()
+
+
+# -- OpenVINO's plug-in, where it is installed and has a device --------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["swappable", "inputs"])
+def test_adapters_run_on_openvino(exports: Exports, two: Two, openvino: Any, mode: str) -> None:
+    exact = {"load_config": {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}}
+    model = load(exports.adapted("llama", 2, mode).directory, ("OpenVINOExecutionProvider", exact))
+    for name in two.peft:
+        model.load_adapter(name, two.file(name))
+    for adapter in (None, *two.peft):
+        assert_is(model, two, adapter, adapter)

@@ -14,18 +14,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from adapters_as_data import KINDS, Exports, output_of, saved
+from adapters_as_data import KINDS, Exports, copy_export, output_of, saved
 
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_adapter
-from gralora_fx.runtime.adapter_file import (
-    AdapterRecord,
-    read_record,
-    read_tensors,
-    record_path,
-    tensors_sha256,
-    write_tensors,
-)
+from gralora_fx.runtime.adapter_file import read_tensors, tensors_sha256, write_tensors
+from gralora_fx.runtime.adapter_record import AdapterRecord, read_record, record_path
 from gralora_fx.serving import OrtModel, load
 
 KIND = KINDS["llama"]
@@ -70,7 +64,7 @@ class Sound:
 @pytest.fixture(scope="module")
 def sound(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Sound:
     root = tmp_path_factory.mktemp("sound")
-    shutil.copytree(exports.adapted("llama", 2).directory, root / "onnx")
+    copy_export(exports.adapted("llama", 2), root / "onnx")
     saved(KIND, root / "adapter", r=4, hybrid_r=2, gralora_k=2, target_modules=["q_proj", "o_proj"])
     file = export_adapter(root / "adapter", root / "onnx", "a")
     outside = root / "a.onnx_adapter"

@@ -1,0 +1,163 @@
+"""The record of an adapter file: what it holds, and for which export, with digests of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.errors import ExportError, GraloraError, first_line, listed, shown
+from gralora_fx.runtime.adapter_arrays import DTYPES
+
+SUFFIX = ".onnx_adapter"
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_OWN_DIGEST = "record_sha256"
+_MOST_BYTES = 64 << 20  # of a record
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter file holds, and for which export.
+
+    Attributes:
+        schema_version: Version of the record's form.
+        name: The adapter's name.
+        config: Its `adapter_config.json`.
+        k: Blocks in each direction, as the export has them.
+        r: The largest rank of its blocks.
+        hybrid_r: The largest rank of its plain LoRA part.
+        dtype: Dtype of its tensors.
+        sites: The layers that it adapts.
+        shapes: Shape of each tensor by its name.
+        base_fingerprint: Fingerprint of the base that it was made for; None where the export has none.
+        sha256: SHA-256 of the tensors: of names, dtypes, shapes and values.
+        file_sha256: SHA-256 of the file.
+        size: Its size in bytes.
+    """
+
+    schema_version: int
+    name: str
+    config: Mapping[str, Any]
+    k: int
+    r: int
+    hybrid_r: int
+    dtype: str
+    sites: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    base_fingerprint: str | None
+    sha256: str
+    file_sha256: str
+    size: int
+
+    @property
+    def base_name(self) -> str:
+        """The base that its configuration names, or `another base`."""
+        return str(self.config.get("base_model_name_or_path") or "another base")
+
+    def to_json(self) -> str:
+        """The text of the record, keys in order, and a SHA-256 of its own under `record_sha256`."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, _OWN_DIGEST: _fields_sha256(fields)}, indent=2, sort_keys=True) + "\n"
+
+
+def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
+    """An adapter's name, which is also that of a file.
+
+    Raises:
+        GraloraError: Of the given type: it is something else than letters, digits, dots, dashes and underscores.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise error(
+            f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
+            "128, beginning with a letter or a digit"
+        )
+    return name
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of an adapter file is."""
+    return path.with_suffix(".json")
+
+
+def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterRecord:
+    """The record of an adapter file.
+
+    Args:
+        path: The adapter file.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: there is none, or it is damaged.
+    """
+    place = record_path(path)
+    remedy = "make the adapter again with gralora-fx export-adapter"
+    try:
+        if place.stat().st_size > _MOST_BYTES:
+            raise error(f"{place} has {place.stat().st_size:,} bytes, more than a record of an adapter; {remedy}")
+        found: Any = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError as failure:
+        raise error(f"no {place.name} beside {path}, which says what it holds; {remedy}") from failure
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(f"{place} cannot be read ({first_line(failure)}); {remedy}") from failure
+    if not isinstance(found, dict) or type(found.get("schema_version")) is not int:
+        raise error(f"{place} is not the record of an adapter; {remedy}")
+    if found["schema_version"] > SCHEMA_VERSION:
+        raise error(f"{place} has schema {found['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx")
+    own = found.pop(_OWN_DIGEST, None)
+    problems = [name for name, is_right in _CHECKS.items() if not is_right(found.get(name))]
+    if problems or set(found) != {field.name for field in dataclasses.fields(AdapterRecord)}:
+        unknown = sorted(set(found) - {field.name for field in dataclasses.fields(AdapterRecord)})
+        raise error(f"{place} is damaged: {listed([*problems, *unknown]) or 'fields are missing'}; {remedy}")
+    if own != _fields_sha256(found):
+        raise error(f"{place} was changed: its fields have another SHA-256 than {_OWN_DIGEST} says; {remedy}")
+    shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
+    return AdapterRecord(**{**found, "sites": tuple(found["sites"]), "shapes": shapes})
+
+
+def check_rank(path: Path, record: AdapterRecord, most: int | None, error: type[GraloraError]) -> None:
+    """Check that an adapter's ranks are within a limit.
+
+    Raises:
+        GraloraError: Of the given type: one is above it.
+    """
+    rank = max(record.r, record.hybrid_r)
+    if most is not None and rank > most:
+        raise error(f"{path} has rank {rank}, above the limit of {most} (max_rank)")
+
+
+def _fields_sha256(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's fields, whatever the layout of their text."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_CHECKS = {
+    "name": _is_text,
+    "config": lambda value: isinstance(value, dict),
+    "k": _is_count,
+    "r": _is_count,
+    "hybrid_r": _is_count,
+    "dtype": lambda value: _is_text(value) and value in DTYPES,
+    "sites": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "shapes": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(shape, list) and all(map(_is_count, shape)) for shape in value.values())
+    ),
+    "base_fingerprint": lambda value: value is None or _is_text(value),
+    "sha256": _is_text,
+    "file_sha256": _is_text,
+    "size": _is_count,
+}
