@@ -68,6 +68,8 @@ GROUPS = {
         "exporters/test_fold_foreign.py",
         "exporters/test_batched_export.py",
         "serving/test_batched.py",
+        "serving/test_http_text.py",
+        "serving/test_scheduling.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.
