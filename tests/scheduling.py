@@ -70,6 +70,8 @@ GROUPS = {
         "serving/test_batched.py",
         "serving/test_http_text.py",
         "serving/test_scheduling.py",
+        "serving/test_http_encoders.py",
+        "serving/test_http_command.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.
