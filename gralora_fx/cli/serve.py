@@ -26,11 +26,11 @@ Adapters = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.", callback=utf8)]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")]
-MaxBatch = Annotated[int, typer.Option(min=1, help="Most rows that run together.")]
+MaxBatch = Annotated[int | None, typer.Option(min=1, help="Most rows that run together.  [default: 8]")]
 MaxQueue = Annotated[int, typer.Option(min=1, help="Most requests that wait; others are answered with 429.")]
 MaxContext = Annotated[
     int | None,
-    typer.Option(min=1, help="Most tokens of a prompt with its answer.  [default: the model's context]"),
+    typer.Option(min=1, help="Of a decoder, most tokens of a prompt with its answer.  [default: the model's context]"),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of an operator.  [default: one on each core that may be used]")
@@ -48,7 +48,7 @@ def serve(
     adapter: Adapters = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    max_batch: MaxBatch = 8,
+    max_batch: MaxBatch = None,
     max_queue: MaxQueue = 64,
     max_context: MaxContext = None,
     threads: Threads = None,

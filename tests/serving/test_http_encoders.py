@@ -261,3 +261,9 @@ def test_exports_that_are_not_served(tmp_path: Path) -> None:
     export_onnx(trace(torch.nn.Linear(4, 2), (torch.randn(2, 4),)), tmp_path / "net", verify=False)
     with pytest.raises(ServingError, match="takes no adapters"):
         create_app(ServiceSettings(tmp_path / "net", adapters={"a": tmp_path / "a.onnx_adapter"}))
+    with pytest.raises(ServingError, match="max_context has no effect"):
+        create_app(ServiceSettings(tmp_path / "net", max_context=8))
+    cached = trace(tiny_model("t5", num_layers=1), task="text2text-generation-with-past")
+    export_onnx(cached, tmp_path / "t5", verify=False)
+    with pytest.raises(ServingError, match="text2text-generation-with-past, which is not served yet"):
+        create_app(ServiceSettings(tmp_path / "t5"))

@@ -35,7 +35,8 @@ def service(
 ) -> Iterator[tuple[TestClient, str, dict[str | None, Any]]]:
     """A client, the base's name and the oracles."""
     path = exported[0][request.param]
-    with TestClient(create_app(ServiceSettings(path, max_batch=3))) as client:
+    rows = {"max_batch": 3} if request.param == "batched" else {}
+    with TestClient(create_app(ServiceSettings(path, **rows))) as client:
         yield client, request.param, exported[1]
 
 
@@ -301,6 +302,17 @@ def test_adapters_of_the_command_line(exported: tuple[dict[str, Path], dict[str 
     for wrong, message in ((["a"], "takes name=path"), (["a=b", "a=c"], "given twice")):
         with pytest.raises(ConfigError, match=message):
             read_adapters(wrong)
+
+
+def test_options_without_effect(exported: tuple[dict[str, Path], dict[str | None, Any]]) -> None:
+    path = exported[0]["swappable"]
+    with pytest.raises(ServingError, match="max_batch=2 has no effect"):
+        create_app(ServiceSettings(path, max_batch=2))
+    with pytest.raises(ServingError, match="max_context=65 is above the model's context of 64"):
+        create_app(ServiceSettings(path, max_context=65))
+    with TestClient(create_app(ServiceSettings(path, max_context=10))) as client:
+        found = client.post("/v1/completions", json={"model": "small", "prompt": "a" * 9, "max_tokens": 2})
+        assert "beyond the context of 10 tokens" in found.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

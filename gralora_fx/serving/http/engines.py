@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.context_length import context_length
 from gralora_fx.runtime.manifest import read_manifest
@@ -120,16 +120,18 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | E
         return _sequential(settings, model, observer)
     if any(name.startswith("past_key_values.") for name in model.input_names):
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
+    if settings.max_context is not None:
+        raise ServingError(f"max_context has no effect for the task {manifest.task}; leave --max-context out")
     names = _open_adapters(settings, model.adapters)
     tokenizer = load_tokenizer(model.directory, ServingError)
-    encoder = Encoder(model, tokenizer, observer, max_batch=settings.max_batch, max_queue=settings.max_queue)
+    encoder = Encoder(model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue)
     encoder.warm_up()
     return EncoderEngine(names, encoder)
 
 
 def _continuous(settings: ServiceSettings, observer: Observer) -> TextEngine:
     decoder = BatchedDecoder(
-        settings.directory, rows=settings.max_batch, capacity=settings.max_context, threads=settings.threads
+        settings.directory, rows=settings.rows, capacity=settings.max_context, threads=settings.threads
     )
     names = _open_adapters(settings, decoder.adapters)
     model = decoder.model
@@ -140,10 +142,15 @@ def _continuous(settings: ServiceSettings, observer: Observer) -> TextEngine:
     queue = ContinuousScheduler(
         decoder, model.tokenizer, ends, _vocabulary(model), observer, max_queue=settings.max_queue
     )
-    return TextEngine(names, model.tokenizer, queue)
+    return _text_engine(names, model.tokenizer, queue)
 
 
 def _sequential(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
+    if settings.max_batch not in (None, 1):
+        raise ServingError(
+            f"max_batch={settings.max_batch} has no effect: {settings.directory} runs one request at a time; leave "
+            "--max-batch out, or export the model with adapters='batched'"
+        )
     names = _open_adapters(settings, model.adapters)
     context = context_length(model.config)
     context = None if context is None else context - model.manifest.position_offset
@@ -156,6 +163,11 @@ def _sequential(settings: ServiceSettings, model: OrtModel, observer: Observer) 
     model.generate([0], max_new_tokens=1)
     limits = Limits(int(most or context or 0), _vocabulary(model))
     queue = SequentialScheduler(model, tokenizer, limits, observer, max_queue=settings.max_queue)
+    return _text_engine(names, tokenizer, queue)
+
+
+def _text_engine(names: Names, tokenizer: PreTrainedTokenizerBase, queue: TextQueue) -> TextEngine:
+    prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
     return TextEngine(names, tokenizer, queue)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gralora_fx.errors import ConfigError, shown
 
+_ROWS = 8
+
 
 @dataclass(frozen=True)
 class ServiceSettings:
@@ -16,16 +18,17 @@ class ServiceSettings:
     Attributes:
         directory: The export directory; its name is the base's name.
         adapters: `.onnx_adapter` files by the names of their adapters, beside the export's own.
-        max_batch: The most rows of a batch: requests that a batched decoder answers together.
+        max_batch: The most rows of a batch: requests that a batched decoder answers together; None for 8, or for one
+            request after the other where an export runs no rows.
         max_queue: The most requests, or rows of an encoder, that may wait.
-        max_context: Tokens of a prompt and its answer together; None for the model's context.
+        max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
         threads: Threads of an operator; None for one on each core that the process may use.
         api_key: The key that requests must give; None for none.
     """
 
     directory: Path
     adapters: Mapping[str, Path] = field(default_factory=dict)
-    max_batch: int = 8
+    max_batch: int | None = None
     max_queue: int = 64
     max_context: int | None = None
     threads: int | None = None
@@ -35,15 +38,19 @@ class ServiceSettings:
         """Check the counts and the key.
 
         Raises:
-            ConfigError: A count is below 1, or the key is empty or not ASCII.
+            ConfigError: A count is not a whole number of at least 1, or the key is empty or not ASCII.
         """
         for name in ("max_batch", "max_queue", "max_context", "threads"):
             value = getattr(self, name)
-            is_missing = value is None and name in ("max_context", "threads")
-            if not is_missing and (type(value) is not int or value < 1):
+            if (value is not None or name == "max_queue") and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, but got {shown(value)}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ConfigError("the API key must be one or more visible characters of ASCII; leave it out for none")
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a batch, where there are batches."""
+        return self.max_batch or _ROWS
 
     @property
     def base_name(self) -> str:
