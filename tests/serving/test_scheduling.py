@@ -132,6 +132,9 @@ def test_a_request_that_is_given_up_leaves_its_row_and_its_mates(
     )
     with pytest.raises(QueueFullError, match="3 requests run or wait, and there is room for 3"):
         scheduler.submit([(request([5]), Caller().events.put)])
+    waiting.cancel()
+    waiting = scheduler.submit([(request([7] * 3, "wide", 9), callers[2].events.put)])[0]  # in its place
+    assert scheduler.in_flight == 3
     scheduler.start()
     permits.release(2)
     callers[0].events.get(timeout=20)

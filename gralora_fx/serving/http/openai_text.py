@@ -140,4 +140,5 @@ async def _events(answers: TextAnswers, form: _Form, *, includes_usage: bool) ->
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    # ASCII, since some clients split lines at other letters too, such as U+2028
+    return f"data: {json.dumps(body)}\n\n"

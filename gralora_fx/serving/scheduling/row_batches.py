@@ -89,7 +89,8 @@ class RowBatches:
         with self._condition:
             if self._is_stopping:
                 raise StoppedError("the service is stopping; ask another one")
-            rows = self._running + sum(job.rows for job in self._waiting if not job.result.cancelled())
+            self._waiting = deque(job for job in self._waiting if not job.result.cancelled())
+            rows = self._running + sum(job.rows for job in self._waiting)
             if rows + new > self.room:
                 raise QueueFullError(f"{rows} rows run or wait, and there is room for {self.room}")
             self._waiting.extend(jobs)
@@ -103,6 +104,8 @@ class RowBatches:
                     return
                 batch = self._take()
                 self._running = sum(job.rows for job in batch)
+            for job in batch:
+                self._observer.waited(time.perf_counter() - job.submitted)
             if batch:
                 self._run_batch(batch)
             self._running = 0
@@ -125,8 +128,6 @@ class RowBatches:
 
     def _run_batch(self, batch: Sequence[RowJob]) -> None:
         started = time.perf_counter()
-        for job in batch:
-            self._observer.waited(started - job.submitted)
         try:
             results = self._run([job.payload for job in batch])
         except Exception as error:

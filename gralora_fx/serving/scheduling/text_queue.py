@@ -79,6 +79,7 @@ class TextQueue(ABC):
         with self._condition:
             if self._is_stopping:
                 raise StoppedError("the service is stopping; ask another one")
+            self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
             if self.in_flight + len(jobs) > self.room:
                 raise QueueFullError(f"{self.in_flight} requests run or wait, and there is room for {self.room}")
             self._waiting.extend(jobs)
@@ -87,8 +88,8 @@ class TextQueue(ABC):
 
     @property
     def in_flight(self) -> int:
-        """How many requests run or wait; those that were given up and still wait do not count."""
-        return sum(not job.is_cancelled for job in self._waiting) + self.running
+        """How many requests run or wait."""
+        return len(self._waiting) + self.running
 
     @property
     @abstractmethod
