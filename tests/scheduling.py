@@ -69,7 +69,7 @@ GROUPS = {
         "exporters/test_batched_export.py",
         "serving/test_batched.py",
         "serving/test_http_text.py",
-        "serving/test_scheduling.py",
+        "serving/test_request_schedulers.py",
         "serving/test_http_encoders.py",
         "serving/test_http_command.py",
     ),
