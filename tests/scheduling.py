@@ -68,6 +68,10 @@ GROUPS = {
         "exporters/test_fold_foreign.py",
         "exporters/test_batched_export.py",
         "serving/test_batched.py",
+        "serving/test_http_text.py",
+        "serving/test_request_schedulers.py",
+        "serving/test_http_encoders.py",
+        "serving/test_http_command.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.

@@ -55,6 +55,17 @@ def test_every_option_of_an_export_is_described() -> None:
     assert [option for option in sorted(options) if option not in page] == []
 
 
+def test_every_option_of_the_service_is_described() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    options = {
+        option
+        for parameter in get_command(app).commands["serve"].params  # type: ignore[attr-defined]
+        if parameter.param_type_name == "option"
+        for option in parameter.opts
+    }
+    assert [option for option in sorted(options) if f"`{option}" not in page] == []
+
+
 def test_every_page_is_in_the_index() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if f"{page.relative_to(ROOT)})" not in readme] == []

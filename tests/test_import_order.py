@@ -49,6 +49,8 @@ ORDER = [
     "exporters.verify",
     "exporters",
     "serving",
+    "serving.scheduling",
+    "serving.http",
     "demo",
     "cli",
 ]

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from gralora_fx.cli import options as opt
+from gralora_fx.cli.serve import serve
 from gralora_fx.config.checks import check_integer
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
@@ -276,6 +277,9 @@ def merge(
             from gralora_fx.loading.models import base_name
         report = merge_checkpoint(base_name(model, adapter), adapter, output, overwrite=overwrite)
     print(report)
+
+
+app.command()(serve)
 
 
 @app.command()

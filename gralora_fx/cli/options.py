@@ -23,7 +23,7 @@ from gralora_fx.exporters.options import (
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
 
 
-def _utf8(value: Any) -> Any:
+def utf8(value: Any) -> Any:
     """Check that an option's value is valid UTF-8, which the operating system does not guarantee."""
     for part in value if isinstance(value, (list, tuple)) else [value]:
         try:
@@ -37,12 +37,12 @@ def _name(name: str | None) -> str | None:
     """Check that a directory or hub id is not empty."""
     if name is not None and not name.strip():
         raise ConfigError("--model, --adapter and --base take a local directory or a hub id, but one of them is empty")
-    return _utf8(name)  # type: ignore[no-any-return]
+    return utf8(name)  # type: ignore[no-any-return]
 
 
 def _task(task: str | None) -> str | None:
     """Check a task's name before anything slow is imported."""
-    check_task(_utf8(task))
+    check_task(utf8(task))
     return task
 
 
@@ -66,15 +66,15 @@ Task = Annotated[
     str | None,
     typer.Option(metavar="TASK", help=f"Task, by optimum's names:\n\n\b\n{_TASKS}", callback=_task),
 ]
-Output = Annotated[Path, typer.Option(help="The export directory.", callback=_utf8)]
+Output = Annotated[Path, typer.Option(help="The export directory.", callback=utf8)]
 Version = Annotated[
     bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
 ]
 # of inspect
 Html = Annotated[
-    Path | None, typer.Option(help="Also write a page with the graph's picture and heat maps.", callback=_utf8)
+    Path | None, typer.Option(help="Also write a page with the graph's picture and heat maps.", callback=utf8)
 ]
-Svg = Annotated[Path | None, typer.Option(help="Also write the picture alone.", callback=_utf8)]
+Svg = Annotated[Path | None, typer.Option(help="Also write the picture alone.", callback=utf8)]
 Full = Annotated[bool, typer.Option("--full", help="Draw every layer, rather than one for each run of equal layers.")]
 # of export
 AdaptersMode = Annotated[
@@ -140,19 +140,19 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Texts = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Compare a quantized export with the model on texts, one on each line.", callback=_utf8
+        metavar="FILE", help="Compare a quantized export with the model on texts, one on each line.", callback=utf8
     ),
 ]
-Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=_utf8)]
+Dump = Annotated[Path | None, typer.Option(help="Write the graph to this directory after each pass.", callback=utf8)]
 # of export-adapter, fold, to-lora and merge
-Onnx = Annotated[Path, typer.Option(help="An export directory.", callback=_utf8)]
+Onnx = Annotated[Path, typer.Option(help="An export directory.", callback=utf8)]
 SavedAdapter = Annotated[
     str,
     typer.Option(
         "--adapter", help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id.", callback=_name
     ),
 ]
-AdapterName = Annotated[str, typer.Option("--name", help="Name of the adapter in the export.", callback=_utf8)]
+AdapterName = Annotated[str, typer.Option("--name", help="Name of the adapter in the export.", callback=utf8)]
 OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter of the same name.")]
 Base = Annotated[
     str | None,
@@ -168,7 +168,7 @@ Force = Annotated[
     bool,
     typer.Option("--force", help="Write it though rounding takes half of an update away, or bases differ in name."),
 ]
-Result = Annotated[Path, typer.Option("--output", help="The directory to write: new or empty.", callback=_utf8)]
+Result = Annotated[Path, typer.Option("--output", help="The directory to write: new or empty.", callback=utf8)]
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output directory.")]
 Rank = Annotated[
     int | None,
@@ -182,21 +182,21 @@ Level = Annotated[
 ]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option(help="A prompt of your own, for an export that generates; may be repeated.", callback=_utf8),
+    typer.Option(help="A prompt of your own, for an export that generates; may be repeated.", callback=utf8),
 ]
 Files = Annotated[
     bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
 ]
 Provider = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Execution provider to run on.  [default: the CPU provider]", callback=_utf8),
+    typer.Option(metavar="NAME", help="Execution provider to run on.  [default: the CPU provider]", callback=utf8),
 ]
 ProviderOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="An option of the provider; may be repeated.", callback=_utf8),
+    typer.Option(metavar="KEY=VALUE", help="An option of the provider; may be repeated.", callback=utf8),
 ]
 # of demo
-DemoOutput = Annotated[Path, typer.Option(help="Where to write.", callback=_utf8)]
+DemoOutput = Annotated[Path, typer.Option(help="Where to write.", callback=utf8)]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training texts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split, the initial values and the batches.")]
 

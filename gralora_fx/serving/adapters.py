@@ -86,6 +86,10 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """How many are loaded."""
         return len(self._loaded)
 
+    def available(self) -> list[str]:
+        """Names of the adapters that are loaded, and of those that the export's own directory holds."""
+        return sorted({*self._loaded, *self._own()})
+
     def to_bind(self, name: str | None) -> dict[str, Any]:
         """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base.
 

@@ -44,6 +44,7 @@ class BatchedDecoder:
         capacity: How many tokens a row has room for.
         chunk: The most tokens that a row may read in a step.
         adapters: The adapters that are loaded, their ids by name.
+        model: The export, opened: its manifest, configuration and tokenizer.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class BatchedDecoder:
         )
         if limit is not None and self.capacity > limit:
             raise ServingError(f"capacity={capacity} is above the model's context of {limit} tokens; give less")
+        self.model = model
         self.adapters = RowAdapters(model.directory, model.manifest)
         text = model.config.get("text_config") or model.config
         self._vocabulary: int | None = text.get("vocab_size")

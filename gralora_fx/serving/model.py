@@ -198,7 +198,7 @@ class OrtModel:
             binding.bind_ortvalue_input(name, value)
 
     @property
-    def adapters(self) -> Mapping[str, Any]:
+    def adapters(self) -> Adapters | RowAdapters:
         """The adapters that are loaded, by name."""
         return self._known
 

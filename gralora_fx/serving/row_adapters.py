@@ -66,6 +66,10 @@ class RowAdapters(Mapping[str, int]):
         """How many are loaded."""
         return len(self._stack.names)
 
+    def available(self) -> list[str]:
+        """Names of the adapters that are loaded, and of those that the export's own directory holds."""
+        return sorted({*self, *self._own()})
+
     def load(self, name: str, path: str | Path) -> int:
         """Load an adapter file, checked against its record and the export; its id.
 

@@ -1,0 +1,76 @@
+"""`create_app`: the service as an ASGI app."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from gralora_fx.serving.http.encoder_texts import encoder_text_routes
+from gralora_fx.serving.http.engines import EncoderEngine, TextEngine, open_engine
+from gralora_fx.serving.http.failures import add_handlers
+from gralora_fx.serving.http.inference import inference_routes
+from gralora_fx.serving.http.metrics import Metrics
+from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
+from gralora_fx.serving.http.openai_models import model_routes
+from gralora_fx.serving.http.openai_text import text_routes
+from gralora_fx.serving.http.settings import ServiceSettings
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    """Open an export, run it once, and make the app that serves it.
+
+    The app answers while its lifespan runs. When that ends, requests that were taken are answered first.
+
+    Args:
+        settings: What to serve.
+
+    Raises:
+        ServingError: The export or an adapter cannot be opened.
+    """
+    metrics = Metrics()
+    engine = open_engine(settings, metrics)
+    state = {"is_ready": False}
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        state["is_ready"] = True
+        yield
+        state["is_ready"] = False
+        await run_in_threadpool(engine.stop)
+
+    app = FastAPI(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.engine = engine
+    add_handlers(app)
+    if settings.api_key is not None:
+        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
+    app.add_middleware(CountingMiddleware, metrics=metrics)
+    _add_routes(app, engine, metrics, state)
+    return app
+
+
+def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metrics, state: dict[str, bool]) -> None:
+    @app.get("/v2/health/live")
+    async def live() -> dict[str, Any]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    async def ready() -> JSONResponse:
+        return JSONResponse({"ready": state["is_ready"]}, 200 if state["is_ready"] else 503)
+
+    @app.get("/metrics")
+    async def measured() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    app.include_router(model_routes(engine.names))
+    if isinstance(engine, TextEngine):
+        app.include_router(text_routes(engine))
+        return
+    app.include_router(encoder_text_routes(engine))
+    app.include_router(inference_routes(engine))

@@ -1,0 +1,193 @@
+"""Texts and tensors run through an encoder in batches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.loading.tokenizers import prompt_ids
+from gralora_fx.runtime.adapter_inputs import BATCHED
+from gralora_fx.runtime.context_length import context_length
+from gralora_fx.serving.model import OrtModel
+from gralora_fx.serving.scheduling.observer import Observer
+from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
+
+SENTENCE = "sentence_embedding"
+_TEXTS = "texts"
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text to run."""
+
+    ids: list[int]
+    adapter: str | None
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """Inputs to run, all with the batch as their first axis."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    adapter: str | None
+    rows: int
+
+
+class Encoder:
+    """An exported model that is run once for each request, in batches.
+
+    Texts of any length run together, padded to the longest. Tensors of several requests run together if they agree in
+    all axes but the first, and the model has the batch as the first axis of every input and output. On a batched export
+    each row has its adapter; on others a batch has one.
+
+    Attributes:
+        model: The model.
+        tokenizer: The tokenizer beside it; None if there is none.
+        batches: The queue.
+    """
+
+    def __init__(
+        self,
+        model: OrtModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        observer: Observer,
+        *,
+        max_batch: int,
+        max_queue: int,
+    ) -> None:
+        """Make the queue.
+
+        Args:
+            model: The model.
+            tokenizer: The tokenizer beside it, or None.
+            observer: Is told what runs.
+            max_batch: The most rows of a batch.
+            max_queue: The most rows that may wait.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self._observer = observer
+        self._rows_have_adapters = model.manifest.adapters_mode == BATCHED
+        self.inputs = {value.name: value for value in model.session.get_inputs() if value.name in model.input_names}
+        self.outputs = {value.name: value for value in model.session.get_outputs()}
+        first = {(list(value.shape) or [None])[0] for value in (*self.inputs.values(), *self.outputs.values())}
+        self._is_batchable = len(first) == 1 and isinstance(next(iter(first)), str)
+        self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue)
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether texts can be run: there is a tokenizer, and the model takes its ids."""
+        return self.tokenizer is not None and "input_ids" in self.inputs and self._is_batchable
+
+    def warm_up(self) -> None:
+        """Run a text, where the model takes texts.
+
+        Raises:
+            ServingError: The model cannot be run.
+        """
+        if self.takes_texts:
+            self._run([_Text(self.read("a"), None)])
+
+    def read(self, text: str | Sequence[int]) -> list[int]:
+        """Token ids of a text, checked.
+
+        Raises:
+            ServingError: The tokenizer does not take it, or it is empty or too long.
+        """
+        tokenizer = self.tokenizer
+        ids = prompt_ids(text, tokenizer, ServingError)
+        limit = context_length(self.model.config)
+        limits = [] if limit is None else [limit - self.model.manifest.position_offset]
+        limits += [] if tokenizer is None else [tokenizer.model_max_length]
+        if not ids:
+            raise ServingError("a text has no tokens; give at least one")
+        if len(ids) > min(limits):
+            raise ServingError(f"a text has {len(ids)} tokens, more than the model's {min(limits)}; shorten it")
+        vocabulary = self.model.config.get("vocab_size")
+        if wrong := [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]:
+            raise ServingError(f"a text holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens")
+        return ids
+
+    async def texts(self, rows: Sequence[Sequence[int]], adapter: str | None) -> list[dict[str, NDArray[Any]]]:
+        """Run texts, each by itself in whatever batch has room.
+
+        Args:
+            rows: Token ids of each, as `read` gives them.
+            adapter: The adapter to run with; None for the base.
+
+        Returns:
+            For each its row of every output.
+
+        Raises:
+            ServingError: There is no room, or a run fails.
+        """
+        shared = None if self._rows_have_adapters else adapter
+        masked = "attention_mask" in self.inputs  # else only texts of one length run together
+        jobs = [RowJob((_TEXTS, shared, 0 if masked else len(ids)), 1, _Text(list(ids), adapter)) for ids in rows]
+        results: list[dict[str, NDArray[Any]]] = await self._wait(jobs)
+        self._observer.read(sum(map(len, rows)))
+        return results
+
+    async def tensors(self, arrays: Mapping[str, NDArray[Any]], adapter: str | None) -> dict[str, NDArray[Any]]:
+        """Run inputs as they are.
+
+        Args:
+            arrays: Arrays by name, of the types that the model takes.
+            adapter: The adapter to run with; None for the base.
+
+        Returns:
+            The outputs by name.
+
+        Raises:
+            ServingError: The model does not take them, or there is no room.
+        """
+        sizes = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
+        rows = max(sizes, default=0) or 1
+        shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
+        key: Any = (shapes, None if self._rows_have_adapters else adapter)
+        if not self._is_batchable or len(sizes) != 1:
+            key = object()  # runs alone
+        (result,) = await self._wait([RowJob(key, rows, _Tensors(arrays, adapter, rows))])
+        return dict(result)
+
+    async def _wait(self, jobs: list[RowJob]) -> list[Any]:
+        self.batches.submit(jobs)
+        return await asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
+
+    def _run(self, payloads: Sequence[Any]) -> list[dict[str, NDArray[Any]]]:
+        """Run payloads of one kind as a batch; the outputs of each."""
+        if isinstance(payloads[0], _Text):
+            outputs = self._call(self._padded(payloads), payloads, [1] * len(payloads))
+            return [{name: array[row] for name, array in outputs.items()} for row in range(len(payloads))]
+        names = payloads[0].arrays
+        rows = [payload.rows for payload in payloads]
+        if len(payloads) == 1:
+            return [self._call(names, payloads, rows)]
+        arrays = {name: np.concatenate([payload.arrays[name] for payload in payloads]) for name in names}
+        outputs = self._call(arrays, payloads, rows)
+        cuts = np.cumsum(rows)[:-1]
+        parts = {name: np.split(array, cuts) for name, array in outputs.items()}
+        return [{name: split[index] for name, split in parts.items()} for index in range(len(payloads))]
+
+    def _call(self, arrays: Mapping[str, Any], payloads: Sequence[Any], rows: Sequence[int]) -> dict[str, NDArray[Any]]:
+        adapter: Any = payloads[0].adapter
+        if self._rows_have_adapters:
+            adapter = [payload.adapter for payload, count in zip(payloads, rows, strict=True) for _ in range(count)]
+        return dict(self.model(**arrays, adapter=adapter))
+
+    def _padded(self, texts: Sequence[_Text]) -> dict[str, NDArray[Any]]:
+        """The inputs for texts, padded to the longest."""
+        assert self.tokenizer is not None
+        try:
+            padded = self.tokenizer.pad(
+                {"input_ids": [text.ids for text in texts]}, return_attention_mask=True, return_tensors="np"
+            )
+        except ValueError as error:  # it has no token for padding
+            raise ServingError(f"the tokenizer does not pad texts ({first_line(error)})") from error
+        return {name: array for name, array in padded.items() if name in self.inputs}

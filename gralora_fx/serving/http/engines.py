@@ -1,0 +1,190 @@
+"""What runs behind the routes: a decoder with its scheduler, or an encoder with its batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.runtime.adapter_inputs import BATCHED
+from gralora_fx.runtime.context_length import context_length
+from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.serving.adapters import Adapters
+from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving.end_tokens import end_tokens
+from gralora_fx.serving.http.encoder import Encoder
+from gralora_fx.serving.http.settings import ServiceSettings
+from gralora_fx.serving.model import OrtModel, load
+from gralora_fx.serving.row_adapters import RowAdapters
+from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
+from gralora_fx.serving.scheduling.observer import Observer
+from gralora_fx.serving.scheduling.sequential import SequentialScheduler
+from gralora_fx.serving.scheduling.text_jobs import Limits
+from gralora_fx.serving.scheduling.text_queue import TextQueue
+
+_TEXT = "text-generation-with-past"
+
+
+class UnknownModelError(ServingError):
+    """A request names a model that is not served."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The models that requests may name.
+
+    Attributes:
+        base: The model without an adapter.
+        adapters: The adapters.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a model's name means; None for the base.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        if model == self.base:
+            return None
+        if model not in self.adapters:
+            raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *self.adapters))}")
+        return model
+
+
+@dataclass(frozen=True)
+class TextEngine:
+    """A decoder that answers prompts.
+
+    Attributes:
+        names: The models that requests may name.
+        tokenizer: The tokenizer beside the model.
+        queue: Takes requests.
+    """
+
+    names: Names
+    tokenizer: PreTrainedTokenizerBase
+    queue: TextQueue
+
+    def start(self) -> None:
+        """Begin to work."""
+        self.queue.start()
+
+    def stop(self) -> None:
+        """Answer what is there, and end."""
+        self.queue.stop()
+
+
+@dataclass(frozen=True)
+class EncoderEngine:
+    """A model that is run once for each request.
+
+    Attributes:
+        names: The models that requests may name.
+        encoder: Runs rows in batches.
+    """
+
+    names: Names
+    encoder: Encoder
+
+    def start(self) -> None:
+        """Begin to work."""
+        self.encoder.batches.start()
+
+    def stop(self) -> None:
+        """Run what is there, and end."""
+        self.encoder.batches.stop()
+
+
+def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | EncoderEngine:
+    """Open the export and its adapters, and run it once so that the first request finds it warm.
+
+    Args:
+        settings: What to serve.
+        observer: Is told what runs.
+
+    Raises:
+        ServingError: The export or an adapter cannot be opened, the export has no tokenizer that its texts need, or its
+            task is not served.
+    """
+    manifest = read_manifest(settings.directory, ServingError)
+    if manifest.task == _TEXT and manifest.adapters_mode == BATCHED:
+        return _continuous(settings, observer)
+    model = load(settings.directory, threads=settings.threads)
+    if manifest.task == _TEXT:
+        return _sequential(settings, model, observer)
+    if any(name.startswith("past_key_values.") for name in model.input_names):
+        raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
+    if settings.max_context is not None:
+        raise ServingError(f"max_context has no effect for the task {manifest.task}; leave --max-context out")
+    names = _open_adapters(settings, model.adapters)
+    tokenizer = load_tokenizer(model.directory, ServingError)
+    encoder = Encoder(model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue)
+    encoder.warm_up()
+    return EncoderEngine(names, encoder)
+
+
+def _continuous(settings: ServiceSettings, observer: Observer) -> TextEngine:
+    decoder = BatchedDecoder(
+        settings.directory, rows=settings.rows, capacity=settings.max_context, threads=settings.threads
+    )
+    names = _open_adapters(settings, decoder.adapters)
+    model = decoder.model
+    row = decoder.open()
+    decoder.step({row: [0]})
+    decoder.close(row)
+    ends = end_tokens(model.directory, model.config)
+    queue = ContinuousScheduler(
+        decoder, model.tokenizer, ends, _vocabulary(model), observer, max_queue=settings.max_queue
+    )
+    return _text_engine(names, model.tokenizer, queue)
+
+
+def _sequential(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
+    if settings.max_batch not in (None, 1):
+        raise ServingError(
+            f"max_batch={settings.max_batch} has no effect: {settings.directory} runs one request at a time; leave "
+            "--max-batch out, or export the model with adapters='batched'"
+        )
+    names = _open_adapters(settings, model.adapters)
+    context = context_length(model.config)
+    context = None if context is None else context - model.manifest.position_offset
+    most = settings.max_context
+    if context is None and most is None:
+        raise ServingError("the model's configuration names no context length; give --max-context")
+    if context is not None and most is not None and most > context:
+        raise ServingError(f"max_context={most} is above the model's context of {context} tokens; give less")
+    tokenizer = model.tokenizer
+    model.generate([0], max_new_tokens=1)
+    limits = Limits(int(most or context or 0), _vocabulary(model))
+    queue = SequentialScheduler(model, tokenizer, limits, observer, max_queue=settings.max_queue)
+    return _text_engine(names, tokenizer, queue)
+
+
+def _text_engine(names: Names, tokenizer: PreTrainedTokenizerBase, queue: TextQueue) -> TextEngine:
+    prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
+    return TextEngine(names, tokenizer, queue)
+
+
+def _open_adapters(settings: ServiceSettings, adapters: Adapters | RowAdapters) -> Names:
+    """Load the adapters that are given and the export's own, so that requests find them in memory."""
+    for name, path in settings.adapters.items():
+        adapters.load(name, path)
+    names = tuple(adapters.available())
+    for name in names:
+        adapters[name]
+    if settings.base_name in names:
+        raise ServingError(
+            f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
+        )
+    return Names(settings.base_name, names)
+
+
+def _vocabulary(model: OrtModel) -> int | None:
+    text: dict[str, Any] = model.config.get("text_config") or model.config
+    return text.get("vocab_size")

@@ -1,0 +1,87 @@
+"""Errors as responses: OpenAI's JSON object, or that of the Open Inference Protocol for its paths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gralora_fx.errors import GraloraError, shown
+from gralora_fx.serving.http.engines import UnknownModelError
+from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError
+
+RETRY_AFTER = {"Retry-After": "1"}
+_INFERENCE = "/v2/"
+_logger = logging.getLogger(__name__)
+_STATUS: tuple[tuple[type[GraloraError], int], ...] = (
+    (UnknownModelError, 404),
+    (QueueFullError, 429),
+    (StoppedError, 503),
+    (RunError, 500),
+)
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def status_of(error: GraloraError) -> int:
+    """The HTTP status of an error; 400 for a request that is wrong."""
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 400)
+
+
+def error_body(status: int, message: str, field: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object.
+
+    Args:
+        status: The HTTP status.
+        message: What is wrong.
+        field: The field of the request that is wrong, if it is one.
+    """
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": field, "code": status}}
+
+
+def error_response(
+    path: str, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error in the form of the protocol that a path belongs to."""
+    body = {"error": message} if path.startswith(_INFERENCE) else error_body(status, message, field)
+    added = RETRY_AFTER if status in (429, 503) else {}
+    return JSONResponse(body, status, headers={**added, **(headers or {})})
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let an app answer every error in its protocol's form."""
+
+    @app.exception_handler(GraloraError)
+    async def _refused(request: Request, error: GraloraError) -> JSONResponse:
+        return error_response(request.url.path, status_of(error), str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        field, message = _first_problem(error)
+        return error_response(request.url.path, 400, message, field)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(request.url.path, error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def _failed(request: Request, error: Exception) -> JSONResponse:
+        _logger.error("a request failed", exc_info=error)
+        return error_response(request.url.path, 500, "the request failed; the server's log says why")
+
+
+def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
+    """The field of the first problem and what is wrong with it."""
+    problem = error.errors()[0]
+    parts = [part for part in problem["loc"] if part != "body"]
+    if problem["type"] == "json_invalid":
+        return None, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}"
+    field = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in parts)
+    if problem["type"] == "extra_forbidden":
+        return field, f"{field} is not supported; leave it out"
+    return field or None, f"{field or 'the body'}: {problem['msg']}"

@@ -1,0 +1,78 @@
+"""What every request passes: the API key, and counting."""
+
+from __future__ import annotations
+
+import secrets
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gralora_fx.serving.http.failures import error_response
+from gralora_fx.serving.http.metrics import Metrics
+
+_OPEN = ("/v2/health/live", "/v2/health/ready")  # for probes, which have no key
+_METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
+
+
+class ApiKeyMiddleware:
+    """Refuses requests without the key, apart from the health of the service."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        """Wrap an app.
+
+        Args:
+            app: The app.
+            api_key: The key, which requests give as `Authorization: Bearer`.
+        """
+        self._app, self._expected = app, f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401."""
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            if not secrets.compare_digest(given, self._expected):
+                message = "the API key is missing or wrong; give it as Authorization: Bearer KEY"
+                response = error_response(scope["path"], 401, message, headers={"WWW-Authenticate": "Bearer"})
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class CountingMiddleware:
+    """Counts requests by the route that answered them, so that labels are bounded."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        """Wrap an app.
+
+        Args:
+            app: The app.
+            metrics: Where to count.
+        """
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and count it when its answer begins."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        status: int | None = None
+
+        def count(code: int) -> None:
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.answered(route, method, code)
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                count(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if status is None:  # starlette answers it outside of every middleware
+                count(500)
+            raise

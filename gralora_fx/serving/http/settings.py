@@ -1,0 +1,75 @@
+"""The settings of a service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gralora_fx.errors import ConfigError, shown
+
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What a service serves, and within which bounds.
+
+    Attributes:
+        directory: The export directory; its name is the base's name.
+        adapters: `.onnx_adapter` files by the names of their adapters, beside the export's own.
+        max_batch: The most rows of a batch: requests that a batched decoder answers together; None for 8, or for one
+            request after the other where an export runs no rows.
+        max_queue: The most requests, or rows of an encoder, that may wait.
+        max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
+        threads: Threads of an operator; None for one on each core that the process may use.
+        api_key: The key that requests must give; None for none.
+    """
+
+    directory: Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    max_batch: int | None = None
+    max_queue: int = 64
+    max_context: int | None = None
+    threads: int | None = None
+    api_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the counts and the key.
+
+        Raises:
+            ConfigError: A count is not a whole number of at least 1, or the key is empty or not ASCII.
+        """
+        for name in ("max_batch", "max_queue", "max_context", "threads"):
+            value = getattr(self, name)
+            if (value is not None or name == "max_queue") and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, but got {shown(value)}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise ConfigError("the API key must be one or more visible characters of ASCII; leave it out for none")
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a batch, where there are batches."""
+        return self.max_batch or _ROWS
+
+    @property
+    def base_name(self) -> str:
+        """The name of the model without an adapter."""
+        return self.directory.absolute().name
+
+
+def read_adapters(pairs: list[str] | None) -> dict[str, Path]:
+    """The adapters of `--adapter name=path`, by name.
+
+    Raises:
+        ConfigError: One is not `name=path`, or a name is given twice.
+    """
+    found: dict[str, Path] = {}
+    for pair in pairs or ():
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--adapter takes name=path, but got {shown(pair)}")
+        if name in found:
+            raise ConfigError(f"--adapter {name} is given twice; give it once")
+        found[name] = Path(path)
+    return found

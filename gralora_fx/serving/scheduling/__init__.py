@@ -1,0 +1,1 @@
+"""Requests of many callers, batched: text with continuous batching, calls of encoders with dynamic batching."""

@@ -1,0 +1,21 @@
+"""What schedulers tell about their work, for metrics."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Observer(Protocol):
+    """Is told what a scheduler does; called from its thread."""
+
+    def waited(self, seconds: float) -> None:
+        """A request, or a row of one, waited before it first ran."""
+
+    def ran(self, seconds: float, rows: int) -> None:
+        """A batch ran."""
+
+    def read(self, tokens: int) -> None:
+        """Tokens of prompts or texts were read."""
+
+    def generated(self, tokens: int) -> None:
+        """New tokens were chosen."""

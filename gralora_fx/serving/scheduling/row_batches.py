@@ -1,0 +1,145 @@
+"""Dynamic batching of single runs: what waits while a batch runs goes into the next one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from gralora_fx.errors import ServingError
+from gralora_fx.serving.scheduling.failures import QueueFullError, StoppedError
+from gralora_fx.serving.scheduling.observer import Observer
+from gralora_fx.serving.scheduling.text_queue import failure
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowJob:
+    """Rows to run.
+
+    Attributes:
+        key: Jobs of equal keys can be one batch.
+        rows: How many rows.
+        payload: What to run, for the function that runs batches.
+        result: Becomes the job's result; a job whose result is cancelled before it runs does not run.
+    """
+
+    key: Hashable
+    rows: int
+    payload: Any
+    result: Future[Any] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.perf_counter)
+
+
+class RowBatches:
+    """Takes rows of any thread, and runs them in batches in a thread of its own, the earliest first."""
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Any]], Sequence[Any]],
+        observer: Observer,
+        *,
+        max_batch: int,
+        max_queue: int,
+    ) -> None:
+        """Make an empty queue; `start` starts its thread.
+
+        Args:
+            run: Runs payloads of one key as a batch, and returns the result of each.
+            observer: Is told what runs.
+            max_batch: The most rows of a batch; a job of more rows runs alone.
+            max_queue: The most rows that may wait.
+        """
+        self._run, self._observer = run, observer
+        self.max_batch, self.room = max_batch, max_batch + max_queue
+        self._waiting: deque[RowJob] = deque()
+        self._running = 0
+        self._condition = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._work, name="gralora-fx rows", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more jobs, run those that are there, and end."""
+        with self._condition:
+            self._is_stopping = True
+            self._condition.notify_all()
+        self._thread.join()
+
+    def submit(self, jobs: Sequence[RowJob]) -> None:
+        """Queue jobs, all or none.
+
+        Raises:
+            QueueFullError: There is no room for all of them now.
+            StoppedError: The queue is stopping.
+            ServingError: They have more rows than there is ever room for.
+        """
+        new = sum(job.rows for job in jobs)
+        if new > self.room:
+            raise ServingError(f"{new} rows are given, and there is room for {self.room}; give fewer at a time")
+        with self._condition:
+            if self._is_stopping:
+                raise StoppedError("the service is stopping; ask another one")
+            self._waiting = deque(job for job in self._waiting if not job.result.cancelled())
+            rows = self._running + sum(job.rows for job in self._waiting)
+            if rows + new > self.room:
+                raise QueueFullError(f"{rows} rows run or wait, and there is room for {self.room}")
+            self._waiting.extend(jobs)
+            self._condition.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._waiting or self._is_stopping)
+                if not self._waiting:
+                    return
+                batch = self._take()
+                self._running = sum(job.rows for job in batch)
+            for job in batch:
+                self._observer.waited(time.perf_counter() - job.submitted)
+            if batch:
+                self._run_batch(batch)
+            self._running = 0
+
+    def _take(self) -> list[RowJob]:
+        """The first job that waits, and others of its key as far as there is room; the others keep their order."""
+        batch: list[RowJob] = []
+        left: deque[RowJob] = deque()
+        while self._waiting:
+            job = self._waiting.popleft()
+            fits = not batch or (
+                job.key == batch[0].key and sum(other.rows for other in batch) + job.rows <= self.max_batch
+            )
+            if not fits:
+                left.append(job)
+            elif job.result.set_running_or_notify_cancel():
+                batch.append(job)
+        self._waiting = left
+        return batch
+
+    def _run_batch(self, batch: Sequence[RowJob]) -> None:
+        started = time.perf_counter()
+        try:
+            results = self._run([job.payload for job in batch])
+        except Exception as error:
+            if len(batch) > 1:  # one of them may be wrong; the others are not
+                for job in batch:
+                    self._run_batch([job])
+            elif isinstance(error, ServingError):
+                batch[0].result.set_exception(error)
+            else:
+                _logger.exception("a batch failed")
+                batch[0].result.set_exception(failure(error))
+            return
+        self._observer.ran(time.perf_counter() - started, sum(job.rows for job in batch))
+        for job, result in zip(batch, results, strict=True):
+            job.result.set_result(result)

@@ -1,0 +1,132 @@
+"""`gralora-fx serve` as a process of its own, spoken to by OpenAI's own client."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import openai
+import pytest
+from served_exports import chat_tokenizer, decoders, greedy
+from typer.testing import CliRunner
+
+from gralora_fx.cli import app
+from gralora_fx.errors import ConfigError, ServingError
+
+
+class Server:
+    """A running service."""
+
+    def __init__(self, path: Path) -> None:
+        command = [sys.executable, "-m", "gralora_fx.cli", "serve", str(path), "--port", "0", "--threads", "1"]
+        environment = {**os.environ, "GRALORA_FX_API_KEY": "secret"}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.lines: list[str] = []
+        ports: queue.Queue[str | None] = queue.Queue()
+
+        def read() -> None:
+            assert self.process.stderr is not None
+            for line in self.process.stderr:
+                self.lines.append(line)
+                if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                    ports.put(found[1])
+            ports.put(None)
+
+        self.reader = threading.Thread(target=read, daemon=True)
+        self.reader.start()
+        port = ports.get(timeout=60)
+        assert port is not None, "".join(self.lines)
+        self.url = f"http://127.0.0.1:{port}/v1"
+
+    def client(self, key: str = "secret") -> openai.OpenAI:
+        """OpenAI's client."""
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
+    paths, oracles = decoders(tmp_path_factory.mktemp("command"), "batched")
+    return paths["batched"], oracles
+
+
+@pytest.fixture
+def server(exported: tuple[Path, dict[str | None, Any]]) -> Iterator[Server]:
+    running = Server(exported[0])
+    yield running
+    running.process.kill()
+    running.process.wait(20)
+
+
+def expected(oracle: Any, prompt: str, count: int) -> str:
+    tokenizer = chat_tokenizer()
+    return str(tokenizer.decode(greedy(oracle, tokenizer(prompt)["input_ids"], count), skip_special_tokens=True))
+
+
+def test_openais_client(server: Server, exported: tuple[Path, dict[str | None, Any]]) -> None:
+    oracles = exported[1]
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["batched", "small", "wide"]
+
+    def answer(adapter: str | None) -> str:
+        found = client.completions.create(model=adapter or "batched", prompt="Hello", temperature=0, max_tokens=10)
+        assert found.usage is not None
+        assert found.usage.prompt_tokens == 5
+        return found.choices[0].text
+
+    with ThreadPoolExecutor(9) as pool:
+        texts = list(pool.map(answer, [*oracles] * 3))
+    assert texts == [expected(oracles[adapter], "Hello", 10) for adapter in oracles] * 3
+    messages: Any = [{"role": "user", "content": "hi"}]
+    options: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 10, "model": "wide"}
+    reference = expected(oracles["wide"], "user: hi assistant: ", 10)
+    assert client.chat.completions.create(**options).choices[0].message.content == reference
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == reference
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens == len("user: hi assistant: ")
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.completions.create(model="other", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="is not supported"):
+        client.completions.create(model="wide", prompt="a", logprobs=1)
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        server.client("wrong").models.list()
+
+
+def test_sigterm_lets_answers_end(server: Server, exported: tuple[Path, dict[str | None, Any]]) -> None:
+    client = server.client()
+    options: dict[str, Any] = {"model": "small", "prompt": "Hello", "temperature": 0, "max_tokens": 50}
+    stream = iter(client.completions.create(**options, stream=True))
+    text = next(stream).choices[0].text
+    server.process.send_signal(signal.SIGTERM)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == expected(exported[1]["small"], "Hello", 50)
+    assert server.process.wait(20) == 128 + signal.SIGTERM
+    server.reader.join(20)
+    assert "Traceback" not in "".join(server.lines)
+    with pytest.raises(openai.APIConnectionError):
+        client.completions.create(**options)
+
+
+def test_errors_before_serving(tmp_path: Path) -> None:
+    def error(*arguments: str) -> Exception | None:
+        found = CliRunner().invoke(app, ["serve", *arguments]).exception
+        return found if isinstance(found, Exception) else None
+
+    assert isinstance(error(str(tmp_path / "none")), ServingError)
+    assert isinstance(error(str(tmp_path), "--adapter", "x"), ConfigError)
+    with patch.dict(sys.modules, {"fastapi": None}):
+        for name in [name for name in sys.modules if name.startswith("gralora_fx.serving.http")]:
+            del sys.modules[name]
+        found = error(str(tmp_path))
+    assert isinstance(found, ServingError)
+    assert str(found) == "serve needs fastapi, which is not installed; pip install 'gralora-fx[serve]'"
