@@ -31,11 +31,11 @@ from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.adapters import Adapters
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
+from gralora_fx.serving.opening import check_unchanged, directory_of, read_config
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
 from gralora_fx.serving.row_adapters import RowAdapters, rows_feed
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.sources.model_files import read_json_object
 
 
 def load(
@@ -96,11 +96,11 @@ class OrtModel:
         max_rank: int | None = None,
     ) -> None:
         """Open an export; use `load`."""
-        self.directory = _directory(export_dir)
+        self.directory = directory_of(export_dir)
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
         check_requirements(self.directory, self.manifest, ServingError)
-        self.config = _read_config(self.directory)
+        self.config = read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
         self.session = open_session(self.directory, self._runtime, error=ServingError)
         self._rows = RowAdapters(self.directory, self.manifest, max_rank) if self._is_batched else None
@@ -328,36 +328,10 @@ class OrtModel:
 
     @cached_property
     def _generator(self) -> Generator:
-        self._check_unchanged()
+        check_unchanged(self.directory, self.manifest)
         return Generator(self.directory, self._runtime, self._threads)
 
     @cached_property
     def _tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
-        self._check_unchanged()
+        check_unchanged(self.directory, self.manifest)
         return load_tokenizer(self.directory, ServingError)
-
-    def _check_unchanged(self) -> None:
-        """Check that the directory was not moved or replaced by another export since it was opened.
-
-        Raises:
-            ServingError: It was moved or replaced.
-        """
-        if not self.directory.is_dir():
-            raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
-        if read_manifest(self.directory, ServingError) != self.manifest:
-            raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
-
-
-def _directory(export_dir: str | Path) -> Path:
-    """The absolute path of the directory, which stays valid if the process changes its working directory."""
-    try:
-        path = Path(export_dir).absolute()
-        path.is_dir()  # so that an invalid path raises here
-    except (TypeError, ValueError, OSError) as error:
-        raise ServingError(f"{export_dir!r:.80} is not the path of a directory ({first_line(error)})") from error
-    return path
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    return read_json_object(path, ServingError) if path.is_file() else {}
