@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder
-from gralora_fx.exporters.translation.operators import DOMAIN
 
+FUNCTIONS = "gralora"  # the functions' domain
 NAME = "Adapter"
 
 
@@ -33,7 +33,7 @@ def adapter_function(model: ir.Model, k: int, num_axes: int, opset: int) -> ir.O
         What nodes call the function by.
     """
     name = f"{NAME}_k{k}_{num_axes}d" if k else f"{NAME}_lora"
-    identifier = (DOMAIN, name, "")
+    identifier = (FUNCTIONS, name, "")
     if identifier not in model.functions:
         model.functions[identifier] = _function(name, k, num_axes, opset) if k else _lora_function(name, opset)
     return identifier
@@ -47,7 +47,7 @@ def _lora_function(name: str, opset: int) -> ir.Function:
     general.name = "general"
     graph.extend(build.take())
     graph.outputs.append(general)
-    return ir.Function(DOMAIN, name, graph=graph, attributes=[])
+    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
 
 
 def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
@@ -70,7 +70,7 @@ def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
     output.name, general.name = "blocks", "general"
     graph.extend(build.take())
     graph.outputs.extend([output, general])
-    return ir.Function(DOMAIN, name, graph=graph, attributes=[])
+    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
 
 
 def batched_adapter_function(model: ir.Model, k: int, opset: int) -> ir.OperatorIdentifier:
@@ -94,7 +94,7 @@ def batched_adapter_function(model: ir.Model, k: int, opset: int) -> ir.Operator
         What nodes call the function by.
     """
     name = f"Batched{NAME}_k{k}"
-    identifier = (DOMAIN, name, "")
+    identifier = (FUNCTIONS, name, "")
     if identifier not in model.functions:
         model.functions[identifier] = _batched_function(name, k, opset)
     return identifier
@@ -117,4 +117,4 @@ def _batched_function(name: str, k: int, opset: int) -> ir.Function:
     result.name = "output"
     graph.extend(build.take())
     graph.outputs.append(result)
-    return ir.Function(DOMAIN, name, graph=graph, attributes=[])
+    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])

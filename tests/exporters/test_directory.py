@@ -157,11 +157,13 @@ def test_an_export_of_another_model_is_replaced_only_when_asked(tmp_path: Path) 
 # -- an interrupted export ---------------------------------------------------------------------------------------------
 
 RUN = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import onnx_ir as ir
 from gralora_fx import cli
 from gralora_fx.exporters import onnx
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 
 def stall(folder, *_):
     print("writing", flush=True)
