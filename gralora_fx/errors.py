@@ -64,6 +64,12 @@ def listed(names: Iterable[object], most: int = 20) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def bulleted(problems: Iterable[object], most: int = 20) -> str:
+    """Problems for a message, a line each; of a great many the first and how many more there are."""
+    lines = [f"- {problem}" for problem in problems]
+    return "\n".join([*lines[:most], f"- and {len(lines) - most} more"] if len(lines) > most else lines)
+
+
 def warn_caller(message: str) -> None:
     """Warn at the line outside this package that led here, however deep the call."""
     level, frame = 1, sys._getframe()

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gralora_fx.errors import MergeError
+from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.adapter import SavedAdapter
 from gralora_fx.exporters.folding.base_weights import BaseWeights, find_values, holds
 from gralora_fx.exporters.folding.names import foreign_names, parameter_names, ranges, reduced
@@ -92,9 +92,7 @@ def find_places(export: Export, adapter: SavedAdapter) -> list[Place]:
             places += found
     problems += list(_overlaps(places))
     if problems:
-        listed = "\n".join(f"- {problem}" for problem in problems[:20])
-        more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise MergeError(f"{adapter.origin} cannot be folded into this export:\n{listed}{more}")
+        raise MergeError(f"{adapter.origin} cannot be folded into this export:\n{bulleted(problems)}")
     return places
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gralora_fx.errors import CheckpointError, GraloraError, TraceError, first_line
+from gralora_fx.errors import CheckpointError, GraloraError, TraceError, bulleted, first_line
 from gralora_fx.loading.model_classes import class_for
 from gralora_fx.progress.silence import quiet
 from gralora_fx.sources.safetensors_files import INDEX_NAME, SINGLE_NAME, empty_model, parameter_names, stored_tensors
@@ -155,11 +155,12 @@ def names_of(base: BaseFiles, needed: Iterable[str], task: str | None, num_label
     if all(name in base.shard_of for name in needed):
         return Names(None, {key: key for key in base.shard_of}, frozenset())
     if not tries:
-        lacking = [name for name in needed if name not in base.shard_of]
-        raise CheckpointError(f"{reasons[0]}, and its files lack what the adapter changes:\n{_listed(lacking)}")
+        missing = bulleted(f"missing {name}" for name in needed if name not in base.shard_of)
+        raise CheckpointError(f"{reasons[0]}, and its files lack what the adapter changes:\n{missing}")
+    missing = bulleted(f"missing {name}" for name in lacking)
     raise CheckpointError(
         f"{base.directory} ({type(model).__name__}) lacks what the adapter changes; give the base that it was made "
-        f"for:\n{_listed(lacking)}"
+        f"for:\n{missing}"
     )
 
 
@@ -186,8 +187,3 @@ def make_empty(directory: Path, task: str | None, *, num_labels: int | None = No
         raise
     except Exception as error:  # transformers raises types of its own
         raise TraceError(f"no model can be made of {directory} ({first_line(error)})") from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    lines = [f"- missing {name}" for name in names]
-    return "\n".join([*lines[:20], f"- and {len(lines) - 20} more"] if len(lines) > 20 else lines)

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from gralora_fx.adapters.stored import StoredAdapter
-from gralora_fx.errors import CheckpointError
+from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.merged_files.base_files import BaseFiles, Names
 from gralora_fx.sources.safetensors_layout import FLOATS, Extent, element_rows, read_into, read_tensor
 
-_SHOWN = 20
 _COMPARED = 2**20  # values that are compared at a time
 
 
@@ -77,13 +76,11 @@ def find_changes(base: BaseFiles, names: Names, adapter: StoredAdapter, handles:
     for name, extent in adapter.repeats.items():
         problems += _difference(name, extent, base, names, adapter, handles)
     if problems:
-        more = f"\n- and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n".join(f"- {problem}" for problem in problems[:_SHOWN])
         made_for = adapter.config.base_model_name_or_path
         hint = f"it was made for {made_for}" if made_for else "it does not say which base it was made for"
         raise CheckpointError(
             f"the adapter {adapter.directory} does not fit {base.directory}; {hint}, so give that base, or another "
-            f"adapter:\n{listed}{more}"
+            f"adapter:\n{bulleted(problems)}"
         )
     return _placed(wanted, base, names, adapter, handles)
 

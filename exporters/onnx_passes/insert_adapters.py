@@ -11,7 +11,7 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
-from gralora_fx.exporters.onnx_passes.builder import Builder, static_dim
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, static_dim
 from gralora_fx.exporters.onnx_passes.mark_sites import SITES, SiteOutput, sites_in
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.runtime.adapter_inputs import BATCHED, SWAPPABLE, AdapterInputs, AdapterSite
@@ -132,12 +132,11 @@ class _Insertion:
 
     def _input(self, name: str, shape: Sequence[int | str]) -> ir.Value:
         dtype = ir.DataType[{"float32": "FLOAT"}.get(self.inputs.dtype, self.inputs.dtype.upper())]
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        value = add_input(self.model.graph, name, dtype, shape)
         if self.inputs.mode == SWAPPABLE:
             sizes = [0 if isinstance(size, str) else size for size in shape]
             value.const_value = ir.tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
             self.model.graph.initializers[name] = value
-        self.model.graph.inputs.append(value)
         return value
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gralora_fx.errors import ExportError
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
+from gralora_fx.runtime.adapter_session import SessionView
 from gralora_fx.runtime.adapter_stack import AdapterStack
 from gralora_fx.runtime.batched_steps import BatchedSteps
 from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
@@ -44,7 +45,7 @@ def is_row_input(name: str) -> bool:
     return name in _ROW_INPUTS or is_adapter_tensor(name)
 
 
-class MixedRows:
+class MixedRows(SessionView):
     """A session over a batched export without a cache, with the interface of one whose rows all have one adapter."""
 
     def __init__(self, session: Any, inputs: AdapterInputs, adapters: Mapping[str, Arrays], name: str | None) -> None:
@@ -56,7 +57,7 @@ class MixedRows:
             adapters: The tensors of each adapter, by its name.
             name: The adapter of the rows that are given; None for the base.
         """
-        self.session = session
+        super().__init__(session)
         types = {value.name: value.type for value in session.get_inputs()}
         stack = AdapterStack(inputs, None)
         for adapter, tensors in adapters.items():
@@ -68,16 +69,6 @@ class MixedRows:
     def get_inputs(self) -> list[Any]:
         """The inputs of the model."""
         return [value for value in self.session.get_inputs() if not is_row_input(value.name)]
-
-    def get_outputs(self) -> list[Any]:
-        """The outputs."""
-        outputs: list[Any] = self.session.get_outputs()
-        return outputs
-
-    def get_providers(self) -> list[str]:
-        """The execution providers."""
-        providers: list[str] = self.session.get_providers()
-        return providers
 
     def ids(self, rows: int) -> NDArray[np.int64]:
         """`[2 * rows]`: the adapter of every row and, after it, of its copy: the others in turn."""

@@ -21,7 +21,7 @@ from gralora_fx.adapters.adapter_files import (
 )
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.errors import CheckpointError, warn_caller
+from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.planning.targets import exact_targets, resolve_targets
 from gralora_fx.sources.atomic_save import Writer, save_together
@@ -76,11 +76,9 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
         elif not bool(torch.isfinite(tensor.to(target.dtype)).all()):
             problems.append(f"{key} holds values that are not finite")
     if problems:
-        listed = "\n".join(f"- {problem}" for problem in problems[:20])
-        more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(
             f"{origin} does not fit the adapter {adapter.name!r}; check its configuration and base model:\n"
-            f"{listed}{more}"
+            f"{bulleted(problems)}"
         )
     with torch.no_grad():
         for key, parameter in expected.items():

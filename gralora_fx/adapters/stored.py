@@ -22,7 +22,7 @@ from gralora_fx.adapters.adapter_files import (
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.config.reading import read_fields
-from gralora_fx.errors import CheckpointError
+from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update, config_from_fields, method_of
 from gralora_fx.sources.atomic_save import read_together
 from gralora_fx.sources.hub import resolve_directory
@@ -38,7 +38,6 @@ from gralora_fx.sources.safetensors_layout import (
 
 # modules whose weights PEFT saves whole where they are targeted, or where the vocabulary was resized
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,9 @@ def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], Layout]:
 
 def _check(path: Path, problems: list[str]) -> None:
     if problems:
-        more = f"\n- and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n".join(f"- {problem}" for problem in problems[:_SHOWN])
         raise CheckpointError(
             f"the tensors of {path} cannot be used with its {CONFIG_NAME}; copy or save the adapter again:\n"
-            f"{listed}{more}"
+            f"{bulleted(problems)}"
         )
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gralora_fx.errors import CheckpointError
+from gralora_fx.errors import CheckpointError, bulleted
 
-_SHOWN = 20
 Shape = tuple[int, ...]
 
 
@@ -76,7 +75,7 @@ class LoadReport:
         if problems := self.problems(supplied):
             raise CheckpointError(
                 f"{self.name} does not hold all of {self.class_name}, so that it would have random values; {advice}:\n"
-                f"{listed(problems)}"
+                f"{bulleted(problems)}"
             )
 
     def describe(self, supplied: Collection[str] = ()) -> str:
@@ -95,9 +94,3 @@ class LoadReport:
             f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.mismatched)} of another shape"
         )
         return "\n".join([f"{self.name} as {self.class_name}: {counts}", *(f"- {line}" for line in lines)])
-
-
-def listed(problems: Collection[str]) -> str:
-    """Problems as a list, the first twenty of them."""
-    lines = [f"- {problem}" for problem in list(problems)[:_SHOWN]]
-    return "\n".join([*lines, f"- and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else lines)

@@ -20,10 +20,11 @@ from gralora_fx.errors import (
     GraloraError,
     TargetError,
     TraceError,
+    bulleted,
     first_line,
     warn_caller,
 )
-from gralora_fx.loading.load_report import LoadReport, listed
+from gralora_fx.loading.load_report import LoadReport
 from gralora_fx.loading.model_classes import class_for, head_classes, warn_of_another_head
 from gralora_fx.loading.sentence_task import sentence_source, unread_names, without_unread
 from gralora_fx.methods import read_config
@@ -335,5 +336,5 @@ def _misfit(error: GraloraError, base: Base) -> str:
     hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"
     return (
         f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
-        "so give that base with --model, or another --adapter:\n" + listed(problems)
+        "so give that base with --model, or another --adapter:\n" + bulleted(problems)
     )

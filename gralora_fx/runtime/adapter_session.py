@@ -14,26 +14,16 @@ from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
 
 
-class AdapterSession:
-    """An ONNX Runtime session with an adapter, with the interface of a session whose inputs do not include it.
-
-    ONNX Runtime's own way, `RunOptions.add_active_adapter`, overrides what is fed without notice and is ignored with
-    I/O binding; feeding the tensors is the same and has neither fault.
+class SessionView:
+    """A session seen with other inputs; its outputs and providers are the session's.
 
     Attributes:
         session: The `onnxruntime.InferenceSession`.
-        values: The adapter's tensors that the session takes.
     """
 
-    def __init__(self, session: Any, values: Values) -> None:
-        """Take the tensors that the session has inputs for."""
+    def __init__(self, session: Any) -> None:
+        """Take the session."""
         self.session = session
-        taken = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
-        self.values = {name: value for name, value in values.items() if name in taken}
-
-    def get_inputs(self) -> list[Any]:
-        """The inputs without those for an adapter."""
-        return [value for value in self.session.get_inputs() if not is_adapter_tensor(value.name)]
 
     def get_outputs(self) -> list[Any]:
         """The outputs."""
@@ -44,6 +34,27 @@ class AdapterSession:
         """The execution providers."""
         providers: list[str] = self.session.get_providers()
         return providers
+
+
+class AdapterSession(SessionView):
+    """An ONNX Runtime session with an adapter, with the interface of a session whose inputs do not include it.
+
+    ONNX Runtime's own way, `RunOptions.add_active_adapter`, overrides what is fed without notice and is ignored with
+    I/O binding; feeding the tensors is the same and has neither fault.
+
+    Attributes:
+        values: The adapter's tensors that the session takes.
+    """
+
+    def __init__(self, session: Any, values: Values) -> None:
+        """Take the tensors that the session has inputs for."""
+        super().__init__(session)
+        taken = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+        self.values = {name: value for name, value in values.items() if name in taken}
+
+    def get_inputs(self) -> list[Any]:
+        """The inputs without those for an adapter."""
+        return [value for value in self.session.get_inputs() if not is_adapter_tensor(value.name)]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, Any], options: Any = None) -> list[Any]:
         """Run on arrays."""

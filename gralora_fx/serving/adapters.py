@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.errors import ServingError, first_line, listed, shown
+from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_arrays import as_arrays
 from gralora_fx.runtime.adapter_file import read_tensors, record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import BATCHED, INPUTS
@@ -18,7 +20,7 @@ from gralora_fx.runtime.adapter_mix import mixed
 from gralora_fx.runtime.adapter_record import SUFFIX, AdapterRecord, check_name, check_rank, read_record, record_path
 from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter, with_adapter
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.serving.adapter_folder import adapter_path, own_adapters
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         self._session, self._max_rank = session, max_rank
         self._loaded: dict[str, LoadedAdapter] = {}
         self._lock = threading.Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")  # of sums, which onnxruntime-genai reads too
+        self._count = itertools.count()  # of sums
         inputs = manifest.adapter_inputs
         self.base_session = session if inputs is None else with_adapter(session, adapter_values({}, inputs))
 
@@ -71,12 +73,13 @@ class Adapters(Mapping[str, LoadedAdapter]):
         if not isinstance(name, str):
             raise ServingError(f"adapter must be one name or None, but got {shown(name)}: one adapter runs in a call")
         found = self._loaded.get(name)
-        if found is None and name in self._own():
-            found = self.load(name, self._own()[name], exist_ok=True)
-        if found is None:
-            names = sorted({*self._loaded, *self._own()})
-            raise ServingError(f"no adapter {name!r}; there is {listed(names) or 'none'}: load it with load_adapter")
-        return found
+        if found is not None:
+            return found
+        path = own_adapters(self._directory).get(name)
+        if path is None:
+            names = listed(self.available()) or "none"
+            raise ServingError(f"no adapter {name!r}; there is {names}: load it with load_adapter")
+        return self.load(name, path, exist_ok=True)
 
     def __iter__(self) -> Iterator[str]:
         """Names of the adapters that are loaded."""
@@ -88,7 +91,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
 
     def available(self) -> list[str]:
         """Names of the adapters that are loaded, and of those that the export's own directory holds."""
-        return sorted({*self._loaded, *self._own()})
+        return sorted({*self._loaded, *own_adapters(self._directory)})
 
     def to_bind(self, name: str | None) -> dict[str, Any]:
         """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base.
@@ -131,7 +134,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """
         inputs = self._check_takes_adapters()
         check_name(name, ServingError)
-        file = self._file(path)
+        file = adapter_path(path)
         record = read_record(file, ServingError)
         check_rank(file, record, self._max_rank, ServingError)
         tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
@@ -165,12 +168,17 @@ class Adapters(Mapping[str, LoadedAdapter]):
             raise ServingError(f"the weight of {shown(wrong[0])} is {shown(weights[wrong[0]])}, not a finite number")
         parts = [(as_arrays(self[part].values), float(weight)) for part, weight in weights.items()]
         configs = {part: {"weight": float(weights[part]), "config": self[part].record.config} for part in weights}
-        file = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}{SUFFIX}"
+        file = Path(self._folder.name) / f"{next(self._count)}{SUFFIX}"
         tensors = mixed(parts, inputs)
         write_tensors(file, tensors)
         record = record_of(file, name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
         record_path(file).write_text(record.to_json(), encoding="utf-8")
         return self.load(name, file)
+
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        """Where sums are written, since onnxruntime-genai reads a file; made for the first."""
+        return tempfile.TemporaryDirectory(prefix="gralora-fx-")
 
     def unload(self, name: str) -> None:
         """Forget an adapter; calls that run with it end undisturbed.
@@ -183,11 +191,6 @@ class Adapters(Mapping[str, LoadedAdapter]):
             if name not in self._loaded:
                 raise ServingError(f"no adapter {shown(name)} is loaded; loaded is {listed(self) or 'none'}")
             self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
-
-    def _own(self) -> dict[str, Path]:
-        """The adapter files in the export's directory, by name."""
-        folder = self._directory / ADAPTERS
-        return {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"*{SUFFIX}"))}
 
     def _check_takes_adapters(self) -> Any:
         inputs = self._manifest.adapter_inputs
@@ -202,20 +205,6 @@ class Adapters(Mapping[str, LoadedAdapter]):
                 "the model with adapters='swappable'"
             )
         return inputs
-
-    def _file(self, path: str | Path) -> Path:
-        try:
-            file = Path(path).absolute()
-            is_folder = file.is_dir()
-        except (TypeError, ValueError, OSError) as error:
-            raise ServingError(f"{shown(path)} is not the path of a file ({first_line(error)})") from error
-        if is_folder:
-            raise ServingError(
-                f"{file} is a directory; give an {SUFFIX} file, which gralora-fx export-adapter makes of a PEFT adapter"
-            )
-        if file.suffix != SUFFIX:
-            raise ServingError(f"{file} is not an {SUFFIX} file; gralora-fx export-adapter makes one of a PEFT adapter")
-        return file
 
 
 def _is_number(value: object) -> bool:

@@ -100,7 +100,8 @@ class BatchedDecoder:
         if limit is not None and self.capacity > limit:
             raise ServingError(f"capacity={capacity} is above the model's context of {limit} tokens; give less")
         self.model = model
-        self.adapters = RowAdapters(model.directory, model.manifest)
+        assert isinstance(model.adapters, RowAdapters)
+        self.adapters = model.adapters
         text = model.config.get("text_config") or model.config
         self._vocabulary: int | None = text.get("vocab_size")
         self._steps = BatchedSteps(model.session, rows=self.rows, capacity=self.capacity, chunk=self.chunk)

@@ -8,12 +8,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ServingError, first_line, listed, shown
+from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, BATCHED
-from gralora_fx.runtime.adapter_record import SUFFIX
 from gralora_fx.runtime.adapter_stack import AdapterStack, Stack, row_ids
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.serving.adapter_folder import adapter_path, own_adapters
 
 
 class RowAdapters(Mapping[str, int]):
@@ -50,13 +49,13 @@ class RowAdapters(Mapping[str, int]):
         """
         if not isinstance(name, str):
             raise ServingError(f"{shown(name)} is not the name of an adapter; give a text, or None for the base")
-        own = self._own()
-        if name not in self._stack.names and name in own:
-            self._stack.load_adapter(name, own[name], exist_ok=True)
-        if name not in self._stack.names:
-            names = listed(map(repr, sorted({*self._stack.names, *own}))) or "none"
+        if name in self._stack.names:
+            return self._stack.id_of(name)
+        path = own_adapters(self._directory).get(name)
+        if path is None:
+            names = listed(map(repr, self.available())) or "none"
             raise ServingError(f"no adapter {shown(name)}; there is {names}: load it with load_adapter")
-        return self._stack.id_of(name)
+        return self._stack.load_adapter(name, path, exist_ok=True)
 
     def __iter__(self) -> Iterator[str]:
         """Names of the adapters that are loaded."""
@@ -68,7 +67,7 @@ class RowAdapters(Mapping[str, int]):
 
     def available(self) -> list[str]:
         """Names of the adapters that are loaded, and of those that the export's own directory holds."""
-        return sorted({*self, *self._own()})
+        return sorted({*self, *own_adapters(self._directory)})
 
     def load(self, name: str, path: str | Path) -> int:
         """Load an adapter file, checked against its record and the export; its id.
@@ -80,7 +79,7 @@ class RowAdapters(Mapping[str, int]):
         Raises:
             ServingError: The name is taken or invalid, or the file may not be used; the message says why.
         """
-        return self._stack.load_adapter(name, _file(path))
+        return self._stack.load_adapter(name, adapter_path(path))
 
     def unload(self, name: str) -> None:
         """Forget an adapter; the ids of others stay, and calls that run with it end undisturbed.
@@ -105,11 +104,6 @@ class RowAdapters(Mapping[str, int]):
                 self[name]
         return self._stack.current()
 
-    def _own(self) -> dict[str, Path]:
-        """The adapter files in the export's directory, by name."""
-        folder = self._directory / ADAPTERS
-        return {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"*{SUFFIX}"))}
-
 
 def rows_feed(adapters: RowAdapters, adapter: object, feed: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     """What a batched export takes beside a call's own inputs: the adapters, and which of them each row has.
@@ -125,14 +119,3 @@ def rows_feed(adapters: RowAdapters, adapter: object, feed: Mapping[str, NDArray
     stack = adapters.stack(adapter)
     batch = next(iter(feed.values())).shape[0]
     return {**stack.values, ADAPTER_IDS: row_ids(stack, adapter, batch)}
-
-
-def _file(path: Any) -> Path:
-    try:
-        file = Path(path).absolute()
-        is_file = file.is_file()
-    except (TypeError, ValueError, OSError) as error:
-        raise ServingError(f"{shown(path)} is not the path of a file ({first_line(error)})") from error
-    if not is_file or file.suffix != SUFFIX:
-        raise ServingError(f"{file} is not an {SUFFIX} file; give one that export_onnx wrote to {ADAPTERS}/")
-    return file

@@ -21,7 +21,7 @@ from gralora_fx.compat.transformers_loading import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from gralora_fx.errors import CheckpointError
+from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.sources.lazy_tensors import with_source
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -99,10 +99,8 @@ def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = 
             elif name in persistent and buffer.is_floating_point():
                 problems.append(f"missing {name}")
     if problems:
-        more = f"\n- and {len(problems) - 20} more" if len(problems) > 20 else ""
-        shown = "\n".join(f"- {problem}" for problem in problems[:20])
         raise CheckpointError(
-            f"{directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n{shown}{more}"
+            f"{directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n{bulleted(problems)}"
         )
     return model
 

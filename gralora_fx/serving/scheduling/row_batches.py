@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -12,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.failures import QueueFullError, StoppedError
+from gralora_fx.serving.scheduling.failures import QueueFullError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_queue import failure
+from gralora_fx.serving.scheduling.worker import Worker
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RowJob:
     submitted: float = field(default_factory=time.perf_counter)
 
 
-class RowBatches:
+class RowBatches(Worker):
     """Takes rows of any thread, and runs them in batches in a thread of its own, the earliest first."""
 
     def __init__(
@@ -56,24 +56,11 @@ class RowBatches:
             max_batch: The most rows of a batch; a job of more rows runs alone.
             max_queue: The most rows that may wait.
         """
+        super().__init__("gralora-fx rows")
         self._run, self._observer = run, observer
         self.max_batch, self.room = max_batch, max_batch + max_queue
         self._waiting: deque[RowJob] = deque()
         self._running = 0
-        self._condition = threading.Condition()
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._work, name="gralora-fx rows", daemon=True)
-
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Take no more jobs, run those that are there, and end."""
-        with self._condition:
-            self._is_stopping = True
-            self._condition.notify_all()
-        self._thread.join()
 
     def submit(self, jobs: Sequence[RowJob]) -> None:
         """Queue jobs, all or none.
@@ -87,8 +74,7 @@ class RowBatches:
         if new > self.room:
             raise ServingError(f"{new} rows are given, and there is room for {self.room}; give fewer at a time")
         with self._condition:
-            if self._is_stopping:
-                raise StoppedError("the service is stopping; ask another one")
+            self._check_takes()
             self._waiting = deque(job for job in self._waiting if not job.result.cancelled())
             rows = self._running + sum(job.rows for job in self._waiting)
             if rows + new > self.room:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
@@ -11,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.answer import Answer
-from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError
+from gralora_fx.serving.scheduling.failures import QueueFullError, RunError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import Limits, Sink, TextJob, TextRequest
+from gralora_fx.serving.scheduling.worker import Worker
 
 
-class TextQueue(ABC):
+class TextQueue(Worker):
     """Takes requests of any thread, and works on them in one of its own.
 
     Attributes:
@@ -42,23 +42,10 @@ class TextQueue(ABC):
             observer: Is told what runs.
             room: The most requests that may run or wait at a time.
         """
+        super().__init__("gralora-fx text")
         self.limits, self.room = limits, room
         self._tokenizer, self._ends, self._observer = tokenizer, ends, observer
         self._waiting: deque[TextJob] = deque()
-        self._condition = threading.Condition()
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._work, name="gralora-fx text", daemon=True)
-
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Take no more requests, answer those that are there, and end."""
-        with self._condition:
-            self._is_stopping = True
-            self._condition.notify_all()
-        self._thread.join()
 
     def submit(self, requests: Sequence[tuple[TextRequest, Sink]]) -> list[TextJob]:
         """Queue requests, all or none.
@@ -77,8 +64,7 @@ class TextQueue(ABC):
             raise ServingError(f"{len(requests)} prompts are given, and there is room for {self.room}; give fewer")
         jobs = [TextJob(request, Answer(self._tokenizer, self._ends, request.stop), sink) for request, sink in requests]
         with self._condition:
-            if self._is_stopping:
-                raise StoppedError("the service is stopping; ask another one")
+            self._check_takes()
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
             if self.in_flight + len(jobs) > self.room:
                 raise QueueFullError(f"{self.in_flight} requests run or wait, and there is room for {self.room}")
