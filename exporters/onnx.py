@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.adapters_as_data import DataSites, check_found, data_sites, trace_to_export
-from gralora_fx.exporters.artifact.adapter_files import write_active_adapters
+from gralora_fx.exporters.artifact.active_adapters import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.adapters.checkpoint import saved_config
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.methods.forms import as_data
 from gralora_fx.methods.method import Update
-from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_arrays import cast
 from gralora_fx.runtime.adapter_file import record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.adapter_record import SUFFIX, check_name, record_path
 from gralora_fx.runtime.names import ADAPTERS
 from gralora_fx.sources.atomic_save import save_together
-
-
-def write_active_adapters(directory: Path, model: GraloraModel, inputs: AdapterInputs, fingerprint: str | None) -> None:
-    """Write each active adapter of a model to an export.
-
-    Args:
-        directory: The export directory.
-        model: The model.
-        inputs: The adapter tensors that the export takes.
-        fingerprint: Fingerprint of its base.
-
-    Raises:
-        ExportError: An adapter's name is not one for a file, or its values do not fit the dtype.
-    """
-    for name in model.active_adapters:
-        adapter = model.installed(name)
-        config = json.loads(saved_config(adapter, model.traced).to_json())
-        updates = {path: adapter.update(path) for path in adapter.factors}
-        write_adapter(directory, name, updates, config, inputs, fingerprint)
 
 
 def write_adapter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,7 @@ class AdapterStack:
 
     def _check_known(self, name: object) -> None:
         if not isinstance(name, str) or name not in self._adapters:
-            loaded = listed(map(repr, self.names)) or "none"
-            raise ServingError(f"no adapter {shown(name)} is loaded; there are {loaded}: load it with load_adapter()")
+            raise _not_loaded(name, self.names)
 
     def _stacked(self) -> dict[str, Any]:
         count = 1 + max((number for number, _ in self._adapters.values()), default=0)
@@ -162,9 +161,13 @@ def row_ids(stack: Stack, adapter: object, batch: int) -> NDArray[np.int64]:
         raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
     unknown = [name for name in names if name is not None and not (isinstance(name, str) and name in stack.ids)]
     if unknown:
-        loaded = listed(map(repr, stack.ids)) or "none"
-        raise ServingError(f"no adapter {shown(unknown[0])} is loaded; there are {loaded}: load it with load_adapter()")
+        raise _not_loaded(unknown[0], stack.ids)
     return np.array([BASE if name is None else stack.ids[name] for name in names], dtype=np.int64)
+
+
+def _not_loaded(name: object, names: Iterable[str]) -> ServingError:
+    loaded = listed(map(repr, names)) or "none"
+    return ServingError(f"no adapter {shown(name)} is loaded; there are {loaded}: load it with load_adapter()")
 
 
 def _stacked_site(
