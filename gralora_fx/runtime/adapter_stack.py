@@ -25,20 +25,25 @@ class Stack:
     """Adapters at one time.
 
     Attributes:
-        ids: The id of each adapter by its name.
+        adapters: The id and the tensors of each adapter by its name.
         values: The export's adapter tensors as `OrtValue`s, by name.
     """
 
-    ids: Mapping[str, int]
+    adapters: Mapping[str, tuple[int, Arrays]]
     values: Mapping[str, Any]
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The id of each adapter by its name."""
+        return {name: number for name, (number, _) in self.adapters.items()}
 
 
 class AdapterStack:
     """The adapters that a batched export can choose among.
 
-    An id stays that of its adapter until the adapter is unloaded. The tensors are stacked anew when a run needs them
-    after a change, padded with zeros to the largest rank at each layer. Runs in other threads go on with the stack that
-    they began with.
+    An id stays that of its adapter until the adapter is unloaded. The tensors are stacked anew when a run needs an
+    adapter that the last stack lacks, padded with zeros to the largest rank at each layer. Runs in other threads go on
+    with the stack that they have, and wait for none that is being made for adapters of others.
     """
 
     def __init__(self, inputs: AdapterInputs, fingerprint: str | None, max_rank: int | None = None) -> None:
@@ -52,7 +57,7 @@ class AdapterStack:
         self._inputs, self._fingerprint, self._max_rank = inputs, fingerprint, max_rank
         self._adapters: dict[str, tuple[int, Arrays]] = {}
         self._stack: Stack | None = None
-        self._lock = threading.Lock()
+        self._lock, self._stacking = threading.Lock(), threading.Lock()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,11 +104,10 @@ class AdapterStack:
             taken = {number for number, _ in self._adapters.values()}
             number = next(number for number in range(1, len(taken) + 2) if number not in taken)
             self._adapters = {**self._adapters, name: (number, tensors)}
-            self._stack = None
         return number
 
     def unload_adapter(self, name: str) -> None:
-        """Remove an adapter; the ids of others stay.
+        """Remove an adapter, and free its memory once no run has its stack; the ids of others stay.
 
         Raises:
             ServingError: There is none of the name.
@@ -111,14 +115,32 @@ class AdapterStack:
         with self._lock:
             self._check_known(name)
             self._adapters = {other: entry for other, entry in self._adapters.items() if other != name}
-            self._stack = None
+        if self._stack is not None:
+            self.current()
 
-    def current(self) -> Stack:
-        """The adapters as they are."""
-        with self._lock:
-            if self._stack is None:
-                self._stack = Stack({name: number for name, (number, _) in self._adapters.items()}, self._stacked())
-            return self._stack
+    def current(self, names: Iterable[str] | None = None) -> Stack:
+        """The adapters as they are.
+
+        Args:
+            names: Those that are needed: a stack that has them will do, whatever else has come or gone since. None for
+                exactly all, which frees the memory of those that are gone.
+        """
+        needed = None if names is None else tuple(names)
+        if (found := self._fitting(needed)) is not None:
+            return found
+        with self._stacking:
+            if (found := self._fitting(needed)) is None:
+                adapters = self._adapters
+                found = self._stack = Stack(adapters, self._stacked(adapters))
+            return found
+
+    def _fitting(self, names: Iterable[str] | None) -> Stack | None:
+        """The last stack, if its adapters of some names, or all of them, are those that are loaded."""
+        stack, adapters = self._stack, self._adapters
+        if stack is None or (names is None and stack.adapters is not adapters):
+            return None
+        is_same = all(stack.adapters.get(name) is adapters.get(name) for name in names or ())
+        return stack if is_same else None
 
     def id_of(self, name: str | None) -> int:
         """The id of an adapter; that of the base for None.
@@ -135,13 +157,13 @@ class AdapterStack:
         if not isinstance(name, str) or name not in self._adapters:
             raise _not_loaded(name, self.names)
 
-    def _stacked(self) -> dict[str, Any]:
-        count = 1 + max((number for number, _ in self._adapters.values()), default=0)
-        adapters = dict(self._adapters.values())
+    def _stacked(self, adapters: Mapping[str, tuple[int, Arrays]]) -> dict[str, Any]:
+        by_id = dict(adapters.values())
+        count = 1 + max(by_id, default=0)
         return {
             name: as_ort_value(array)
             for site in self._inputs.sites
-            for name, array in _stacked_site(site, adapters, count, self._inputs)
+            for name, array in _stacked_site(site, by_id, count, self._inputs)
         }
 
 
@@ -159,10 +181,11 @@ def row_ids(stack: Stack, adapter: object, batch: int) -> NDArray[np.int64]:
     names: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter] * batch
     if len(names) != batch:
         raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
-    unknown = [name for name in names if name is not None and not (isinstance(name, str) and name in stack.ids)]
+    ids = stack.ids
+    unknown = [name for name in names if name is not None and not (isinstance(name, str) and name in ids)]
     if unknown:
-        raise _not_loaded(unknown[0], stack.ids)
-    return np.array([BASE if name is None else stack.ids[name] for name in names], dtype=np.int64)
+        raise _not_loaded(unknown[0], ids)
+    return np.array([BASE if name is None else ids[name] for name in names], dtype=np.int64)
 
 
 def _not_loaded(name: object, names: Iterable[str]) -> ServingError:

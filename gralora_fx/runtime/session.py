@@ -13,6 +13,7 @@ import onnxruntime
 from gralora_fx.compat.onnxruntime import NoKernel
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.runtime.links import check_own_file
 from gralora_fx.runtime.names import DECODER, ENCODER, MODEL_NAME
 from gralora_fx.runtime.plugins import Device
 
@@ -116,14 +117,13 @@ def _reason(failure: Exception) -> str:
 def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> None:
     """Check that a model reads no files outside its directory.
 
-    ONNX Runtime follows symbolic and hard links to external data, so a crafted model could read any file of the
-    machine; some execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
+    ONNX Runtime follows hard links to external data, so a crafted model could read any file of the machine; some
+    execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
 
     Raises:
         GraloraError: Of the given type, naming the outside file.
     """
-    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
-        raise error(f"{path} is a link to a file outside its directory; copy the file itself into it")
+    check_own_file(path, error)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as failure:  # protobuf raises types of its own
@@ -147,8 +147,7 @@ def _check_location(path: Path, location: str, error: type[GraloraError]) -> Non
         raise error(f"{path} keeps weights at {location!r}, outside its directory; do not trust it, or export it again")
     if not file.is_file():
         raise error(f"{file} is missing; copy the whole export directory")
-    if file.is_symlink() or file.stat().st_nlink > 1:
-        raise error(f"{file} is a link; copy the file itself into the export directory")
+    check_own_file(file, error)
 
 
 def _within(nodes: Any) -> Iterator[Any]:

@@ -5,13 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.runtime.adapter_record import SUFFIX
+from gralora_fx.runtime.adapter_record import SUFFIX, record_path
+from gralora_fx.runtime.links import check_own_file
 from gralora_fx.runtime.names import ADAPTERS
 
 
 def own_adapters(directory: Path) -> dict[str, Path]:
-    """The adapter files in an export's directory, by name."""
-    return {path.name.removesuffix(SUFFIX): path for path in sorted((directory / ADAPTERS).glob(f"*{SUFFIX}"))}
+    """The adapter files in an export's directory, by name.
+
+    Raises:
+        ServingError: One of them, or its record, is a link out of the directory.
+    """
+    folder = directory / ADAPTERS
+    if folder.is_symlink():
+        raise ServingError(f"{folder} is a link; copy the directory itself into the export directory")
+    found = {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    for path in found.values():
+        check_own_file(path, ServingError)
+        check_own_file(record_path(path), ServingError)
+    return found
 
 
 def adapter_path(path: str | Path) -> Path:

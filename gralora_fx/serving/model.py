@@ -31,7 +31,7 @@ from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.adapters import Adapters
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.generation import Answers, Generator
-from gralora_fx.serving.opening import check_unchanged, directory_of, read_config
+from gralora_fx.serving.opening import check_outside_files, check_unchanged, directory_of, read_config
 from gralora_fx.serving.outputs import Outputs
 from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
 from gralora_fx.serving.row_adapters import RowAdapters, rows_feed
@@ -100,6 +100,7 @@ class OrtModel:
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
         check_requirements(self.directory, self.manifest, ServingError)
+        check_outside_files(self.directory)
         self.config = read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
         self.session = open_session(self.directory, self._runtime, error=ServingError)

@@ -90,7 +90,7 @@ class RowAdapters(Mapping[str, int]):
         self._stack.unload_adapter(name)
 
     def stack(self, adapter: object) -> Stack:
-        """The adapters as they are, those loaded that are asked for.
+        """Adapters with all that are asked for, which are loaded.
 
         Args:
             adapter: A name, None, or a list of them.
@@ -99,10 +99,8 @@ class RowAdapters(Mapping[str, int]):
             ServingError: There is none of a name, or its file may not be used.
         """
         names: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter]
-        for name in names:
-            if name is not None:
-                self[name]
-        return self._stack.current()
+        needed = {name: self[name] for name in names if name is not None}
+        return self._stack.current(needed)
 
 
 def rows_feed(adapters: RowAdapters, adapter: object, feed: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
