@@ -11,7 +11,7 @@ from gralora_fx.adapters.stored import open_adapter
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
 from gralora_fx.runtime.adapter_record import SUFFIX, check_name
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.names import ADAPTERS
 
 
@@ -46,8 +46,7 @@ def export_adapter(
     """
     check_name(name)
     manifest = read_manifest(onnx_dir)
-    inputs = manifest.adapter_inputs
-    if inputs is None:
+    if manifest.adapter_inputs is None:
         raise ExportError(
             f"{onnx_dir} takes no adapters: it was exported with adapters='merged'; export the model with "
             "adapters='swappable', or fold the adapter into it with fold_onnx"
@@ -55,6 +54,32 @@ def export_adapter(
     path = Path(onnx_dir) / ADAPTERS / f"{name}{SUFFIX}"
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; give --overwrite (overwrite=True) to replace it, or another name")
+    return convert_adapter(adapter_dir, manifest, onnx_dir, name, revision=revision)
+
+
+def convert_adapter(
+    adapter_dir: str | Path, manifest: Manifest, output_dir: str | Path, name: str, *, revision: str | None = None
+) -> Path:
+    """Write a PEFT adapter as data of an export into `adapters/` of any directory.
+
+    Args:
+        adapter_dir: As of `export_adapter`.
+        manifest: Manifest of an export that takes adapters as data.
+        output_dir: The directory; an adapter of the name there is replaced.
+        name: The name to give it.
+        revision: As of `export_adapter`.
+
+    Returns:
+        The `.onnx_adapter` file, its record beside it.
+
+    Raises:
+        ExportError: The export lacks layers of the adapter or its blocks, or the adapter is more than a sum of low-rank
+            terms.
+        ConfigError: As of `export_adapter`.
+        CheckpointError: As of `export_adapter`.
+    """
+    inputs = manifest.adapter_inputs
+    assert inputs is not None
     with open_adapter(adapter_dir, revision=revision) as stored:
         if stored.copies:
             raise ExportError(
@@ -64,4 +89,4 @@ def export_adapter(
             )
         updates = {path: stored.update(path) for path in stored.sites}
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
-    return write_adapter(Path(onnx_dir), name, updates, fields, inputs, manifest.base_fingerprint)
+    return write_adapter(Path(output_dir), name, updates, fields, inputs, manifest.base_fingerprint)

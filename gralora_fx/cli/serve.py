@@ -24,6 +24,14 @@ Adapters = Annotated[
         callback=utf8,
     ),
 ]
+AdapterRoot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Let requests load and unload adapters of this directory: .onnx_adapter files and PEFT's directories.",
+        callback=utf8,
+    ),
+]
 Host = Annotated[str, typer.Option(help="Address to listen on.", callback=utf8)]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")]
 MaxBatch = Annotated[int | None, typer.Option(min=1, help="Most rows that run together.  [default: 8]")]
@@ -46,6 +54,7 @@ ApiKey = Annotated[
 def serve(
     directory: Directory,
     adapter: Adapters = None,
+    adapter_root: AdapterRoot = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_batch: MaxBatch = None,
@@ -63,6 +72,7 @@ def serve(
     settings = ServiceSettings(
         directory,
         adapters=read_adapters(adapter),
+        adapter_root=adapter_root,
         max_batch=max_batch,
         max_queue=max_queue,
         max_context=max_context,

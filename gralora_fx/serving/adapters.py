@@ -180,8 +180,8 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """Where sums are written, since onnxruntime-genai reads a file; made for the first."""
         return tempfile.TemporaryDirectory(prefix="gralora-fx-")
 
-    def unload(self, name: str) -> None:
-        """Forget an adapter; calls that run with it end undisturbed.
+    def unload(self, name: str) -> LoadedAdapter:
+        """Forget an adapter, which is returned; calls that run with it end undisturbed.
 
         Raises:
             ServingError: It is not loaded.
@@ -190,7 +190,9 @@ class Adapters(Mapping[str, LoadedAdapter]):
         with self._lock:
             if name not in self._loaded:
                 raise ServingError(f"no adapter {shown(name)} is loaded; loaded is {listed(self) or 'none'}")
+            found = self._loaded[name]
             self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
+        return found
 
     def _check_takes_adapters(self) -> Any:
         inputs = self._manifest.adapter_inputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.runtime.adapter_file import check_file
 from gralora_fx.runtime.genai_schema import read_genai_config
 from gralora_fx.runtime.session import CPU, FATAL, Runtime
 from gralora_fx.serving.adapters import LoadedAdapter
 from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.genai_adapters import GenaiAdapters
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
 
@@ -30,6 +29,7 @@ class Generator:
 
     Attributes:
         ends: Ids of the tokens that end a text.
+        adapters: The adapters that onnxruntime-genai holds.
     """
 
     def __init__(self, directory: Path, runtime: Runtime, threads: int | None = None) -> None:
@@ -63,9 +63,7 @@ class Generator:
             self._model = onnxruntime_genai.Model(config)
         except Exception as error:  # onnxruntime-genai raises types of its own
             raise ServingError(f"onnxruntime-genai cannot load {directory} ({first_line(error)})") from error
-        self._adapters = onnxruntime_genai.Adapters(self._model)
-        self._known: set[str] = set()  # digests of the adapter files that it has read
-        self._lock = threading.Lock()
+        self.adapters = GenaiAdapters(onnxruntime_genai.Adapters(self._model))
         ends = fields["eos_token_id"]
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._padding, self._vocabulary, self._context = (
@@ -97,33 +95,23 @@ class Generator:
         for index, row in enumerate(prompts):
             rows[index, : len(row)] = row
         parameters = self._genai.GeneratorParams(self._model)
+        generator = None
         try:
             parameters.set_search_options(**sampling.options(longest, len(prompts), self._context))
             generator = self._genai.Generator(self._model, parameters)
             for name, value in required.items():
                 generator.set_model_input(name, value)
             if adapter is not None and not required:
-                generator.set_active_adapter(*self._active(adapter))
+                self.adapters.activate(generator, adapter)
             generator.append_tokens(rows)
             while not generator.is_done():
                 generator.generate_next_token()
                 yield [int(token) for token in generator.get_next_tokens()]
         except Exception as error:  # onnxruntime-genai raises types of its own
             raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
-
-    def _active(self, adapter: LoadedAdapter) -> tuple[Any, str]:
-        """An adapter as onnxruntime-genai takes it, which reads the file itself, once.
-
-        Raises:
-            ServingError: The file was changed since it was loaded.
-        """
-        name = adapter.record.file_sha256
-        with self._lock:
-            if name not in self._known:
-                check_file(adapter.path, adapter.record, ServingError)
-                self._adapters.load(str(adapter.path), name)
-                self._known.add(name)
-        return self._adapters, name
+        finally:
+            generator = None  # the last of its adapter's generators lets the adapter go
+            self.adapters.sweep()
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Check that the model can take prompts.

@@ -181,7 +181,9 @@ class OrtModel:
         Raises:
             ServingError: It is not loaded.
         """
-        self._known.unload(name)
+        unloaded = self._known.unload(name)
+        if unloaded is not None and "_generator" in vars(self):  # onnxruntime-genai may have a copy of its own
+            self._generator.adapters.forget(unloaded.record.file_sha256)
 
     def bind_adapter(self, binding: Any, adapter: str | None) -> None:
         """Bind an adapter's tensors in an `onnxruntime.IOBinding` of `session`, for the runs that use the binding.

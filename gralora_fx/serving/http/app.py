@@ -11,6 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from gralora_fx.serving.http.adapter_root import AdapterRoot
+from gralora_fx.serving.http.adapter_routes import adapter_routes
 from gralora_fx.serving.http.encoder_texts import encoder_text_routes
 from gralora_fx.serving.http.engines import EncoderEngine, TextEngine, open_engine
 from gralora_fx.serving.http.failures import add_handlers
@@ -32,9 +34,13 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
     Raises:
         ServingError: The export or an adapter cannot be opened.
+        ConfigError: The adapter root is not a directory.
     """
     metrics = Metrics()
+    root = None if settings.adapter_root is None else AdapterRoot.of(settings.adapter_root)
     engine = open_engine(settings, metrics)
+    names = engine.names
+    metrics.watch_adapters(lambda: len(names.adapters), lambda: len(names.versions))
     state = {"is_ready": False}
 
     @asynccontextmanager
@@ -52,6 +58,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
     app.add_middleware(CountingMiddleware, metrics=metrics)
     _add_routes(app, engine, metrics, state)
+    app.include_router(adapter_routes(engine, root, metrics))
     return app
 
 

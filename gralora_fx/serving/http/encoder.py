@@ -15,6 +15,7 @@ from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import prompt_ids
 from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.context_length import context_length
+from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
@@ -61,6 +62,7 @@ class Encoder:
         *,
         max_batch: int,
         max_queue: int,
+        versions: AdapterVersions,
     ) -> None:
         """Make the queue.
 
@@ -70,9 +72,10 @@ class Encoder:
             observer: Is told what runs.
             max_batch: The most rows of a batch.
             max_queue: The most rows that may wait.
+            versions: The adapters, each of which is held while rows with it wait or run.
         """
         self.model, self.tokenizer = model, tokenizer
-        self._observer = observer
+        self._observer, self._versions = observer, versions
         self._rows_have_adapters = model.manifest.adapters_mode == BATCHED
         self.inputs = {value.name: value for value in model.session.get_inputs() if value.name in model.input_names}
         self.outputs = {value.name: value for value in model.session.get_outputs()}
@@ -92,7 +95,15 @@ class Encoder:
             ServingError: The model cannot be run.
         """
         if self.takes_texts:
-            self._run([_Text(self.read("a"), None)])
+            self.run_text("a", None)
+
+    def run_text(self, text: str, adapter: str | None) -> dict[str, NDArray[Any]]:
+        """Run a text at once, beside the queue; the outputs of its row.
+
+        Raises:
+            ServingError: The model cannot be run.
+        """
+        return self._run([_Text(self.read(text), adapter)])[0]
 
     def read(self, text: str | Sequence[int]) -> list[int]:
         """Token ids of a text, checked.
@@ -157,8 +168,19 @@ class Encoder:
         return dict(result)
 
     async def _wait(self, jobs: list[RowJob]) -> list[Any]:
-        self.batches.submit(jobs)
+        self._versions.hold(*(job.payload.adapter for job in jobs))
+        try:
+            self.batches.submit(jobs)
+        except ServingError:
+            self._release(jobs)
+            raise
+        for job in jobs:
+            job.result.add_done_callback(lambda _, job=job: self._release([job]))  # type: ignore[misc]
         return await asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
+
+    def _release(self, jobs: Sequence[RowJob]) -> None:
+        for job in jobs:
+            self._versions.release(job.payload.adapter)
 
     def _run(self, payloads: Sequence[Any]) -> list[dict[str, NDArray[Any]]]:
         """Run payloads of one kind as a batch; the outputs of each."""

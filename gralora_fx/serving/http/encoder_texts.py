@@ -32,18 +32,18 @@ def encoder_text_routes(engine: EncoderEngine) -> APIRouter:
 
         @router.post("/v1/embeddings")
         async def embed(asked: EmbeddingRequest, request: Request) -> Response:
-            adapter = engine.names.adapter(asked.model)
-            rows = await run_in_threadpool(_read, encoder, asked.input)
-            return await unless_disconnected(request, _embeddings(encoder, rows, adapter, asked))
+            with engine.names.held(asked.model) as adapter:
+                rows = await run_in_threadpool(_read, encoder, asked.input)
+                return await unless_disconnected(request, _embeddings(encoder, rows, adapter, asked))
 
     if encoder.model.task == _CLASSIFICATION and "logits" in encoder.outputs:
 
         @router.post("/classify")
         async def classify(asked: ClassifyRequest, request: Request) -> Response:
             model = engine.names.base if asked.model is None else asked.model
-            adapter = engine.names.adapter(model)
-            rows = await run_in_threadpool(_read, encoder, asked.input)
-            return await unless_disconnected(request, _classes(encoder, rows, adapter, model))
+            with engine.names.held(model) as adapter:
+                rows = await run_in_threadpool(_read, encoder, asked.input)
+                return await unless_disconnected(request, _classes(encoder, rows, adapter, model))
 
     return router
 

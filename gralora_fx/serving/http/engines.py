@@ -7,18 +7,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.context_length import context_length
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.serving.adapters import Adapters
+from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.batched_decoder import BatchedDecoder
 from gralora_fx.serving.end_tokens import end_tokens
+from gralora_fx.serving.http.adapter_trial import AdapterTrial, try_decoder, try_encoder, try_rows
 from gralora_fx.serving.http.encoder import Encoder
+from gralora_fx.serving.http.model_names import ModelNames
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel, load
-from gralora_fx.serving.row_adapters import RowAdapters
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.sequential import SequentialScheduler
@@ -28,46 +29,21 @@ from gralora_fx.serving.scheduling.text_queue import TextQueue
 _TEXT = "text-generation-with-past"
 
 
-class UnknownModelError(ServingError):
-    """A request names a model that is not served."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """The models that requests may name.
-
-    Attributes:
-        base: The model without an adapter.
-        adapters: The adapters.
-    """
-
-    base: str
-    adapters: tuple[str, ...]
-
-    def adapter(self, model: str) -> str | None:
-        """The adapter that a model's name means; None for the base.
-
-        Raises:
-            UnknownModelError: There is no such model.
-        """
-        if model == self.base:
-            return None
-        if model not in self.adapters:
-            raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *self.adapters))}")
-        return model
-
-
 @dataclass(frozen=True)
 class TextEngine:
     """A decoder that answers prompts.
 
     Attributes:
         names: The models that requests may name.
+        manifest: The export's manifest.
+        trial: Tries an adapter that is loaded.
         tokenizer: The tokenizer beside the model.
         queue: Takes requests.
     """
 
-    names: Names
+    names: ModelNames
+    manifest: Manifest
+    trial: AdapterTrial
     tokenizer: PreTrainedTokenizerBase
     queue: TextQueue
 
@@ -78,6 +54,7 @@ class TextEngine:
     def stop(self) -> None:
         """Answer what is there, and end."""
         self.queue.stop()
+        self.names.versions.close()
 
 
 @dataclass(frozen=True)
@@ -86,10 +63,14 @@ class EncoderEngine:
 
     Attributes:
         names: The models that requests may name.
+        manifest: The export's manifest.
+        trial: Tries an adapter that is loaded.
         encoder: Runs rows in batches.
     """
 
-    names: Names
+    names: ModelNames
+    manifest: Manifest
+    trial: AdapterTrial
     encoder: Encoder
 
     def start(self) -> None:
@@ -99,6 +80,7 @@ class EncoderEngine:
     def stop(self) -> None:
         """Run what is there, and end."""
         self.encoder.batches.stop()
+        self.names.versions.close()
 
 
 def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | EncoderEngine:
@@ -122,27 +104,35 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | E
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
     if settings.max_context is not None:
         raise ServingError(f"max_context has no effect for the task {manifest.task}; leave --max-context out")
-    names = _open_adapters(settings, model.adapters)
+    names = _open_adapters(settings, model)
     tokenizer = load_tokenizer(model.directory, ServingError)
-    encoder = Encoder(model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue)
+    encoder = Encoder(
+        model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, versions=names.versions
+    )
     encoder.warm_up()
-    return EncoderEngine(names, encoder)
+    return EncoderEngine(names, manifest, try_encoder(encoder), encoder)
 
 
 def _continuous(settings: ServiceSettings, observer: Observer) -> TextEngine:
     decoder = BatchedDecoder(
         settings.directory, rows=settings.rows, capacity=settings.max_context, threads=settings.threads
     )
-    names = _open_adapters(settings, decoder.adapters)
     model = decoder.model
+    names = _open_adapters(settings, model)
     row = decoder.open()
     decoder.step({row: [0]})
     decoder.close(row)
     ends = end_tokens(model.directory, model.config)
     queue = ContinuousScheduler(
-        decoder, model.tokenizer, ends, _vocabulary(model), observer, max_queue=settings.max_queue
+        decoder,
+        model.tokenizer,
+        ends,
+        _vocabulary(model),
+        observer,
+        max_queue=settings.max_queue,
+        versions=names.versions,
     )
-    return _text_engine(names, model.tokenizer, queue)
+    return _text_engine(names, model, try_rows(decoder), queue)
 
 
 def _sequential(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
@@ -151,7 +141,7 @@ def _sequential(settings: ServiceSettings, model: OrtModel, observer: Observer) 
             f"max_batch={settings.max_batch} has no effect: {settings.directory} runs one request at a time; leave "
             "--max-batch out, or export the model with adapters='batched'"
         )
-    names = _open_adapters(settings, model.adapters)
+    names = _open_adapters(settings, model)
     context = context_length(model.config)
     context = None if context is None else context - model.manifest.position_offset
     most = settings.max_context
@@ -162,17 +152,21 @@ def _sequential(settings: ServiceSettings, model: OrtModel, observer: Observer) 
     tokenizer = model.tokenizer
     model.generate([0], max_new_tokens=1)
     limits = Limits(int(most or context or 0), _vocabulary(model))
-    queue = SequentialScheduler(model, tokenizer, limits, observer, max_queue=settings.max_queue)
-    return _text_engine(names, tokenizer, queue)
+    queue = SequentialScheduler(
+        model, tokenizer, limits, observer, max_queue=settings.max_queue, versions=names.versions
+    )
+    return _text_engine(names, model, try_decoder(model), queue)
 
 
-def _text_engine(names: Names, tokenizer: PreTrainedTokenizerBase, queue: TextQueue) -> TextEngine:
+def _text_engine(names: ModelNames, model: OrtModel, trial: AdapterTrial, queue: TextQueue) -> TextEngine:
+    tokenizer = model.tokenizer
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
-    return TextEngine(names, tokenizer, queue)
+    return TextEngine(names, model.manifest, trial, tokenizer, queue)
 
 
-def _open_adapters(settings: ServiceSettings, adapters: Adapters | RowAdapters) -> Names:
+def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ModelNames:
     """Load the adapters that are given and the export's own, so that requests find them in memory."""
+    adapters = model.adapters
     for name, path in settings.adapters.items():
         adapters.load(name, path)
     names = tuple(adapters.available())
@@ -182,7 +176,7 @@ def _open_adapters(settings: ServiceSettings, adapters: Adapters | RowAdapters) 
         raise ServingError(
             f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
         )
-    return Names(settings.base_name, names)
+    return ModelNames(settings.base_name, AdapterVersions(model))
 
 
 def _vocabulary(model: OrtModel) -> int | None:

@@ -12,7 +12,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gralora_fx.errors import GraloraError, shown
-from gralora_fx.serving.http.engines import UnknownModelError
+from gralora_fx.serving.adapter_versions import TooManyChangesError, UnknownAdapterError
+from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
+from gralora_fx.serving.http.model_names import UnknownModelError
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError
 
 RETRY_AFTER = {"Retry-After": "1"}
@@ -20,6 +22,9 @@ _INFERENCE = "/v2/"
 _logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (UnknownModelError, 404),
+    (UnknownAdapterError, 404),
+    (AdapterNotFoundError, 404),
+    (TooManyChangesError, 429),
     (QueueFullError, 429),
     (StoppedError, 503),
     (RunError, 500),

@@ -76,14 +76,15 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
 
     @router.post("/{name}/infer")
     async def infer(name: str, asked: InferRequest, request: Request) -> Response:
-        adapter = names.adapter(name)
+        names.adapter(name)
         arrays = {tensor.name: _array(encoder, tensor) for tensor in asked.inputs}
         if len(arrays) < len(asked.inputs):
             raise ServingError("an input is given twice; give each once")
         wanted = list(encoder.outputs) if asked.outputs is None else [output.name for output in asked.outputs]
         if unknown := [output for output in wanted if output not in encoder.outputs]:
             raise ServingError(f"no output {shown(unknown[0])}; there is {listed(encoder.outputs)}")
-        return await unless_disconnected(request, _infer(encoder, name, adapter, arrays, wanted, asked.id))
+        with names.held(name) as adapter:
+            return await unless_disconnected(request, _infer(encoder, name, adapter, arrays, wanted, asked.id))
 
     return router
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from collections.abc import Callable
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -32,6 +35,24 @@ class Metrics:
         self._tokens = Counter("gralora_fx_tokens", "Tokens, by kind.", ("kind",), registry=registry)
         for kind in ("prompt", "generated"):
             self._tokens.labels(kind)
+        self._loads = Counter(
+            "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
+        )
+        for outcome in ("ok", "refused"):
+            self._loads.labels(outcome)
+        self._adapters = Gauge("gralora_fx_adapters_loaded", "Adapters that requests may name.", registry=registry)
+        self._versions = Gauge(
+            "gralora_fx_adapter_versions", "Versions of adapters in memory, replaced ones included.", registry=registry
+        )
+
+    def watch_adapters(self, loaded: Callable[[], int], versions: Callable[[], int]) -> None:
+        """Take what counts the adapters that are loaded, and their versions in memory."""
+        self._adapters.set_function(loaded)
+        self._versions.set_function(versions)
+
+    def adapter_load(self, outcome: Literal["ok", "refused"]) -> None:
+        """A load of an adapter ended."""
+        self._loads.labels(outcome).inc()
 
     def answered(self, route: str, method: str, code: int) -> None:
         """A request was answered."""

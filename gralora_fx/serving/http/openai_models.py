@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from gralora_fx.serving.http.engines import Names
+from gralora_fx.serving.http.model_names import ModelNames
 
 
-def model_routes(names: Names) -> APIRouter:
+def model_routes(names: ModelNames) -> APIRouter:
     """The routes of the list of models."""
     router = APIRouter()
     created = int(time.time())

@@ -91,7 +91,8 @@ def text_routes(engine: TextEngine) -> APIRouter:
 async def _answer(
     engine: TextEngine, asked: CompletionRequest | ChatRequest, request: Request, form: _Form
 ) -> Response:
-    answers = TextAnswers(engine, await read_request(engine, asked))
+    with engine.names.held(asked.model) as adapter:
+        answers = TextAnswers(engine, await read_request(engine, asked, adapter))
     if asked.stream:
         return _Stream(answers, _events(answers, form, includes_usage=asked.includes_usage))
     try:

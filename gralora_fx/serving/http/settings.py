@@ -23,6 +23,7 @@ class ServiceSettings:
         max_queue: The most requests, or rows of an encoder, that may wait.
         max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
         threads: Threads of an operator; None for one on each core that the process may use.
+        adapter_root: The directory that requests may load adapters from; None if they may load none.
         api_key: The key that requests must give; None for none.
     """
 
@@ -32,6 +33,7 @@ class ServiceSettings:
     max_queue: int = 64
     max_context: int | None = None
     threads: int | None = None
+    adapter_root: Path | None = None
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -79,17 +79,19 @@ class TextAnswers:
             job.cancel()
 
 
-async def read_request(engine: TextEngine, asked: CompletionRequest | ChatRequest) -> list[TextRequest]:
+async def read_request(
+    engine: TextEngine, asked: CompletionRequest | ChatRequest, adapter: str | None
+) -> list[TextRequest]:
     """What a request asks for, its prompts as token ids.
 
     Args:
         engine: The decoder.
         asked: The request.
+        adapter: The key of the adapter that its model's name means; None for the base.
 
     Raises:
-        ServingError: The model is unknown, or the prompts or options cannot be taken.
+        ServingError: The prompts or options cannot be taken.
     """
-    adapter = engine.names.adapter(asked.model)
     if asked.stream_options is not None and not asked.stream:
         raise ServingError("stream_options has no effect without stream; give stream too, or leave it out")
     stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)

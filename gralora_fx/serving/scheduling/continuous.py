@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.batched_decoder import BatchedDecoder
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import Limits, TextJob
@@ -73,6 +74,7 @@ class ContinuousScheduler(TextQueue):
         observer: Observer,
         *,
         max_queue: int,
+        versions: AdapterVersions | None = None,
     ) -> None:
         """Make a scheduler without requests.
 
@@ -83,9 +85,10 @@ class ContinuousScheduler(TextQueue):
             vocabulary: How many tokens there are; None if that is not known.
             observer: Is told what runs.
             max_queue: The most requests that may wait for a row.
+            versions: As of `TextQueue`.
         """
         limits = Limits(decoder.capacity, vocabulary)
-        super().__init__(tokenizer, ends, limits, observer, room=decoder.rows + max_queue)
+        super().__init__(tokenizer, ends, limits, observer, room=decoder.rows + max_queue, versions=versions)
         self._decoder = decoder
         self._rows: dict[int, _Running] = {}
 
@@ -106,6 +109,7 @@ class ContinuousScheduler(TextQueue):
             if running.job.is_done or running.job.is_cancelled:
                 self._decoder.close(row)
                 del self._rows[row]
+                self._left(running.job)
 
     def _admit(self) -> None:
         """Give free rows to requests that wait."""
@@ -115,6 +119,7 @@ class ContinuousScheduler(TextQueue):
             except Exception as error:
                 _logger.exception("a request cannot be run")
                 job.fail(failure(error))
+                self._left(job)
                 continue
             self._rows[row] = _Running(job)
 

@@ -8,6 +8,7 @@ import time
 
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import Limits, TextJob
@@ -27,6 +28,7 @@ class SequentialScheduler(TextQueue):
         observer: Observer,
         *,
         max_queue: int,
+        versions: AdapterVersions | None = None,
     ) -> None:
         """Make a scheduler without requests.
 
@@ -36,9 +38,10 @@ class SequentialScheduler(TextQueue):
             limits: What the model can take.
             observer: Is told what runs.
             max_queue: The most requests that may wait.
+            versions: As of `TextQueue`.
         """
         # onnxruntime-genai knows the tokens that end an answer, and `generate` does not give them
-        super().__init__(tokenizer, frozenset(), limits, observer, room=1 + max_queue)
+        super().__init__(tokenizer, frozenset(), limits, observer, room=1 + max_queue, versions=versions)
         self._model = model
         self._current: TextJob | None = None
 
@@ -57,6 +60,7 @@ class SequentialScheduler(TextQueue):
             _logger.exception("a request failed")
             self._current.fail(failure(error))
         finally:
+            self._left(self._current)
             self._current = None
 
     def _answer(self, job: TextJob) -> None:

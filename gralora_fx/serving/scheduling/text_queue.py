@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError
+from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError
 from gralora_fx.serving.scheduling.observer import Observer
@@ -32,6 +33,7 @@ class TextQueue(Worker):
         observer: Observer,
         *,
         room: int,
+        versions: AdapterVersions | None = None,
     ) -> None:
         """Make an empty queue; `start` starts its thread.
 
@@ -41,11 +43,13 @@ class TextQueue(Worker):
             limits: What the model can take.
             observer: Is told what runs.
             room: The most requests that may run or wait at a time.
+            versions: The adapters, each of which is held while a request with it waits or runs; None if they stay.
         """
         super().__init__("gralora-fx text")
         self.limits, self.room = limits, room
         self._tokenizer, self._ends, self._observer = tokenizer, ends, observer
         self._waiting: deque[TextJob] = deque()
+        self._versions = versions
 
     def submit(self, requests: Sequence[tuple[TextRequest, Sink]]) -> list[TextJob]:
         """Queue requests, all or none.
@@ -65,9 +69,10 @@ class TextQueue(Worker):
         jobs = [TextJob(request, Answer(self._tokenizer, self._ends, request.stop), sink) for request, sink in requests]
         with self._condition:
             self._check_takes()
-            self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
+            self._drop_cancelled()
             if self.in_flight + len(jobs) > self.room:
                 raise QueueFullError(f"{self.in_flight} requests run or wait, and there is room for {self.room}")
+            self._hold(jobs)
             self._waiting.extend(jobs)
             self._condition.notify_all()
         return jobs
@@ -102,7 +107,28 @@ class TextQueue(Worker):
                 if not job.is_cancelled:
                     self._observer.waited(job.age)
                     return job
+                self._left(job)
         return None
+
+    def _drop_cancelled(self) -> None:
+        """Take jobs that were given up out of those that wait; called with the condition held."""
+        kept: deque[TextJob] = deque()
+        for job in self._waiting:
+            if job.is_cancelled:
+                self._left(job)
+            else:
+                kept.append(job)
+        self._waiting = kept
+
+    def _hold(self, jobs: Sequence[TextJob]) -> None:
+        """Keep the adapters of new jobs, all or none."""
+        if self._versions is not None:
+            self._versions.hold(*(job.request.adapter for job in jobs))
+
+    def _left(self, job: TextJob) -> None:
+        """Let a job's adapter go; called once for each job, when it neither waits nor runs any more."""
+        if self._versions is not None:
+            self._versions.release(job.request.adapter)
 
 
 def failure(error: Exception) -> RunError:

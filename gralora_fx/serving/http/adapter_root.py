@@ -1,0 +1,164 @@
+"""The directory that adapters may be loaded from while the service runs, and copies of what it holds.
+
+A file is copied before it is read: what is checked is what runs, whatever happens to the file meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from gralora_fx.errors import ConfigError, ServingError, first_line, shown
+from gralora_fx.runtime.adapter_record import SUFFIX, record_path
+from gralora_fx.runtime.manifest import Manifest
+
+_PEFT = ("adapter_config.json", "adapter_model.safetensors")
+_MOST_BYTES = 8 << 30  # of a file
+
+
+class AdapterNotFoundError(ServingError):
+    """There is nothing at the path of an adapter."""
+
+
+@dataclass(frozen=True)
+class AdapterRoot:
+    """A directory of adapters: `.onnx_adapter` files with their records, and directories that PEFT saved.
+
+    Attributes:
+        path: The directory, absolute and without links.
+        given: The directory as it was given, absolute.
+    """
+
+    path: Path
+    given: Path
+
+    @classmethod
+    def of(cls, directory: Path) -> AdapterRoot:
+        """The root at a directory.
+
+        Raises:
+            ConfigError: It is not a directory, or the system cannot keep a path within one.
+        """
+        if os.open not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
+            raise ConfigError("--adapter-root needs a system that opens files without following links, such as Linux")
+        try:
+            path = directory.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"the adapter root {directory} cannot be read ({first_line(error)})") from error
+        if not path.is_dir():
+            raise ConfigError(f"the adapter root {directory} is not a directory")
+        return cls(path, directory.absolute())
+
+    def copy(self, text: str, name: str, manifest: Manifest, folder: Path) -> Path:
+        """An adapter as data of an export, copied or converted.
+
+        Args:
+            text: Its path: relative to the root, or absolute and within it.
+            name: The adapter's name.
+            manifest: Manifest of the export, which takes adapters as data.
+            folder: An empty directory to write to.
+
+        Returns:
+            The `.onnx_adapter` file in the folder, its record beside it.
+
+        Raises:
+            AdapterNotFoundError: There is nothing at the path.
+            ServingError: The path leads out of the root, or to something else than regular files of an adapter.
+            GraloraError: A PEFT adapter cannot be converted (see `export_adapter`).
+        """
+        path = self._within(text)
+        try:
+            is_directory = self._resolved(path, text).is_dir()
+            if not is_directory and path.suffix != SUFFIX:
+                raise ServingError(
+                    f"{shown(text)} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to"
+                )
+            if not is_directory:
+                file = folder / path.name
+                self._copy_all([path, record_path(path)], [file, record_path(file)])
+                return file
+            copy = folder / path.name
+            copy.mkdir()
+            self._copy_all([path / file for file in _PEFT], [copy / file for file in _PEFT])
+        except OSError as error:
+            raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
+        from gralora_fx.exporters.adapter import convert_adapter  # serving needs no exporter otherwise
+
+        return convert_adapter(copy, manifest, copy, name)
+
+    def _within(self, text: str) -> Path:
+        """A path below the root by its letters alone."""
+        parts = PurePosixPath(text).parts
+        if not text or "\0" in text or ".." in parts or not text.isprintable():
+            raise ServingError(f"lora_path is {shown(text)}; give a path within the adapter root, without '..'")
+        given = Path(text)
+        path = self.path / (given.relative_to(self.given) if given.is_relative_to(self.given) else given)
+        if not path.is_relative_to(self.path):
+            raise ServingError(f"{shown(text)} is outside the adapter root; give a path within it")
+        return path
+
+    def _resolved(self, path: Path, text: str) -> Path:
+        """A path without links, which may not lead out of the root."""
+        try:
+            found = path.resolve(strict=True)
+        except FileNotFoundError as error:
+            missing = "" if path == self.path / text else f" ({path.name} is missing)"
+            raise AdapterNotFoundError(f"there is no adapter at {shown(text)} in the adapter root{missing}") from error
+        except RuntimeError as error:
+            raise ServingError(f"{shown(text)} is a loop of links") from error
+        if not found.is_relative_to(self.path):
+            raise ServingError(f"{shown(text)} is a link out of the adapter root; copy the file itself into it")
+        return found
+
+    def _copy_all(self, sources: Sequence[Path], targets: Sequence[Path]) -> None:
+        """Copy files that belong together.
+
+        Raises:
+            ServingError: One is not a regular file of one name, is too large, or was changed meanwhile.
+        """
+        with ExitStack() as stack:
+            files = [stack.enter_context(self._opened(source)) for source in sources]
+            before = [_identity(file) for file in files]
+            for file, target in zip(files, targets, strict=True):
+                with target.open("wb") as copy:
+                    shutil.copyfileobj(file, copy)
+            after = [_identity(file) for file in files]
+        for source, *identities in zip(sources, before, after, strict=True):
+            if identities[0] != identities[1]:
+                raise ServingError(f"{source.name} was changed while it was read; ask again when it is whole")
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BinaryIO]:
+        """A file of the root, opened part by part from the root, so that no link is followed that comes meanwhile."""
+        text = str(path.relative_to(self.path))
+        parts = self._resolved(path, text).relative_to(self.path).parts
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        for index, part in enumerate(parts):
+            kind = os.O_DIRECTORY if index < len(parts) - 1 else os.O_NONBLOCK  # a pipe would keep it waiting
+            try:
+                inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=handle)
+            finally:
+                os.close(handle)
+            handle = inner
+        with os.fdopen(handle, "rb") as file:
+            facts = os.fstat(handle)
+            if not stat.S_ISREG(facts.st_mode):
+                raise ServingError(f"{shown(text)} is not a regular file")
+            if facts.st_nlink > 1:
+                raise ServingError(
+                    f"{shown(text)} is a hard link, which may lead out of the adapter root; copy the file"
+                )
+            if facts.st_size > _MOST_BYTES:
+                raise ServingError(f"{shown(text)} has {facts.st_size:,} bytes, more than {_MOST_BYTES:,}")
+            yield file
+
+
+def _identity(file: BinaryIO) -> tuple[int, int, int]:
+    facts = os.fstat(file.fileno())
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

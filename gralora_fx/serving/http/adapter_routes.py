@@ -1,0 +1,100 @@
+"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, in vLLM's form."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.exceptions import HTTPException
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, ConfigDict
+
+from gralora_fx.errors import GraloraError, ServingError, shown
+from gralora_fx.serving.adapter_versions import AdapterVersions
+from gralora_fx.serving.http.adapter_root import AdapterRoot
+from gralora_fx.serving.http.engines import EncoderEngine, TextEngine
+from gralora_fx.serving.http.metrics import Metrics
+
+
+class LoadRequest(BaseModel):
+    """A request to load an adapter."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(BaseModel):
+    """A request to unload an adapter."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: str
+
+
+def adapter_routes(engine: TextEngine | EncoderEngine, root: AdapterRoot | None, metrics: Metrics) -> APIRouter:
+    """The routes that change adapters.
+
+    Args:
+        engine: What runs with the adapters.
+        root: Where adapters may be; None if none may be loaded.
+        metrics: Where to count.
+    """
+    router, versions = APIRouter(), engine.names.versions
+
+    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    async def load(asked: LoadRequest) -> PlainTextResponse:
+        place = _needed(root)
+        try:
+            await _changed(versions, lambda: _load(engine, place, asked))
+        except GraloraError:
+            metrics.adapter_load("refused")
+            raise
+        metrics.adapter_load("ok")
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    async def unload(asked: UnloadRequest) -> PlainTextResponse:
+        _needed(root)
+        await _changed(versions, lambda: versions.unload(asked.lora_name))
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    return router
+
+
+def _needed(root: AdapterRoot | None) -> AdapterRoot:
+    if root is None:
+        raise HTTPException(404, "the service was started without --adapter-root, so its adapters stay as they are")
+    return root
+
+
+async def _changed(versions: AdapterVersions, work: Callable[[], None]) -> None:
+    """Wait for a change of adapters, which goes on if the client goes away."""
+    await asyncio.shield(asyncio.wrap_future(versions.change(work)))
+
+
+def _load(engine: TextEngine | EncoderEngine, root: AdapterRoot, asked: LoadRequest) -> None:
+    """Copy, check and try an adapter, and let its name stand for it."""
+    names, manifest = engine.names, engine.manifest
+    if manifest.adapter_inputs is None:
+        raise ServingError(
+            f"{names.base} takes no adapters: it was exported with adapters='merged'; export the model with "
+            "adapters='batched' or 'swappable'"
+        )
+    if asked.lora_name == names.base:
+        raise ServingError(f"{shown(asked.lora_name)} is the name of the base; take another")
+    names.versions.check_new(asked.lora_name, replace=asked.load_inplace)
+    folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
+    try:
+        path = root.copy(asked.lora_path, asked.lora_name, manifest, Path(folder.name))
+        names.versions.load(asked.lora_name, path, engine.trial, replace=asked.load_inplace, dispose=folder.cleanup)
+    except BaseException as error:
+        folder.cleanup()
+        if not isinstance(error, GraloraError):
+            raise
+        raise type(error)(str(error).replace(f"{folder.name}/", "")) from error  # the copy's place means nothing
