@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from peft_oracle import peft_model
@@ -55,6 +57,14 @@ def metric(client: TestClient, name: str, **labels: str) -> float:
     families = text_string_to_metric_families(client.get("/metrics").text)
     (value,) = [s.value for family in families for s in family.samples if s.name == name and s.labels == labels]
     return float(value)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def settle(client: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from served_adapters import complete, expected, load, loaded, lora, metric, settle, unload
+from served_adapters import complete, expected, load, loaded, lora, metric, settle, unload, wait_for
 from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 from tiny_models import text_batch
@@ -125,22 +125,20 @@ def test_requests_keep_the_version_that_they_began_with(
         assert gate.reached.wait(30)
         waiting = pool.submit(complete, service, "live", "a")
         queue: Any = service.app.state.engine.queue  # type: ignore[attr-defined]
-        while queue.in_flight < 2:
-            pass
+        wait_for(lambda: queue.in_flight == 2)
         loaded(service, "live", "wide", load_inplace=True)
         settle(service)
         assert metric(service, "gralora_fx_adapter_versions") == before + 1
         newer = pool.submit(complete, service, "live", PROMPT)
-        while queue.in_flight < 3:
-            pass
+        wait_for(lambda: queue.in_flight == 3)
         assert unload(service, "live").status_code == 200
         assert service.get("/v1/models/live").status_code == 404
         gate.opened.set()
         assert running.result(30) == expected(made.oracles["small"], PROMPT)
         assert waiting.result(30) == expected(made.oracles["small"], "a")
         assert newer.result(30) == expected(made.oracles["wide"], PROMPT)
-    while metric(service, "gralora_fx_adapter_versions") > before - 1:  # the row is freed after its last token
-        settle(service)
+    # a row is freed after its last token
+    wait_for(lambda: metric(service, "gralora_fx_adapter_versions") == before - 1)
 
 
 def test_the_memory_of_old_versions_is_freed(service: TestClient) -> None:
@@ -155,8 +153,7 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient) -> None:
     held = 0 if is_batched else len(model._generator.adapters)
     loaded(service, "live", "wide", load_inplace=True)
     complete(service, "live", PROMPT)
-    while len(versions) > len(versions.names):
-        settle(service)
+    wait_for(lambda: len(versions) == len(versions.names))
     settle(service)
     gc.collect()
     assert old() is None

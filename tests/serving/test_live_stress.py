@@ -20,7 +20,7 @@ import pytest
 import torch
 from peft_oracle import peft_model
 from safetensors.torch import load_file, save_file
-from served_adapters import COUNT, LLAMA, complete, expected, load, loaded, lora, metric, settle
+from served_adapters import COUNT, LLAMA, complete, expected, load, loaded, lora, metric, settle, wait_for
 from served_exports import chat_tokenizer, decoders
 from starlette.testclient import TestClient
 from tiny_models import tiny_model
@@ -90,8 +90,8 @@ def test_every_answer_is_wholly_of_one_version(made: Made, mode: str) -> None:
             while time.monotonic() < end:
                 for path in ("wide", "small", "swappable/adapters/wide.onnx_adapter", "small"):
                     loaded(client, "live", path, load_inplace=True)
-        while metric(client, "gralora_fx_adapter_versions") > 3:
-            settle(client)
+        wait_for(lambda: metric(client, "gralora_fx_adapter_versions") == 3)
+        settle(client)
         engine: Any = client.app.state.engine  # type: ignore[attr-defined]
         assert len(engine.names.versions._host.adapters) == 3
     assert {version for _, version in seen} == {0, 1}
