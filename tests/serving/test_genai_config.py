@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
+from gralora_fx.serving.http.app import create_app
+from gralora_fx.serving.http.settings import ServiceSettings
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +128,31 @@ def test_a_tokenizers_own_code_is_not_run(folder: Path, name: str, capfd: pytest
     with pytest.raises(ServingError, match="tokenizer"):
         load(folder).generate("abc")
     assert "it ran" not in capfd.readouterr().out
+
+
+def test_libraries_are_refused_before_anything_is_generated(folder: Path) -> None:
+    config = json.loads((folder / "genai_config.json").read_text())
+    put(*OPTIONS, "custom_ops_library")(config, "evil.so")
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    for open_export in (load, lambda path: create_app(ServiceSettings(path))):
+        with pytest.raises(ServingError, match="custom_ops_library is not a key that an export writes"):
+            open_export(folder)
+
+
+@pytest.mark.parametrize("name", ["x.onnx_adapter", "x.json", ""])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_adapters_that_are_links_are_refused(
+    folder: Path, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / "adapters").mkdir()
+    for file in ("x.onnx_adapter", "x.json"):
+        (folder / "adapters" / file).write_text("any")
+    if not name:
+        link = os.symlink  # a directory has no hard links
+    (folder / "adapters" / name).rename(outside / "target")
+    link(outside / "target", folder / "adapters" / name)
+    for open_export in (load, lambda path: create_app(ServiceSettings(path))):
+        with pytest.raises(ServingError, match=f"{name or 'adapters'} is a link; copy the"):
+            open_export(folder)

@@ -29,6 +29,7 @@ class Server:
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "gralora_fx.cli", "serve", str(path), "--port", "0", "--threads", "1"]
+        command += ["--adapter-root", str(path.parent)]
         environment = {**os.environ, "GRALORA_FX_API_KEY": "secret"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
@@ -102,6 +103,23 @@ def test_openais_client(server: Server, exported: tuple[Path, dict[str | None, A
         server.client("wrong").models.list()
 
 
+def test_adapters_are_loaded_by_requests(server: Server, exported: tuple[Path, dict[str | None, Any]]) -> None:
+    client = server.client()
+    fields = {"lora_name": "new", "lora_path": "wide"}
+    assert "added successfully" in client.post("/load_lora_adapter", body=fields, cast_to=str)
+    found = client.completions.create(model="new", prompt="Hello", temperature=0, max_tokens=10)
+    assert found.choices[0].text == expected(exported[1]["wide"], "Hello", 10)
+    assert [model.id for model in client.models.list()] == ["batched", "new", "small", "wide"]
+    with pytest.raises(openai.BadRequestError, match="is loaded already"):
+        client.post("/load_lora_adapter", body=fields, cast_to=str)
+    with pytest.raises(openai.NotFoundError, match="there is no adapter at 'none'"):
+        client.post("/load_lora_adapter", body={**fields, "lora_name": "x", "lora_path": "none"}, cast_to=str)
+    assert "removed successfully" in client.post("/unload_lora_adapter", body={"lora_name": "new"}, cast_to=str)
+    with pytest.raises(openai.NotFoundError, match="no model 'new'"):
+        client.completions.create(model="new", prompt="a")
+    assert not any("Traceback" in line for line in server.lines)
+
+
 def test_sigterm_lets_answers_end(server: Server, exported: tuple[Path, dict[str | None, Any]]) -> None:
     client = server.client()
     options: dict[str, Any] = {"model": "small", "prompt": "Hello", "temperature": 0, "max_tokens": 50}
@@ -124,6 +142,7 @@ def test_errors_before_serving(tmp_path: Path) -> None:
 
     assert isinstance(error(str(tmp_path / "none")), ServingError)
     assert isinstance(error(str(tmp_path), "--adapter", "x"), ConfigError)
+    assert isinstance(error(str(tmp_path), "--adapter-root", str(tmp_path / "none")), ConfigError)
     with patch.dict(sys.modules, {"fastapi": None}):
         for name in [name for name in sys.modules if name.startswith("gralora_fx.serving.http")]:
             del sys.modules[name]

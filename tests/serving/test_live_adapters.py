@@ -22,6 +22,9 @@ from starlette.testclient import TestClient
 from tiny_models import text_batch
 
 from gralora_fx.exporters import export_onnx
+from gralora_fx.runtime.adapter_stack import AdapterStack
+from gralora_fx.serving.http.adapter_root import AdapterRoot
+from gralora_fx.serving.http.adapter_trial import AdapterTrial
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scheduling.text_jobs import TextJob
@@ -160,6 +163,33 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient) -> None:
     assert is_batched or len(model._generator.adapters) <= held
     assert len(model.adapters) == len(versions.names)
     unload(service, "live")
+
+
+@pytest.mark.parametrize("place", [(AdapterRoot, "copy"), (AdapterTrial, "__call__"), (AdapterStack, "_stacked")])
+def test_requests_are_answered_while_an_adapter_is_loaded(
+    batched: TestClient, made: Made, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str]
+) -> None:
+    reached, opened, work = threading.Event(), threading.Event(), getattr(*place)
+
+    def slow(*arguments: Any) -> Any:
+        if threading.current_thread().name.startswith("gralora-fx adapters"):
+            reached.set()
+            assert opened.wait(30)
+        return work(*arguments)
+
+    complete(batched, "small", PROMPT)
+    monkeypatch.setattr(*place, slow)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(loaded, batched, "slow", "lora")
+        assert reached.wait(30)
+        for name in ("small", "wide"):
+            assert complete(batched, name, PROMPT) == expected(made.oracles[name], PROMPT)
+        assert batched.get("/v1/models/slow").status_code == 404
+        opened.set()
+        loading.result(30)
+    assert complete(batched, "slow", PROMPT) == expected(made.oracles["lora"], PROMPT)
+    assert unload(batched, "slow").status_code == 200
+    settle(batched)
 
 
 def test_an_adapter_whose_outputs_are_not_finite_is_refused(service: TestClient, made: Made, tmp_path: Path) -> None:
