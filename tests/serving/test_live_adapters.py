@@ -289,3 +289,11 @@ def test_encoders_of_every_kind(tmp_path: Path, mode: str, has_tokenizer: bool) 
         assert client.get("/v2/models/live/ready").status_code == 404
         settle(client)
         assert metric(client, "gralora_fx_adapter_versions") == 2
+
+
+def test_a_model_of_images(tmp_path: Path) -> None:
+    model, _ = adapted("vit", tmp_path, targets=r".*(query|value)$")
+    export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+    with TestClient(create_app(ServiceSettings(tmp_path / "onnx", adapter_root=tmp_path))) as client:
+        loaded(client, "new", "wide")
+        assert client.get("/v2/models/new/ready").status_code == 200
