@@ -19,6 +19,8 @@ from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
 from gralora_fx.serving.http.openai_models import model_routes
 from gralora_fx.serving.http.openai_text import text_routes
+from gralora_fx.serving.http.page_routes import page_routes
+from gralora_fx.serving.http.service_info import info_routes, service_info
 from gralora_fx.serving.http.settings import ServiceSettings
 
 
@@ -35,6 +37,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     """
     metrics = Metrics()
     engine = open_engine(settings, metrics)
+    info = service_info(settings, engine)
+    metrics.describe(info.labels(), lambda: engine.waiting)
     state = {"is_ready": False}
 
     @asynccontextmanager
@@ -52,6 +56,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
     app.add_middleware(CountingMiddleware, metrics=metrics)
     _add_routes(app, engine, metrics, state)
+    app.include_router(info_routes(info))
+    app.include_router(page_routes())
     return app
 
 

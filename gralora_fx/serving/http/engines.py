@@ -71,6 +71,11 @@ class TextEngine:
     tokenizer: PreTrainedTokenizerBase
     queue: TextQueue
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return self.queue.waiting
+
     def start(self) -> None:
         """Begin to work."""
         self.queue.start()
@@ -91,6 +96,11 @@ class EncoderEngine:
 
     names: Names
     encoder: Encoder
+
+    @property
+    def waiting(self) -> int:
+        """How many rows wait."""
+        return self.encoder.batches.waiting
 
     def start(self) -> None:
         """Begin to work."""

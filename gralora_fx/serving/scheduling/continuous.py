@@ -114,6 +114,7 @@ class ContinuousScheduler(TextQueue):
                 row = self._decoder.open(job.request.adapter)
             except Exception as error:
                 _logger.exception("a request cannot be run")
+                self._observer.failed()
                 job.fail(failure(error))
                 continue
             self._rows[row] = _Running(job)
@@ -125,6 +126,7 @@ class ContinuousScheduler(TextQueue):
             logits = self._decoder.step(tokens)
         except Exception as error:
             _logger.exception("a step of %d rows failed", len(tokens))
+            self._observer.failed()
             for running in self._rows.values():
                 running.job.fail(failure(error))
             return
@@ -141,6 +143,7 @@ class ContinuousScheduler(TextQueue):
                 running.advance(len(given), logits[row])
             except Exception as error:
                 _logger.exception("choosing a token failed")
+                self._observer.failed()
                 running.job.fail(failure(error))
             self._observer.generated(len(running.job.answer.ids) - before)
 
