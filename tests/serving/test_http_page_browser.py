@@ -182,6 +182,7 @@ def test_the_page_shows_the_model_and_asks_nobody_else(page: Page, text_service:
     facts = dict(zip([e.text for e in page.all("#facts dt")], [e.text for e in page.all("#facts dd")], strict=True))
     assert facts["Task"] == "text-generation-with-past"
     assert facts["Context"] == "64 tokens"
+    assert facts["Adapters"] == "3, batched"
     assert [option.text for option in Select(page.one("#adapter select")).options] == [
         "batched (no adapter)",
         HOSTILE,
@@ -233,13 +234,14 @@ def test_a_chat_goes_on(page: Page, text_service: tuple[str, Any]) -> None:
 
 def test_errors_are_shown(page: Page, text_service: tuple[str, Any]) -> None:
     page.open(text_service[0])
-    page.mode("Complete")
-    page.fill("textarea[name=prompt]", "a" * 70)
-    page.one("button[name=send]").click()
-    page.wait(lambda: page.shown(".panel .error"))
-    assert "beyond the context of 64 tokens" in page.one(".panel .error").text
-    assert page.one("textarea[name=prompt]").get_property("value") == "a" * 70
-    assert page.shown(".empty")
+    for mode in ("Chat", "Complete"):
+        page.mode(mode)
+        page.fill("textarea[name=prompt]", "a" * 70)
+        page.one("button[name=send]").click()
+        page.wait(lambda: page.shown(".panel .error"))
+        assert "beyond the context of 64 tokens" in page.one(".panel .error").text
+        assert page.one("textarea[name=prompt]").get_property("value") == "a" * 70
+        assert page.shown(".empty")
     page.complete("Hello")
     assert not page.shown(".panel .error")
 
@@ -255,9 +257,8 @@ def test_stop_frees_the_row(page: Page, text_service: tuple[str, Any], monkeypat
 
     monkeypatch.setattr(BatchedDecoder, "step", held)
     page.open(url)
-    page.mode("Complete")
     page.fill("textarea[name=prompt]", "Hello")
-    page.fill("input[name=max_tokens]", "50")
+    page.fill("input[name=max_tokens]", "30")
     page.one("button[name=send]").click()
     page.wait(lambda: page.one(".answer").text)
     queue = app.state.engine.queue
@@ -268,6 +269,7 @@ def test_stop_frees_the_row(page: Page, text_service: tuple[str, Any], monkeypat
     assert page.one("button[name=send]").text == "Send"
     assert not page.shown(".panel .error")
     permits.release(100)
+    page.mode("Complete")
     assert page.complete("Hello", 4) == by_api(url, "batched", "Hello", 4)
 
 
@@ -290,7 +292,7 @@ def test_a_key_is_asked_for(page: Page, decoder: Path, services: Any) -> None:
     assert not page.shown("#service")
     page.fill("input[name=key]", "wrong")
     page.one("#key button").click()
-    page.wait(lambda: "the API key is missing or wrong" in page.one("#key .error").text)
+    page.wait(lambda: "the service does not take this key" in page.one("#key .error").text)
     page.fill("input[name=key]", "secret")
     page.one("#key button").click()
     page.wait(lambda: page.shown("#service") and not page.shown("#key"))
@@ -328,7 +330,7 @@ def test_bars_of_labels(page: Page, encoders: dict[str, str]) -> None:
 
 def test_bars_of_similarities(page: Page, encoders: dict[str, str]) -> None:
     page.open(encoders["sentences"])
-    assert page.one("#no-adapters").text == "This export chooses no adapter."
+    assert page.one("#no-adapters").text == "This export has no choice of adapters."
     page.one("button[name=add]").click()
     texts = ["Hello there", "Hello there", "something else", "x y z"]
     page.fill("textarea[name=first]", texts[0])

@@ -33,6 +33,7 @@ export function showError(panel, error) {
   const place = find(".error", panel);
   place.textContent = error ? error.message : "";
   place.hidden = !error;
+  if (error) place.scrollIntoView({ block: "nearest" });
 }
 
 // Bars for entries {label, value, text}, each drawn from 0 to 1.

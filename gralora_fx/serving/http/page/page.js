@@ -42,7 +42,7 @@ function setStatus(state) {
 function showFacts(info) {
   const facts = {
     Task: info.task ?? "tensors",
-    Adapters: info.adapters_mode,
+    Adapters: element("span", { id: "count" }),
     Precision: info.quantization ? `${info.quantization}, else ${info.precision}` : info.precision,
     Context: info.context_length ? `${number(info.context_length, 0)} tokens` : "–",
     Version: `gralora-fx ${info.version}`,
@@ -62,10 +62,11 @@ async function showModels(info) {
   select.replaceChildren(...options);
   if (names.includes(chosen)) select.value = chosen;
   const none = names.length < 2;
+  find("#count").textContent = none ? info.adapters_mode : `${names.length - 1}, ${info.adapters_mode}`;
   find("#adapter").hidden = none;
   find("#no-adapters").hidden = !none;
   find("#no-adapters").textContent =
-    info.adapters_mode === "merged" ? "This export chooses no adapter." : "No adapter is loaded.";
+    info.adapters_mode === "merged" ? "This export has no choice of adapters." : "No adapter is loaded.";
 }
 
 async function showPanels(info, paths) {
@@ -116,7 +117,7 @@ find("form", keyPanel).addEventListener("submit", async (event) => {
   event.preventDefault();
   useKey(event.target.elements.key.value);
   const error = await tryToStart();
-  showError(keyPanel, error);
+  showError(keyPanel, error?.status === 401 ? new Error("401: the service does not take this key.") : error);
   if (!error) setStatus("ready");
 });
 

@@ -7,6 +7,7 @@ const FORMS = {
   chat: {
     path: "v1/chat/completions",
     caption: "Message",
+    keys: "Enter sends, Shift+Enter begins a new line",
     empty: "Say something. The model answers here, word by word.",
     body: (entries) => ({ messages: entries.flatMap(messages) }),
     text: (choice) => choice.delta.content,
@@ -14,6 +15,7 @@ const FORMS = {
   complete: {
     path: "v1/completions",
     caption: "Prompt",
+    keys: "Ctrl+Enter sends",
     empty: "Give the model the beginning of a text. It goes on here, word by word.",
     body: (entries) => ({ prompt: entries.at(-1).prompt }),
     text: (choice) => choice.text,
@@ -35,7 +37,7 @@ export function textPanel(kind, info, model) {
   let abort = null;
 
   panel.classList.add(kind);
-  find(".caption", panel).textContent = form.caption;
+  find(".caption", panel).append(form.caption, element("span", { class: "quiet" }, form.keys));
   empty.textContent = form.empty;
   fields.max_tokens.value = Math.max(1, Math.min(256, Math.floor((info.context_length ?? 512) / 2)));
 
@@ -61,6 +63,8 @@ export function textPanel(kind, info, model) {
     const shown = newEntry(entry.prompt);
     empty.remove();
     log.append(shown.item);
+    log.scrollTop = log.scrollHeight;
+    if (kind === "chat") fields.prompt.value = "";
     showError(panel, null);
     setRunning(controller);
     const started = performance.now();
@@ -90,7 +94,8 @@ export function textPanel(kind, info, model) {
       seen.stopped = error.name === "AbortError";
       if (!seen.stopped) showError(panel, error);
       if (!seen.stopped && seen.first === null) {
-        shown.item.remove(); // nothing came: the prompt stays in its field
+        shown.item.remove(); // nothing came: the prompt is in its field again
+        fields.prompt.value ||= entry.prompt;
         if (!log.childElementCount) log.append(empty);
         return;
       }
@@ -100,13 +105,16 @@ export function textPanel(kind, info, model) {
     shown.note.textContent = described(body.model, seen, started);
     entry.answer = shown.answer.textContent;
     if (log.contains(shown.item)) entries = asked;
-    if (kind === "chat" && fields.prompt.value === entry.prompt) fields.prompt.value = "";
   }
 
   find("form", panel).addEventListener("submit", (event) => {
     event.preventDefault();
-    if (abort) abort.abort();
-    else answer();
+    if (!abort) answer();
+  });
+  fields.send.addEventListener("click", (event) => {
+    if (!abort) return;
+    event.preventDefault(); // stops whatever is in the fields
+    abort.abort();
   });
   fields.clear.addEventListener("click", clear);
   fields.prompt.addEventListener("keydown", (event) => {
