@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -86,7 +86,7 @@ def info_routes(info: ServiceInfo) -> APIRouter:
     router = APIRouter()
 
     @router.get("/info")
-    async def facts() -> dict[str, Any]:
-        return asdict(info)
+    async def facts() -> ServiceInfo:
+        return info
 
     return router
