@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import APIRouter
 
@@ -27,7 +26,7 @@ class ServiceInfo:
         quantization: How matrices are quantized; None if they are not.
         adapters_mode: How the export holds adapters.
         context_length: Tokens of a text, or of a prompt and its answer; None for no limit, or if it takes no texts.
-        chat_template: Whether the tokenizer has a template for chats.
+        chat_template: Whether it takes chats: it is a decoder whose tokenizer has a template for them.
         max_queue: The most requests, or rows, that wait.
         version: The version of gralora-fx.
     """
@@ -64,10 +63,10 @@ def service_info(settings: ServiceSettings, engine: TextEngine | EncoderEngine) 
     manifest = read_manifest(settings.directory, ServingError)
     if isinstance(engine, TextEngine):
         context: int | None = engine.queue.limits.context
-        tokenizer: Any = engine.tokenizer
+        has_template = bool(getattr(engine.tokenizer, "chat_template", None))
     else:
         context = engine.encoder.context if engine.encoder.takes_texts else None
-        tokenizer = engine.encoder.tokenizer
+        has_template = False
     return ServiceInfo(
         model=engine.names.base,
         task=manifest.task,
@@ -75,7 +74,7 @@ def service_info(settings: ServiceSettings, engine: TextEngine | EncoderEngine) 
         quantization=None if manifest.quantization is None else manifest.quantization.kind,
         adapters_mode=manifest.adapters_mode,
         context_length=context if context is not None and context < _NO_LIMIT else None,
-        chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        chat_template=has_template,
         max_queue=settings.max_queue,
         version=version("gralora-fx"),
     )
