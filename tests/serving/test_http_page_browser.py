@@ -18,7 +18,7 @@ import pytest
 import torch
 from running_service import post, running
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -74,8 +74,11 @@ class Page:
         return bool(self.all(selector))
 
     def one(self, selector: str) -> WebElement:
-        (found,) = self.all(selector)
-        return found
+        """The only element that is shown."""
+        found = self.all(selector)
+        if len(found) != 1:  # which a wait goes on after
+            raise NoSuchElementException(f"{len(found)} elements are {selector}, not one")
+        return found[0]
 
     def mode(self, name: str) -> None:
         """Choose what to do."""
