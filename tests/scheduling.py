@@ -72,6 +72,8 @@ GROUPS = {
         "serving/test_request_schedulers.py",
         "serving/test_http_encoders.py",
         "serving/test_http_command.py",
+        "serving/test_http_metrics.py",
+        "serving/test_http_page_browser.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.

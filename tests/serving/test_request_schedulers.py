@@ -32,7 +32,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rows: list[int] = []
-        self.prompt = self.new = self.waits = 0
+        self.prompt = self.new = self.waits = self.failures = 0
 
     def waited(self, seconds: float) -> None:
         assert seconds >= 0
@@ -47,6 +47,9 @@ class Recorder:
 
     def generated(self, tokens: int) -> None:
         self.new += tokens
+
+    def failed(self) -> None:
+        self.failures += 1
 
 
 class Caller:

@@ -21,6 +21,8 @@ from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
 from gralora_fx.serving.http.openai_models import model_routes
 from gralora_fx.serving.http.openai_text import text_routes
+from gralora_fx.serving.http.page_routes import page_routes
+from gralora_fx.serving.http.service_info import info_routes, service_info
 from gralora_fx.serving.http.settings import ServiceSettings
 
 
@@ -41,6 +43,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     engine = open_engine(settings, metrics)
     names = engine.names
     metrics.watch_adapters(lambda: len(names.adapters), lambda: len(names.versions))
+    info = service_info(settings, engine)
+    metrics.describe(info.labels(), lambda: engine.waiting)
     state = {"is_ready": False}
 
     @asynccontextmanager
@@ -59,6 +63,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.add_middleware(CountingMiddleware, metrics=metrics)
     _add_routes(app, engine, metrics, state)
     app.include_router(adapter_routes(engine, root, metrics))
+    app.include_router(info_routes(info))
+    app.include_router(page_routes())
     return app
 
 

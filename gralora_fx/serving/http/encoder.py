@@ -17,6 +17,7 @@ from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.context_length import context_length
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.model import OrtModel
+from gralora_fx.serving.scheduling.failures import TooLargeError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
 
@@ -88,6 +89,14 @@ class Encoder:
         """Whether texts can be run: there is a tokenizer, and the model takes its ids."""
         return self.tokenizer is not None and "input_ids" in self.inputs and self._is_batchable
 
+    @property
+    def context(self) -> int:
+        """The most tokens of a text: the model's limit, or the tokenizer's if that is less."""
+        assert self.tokenizer is not None
+        limit = context_length(self.model.config)
+        limits = [] if limit is None else [limit - self.model.manifest.position_offset]
+        return int(min([*limits, self.tokenizer.model_max_length]))
+
     def warm_up(self) -> None:
         """Run a text, where the model takes texts.
 
@@ -113,13 +122,10 @@ class Encoder:
         """
         tokenizer = self.tokenizer
         ids = prompt_ids(text, tokenizer, ServingError)
-        limit = context_length(self.model.config)
-        limits = [] if limit is None else [limit - self.model.manifest.position_offset]
-        limits += [] if tokenizer is None else [tokenizer.model_max_length]
         if not ids:
             raise ServingError("a text has no tokens; give at least one")
-        if len(ids) > min(limits):
-            raise ServingError(f"a text has {len(ids)} tokens, more than the model's {min(limits)}; shorten it")
+        if len(ids) > self.context:
+            raise TooLargeError(f"a text has {len(ids)} tokens, more than the model's {self.context}; shorten it")
         vocabulary = self.model.config.get("vocab_size")
         if wrong := [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]:
             raise ServingError(f"a text holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens")

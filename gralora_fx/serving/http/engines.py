@@ -47,6 +47,11 @@ class TextEngine:
     tokenizer: PreTrainedTokenizerBase
     queue: TextQueue
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return self.queue.waiting
+
     def start(self) -> None:
         """Begin to work."""
         self.queue.start()
@@ -72,6 +77,11 @@ class EncoderEngine:
     manifest: Manifest
     trial: AdapterTrial
     encoder: Encoder
+
+    @property
+    def waiting(self) -> int:
+        """How many rows wait."""
+        return self.encoder.batches.waiting
 
     def start(self) -> None:
         """Begin to work."""

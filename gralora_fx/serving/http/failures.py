@@ -15,6 +15,7 @@ from gralora_fx.errors import GraloraError, shown
 from gralora_fx.serving.adapter_versions import TooManyChangesError, UnknownAdapterError
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
 from gralora_fx.serving.http.model_names import UnknownModelError
+from gralora_fx.serving.http.rejections import note_rejection
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError
 
 RETRY_AFTER = {"Retry-After": "1"}
@@ -63,6 +64,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(GraloraError)
     async def _refused(request: Request, error: GraloraError) -> JSONResponse:
+        note_rejection(request.scope, error)
         return error_response(request.url.path, status_of(error), str(error))
 
     @app.exception_handler(RequestValidationError)

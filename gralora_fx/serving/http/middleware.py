@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import nullcontext
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gralora_fx.serving.http.failures import error_response
 from gralora_fx.serving.http.metrics import Metrics
+from gralora_fx.serving.http.page_routes import PAGE_PATHS
+from gralora_fx.serving.http.rejections import rejection
 
-_OPEN = ("/v2/health/live", "/v2/health/ready")  # for probes, which have no key
+# for probes, which have no key, and for the page, which asks for it
+_OPEN = ("/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
+_METRICS = "/metrics"
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without the key, apart from the health of the service."""
+    """Refuses requests without the key, apart from those for the service's health and for the page."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         """Wrap an app.
@@ -62,6 +67,8 @@ class CountingMiddleware:
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.answered(route, method, code)
+            if (reason := rejection(scope, code)) is not None:
+                self._metrics.rejected(reason)
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -70,8 +77,10 @@ class CountingMiddleware:
                 count(message["status"])
             await send(message)
 
+        is_scrape = scope["path"] == _METRICS  # which would count itself whenever anybody looks
         try:
-            await self._app(scope, receive, counted)
+            with nullcontext() if is_scrape else self._metrics.in_flight():
+                await self._app(scope, receive, counted)
         except Exception:
             if status is None:  # starlette answers it outside of every middleware
                 count(500)

@@ -118,6 +118,7 @@ class ContinuousScheduler(TextQueue):
                 row = self._decoder.open(job.request.adapter)
             except Exception as error:
                 _logger.exception("a request cannot be run")
+                self._observer.failed()
                 job.fail(failure(error))
                 self._left(job)
                 continue
@@ -130,6 +131,7 @@ class ContinuousScheduler(TextQueue):
             logits = self._decoder.step(tokens)
         except Exception as error:
             _logger.exception("a step of %d rows failed", len(tokens))
+            self._observer.failed()
             for running in self._rows.values():
                 running.job.fail(failure(error))
             return
@@ -146,6 +148,7 @@ class ContinuousScheduler(TextQueue):
                 running.advance(len(given), logits[row])
             except Exception as error:
                 _logger.exception("choosing a token failed")
+                self._observer.failed()
                 running.job.fail(failure(error))
             self._observer.generated(len(running.job.answer.ids) - before)
 

@@ -19,3 +19,6 @@ class Observer(Protocol):
 
     def generated(self, tokens: int) -> None:
         """New tokens were chosen."""
+
+    def failed(self) -> None:
+        """A run failed, other than for a request that is wrong."""

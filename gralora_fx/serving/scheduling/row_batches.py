@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.failures import QueueFullError
+from gralora_fx.serving.scheduling.failures import QueueFullError, TooLargeError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_queue import failure
 from gralora_fx.serving.scheduling.worker import Worker
@@ -62,6 +62,12 @@ class RowBatches(Worker):
         self._waiting: deque[RowJob] = deque()
         self._running = 0
 
+    @property
+    def waiting(self) -> int:
+        """How many rows wait."""
+        with self._condition:
+            return sum(job.rows for job in self._waiting if not job.result.cancelled())
+
     def submit(self, jobs: Sequence[RowJob]) -> None:
         """Queue jobs, all or none.
 
@@ -72,7 +78,7 @@ class RowBatches(Worker):
         """
         new = sum(job.rows for job in jobs)
         if new > self.room:
-            raise ServingError(f"{new} rows are given, and there is room for {self.room}; give fewer at a time")
+            raise TooLargeError(f"{new} rows are given, and there is room for {self.room}; give fewer at a time")
         with self._condition:
             self._check_takes()
             self._waiting = deque(job for job in self._waiting if not job.result.cancelled())
@@ -124,6 +130,7 @@ class RowBatches(Worker):
                 batch[0].result.set_exception(error)
             else:
                 _logger.exception("a batch failed")
+                self._observer.failed()
                 batch[0].result.set_exception(failure(error))
             return
         self._observer.ran(time.perf_counter() - started, sum(job.rows for job in batch))

@@ -58,6 +58,7 @@ class SequentialScheduler(TextQueue):
             self._answer(self._current)
         except Exception as error:
             _logger.exception("a request failed")
+            self._observer.failed()
             self._current.fail(failure(error))
         finally:
             self._left(self._current)

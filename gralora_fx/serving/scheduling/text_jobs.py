@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.failures import RunError
+from gralora_fx.serving.scheduling.failures import RunError, TooLargeError
 
 Ending: TypeAlias = Literal["stop", "length"]
 
@@ -79,7 +79,7 @@ class Limits:
         if wrong:
             raise ServingError(f"the prompt holds token {shown(wrong[0])}, outside the vocabulary of {most} tokens")
         if length + request.max_new_tokens > self.context:
-            raise ServingError(
+            raise TooLargeError(
                 f"the prompt has {length} tokens and {shown(request.max_new_tokens)} more are asked for, beyond the "
                 f"context of {self.context} tokens; shorten the prompt, or ask for fewer"
             )

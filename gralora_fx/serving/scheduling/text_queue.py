@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.answer import Answer
-from gralora_fx.serving.scheduling.failures import QueueFullError, RunError
+from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, TooLargeError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import Limits, Sink, TextJob, TextRequest
 from gralora_fx.serving.scheduling.worker import Worker
@@ -65,7 +65,7 @@ class TextQueue(Worker):
         for request, _ in requests:
             self.limits.check(request)
         if len(requests) > self.room:
-            raise ServingError(f"{len(requests)} prompts are given, and there is room for {self.room}; give fewer")
+            raise TooLargeError(f"{len(requests)} prompts are given, and there is room for {self.room}; give fewer")
         jobs = [TextJob(request, Answer(self._tokenizer, self._ends, request.stop), sink) for request, sink in requests]
         with self._condition:
             self._check_takes()
@@ -76,6 +76,12 @@ class TextQueue(Worker):
             self._waiting.extend(jobs)
             self._condition.notify_all()
         return jobs
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        with self._condition:
+            return sum(not job.is_cancelled for job in self._waiting)
 
     @property
     def in_flight(self) -> int:

@@ -32,6 +32,11 @@ class Worker(ABC):
             self._condition.notify_all()
         self._thread.join()
 
+    @property
+    @abstractmethod
+    def waiting(self) -> int:
+        """How many requests, or rows of requests, wait."""
+
     def _check_takes(self) -> None:
         """Check that the queue still takes work; called with the condition held.
 

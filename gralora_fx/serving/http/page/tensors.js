@@ -1,0 +1,85 @@
+// A model of tensors: what it takes and gives, a request to edit and run, and the same as a command.
+
+import { element, find, fromTemplate, number, onSubmit } from "./dom.js";
+import { get, post } from "./service.js";
+
+const FREE = 4; // a length for axes that may have any
+const MOST_VALUES = 256; // of an example
+const SHOWN = 8; // values of an output
+
+export async function tensorsPanel(base, model, asksForKey) {
+  const panel = fromTemplate("tensors");
+  const field = panel.elements.request;
+  const { inputs, outputs } = await get(`v2/models/${encodeURIComponent(base)}`);
+  find(".tables", panel).append(table("Inputs", inputs), table("Outputs", outputs));
+  field.value = example(inputs);
+
+  function writeCommand() {
+    find("pre", panel).textContent = command(path(), field.value, asksForKey);
+  }
+
+  function path() {
+    return `v2/models/${encodeURIComponent(model())}/infer`;
+  }
+
+  field.addEventListener("input", writeCommand);
+  find("#adapter select").addEventListener("change", writeCommand);
+  writeCommand();
+  onSubmit(panel, async () => {
+    const started = performance.now();
+    const answer = await post(path(), field.value);
+    const took = element("p", { class: "quiet" }, `${number(performance.now() - started)} ms`);
+    find(".result", panel).replaceChildren(...answer.outputs.map(output), took);
+  });
+  panel.elements.copy.addEventListener("click", () => copy(find("pre", panel), find(".copied", panel)));
+  return panel;
+}
+
+function table(title, tensors) {
+  const head = element("tr", {}, ...["Name", "Type", "Shape"].map((name) => element("th", { scope: "col" }, name)));
+  const rows = tensors.map(({ name, datatype, shape }) =>
+    element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, datatype), element("td", {}, written(shape))),
+  );
+  return element("table", {}, element("caption", {}, title), element("thead", {}, head), element("tbody", {}, ...rows));
+}
+
+function written(shape) {
+  return `[${shape.map((size) => (size < 0 ? "any" : size)).join(", ")}]`;
+}
+
+// A request with small numbers; of a great many values the first are there, and the rest are the user's to fill in.
+function example(inputs) {
+  const tensors = inputs.map(({ name, datatype, shape }) => {
+    const sizes = shape.map((size, axis) => (size > 0 ? size : axis ? FREE : 1));
+    const count = sizes.reduce((product, size) => product * size, 1);
+    const value = datatype === "BOOL" ? true : datatype.startsWith("FP") ? 0.5 : 1;
+    const data = Array(Math.min(count, MOST_VALUES)).fill(value);
+    return JSON.stringify({ name, shape: sizes, datatype, data });
+  });
+  return `{"inputs": [\n${tensors.join(",\n")}\n]}`;
+}
+
+function command(path, body, asksForKey) {
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const lines = [`curl ${quoted(new URL(path, document.baseURI).href)}`];
+  if (asksForKey) lines.push('-H "Authorization: Bearer $GRALORA_FX_API_KEY"');
+  lines.push("-H 'Content-Type: application/json'", `-d ${quoted(body.replaceAll("\n", " "))}`);
+  return lines.join(" \\\n  ");
+}
+
+function output({ name, datatype, shape, data }) {
+  const more = data.length > SHOWN ? ` … ${number(data.length - SHOWN, 0)} more` : "";
+  const values = data.slice(0, SHOWN).map((value) => (typeof value === "number" ? number(value, 4) : value));
+  const title = element("p", { class: "quiet" }, `${name} · ${datatype} ${written(shape)}`);
+  return element("div", { class: "output" }, title, element("code", {}, values.join("  ") + more));
+}
+
+async function copy(place, note) {
+  try {
+    await navigator.clipboard.writeText(place.textContent);
+    note.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(place); // browsers give the clipboard to secure pages alone
+    note.textContent = "Selected: press Ctrl+C";
+  }
+}

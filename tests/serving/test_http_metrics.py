@@ -1,0 +1,181 @@
+"""Metrics after real requests, read with Prometheus' own parser: what runs, waits, is rejected and fails."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from served_exports import chat_tokenizer, decoders
+from starlette.testclient import TestClient
+from tiny_models import tiny_model
+
+from gralora_fx import trace
+from gralora_fx.exporters import export_onnx
+from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving.http.app import create_app
+from gralora_fx.serving.http.rejections import REASONS
+from gralora_fx.serving.http.settings import ServiceSettings
+from gralora_fx.serving.model import OrtModel
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoders(tmp_path_factory.mktemp("metrics"), "batched")[0]["batched"]
+
+
+@pytest.fixture
+def services() -> Iterator[Any]:
+    """Opens a client of a service."""
+    clients: list[TestClient] = []
+
+    def serve(path: Path, **settings: Any) -> TestClient:
+        client = TestClient(create_app(ServiceSettings(path, **settings)))
+        clients.append(client.__enter__())
+        return client
+
+    yield serve
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+def scrape(client: TestClient) -> Samples:
+    families = text_string_to_metric_families(client.get("/metrics").raise_for_status().text)
+    samples = [sample for family in families for sample in family.samples]
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+def rejections(samples: Samples) -> dict[str, float]:
+    """Counts by reason, without those that are zero."""
+    found = {dict(labels)["reason"]: count for (name, labels), count in samples.items() if "rejections_total" in name}
+    assert set(found) == set(REASONS)
+    return {reason: count for reason, count in found.items() if count}
+
+
+class HeldSteps:
+    """Lets no step of a decoder begin before it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may_go = threading.Event(), threading.Event()
+        step = BatchedDecoder.step
+
+        def held(decoder: BatchedDecoder, tokens: Any) -> Any:
+            self.begun.set()
+            assert self.may_go.wait(20)
+            return step(decoder, tokens)
+
+        monkeypatch.setattr(BatchedDecoder, "step", held)
+
+
+def test_the_model_and_the_process(decoder: Path, services: Any) -> None:
+    samples = scrape(services(decoder))
+    (labels,) = [labels for name, labels in samples if name == "gralora_fx_model_info"]
+    facts = dict(labels)
+    assert facts.pop("version")
+    assert facts == {
+        "base": "batched",
+        "task": "text-generation-with-past",
+        "adapters_mode": "batched",
+        "precision": "fp32",
+        "quantization": "none",
+    }
+    memory = psutil.Process(os.getpid()).memory_info().rss
+    assert value(samples, "process_resident_memory_bytes") == pytest.approx(memory, rel=0.5)
+    assert value(samples, "process_cpu_seconds_total") > 0
+
+
+def test_what_runs_and_what_waits(decoder: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = services(decoder, max_batch=1, max_queue=2)
+    body = {"model": "small", "prompt": "ab", "temperature": 0, "max_tokens": 2}
+    steps = HeldSteps(monkeypatch)
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
+        assert steps.begun.wait(20)
+        queue = client.app.state.engine.queue  # type: ignore[attr-defined]
+        while queue.in_flight < 3:
+            assert not answers[0].done()
+        samples = scrape(client)
+        assert value(samples, "gralora_fx_requests_in_flight") == 3
+        assert value(samples, "gralora_fx_queue_length") == 2
+        assert client.post("/v1/completions", json=body).status_code == 429
+        steps.may_go.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 3
+    samples = scrape(client)
+    assert value(samples, "gralora_fx_requests_in_flight") == 0
+    assert value(samples, "gralora_fx_queue_length") == 0
+    assert value(samples, "gralora_fx_run_failures_total") == 0
+    assert rejections(samples) == {"queue_full": 1}
+
+
+def test_why_requests_are_rejected(decoder: Path, services: Any) -> None:
+    client = services(decoder, max_batch=1, max_queue=1, api_key="secret")
+    client.headers["Authorization"] = "Bearer secret"
+    for change in ({"max_tokens": 64}, {"prompt": ["a"] * 3}):
+        assert client.post("/v1/completions", json={"model": "small", "prompt": "a", **change}).status_code == 400
+    assert client.post("/v1/completions", json={"model": "other", "prompt": "a"}).status_code == 404
+    assert client.get("/never/seen").status_code == 404
+    assert client.put("/v1/completions").status_code == 405
+    assert client.post("/v1/completions", json={"model": "small", "prompt": ""}).status_code == 400
+    assert client.post("/v1/completions", content=b"{").status_code == 400
+    assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    expected = {"too_large": 2, "not_found": 3, "invalid": 2, "unauthorized": 1}
+    assert rejections(scrape(client)) == expected
+    client.app.state.engine.stop()  # type: ignore[attr-defined]
+    assert client.post("/v1/completions", json={"model": "small", "prompt": "a"}).status_code == 503
+    assert rejections(scrape(client)) == {**expected, "stopping": 1}
+
+
+def test_runs_that_fail(decoder: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = services(decoder)
+    body = {"model": "small", "prompt": "ab", "temperature": 0, "max_tokens": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchedDecoder, "step", lambda *_: 1 / 0)
+        assert [client.post("/v1/completions", json=body).status_code for _ in range(2)] == [500, 500]
+    assert client.post("/v1/completions", json=body).status_code == 200
+    samples = scrape(client)
+    assert value(samples, "gralora_fx_run_failures_total") == 2
+    assert rejections(samples) == {}
+
+
+def test_rows_of_an_encoder(tmp_path: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("bert", num_labels=2, pad_token_id=0)
+    export_onnx(trace(model), tmp_path / "net", verify=False, tokenizer=chat_tokenizer())
+    client = services(tmp_path / "net", max_batch=2, max_queue=3)
+    begun, may_go = threading.Event(), threading.Event()
+    call = OrtModel.__call__
+
+    def held(self: OrtModel, *args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert may_go.wait(20)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(OrtModel, "__call__", held)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/classify", json={"input": ["a", "b", "c"]})
+        assert begun.wait(20)
+        assert value(scrape(client), "gralora_fx_queue_length") in (1, 2)  # beside the rows of the first batch
+        assert client.post("/classify", json={"input": ["a"] * 3}).status_code == 429
+        may_go.set()
+        assert answer.result().status_code == 200
+    assert client.post("/classify", json={"input": ["a"] * 6}).status_code == 400
+    assert client.post("/classify", json={"input": "a" * 65}).status_code == 400
+    with monkeypatch.context() as patch:
+        patch.setattr(OrtModel, "__call__", lambda *_, **__: torch.zeros(1).missing)
+        assert client.post("/classify", json={"input": "a"}).status_code == 500
+    samples = scrape(client)
+    assert rejections(samples) == {"queue_full": 1, "too_large": 2}
+    assert value(samples, "gralora_fx_run_failures_total") == 1
+    assert value(samples, "gralora_fx_queue_length") == 0

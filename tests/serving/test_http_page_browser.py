@@ -1,0 +1,384 @@
+"""The page at `/` in headless Chromium: it shows what the routes answer, and nothing that it shows can run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from page_services import post, running
+from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import Select, WebDriverWait
+from sentence_encoders import save_encoder
+from served_exports import chat_tokenizer, decoders
+from tiny_models import tiny_model
+
+from gralora_fx import trace
+from gralora_fx.exporters import export_onnx
+from gralora_fx.loading.models import load_traced
+from gralora_fx.runtime import adapter_record
+from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving.http.settings import ServiceSettings
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+HOSTILE = "<img src=x onerror=document.title='hacked'>"
+LABELS: dict[str, Any] = {"num_labels": 3, "id2label": {0: "sport", 1: HOSTILE, 2: "law"}, "pad_token_id": 0}
+ANSWERED = "tokens/s"
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None,
+    reason="there is no chromium with its chromedriver: apt-get install chromium chromium-driver",
+)
+
+
+class Page:
+    """A browser on the page of a service."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+        self.url = ""
+
+    def open(self, url: str, *, width: int = 1200) -> None:
+        """Load the page afresh; wait until it shows the service, or asks for its key."""
+        self.url = url
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for kind in ("browser", "performance"):
+            self.driver.get_log(kind)  # what other tests left
+        self.driver.get(url)
+        self.wait(lambda: self.shown("#service") or self.shown("#key"))
+
+    def wait(self, condition: Callable[[], Any]) -> Any:
+        waiting = WebDriverWait(self.driver, 15, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        return waiting.until(lambda _: condition())
+
+    def all(self, selector: str) -> list[WebElement]:
+        """The elements that are shown."""
+        return [found for found in self.driver.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
+
+    def shown(self, selector: str) -> bool:
+        return bool(self.all(selector))
+
+    def one(self, selector: str) -> WebElement:
+        """The only element that is shown."""
+        found = self.all(selector)
+        if len(found) != 1:  # which a wait goes on after
+            raise NoSuchElementException(f"{len(found)} elements are {selector}, not one")
+        return found[0]
+
+    def mode(self, name: str) -> None:
+        """Choose what to do."""
+        (choice,) = [label for label in self.all("#modes label") if label.text == name]
+        choice.click()
+
+    def fill(self, selector: str, value: str) -> None:
+        field = self.one(selector)
+        field.clear()
+        field.send_keys(value)
+
+    def choose(self, adapter: str) -> None:
+        Select(self.one("#adapter select")).select_by_value(adapter)
+
+    def complete(self, prompt: str, count: int = 12) -> str:
+        """The streamed answer to a prompt, and nothing of what was there before."""
+        self.one("button[name=clear]").click()
+        self.fill("textarea[name=prompt]", prompt)
+        self.fill("input[name=temperature]", "0")
+        self.fill("input[name=max_tokens]", str(count))
+        self.one("button[name=send]").click()
+        self.wait(lambda: ANSWERED in self.one(".note").text and self.one("button[name=send]").text == "Send")
+        return str(self.one(".answer").get_property("textContent"))
+
+    def bars(self) -> list[tuple[str, float, float]]:
+        """Each bar's name, its value, and how much of its width is filled."""
+        rows = self.wait(lambda: self.all(".bars li"))
+        parts = [
+            [row.find_element(By.CSS_SELECTOR, part) for part in (".name", ".value", ".track", ".fill")] for row in rows
+        ]
+        fraction = "return parseFloat(arguments[0].style.width) / 100"  # its end: the bar grows slowly
+        return [
+            (name.text, float(text.text), self.driver.execute_script(fraction, fill)) for name, text, _, fill in parts
+        ]
+
+    def requests(self) -> list[str]:
+        """The addresses that the page has asked for."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        return [message["request"]["url"] for message in sent]
+
+    def problems(self) -> list[str]:
+        """What the browser's console says."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def is_too_wide(self) -> bool:
+        """Whether the page scrolls sideways."""
+        return bool(self.driver.execute_script("return document.documentElement.scrollWidth > innerWidth"))
+
+
+@pytest.fixture(scope="session")
+def driver() -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(driver: webdriver.Chrome) -> Iterator[Page]:
+    yield Page(driver)
+    driver.get("about:blank")  # its polling ends with the page
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("browser")
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[Callable[[ServiceSettings], tuple[str, Any]]]:
+    """Starts services, which end with the module."""
+    with ExitStack() as stack:
+        yield lambda settings: stack.enter_context(running(settings))
+
+
+@pytest.fixture(scope="module")
+def decoder(folder: Path) -> Path:
+    return decoders(folder, "batched")[0]["batched"]
+
+
+@pytest.fixture(scope="module")
+def text_service(decoder: Path, services: Any) -> tuple[str, Any]:
+    hostile = {HOSTILE: decoder / "adapters" / "wide.onnx_adapter"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_record, "_NAME", re.compile(".+"))  # the service itself takes plain names alone
+        return services(ServiceSettings(decoder, max_batch=1, adapters=hostile))  # type: ignore[no-any-return]
+
+
+def by_api(url: str, model: str, prompt: str, count: int = 12) -> str:
+    body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": count}
+    found = post(f"{url}v1/completions", body)
+    return str(found["choices"][0]["text"])
+
+
+def test_the_page_shows_the_model_and_asks_nobody_else(page: Page, text_service: tuple[str, Any]) -> None:
+    page.open(text_service[0])
+    assert page.one("h1").text == "batched"
+    page.wait(lambda: page.one("#status").text == "Ready")
+    facts = dict(zip([e.text for e in page.all("#facts dt")], [e.text for e in page.all("#facts dd")], strict=True))
+    assert facts["Task"] == "text-generation-with-past"
+    assert facts["Context"] == "64 tokens"
+    assert facts["Adapters"] == "3, batched"
+    assert [option.text for option in Select(page.one("#adapter select")).options] == [
+        "batched (no adapter)",
+        HOSTILE,
+        "small",
+        "wide",
+    ]
+    assert "word by word" in page.one(".empty").text
+    page.wait(lambda: [tile.text for tile in page.all(".tile h3")][:2] == ["Requests", "Tokens/s"])
+    hosts = {urlsplit(url).netloc for url in page.requests()}
+    assert hosts == {urlsplit(page.url).netloc}
+    assert page.problems() == []
+
+
+def test_a_streamed_answer_is_the_apis(page: Page, text_service: tuple[str, Any]) -> None:
+    url = text_service[0]
+    page.open(url)
+    page.mode("Complete")
+    answers = []
+    for model in ("batched", "wide", HOSTILE):
+        page.choose(model)
+        answers.append(page.complete("Hello there"))
+        assert answers[-1] == by_api(url, model, "Hello there")
+        note = page.one(".note").text
+        assert note.startswith(f"{model} · 12 tokens · ")
+    assert answers[0] != answers[1]
+    assert answers[1] == answers[2]  # the same adapter under a name that is markup
+    assert page.driver.title == "batched · gralora-fx"
+    assert not page.driver.find_elements(By.CSS_SELECTOR, "main img")
+    assert page.problems() == []
+
+
+def test_a_chat_goes_on(page: Page, text_service: tuple[str, Any]) -> None:
+    url = text_service[0]
+    page.open(url)
+    page.choose("small")
+    page.fill("input[name=temperature]", "0")
+    page.fill("input[name=max_tokens]", "8")
+    messages: list[dict[str, str]] = []
+    for turn, text in enumerate(("hi", "go on"), 1):
+        page.one("textarea[name=prompt]").send_keys(text + "\n")
+        page.wait(lambda turn=turn: len(page.all(".answer")) == turn and ANSWERED in page.all(".note")[-1].text)
+        page.wait(lambda: page.one("button[name=send]").text == "Send")
+        messages.append({"role": "user", "content": text})
+        body = {"model": "small", "messages": messages, "temperature": 0, "max_tokens": 8}
+        reference = post(f"{url}v1/chat/completions", body)["choices"][0]["message"]["content"]
+        assert page.all(".answer")[-1].get_property("textContent") == reference
+        messages.append({"role": "assistant", "content": reference})
+
+
+def test_errors_are_shown(page: Page, text_service: tuple[str, Any]) -> None:
+    page.open(text_service[0])
+    for mode in ("Chat", "Complete"):
+        page.mode(mode)
+        page.fill("textarea[name=prompt]", "a" * 70)
+        page.one("button[name=send]").click()
+        page.wait(lambda: page.shown(".panel .error"))
+        assert "beyond the context of 64 tokens" in page.one(".panel .error").text
+        assert page.one("textarea[name=prompt]").get_property("value") == "a" * 70
+        assert page.shown(".empty")
+    page.complete("Hello")
+    assert not page.shown(".panel .error")
+
+
+def test_stop_frees_the_row(page: Page, text_service: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, app = text_service
+    permits = threading.Semaphore(3)
+    step = BatchedDecoder.step
+
+    def held(decoder: BatchedDecoder, tokens: Any) -> Any:
+        assert permits.acquire(timeout=30)
+        return step(decoder, tokens)
+
+    monkeypatch.setattr(BatchedDecoder, "step", held)
+    page.open(url)
+    page.fill("textarea[name=prompt]", "Hello")
+    page.fill("input[name=max_tokens]", "30")
+    page.one("button[name=send]").click()
+    page.wait(lambda: page.one(".answer").text)
+    queue = app.state.engine.queue
+    assert queue.running == 1
+    page.one("button[name=send]").click()
+    page.wait(lambda: "stopped" in page.one(".note").text)
+    page.wait(lambda: permits.release() or queue.running == 0)  # the step that ran when the button was pressed
+    assert page.one("button[name=send]").text == "Send"
+    assert not page.shown(".panel .error")
+    permits.release(100)
+    page.mode("Complete")
+    assert page.complete("Hello", 4) == by_api(url, "batched", "Hello", 4)
+
+
+def test_metrics_are_live(page: Page, text_service: tuple[str, Any]) -> None:
+    url = text_service[0]
+    page.open(url)
+
+    def requests() -> float:
+        tiles = {tile.find_element(By.TAG_NAME, "h3").text: tile for tile in page.all(".tile")}
+        return float(tiles["Requests"].find_element(By.TAG_NAME, "strong").text.replace(",", ""))
+
+    page.wait(lambda: page.one("#status").text == "Ready")
+    before = requests()
+    by_api(url, "small", "Hello")
+    page.wait(lambda: requests() == before + 1)
+
+
+def test_a_key_is_asked_for(page: Page, decoder: Path, services: Any) -> None:
+    page.open(services(ServiceSettings(decoder, api_key="secret"))[0])
+    assert not page.shown("#service")
+    page.fill("input[name=key]", "wrong")
+    page.one("#key button").click()
+    page.wait(lambda: "the service does not take this key" in page.one("#key .error").text)
+    page.fill("input[name=key]", "secret")
+    page.one("#key button").click()
+    page.wait(lambda: page.shown("#service") and not page.shown("#key"))
+    page.mode("Complete")
+    assert page.complete("Hello", 4)
+    kept = "return localStorage.length + sessionStorage.length + document.cookie.length"
+    assert page.driver.execute_script(kept) == 0
+
+
+@pytest.fixture(scope="module")
+def encoders(folder: Path, services: Any) -> dict[str, str]:
+    """Addresses of services of a classifier, a sentence encoder and a model of tensors."""
+    export_onnx(trace(tiny_model("bert", **LABELS)), folder / "news", verify=False, tokenizer=chat_tokenizer())
+    encoder = save_encoder("bert", folder, "mean")
+    export_onnx(load_traced(str(encoder), None, None), folder / "sentences", tokenizer=str(encoder), verify=False)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    export_onnx(trace(network, (torch.randn(2, 4),)), folder / "net", verify=False)
+    return {name: services(ServiceSettings(folder / name))[0] for name in ("news", "sentences", "net")}
+
+
+def test_bars_of_labels(page: Page, encoders: dict[str, str]) -> None:
+    page.open(encoders["news"])
+    page.mode("Classify")
+    for text in ("A text of the news", HOSTILE):
+        page.fill("textarea[name=text]", text)
+        page.one(".panel button.primary").click()
+        (answer,) = post(f"{page.url}classify", {"input": [text]})["data"]
+        pairs = sorted(zip(answer["labels"], answer["probs"], strict=True), key=lambda pair: -pair[1])
+        shown = [(label, round(score, 3)) for label, score in pairs]
+        page.wait(lambda shown=shown: [bar[:2] for bar in page.bars()] == shown)
+        assert [filled for _, _, filled in page.bars()] == pytest.approx([score for _, score in pairs], abs=1e-3)
+    assert HOSTILE in [label for label, _ in shown]
+    assert page.driver.title == "news · gralora-fx"
+
+
+def test_bars_of_similarities(page: Page, encoders: dict[str, str]) -> None:
+    page.open(encoders["sentences"])
+    assert page.one("#no-adapters").text == "This export has no choice of adapters."
+    page.one("button[name=add]").click()
+    texts = ["Hello there", "Hello there", "something else", "x y z"]
+    page.fill("textarea[name=first]", texts[0])
+    for field, text in zip(page.all(".other textarea"), texts[1:], strict=True):
+        field.send_keys(text)
+    page.one(".panel button.primary").click()
+    body = {"model": "sentences", "input": texts}
+    data = post(f"{page.url}v1/embeddings", body)["data"]
+    first, *others = [np.asarray(entry["embedding"]) for entry in data]
+    cosines = [float(first @ other / np.linalg.norm(first) / np.linalg.norm(other)) for other in others]
+    expected = sorted(zip(texts[1:], cosines, strict=True), key=lambda pair: -pair[1])
+    bars = page.bars()
+    assert [name for name, _, _ in bars] == [text for text, _ in expected]
+    assert [value for _, value, _ in bars] == pytest.approx([cosine for _, cosine in expected], abs=1e-3)
+    assert bars[0][1] == 1
+
+
+def test_tensors_and_their_command(page: Page, encoders: dict[str, str]) -> None:
+    page.open(encoders["net"])
+    assert "any, 4" in page.one(".tables").text
+    page.one(".panel button.primary").click()
+    page.wait(lambda: page.shown(".output"))
+    words = shlex.split(page.one("pre").text.replace("\\\n", " "))
+    assert words[:2] == ["curl", f"{page.url}v2/models/net/infer"]
+    body = json.loads(words[words.index("-d") + 1])
+    assert body == json.loads(str(page.one("textarea[name=request]").get_property("value")))
+    output = post(words[1], body)["outputs"][0]
+    shown = [float(value) for value in page.one(".output code").text.split()]
+    assert shown == pytest.approx(output["data"], abs=1e-4)
+    page.fill("textarea[name=request]", "{")
+    page.one(".panel button.primary").click()
+    page.wait(lambda: "400: the body is not JSON" in page.one(".panel .error").text)
+
+
+def test_narrow_windows_do_not_scroll_sideways(
+    page: Page, text_service: tuple[str, Any], encoders: dict[str, str]
+) -> None:
+    for url in (text_service[0], *encoders.values()):
+        page.open(url, width=360)
+        assert not page.is_too_wide(), url
+        for mode in [label.text for label in page.all("#modes label")]:
+            page.mode(mode)
+            assert not page.is_too_wide(), (url, mode)
+    page.open(text_service[0], width=360)
+    page.mode("Complete")
+    page.choose(HOSTILE)
+    page.complete("Hello there", 40)
+    assert not page.is_too_wide()
