@@ -147,7 +147,7 @@ def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: T
     Raises:
         MergeError: There are none, or what is there has another shape or other readers.
     """
-    places = list(_named_values(export, graphs, name))
+    places = list(named_values(export, graphs, name))
     if not places:
         raise MergeError("no initializer of the export has its name; export the merged model instead")
     is_recorded = export.manifest is not None and export.manifest.weights is not None
@@ -163,7 +163,14 @@ def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: T
     return places
 
 
-def _named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> Iterator[ValuePlace]:
+def named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> Iterator[ValuePlace]:
+    """Places of a parameter by its name, alone in an initializer or beside others.
+
+    Args:
+        export: The export.
+        graphs: Its graphs by file.
+        name: The parameter.
+    """
     widths = {f"{site.path}.bias": site.out_features for site in export.manifest.sites} if export.manifest else {}
     for file, graph in graphs.items():
         products = {id(weight.value): weight for weight in export.weights[file]}
@@ -197,7 +204,7 @@ def _repeats(
     if places and tensor.ndim == 2:
         matrix = tensor.t() if _is_conv1d(export, path) else tensor
         return all(_holds(place.weight, place.start, matrix) for place in places)
-    found = list(_named_values(export, graphs, name))
+    found = list(named_values(export, graphs, name))
     return bool(found) and all(_equal(place, tensor) for place in found)
 
 

@@ -30,6 +30,8 @@ class InsertAdapters:
     Before: `y = MatMul(x, [Wq Wk Wv])`
     After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
+    A bias that trains is one more term of the sum.
+
     Batched ones get the input in groups that share an adapter each (see `adapter_groups`).
 
     Attributes:
@@ -76,13 +78,17 @@ class _Insertion:
         build = Builder(self.model.graph)
         spans = list(_spans(marks, width))
         whole = [mark for _, _, mark in spans if mark is not None]
-        if len(whole) == len(spans):
+        if len(whole) == len(spans) and len({self._tensor_kinds(mark) for mark in whole}) == 1:
             result = build("Sum", value, *self._outputs(build, x, whole))
         else:
             result = self._by_parts(build, value, x, spans)
         self.count += len(marks)
         nodes = build.take()
         _replace(value, result, nodes)
+
+    def _tensor_kinds(self, mark: SiteOutput) -> tuple[str, bool]:
+        site = self.sites[mark.path]
+        return site.form, site.has_bias
 
     def _by_parts(
         self, build: Builder, value: ir.Value, x: ir.Value, spans: Sequence[tuple[int, int, SiteOutput | None]]
@@ -96,7 +102,7 @@ class _Insertion:
         return build("Concat", *parts, axis=-1)
 
     def _outputs(self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput]) -> list[ir.Value]:
-        """The adapters' outputs at sites with one input, one after the other: of blocks and of plain LoRA apart."""
+        """The adapters' outputs at sites with one input, one after the other, each kind by itself."""
         groups = None if self.grouping is None else self.grouping.of(x)
         if isinstance(groups, str):
             self.problems += [f"{mark.path}: {groups}" for mark in marks]
@@ -106,20 +112,31 @@ class _Insertion:
         return outputs if groups is None else [groups.restored(build, output) for output in outputs]
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
-        """The outputs of the adapter at a site: of blocks, if it has some, and of plain LoRA; of groups, their sum."""
+        """The adapter's outputs at a site: of blocks, of LoRA, and its bias, those it has; of groups, the sum."""
         site, opset = self.sites[mark.path], self.model.graph.opset_imports[""]
-        if groups is None:
-            assert x.shape is not None
-            domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), opset)
-            operands, count = [x, *self._tensors(site)], 2 if self.inputs.k else 1
+        tensors = self._tensors(site)
+        outputs: Sequence[ir.Value]
+        if groups is not None:
+            domain, name, _ = batched_adapter_function(self.model, site, self.inputs.k, opset)
+            outputs = [build(name, groups.x, groups.ids, *tensors, domain=domain)]
         else:
-            domain, name, _ = batched_adapter_function(self.model, self.inputs.k, opset)
-            operands, count = [groups.x, groups.ids, *self._tensors(site)], 1
-        outputs = build.node(name, operands, domain=domain, num_outputs=count).outputs
+            outputs = self._outputs_of_all(build, x, site, tensors)
         if mark.rows is None:
             return outputs
         start, stop = build.ints(mark.rows[0]), build.ints(mark.rows[1])
         return [build("Slice", output, start, stop, build.ints(-1)) for output in outputs]
+
+    def _outputs_of_all(
+        self, build: Builder, x: ir.Value, site: AdapterSite, tensors: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        factors, bias = (tensors[:-1], tensors[-1:]) if site.has_bias else (tensors, ())
+        if not factors:
+            return [*bias]
+        assert x.shape is not None
+        k = site.blocks(self.inputs.k)
+        domain, name, _ = adapter_function(self.model, k, len(x.shape), self.model.graph.opset_imports[""])
+        node = build.node(name, [x, *factors], domain=domain, num_outputs=2 if k else 1)
+        return [*node.outputs, *bias]
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:
         """The inputs that are a site's tensors; made for its first call."""
