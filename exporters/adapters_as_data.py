@@ -25,10 +25,12 @@ class DataSites:
     Attributes:
         inputs: The tensors that the export takes.
         weights: Paths of the layers that a weight belongs to, by each name of the weight.
+        norm_biases: Paths of the normalizations whose bias trains, by each name of the bias.
     """
 
     inputs: AdapterInputs
     weights: Mapping[str, tuple[str, ...]]
+    norm_biases: Mapping[str, str]
 
 
 def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel:
@@ -81,11 +83,12 @@ def data_sites(
     blocks = {entry.site.path for entry in planned}
     sites = [site for site in model.sites if site.path in blocks or trained & _parameters_of(site)]
     called = [site for site in sites if site.calls]
-    entries = tuple(_entry(site, blocks, trained) for site in called)
+    entries = [_entry(site, blocks, trained) for site in called]
+    of_sites = {parameter for site in sites for parameter in _parameters_of(site)}
+    norms = [_norm_entry(model.traced, bias) for bias in sorted(trained - of_sites)]
     uncalled = tuple(site.path for site in sites if not site.calls)
-    return DataSites(
-        AdapterInputs(mode, k, _DTYPES[precision], entries, uncalled), _names_of_weights(called, model.traced)
-    )
+    inputs = AdapterInputs(mode, k, _DTYPES[precision], (*entries, *norms), uncalled)
+    return DataSites(inputs, _names_of_weights(called, model.traced), _names_of_biases(norms, model.traced))
 
 
 def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None:
@@ -104,7 +107,8 @@ def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None
     if missing:
         raise ExportError(
             f"no adapter can be data at {listed(sorted(missing))}: their weights are computed in the graph, or used "
-            "within a branch or a loop; leave these layers out of target_modules, or export with adapters='merged'"
+            "within a branch or a loop, or the bias is not one of a linear layer or a layer normalization; leave these "
+            "layers out of target_modules and their biases untrained, or export with adapters='merged'"
         )
 
 
@@ -112,17 +116,18 @@ def _trained(model: GraloraModel) -> set[str]:
     """Names of the parameters that adapters train as copies of their own (`modules_to_save`, biases).
 
     Raises:
-        ExportError: One is not the weight or the bias of a linear layer.
+        ExportError: One is neither the weight of a linear layer nor a bias.
     """
     names = {
         name: [base for owned in model.installed(name).copies.values() for base in owned] for name in model.configs
     }
     known = {parameter for site in model.sites for parameter in _parameters_of(site)}
+    known |= {name for name, value in model.traced.tree.parameters.items() if name.endswith(_BIAS) and value.ndim == 1}
     for name, trained in names.items():
         if others := sorted(set(trained) - known):
             raise ExportError(
-                f"adapter {name!r} trains {listed(others, 3)} (modules_to_save or bias), and only the weights and "
-                "biases of linear layers can be data; export it with adapters='merged', or train it without these"
+                f"adapter {name!r} trains {listed(others, 3)} (modules_to_save or bias), and only linear layers and "
+                "biases can be data; export it with adapters='merged', or train it without these"
             )
     return {base for trained in names.values() for base in trained}
 
@@ -136,6 +141,12 @@ def _entry(site: LinearSite, blocks: Container[str], trained: Container[str]) ->
     form = WHOLE if f"{site.path}{_WEIGHT}" in trained else BLOCKS if site.path in blocks else BIAS
     has_bias = f"{site.path}{_BIAS}" in trained
     return AdapterSite(site.path, site.in_features, site.out_features, form, has_bias)
+
+
+def _norm_entry(traced: TracedModel, bias: str) -> AdapterSite:
+    """A normalization whose bias trains; the widths before and after it are equal."""
+    (width,) = traced.tree.parameters[bias].shape
+    return AdapterSite(bias.removesuffix(_BIAS), width, width, BIAS, has_bias=True)
 
 
 def _blocks(model: GraloraModel, form: str | None) -> int:
@@ -174,3 +185,8 @@ def _names_of_weights(sites: Iterable[LinearSite], traced: TracedModel) -> dict[
         for name in traced.tree.names_of(site.weight):
             paths[name] = (*paths.get(name, ()), site.path)
     return paths
+
+
+def _names_of_biases(norms: Iterable[AdapterSite], traced: TracedModel) -> dict[str, str]:
+    biases = {norm.path: traced.tree.parameters[f"{norm.path}{_BIAS}"] for norm in norms}
+    return {name: path for path, bias in biases.items() for name in traced.tree.names_of(bias)}

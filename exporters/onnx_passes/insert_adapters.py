@@ -12,9 +12,11 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, static_dim
-from gralora_fx.exporters.onnx_passes.mark_sites import SITES, SiteOutput, sites_in
+from gralora_fx.exporters.onnx_passes.mark_sites import MARKED, SITES, SiteOutput, sites_in
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.runtime.adapter_inputs import BATCHED, SWAPPABLE, AdapterInputs, AdapterSite
+
+_NORMS = ("LayerNormalization", "SkipLayerNormalization")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class InsertAdapters:
         """Insert them, in place; the result counts the sites' calls.
 
         Raises:
-            ExportError: A marked value is not computed by a linear layer any more, or rows cannot be told apart at one.
+            ExportError: A marked value is not computed by such a layer any more, or rows cannot be told apart at one.
         """
         insertion = _Insertion(model, self.inputs)
         marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
@@ -54,6 +56,12 @@ class InsertAdapters:
             raise ExportError(
                 f"no adapter can be chosen by row at {listed(insertion.problems, 4)}; leave such layers out of "
                 "target_modules, or export with adapters='swappable' or 'inputs', which take one adapter a run"
+            )
+        lost = model.meta.get(MARKED, frozenset()) & insertion.sites.keys() - insertion.reached
+        if lost:
+            raise ExportError(
+                f"the outputs of {listed(sorted(lost))} are not in the graph any more, so no adapter can be data "
+                "there; leave these layers out of target_modules, or export with adapters='merged'"
             )
         return PassResult(insertion.count)
 
@@ -66,6 +74,7 @@ class _Insertion:
         self.sites = {site.path: site for site in inputs.sites}
         self.tensors: dict[str, ir.Value] = {}
         self.count = 0
+        self.reached: set[str] = set()  # layers with an adapter
         self.grouping = Grouping(model) if inputs.mode == BATCHED else None
         self.problems: list[str] = []  # layers where rows cannot be told apart, each with the reason
 
@@ -83,6 +92,7 @@ class _Insertion:
         else:
             result = self._by_parts(build, value, x, spans)
         self.count += len(marks)
+        self.reached |= {mark.path for mark in marks}
         nodes = build.take()
         _replace(value, result, nodes)
 
@@ -174,12 +184,14 @@ def _spans(marks: Sequence[SiteOutput], width: int | None) -> Iterator[tuple[int
 
 
 def _input_of(value: ir.Value) -> ir.Value:
-    """The input of the linear layers that a value is the output of.
+    """The input of the linear layers, or of the layer normalization, that a value is the output of.
 
     Raises:
         ExportError: No such layer computes it.
     """
     node = value.producer()
+    if node is not None and node.op_type in _NORMS and node.inputs[0] is not None:
+        return node.inputs[0]
     while node is not None and node.op_type in ("Add", "Split"):
         product = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
         node = None if product is None else product.producer()
