@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.adapters.stored import open_adapter
-from gralora_fx.errors import ExportError, listed
+from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
+from gralora_fx.exporters.artifact.trained_parameters import BaseParameters, Changes
 from gralora_fx.runtime.adapter_record import SUFFIX, check_name
-from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.names import ADAPTERS
 
 
@@ -26,7 +27,8 @@ def export_adapter(
     """Add a PEFT adapter to an export that takes adapters as data.
 
     GraLoRA, LoRA and rsLoRA, rank and alpha patterns included; LoRA is an adapter whose blocks have rank 0. The scale
-    becomes part of the `B` tensors.
+    becomes part of the `B` tensors. Layers and biases that the adapter trains as a whole (`modules_to_save`, `bias`)
+    become their differences from the export's.
 
     Args:
         adapter_dir: A directory with `adapter_config.json` and `adapter_model.safetensors`, or its hub id.
@@ -40,7 +42,8 @@ def export_adapter(
 
     Raises:
         ExportError: The directory is not such an export, has an adapter of the name, or lacks layers of the adapter or
-            its blocks; or the adapter is more than a sum of low-rank terms. Every problem is named.
+            its blocks; or the export does not take the parameters that the adapter trains, such as a head of another
+            size. Every problem is named.
         ConfigError: The adapter's configuration is missing or invalid, or of a method or form that is not supported.
         CheckpointError: Its tensors are missing, damaged, not finite, or do not fit its configuration.
     """
@@ -54,17 +57,17 @@ def export_adapter(
     path = Path(onnx_dir) / ADAPTERS / f"{name}{SUFFIX}"
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; give --overwrite (overwrite=True) to replace it, or another name")
-    return convert_adapter(adapter_dir, manifest, onnx_dir, name, revision=revision)
+    return convert_adapter(adapter_dir, onnx_dir, onnx_dir, name, revision=revision)
 
 
 def convert_adapter(
-    adapter_dir: str | Path, manifest: Manifest, output_dir: str | Path, name: str, *, revision: str | None = None
+    adapter_dir: str | Path, onnx_dir: str | Path, output_dir: str | Path, name: str, *, revision: str | None = None
 ) -> Path:
     """Write a PEFT adapter as data of an export into `adapters/` of any directory.
 
     Args:
         adapter_dir: As of `export_adapter`.
-        manifest: Manifest of an export that takes adapters as data.
+        onnx_dir: An export that takes adapters as data.
         output_dir: The directory; an adapter of the name there is replaced.
         name: The name to give it.
         revision: As of `export_adapter`.
@@ -78,15 +81,14 @@ def convert_adapter(
         ConfigError: As of `export_adapter`.
         CheckpointError: As of `export_adapter`.
     """
+    manifest = read_manifest(onnx_dir)
     inputs = manifest.adapter_inputs
     assert inputs is not None
     with open_adapter(adapter_dir, revision=revision) as stored:
-        if stored.copies:
-            raise ExportError(
-                f"{adapter_dir} holds {listed(sorted(stored.copies))}: trained copies of the base's parameters "
-                "(modules_to_save or bias), which are not sums of low-rank terms and cannot be data; export the model "
-                "with adapters='merged'"
-            )
         updates = {path: stored.update(path) for path in stored.sites}
+        copies = {parameter: stored.values(extent) for parameter, extent in stored.copies.items()}
+        changes = Changes(updates)
+        if copies:
+            changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
-    return write_adapter(Path(output_dir), name, updates, fields, inputs, manifest.base_fingerprint)
+    return write_adapter(Path(output_dir), name, changes, fields, inputs, manifest.base_fingerprint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from gralora_fx.config import GraloraConfig
@@ -11,9 +11,10 @@ from gralora_fx.exporters.folded_model import fold_adapters
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.planning.rewrite_plan import PlannedSite
-from gralora_fx.runtime.adapter_inputs import BATCHED, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import BATCHED, BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
 from gralora_fx.tracing.traced_model import TracedModel
 
+_WEIGHT, _BIAS = ".weight", ".bias"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -24,10 +25,12 @@ class DataSites:
     Attributes:
         inputs: The tensors that the export takes.
         weights: Paths of the layers that a weight belongs to, by each name of the weight.
+        norm_biases: Paths of the normalizations whose bias trains, by each name of the bias.
     """
 
     inputs: AdapterInputs
     weights: Mapping[str, tuple[str, ...]]
+    norm_biases: Mapping[str, str]
 
 
 def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel:
@@ -47,7 +50,7 @@ def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel
 def data_sites(
     model: TracedModel | GraloraModel, mode: str, precision: str, form: str | None = None
 ) -> DataSites | None:
-    """The layers that any adapter of a model adapts, active or not; None for a mode that folds them.
+    """The layers that any adapter of a model changes, active or not; None for a mode that folds them.
 
     Args:
         model: What is exported.
@@ -57,7 +60,7 @@ def data_sites(
 
     Raises:
         ExportError: The model has no adapter, one is merged into its weights, their blocks are of several `k`, or an
-            adapter is more than a sum of low-rank terms.
+            adapter trains parameters that cannot be data.
     """
     if mode == "merged":
         return None
@@ -71,23 +74,21 @@ def data_sites(
             f"adapters={mode!r} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged into its "
             "weights; call unmerge_adapter() first"
         )
-    for name in model.configs:
-        _check_low_rank(model, name)
-    planned = model.adapted_sites()
+    trained = _trained(model)
+    planned = [entry for entry in model.adapted_sites() if f"{entry.site.path}{_WEIGHT}" not in trained]
     if form == "lora" and mode == BATCHED:
         raise ExportError("adapter_form='lora' is not available with adapters='batched', whose form is 'gralora'")
     k = _blocks(model, form) or int(mode == BATCHED)
-    sites = {entry.site.path: entry.site for entry in planned}
     _check_widths(planned, k or 1)
-    called = [site for site in sites.values() if site.calls]
-    inputs = AdapterInputs(
-        mode,
-        k,
-        _DTYPES[precision],
-        tuple(AdapterSite(site.path, site.in_features, site.out_features) for site in called),
-        tuple(site.path for site in sites.values() if not site.calls),
-    )
-    return DataSites(inputs, _names_of_weights(called, model.traced))
+    blocks = {entry.site.path for entry in planned}
+    sites = [site for site in model.sites if site.path in blocks or trained & _parameters_of(site)]
+    called = [site for site in sites if site.calls]
+    entries = [_entry(site, blocks, trained) for site in called]
+    of_sites = {parameter for site in sites for parameter in _parameters_of(site)}
+    norms = [_norm_entry(model.traced, bias) for bias in sorted(trained - of_sites)]
+    uncalled = tuple(site.path for site in sites if not site.calls)
+    inputs = AdapterInputs(mode, k, _DTYPES[precision], (*entries, *norms), uncalled)
+    return DataSites(inputs, _names_of_weights(called, model.traced), _names_of_biases(norms, model.traced))
 
 
 def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None:
@@ -106,17 +107,46 @@ def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None
     if missing:
         raise ExportError(
             f"no adapter can be data at {listed(sorted(missing))}: their weights are computed in the graph, or used "
-            "within a branch or a loop; leave these layers out of target_modules, or export with adapters='merged'"
+            "within a branch or a loop, or the bias is not one of a linear layer or a layer normalization; leave these "
+            "layers out of target_modules and their biases untrained, or export with adapters='merged'"
         )
 
 
-def _check_low_rank(model: GraloraModel, name: str) -> None:
-    copies = model.installed(name).copies
-    if copies:
-        raise ExportError(
-            f"adapter {name!r} has copies of {listed(sorted(copies))} (modules_to_save or bias), which are not sums "
-            "of low-rank terms and cannot be data; export it with adapters='merged'"
-        )
+def _trained(model: GraloraModel) -> set[str]:
+    """Names of the parameters that adapters train as copies of their own (`modules_to_save`, biases).
+
+    Raises:
+        ExportError: One is neither the weight of a linear layer nor a bias.
+    """
+    names = {
+        name: [base for owned in model.installed(name).copies.values() for base in owned] for name in model.configs
+    }
+    known = {parameter for site in model.sites for parameter in _parameters_of(site)}
+    known |= {name for name, value in model.traced.tree.parameters.items() if name.endswith(_BIAS) and value.ndim == 1}
+    for name, trained in names.items():
+        if others := sorted(set(trained) - known):
+            raise ExportError(
+                f"adapter {name!r} trains {listed(others, 3)} (modules_to_save or bias), and only linear layers and "
+                "biases can be data; export it with adapters='merged', or train it without these"
+            )
+    return {base for trained in names.values() for base in trained}
+
+
+def _parameters_of(site: LinearSite) -> set[str]:
+    """Names of a layer's parameters."""
+    return {f"{site.path}{_WEIGHT}", *([] if site.bias is None else [f"{site.path}{_BIAS}"])}
+
+
+def _entry(site: LinearSite, blocks: Container[str], trained: Container[str]) -> AdapterSite:
+    form = WHOLE if f"{site.path}{_WEIGHT}" in trained else BLOCKS if site.path in blocks else BIAS
+    has_bias = f"{site.path}{_BIAS}" in trained
+    return AdapterSite(site.path, site.in_features, site.out_features, form, has_bias)
+
+
+def _norm_entry(traced: TracedModel, bias: str) -> AdapterSite:
+    """A normalization whose bias trains; the widths before and after it are equal."""
+    (width,) = traced.tree.parameters[bias].shape
+    return AdapterSite(bias.removesuffix(_BIAS), width, width, BIAS, has_bias=True)
 
 
 def _blocks(model: GraloraModel, form: str | None) -> int:
@@ -155,3 +185,8 @@ def _names_of_weights(sites: Iterable[LinearSite], traced: TracedModel) -> dict[
         for name in traced.tree.names_of(site.weight):
             paths[name] = (*paths.get(name, ()), site.path)
     return paths
+
+
+def _names_of_biases(norms: Iterable[AdapterSite], traced: TracedModel) -> dict[str, str]:
+    biases = {norm.path: traced.tree.parameters[f"{norm.path}{_BIAS}"] for norm in norms}
+    return {name: path for path, bias in biases.items() for name in traced.tree.names_of(bias)}

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import Tensor
 
 from gralora_fx.errors import ExportError, MergeError
 from gralora_fx.exporters.artifact.staging import check_output, check_replaced, require_space, staged
@@ -88,7 +89,7 @@ def fold_onnx(
         replacements = find_replacements(export, graphs, adapter, places)
         _check_quantized(export, places, replacements, requantize=requantize)
     with timed("fold", seconds), staged(output_dir) as stage:
-        rewriting, edits = _planned(opened, adapter, places, replacements, export.base)
+        rewriting, edits = _planned(opened, adapter, places, replacements, export)
         require_space(output_dir, sum(path.stat().st_size for path in opened.data))
         with ThreadPoolExecutor(1) as reader:  # digests of what is read, while it is
             unchanged = reader.submit(_check_digests, opened)
@@ -167,7 +168,7 @@ def _check_quantized(export: Export, places: list[Place], replacements: Replacem
 
 
 def _planned(
-    opened: Opened, adapter: SavedAdapter, places: list[Place], replacements: Replacements, base: BaseWeights | None
+    opened: Opened, adapter: SavedAdapter, places: list[Place], replacements: Replacements, export: Export
 ) -> tuple[Rewriting, list[QuantizedEdit]]:
     """What is to be rewritten, and the edits of quantized weights."""
     layers: dict[tuple[str, int], list[LayerEdit]] = {}
@@ -180,16 +181,15 @@ def _planned(
     rewriting = Rewriting(opened.models)
     quantized: list[QuantizedEdit] = []
 
-    def base_weight(path: str) -> object:
-        assert base is not None
-        return base.weight(path, adapter.features(path))
+    def base_weight(path: str) -> Tensor:
+        return export.base_values(path, adapter.features(path))[0]
 
     for key, edits in layers.items():
         weight = weights[key]
         if weight.storage == "float":
             rewriting.fold_matrix(key[0], MatrixEdit(weight, tuple(edits)))
         else:
-            quantized.append(QuantizedEdit(weight, tuple(edits), None if base is None else base_weight))  # type: ignore[arg-type]
+            quantized.append(QuantizedEdit(weight, tuple(edits), None if export.base is None else base_weight))
             rewriting.fold_quantized(key[0], quantized[-1])
     for value_place, values in replacements.values:
         rewriting.replace(value_place, values)

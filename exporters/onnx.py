@@ -139,7 +139,7 @@ def export_onnx(
             manifest = _described(model, models, flavour, options, log, data)
             write_manifest(stage, manifest)
             if data is not None and isinstance(model, GraloraModel):
-                write_active_adapters(stage, model, data.inputs, manifest.base_fingerprint)
+                write_active_adapters(stage, model, manifest)
         verification = _verified(stage, model, options, seconds)
         quality = _quality(stage, model, flavour, options, seconds)
         files = digests.result()

@@ -7,24 +7,45 @@ from pathlib import Path
 
 from gralora_fx.adapters.checkpoint import saved_config
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
+from gralora_fx.exporters.artifact.trained_parameters import BaseParameters, Changes
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.manifest import Manifest
 
 
-def write_active_adapters(directory: Path, model: GraloraModel, inputs: AdapterInputs, fingerprint: str | None) -> None:
+def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manifest) -> None:
     """Write each active adapter of a model to an export.
 
     Args:
         directory: The export directory.
         model: The model.
-        inputs: The adapter tensors that the export takes.
-        fingerprint: Fingerprint of its base.
+        manifest: The manifest of the export, which takes adapters as data.
 
     Raises:
-        ExportError: An adapter's name is not one for a file, or its values do not fit the dtype.
+        ExportError: An adapter's name is not one for a file, its values do not fit the dtype, or the export's files do
+            not hold the parameters that it replaces.
     """
+    base = BaseParameters(directory, manifest)
+    base.check()
+    assert manifest.adapter_inputs is not None
     for name in model.active_adapters:
         adapter = model.installed(name)
         config = json.loads(saved_config(adapter, model.traced).to_json())
-        updates = {path: adapter.update(path) for path in adapter.factors}
-        write_adapter(directory, name, updates, config, inputs, fingerprint)
+        changes = installed_changes(model, name, base)
+        write_adapter(directory, name, changes, config, manifest.adapter_inputs, manifest.base_fingerprint)
+
+
+def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> Changes:
+    """What an adapter of a model changes of an export.
+
+    Args:
+        model: The model.
+        name: The adapter.
+        base: The export's parameters.
+
+    Raises:
+        ExportError: It trains parameters that do not fit the export.
+    """
+    adapter = model.installed(name)
+    updates = {path: adapter.update(path) for path in adapter.factors}
+    copies = {base_name: value.detach() for owned in adapter.copies.values() for base_name, value in owned.items()}
+    return base.changes(updates, copies, name)

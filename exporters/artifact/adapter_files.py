@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.artifact.trained_parameters import Changes
 from gralora_fx.methods.forms import as_data
-from gralora_fx.methods.method import Update
 from gralora_fx.runtime.adapter_arrays import cast
 from gralora_fx.runtime.adapter_file import record_of, write_tensors
-from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.adapter_inputs import BIAS, AdapterInputs, AdapterSite
 from gralora_fx.runtime.adapter_record import SUFFIX, check_name, record_path
 from gralora_fx.runtime.names import ADAPTERS
 from gralora_fx.sources.atomic_save import save_together
@@ -23,7 +23,7 @@ from gralora_fx.sources.atomic_save import save_together
 def write_adapter(
     directory: Path,
     name: str,
-    updates: Mapping[str, Update],
+    changes: Changes,
     config: Mapping[str, Any],
     inputs: AdapterInputs,
     fingerprint: str | None,
@@ -33,7 +33,7 @@ def write_adapter(
     Args:
         directory: The export directory.
         name: The adapter's name.
-        updates: Its update at each layer by path; those at layers that the model does not call are left out.
+        changes: What it changes; at layers that the model does not call, nothing.
         config: Its `adapter_config.json`.
         inputs: The adapter tensors that the export takes.
         fingerprint: Fingerprint of its base.
@@ -46,7 +46,7 @@ def write_adapter(
             value does not fit the dtype; every problem is named.
     """
     check_name(name)
-    tensors = adapter_tensors(name, updates, inputs)
+    tensors = adapter_tensors(name, changes, inputs)
     folder = directory / ADAPTERS
     path = folder / f"{name}{SUFFIX}"
     written: dict[str, Any] = {}
@@ -63,12 +63,12 @@ def write_adapter(
     return path
 
 
-def adapter_tensors(name: str, updates: Mapping[str, Update], inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
+def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
     """An adapter's tensors by the names of an export's inputs.
 
     Args:
         name: The adapter's name, for messages.
-        updates: Its update at each layer by path; those at layers that the model does not call are left out.
+        changes: What it changes; at layers that the model does not call, nothing.
         inputs: The adapter tensors that the export takes.
 
     Raises:
@@ -76,35 +76,62 @@ def adapter_tensors(name: str, updates: Mapping[str, Update], inputs: AdapterInp
             every problem is named.
     """
     sites = {site.path: site for site in inputs.sites}
-    problems = [f"it has no layer {path}" for path in updates if path not in sites and path not in inputs.uncalled]
+    paths = list(dict.fromkeys([*changes.updates, *changes.biases]))
+    problems = [f"it has no layer {path}" for path in paths if path not in sites and path not in inputs.uncalled]
     tensors: dict[str, NDArray[Any]] = {}
-    for path, update in updates.items():
+    for path in paths:
         if path not in sites:
             continue
-        site, widths = sites[path], update.factors.features
-        if widths != (site.in_features, site.out_features):
-            expected = f"{site.in_features} and {site.out_features}"
-            problems.append(f"{path} has widths {expected}, but the adapter's are {widths[0]} and {widths[1]}")
-            continue
         try:
-            values = as_data(update, inputs.k)
+            arrays = _at_site(sites[path], changes, inputs)
         except ValueError as error:
-            problems.append(f"at {path} the adapter has {error}")
+            problems.append(str(error))
             continue
-        arrays = [cast(value.numpy(force=True), inputs.dtype) for value in values]
-        r, hybrid_r = arrays[0].shape[2] if inputs.k else 0, arrays[-2].shape[1]
-        shapes = site.shapes(inputs.k, r, hybrid_r)
-        problems += [
-            f"{key} has shape {list(array.shape)} instead of {list(shape)}"
-            for (key, shape), array in zip(shapes.items(), arrays, strict=True)
-            if array.shape != shape
-        ]
-        if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays):
+        if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values()):
             problems.append(f"at {path} the adapter has values that are not finite in {inputs.dtype}")
-        tensors |= dict(zip(site.names(inputs.k), arrays, strict=True))
+        tensors |= arrays
     if problems:
         raise ExportError(
             f"adapter {name!r} does not fit the export: {listed(problems)}; give one of this base and gralora_k, "
             "or convert it with to_lora, which gives plain LoRA"
         )
     return tensors
+
+
+def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
+    """An adapter's tensors at a layer: of rank 0 and zeros where it changes a part of the layer alone.
+
+    Raises:
+        ValueError: They do not fit the layer.
+    """
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in _shapes(site, inputs, 0, 0).items()}
+    update = changes.updates.get(site.path)
+    if update is not None:
+        if site.form == BIAS:
+            raise ValueError(f"at {site.path} the export takes a trained bias alone")
+        widths = update.factors.features
+        if widths != (site.in_features, site.out_features):
+            raise ValueError(
+                f"{site.path} has widths {site.in_features} and {site.out_features}, but the adapter's are "
+                f"{widths[0]} and {widths[1]}"
+            )
+        try:
+            values = as_data(update, site.blocks(inputs.k))
+        except ValueError as error:
+            raise ValueError(f"at {site.path} the adapter has {error}") from error
+        arrays |= dict(zip(arrays, (value.numpy(force=True) for value in values), strict=False))
+    if site.path in changes.biases:
+        if not site.has_bias:
+            raise ValueError(f"at {site.path} the export takes no trained bias")
+        arrays[site.names(inputs.k)[-1]] = changes.biases[site.path].numpy(force=True)
+    found = {name: cast(array, inputs.dtype) for name, array in arrays.items()}
+    A, _, A_general, _, _ = site.parts(found)
+    r, hybrid_r = 0 if A is None else A.shape[2], 0 if A_general is None else A_general.shape[1]
+    for name, shape in _shapes(site, inputs, r, hybrid_r).items():
+        if found[name].shape != shape:
+            raise ValueError(f"{name} has shape {list(found[name].shape)} instead of {list(shape)}")
+    return found
+
+
+def _shapes(site: AdapterSite, inputs: AdapterInputs, r: int, hybrid_r: int) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(map(int, shape)) for name, shape in site.shapes(inputs.k, r, hybrid_r).items()}

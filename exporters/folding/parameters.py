@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from gralora_fx.exporters.folding.adapter import SavedAdapter
 from gralora_fx.exporters.folding.base_weights import holds
 from gralora_fx.exporters.folding.edits import LayerEdit
 from gralora_fx.exporters.folding.names import parameter_names, ranges
-from gralora_fx.exporters.folding.places import Export, Place, named_places
+from gralora_fx.exporters.folding.places import Export, Place, named_places, places_by_value
 from gralora_fx.exporters.folding.products import ProductWeight, Reader, initializers
 from gralora_fx.exporters.folding.requantize import is_rounding_of
 from gralora_fx.exporters.folding.stored import read_rows, rows_and_columns
@@ -76,7 +76,7 @@ def find_replacements(
     problems: list[str] = []
     for name, tensor in adapter.replaced.items():
         try:
-            found = list(_layer_places(export, name, tensor))
+            found = list(_layer_places(export, graphs, name, tensor))
             layers += [(place, edit) for place, edit in found]
             values += (
                 [] if found else [(place, _as_rows(place, tensor)) for place in _values(export, graphs, name, tensor)]
@@ -95,14 +95,20 @@ def find_replacements(
     return Replacements(tuple(layers), tuple(values))
 
 
-def _layer_places(export: Export, name: str, tensor: Tensor) -> Iterator[tuple[Place, LayerEdit]]:
+def _layer_places(
+    export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: Tensor
+) -> Iterator[tuple[Place, LayerEdit]]:
     """Places of a parameter that is the weight of a linear layer."""
     path = name.removesuffix(_WEIGHT)
     if tensor.ndim != 2 or path == name:
         return
-    for place in _weight_places(export, path):
-        matrix = tensor.t() if _is_conv1d(export, path) else tensor
+    places = _weight_places(export, path)
+    if not places and export.manifest is None and not any(named_values(export, graphs, name)):
+        outputs, inputs = tensor.shape  # an unnamed matrix is a linear layer's transposed weight
+        places = list(places_by_value(export, path, (inputs, outputs)))
+    for place in places:
         shape = [place.stop - place.start, place.weight.in_features]
+        matrix = _as_matrix(export, place, tensor, shape)
         if list(matrix.shape) != shape:
             raise MergeError(f"it has shape {list(matrix.shape)} in the adapter and {shape} in {place.weight.name}")
         if place.weight.problem:
@@ -136,6 +142,23 @@ def _weight_places(export: Export, path: str) -> list[Place]:
     return places
 
 
+def _as_matrix(export: Export, place: Place, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A layer's trained weight as `[out, in]`, of `shape` if it fits.
+
+    Raises:
+        MergeError: Nothing says whether a square one has the layout of a linear layer or of transformers' `Conv1D`.
+    """
+    if export.manifest is not None or not place.weight.transposed:
+        return tensor.t() if _is_conv1d(export, place.path) else tensor
+    if shape[0] != shape[1]:
+        return tensor if list(tensor.shape) == shape else tensor.t()
+    readings = () if export.base is None else export.base_values(place.path, (shape[1], shape[0]))
+    found = [index for index, values in enumerate(readings) if holds(place.weight, place.start, values)]
+    if not found:
+        raise MergeError(f"nothing says whether {place.weight.name} is stored transposed; give base (--base)")
+    return tensor.t() if found[0] else tensor
+
+
 def _is_conv1d(export: Export, path: str) -> bool:
     sites = export.manifest.sites if export.manifest is not None else ()
     return any(site.path == path and site.kind == "conv1d" for site in sites)
@@ -147,7 +170,7 @@ def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: T
     Raises:
         MergeError: There are none, or what is there has another shape or other readers.
     """
-    places = list(_named_values(export, graphs, name))
+    places = list(named_values(export, graphs, name))
     if not places:
         raise MergeError("no initializer of the export has its name; export the merged model instead")
     is_recorded = export.manifest is not None and export.manifest.weights is not None
@@ -163,7 +186,14 @@ def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: T
     return places
 
 
-def _named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> Iterator[ValuePlace]:
+def named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> Iterator[ValuePlace]:
+    """Places of a parameter by its name, alone in an initializer or beside others.
+
+    Args:
+        export: The export.
+        graphs: Its graphs by file.
+        name: The parameter.
+    """
     widths = {f"{site.path}.bias": site.out_features for site in export.manifest.sites} if export.manifest else {}
     for file, graph in graphs.items():
         products = {id(weight.value): weight for weight in export.weights[file]}
@@ -197,7 +227,7 @@ def _repeats(
     if places and tensor.ndim == 2:
         matrix = tensor.t() if _is_conv1d(export, path) else tensor
         return all(_holds(place.weight, place.start, matrix) for place in places)
-    found = list(_named_values(export, graphs, name))
+    found = list(named_values(export, graphs, name))
     return bool(found) and all(_equal(place, tensor) for place in found)
 
 

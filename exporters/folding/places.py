@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.adapter import SavedAdapter
 from gralora_fx.exporters.folding.base_weights import BaseWeights, find_values, holds
@@ -50,6 +52,25 @@ class Export:
     weights: Mapping[str, Sequence[ProductWeight]]
     manifest: Manifest | None
     base: BaseWeights | None
+
+    def base_values(self, path: str, features: tuple[int, int]) -> tuple[Tensor, ...]:
+        """The given base's weight `[out, in]` of a layer; both readings of a square one whose layout is not known.
+
+        Args:
+            path: The layer.
+            features: Its widths in and out.
+
+        Raises:
+            MergeError: The base has no such weight, or one of another shape.
+        """
+        assert self.base is not None
+        values = self.base.weight(path, features)
+        if features[0] != features[1]:
+            return (values,)
+        kinds = {} if self.manifest is None else {site.path: site.kind for site in self.manifest.sites}
+        if path not in kinds:
+            return values, values.t()
+        return (values.t() if kinds[path] == "conv1d" else values,)
 
     @functools.cached_property
     def by_name(self) -> Mapping[tuple[str, str], ProductWeight]:
@@ -105,7 +126,7 @@ def _find(export: Export, adapter: SavedAdapter, path: str) -> list[Place]:
     widths |= {other: adapter.features(other)[1] for other in adapter.updates}
     found = list(named_places(export.weights, path, widths, foreign=False))
     found = found or _unique(list(named_places(export.weights, path, widths, foreign=True)))
-    found = found or list(_by_value(export, adapter, path))
+    found = found or list(places_by_value(export, path, adapter.features(path)))
     if not found:
         hint = (
             "" if export.base is not None else "; give base (--base), the base model's directory, to find it by value"
@@ -174,13 +195,23 @@ def _unique(places: list[Place]) -> list[Place]:
     return places
 
 
-def _by_value(export: Export, adapter: SavedAdapter, path: str) -> Iterator[Place]:
+def places_by_value(export: Export, path: str, features: tuple[int, int]) -> Iterator[Place]:
+    """Places of a layer's weight by the values of the given base; none without one.
+
+    Args:
+        export: The export.
+        path: The layer.
+        features: Its widths in and out.
+
+    Raises:
+        MergeError: The base has no such weight, or its values occur several times.
+    """
     if export.base is None:
         return
-    inputs, outputs = adapter.features(path)
-    values = export.base.weight(path, (inputs, outputs))
-    for file, candidates in export.weights.items():
-        found = [Place(path, file, w, start, start + outputs, BY_VALUE) for w, start in find_values(candidates, values)]
+    readings, stop = export.base_values(path, features), features[1]
+    for file, weights in export.weights.items():
+        matches = [match for values in readings for match in find_values(weights, values)]
+        found = [Place(path, file, weight, start, start + stop, BY_VALUE) for weight, start in matches]
         if len(found) > 1:
             names = ", ".join(f"{place.weight.name} from {place.start}" for place in found)
             raise MergeError(
@@ -252,8 +283,8 @@ def _check_base(export: Export, places: Iterable[Place], adapter: SavedAdapter) 
     for place in places:
         if place.how == BY_VALUE or place.weight.storage != "float":
             continue
-        values = export.base.weight(place.path, adapter.features(place.path))
-        if not holds(place.weight, place.start, values):
+        readings = export.base_values(place.path, adapter.features(place.path))
+        if not any(holds(place.weight, place.start, values) for values in readings):
             raise MergeError(
                 f"{place.weight.name} does not hold the weight of {export.base.directory}; give the base that was "
                 "exported"

@@ -185,6 +185,11 @@ def _stored(weight: ProductWeight) -> _Blocks | _Columns:
     return _Blocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
 
 
+def dequantized(weight: ProductWeight, outputs: slice) -> Tensor:
+    """Values `[n, in]` of output features of a quantized weight."""
+    return _stored(weight).values(outputs)
+
+
 def is_rounding_of(weight: ProductWeight, start: int, values: Tensor) -> bool:
     """Whether the output features of a quantized weight from one on are what a matrix `[out, in]` is rounded to."""
     return _stored(weight).is_rounded(values.float(), slice(start, start + len(values)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder
+from gralora_fx.runtime.adapter_inputs import BIAS, AdapterSite
 
 FUNCTIONS = "gralora"  # the functions' domain
 NAME = "Adapter"
@@ -73,48 +76,75 @@ def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
     return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
 
 
-def batched_adapter_function(model: ir.Model, k: int, opset: int) -> ir.OperatorIdentifier:
+def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, opset: int) -> ir.OperatorIdentifier:
     """The function that gives the outputs of several adapters, each for a group of tokens, added if it is missing.
 
-    `output = BatchedAdapter(x, ids, A, B, A_general, B_general)` with
+    `output = BatchedAdapter(x, ids, A, B, A_general, B_general, bias)` with
 
         x [groups, length, in], ids [groups], A [adapters, k, in/k, r], B [adapters, k, r, out/k],
-        A_general [adapters, in, hybrid_r], B_general [adapters, hybrid_r, out]
+        A_general [adapters, in, hybrid_r], B_general [adapters, hybrid_r, out], bias [adapters, out]
         output [groups, length, out]
+
+    Of the tensors it takes those that the layer has.
 
     The tensors of each group's adapter are copied: a product with those of all adapters, masked, took 1.6 to 2.2 times
     as long for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
 
     Args:
         model: The model.
-        k: Blocks in each direction.
+        site: The layer.
+        k: Blocks in each direction in this export.
         opset: Version of ONNX's operators.
 
     Returns:
         What nodes call the function by.
     """
-    name = f"Batched{NAME}_k{k}"
+    k = site.blocks(k)
+    form = f"k{k}" if k else "lora" if site.form != BIAS else "no_factors"
+    name = f"Batched{NAME}_{form}{'_bias' if site.has_bias else ''}"
     identifier = (FUNCTIONS, name, "")
     if identifier not in model.functions:
-        model.functions[identifier] = _batched_function(name, k, opset)
+        model.functions[identifier] = _batched_function(name, site, k, opset)
     return identifier
 
 
-def _batched_function(name: str, k: int, opset: int) -> ir.Function:
-    x, ids, *tensors = inputs = [ir.Value(name=n) for n in ("x", "ids", "A", "B", "A_general", "B_general")]
+def _batched_function(name: str, site: AdapterSite, k: int, opset: int) -> ir.Function:
+    tensors = [tensor.rpartition(".gralora_")[2] for tensor in site.names(k)]
+    x, ids, *stacked = inputs = [ir.Value(name=n) for n in ("x", "ids", *tensors)]
     graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
     build = Builder(graph)
-    A, B, A_general, B_general = (build("Gather", tensor, ids, axis=0) for tensor in tensors)
+    own = {tensor: build("Gather", value, ids, axis=0) for tensor, value in zip(tensors, stacked, strict=True)}
+    parts = []
+    if k:
+        parts.append(_blocks_of_groups(build, x, own["A"], own["B"], k))
+    if site.form != BIAS:
+        parts.append(build("MatMul", build("MatMul", x, own["A_general"]), own["B_general"]))
+    if site.has_bias:
+        parts.append(_bias_of_groups(build, x, own["bias"]))
+    result = _total(build, parts)
+    result.name = "output"
+    graph.extend(build.take())
+    graph.outputs.append(result)
+    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+
+
+def _blocks_of_groups(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int) -> ir.Value:
     blocks = build("Reshape", x, build.ints(0, 0, k, -1))  # [groups, length, input block, in/k]
     hidden = build("MatMul", build("Transpose", blocks, perm=[0, 2, 1, 3]), A)  # [groups, input block, length, r]
     hidden = build("Reshape", hidden, build.ints(0, 0, 0, k, -1))  # [groups, input block, length, output block, s]
     hidden = build("Transpose", hidden, perm=[0, 3, 2, 1, 4])
     hidden = build("Reshape", hidden, build.ints(0, 0, 0, -1))  # [groups, output block, length, r]
     output = build("MatMul", hidden, B)  # [groups, output block, length, out/k]
-    output = build("Reshape", build("Transpose", output, perm=[0, 2, 1, 3]), build.ints(0, 0, -1))
-    general = build("MatMul", build("MatMul", x, A_general), B_general)
-    result = build("Add", output, general)
-    result.name = "output"
-    graph.extend(build.take())
-    graph.outputs.append(result)
-    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+    return build("Reshape", build("Transpose", output, perm=[0, 2, 1, 3]), build.ints(0, 0, -1))
+
+
+def _bias_of_groups(build: Builder, x: ir.Value, bias: ir.Value) -> ir.Value:
+    """`[groups, length, out]` of `[groups, out]`."""
+    shape = build("Concat", build("Shape", x, end=2), build.ints(1), axis=0)
+    return build("Expand", build("Unsqueeze", bias, build.ints(1)), shape)
+
+
+def _total(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+    if len(parts) == 1:
+        return parts[0]
+    return build("Add", *parts) if len(parts) == 2 else build("Sum", *parts)

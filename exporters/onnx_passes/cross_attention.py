@@ -27,8 +27,8 @@ def cache_cross_attention(model: ir.Model) -> PassResult[ir.Model]:
     flag = _input(FLAG, ir.DataType.BOOL, [1])
     outputs = {str(value.name): value for value in graph.outputs}
     layers = sum(name.endswith(".encoder.key") for name in outputs)
-    _read_past_if(graph, flag, [value for value in graph.inputs if ".decoder." in str(value.name)])
     decoder_pasts = {str(value.name): value for value in graph.inputs if str(value.name).startswith("past_key_values.")}
+    _read_past_if(graph, flag, decoder_pasts.values())
     others = [value for value in graph.inputs if value not in decoder_pasts.values()]
     pasts: list[ir.Value] = []
     for index in range(layers):

@@ -16,7 +16,7 @@ def marking_passes(data: DataSites | None) -> tuple[Pass[ir.Model], ...]:
     Args:
         data: The layers; None for none.
     """
-    return () if data is None else (MarkSites(data.weights),)
+    return () if data is None else (MarkSites(data.weights, data.norm_biases),)
 
 
 def insertion_passes(data: DataSites | None) -> tuple[Pass[ir.Model], ...]:

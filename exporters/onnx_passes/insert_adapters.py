@@ -12,9 +12,11 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, static_dim
-from gralora_fx.exporters.onnx_passes.mark_sites import SITES, SiteOutput, sites_in
+from gralora_fx.exporters.onnx_passes.mark_sites import MARKED, SITES, SiteOutput, sites_in
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.runtime.adapter_inputs import BATCHED, SWAPPABLE, AdapterInputs, AdapterSite
+
+_NORMS = ("LayerNormalization", "SkipLayerNormalization")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class InsertAdapters:
     Before: `y = MatMul(x, [Wq Wk Wv])`
     After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
+    A bias that trains is one more term of the sum.
+
     Batched ones get the input in groups that share an adapter each (see `adapter_groups`).
 
     Attributes:
@@ -42,7 +46,7 @@ class InsertAdapters:
         """Insert them, in place; the result counts the sites' calls.
 
         Raises:
-            ExportError: A marked value is not computed by a linear layer any more, or rows cannot be told apart at one.
+            ExportError: A marked value is not computed by such a layer any more, or rows cannot be told apart at one.
         """
         insertion = _Insertion(model, self.inputs)
         marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
@@ -52,6 +56,12 @@ class InsertAdapters:
             raise ExportError(
                 f"no adapter can be chosen by row at {listed(insertion.problems, 4)}; leave such layers out of "
                 "target_modules, or export with adapters='swappable' or 'inputs', which take one adapter a run"
+            )
+        lost = model.meta.get(MARKED, frozenset()) & insertion.sites.keys() - insertion.reached
+        if lost:
+            raise ExportError(
+                f"the outputs of {listed(sorted(lost))} are not in the graph any more, so no adapter can be data "
+                "there; leave these layers out of target_modules, or export with adapters='merged'"
             )
         return PassResult(insertion.count)
 
@@ -64,6 +74,7 @@ class _Insertion:
         self.sites = {site.path: site for site in inputs.sites}
         self.tensors: dict[str, ir.Value] = {}
         self.count = 0
+        self.reached: set[str] = set()  # layers with an adapter
         self.grouping = Grouping(model) if inputs.mode == BATCHED else None
         self.problems: list[str] = []  # layers where rows cannot be told apart, each with the reason
 
@@ -76,13 +87,18 @@ class _Insertion:
         build = Builder(self.model.graph)
         spans = list(_spans(marks, width))
         whole = [mark for _, _, mark in spans if mark is not None]
-        if len(whole) == len(spans):
+        if len(whole) == len(spans) and len({self._tensor_kinds(mark) for mark in whole}) == 1:
             result = build("Sum", value, *self._outputs(build, x, whole))
         else:
             result = self._by_parts(build, value, x, spans)
         self.count += len(marks)
+        self.reached |= {mark.path for mark in marks}
         nodes = build.take()
         _replace(value, result, nodes)
+
+    def _tensor_kinds(self, mark: SiteOutput) -> tuple[str, bool]:
+        site = self.sites[mark.path]
+        return site.form, site.has_bias
 
     def _by_parts(
         self, build: Builder, value: ir.Value, x: ir.Value, spans: Sequence[tuple[int, int, SiteOutput | None]]
@@ -96,7 +112,7 @@ class _Insertion:
         return build("Concat", *parts, axis=-1)
 
     def _outputs(self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput]) -> list[ir.Value]:
-        """The adapters' outputs at sites with one input, one after the other: of blocks and of plain LoRA apart."""
+        """The adapters' outputs at sites with one input, one after the other, each kind by itself."""
         groups = None if self.grouping is None else self.grouping.of(x)
         if isinstance(groups, str):
             self.problems += [f"{mark.path}: {groups}" for mark in marks]
@@ -106,20 +122,31 @@ class _Insertion:
         return outputs if groups is None else [groups.restored(build, output) for output in outputs]
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
-        """The outputs of the adapter at a site: of blocks, if it has some, and of plain LoRA; of groups, their sum."""
+        """The adapter's outputs at a site: of blocks, of LoRA, and its bias, those it has; of groups, the sum."""
         site, opset = self.sites[mark.path], self.model.graph.opset_imports[""]
-        if groups is None:
-            assert x.shape is not None
-            domain, name, _ = adapter_function(self.model, self.inputs.k, len(x.shape), opset)
-            operands, count = [x, *self._tensors(site)], 2 if self.inputs.k else 1
+        tensors = self._tensors(site)
+        outputs: Sequence[ir.Value]
+        if groups is not None:
+            domain, name, _ = batched_adapter_function(self.model, site, self.inputs.k, opset)
+            outputs = [build(name, groups.x, groups.ids, *tensors, domain=domain)]
         else:
-            domain, name, _ = batched_adapter_function(self.model, self.inputs.k, opset)
-            operands, count = [groups.x, groups.ids, *self._tensors(site)], 1
-        outputs = build.node(name, operands, domain=domain, num_outputs=count).outputs
+            outputs = self._outputs_of_all(build, x, site, tensors)
         if mark.rows is None:
             return outputs
         start, stop = build.ints(mark.rows[0]), build.ints(mark.rows[1])
         return [build("Slice", output, start, stop, build.ints(-1)) for output in outputs]
+
+    def _outputs_of_all(
+        self, build: Builder, x: ir.Value, site: AdapterSite, tensors: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        factors, bias = (tensors[:-1], tensors[-1:]) if site.has_bias else (tensors, ())
+        if not factors:
+            return [*bias]
+        assert x.shape is not None
+        k = site.blocks(self.inputs.k)
+        domain, name, _ = adapter_function(self.model, k, len(x.shape), self.model.graph.opset_imports[""])
+        node = build.node(name, [x, *factors], domain=domain, num_outputs=2 if k else 1)
+        return [*node.outputs, *bias]
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:
         """The inputs that are a site's tensors; made for its first call."""
@@ -157,12 +184,14 @@ def _spans(marks: Sequence[SiteOutput], width: int | None) -> Iterator[tuple[int
 
 
 def _input_of(value: ir.Value) -> ir.Value:
-    """The input of the linear layers that a value is the output of.
+    """The input of the linear layers, or of the layer normalization, that a value is the output of.
 
     Raises:
         ExportError: No such layer computes it.
     """
     node = value.producer()
+    if node is not None and node.op_type in _NORMS and node.inputs[0] is not None:
+        return node.inputs[0]
     while node is not None and node.op_type in ("Add", "Split"):
         product = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
         node = None if product is None else product.producer()

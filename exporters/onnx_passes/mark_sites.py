@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -11,6 +11,7 @@ from gralora_fx.exporters.onnx_passes.builder import const_ints, static_dim
 from gralora_fx.exporters.pipeline import PassResult
 
 SITES = "gralora_sites"  # key of the marks in a value's metadata
+MARKED = "gralora_marked"  # key of the paths of all layers with marks, in a model's
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _END = 2**31  # a limit at or beyond it is the end of an axis
 
@@ -66,9 +67,11 @@ class MarkSites:
 
     Attributes:
         weights: Paths of the layers that a weight belongs to, by the name of its initializer.
+        norm_biases: Paths of layer normalizations whose outputs are marked too, by the name of the bias.
     """
 
     weights: Mapping[str, tuple[str, ...]]
+    norm_biases: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Mark them in a model as it was translated, weights under their names; the summary is `MarkedSites`."""
@@ -85,7 +88,22 @@ class MarkSites:
                 output.meta[SITES] = (SiteOutput(path, 0, width, rows),)
                 found.add(path)
                 count += 1
+        for name, path in self.norm_biases.items():
+            for output in _norms(model.graph.initializers.get(name)):
+                output.meta[SITES] = (SiteOutput(path, 0, static_dim(output, -1) or 0),)
+                found.add(path)
+                count += 1
+        model.meta[MARKED] = frozenset(found)
         return PassResult(count, summary=MarkedSites(frozenset(found)))
+
+
+def _norms(bias: ir.Value | None) -> Iterator[ir.Value]:
+    """The outputs of the layer normalizations that add a bias, or its cast."""
+    for usage in () if bias is None else list(bias.uses()):
+        if usage.node.op_type == "LayerNormalization" and usage.idx == 2:
+            yield usage.node.outputs[0]
+        elif usage.node.op_type in ("Identity", "Cast"):
+            yield from _norms(usage.node.outputs[0])
 
 
 def _products(weight: ir.Value, rows: tuple[int, int] | None) -> Iterator[tuple[ir.Node, tuple[int, int] | None]]:

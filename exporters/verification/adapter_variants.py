@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 
 from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.artifact.active_adapters import installed_changes
 from gralora_fx.exporters.artifact.adapter_files import adapter_tensors
+from gralora_fx.exporters.artifact.trained_parameters import BaseParameters
 from gralora_fx.exporters.verification.dequantized_model import reference_model
 from gralora_fx.exporters.verification.mixed_rows import MixedRows, MixedSteps
+from gralora_fx.graph.parameters import map_parameters
+from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.methods import AdapterTensors, Update
 from gralora_fx.methods.fold import fold
 from gralora_fx.methods.gralora import Factors
@@ -128,13 +132,12 @@ def _tensors_of(name: str, model: TracedModel | GraloraModel, manifest: Manifest
             "export_adapter, or make another one active"
         )
     tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
-    _check_equal(name, path, tensors, model, inputs)
+    changes = installed_changes(model, name, BaseParameters(directory, manifest))
+    _check_equal(name, path, tensors, adapter_tensors(name, changes, inputs))
     return tensors
 
 
-def _check_equal(name: str, path: Path, tensors: Arrays, model: GraloraModel, inputs: AdapterInputs) -> None:
-    adapter = model.installed(name)
-    expected = adapter_tensors(name, {site: adapter.update(site) for site in adapter.factors}, inputs)
+def _check_equal(name: str, path: Path, tensors: Arrays, expected: Arrays) -> None:
     differing = [key for key in expected if key not in tensors or not np.array_equal(tensors[key], expected[key])]
     if differing or expected.keys() != tensors.keys():
         raise ExportError(
@@ -147,17 +150,26 @@ def _folded(base: TracedModel, tensors: Arrays, inputs: AdapterInputs) -> Traced
     """A float32 model with an adapter's tensors, as the export has them, folded into its weights."""
     sites = {site.path: site for site in base.sites}
     weights: dict[str, nn.Parameter] = {}
+    biases: dict[int, nn.Parameter] = {}
     for entry in inputs.sites:
-        names, site = entry.names(inputs.k), sites[entry.path]
-        if names[0] not in tensors:
-            continue
-        values = [torch.from_numpy(tensors[name].astype(np.float32)) for name in names]
-        A, B = values[-2].t(), values[-1].t()
-        factors: AdapterTensors = Factors(values[0], values[1], A, B) if inputs.k else LoraFactors(A, B)
-        update = Update(factors, 1.0)
-        folded = fold(site.weight.detach(), [update], transposed=site.kind == "conv1d")
-        weights[entry.path] = nn.Parameter(folded, requires_grad=False)
-    return replace_weights(base, weights)
+        found = {
+            name: torch.from_numpy(tensors[name].astype(np.float32))
+            for name in entry.names(inputs.k)
+            if name in tensors
+        }
+        A, B, A_general, B_general, bias = entry.parts(found)
+        if A_general is not None and B_general is not None:
+            own, general = sites[entry.path], (A_general.t(), B_general.t())
+            factors: AdapterTensors = LoraFactors(*general) if A is None or B is None else Factors(A, B, *general)
+            folded = fold(own.weight.detach(), [Update(factors, 1.0)], transposed=own.kind == "conv1d")
+            weights[entry.path] = nn.Parameter(folded, requires_grad=False)
+        if bias is not None:
+            before = base.tree.parameters[f"{entry.path}.bias"]
+            biases[id(before)] = nn.Parameter(before.detach() + bias, requires_grad=False)
+    model = replace_weights(base, weights)
+    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "FoldedGraph")
+    map_parameters(graph_module, lambda parameter, _: biases.get(id(parameter), parameter))
+    return model.with_graph(graph_module, model.tree)
 
 
 @contextmanager

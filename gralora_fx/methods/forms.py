@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.methods.method import AdapterTensors, Update, first_tensor
 
 
@@ -102,6 +103,19 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
     B = torch.cat([B.to(dtype) * scale for _, B, scale in pairs], dim=1)
     missing = max(0, r - A.shape[0])
     return torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
+
+
+@torch.no_grad()
+def as_update(difference: Tensor) -> Update:
+    """A change of a whole weight as the plain LoRA that it equals, of rank `min(in, out)`: one factor is the identity.
+
+    Args:
+        difference: `[out, in]`, what the change adds to the weight.
+    """
+    outs, ins = difference.shape
+    if outs <= ins:
+        return Update(LoraFactors(difference, torch.eye(outs, dtype=difference.dtype)), 1.0)
+    return Update(LoraFactors(torch.eye(ins, dtype=difference.dtype), difference), 1.0)
 
 
 @torch.no_grad()

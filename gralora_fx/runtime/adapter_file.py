@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import GraloraError, first_line, listed
 from gralora_fx.runtime.adapter_arrays import DTYPES, Arrays, as_arrays, as_ort_value
-from gralora_fx.runtime.adapter_inputs import FIELDS, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 from gralora_fx.runtime.adapter_record import SCHEMA_VERSION, AdapterRecord, record_path
 
 
@@ -53,7 +53,7 @@ def record_of(
         inputs: The adapter tensors of the export that it is for.
         fingerprint: Fingerprint of the export's base.
     """
-    r, hybrid_r = _largest_ranks(tensors)
+    r, hybrid_r = _largest_ranks(tensors, inputs)
     content = path.read_bytes()
     return AdapterRecord(
         schema_version=SCHEMA_VERSION,
@@ -72,13 +72,18 @@ def record_of(
     )
 
 
-def _largest_ranks(tensors: Arrays) -> tuple[int, int]:
-    """The largest rank of the blocks and of the plain LoRA part of any layer."""
-    blocks, general = (
-        [array.shape[axis] for name, array in tensors.items() if name.endswith(f".{field}")]
-        for field, axis in ((FIELDS[0], 2), (FIELDS[2], 1))
-    )
-    return max(blocks, default=0), max(general, default=0)
+def _largest_ranks(tensors: Arrays, inputs: AdapterInputs) -> tuple[int, int]:
+    """The largest rank of the blocks and of the plain LoRA part of any layer; of one that is replaced, none."""
+    ranks = [(site, *_ranks(site, tensors)) for site in inputs.sites]
+    general = [hybrid_r for site, _, hybrid_r in ranks if not site.is_within(hybrid_r)]
+    return max((r for _, r, _ in ranks), default=0), max(general, default=0)
+
+
+def _ranks(site: AdapterSite, tensors: Arrays) -> tuple[int, int]:
+    """The ranks at a layer, of blocks and of plain LoRA; 0 for a part that is not there, or has other axes."""
+    A, _, A_general, _, _ = site.parts(tensors)
+    r = 0 if A is None or A.ndim != 3 else A.shape[2]
+    return r, 0 if A_general is None or A_general.ndim != 2 else A_general.shape[1]
 
 
 def read_tensors(
@@ -107,7 +112,7 @@ def read_tensors(
     except Exception as failure:  # ONNX Runtime raises types of its own
         raise error(f"{path} is not an adapter of ONNX Runtime ({first_line(failure)})") from failure
     problems = [*_tensor_problems(tensors, record, inputs)]
-    if not problems and (record.r, record.hybrid_r) != _largest_ranks(tensors):
+    if not problems and (record.r, record.hybrid_r) != _largest_ranks(tensors, inputs):
         problems = ["its tensors have other ranks than its record says"]
     if problems:
         raise error(f"{path} does not fit this export: {listed(problems)}")
@@ -167,9 +172,7 @@ def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) ->
     present = [tensors[name] for name in names if name in tensors]
     if len(present) < len(names):
         return
-    a, general = present[0], present[-2]
-    r = a.shape[2] if inputs.k and a.ndim == 3 else 0
-    hybrid_r = general.shape[1] if general.ndim == 2 else -1
+    r, hybrid_r = _ranks(site, tensors)
     for (name, shape), array in zip(site.shapes(inputs.k, r, hybrid_r).items(), present, strict=True):
         if array.shape != shape:
             yield f"{name} has shape {list(array.shape)} instead of {list(shape)}"
@@ -177,5 +180,5 @@ def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) ->
             yield f"{name} is {array.dtype.name} instead of {inputs.dtype}"
         elif not np.isfinite(array.astype(np.float32)).all():
             yield f"{name} holds values that are not finite"
-    if inputs.k and r % inputs.k:
+    if r and r % inputs.k:
         yield f"the rank {r} at {site.path} is not a multiple of k={inputs.k}"

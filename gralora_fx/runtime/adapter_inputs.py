@@ -9,18 +9,27 @@ Its scale is part of the `B` tensors. Rank 0 on either side leaves that side out
 
 An export in LoRA's form has the second side alone, and takes a GraLoRA adapter as the LoRA of rank k*r + hybrid_r that
 it is, exactly: a third of the nodes, and k times the values.
+
+So do layers that an adapter may replace as a whole (`modules_to_save`), in every export: the difference of the trained
+weight to the base's is a LoRA of rank min(in, out). Where a bias trains, the difference to the base's is a vector:
+
+    gralora_bias [out]                                                              to the whole       (trained bias)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 SWAPPABLE, INPUTS, BATCHED = "swappable", "inputs", "batched"
 AS_DATA = (SWAPPABLE, INPUTS, BATCHED)
-FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
+FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general", "gralora_bias")
+BLOCKS, WHOLE, BIAS = "blocks", "whole", "bias"  # what adapters may change at a layer
 RANK, HYBRID_RANK, ADAPTERS_AXIS = "r", "hybrid_r", "adapters"  # symbolic axes
 ADAPTER_IDS = "adapter_ids"
+
+_Tensor = TypeVar("_Tensor")
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,20 @@ class AdapterSite:
         path: The layer's module path.
         in_features: Width of its input.
         out_features: Width of its output.
+        form: `"blocks"`: tensors of blocks and of plain LoRA; `"whole"`: of plain LoRA alone, of a layer that an
+            adapter may replace; `"bias"`: neither.
+        has_bias: Whether adapters may change its bias.
     """
 
     path: str
     in_features: int
     out_features: int
+    form: str = BLOCKS
+    has_bias: bool = False
+
+    def blocks(self, k: int) -> int:
+        """Blocks in each direction here, in an export of `k`; 0 for none."""
+        return k if self.form == BLOCKS else 0
 
     def names(self, k: int) -> tuple[str, ...]:
         """Names of its tensors, in the order of `FIELDS`.
@@ -43,7 +61,7 @@ class AdapterSite:
         Args:
             k: Blocks in each direction; 0 for LoRA's form, which has none.
         """
-        return tuple(f"{self.path}.{field}" for field in (FIELDS if k else FIELDS[2:]))
+        return tuple(self.shapes(k, 0, 0))
 
     def shapes(self, k: int, r: int | str, hybrid_r: int | str) -> dict[str, tuple[int | str, ...]]:
         """Shapes of its tensors by name.
@@ -53,10 +71,23 @@ class AdapterSite:
             r: Rank of the blocks, or the name of a symbolic axis.
             hybrid_r: Rank of the plain LoRA part, or the name of a symbolic axis.
         """
-        inner, outer = self.in_features, self.out_features
-        general: list[tuple[int | str, ...]] = [(inner, hybrid_r), (hybrid_r, outer)]
-        blocks: list[tuple[int | str, ...]] = [(k, inner // k, r), (k, r, outer // k)] if k else []
-        return dict(zip(self.names(k), [*blocks, *general], strict=True))
+        inner, outer, k = self.in_features, self.out_features, self.blocks(k)
+        found: dict[str, tuple[int | str, ...]] = {}
+        if k:
+            found |= {FIELDS[0]: (k, inner // k, r), FIELDS[1]: (k, r, outer // k)}
+        if self.form != BIAS:
+            found |= {FIELDS[2]: (inner, hybrid_r), FIELDS[3]: (hybrid_r, outer)}
+        if self.has_bias:
+            found[FIELDS[4]] = (outer,)
+        return {f"{self.path}.{field}": shape for field, shape in found.items()}
+
+    def parts(self, tensors: Mapping[str, _Tensor]) -> tuple[_Tensor | None, ...]:
+        """Its tensors among others, in the order of `FIELDS`; None for those that it lacks."""
+        return tuple(tensors.get(f"{self.path}.{field}") for field in FIELDS)
+
+    def is_within(self, rank: int) -> bool:
+        """Whether a rank of plain LoRA is none to limit: it is that of the weight, which adapters may replace here."""
+        return self.form == WHOLE and rank <= min(self.in_features, self.out_features)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[
 
     The weights become part of the `B` tensors, in float32, rounded once. Each block pair (j, n) of GraLoRA has its own
     s columns of `A[n]` and rows of `B[j]`, so those are joined pair by pair; plain LoRA's are joined as they are.
+    Changes of biases are added.
 
     Args:
         parts: The tensors of each adapter by name, and its weight; at least one.
@@ -28,29 +29,37 @@ def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[
     tensors: dict[str, NDArray[Any]] = {}
     for site in inputs.sites:
         names = site.names(inputs.k)
-        found = [([arrays[name] for name in names], weight) for arrays, weight in parts if names[0] in arrays]
+        found = [(arrays, weight) for arrays, weight in parts if names[0] in arrays]
         if found:
             tensors |= dict(zip(names, _sum_at(site, found, inputs.k), strict=True))
     return tensors
 
 
-def _sum_at(site: AdapterSite, parts: Sequence[tuple[Sequence[NDArray[Any]], float]], k: int) -> list[NDArray[Any]]:
-    scaled = [
-        [_scaled(array, weight if index % 2 else 1.0) for index, array in enumerate(arrays)] for arrays, weight in parts
-    ]
-    general = [
-        np.concatenate([arrays[-2] for arrays in scaled], 1),
-        np.concatenate([arrays[-1] for arrays in scaled], 0),
-    ]
-    if not k:
-        return general
+def _sum_at(site: AdapterSite, found: Sequence[tuple[Arrays, float]], k: int) -> Iterator[NDArray[Any]]:
+    """The sum's tensors at a layer, in the order of their names."""
+    parts = [(site.parts(arrays), weight) for arrays, weight in found]
+    blocks = [(A, _scaled(B, weight)) for (A, B, *_), weight in parts if A is not None and B is not None]
+    if blocks:
+        yield from _blocks(site, blocks, k)
+    general = [(A, _scaled(B, weight)) for (_, _, A, B, _), weight in parts if A is not None and B is not None]
+    if general:
+        yield np.concatenate([A for A, _ in general], 1)
+        yield np.concatenate([B for _, B in general], 0)
+    biases = [bias.astype(np.float32) * weight for (*_, bias), weight in parts if bias is not None]
+    if biases:
+        dtype = next(bias.dtype for (*_, bias), _ in parts if bias is not None)
+        yield sum(biases[1:], biases[0]).astype(dtype)
+
+
+def _blocks(site: AdapterSite, parts: Sequence[tuple[NDArray[Any], NDArray[Any]]], k: int) -> Iterator[NDArray[Any]]:
     ins, outs = site.in_features // k, site.out_features // k
-    ranks = [arrays[0].shape[2] // k for arrays in scaled]  # of a block pair
-    pairs = list(zip(scaled, ranks, strict=True))
-    A = np.concatenate([arrays[0].reshape(k, ins, k, s) for arrays, s in pairs], 3)  # [n, in/k, j, s]
-    B = np.concatenate([arrays[1].reshape(k, k, s, outs) for arrays, s in pairs], 2)  # [j, n, s, out/k]
+    ranks = [A.shape[2] // k for A, _ in parts]  # of a block pair
+    pairs = list(zip(parts, ranks, strict=True))
     r = k * sum(ranks)
-    return [A.reshape(k, ins, r), B.reshape(k, r, outs), *general]
+    A = np.concatenate([A.reshape(k, ins, k, s) for (A, _), s in pairs], 3)  # [n, in/k, j, s]
+    yield A.reshape(k, ins, r)
+    B = np.concatenate([B.reshape(k, k, s, outs) for (_, B), s in pairs], 2)  # [j, n, s, out/k]
+    yield B.reshape(k, r, outs)
 
 
 def _scaled(array: NDArray[Any], weight: float) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,21 +201,28 @@ def _stacked_site(
     Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
     belong to output block j, and so for the rows of `B`.
     """
-    k, (ins, outs) = inputs.k, (site.in_features, site.out_features)
-    given = {
-        number: [tensors[name] for name in site.names(k)]
-        for number, tensors in adapters.items()
-        if site.names(k)[0] in tensors
-    }
-    s = max((A.shape[2] // k for A, *_ in given.values()), default=0)
-    hybrid_r = max((general.shape[1] for *_, general, _ in given.values()), default=0)
-    shapes = ((k, ins // k, k, s), (k, k, s, outs // k), (ins, hybrid_r), (hybrid_r, outs))
-    A, B, A_general, B_general = (cast(np.zeros((count, *shape), np.float32), inputs.dtype) for shape in shapes)
-    for number, (own_A, own_B, own_A_general, own_B_general) in given.items():
-        own_s, own_hybrid_r = own_A.shape[2] // k, own_A_general.shape[1]
-        A[number, ..., :own_s] = own_A.reshape(k, ins // k, k, own_s)
-        B[number, :, :, :own_s] = own_B.reshape(k, k, own_s, outs // k)
-        A_general[number, :, :own_hybrid_r] = own_A_general
-        B_general[number, :own_hybrid_r] = own_B_general
-    stacked = A.reshape(count, k, ins // k, k * s), B.reshape(count, k, k * s, outs // k), A_general, B_general
-    yield from zip(site.names(k), stacked, strict=True)
+    given = {number: site.parts(tensors) for number, tensors in adapters.items()}
+    r = max((A.shape[2] for A, *_ in given.values() if A is not None), default=0)
+    hybrid_r = max((general.shape[1] for _, _, general, *_ in given.values() if general is not None), default=0)
+    for place, (name, shape) in zip(_places(site, inputs.k), site.shapes(inputs.k, r, hybrid_r).items(), strict=True):
+        stacked = cast(np.zeros((count, *map(int, shape)), np.float32), inputs.dtype)
+        for number, tensors in adapters.items():
+            if name in tensors:
+                own = tensors[name]
+                within = tuple(slice(size) for size in place(own).shape)
+                place(stacked[number])[within] = place(own)
+        yield name, stacked
+
+
+def _places(site: AdapterSite, k: int) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
+    """For each tensor at a layer, the view of it in which a smaller one is padded at the end of each axis."""
+    k, ins, outs = site.blocks(k), site.in_features, site.out_features
+
+    def of_A(array: NDArray[Any]) -> NDArray[Any]:
+        return array.reshape(k, ins // k, k, array.shape[-1] // k)
+
+    def of_B(array: NDArray[Any]) -> NDArray[Any]:
+        return array.reshape(k, k, array.shape[1] // k, outs // k)
+
+    yield from (of_A, of_B) if k else ()
+    yield from [lambda array: array] * (len(site.names(k)) - (2 if k else 0))

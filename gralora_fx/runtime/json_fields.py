@@ -65,9 +65,15 @@ class JsonFields:
         return found
 
     def record(self, kind: type[_Record]) -> _Record:
-        """The object as a dataclass of texts, numbers and flags."""
+        """The object as a dataclass of texts, numbers and flags; fields with a default may be missing."""
         found = dataclasses.fields(kind)  # type: ignore[arg-type]
-        return kind(**{field.name: self.take(field.name, *_TYPES[str(field.type)]) for field in found})
+        defaults = {field.name: field.default for field in found if field.default is not dataclasses.MISSING}
+        return kind(
+            **{
+                field.name: self.take(field.name, *_TYPES[str(field.type)], default=defaults.get(field.name, ...))
+                for field in found
+            }
+        )
 
     def records(self, name: str, kind: type[_Record]) -> tuple[_Record, ...]:
         """The objects that a field lists, likewise."""

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gralora_fx.errors import ExportError, GraloraError
-from gralora_fx.runtime.adapter_inputs import AS_DATA, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import AS_DATA, BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
 from gralora_fx.runtime.json_fields import TEXT_OR_NONE, JsonFields
 from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.runtime.quality import OutputQuality, Quality, TokenQuality
@@ -284,11 +284,15 @@ class _Reader(JsonFields):
         uncalled: list[Any] = entry.take("uncalled", list)
         if entry.take("mode", str) not in AS_DATA or entry.take("k", int) < 0:
             self.refuse("adapter_inputs", dict(entry.fields))
+        sites = entry.records("sites", AdapterSite)
+        for site in sites:
+            if site.form not in (BLOCKS, WHOLE, BIAS):
+                entry.refuse("sites", dataclasses.asdict(site))
         return AdapterInputs(
             entry.take("mode", str),
             entry.take("k", int),
             entry.take("dtype", str),
-            entry.records("sites", AdapterSite),
+            sites,
             tuple(str(path) for path in uncalled),
         )
 

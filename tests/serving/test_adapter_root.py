@@ -14,58 +14,55 @@ from served_exports import decoders
 from gralora_fx.errors import ConfigError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter
 from gralora_fx.runtime.adapter_record import record_path
-from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError, AdapterRoot
-
-Made = tuple[Path, Manifest]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A directory with PEFT's `wide` and the export `swappable`, and its manifest."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with PEFT's `wide` and the export `swappable`."""
     folder = tmp_path_factory.mktemp("root")
     decoders(folder, "swappable")
-    return folder, read_manifest(folder / "swappable")
-
-
-@pytest.fixture
-def root(made: Made, tmp_path: Path) -> Path:
-    folder = tmp_path / "root"
-    shutil.copytree(made[0] / "swappable" / "adapters", folder)
-    shutil.copytree(made[0] / "wide", folder / "peft")
     return folder
 
 
-def copied(root: Path, text: str, made: Made, tmp_path: Path) -> Path:
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "root"
+    shutil.copytree(made / "swappable" / "adapters", folder)
+    shutil.copytree(made / "wide", folder / "peft")
+    return folder
+
+
+def copied(root: Path, text: str, made: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    return AdapterRoot.of(root).copy(text, "name", made[1], folder)
+    return AdapterRoot.of(root).copy(text, "name", made / "swappable", folder)
 
 
 @pytest.mark.parametrize("spell", [str, lambda text: f"./{text}"])
-def test_a_file_is_copied_with_its_record(root: Path, made: Made, tmp_path: Path, spell: Callable[[str], str]) -> None:
+def test_a_file_is_copied_with_its_record(root: Path, made: Path, tmp_path: Path, spell: Callable[[str], str]) -> None:
     file = copied(root, spell("wide.onnx_adapter"), made, tmp_path)
     assert file.read_bytes() == (root / "wide.onnx_adapter").read_bytes()
     assert record_path(file).read_bytes() == (root / "wide.json").read_bytes()
     assert copied(root, str(root / "wide.onnx_adapter"), made, tmp_path).is_file()
 
 
-def test_a_root_behind_a_link_is_the_operators_choice(root: Path, made: Made, tmp_path: Path) -> None:
+def test_a_root_behind_a_link_is_the_operators_choice(root: Path, made: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     for text in ("wide.onnx_adapter", str(tmp_path / "link" / "wide.onnx_adapter"), str(root / "wide.onnx_adapter")):
         assert copied(tmp_path / "link", text, made, tmp_path).is_file()
 
 
-def test_a_peft_directory_is_converted_as_by_export_adapter(root: Path, made: Made, tmp_path: Path) -> None:
+def test_a_peft_directory_is_converted_as_by_export_adapter(root: Path, made: Path, tmp_path: Path) -> None:
     file = copied(root, "peft", made, tmp_path)
-    export = Path(shutil.copytree(made[0] / "swappable", tmp_path / "export"))
+    export = Path(shutil.copytree(made / "swappable", tmp_path / "export"))
     reference = export_adapter(root / "peft", export, "name")
     assert file.read_bytes() == reference.read_bytes()
     assert record_path(file).read_bytes() == record_path(reference).read_bytes()
 
 
-def test_links_within_the_root_are_followed(root: Path, made: Made, tmp_path: Path) -> None:
+def test_links_within_the_root_are_followed(root: Path, made: Path, tmp_path: Path) -> None:
     (root / "snapshots").mkdir()
     (root / "snapshots" / "x").symlink_to("../peft")
     (root / "again.onnx_adapter").symlink_to("wide.onnx_adapter")
@@ -78,7 +75,7 @@ def test_links_within_the_root_are_followed(root: Path, made: Made, tmp_path: Pa
     "text",
     ["", "..", "../root/wide.onnx_adapter", "peft/../wide.onnx_adapter", "a\0b", "\ud800", "a\nb", "/etc/passwd", "/"],
 )
-def test_paths_that_lead_out_are_refused(root: Path, made: Made, tmp_path: Path, text: str) -> None:
+def test_paths_that_lead_out_are_refused(root: Path, made: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(ServingError, match="adapter root") as caught:
         copied(root, text, made, tmp_path)
     assert not isinstance(caught.value, AdapterNotFoundError)  # it says nothing about files elsewhere
@@ -112,7 +109,7 @@ CHANGES += [(linked_folder, "peft/", "link out of the adapter root"), (pipe, FIL
 
 @pytest.mark.parametrize(("change", "name", "message"), CHANGES)
 def test_files_that_lead_out_are_refused(
-    root: Path, made: Made, tmp_path: Path, change: Callable[[Path, Path], None], name: str, message: str
+    root: Path, made: Path, tmp_path: Path, change: Callable[[Path, Path], None], name: str, message: str
 ) -> None:
     (tmp_path / "outside").mkdir()
     change(root, tmp_path / "outside")
@@ -121,7 +118,7 @@ def test_files_that_lead_out_are_refused(
         copied(root, text, made, tmp_path)
 
 
-def test_what_is_no_adapter_is_named(root: Path, made: Made, tmp_path: Path) -> None:
+def test_what_is_no_adapter_is_named(root: Path, made: Path, tmp_path: Path) -> None:
     (root / "loop").symlink_to("loop")
     for text, message, kind in (
         ("missing", "there is no adapter at 'missing'", AdapterNotFoundError),
@@ -145,7 +142,7 @@ def test_a_root_is_a_directory(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_meanwhile_is_refused(
-    root: Path, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = shutil.copyfileobj
 

@@ -30,6 +30,7 @@ from gralora_fx.exporters import export_onnx, fold_onnx
 from gralora_fx.exporters.adapter import convert_adapter
 from gralora_fx.runtime.adapter_record import record_path
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.serving import load as load_export
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
@@ -157,7 +158,8 @@ def bad_loads(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     yield file("hardlink", linked(os.link, ""))
     yield file("pipe", lambda path: (path.unlink(), os.mkfifo(path)))
     other = dataclasses.replace(read_manifest(folder / "batched"), base_fingerprint="0" * 64)
-    convert_adapter(folder / "wide", other, place, "other")
+    (place / MANIFEST_NAME).write_text(other.to_json())
+    convert_adapter(folder / "wide", place, place, "other")
     yield "another base", {"lora_path": "bad/adapters/other.onnx_adapter"}
     yield from (
         peft(f"peft-cut{s}", lambda path, s=s: cut(s)(path / "adapter_model.safetensors")) for s in (0, 0.5, 0.9)

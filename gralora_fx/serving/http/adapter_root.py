@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown
 from gralora_fx.runtime.adapter_record import SUFFIX, record_path
-from gralora_fx.runtime.manifest import Manifest
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _MOST_BYTES = 8 << 30  # of a file
@@ -55,13 +54,13 @@ class AdapterRoot:
             raise ConfigError(f"the adapter root {directory} is not a directory")
         return cls(path, directory.absolute())
 
-    def copy(self, text: str, name: str, manifest: Manifest, folder: Path) -> Path:
+    def copy(self, text: str, name: str, onnx_dir: Path, folder: Path) -> Path:
         """An adapter as data of an export, copied or converted.
 
         Args:
             text: Its path: relative to the root, or absolute and within it.
             name: The adapter's name.
-            manifest: Manifest of the export, which takes adapters as data.
+            onnx_dir: The export, which takes adapters as data.
             folder: An empty directory to write to.
 
         Returns:
@@ -90,7 +89,7 @@ class AdapterRoot:
             raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
         from gralora_fx.exporters.adapter import convert_adapter  # serving needs no exporter otherwise
 
-        return convert_adapter(copy, manifest, copy, name)
+        return convert_adapter(copy, onnx_dir, copy, name)
 
     def _within(self, text: str) -> Path:
         """A path below the root by its letters alone."""

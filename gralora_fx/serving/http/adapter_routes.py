@@ -37,11 +37,14 @@ class UnloadRequest(BaseModel):
     lora_name: str
 
 
-def adapter_routes(engine: TextEngine | EncoderEngine, root: AdapterRoot | None, metrics: Metrics) -> APIRouter:
+def adapter_routes(
+    engine: TextEngine | EncoderEngine, onnx_dir: Path, root: AdapterRoot | None, metrics: Metrics
+) -> APIRouter:
     """The routes that change adapters.
 
     Args:
         engine: What runs with the adapters.
+        onnx_dir: The export.
         root: Where adapters may be; None if none may be loaded.
         metrics: Where to count.
     """
@@ -51,7 +54,7 @@ def adapter_routes(engine: TextEngine | EncoderEngine, root: AdapterRoot | None,
     async def load(asked: LoadRequest) -> PlainTextResponse:
         place = _needed(root)
         try:
-            await _changed(versions, lambda: _load(engine, place, asked))
+            await _changed(versions, lambda: _load(engine, onnx_dir, place, asked))
         except GraloraError:
             metrics.adapter_load("refused")
             raise
@@ -78,10 +81,10 @@ async def _changed(versions: AdapterVersions, work: Callable[[], None]) -> None:
     await asyncio.shield(asyncio.wrap_future(versions.change(work)))
 
 
-def _load(engine: TextEngine | EncoderEngine, root: AdapterRoot, asked: LoadRequest) -> None:
+def _load(engine: TextEngine | EncoderEngine, onnx_dir: Path, root: AdapterRoot, asked: LoadRequest) -> None:
     """Copy, check and try an adapter, and let its name stand for it."""
-    names, manifest = engine.names, engine.manifest
-    if manifest.adapter_inputs is None:
+    names = engine.names
+    if engine.manifest.adapter_inputs is None:
         raise ServingError(
             f"{names.base} takes no adapters: it was exported with adapters='merged'; export the model with "
             "adapters='batched' or 'swappable'"
@@ -91,7 +94,7 @@ def _load(engine: TextEngine | EncoderEngine, root: AdapterRoot, asked: LoadRequ
     names.versions.check_new(asked.lora_name, replace=asked.load_inplace)
     folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
     try:
-        path = root.copy(asked.lora_path, asked.lora_name, manifest, Path(folder.name))
+        path = root.copy(asked.lora_path, asked.lora_name, onnx_dir, Path(folder.name))
         names.versions.load(asked.lora_name, path, engine.trial, replace=asked.load_inplace, dispose=folder.cleanup)
     except BaseException as error:
         folder.cleanup()

@@ -62,7 +62,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
     app.add_middleware(CountingMiddleware, metrics=metrics)
     _add_routes(app, engine, metrics, state)
-    app.include_router(adapter_routes(engine, root, metrics))
+    app.include_router(adapter_routes(engine, settings.directory, root, metrics))
     app.include_router(info_routes(info))
     app.include_router(page_routes())
     return app

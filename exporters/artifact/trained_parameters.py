@@ -1,0 +1,150 @@
+"""Trained copies of a base's parameters as changes of what an export holds: what adapters as data are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import Tensor
+
+from gralora_fx.errors import ExportError, bulleted
+from gralora_fx.exporters.folding.parameters import named_values
+from gralora_fx.exporters.folding.places import Export
+from gralora_fx.exporters.folding.products import ProductWeight, product_weights
+from gralora_fx.exporters.folding.requantize import dequantized
+from gralora_fx.exporters.folding.stored import read_rows
+from gralora_fx.methods.forms import as_update
+from gralora_fx.methods.method import Update
+from gralora_fx.runtime.adapter_inputs import BIAS, WHOLE, AdapterInputs
+from gralora_fx.runtime.manifest import Manifest
+
+_WEIGHT, _BIAS = ".weight", ".bias"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an adapter changes at layers of an export.
+
+    Attributes:
+        updates: The update of a weight by the layer's path.
+        biases: The change of a bias `[out]` by the layer's path.
+    """
+
+    updates: Mapping[str, Update]
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BaseParameters:
+    """The weights and biases of an export's layers, read from its files.
+
+    Attributes:
+        directory: The export directory.
+        manifest: Its manifest.
+    """
+
+    directory: Path
+    manifest: Manifest
+
+    def changes(self, updates: Mapping[str, Update], copies: Mapping[str, Tensor], name: str) -> Changes:
+        """What an adapter changes: its updates, and its trained copies as differences from the export's values.
+
+        Args:
+            updates: Its updates of weights by the layer's path.
+            copies: Trained values by the names of the base's parameters.
+            name: The adapter, for messages.
+
+        Raises:
+            ExportError: A copy has another shape than the export's parameter, or is not of a layer that the export
+                takes such values for; all are named.
+        """
+        if not copies:
+            return Changes(updates)
+        found, biases = dict(updates), {}
+        problems: list[str] = []
+        uncalled = () if self.manifest.adapter_inputs is None else self.manifest.adapter_inputs.uncalled
+        for parameter, trained in copies.items():
+            path, _, last = parameter.rpartition(".")
+            if path in uncalled:
+                continue
+            own = self._own(parameter)
+            value = trained.t() if trained.ndim == 2 and self._is_transposed(path) else trained
+            if isinstance(own, str):
+                problems.append(own)
+            elif own.shape != value.shape:
+                problems.append(
+                    f"{parameter} has shape {list(value.shape)}, and the export's has {list(own.shape)}: a head keeps "
+                    "its number of outputs, so export a base with the adapter's"
+                )
+            elif last == "bias":
+                biases[path] = value.float() - own.float()
+            else:
+                found[path] = as_update(value.float() - own.float())
+        if problems:
+            raise ExportError(
+                f"adapter {name!r} trains parameters (modules_to_save or bias) that do not fit the export:\n"
+                f"{bulleted(problems)}"
+            )
+        return Changes(found, biases)
+
+    def check(self) -> None:
+        """Check that the values are there that adapters may replace.
+
+        Raises:
+            ExportError: Some are not; all are named.
+        """
+        inputs = self._inputs
+        names = [f"{site.path}{_WEIGHT}" for site in inputs.sites if site.form == WHOLE]
+        names += [f"{site.path}{_BIAS}" for site in inputs.sites if site.has_bias]
+        if problems := [own for name in names if isinstance(own := self._own(name), str)]:
+            raise ExportError(f"trained parameters cannot be data of this export:\n{bulleted(problems)}")
+
+    @property
+    def _inputs(self) -> AdapterInputs:
+        assert self.manifest.adapter_inputs is not None
+        return self.manifest.adapter_inputs
+
+    @cached_property
+    def _graphs(self) -> Mapping[str, ir.Graph]:
+        return {path.name: ir.load(path).graph for path in sorted(self.directory.glob("*.onnx"))}
+
+    @cached_property
+    def _export(self) -> Export:
+        weights = {file: product_weights(graph) for file, graph in self._graphs.items()}
+        return Export(weights, self.manifest, None)
+
+    def _own(self, parameter: str) -> Tensor | str:
+        """The export's values of a parameter, or why there are none."""
+        path, _, last = parameter.rpartition(".")
+        site = next((site for site in self._inputs.sites if site.path == path), None)
+        if site is None or (last == "weight" and site.form == BIAS) or (last == "bias" and not site.has_bias):
+            return f"{parameter}: the export takes no values for it; export a model whose adapter trains it too"
+        values = self._weights(path) if last == "weight" else self._biases(parameter, site.out_features)
+        return next(values, f"{parameter}: the export's files do not hold it by itself; use adapters='merged'")
+
+    def _weights(self, path: str) -> Iterator[Tensor]:
+        for entry in (self.manifest.weights or {}).get(path, ()):
+            weight = self._export.by_name.get((entry.file, entry.initializer))
+            if weight is not None:
+                yield _values(weight, entry.start, entry.stop)
+
+    def _biases(self, parameter: str, width: int) -> Iterator[Tensor]:
+        for place in named_values(self._export, self._graphs, parameter):
+            values = read_rows(place.value)[:, place.start : place.start + width]
+            if values.shape == (1, width):
+                yield values[0]
+
+    def _is_transposed(self, path: str) -> bool:
+        return any(site.path == path and site.kind == "conv1d" for site in self.manifest.sites)
+
+
+def _values(weight: ProductWeight, start: int, stop: int) -> Tensor:
+    """Output features of a weight, `[out, in]`."""
+    if weight.storage != "float":
+        return dequantized(weight, slice(start, stop))
+    if weight.transposed:
+        return read_rows(weight.value)[:, start:stop].t()
+    return read_rows(weight.value, start, stop)
