@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError
 from gralora_fx.serving.scheduling.observer import Observer
-from gralora_fx.serving.scheduling.text_jobs import Limits, Sink, TextJob, TextRequest
+from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
 from gralora_fx.serving.scheduling.worker import Worker
+from gralora_fx.serving.token_choice import Choice
 
 
 class TextQueue(Worker):
@@ -22,29 +24,30 @@ class TextQueue(Worker):
     Attributes:
         limits: What the model can take.
         room: The most requests that may run or wait at a time.
+        scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        ends: frozenset[int],
-        limits: Limits,
+        limits: DecoderLimits,
         observer: Observer,
         *,
         room: int,
+        scores_prompts: bool,
     ) -> None:
         """Make an empty queue; `start` starts its thread.
 
         Args:
             tokenizer: Decodes answers.
-            ends: Ids of the tokens that end an answer.
             limits: What the model can take.
             observer: Is told what runs.
             room: The most requests that may run or wait at a time.
+            scores_prompts: Whether tokens of prompts can be scored.
         """
         super().__init__("gralora-fx text")
-        self.limits, self.room = limits, room
-        self._tokenizer, self._ends, self._observer = tokenizer, ends, observer
+        self.limits, self.room, self.scores_prompts = limits, room, scores_prompts
+        self._tokenizer, self._observer = tokenizer, observer
         self._waiting: deque[TextJob] = deque()
 
     def submit(self, requests: Sequence[tuple[TextRequest, Sink]]) -> list[TextJob]:
@@ -59,10 +62,10 @@ class TextQueue(Worker):
             ServingError: One of them cannot be run, or they are more than there is ever room for.
         """
         for request, _ in requests:
-            self.limits.check(request)
+            request.check(self.limits)
         if len(requests) > self.room:
             raise ServingError(f"{len(requests)} prompts are given, and there is room for {self.room}; give fewer")
-        jobs = [TextJob(request, Answer(self._tokenizer, self._ends, request.stop), sink) for request, sink in requests]
+        jobs = [self._job(request, sink) for request, sink in requests]
         with self._condition:
             self._check_takes()
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
@@ -100,9 +103,21 @@ class TextQueue(Worker):
             while self._waiting:
                 job = self._waiting.popleft()
                 if not job.is_cancelled:
-                    self._observer.waited(job.age)
                     return job
         return None
+
+    def _take(self, job: TextJob, choice: Choice) -> None:
+        """Add a token to an answer, and tell its caller and the observer."""
+        if not job.is_begun:
+            job.is_begun = True
+            self._observer.began(job.age)
+        before = len(job.answer.ids)
+        job.take(choice)
+        self._observer.generated(len(job.answer.ids) - before)
+
+    def _job(self, request: TextRequest, sink: Sink) -> TextJob:
+        ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
+        return TextJob(request, Answer(self._tokenizer, ends, request.stop), ends, sink)
 
 
 def failure(error: Exception) -> RunError:
