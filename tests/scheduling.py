@@ -72,6 +72,9 @@ GROUPS = {
         "serving/test_request_schedulers.py",
         "serving/test_http_encoders.py",
         "serving/test_http_command.py",
+        "serving/test_http_logprobs.py",
+        "serving/test_http_openai.py",
+        "serving/test_sampling.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.
