@@ -47,8 +47,8 @@ class Metrics:
         """A request, or a row of one, waited before the first of its tokens was read."""
         self._queue.observe(seconds)
 
-    def began(self, seconds: float) -> None:
-        """The first token of an answer was chosen, so long after its request."""
+    def began(self, seconds: float, waited: float) -> None:
+        """The first token of an answer was chosen, so long after its request, which waited so much of that."""
         self._first.observe(seconds)
 
     def ran(self, seconds: float, rows: int) -> None:

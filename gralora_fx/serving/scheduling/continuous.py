@@ -129,7 +129,7 @@ class ContinuousScheduler(TextQueue):
         tokens = self._tokens()
         for row in tokens:
             if not self._rows[row].read:
-                self._observer.waited(self._rows[row].job.age)
+                self._read_first(self._rows[row].job)
         started = time.perf_counter()
         try:
             logits = self._decoder.step(tokens)

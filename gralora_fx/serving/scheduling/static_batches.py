@@ -93,7 +93,7 @@ class StaticBatchScheduler(TextQueue):
     def _answer(self, batch: Sequence[TextJob]) -> None:
         started = time.perf_counter()
         for job in batch:
-            self._observer.waited(job.age)
+            self._read_first(job)
             if job.request.scores_prompt:
                 self._score_prompt(job)
             if not job.request.max_new_tokens:

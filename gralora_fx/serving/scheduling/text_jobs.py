@@ -112,6 +112,7 @@ class TextJob:
         request: The request.
         answer: The answer so far.
         ends: Ids of the tokens that end the answer.
+        waited: Seconds before the first of its tokens was read.
         is_begun: Whether its first token was chosen.
         is_done: Whether its caller was told the end.
         prompt_scores: Scores of the prompt's tokens, to be told with the first piece.
@@ -127,6 +128,7 @@ class TextJob:
             sink: Is called with each piece, the last of which has an ending, or with the error that ends the job.
         """
         self.request, self.answer, self.ends = request, answer, ends
+        self.waited = 0.0
         self.is_begun = self.is_done = False
         self.prompt_scores: list[TokenScore] = []
         self._scores: list[TokenScore] = []

@@ -106,11 +106,16 @@ class TextQueue(Worker):
                     return job
         return None
 
+    def _read_first(self, job: TextJob) -> None:
+        """Take note that the first tokens of a request are read."""
+        job.waited = job.age
+        self._observer.waited(job.waited)
+
     def _take(self, job: TextJob, choice: Choice) -> None:
         """Add a token to an answer, and tell its caller and the observer."""
         if not job.is_begun:
             job.is_begun = True
-            self._observer.began(job.age)
+            self._observer.began(job.age, job.waited)
         before = len(job.answer.ids)
         job.take(choice)
         self._observer.generated(len(job.answer.ids) - before)
