@@ -25,6 +25,7 @@ NAMES = (
     "streaming",
     "merge-checkpoint",
     "batched",
+    "service",
     "providers",
     "threads",
     "rounding",

@@ -23,7 +23,7 @@ from benchmarks import smollm2
 from benchmarks.genai import build, open_model, run_process, seconds_of, token_times
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.serving import load
-from gralora_fx.serving.sampling import CHUNK
+from gralora_fx.serving.generation import CHUNK
 
 RUNS = Path("runs/generation")
 OURS, GENAI = "ours", "genai's builder"

@@ -74,6 +74,9 @@ GROUPS = {
         "serving/test_http_command.py",
         "serving/test_http_metrics.py",
         "serving/test_http_page_browser.py",
+        "serving/test_http_logprobs.py",
+        "serving/test_http_openai.py",
+        "serving/test_sampling.py",
     ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.

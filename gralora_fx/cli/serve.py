@@ -40,6 +40,14 @@ MaxContext = Annotated[
     int | None,
     typer.Option(min=1, help="Of a decoder, most tokens of a prompt with its answer.  [default: the model's context]"),
 ]
+Chunk = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a batched decoder, most tokens of prompts that a step reads.  [default: 64]"),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(help="Seconds after which a request is given up, and answered with 504.  [default: no limit]"),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of an operator.  [default: one on each core that may be used]")
 ]
@@ -60,6 +68,8 @@ def serve(
     max_batch: MaxBatch = None,
     max_queue: MaxQueue = 64,
     max_context: MaxContext = None,
+    chunk: Chunk = None,
+    timeout: Timeout = None,
     threads: Threads = None,
     api_key: ApiKey = None,
 ) -> None:
@@ -76,6 +86,8 @@ def serve(
         max_batch=max_batch,
         max_queue=max_queue,
         max_context=max_context,
+        chunk=chunk,
+        timeout=timeout,
         threads=threads,
         api_key=api_key,
     )

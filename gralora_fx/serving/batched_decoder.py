@@ -18,6 +18,8 @@ from gralora_fx.runtime.batched_steps import BatchedSteps
 from gralora_fx.runtime.context_length import context_length
 from gralora_fx.runtime.names import QUERY_SEQLENS
 from gralora_fx.runtime.options import ProviderOptions, Providers
+from gralora_fx.serving.decoder_limits import DecoderLimits
+from gralora_fx.serving.end_tokens import end_tokens
 from gralora_fx.serving.model import load
 from gralora_fx.serving.row_adapters import RowAdapters
 
@@ -45,6 +47,7 @@ class BatchedDecoder:
         chunk: The most tokens that a row may read in a step.
         adapters: The adapters that are loaded, their ids by name.
         model: The export, opened: its manifest, configuration and tokenizer.
+        limits: What a row can take.
     """
 
     def __init__(
@@ -103,7 +106,8 @@ class BatchedDecoder:
         assert isinstance(model.adapters, RowAdapters)
         self.adapters = model.adapters
         text = model.config.get("text_config") or model.config
-        self._vocabulary: int | None = text.get("vocab_size")
+        ends = end_tokens(model.directory, model.config)
+        self.limits = DecoderLimits(text.get("vocab_size"), self.capacity, ends)
         self._steps = BatchedSteps(model.session, rows=self.rows, capacity=self.capacity, chunk=self.chunk)
         self._gives_last = model.manifest.logits == "last"
         self._open: dict[int, _Row] = {}
@@ -231,7 +235,7 @@ class BatchedDecoder:
                 f"row {number} has read {row.length} tokens and is given {len(array)}, more than its capacity of "
                 f"{self.capacity}; close it, or make room with capacity="
             )
-        most = self._vocabulary
+        most = self.limits.vocabulary
         if array.min() < 0 or (most is not None and array.max() >= most):
             wrong = array.min() if array.min() < 0 else array.max()
             raise ServingError(f"row {number} is given token {wrong}, outside the vocabulary of {most} tokens")

@@ -1,26 +1,24 @@
-"""Generation with an exported decoder: onnxruntime-genai keeps the cache and samples."""
+"""Generation with an exported decoder: onnxruntime-genai keeps the cache."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.runtime.genai_schema import read_genai_config
 from gralora_fx.runtime.session import CPU, FATAL, Runtime
-from gralora_fx.serving.adapters import LoadedAdapter
-from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.adapters import Adapters, LoadedAdapter
+from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.genai_adapters import GenaiAdapters
-from gralora_fx.serving.prompts import Prompts
-from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.token_choice import Choice, TokenChooser
 
+CHUNK = 256  # positions of a prompt per chunk, since attention computes all pairs, masked or not
 _GENAI_NAMES = {"CUDAExecutionProvider": "cuda"}  # onnxruntime-genai's names of execution providers
 
 
@@ -28,16 +26,17 @@ class Generator:
     """A decoder of an export directory, run by onnxruntime-genai.
 
     Attributes:
-        ends: Ids of the tokens that end a text.
-        adapters: The adapters that onnxruntime-genai holds.
+        limits: What it can take. onnxruntime-genai ends a row at the end tokens by itself.
+        copies: The adapters that onnxruntime-genai holds.
     """
 
-    def __init__(self, directory: Path, runtime: Runtime, threads: int | None = None) -> None:
+    def __init__(self, directory: Path, runtime: Runtime, adapters: Adapters, threads: int | None = None) -> None:
         """Load the model.
 
         Args:
             directory: An export with a cache.
             runtime: The execution providers to run on.
+            adapters: The adapters to run with, by name.
             threads: Threads of an operator; None for onnxruntime-genai's choice.
 
         Raises:
@@ -51,6 +50,7 @@ class Generator:
                 f"generation needs onnxruntime-genai ({error}); pip install 'gralora-fx[genai]'"
             ) from error
         self._genai: Any = onnxruntime_genai
+        self._adapters = adapters
         fields = read_genai_config(directory, ServingError)["model"]
         providers = _genai_providers(runtime)
         try:
@@ -63,134 +63,127 @@ class Generator:
             self._model = onnxruntime_genai.Model(config)
         except Exception as error:  # onnxruntime-genai raises types of its own
             raise ServingError(f"onnxruntime-genai cannot load {directory} ({first_line(error)})") from error
-        self.adapters = GenaiAdapters(onnxruntime_genai.Adapters(self._model))
-        ends = fields["eos_token_id"]
-        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
-        self._padding, self._vocabulary, self._context = (
-            fields[name] for name in ("pad_token_id", "vocab_size", "context_length")
-        )
+        self.copies = GenaiAdapters(onnxruntime_genai.Adapters(self._model))
+        given = fields["eos_token_id"]
+        ends = frozenset(given if isinstance(given, list) else [given])
+        self._padding = fields["pad_token_id"]
+        self.limits = DecoderLimits(fields["vocab_size"], fields["context_length"], ends, fixed_ends=ends)
 
-    def tokens(
+    def rows(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        adapter: LoadedAdapter | None = None,
-        required: Mapping[str, NDArray[Any]] = MappingProxyType({}),
-    ) -> Iterator[list[int]]:
-        """Generate one new token for each row in every step, until every row has ended or is full.
+        new_tokens: int,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> GenaiRows:
+        """Read prompts, as a batch in which all have the same adapter.
 
-        Rows of unequal length are padded on the right, as onnxruntime-genai expects, and run as a batch.
+        Rows of unequal length are padded on the right, as onnxruntime-genai expects.
 
         Args:
-            prompts: Token ids by row, checked.
-            sampling: How tokens are chosen.
+            prompts: Token ids by row, within the limits.
+            new_tokens: The most tokens that a row may add.
             adapter: The adapter to run with; None for the base.
-            required: Its tensors, of an export that requires them as inputs, rather than that they may be overridden.
 
         Raises:
-            ServingError: onnxruntime-genai fails, or an adapter's file was changed since it was loaded.
+            ServingError: There is no such adapter, its file was changed, or onnxruntime-genai fails.
         """
+        if not (adapter is None or isinstance(adapter, str)):
+            raise ServingError(
+                "rows of this export have no adapter each; give one name, or export the model with adapters='batched'"
+            )
+        active = None if adapter is None else self._adapters[adapter]
+        required = self._adapters.required(adapter)
         longest = max(len(row) for row in prompts)
-        rows = np.full((len(prompts), longest), self._padding, dtype=np.int32)
+        ids = np.full((len(prompts), longest), self._padding, dtype=np.int32)
         for index, row in enumerate(prompts):
-            rows[index, : len(row)] = row
+            ids[index, : len(row)] = row
+        options: dict[str, Any] = {"max_length": longest + new_tokens, "batch_size": len(prompts), "do_sample": False}
+        if len(prompts) == 1 and longest > CHUNK:  # with several rows the runtime does not support chunks
+            options["chunk_size"] = CHUNK
         parameters = self._genai.GeneratorParams(self._model)
-        generator = None
         try:
-            parameters.set_search_options(**sampling.options(longest, len(prompts), self._context))
+            parameters.set_search_options(**options)
             generator = self._genai.Generator(self._model, parameters)
-            for name, value in required.items():
-                generator.set_model_input(name, value)
-            if adapter is not None and not required:
-                self.adapters.activate(generator, adapter)
-            generator.append_tokens(rows)
-            while not generator.is_done():
-                generator.generate_next_token()
-                yield [int(token) for token in generator.get_next_tokens()]
         except Exception as error:  # onnxruntime-genai raises types of its own
             raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
-        finally:
-            generator = None  # the last of its adapter's generators lets the adapter go
-            self.adapters.sweep()
-
-    def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Check that the model can take prompts.
-
-        Raises:
-            ServingError: A prompt is empty, too long, or holds ids out of range.
-        """
-        if not prompts:
-            raise ServingError("there is no prompt; give at least one")
-        for index, row in enumerate(prompts):
-            if len(row) == 0:
-                raise ServingError(f"prompt {index} is empty; give at least one token")
-            wrong = [token for token in row if not 0 <= token < self._vocabulary]
-            if wrong:
-                raise ServingError(
-                    f"prompt {index} holds token {wrong[0]}, outside the vocabulary of {self._vocabulary} tokens"
-                )
-        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        length, new = len(prompts[longest]), sampling.max_new_tokens
-        if length + (new or 1) > self._context:
-            request = "" if new is None else f" and max_new_tokens={new}"
-            raise ServingError(
-                f"prompt {longest} has {length} tokens{request}, more than the context of {self._context}; shorten it"
-            )
+        result = GenaiRows(generator, len(prompts), min(self.limits.fixed_ends), self.copies)
+        del generator  # the rows have it, and let it go
+        result.read(ids, required, None if required else active)
+        return result
 
 
-class Answers(Iterator[Any]):
-    """The answers to prompts, piece by piece, or all at once."""
+class GenaiRows:
+    """Prompts that onnxruntime-genai runs as one batch; a row that is over runs on with it, unread."""
 
-    def __init__(
-        self,
-        generator: Generator,
-        prompts: Prompts,
-        tokenizer: PreTrainedTokenizerBase | None,
-        sampling: Sampling,
-        stop: Sequence[str],
-        adapter: LoadedAdapter | None = None,
-        required: Mapping[str, NDArray[Any]] = MappingProxyType({}),
-    ) -> None:
-        """Check the prompts and start.
+    def __init__(self, generator: Any, rows: int, end: int, copies: GenaiAdapters) -> None:
+        """Take over a generator.
 
         Args:
-            generator: The model.
-            prompts: The prompts to answer.
-            tokenizer: For texts, and for stop strings.
-            sampling: How tokens are chosen.
-            stop: Strings that end an answer.
-            adapter: The adapter to answer with; None for the base.
-            required: Its tensors, of an export that requires them as inputs.
+            generator: The generator.
+            rows: How many rows it has.
+            end: A token that ends a row.
+            copies: The adapters that onnxruntime-genai holds.
+        """
+        self._generator, self._count, self._end, self._copies = generator, rows, end, copies
+
+    def __del__(self) -> None:
+        """Free what was to be freed, and waited for this generator to go."""
+        self._generator = None
+        self._copies.sweep()
+
+    def read(self, ids: NDArray[np.int32], inputs: Mapping[str, Any], adapter: LoadedAdapter | None) -> None:
+        """Read the prompts.
+
+        Args:
+            ids: `[rows, tokens]`.
+            inputs: What the model requires besides.
+            adapter: The adapter to run with; None for the base, or if it is among the inputs.
 
         Raises:
-            ServingError: A prompt cannot be taken.
+            ServingError: onnxruntime-genai fails, or the adapter's file was changed since it was loaded.
         """
-        generator.check(prompts.rows, sampling)
-        self._prompts = prompts
-        reader = tokenizer if prompts.gives_text or stop else None
-        self._answers = [Answer(reader, generator.ends, stop) for _ in prompts.rows]
-        self._steps = generator.tokens(prompts.rows, sampling, adapter, required)
+        try:
+            for name, value in inputs.items():
+                self._generator.set_model_input(name, value)
+            if adapter is not None:
+                self._copies.activate(self._generator, adapter)
+            self._generator.append_tokens(ids)
+        except ServingError:
+            raise
+        except Exception as error:  # onnxruntime-genai raises types of its own
+            raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
 
-    def __next__(self) -> Any:
-        """What the next step adds: a text or ids, or a list of them for a list of prompts."""
-        if all(answer.has_ended for answer in self._answers):
-            raise StopIteration
-        tokens = next(self._steps, None)
-        pieces: list[Any] = []
-        for index, answer in enumerate(self._answers):
-            before = len(answer.ids)
-            text = answer.finish() if tokens is None else answer.take(tokens[index])
-            pieces.append(text if self._prompts.gives_text else answer.ids[before:])
-        if tokens is None and not any(pieces):  # every row is full, and no text was held back
-            raise StopIteration
-        return pieces[0] if self._prompts.is_single else pieces
+    def step(self, choosers: Mapping[int, TokenChooser]) -> dict[int, Choice]:
+        """Choose the next token of some rows.
 
-    def result(self) -> Any:
-        """The whole answers."""
-        for _ in self:
-            pass
-        answers = [answer.text if self._prompts.gives_text else answer.ids for answer in self._answers]
-        return answers[0] if self._prompts.is_single else answers
+        Args:
+            choosers: Of each row that goes on, what chooses its tokens. A row that is left out is over.
+
+        Raises:
+            ServingError: onnxruntime-genai fails.
+        """
+        try:
+            if all(chooser.takes_likeliest for chooser in choosers.values()):
+                self._generator.generate_next_token()
+                tokens = self._generator.get_next_tokens()
+                return {row: Choice(int(tokens[row])) for row in choosers}
+            logits = self._generator.get_logits()
+        except Exception as error:  # onnxruntime-genai raises types of its own
+            raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
+        last = logits.reshape(self._count, -1, logits.shape[-1])[:, -1]
+        choices = {row: choose(last[row]) for row, choose in choosers.items()}
+        self._append([choices[row].token if row in choices else self._end for row in range(self._count)], logits)
+        return choices
+
+    def _append(self, tokens: Sequence[int], like: NDArray[Any]) -> None:
+        """Let each row add a token: the only one that the logits leave possible."""
+        forced = np.full((self._count, like.shape[-1]), np.finfo(np.float32).min, dtype=np.float32)
+        forced[np.arange(self._count), tokens] = 0
+        try:
+            self._generator.set_logits(forced.reshape(like.shape))
+            self._generator.generate_next_token()
+        except Exception as error:
+            raise ServingError(f"onnxruntime-genai fails: {first_line(error)}") from error
 
 
 def _session_options(threads: int | None) -> dict[str, int]:

@@ -29,11 +29,14 @@ from gralora_fx.runtime.placement import (
 from gralora_fx.runtime.requirements import check_requirements
 from gralora_fx.runtime.session import Runtime, open_session, quiet_run
 from gralora_fx.serving.adapters import Adapters
+from gralora_fx.serving.answers import Answers
+from gralora_fx.serving.batched_generation import BatchedPrompts
+from gralora_fx.serving.decoder import Decoder
 from gralora_fx.serving.feed import Feed
-from gralora_fx.serving.generation import Answers, Generator
+from gralora_fx.serving.generation import Generator
 from gralora_fx.serving.opening import check_outside_files, check_unchanged, directory_of, read_config
 from gralora_fx.serving.outputs import Outputs
-from gralora_fx.serving.prompts import read_prompts, read_tokenized, stop_strings
+from gralora_fx.serving.prompts import given_prompts, stop_strings
 from gralora_fx.serving.row_adapters import RowAdapters, rows_feed
 from gralora_fx.serving.sampling import Sampling
 
@@ -182,8 +185,9 @@ class OrtModel:
             ServingError: It is not loaded.
         """
         unloaded = self._known.unload(name)
-        if unloaded is not None and "_generator" in vars(self):  # onnxruntime-genai may have a copy of its own
-            self._generator.adapters.forget(unloaded.record.file_sha256)
+        decoder = vars(self).get("decoder")
+        if unloaded is not None and isinstance(decoder, Generator):  # onnxruntime-genai may have a copy of its own
+            decoder.copies.forget(unloaded.record.file_sha256)
 
     def bind_adapter(self, binding: Any, adapter: str | None) -> None:
         """Bind an adapter's tensors in an `onnxruntime.IOBinding` of `session`, for the runs that use the binding.
@@ -259,10 +263,10 @@ class OrtModel:
         attention_mask: Any = None,
         stop: str | Sequence[str] = (),
         stream: bool = False,
-        adapter: str | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         **sampling: Any,
     ) -> Any:
-        """Answer prompts; onnxruntime-genai keeps the cache and chooses the tokens.
+        """Answer prompts; onnxruntime-genai keeps the cache, of a batched export this package.
 
         Args:
             prompts: A text, a chat as a list of messages (`{"role": ..., "content": ...}`, by the tokenizer's
@@ -271,38 +275,44 @@ class OrtModel:
             attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
             stop: Strings that end an answer; they are not part of it.
             stream: Whether to return an iterator over pieces of text (of token ids, for prompts of ids).
-            adapter: Name of the adapter to answer with; None for the base.
-            **sampling: `max_new_tokens=None` (64, or fewer if the context is full), `do_sample=False`, and with
-                `do_sample=True` `top_k=50`, `top_p=1.0`, `temperature=1.0`, `seed=None`.
+            adapter: Name of the adapter to answer with, None for the base; of a batched export also one for each.
+            **sampling: The fields of `Sampling`: `max_new_tokens`, `do_sample` and, to draw, `top_k`, `top_p`, `min_p`,
+                `temperature`, `seed`; `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
+                `min_new_tokens`, `eos_token_id` and `logprobs`.
 
         Returns:
             The answer to one prompt, a list for a list of prompts: texts, or the new token ids for prompts of ids. With
-            `stream` an iterator over pieces, of lists of pieces for a list of prompts.
+            `stream` an iterator over pieces, of lists of pieces for a list of prompts. With `logprobs` each answer or
+            piece is a `Scored`: the content, and the scores of its tokens.
 
         Raises:
             ServingError: The export has no cache, onnxruntime-genai is not installed, a prompt is empty, too long or
                 holds ids out of range, or an option is unknown, invalid or without effect.
         """
-        self._check_generates()
-        if unknown := [name for name in sampling if name not in Sampling.__dataclass_fields__]:
-            options = ", ".join(("stop", "stream", "adapter", *Sampling.__dataclass_fields__))
-            raise ServingError(f"unknown option {', '.join(unknown)}; there are {options}")
+        chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
-        chosen = Sampling(**sampling)
+        self._check_generates()
         tokenizer = self._tokenizer_or_none
         stops = stop_strings(stop, tokenizer)
-        if input_ids is None:
-            if prompts is None or attention_mask is not None:
-                raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
-            parsed = read_prompts(prompts, tokenizer)
-        elif prompts is not None:
-            raise ServingError("prompts and input_ids are both given; give one of them")
-        else:
-            parsed = read_tokenized(input_ids, attention_mask)
-        active = None if adapter is None else self._adapters[adapter]
-        answers = Answers(self._generator, parsed, tokenizer, chosen, stops, active, self._adapters.required(adapter))
+        parsed = given_prompts(prompts, input_ids, attention_mask, tokenizer)
+        answers = Answers(self.decoder, parsed, tokenizer, chosen, stops, adapter)
         return answers if stream else answers.result()
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model as a decoder of prompts, which `generate` and schedulers drive.
+
+        Raises:
+            ServingError: It has no cache, onnxruntime-genai is needed and cannot load it, or the configuration names no
+                context.
+        """
+        self._check_generates()
+        check_unchanged(self.directory, self.manifest)
+        if self._rows is not None:
+            return BatchedPrompts(self.session, self._rows, self.directory, self.config, self.manifest.position_offset)
+        assert isinstance(self._adapters, Adapters)
+        return Generator(self.directory, self._runtime, self._adapters, self._threads)
 
     def _check_has_no_rows(self) -> None:
         """Check that the export is not a batched decoder, whose caches are buffers and whose rows have lengths.
@@ -312,12 +322,11 @@ class OrtModel:
         """
         if QUERY_SEQLENS in self.input_names:
             raise ServingError(
-                f"{self.directory} is a batched decoder, which neither single calls nor onnxruntime-genai drive; open "
-                "it as gralora_fx.serving.BatchedDecoder, or export the model with adapters='swappable'"
+                f"{self.directory} is a batched decoder, whose rows have caches that single calls do not keep; call "
+                "generate, or open it as gralora_fx.serving.BatchedDecoder"
             )
 
     def _check_generates(self) -> None:
-        self._check_has_no_rows()
         if not any(name.startswith("past_key_values.") for name in self.input_names):
             raise ServingError(
                 f"this export (task {self.task!r}) has no cache, so it cannot generate; "
@@ -328,11 +337,6 @@ class OrtModel:
                 "onnxruntime-genai does not run an encoder-decoder in this layout; generate with optimum's "
                 "ORTModelForSeq2SeqLM or ORTModelForSpeechSeq2Seq, or with transformers.js: they read this directory"
             )
-
-    @cached_property
-    def _generator(self) -> Generator:
-        check_unchanged(self.directory, self.manifest)
-        return Generator(self.directory, self._runtime, self._threads)
 
     @cached_property
     def _tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:

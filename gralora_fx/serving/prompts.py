@@ -29,6 +29,29 @@ class Prompts:
     gives_text: bool
 
 
+def given_prompts(
+    prompts: Any, input_ids: Any, attention_mask: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> Prompts:
+    """Convert what `generate` is given, prompts or a tokenizer's result, to token ids.
+
+    Args:
+        prompts: One prompt, or several of them, or None.
+        input_ids: A tokenizer's result instead, or None.
+        attention_mask: Its mask, or None.
+        tokenizer: For texts and chats, or None.
+
+    Raises:
+        ServingError: Neither or both are given, or they are not prompts.
+    """
+    if input_ids is None:
+        if prompts is None or attention_mask is not None:
+            raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
+        return read_prompts(prompts, tokenizer)
+    if prompts is not None:
+        raise ServingError("prompts and input_ids are both given; give one of them")
+    return read_tokenized(input_ids, attention_mask)
+
+
 def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
     """Convert the prompts of `generate` to token ids.
 

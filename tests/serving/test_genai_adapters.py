@@ -19,7 +19,7 @@ def test_an_adapter_goes_with_its_last_answer(exported: Path) -> None:
     model = load(exported)
     options = {"max_new_tokens": 6, "adapter": "wide"}
     whole = model.generate([5, 6], **options)
-    held = model._generator.adapters
+    held = model.decoder.copies
     assert len(held) == 1
     stream = model.generate([5, 6], stream=True, **options)
     tokens = list(next(stream))
@@ -40,9 +40,9 @@ def test_a_stream_that_is_given_up_lets_it_go(exported: Path) -> None:
     next(second)
     model.unload_adapter("small")
     del first
-    assert len(model._generator.adapters) == 1
+    assert len(model.decoder.copies) == 1
     del second
-    assert len(model._generator.adapters) == 0
+    assert len(model.decoder.copies) == 0
 
 
 def test_two_names_of_one_file_share_it(exported: Path) -> None:
@@ -50,6 +50,6 @@ def test_two_names_of_one_file_share_it(exported: Path) -> None:
     model.load_adapter("again", exported / "adapters" / "wide.onnx_adapter")
     whole = model.generate([5], adapter="wide", max_new_tokens=5)
     assert model.generate([5], adapter="again", max_new_tokens=5) == whole
-    assert len(model._generator.adapters) == 1
+    assert len(model.decoder.copies) == 1
     model.unload_adapter("again")
     assert model.generate([5], adapter="wide", max_new_tokens=5) == whole

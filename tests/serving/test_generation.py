@@ -23,8 +23,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.operators.attention import Attention
 from gralora_fx.runtime.cores import available_threads
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.serving import load
-from gralora_fx.serving import sampling as sampling_options
+from gralora_fx.serving import generation, load
 from gralora_fx.serving.model import OrtModel
 
 PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]
@@ -76,7 +75,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt(name: str, tmp_path: Path, monkey
     traced = trace(decoder(name), task="text-generation-with-past")
     export_onnx(traced, tmp_path / "onnx")
     prompt = torch.randint(3, 100, (50,), generator=torch.Generator().manual_seed(1)).tolist()
-    monkeypatch.setattr(sampling_options, "CHUNK", 16)
+    monkeypatch.setattr(generation, "CHUNK", 16)
     assert load(tmp_path / "onnx").generate(prompt, max_new_tokens=8) == greedy(traced.eval(), prompt, 8)
 
 

@@ -35,8 +35,7 @@ def service(
 ) -> Iterator[tuple[TestClient, str, dict[str | None, Any]]]:
     """A client, the base's name and the oracles."""
     path = exported[0][request.param]
-    rows = {"max_batch": 3} if request.param == "batched" else {}
-    with TestClient(create_app(ServiceSettings(path, **rows))) as client:
+    with TestClient(create_app(ServiceSettings(path, max_batch=3))) as client:
         yield client, request.param, exported[1]
 
 
@@ -98,7 +97,8 @@ def test_chats_go_through_the_template(service: tuple[TestClient, str, dict[str 
     body = {"model": "small", "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 8}
     reference = expected(oracles["small"], "user: hi assistant: ", 8)
     whole = client.post("/v1/chat/completions", json=body).json()
-    assert whole["choices"][0]["message"] == {"role": "assistant", "content": reference}
+    message = {"role": "assistant", "content": reference, "refusal": None, "annotations": []}
+    assert whole["choices"][0]["message"] == message
     found = events(client.post("/v1/chat/completions", json={**body, "stream": True}).text)
     deltas = [event["choices"][0]["delta"] for event in found]
     assert deltas[0] == {"role": "assistant", "content": ""}
@@ -150,16 +150,26 @@ def test_models_are_listed(service: tuple[TestClient, str, dict[str | None, Any]
         ({"prompt": "a" * 64}, 400, "beyond the context of 64 tokens"),
         ({"prompt": "a", "max_tokens": 64}, 400, "beyond the context of 64 tokens"),
         ({"prompt": ["a"] * 100}, 400, "there is room for 72"),
-        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 0}, 400, "max_tokens is 0, which leaves nothing to answer"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "1"}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
-        ({"n": 2}, 400, "n: "),
+        ({"n": 0}, 400, "n: "),
+        ({"n": 2, "best_of": 2}, 400, "best_of is not supported; leave it out"),
         ({"stop": ""}, 400, "a stop string is empty"),
         ({"stop": [1]}, 400, "stop"),
         ({"stream_options": {"include_usage": True}}, 400, "no effect without stream"),
-        ({"logprobs": 1}, 400, "logprobs is not supported; leave it out"),
-        ({"frequency_penalty": 1}, 400, "frequency_penalty is not supported"),
+        ({"logprobs": 6}, 400, "logprobs"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"logprobs": 1, "echo": True}, 400, "export the model with logits='all'"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias names 'x', which is not the id of a token"),
+        ({"logit_bias": {"101": 1}}, 400, "an option names token 101, outside the vocabulary of 101 tokens"),
+        ({"stop_token_ids": [101]}, 400, "an option names token 101"),
+        ({"min_tokens": 2}, 400, "min_tokens=2 is above the 1 tokens that are asked for"),
+        ({"suffix": "b"}, 400, "suffix is not supported; leave it out"),
+        ({"store": True}, 400, "store is not supported; leave it out"),
     ],
 )
 def test_bad_requests(batched: TestClient, change: dict[str, Any], status: int, message: str) -> None:
@@ -306,8 +316,8 @@ def test_adapters_of_the_command_line(exported: tuple[dict[str, Path], dict[str 
 
 def test_options_without_effect(exported: tuple[dict[str, Path], dict[str | None, Any]]) -> None:
     path = exported[0]["swappable"]
-    with pytest.raises(ServingError, match="max_batch=2 has no effect"):
-        create_app(ServiceSettings(path, max_batch=2))
+    with pytest.raises(ServingError, match="chunk=2 has no effect"):
+        create_app(ServiceSettings(path, chunk=2))
     with pytest.raises(ServingError, match="max_context=65 is above the model's context of 64"):
         create_app(ServiceSettings(path, max_context=65))
     with TestClient(create_app(ServiceSettings(path, max_context=10))) as client:
@@ -317,7 +327,13 @@ def test_options_without_effect(exported: tuple[dict[str, Path], dict[str | None
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"max_batch": 0}, "max_batch"), ({"max_queue": True}, "max_queue"), ({"api_key": ""}, "API key")],
+    [
+        ({"max_batch": 0}, "max_batch"),
+        ({"max_queue": True}, "max_queue"),
+        ({"chunk": 0}, "chunk"),
+        ({"timeout": 0}, "timeout"),
+        ({"api_key": ""}, "API key"),
+    ],
 )
 def test_bad_settings(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -153,14 +153,14 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient) -> None:
     key = versions.key("live")
     is_batched = model.manifest.adapters_mode == "batched"
     old = weakref.ref(model.adapters.stack([key]) if is_batched else model.adapters[key])
-    held = 0 if is_batched else len(model._generator.adapters)
+    held = 0 if is_batched else len(model.decoder.copies)
     loaded(service, "live", "wide", load_inplace=True)
     complete(service, "live", PROMPT)
     wait_for(lambda: len(versions) == len(versions.names))
     settle(service)
     gc.collect()
     assert old() is None
-    assert is_batched or len(model._generator.adapters) <= held
+    assert is_batched or len(model.decoder.copies) <= held
     assert len(model.adapters) == len(versions.names)
     unload(service, "live")
 

@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from served_exports import END, chat_tokenizer, decoders, greedy
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from served_exports import chat_tokenizer, decoders, greedy
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.batched_decoder import BatchedDecoder
@@ -32,11 +38,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rows: list[int] = []
-        self.prompt = self.new = self.waits = self.failures = 0
+        self.prompt = self.new = self.waits = self.begun = self.failures = 0
 
     def waited(self, seconds: float) -> None:
         assert seconds >= 0
         self.waits += 1
+
+    def began(self, seconds: float, waited: float) -> None:
+        assert seconds >= waited >= 0
+        self.begun += 1
 
     def ran(self, seconds: float, rows: int) -> None:
         assert seconds >= 0
@@ -76,7 +86,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def scheduler_of(path: Path, *, rows: int = 2, chunk: int = 4, max_queue: int = 8) -> tuple[Any, BatchedDecoder, Any]:
     decoder, recorder = BatchedDecoder(path, rows=rows, chunk=chunk), Recorder()
-    scheduler = ContinuousScheduler(decoder, chat_tokenizer(), frozenset({END}), 101, recorder, max_queue=max_queue)
+    scheduler = ContinuousScheduler(decoder, chat_tokenizer(), recorder, max_queue=max_queue)
     return scheduler, decoder, recorder
 
 
@@ -102,7 +112,7 @@ def test_requests_join_and_leave_between_steps(exported: Exported) -> None:
     assert texts == [chat_tokenizer().decode(ids, skip_special_tokens=True) for ids in tokens]
     assert decoder.free == 2
     assert set(recorder.rows) == {1, 2}
-    assert (recorder.waits, recorder.new) == (9, sum(map(len, tokens)))
+    assert (recorder.waits, recorder.begun, recorder.new) == (9, 9, sum(map(len, tokens)))
     assert recorder.prompt == sum(len(prompt) for prompt, _, _ in asked)
 
 
@@ -117,9 +127,23 @@ def test_a_long_prompt_is_read_in_chunks_beside_an_answer(exported: Exported, mo
     scheduler.start()
     _ = [caller.text() for caller in callers]
     scheduler.stop()
-    assert steps[0] == [2, 2]  # the first prompt leaves half of the budget to the second
-    assert steps[1:4] == [[1, 4]] * 3
-    assert steps[4:] == [[1]] * (len(steps) - 4)
+    assert steps[0] == [2]  # the rest of the budget is too small for the second prompt, which has the next ones
+    assert steps[1:5] == [[1, 4]] * 3 + [[1, 2]]
+    assert steps[5:] == [[1]] * (len(steps) - 5)
+
+
+def test_short_prompts_share_a_step(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, decoder, _ = scheduler_of(exported[0], rows=3)
+    steps: list[list[int]] = []
+    step = decoder.step
+    monkeypatch.setattr(decoder, "step", lambda t: (steps.append(sorted(map(len, t.values()))), step(t))[1])
+    callers = [Caller() for _ in range(3)]
+    asked = [request([5, 6], count=1), request([7] * 3, count=1), request([8, 9], count=1)]
+    scheduler.submit([(fields, caller.events.put) for fields, caller in zip(asked, callers, strict=True)])
+    scheduler.start()
+    _ = [caller.text() for caller in callers]
+    scheduler.stop()
+    assert steps == [[2, 2], [3]]
 
 
 def test_a_request_that_is_given_up_leaves_its_row_and_its_mates(
@@ -163,19 +187,27 @@ def test_stopping_answers_what_was_taken(exported: Exported) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.4}, {"temperature": 1.7, "top_k": 20, "top_p": 0.9}],
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 3},
+        {"top_p": 0.4},
+        {"min_p": 0.2},
+        {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    ],
 )
 def test_draws_are_those_of_transformers_processors(fields: dict[str, Any]) -> None:
     logits = np.random.default_rng(1).normal(size=50).astype(np.float32) * 3
     defaults = {"top_k": 0, **fields}
-    choose = TokenChooser(Sampling(do_sample=True, seed=4, **defaults))
-    drawn = [choose([1], logits) for _ in range(300)]
+    choose = TokenChooser(Sampling(do_sample=True, seed=4, **defaults), [1], frozenset())
+    drawn = [choose(logits).token for _ in range(300)]
     kinds = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    kinds["min_p"] = MinPLogitsWarper
     processors = LogitsProcessorList([kind(fields[name]) for name, kind in kinds.items() if name in fields])
     scores = processors(torch.tensor([[1]]), torch.from_numpy(logits)[None]).softmax(-1)
     generator = torch.Generator().manual_seed(4)
     assert drawn == [int(torch.multinomial(scores, 1, generator=generator)) for _ in range(300)]
-    assert TokenChooser(Sampling())([1], logits) == int(logits.argmax())
+    assert TokenChooser(Sampling(), [1], frozenset())(logits).token == int(logits.argmax())
 
 
 @pytest.mark.parametrize(

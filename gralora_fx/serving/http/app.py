@@ -56,7 +56,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         await run_in_threadpool(engine.stop)
 
     app = FastAPI(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.engine = engine
+    app.state.engine, app.state.timeout = engine, settings.timeout
     add_handlers(app)
     if settings.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)

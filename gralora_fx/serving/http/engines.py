@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.adapter_inputs import BATCHED
-from gralora_fx.runtime.context_length import context_length
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.batched_decoder import BatchedDecoder
-from gralora_fx.serving.end_tokens import end_tokens
 from gralora_fx.serving.http.adapter_trial import AdapterTrial, try_decoder, try_encoder, try_rows
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.model_names import ModelNames
@@ -22,8 +19,7 @@ from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel, load
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.observer import Observer
-from gralora_fx.serving.scheduling.sequential import SequentialScheduler
-from gralora_fx.serving.scheduling.text_jobs import Limits
+from gralora_fx.serving.scheduling.static_batches import StaticBatchScheduler
 from gralora_fx.serving.scheduling.text_queue import TextQueue
 
 _TEXT = "text-generation-with-past"
@@ -109,11 +105,13 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | E
         return _continuous(settings, observer)
     model = load(settings.directory, threads=settings.threads)
     if manifest.task == _TEXT:
-        return _sequential(settings, model, observer)
+        return _static(settings, model, observer)
     if any(name.startswith("past_key_values.") for name in model.input_names):
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
-    if settings.max_context is not None:
-        raise ServingError(f"max_context has no effect for the task {manifest.task}; leave --max-context out")
+    for name in ("max_context", "chunk"):
+        if getattr(settings, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
     names = _open_adapters(settings, model)
     tokenizer = load_tokenizer(model.directory, ServingError)
     encoder = Encoder(
@@ -125,45 +123,39 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | E
 
 def _continuous(settings: ServiceSettings, observer: Observer) -> TextEngine:
     decoder = BatchedDecoder(
-        settings.directory, rows=settings.rows, capacity=settings.max_context, threads=settings.threads
+        settings.directory,
+        rows=settings.rows,
+        capacity=settings.max_context,
+        chunk=settings.prompt_tokens,
+        threads=settings.threads,
     )
     model = decoder.model
     names = _open_adapters(settings, model)
     row = decoder.open()
     decoder.step({row: [0]})
     decoder.close(row)
-    ends = end_tokens(model.directory, model.config)
     queue = ContinuousScheduler(
-        decoder,
-        model.tokenizer,
-        ends,
-        _vocabulary(model),
-        observer,
-        max_queue=settings.max_queue,
-        versions=names.versions,
+        decoder, model.tokenizer, observer, max_queue=settings.max_queue, versions=names.versions
     )
     return _text_engine(names, model, try_rows(decoder), queue)
 
 
-def _sequential(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
-    if settings.max_batch not in (None, 1):
+def _static(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
+    if settings.chunk is not None:
         raise ServingError(
-            f"max_batch={settings.max_batch} has no effect: {settings.directory} runs one request at a time; leave "
-            "--max-batch out, or export the model with adapters='batched'"
+            f"chunk={settings.chunk} has no effect: onnxruntime-genai reads a prompt at once; leave --chunk out, or "
+            "export the model with adapters='batched'"
         )
     names = _open_adapters(settings, model)
-    context = context_length(model.config)
-    context = None if context is None else context - model.manifest.position_offset
-    most = settings.max_context
-    if context is None and most is None:
-        raise ServingError("the model's configuration names no context length; give --max-context")
-    if context is not None and most is not None and most > context:
-        raise ServingError(f"max_context={most} is above the model's context of {context} tokens; give less")
-    tokenizer = model.tokenizer
     model.generate([0], max_new_tokens=1)
-    limits = Limits(int(most or context or 0), _vocabulary(model))
-    queue = SequentialScheduler(
-        model, tokenizer, limits, observer, max_queue=settings.max_queue, versions=names.versions
+    queue = StaticBatchScheduler(
+        model,
+        model.tokenizer,
+        observer,
+        max_batch=settings.rows,
+        max_queue=settings.max_queue,
+        max_context=settings.max_context,
+        versions=names.versions,
     )
     return _text_engine(names, model, try_decoder(model), queue)
 
@@ -187,8 +179,3 @@ def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ModelNames:
             f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
         )
     return ModelNames(settings.base_name, AdapterVersions(model))
-
-
-def _vocabulary(model: OrtModel) -> int | None:
-    text: dict[str, Any] = model.config.get("text_config") or model.config
-    return text.get("vocab_size")

@@ -16,9 +16,11 @@ from gralora_fx.serving.adapter_versions import TooManyChangesError, UnknownAdap
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
 from gralora_fx.serving.http.model_names import UnknownModelError
 from gralora_fx.serving.http.rejections import note_rejection
-from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError
+from gralora_fx.serving.scheduling.failures import DeadlineError, QueueFullError, RunError, StoppedError
 
 RETRY_AFTER = {"Retry-After": "1"}
+# OpenAI's client asks again after 504 too, though the answer would take as long
+_HEADERS = {429: RETRY_AFTER, 503: RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
 _INFERENCE = "/v2/"
 _logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
@@ -29,8 +31,9 @@ _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (QueueFullError, 429),
     (StoppedError, 503),
     (RunError, 500),
+    (DeadlineError, 504),
 )
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
 
 
 def status_of(error: GraloraError) -> int:
@@ -55,7 +58,7 @@ def error_response(
 ) -> JSONResponse:
     """An error in the form of the protocol that a path belongs to."""
     body = {"error": message} if path.startswith(_INFERENCE) else error_body(status, message, field)
-    added = RETRY_AFTER if status in (429, 503) else {}
+    added = _HEADERS.get(status, {})
     return JSONResponse(body, status, headers={**added, **(headers or {})})
 
 

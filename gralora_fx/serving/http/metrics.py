@@ -41,6 +41,12 @@ class Metrics:
         self._queue = Histogram(
             "gralora_fx_queue_seconds", "From a request to its first run.", buckets=_SECONDS, registry=registry
         )
+        self._first = Histogram(
+            "gralora_fx_time_to_first_token_seconds",
+            "From a request to the first token of its answer.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self._run = Histogram("gralora_fx_run_seconds", "Runs of a batch.", buckets=_SECONDS, registry=registry)
         self._failures = Counter("gralora_fx_run_failures", "Runs that failed.", registry=registry)
         self._rows = Histogram("gralora_fx_batch_size", "Rows of a batch.", buckets=_ROWS, registry=registry)
@@ -94,8 +100,12 @@ class Metrics:
         self._rejections.labels(reason).inc()
 
     def waited(self, seconds: float) -> None:
-        """A request, or a row of one, waited before it first ran."""
+        """A request, or a row of one, waited before the first of its tokens was read."""
         self._queue.observe(seconds)
+
+    def began(self, seconds: float, waited: float) -> None:
+        """The first token of an answer was chosen, so long after its request, which waited so much of that."""
+        self._first.observe(seconds)
 
     def ran(self, seconds: float, rows: int) -> None:
         """A batch ran."""

@@ -1,55 +1,135 @@
-"""Requests of OpenAI's protocol: the fields that are supported; any other is refused by name."""
+"""Requests of OpenAI's protocol: the fields that are supported; any other that would change the answer is refused."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.sampling import Sampling
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
-_Whole = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_LARGEST = 2**31 - 1
+_Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
+_Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Request(BaseModel):
-    """A request whose fields are all known, and of their own types."""
+    """A request whose fields are all known, and of their own types; a field that is null is as if it were left out.
+
+    Attributes:
+        without_effect: Fields beside them that are accepted, since they change no answer; of some only these values.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    without_effect: ClassVar[Mapping[str, tuple[Any, ...] | None]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop(cls, given: Any) -> Any:
+        """Leave out what is null or has no effect."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None and not cls._is_idle(name, value)}
+
+    @classmethod
+    def _is_idle(cls, name: str, value: Any) -> bool:
+        values = cls.without_effect.get(name, ())
+        return values is None or any(type(value) is type(other) and value == other for other in values)
 
 
 class StreamOptions(_Request):
     """What a stream holds beside text."""
 
+    without_effect = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
 
 
 class _TextFields(_Request):
-    """What completions and chats share."""
+    """What completions and chats share: OpenAI's fields, and beside them vLLM's."""
+
+    without_effect = {
+        "user": None,
+        "metadata": None,
+        "safety_identifier": None,
+        "prompt_cache_key": None,
+        "parallel_tool_calls": None,
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "best_of": (1,),
+        "suffix": ("",),
+    }
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: _Count | None = None
+    min_p: _Share | None = None
+    seed: _Count | None = None
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = 1.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    min_tokens: _Count = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[_Count] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen: temperature 1 by default, and the likeliest at temperature 0."""
+    def top_scores(self) -> int | None:
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+        raise NotImplementedError
+
+    def sampling(self, ends: frozenset[int]) -> Sampling:
+        """How tokens are chosen: temperature 1 by default, and the likeliest at temperature 0.
+
+        Args:
+            ends: Ids of the tokens that end an answer by default.
+
+        Raises:
+            ServingError: `logit_bias` names what is not a token.
+        """
         temperature = 1.0 if self.temperature is None else self.temperature
-        if not temperature:
-            return Sampling()
+        draws: dict[str, Any] = {}
+        if temperature:
+            draws = {"do_sample": True, "temperature": temperature, "top_k": self.top_k or 0, "seed": self.seed}
+            draws |= {"top_p": 1.0 if self.top_p is None else self.top_p, "min_p": self.min_p or 0.0}
         return Sampling(
-            do_sample=True,
-            temperature=temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            seed=self.seed,
+            **draws,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self._bias(),
+            min_new_tokens=self.min_tokens,
+            eos_token_id=self._ends(ends),
+            logprobs=self.top_scores,
         )
+
+    def _bias(self) -> dict[int, float] | None:
+        names = self.logit_bias or {}
+        if wrong := [name for name in names if not (name.isascii() and name.isdecimal() and len(name) < 11)]:
+            raise ServingError(f"logit_bias names {shown(wrong[0])}, which is not the id of a token")
+        return {int(name): value for name, value in names.items()} or None
+
+    def _ends(self, ends: frozenset[int]) -> list[int] | None:
+        """The end tokens, where they are not the default ones."""
+        if not (self.ignore_eos or self.stop_token_ids):
+            return None
+        return sorted({*(() if self.ignore_eos else ends), *(self.stop_token_ids or ())})
 
     @property
     def includes_usage(self) -> bool:
@@ -61,7 +141,9 @@ class CompletionRequest(_TextFields):
     """A request of `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: _Whole | None = None
+    max_tokens: _Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool = False
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -71,12 +153,22 @@ class CompletionRequest(_TextFields):
             return [given]  # type: ignore[list-item]
         return list(given)
 
+    @property
+    def top_scores(self) -> int | None:
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+        return self.logprobs
+
     def most_tokens(self, left: int) -> int:
         """The most tokens to add to a prompt.
 
         Args:
             left: For how many there is room after it.
+
+        Raises:
+            ServingError: They are none, and the prompt is not asked for either.
         """
+        if self.max_tokens == 0 and not self.echo:
+            raise ServingError("max_tokens is 0, which leaves nothing to answer; give at least 1, or echo")
         return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
 
 
@@ -90,26 +182,53 @@ class TextPart(_Request):
 class ChatMessage(_Request):
     """A message of a chat."""
 
-    role: Literal["system", "user", "assistant"]
+    without_effect = {"annotations": ([],), "tool_calls": ([],)}  # as answers hold them, which clients send back
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+    name: str | None = None
 
     @property
     def text(self) -> str:
         """The content, its parts joined."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """The message as templates of chats take it, which know a developer as the system."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.text, **({} if self.name is None else {"name": self.name})}
+
 
 class ChatRequest(_TextFields):
     """A request of `/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: _Whole | None = None
     max_completion_tokens: _Whole | None = None
 
     @property
     def prompts(self) -> list[list[dict[str, str]]]:
         """The chat, as tokenizers take it."""
-        return [[{"role": message.role, "content": message.text} for message in self.messages]]
+        return [[message.fields for message in self.messages]]
+
+    @property
+    def echo(self) -> bool:
+        """Whether the answer begins with the prompt: never."""
+        return False
+
+    @property
+    def top_scores(self) -> int | None:
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token.
+
+        Raises:
+            ServingError: `top_logprobs` is given without `logprobs`.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ServingError("top_logprobs has no effect without logprobs; give logprobs too, or leave it out")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def most_tokens(self, left: int) -> int:
         """The most tokens to add to a prompt: all that there is room for, unless the request names fewer.

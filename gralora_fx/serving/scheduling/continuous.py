@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.batched_decoder import BatchedDecoder
 from gralora_fx.serving.scheduling.observer import Observer
-from gralora_fx.serving.scheduling.text_jobs import Limits, TextJob
+from gralora_fx.serving.scheduling.text_jobs import TextJob
 from gralora_fx.serving.scheduling.text_queue import TextQueue, failure
-from gralora_fx.serving.token_choice import TokenChooser
+from gralora_fx.serving.token_choice import Choice, TokenChooser
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,12 @@ class _Running:
     last: int | None = None
 
     def __post_init__(self) -> None:
-        self.choose = TokenChooser(self.job.request.sampling)
+        self.choose = TokenChooser(self.job.request.sampling, self.job.request.prompt, self.job.ends)
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of its prompt the row has not read."""
+        return len(self.job.request.prompt) - self.read
 
     def next_tokens(self, most: int) -> list[int]:
         """The tokens to read in the next step: at most some of the prompt, or the one that was chosen last."""
@@ -46,15 +51,20 @@ class _Running:
             return [self.last]
         return list(self.job.request.prompt[self.read : self.read + most])
 
-    def advance(self, count: int, logits: NDArray[Any]) -> None:
-        """Take note of the tokens that were read, and choose the next if the prompt has ended."""
+    def advance(self, count: int, logits: NDArray[Any]) -> Choice | None:
+        """Take note of the tokens that were read; the next one, if the prompt has ended and the answer has tokens."""
         if self.last is None:
+            if self.job.request.scores_prompt:
+                self.job.prompt_scores += self.job.request.score_prompt(self.read, logits)
             self.read += count
-            if self.read < len(self.job.request.prompt):
-                return
-        ids = (*self.job.request.prompt, *self.job.answer.ids)
-        self.last = self.choose(ids, logits if logits.ndim == 1 else logits[-1])
-        self.job.take(self.last)
+            if self.unread:
+                return None
+            if not self.job.request.max_new_tokens:
+                self.job.finish("length")
+                return None
+        choice = self.choose(logits if logits.ndim == 1 else logits[-1])
+        self.last = choice.token
+        return choice
 
 
 class ContinuousScheduler(TextQueue):
@@ -62,15 +72,14 @@ class ContinuousScheduler(TextQueue):
 
     Before each step rows of requests that have ended or were given up are freed, and requests that wait take them. In a
     step every row that decodes reads a token, and prompts share a budget of tokens, the earliest first, so that a long
-    prompt does not hold up the answers beside it.
+    prompt does not hold up the answers beside it. What the earliest leaves of the budget goes to prompts that fit it as
+    a whole: a prompt that has begun is the earliest, and has the budget to itself until it is read.
     """
 
     def __init__(
         self,
         decoder: BatchedDecoder,
         tokenizer: PreTrainedTokenizerBase,
-        ends: frozenset[int],
-        vocabulary: int | None,
         observer: Observer,
         *,
         max_queue: int,
@@ -81,14 +90,13 @@ class ContinuousScheduler(TextQueue):
         Args:
             decoder: The decoder, all of whose rows are free; nobody else uses it.
             tokenizer: Decodes answers.
-            ends: Ids of the tokens that end an answer.
-            vocabulary: How many tokens there are; None if that is not known.
             observer: Is told what runs.
             max_queue: The most requests that may wait for a row.
             versions: As of `TextQueue`.
         """
-        limits = Limits(decoder.capacity, vocabulary)
-        super().__init__(tokenizer, ends, limits, observer, room=decoder.rows + max_queue, versions=versions)
+        gives_all = decoder.model.manifest.logits == "all"
+        room = decoder.rows + max_queue
+        super().__init__(tokenizer, decoder.limits, observer, room=room, scores_prompts=gives_all, versions=versions)
         self._decoder = decoder
         self._rows: dict[int, _Running] = {}
 
@@ -126,6 +134,9 @@ class ContinuousScheduler(TextQueue):
 
     def _step(self) -> None:
         tokens = self._tokens()
+        for row in tokens:
+            if not self._rows[row].read:
+                self._read_first(self._rows[row].job)
         started = time.perf_counter()
         try:
             logits = self._decoder.step(tokens)
@@ -143,23 +154,26 @@ class ContinuousScheduler(TextQueue):
         """Choose the next token of every row that has read all of its prompt; a row that fails fails alone."""
         for row, given in tokens.items():
             running = self._rows[row]
-            before = len(running.job.answer.ids)
             try:
-                running.advance(len(given), logits[row])
+                choice = running.advance(len(given), logits[row])
+                if choice is not None:
+                    self._take(running.job, choice)
             except Exception as error:
                 _logger.exception("choosing a token failed")
                 self._observer.failed()
                 running.job.fail(failure(error))
-            self._observer.generated(len(running.job.answer.ids) - before)
 
     def _tokens(self) -> dict[int, list[int]]:
         """What each row reads in the next step; prompts that the budget does not reach rest."""
         tokens: dict[int, list[int]] = {}
         budget = self._decoder.chunk
+        is_earliest = True
         for row, running in self._rows.items():
-            given = running.next_tokens(budget)
             if running.last is None:
-                budget -= len(given)
-            if given:
-                tokens[row] = given
+                if is_earliest or running.unread <= budget:
+                    tokens[row] = running.next_tokens(budget)
+                    budget -= len(tokens[row])
+                is_earliest = False
+            else:
+                tokens[row] = running.next_tokens(1)
         return tokens

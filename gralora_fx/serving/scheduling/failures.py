@@ -17,3 +17,7 @@ class StoppedError(ServingError):
 
 class RunError(ServingError):
     """A request was right, and running it failed."""
+
+
+class DeadlineError(ServingError):
+    """A request was right, and took longer than it may."""

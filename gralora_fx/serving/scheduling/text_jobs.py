@@ -6,12 +6,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.failures import RunError, TooLargeError
+from gralora_fx.serving.token_choice import Choice
+from gralora_fx.serving.token_scores import TokenScore, token_scores
 
 Ending: TypeAlias = Literal["stop", "length"]
 
@@ -26,6 +31,8 @@ class TextRequest:
         sampling: How tokens are chosen; its own `max_new_tokens` is not used.
         stop: Strings that end the answer, checked.
         adapter: The adapter to answer with; None for the base.
+        scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
+            `sampling.logprobs` says; the answer may then have no tokens.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +40,37 @@ class TextRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     adapter: str | None = None
+    scores_prompt: bool = False
+
+    def check(self, limits: DecoderLimits) -> None:
+        """Check that a decoder can run it.
+
+        Raises:
+            ServingError: The prompt is empty, too long, or holds ids outside the vocabulary, or an option does.
+        """
+        length = len(self.prompt)
+        if not length:
+            raise ServingError("the prompt has no tokens; give at least one")
+        if (wrong := limits.outside(self.prompt)) is not None:
+            raise ServingError(
+                f"the prompt holds token {shown(wrong)}, outside the vocabulary of {limits.vocabulary} tokens"
+            )
+        limits.check_options(self.sampling)
+        if length + self.max_new_tokens > limits.context:
+            raise TooLargeError(
+                f"the prompt has {length} tokens and {shown(self.max_new_tokens)} more are asked for, beyond the "
+                f"context of {limits.context} tokens; shorten the prompt, or ask for fewer"
+            )
+
+    def score_prompt(self, start: int, logits: NDArray[Any]) -> list[TokenScore]:
+        """Scores of the prompt's tokens that follow some others.
+
+        Args:
+            start: The first position that was read.
+            logits: `[positions, vocabulary]`, what the model gives after each that was read.
+        """
+        tokens = self.prompt[start + 1 : start + 1 + len(logits)]
+        return token_scores(logits[: len(tokens)], tokens, self.sampling.logprobs or 0) if tokens else []
 
 
 @dataclass(frozen=True)
@@ -43,46 +81,28 @@ class Piece:
         text: New text; empty while it may be the beginning of a stop string or of a letter.
         tokens: How many new tokens the answer has now.
         ending: Why the answer has ended; None while it goes on.
+        scores: Those of the new tokens, if they are asked for.
+        prompt_scores: Those of the prompt's tokens but the first, in the first piece, if they are asked for.
     """
 
     text: str
     tokens: int
     ending: Ending | None = None
+    scores: tuple[TokenScore, ...] = ()
+    prompt_scores: tuple[TokenScore, ...] = ()
+
+    def __add__(self, later: Piece) -> Piece:
+        """This piece with the next one."""
+        return Piece(
+            self.text + later.text,
+            later.tokens,
+            later.ending,
+            self.scores + later.scores,
+            self.prompt_scores + later.prompt_scores,
+        )
 
 
 Sink: TypeAlias = Callable[[Piece | RunError], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a model can take.
-
-    Attributes:
-        context: Positions of a prompt and its answer together.
-        vocabulary: How many tokens there are; None if the configuration does not say.
-    """
-
-    context: int
-    vocabulary: int | None
-
-    def check(self, request: TextRequest) -> None:
-        """Check that a request can be run.
-
-        Raises:
-            ServingError: The prompt is empty, too long, or holds ids outside the vocabulary.
-        """
-        length = len(request.prompt)
-        if not length:
-            raise ServingError("the prompt has no tokens; give at least one")
-        most = self.vocabulary
-        wrong = [token for token in request.prompt if token < 0 or (most is not None and token >= most)]
-        if wrong:
-            raise ServingError(f"the prompt holds token {shown(wrong[0])}, outside the vocabulary of {most} tokens")
-        if length + request.max_new_tokens > self.context:
-            raise TooLargeError(
-                f"the prompt has {length} tokens and {shown(request.max_new_tokens)} more are asked for, beyond the "
-                f"context of {self.context} tokens; shorten the prompt, or ask for fewer"
-            )
 
 
 class TextJob:
@@ -91,19 +111,27 @@ class TextJob:
     Attributes:
         request: The request.
         answer: The answer so far.
+        ends: Ids of the tokens that end the answer.
+        waited: Seconds before the first of its tokens was read.
+        is_begun: Whether its first token was chosen.
         is_done: Whether its caller was told the end.
+        prompt_scores: Scores of the prompt's tokens, to be told with the first piece.
     """
 
-    def __init__(self, request: TextRequest, answer: Answer, sink: Sink) -> None:
+    def __init__(self, request: TextRequest, answer: Answer, ends: frozenset[int], sink: Sink) -> None:
         """Start a job.
 
         Args:
             request: The request, checked.
             answer: An empty answer.
+            ends: Ids of the tokens that end the answer.
             sink: Is called with each piece, the last of which has an ending, or with the error that ends the job.
         """
-        self.request, self.answer = request, answer
-        self.is_done = False
+        self.request, self.answer, self.ends = request, answer, ends
+        self.waited = 0.0
+        self.is_begun = self.is_done = False
+        self.prompt_scores: list[TokenScore] = []
+        self._scores: list[TokenScore] = []
         self._sink, self._cancelled = sink, threading.Event()
         self._submitted = time.perf_counter()
 
@@ -121,9 +149,12 @@ class TextJob:
         """Give the job up; its row is free at the next step."""
         self._cancelled.set()
 
-    def take(self, token: int) -> None:
+    def take(self, choice: Choice) -> None:
         """Add a token to the answer, and tell the caller."""
-        text = self.answer.take(token)
+        before = len(self.answer.ids)
+        text = self.answer.take(choice.token)
+        if choice.score is not None and len(self.answer.ids) > before:
+            self._scores.append(choice.score)
         ending: Ending | None = "stop" if self.answer.has_ended else None
         if ending is None and len(self.answer.ids) >= self.request.max_new_tokens:
             self.finish("length", text)
@@ -147,5 +178,7 @@ class TextJob:
 
     def _tell(self, text: str, ending: Ending | None) -> None:
         self.is_done = ending is not None
-        if text or self.is_done:
-            self._sink(Piece(text, len(self.answer.ids), ending))
+        if text or self.is_done or self._scores:
+            scores, prompt_scores = tuple(self._scores), tuple(self.prompt_scores)
+            self._scores, self.prompt_scores = [], []
+            self._sink(Piece(text, len(self.answer.ids), ending, scores, prompt_scores))

@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, TooLargeError
 from gralora_fx.serving.scheduling.observer import Observer
-from gralora_fx.serving.scheduling.text_jobs import Limits, Sink, TextJob, TextRequest
+from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
 from gralora_fx.serving.scheduling.worker import Worker
+from gralora_fx.serving.token_choice import Choice
 
 
 class TextQueue(Worker):
@@ -23,31 +25,32 @@ class TextQueue(Worker):
     Attributes:
         limits: What the model can take.
         room: The most requests that may run or wait at a time.
+        scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        ends: frozenset[int],
-        limits: Limits,
+        limits: DecoderLimits,
         observer: Observer,
         *,
         room: int,
+        scores_prompts: bool,
         versions: AdapterVersions | None = None,
     ) -> None:
         """Make an empty queue; `start` starts its thread.
 
         Args:
             tokenizer: Decodes answers.
-            ends: Ids of the tokens that end an answer.
             limits: What the model can take.
             observer: Is told what runs.
             room: The most requests that may run or wait at a time.
+            scores_prompts: Whether tokens of prompts can be scored.
             versions: The adapters, each of which is held while a request with it waits or runs; None if they stay.
         """
         super().__init__("gralora-fx text")
-        self.limits, self.room = limits, room
-        self._tokenizer, self._ends, self._observer = tokenizer, ends, observer
+        self.limits, self.room, self.scores_prompts = limits, room, scores_prompts
+        self._tokenizer, self._observer = tokenizer, observer
         self._waiting: deque[TextJob] = deque()
         self._versions = versions
 
@@ -63,10 +66,10 @@ class TextQueue(Worker):
             ServingError: One of them cannot be run, or they are more than there is ever room for.
         """
         for request, _ in requests:
-            self.limits.check(request)
+            request.check(self.limits)
         if len(requests) > self.room:
             raise TooLargeError(f"{len(requests)} prompts are given, and there is room for {self.room}; give fewer")
-        jobs = [TextJob(request, Answer(self._tokenizer, self._ends, request.stop), sink) for request, sink in requests]
+        jobs = [self._job(request, sink) for request, sink in requests]
         with self._condition:
             self._check_takes()
             self._drop_cancelled()
@@ -111,7 +114,6 @@ class TextQueue(Worker):
             while self._waiting:
                 job = self._waiting.popleft()
                 if not job.is_cancelled:
-                    self._observer.waited(job.age)
                     return job
                 self._left(job)
         return None
@@ -135,6 +137,24 @@ class TextQueue(Worker):
         """Let a job's adapter go; called once for each job, when it neither waits nor runs any more."""
         if self._versions is not None:
             self._versions.release(job.request.adapter)
+
+    def _read_first(self, job: TextJob) -> None:
+        """Take note that the first tokens of a request are read."""
+        job.waited = job.age
+        self._observer.waited(job.waited)
+
+    def _take(self, job: TextJob, choice: Choice) -> None:
+        """Add a token to an answer, and tell its caller and the observer."""
+        if not job.is_begun:
+            job.is_begun = True
+            self._observer.began(job.age, job.waited)
+        before = len(job.answer.ids)
+        job.take(choice)
+        self._observer.generated(len(job.answer.ids) - before)
+
+    def _job(self, request: TextRequest, sink: Sink) -> TextJob:
+        ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
+        return TextJob(request, Answer(self._tokenizer, ends, request.stop), ends, sink)
 
 
 def failure(error: Exception) -> RunError:
