@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.failures import RunError, TooLargeError
+from gralora_fx.serving.scheduling.failures import RunError
+from gralora_fx.serving.too_large import TooLargeError
 
 Ending: TypeAlias = Literal["stop", "length"]
 
