@@ -17,9 +17,9 @@ from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.context_length import context_length
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.scheduling.failures import TooLargeError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
+from gralora_fx.serving.too_large import TooLargeError
 
 SENTENCE = "sentence_embedding"
 _TEXTS = "texts"

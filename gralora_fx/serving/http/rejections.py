@@ -6,7 +6,8 @@ from typing import Any
 
 from starlette.types import Scope
 
-from gralora_fx.serving.scheduling.failures import QueueFullError, StoppedError, TooLargeError
+from gralora_fx.serving.scheduling.failures import QueueFullError, StoppedError
+from gralora_fx.serving.too_large import TooLargeError
 
 _KEY = "gralora_fx.rejection"
 _BY_ERROR: tuple[tuple[type[Exception], str], ...] = (

@@ -7,10 +7,6 @@ class QueueFullError(ServingError):
     """There is no room for more requests now."""
 
 
-class TooLargeError(ServingError):
-    """A request has more tokens, prompts or rows than there is ever room for."""
-
-
 class StoppedError(ServingError):
     """The service is stopping and takes no more requests."""
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.failures import QueueFullError, TooLargeError
+from gralora_fx.serving.scheduling.failures import QueueFullError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_queue import failure
 from gralora_fx.serving.scheduling.worker import Worker
+from gralora_fx.serving.too_large import TooLargeError
 
 _logger = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.failures import RunError, TooLargeError
+from gralora_fx.serving.scheduling.failures import RunError
 from gralora_fx.serving.token_choice import Choice
 from gralora_fx.serving.token_scores import TokenScore, token_scores
+from gralora_fx.serving.too_large import TooLargeError
 
 Ending: TypeAlias = Literal["stop", "length"]
 

@@ -12,11 +12,12 @@ from gralora_fx.errors import ServingError
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.decoder_limits import DecoderLimits
-from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, TooLargeError
+from gralora_fx.serving.scheduling.failures import QueueFullError, RunError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
 from gralora_fx.serving.scheduling.worker import Worker
 from gralora_fx.serving.token_choice import Choice
+from gralora_fx.serving.too_large import TooLargeError
 
 
 class TextQueue(Worker):
