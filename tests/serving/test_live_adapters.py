@@ -292,7 +292,7 @@ def test_encoders_of_every_kind(tmp_path: Path, mode: str, has_tokenizer: bool) 
 
 
 def test_a_model_of_images(tmp_path: Path) -> None:
-    model, _ = adapted("vit", tmp_path, targets=r".*(query|value)$")
+    model, _ = adapted("vit", tmp_path, targets=["q_proj", "v_proj"])
     export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
     with TestClient(create_app(ServiceSettings(tmp_path / "onnx", adapter_root=tmp_path))) as client:
         loaded(client, "new", "wide")
