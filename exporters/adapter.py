@@ -10,7 +10,7 @@ from typing import Any
 from gralora_fx.adapters.stored import open_adapter
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
-from gralora_fx.exporters.artifact.trained_parameters import BaseParameters, Changes
+from gralora_fx.exporters.artifact.changes import Changes
 from gralora_fx.runtime.adapter_record import SUFFIX, check_name
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.names import ADAPTERS
@@ -89,6 +89,8 @@ def convert_adapter(
         copies = {parameter: stored.values(extent) for parameter, extent in stored.copies.items()}
         changes = Changes(updates)
         if copies:
+            from gralora_fx.exporters.artifact.trained_parameters import BaseParameters  # it imports onnx_ir
+
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
     return write_adapter(Path(output_dir), name, changes, fields, inputs, manifest.base_fingerprint)

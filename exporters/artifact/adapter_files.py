@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.artifact.trained_parameters import Changes
+from gralora_fx.exporters.artifact.changes import Changes
 from gralora_fx.methods.forms import as_data
 from gralora_fx.runtime.adapter_arrays import cast
 from gralora_fx.runtime.adapter_file import record_of, write_tensors

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import Tensor
 
-from gralora_fx.errors import ExportError, bulleted
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.artifact.changes import Changes
 from gralora_fx.exporters.folding.parameters import named_values
 from gralora_fx.exporters.folding.places import Export
 from gralora_fx.exporters.folding.products import ProductWeight, product_weights
@@ -22,19 +23,6 @@ from gralora_fx.runtime.adapter_inputs import BIAS, WHOLE, AdapterInputs
 from gralora_fx.runtime.manifest import Manifest
 
 _WEIGHT, _BIAS = ".weight", ".bias"
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What an adapter changes at layers of an export.
-
-    Attributes:
-        updates: The update of a weight by the layer's path.
-        biases: The change of a bias `[out]` by the layer's path.
-    """
-
-    updates: Mapping[str, Update]
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ class BaseParameters:
 
         Raises:
             ExportError: A copy has another shape than the export's parameter, or is not of a layer that the export
-                takes such values for; all are named.
+                takes such values for.
         """
         if not copies:
             return Changes(updates)
@@ -85,8 +73,8 @@ class BaseParameters:
                 found[path] = as_update(value.float() - own.float())
         if problems:
             raise ExportError(
-                f"adapter {name!r} trains parameters (modules_to_save or bias) that do not fit the export:\n"
-                f"{bulleted(problems)}"
+                f"adapter {name!r} trains parameters (modules_to_save or bias) that do not fit the export: "
+                f"{listed(problems, 4)}"
             )
         return Changes(found, biases)
 
@@ -94,13 +82,13 @@ class BaseParameters:
         """Check that the values are there that adapters may replace.
 
         Raises:
-            ExportError: Some are not; all are named.
+            ExportError: Some are not.
         """
         inputs = self._inputs
         names = [f"{site.path}{_WEIGHT}" for site in inputs.sites if site.form == WHOLE]
         names += [f"{site.path}{_BIAS}" for site in inputs.sites if site.has_bias]
         if problems := [own for name in names if isinstance(own := self._own(name), str)]:
-            raise ExportError(f"trained parameters cannot be data of this export:\n{bulleted(problems)}")
+            raise ExportError(f"trained parameters cannot be data of this export: {listed(problems, 4)}")
 
     @property
     def _inputs(self) -> AdapterInputs:
