@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from gralora_fx.serving.http.bodies import BodyMiddleware
 from gralora_fx.serving.http.encoder_texts import encoder_text_routes
 from gralora_fx.serving.http.engines import EncoderEngine, TextEngine, open_engine
 from gralora_fx.serving.http.failures import add_handlers
@@ -48,6 +49,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app = FastAPI(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine = engine
     add_handlers(app)
+    app.add_middleware(BodyMiddleware, max_body=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
     app.add_middleware(CountingMiddleware, metrics=metrics)

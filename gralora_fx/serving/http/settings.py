@@ -24,6 +24,7 @@ class ServiceSettings:
         max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
         threads: Threads of an operator; None for one on each core that the process may use.
         api_key: The key that requests must give; None for none.
+        max_body: The most bytes of a request's body, also once it is decompressed.
     """
 
     directory: Path
@@ -33,6 +34,7 @@ class ServiceSettings:
     max_context: int | None = None
     threads: int | None = None
     api_key: str | None = field(default=None, repr=False)
+    max_body: int = 16 * 2**20
 
     def __post_init__(self) -> None:
         """Check the counts and the key.
@@ -40,9 +42,9 @@ class ServiceSettings:
         Raises:
             ConfigError: A count is not a whole number of at least 1, or the key is empty or not ASCII.
         """
-        for name in ("max_batch", "max_queue", "max_context", "threads"):
+        for name in ("max_batch", "max_queue", "max_context", "threads", "max_body"):
             value = getattr(self, name)
-            if (value is not None or name == "max_queue") and (type(value) is not int or value < 1):
+            if (value is not None or name in ("max_queue", "max_body")) and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, but got {shown(value)}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ConfigError("the API key must be one or more visible characters of ASCII; leave it out for none")
