@@ -151,9 +151,10 @@ def test_connections(export: Path, request_body: bytes) -> None:
             with connected(whole) as fourth:  # there are three
                 assert said(fourth) == (503, "there are more than the 3 connections that are served")
             assert [said(connection) for connection in (head, body, idle)] == [late] * 3
-        with connected(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as drip:  # a byte now and then does not help
-            with pytest.raises(OSError, match="pipe|reset"):
-                keep_sending(drip)
+        # a byte now and then does not help
+        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+        with connected(chunked) as drip, pytest.raises(OSError, match=r"pipe|reset"):
+            keep_sending(drip)
         for head in (HEAD + b"X: " + b"0" * 70_000, HEAD + b"X: " + b"0" * 70_000 + b"\r\n\r\n"):
             with connected(head) as connection:
                 assert said(connection)[0] == 431

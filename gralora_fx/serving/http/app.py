@@ -15,7 +15,7 @@ from gralora_fx.serving.http.bodies import BodyMiddleware
 from gralora_fx.serving.http.encoder_texts import encoder_text_routes
 from gralora_fx.serving.http.engines import EncoderEngine, TextEngine, open_engine
 from gralora_fx.serving.http.failures import add_handlers
-from gralora_fx.serving.http.inference import inference_routes
+from gralora_fx.serving.http.inference import inference_routes, server_routes
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
 from gralora_fx.serving.http.openai_models import model_routes
@@ -71,6 +71,7 @@ def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metri
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(model_routes(engine.names))
+    app.include_router(server_routes(engine.names))
     if isinstance(engine, TextEngine):
         app.include_router(text_routes(engine))
         return

@@ -151,8 +151,8 @@ class Encoder:
         rows = max(sizes, default=0) or 1
         shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
         key: Any = (shapes, None if self._rows_have_adapters else adapter)
-        if not self._is_batchable or len(sizes) != 1:
-            key = object()  # runs alone
+        if not self._is_batchable or len(sizes) != 1 or not all(map(_is_finite, arrays.values())):
+            key = object()  # runs alone: where activations are quantized, a batch shares their scale
         (result,) = await self._wait([RowJob(key, rows, _Tensors(arrays, adapter, rows))])
         return dict(result)
 
@@ -191,3 +191,7 @@ class Encoder:
         except ValueError as error:  # it has no token for padding
             raise ServingError(f"the tokenizer does not pad texts ({first_line(error)})") from error
         return {name: array for name, array in padded.items() if name in self.inputs}
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

@@ -16,7 +16,7 @@ from gralora_fx.serving.http.engines import UnknownModelError
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError
 
 RETRY_AFTER = {"Retry-After": "1"}
-_INFERENCE = "/v2/"
+_INFERENCE = "/v2"
 _logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (UnknownModelError, 404),
@@ -48,9 +48,13 @@ def error_response(
     path: str, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """An error in the form of the protocol that a path belongs to."""
-    body = {"error": message} if path.startswith(_INFERENCE) else error_body(status, message, field)
+    body = {"error": message} if _is_inference(path) else error_body(status, message, field)
     added = RETRY_AFTER if status in (429, 503) else {}
     return JSONResponse(body, status, headers={**added, **(headers or {})})
+
+
+def _is_inference(path: str) -> bool:
+    return path == _INFERENCE or path.startswith(f"{_INFERENCE}/")
 
 
 def add_handlers(app: FastAPI) -> None:
