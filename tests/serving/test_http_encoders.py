@@ -24,7 +24,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.models import load_traced
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.encoder_texts import scores_of
+from gralora_fx.serving.http.scores import scores_of
 from gralora_fx.serving.http.settings import ServiceSettings
 
 Service = tuple[TestClient, str, dict[str | None, Any]]
