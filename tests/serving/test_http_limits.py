@@ -8,23 +8,23 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running_service import serving
 from starlette.testclient import TestClient
 
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.connections import ConnectionLimits, limited
+from gralora_fx.serving.http.connections import ConnectionLimits
 from gralora_fx.serving.http.runner import bind
 from gralora_fx.serving.http.settings import ServiceSettings
 
@@ -89,27 +89,6 @@ def test_large_bodies(client: TestClient) -> None:
         assert (found.status_code, found.json()) == (413, {"error": message})
     assert client.post("/v1/embeddings", content=b"0" * (MAX_BODY + 1)).json()["error"]["code"] == 413
     assert post(client, b"0" * MAX_BODY).status_code == 400
-
-
-@contextmanager
-def serving(app: Any, limits: ConnectionLimits) -> Iterator[tuple[str, int]]:
-    """The address of a service in a thread."""
-    import uvicorn
-
-    server = uvicorn.Server(uvicorn.Config(app, http=limited(limits), ws="none", log_level="error"))
-    sockets = bind("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 20
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield sockets[0].getsockname()
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 def said(connection: socket.socket) -> tuple[int, str]:

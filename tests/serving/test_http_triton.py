@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +13,7 @@ import orjson
 import pytest
 import torch
 import tritonclient.http as triton
-import uvicorn
+from running_service import serving
 from served_exports import adapted, chat_tokenizer
 from starlette.testclient import TestClient
 from tiny_models import text_batch
@@ -27,30 +24,10 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.connections import ConnectionLimits, limited
-from gralora_fx.serving.http.runner import bind
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.http.tensors import datatype_of, from_bytes, from_json, to_bytes, to_numbers
 
 LENGTH = "Inference-Header-Content-Length"
-
-
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The address of a service in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, http=limited(ConnectionLimits()), ws="none", log_level="error"))
-    sockets = bind("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 20
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield "{}:{}".format(*sockets[0].getsockname())
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +41,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(encoder: Path) -> Iterator[triton.InferenceServerClient]:
     with serving(create_app(ServiceSettings(encoder))) as address:
-        client = triton.InferenceServerClient(address)
+        client = triton.InferenceServerClient("{}:{}".format(*address))
         yield client
         client.close()
 

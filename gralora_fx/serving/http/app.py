@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
@@ -20,6 +20,7 @@ from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
 from gralora_fx.serving.http.openai_models import model_routes
 from gralora_fx.serving.http.openai_text import text_routes
+from gralora_fx.serving.http.openapi import DescribedApp
 from gralora_fx.serving.http.settings import ServiceSettings
 
 
@@ -46,7 +47,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         state["is_ready"] = False
         await run_in_threadpool(engine.stop)
 
-    app = FastAPI(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine = engine
     add_handlers(app)
     app.add_middleware(BodyMiddleware, max_body=settings.max_body)
@@ -66,7 +67,7 @@ def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metri
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": state["is_ready"]}, 200 if state["is_ready"] else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -44,17 +44,18 @@ def error_body(status: int, message: str, field: str | None = None) -> dict[str,
     return {"error": {"message": message, "type": kind, "param": field, "code": status}}
 
 
+def is_inference(path: str) -> bool:
+    """Whether a path belongs to the Open Inference Protocol."""
+    return path == _INFERENCE or path.startswith(f"{_INFERENCE}/")
+
+
 def error_response(
     path: str, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """An error in the form of the protocol that a path belongs to."""
-    body = {"error": message} if _is_inference(path) else error_body(status, message, field)
+    body = {"error": message} if is_inference(path) else error_body(status, message, field)
     added = RETRY_AFTER if status in (429, 503) else {}
     return JSONResponse(body, status, headers={**added, **(headers or {})})
-
-
-def _is_inference(path: str) -> bool:
-    return path == _INFERENCE or path.startswith(f"{_INFERENCE}/")
 
 
 def add_handlers(app: FastAPI) -> None:
