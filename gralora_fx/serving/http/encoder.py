@@ -41,9 +41,9 @@ class _Tensors:
 class Encoder:
     """An exported model that is run once for each request, in batches.
 
-    Texts of any length run together, padded to the longest. Tensors of several requests run together if they agree in
-    all axes but the first, and the model has the batch as the first axis of every input and output. On a batched export
-    each row has its adapter; on others a batch has one.
+    Texts run together with those nearest in length, padded to the longest. Tensors of several requests run together if
+    they agree in all axes but the first, and the model has the batch as the first axis of every input and output. On a
+    batched export each row has its adapter; on others a batch has one.
 
     Attributes:
         model: The model.
@@ -116,7 +116,10 @@ class Encoder:
         """
         shared = None if self._rows_have_adapters else adapter
         masked = "attention_mask" in self.inputs  # else only texts of one length run together
-        jobs = [RowJob((_TEXTS, shared, 0 if masked else len(row.ids)), 1, _Text(row, adapter)) for row in rows]
+        jobs = [
+            RowJob((_TEXTS, shared, 0 if masked else len(row.ids)), 1, _Text(row, adapter), len(row.ids))
+            for row in rows
+        ]
         results: list[dict[str, NDArray[Any]]] = await self._wait(jobs)
         self._observer.read(sum(len(row.ids) for row in rows))
         return results

@@ -6,6 +6,7 @@ import base64
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -31,6 +32,7 @@ from gralora_fx.serving.http.scores import labels_of, relevance_of, scores_of
 from gralora_fx.serving.http.text_reader import Tokens
 
 _CLASSIFICATION = "text-classification"
+_SHORT = 2048  # letters, or token ids, that are read sooner than another thread begins
 
 
 def encoder_text_routes(engine: EncoderEngine) -> APIRouter:
@@ -57,7 +59,7 @@ def _add_embeddings(router: APIRouter, engine: EncoderEngine) -> None:
     @router.post("/v1/embeddings", response_model=EmbeddingResponse)
     async def embed(asked: EmbeddingRequest, request: Request) -> Response:
         adapter = engine.names.adapter(asked.model)
-        rows = await run_in_threadpool(_read, encoder, asked.input)
+        rows = await _read(encoder, asked.input)
         return await unless_disconnected(request, _embeddings(encoder, rows, adapter, asked))
 
 
@@ -68,7 +70,7 @@ def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
     async def classify(asked: ClassifyRequest, request: Request) -> Response:
         model = engine.names.base if asked.model is None else asked.model
         adapter = engine.names.adapter(model)
-        rows = await run_in_threadpool(_read, encoder, asked.input)
+        rows = await _read(encoder, asked.input)
         return await unless_disconnected(request, _classes(encoder, rows, adapter, model))
 
 
@@ -78,14 +80,14 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
     async def rerank(asked: RerankRequest, request: Request) -> Response:
         model = engine.names.base if asked.model is None else asked.model
         adapter = engine.names.adapter(model)
-        rows = await run_in_threadpool(encoder.reader.pairs, asked.query, asked.texts)
+        rows = await _reading(partial(encoder.reader.pairs, asked.query, asked.texts), asked.texts)
         return await unless_disconnected(request, _ranks(encoder, rows, adapter, model, asked, relevance))
 
     for path in ("/v1/rerank", "/rerank"):
         router.post(path, response_model=RerankResponse, response_model_exclude_none=True)(rerank)
 
 
-def _read(encoder: Encoder, given: str | Sequence[Any]) -> list[Tokens]:
+async def _read(encoder: Encoder, given: str | Sequence[Any]) -> list[Tokens]:
     """The tokens of the texts of a request.
 
     Raises:
@@ -95,7 +97,12 @@ def _read(encoder: Encoder, given: str | Sequence[Any]) -> list[Tokens]:
     texts: Sequence[Any] = [given] if is_single else given
     if not texts:
         raise ServingError("input has no texts; give at least one")
-    return encoder.reader.texts(texts)
+    return await _reading(partial(encoder.reader.texts, texts), texts)
+
+
+async def _reading(read: Callable[[], list[Tokens]], texts: Sequence[Any]) -> list[Tokens]:
+    """Read texts, in another thread where there is so much that other requests would wait for it."""
+    return read() if sum(map(len, texts)) <= _SHORT else await run_in_threadpool(read)
 
 
 async def _embeddings(encoder: Encoder, rows: list[Tokens], adapter: str | None, asked: EmbeddingRequest) -> Response:

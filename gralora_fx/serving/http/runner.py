@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from types import FrameType
 
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.serving.http.connections import ConnectionLimits, limited
 
+_SWITCH = 0.0005  # seconds that a thread may hold the interpreter while another waits, a tenth of the default
 _logger = logging.getLogger("uvicorn.error")
 
 
@@ -62,7 +64,9 @@ def run(app: FastAPI, sockets: Sequence[socket.socket], limits: ConnectionLimits
         sockets: Where to listen, from `bind`.
         limits: Limits of connections.
     """
-    config = uvicorn.Config(app, http=limited(limits), ws="none", log_level="info")
+    # the thread that runs batches must not wait for the one that reads requests, or processors would idle
+    sys.setswitchinterval(_SWITCH)
+    config = uvicorn.Config(app, http=limited(limits), ws="none", log_level="info", access_log=False)
     _Server(config, sockets).run(sockets=list(sockets))
 
 
