@@ -29,6 +29,7 @@ NAMES = (
     "threads",
     "rounding",
     "clients",
+    "batch-lengths",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"

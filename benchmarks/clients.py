@@ -52,7 +52,7 @@ def run(seconds: float = 20.0) -> Report:
             ask(port, "/v1/embeddings", bodies, clients=CLIENTS, seconds=2)
             rates: dict[str, list[float]] = {name: [] for name in (*loops, "service")}
             loads: list[Load] = []
-            memory = []
+            memory: list[int] = []
             for turn in range(ROUNDS):
                 progress(f"clients, round {turn + 1} of {ROUNDS}")
                 for name, loop in loops.items():
@@ -97,7 +97,7 @@ def _rate(loop: Callable[[int], object], seconds: float) -> float:
     return count * BATCH / (time.perf_counter() - started)
 
 
-def _add_results(report: Report, rates: dict[str, list[float]], loads: Sequence[Load], memory: tuple[int, int]) -> None:
+def _add_results(report: Report, rates: dict[str, list[float]], loads: Sequence[Load], memory: Sequence[int]) -> None:
     base = rates["loop"]
     report.tables.append(
         Table(
