@@ -29,6 +29,8 @@ NAMES = (
     "providers",
     "threads",
     "rounding",
+    "clients",
+    "batch-lengths",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice if left out")
     parser.add_argument("--only", metavar="CLASS,CLASS", help="of a survey: the classes to check; left out for all")
     parser.add_argument("--workers", type=int, help="of a survey: how many classes at a time; 2 if left out")
+    parser.add_argument("--seconds", type=float, help="of clients: how long they ask; 20 if left out")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
@@ -59,6 +62,9 @@ def main(arguments: Sequence[str]) -> int:
     chosen |= {} if options.workers is None else {"workers": options.workers}
     if chosen and (len(names) > 1 or names[0] not in _SURVEYS):
         parser.error(f"--only and --workers go with {' or '.join(_SURVEYS)} alone")
+    if options.seconds is not None and list(names) != ["clients"]:
+        parser.error("--seconds goes with clients alone")
+    chosen |= {} if options.seconds is None else {"seconds": options.seconds}
     if len(names) > 1:  # each in a process of its own: what one frees would change what memory costs the next
         threads = [] if options.threads is None else ["--threads", str(options.threads)]
         return max(subprocess.run([sys.executable, "-m", "benchmarks", name, *threads]).returncode for name in names)

@@ -12,7 +12,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.timing import timed
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_PACKAGES = ("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client")
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An export directory.", callback=utf8)]
 Adapters = Annotated[
@@ -51,6 +51,13 @@ Timeout = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of an operator.  [default: one on each core that may be used]")
 ]
+MaxBody = Annotated[
+    int, typer.Option(min=1, metavar="BYTES", help="Most bytes of a request's body, also once it is decompressed.")
+]
+MaxConnections = Annotated[int, typer.Option(min=1, help="Most connections that are served; on others it is 503.")]
+ReadTimeout = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", help="Time in which a request must arrive, its body too.")
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(
@@ -72,6 +79,9 @@ def serve(
     timeout: Timeout = None,
     threads: Threads = None,
     api_key: ApiKey = None,
+    max_body: MaxBody = 16 * 2**20,
+    max_connections: MaxConnections = 512,
+    read_timeout: ReadTimeout = 30.0,
 ) -> None:
     """Serve an export over HTTP: text by OpenAI's protocol, tensors by the Open Inference Protocol.
 
@@ -90,18 +100,21 @@ def serve(
         timeout=timeout,
         threads=threads,
         api_key=api_key,
+        max_body=max_body,
     )
     with StageProgress():
         with timed("import"):
             try:
                 from gralora_fx.serving.http.app import create_app
-                from gralora_fx.serving.http.runner import run
+                from gralora_fx.serving.http.connections import ConnectionLimits
+                from gralora_fx.serving.http.runner import bind, run
             except ModuleNotFoundError as error:
                 if error.name not in _PACKAGES:
                     raise
                 raise ServingError(
                     f"serve needs {error.name}, which is not installed; pip install 'gralora-fx[serve]'"
                 ) from error
+        sockets = bind(host, port)
         with timed("open and warm up"):
             app = create_app(settings)
-    run(app, host=host, port=port)
+    run(app, sockets, ConnectionLimits(max_connections, read_timeout))

@@ -31,6 +31,7 @@ from gralora_fx.methods import read_config
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.silence import quiet
 from gralora_fx.progress.timing import timed
+from gralora_fx.sources.cross_encoder import score_function
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.safetensors_files import attach_shards, check_readable, empty_model
@@ -266,6 +267,8 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # so that an export with a random head can be verified later
                 loaded, report = load_with_report(name, task, num_labels=num_labels)
+    if getattr(loaded.config, "num_labels", None) == 1 and (function := score_function(name, TraceError)) is not None:
+        loaded.config.sentence_transformers = {"activation_fn": function}  # where sentence-transformers reads it, too
     if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
         warn_of_another_head(loaded, name)
     return Base(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report)

@@ -23,10 +23,16 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(double)": np.dtype(np.float64),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int64)": np.dtype(np.int64),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(int16)": np.dtype(np.int16),
     "tensor(int32)": np.dtype(np.int32),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(uint16)": np.dtype(np.uint16),
+    "tensor(uint32)": np.dtype(np.uint32),
+    "tensor(uint64)": np.dtype(np.uint64),
     "tensor(bool)": np.dtype(np.bool_),
 }
-_KINDS = {"i": "iu", "f": "iuf", "b": "biu"}  # array kinds that are cast to an input kind
+_KINDS = {"i": "iu", "u": "iu", "f": "iuf", "b": "biu"}  # array kinds that are cast to an input kind
 _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
 
 
@@ -120,6 +126,7 @@ class Feed:
     def _check_ids(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Check the range of ids, which ONNX Runtime would count from the end if negative, and the values of masks."""
         vocabulary = _text_field(self.config, "vocab_size")
+        types = _text_field(self.config, "type_vocab_size")
         for name, array in arrays.items():
             if name.endswith("attention_mask") and array.dtype.kind == "i" and not np.isin(array, (0, 1)).all():
                 raise ServingError(f"input {name!r} must be 1 where a position counts and 0 where it is padding")
@@ -131,6 +138,8 @@ class Feed:
                 raise ServingError(
                     f"input {name!r} holds token {array.max()}, outside the vocabulary of {vocabulary} tokens"
                 )
+            if name == "token_type_ids" and isinstance(types, int) and array.max() >= types > 0:
+                raise ServingError(f"input {name!r} holds {array.max()}, but the model has {types} types, from 0")
 
     def _check_equal_axes(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Check that axes of the same name have the same size, since ONNX Runtime would run some that differ."""
@@ -195,10 +204,11 @@ def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
     allowed = _KINDS.get(dtype.kind, dtype.kind) + ("b" if name.endswith("mask") else "")
     if array.dtype.kind not in allowed:
         raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
-    if dtype.kind == "i" and array.size and not np.can_cast(array.dtype, dtype):
+    if dtype.kind in "iu" and array.size and not np.can_cast(array.dtype, dtype):
         least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
         if int(array.min()) < least or int(array.max()) > most:
-            raise ServingError(f"input {name!r} holds {array.max()}, which {dtype} does not hold")
+            wrong = array.min() if int(array.min()) < least else array.max()
+            raise ServingError(f"input {name!r} holds {wrong}, which {dtype} does not hold")
     return np.asarray(array, dtype=dtype, order="C")
 
 

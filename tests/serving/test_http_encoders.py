@@ -24,7 +24,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.models import load_traced
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.encoder_texts import scores_of
+from gralora_fx.serving.http.scores import scores_of
 from gralora_fx.serving.http.settings import ServiceSettings
 
 Service = tuple[TestClient, str, dict[str | None, Any]]
@@ -118,7 +118,7 @@ def test_metadata_and_health(service: Service) -> None:
     [
         ([], "input 'input_ids' is missing"),
         ([{**ids(1, 3), "name": "x"}], "no input 'x'; the model takes input_ids"),
-        ([ids(1, 3), ids(1, 3)], "an input is given twice"),
+        ([ids(1, 3), ids(1, 3)], "input 'input_ids' is given twice"),
         ([{**ids(1, 3), "datatype": "FP32"}], "is 'FP32', but the model takes INT64"),
         ([{**ids(1, 3), "shape": [1, 4]}], "has 3 values, not those of shape"),
         ([{**ids(1, 3), "shape": [-1, -3]}], "has 3 values, not those of shape"),

@@ -382,3 +382,17 @@ def test_narrow_windows_do_not_scroll_sideways(
     page.choose(HOSTILE)
     page.complete("Hello there", 40)
     assert not page.is_too_wide()
+
+
+def test_bars_of_relevance(page: Page, folder: Path, services: Any) -> None:
+    model = tiny_model("bert", num_labels=1, pad_token_id=0)
+    export_onnx(trace(model, task="text-classification"), folder / "cross", verify=False, tokenizer=chat_tokenizer())
+    page.open(services(ServiceSettings(folder / "cross"))[0])
+    documents = ["rivers", "x y z", "A rather longer document"]
+    page.fill("textarea[name=query]", "rivers")
+    page.one("textarea[name=documents]").send_keys("\n\n".join(documents))
+    page.one(".panel button.primary").click()
+    results = post(f"{page.url}v1/rerank", {"query": "rivers", "documents": documents})["results"]
+    shown = [(documents[result["index"]], round(result["relevance_score"], 3)) for result in results]
+    assert len(shown) == 3
+    page.wait(lambda: [bar[:2] for bar in page.bars()] == shown)

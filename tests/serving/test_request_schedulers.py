@@ -236,6 +236,26 @@ def run_held(batches: RowBatches, started: threading.Event, jobs: list[RowJob]) 
         batches.submit([job])
 
 
+def test_rows_near_in_length_run_together_and_none_starves() -> None:
+    started, held = threading.Event(), threading.Event()
+    runs: list[list[Any]] = []
+
+    def run(payloads: Sequence[Any]) -> list[Any]:
+        runs.append(list(payloads))
+        started.set()
+        assert held.wait(20)
+        return list(payloads)
+
+    batches = RowBatches(run, Recorder(), max_batch=3, max_queue=20)
+    lengths = [1, 90, 5, 80, 6, 100, 4, 5, 70]
+    jobs = [RowJob("x", 1, length, length) for length in lengths]
+    run_held(batches, started, jobs)
+    held.set()
+    batches.stop()
+    assert runs == [[1], [90, 80, 100], [5, 5, 6], [4, 70]]
+    assert [job.result.result() for job in jobs] == lengths
+
+
 def test_rows_of_one_key_run_together_and_a_wrong_one_fails_alone() -> None:
     started, held = threading.Event(), threading.Event()
     runs: list[list[Any]] = []

@@ -7,20 +7,22 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.adapter_routes import adapter_routes
+from gralora_fx.serving.http.bodies import BodyMiddleware
 from gralora_fx.serving.http.encoder_texts import encoder_text_routes
 from gralora_fx.serving.http.engines import EncoderEngine, TextEngine, open_engine
 from gralora_fx.serving.http.failures import add_handlers
-from gralora_fx.serving.http.inference import inference_routes
+from gralora_fx.serving.http.inference import inference_routes, server_routes
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
 from gralora_fx.serving.http.openai_models import model_routes
 from gralora_fx.serving.http.openai_text import text_routes
+from gralora_fx.serving.http.openapi import DescribedApp
 from gralora_fx.serving.http.page_routes import page_routes
 from gralora_fx.serving.http.service_info import info_routes, service_info
 from gralora_fx.serving.http.settings import ServiceSettings
@@ -55,9 +57,10 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         state["is_ready"] = False
         await run_in_threadpool(engine.stop)
 
-    app = FastAPI(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.timeout = engine, settings.timeout
     add_handlers(app)
+    app.add_middleware(BodyMiddleware, max_body=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
     app.add_middleware(CountingMiddleware, metrics=metrics)
@@ -77,11 +80,12 @@ def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metri
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": state["is_ready"]}, 200 if state["is_ready"] else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(model_routes(engine.names))
+    app.include_router(server_routes(engine.names))
     if isinstance(engine, TextEngine):
         app.include_router(text_routes(engine))
         return

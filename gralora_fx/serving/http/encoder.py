@@ -11,15 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError, first_line
-from gralora_fx.loading.tokenizers import prompt_ids
+from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_inputs import BATCHED
-from gralora_fx.runtime.context_length import context_length
 from gralora_fx.serving.adapter_versions import AdapterVersions
+from gralora_fx.serving.http.text_reader import TextReader, Tokens
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
-from gralora_fx.serving.too_large import TooLargeError
 
 SENTENCE = "sentence_embedding"
 _TEXTS = "texts"
@@ -29,7 +27,7 @@ _TEXTS = "texts"
 class _Text:
     """A text to run."""
 
-    ids: list[int]
+    tokens: Tokens
     adapter: str | None
 
 
@@ -45,13 +43,14 @@ class _Tensors:
 class Encoder:
     """An exported model that is run once for each request, in batches.
 
-    Texts of any length run together, padded to the longest. Tensors of several requests run together if they agree in
-    all axes but the first, and the model has the batch as the first axis of every input and output. On a batched export
-    each row has its adapter; on others a batch has one.
+    Texts run together with those nearest in length, padded to the longest. Tensors of several requests run together if
+    they agree in all axes but the first, and the model has the batch as the first axis of every input and output. On a
+    batched export each row has its adapter; on others a batch has one.
 
     Attributes:
         model: The model.
-        tokenizer: The tokenizer beside it; None if there is none.
+        inputs: What it takes, by name, as its session describes it.
+        outputs: What it gives.
         batches: The queue.
     """
 
@@ -75,11 +74,14 @@ class Encoder:
             max_queue: The most rows that may wait.
             versions: The adapters, each of which is held while rows with it wait or run.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
         self._observer, self._versions = observer, versions
         self._rows_have_adapters = model.manifest.adapters_mode == BATCHED
         self.inputs = {value.name: value for value in model.session.get_inputs() if value.name in model.input_names}
         self.outputs = {value.name: value for value in model.session.get_outputs()}
+        self._reader = None
+        if tokenizer is not None:
+            self._reader = TextReader(tokenizer, model.config, model.manifest.position_offset, self.inputs)
         first = {(list(value.shape) or [None])[0] for value in (*self.inputs.values(), *self.outputs.values())}
         self._is_batchable = len(first) == 1 and isinstance(next(iter(first)), str)
         self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue)
@@ -87,15 +89,13 @@ class Encoder:
     @property
     def takes_texts(self) -> bool:
         """Whether texts can be run: there is a tokenizer, and the model takes its ids."""
-        return self.tokenizer is not None and "input_ids" in self.inputs and self._is_batchable
+        return self._reader is not None and "input_ids" in self.inputs and self._is_batchable
 
     @property
-    def context(self) -> int:
-        """The most tokens of a text: the model's limit, or the tokenizer's if that is less."""
-        assert self.tokenizer is not None
-        limit = context_length(self.model.config)
-        limits = [] if limit is None else [limit - self.model.manifest.position_offset]
-        return int(min([*limits, self.tokenizer.model_max_length]))
+    def reader(self) -> TextReader:
+        """Reads texts, where the model takes them."""
+        assert self._reader is not None
+        return self._reader
 
     def warm_up(self) -> None:
         """Run a text, where the model takes texts.
@@ -112,30 +112,13 @@ class Encoder:
         Raises:
             ServingError: The model cannot be run.
         """
-        return self._run([_Text(self.read(text), adapter)])[0]
+        return self._run([_Text(self.reader.texts([text])[0], adapter)])[0]
 
-    def read(self, text: str | Sequence[int]) -> list[int]:
-        """Token ids of a text, checked.
-
-        Raises:
-            ServingError: The tokenizer does not take it, or it is empty or too long.
-        """
-        tokenizer = self.tokenizer
-        ids = prompt_ids(text, tokenizer, ServingError)
-        if not ids:
-            raise ServingError("a text has no tokens; give at least one")
-        if len(ids) > self.context:
-            raise TooLargeError(f"a text has {len(ids)} tokens, more than the model's {self.context}; shorten it")
-        vocabulary = self.model.config.get("vocab_size")
-        if wrong := [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]:
-            raise ServingError(f"a text holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens")
-        return ids
-
-    async def texts(self, rows: Sequence[Sequence[int]], adapter: str | None) -> list[dict[str, NDArray[Any]]]:
+    async def texts(self, rows: Sequence[Tokens], adapter: str | None) -> list[dict[str, NDArray[Any]]]:
         """Run texts, each by itself in whatever batch has room.
 
         Args:
-            rows: Token ids of each, as `read` gives them.
+            rows: The tokens of each, as the reader gives them.
             adapter: The adapter to run with; None for the base.
 
         Returns:
@@ -146,9 +129,12 @@ class Encoder:
         """
         shared = None if self._rows_have_adapters else adapter
         masked = "attention_mask" in self.inputs  # else only texts of one length run together
-        jobs = [RowJob((_TEXTS, shared, 0 if masked else len(ids)), 1, _Text(list(ids), adapter)) for ids in rows]
+        jobs = [
+            RowJob((_TEXTS, shared, 0 if masked else len(row.ids)), 1, _Text(row, adapter), len(row.ids))
+            for row in rows
+        ]
         results: list[dict[str, NDArray[Any]]] = await self._wait(jobs)
-        self._observer.read(sum(map(len, rows)))
+        self._observer.read(sum(len(row.ids) for row in rows))
         return results
 
     async def tensors(self, arrays: Mapping[str, NDArray[Any]], adapter: str | None) -> dict[str, NDArray[Any]]:
@@ -168,8 +154,8 @@ class Encoder:
         rows = max(sizes, default=0) or 1
         shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
         key: Any = (shapes, None if self._rows_have_adapters else adapter)
-        if not self._is_batchable or len(sizes) != 1:
-            key = object()  # runs alone
+        if not self._is_batchable or len(sizes) != 1 or not all(map(_is_finite, arrays.values())):
+            key = object()  # runs alone: where activations are quantized, a batch shares their scale
         (result,) = await self._wait([RowJob(key, rows, _Tensors(arrays, adapter, rows))])
         return dict(result)
 
@@ -191,7 +177,8 @@ class Encoder:
     def _run(self, payloads: Sequence[Any]) -> list[dict[str, NDArray[Any]]]:
         """Run payloads of one kind as a batch; the outputs of each."""
         if isinstance(payloads[0], _Text):
-            outputs = self._call(self._padded(payloads), payloads, [1] * len(payloads))
+            inputs = self.reader.padded([text.tokens for text in payloads])
+            outputs = self._call(inputs, payloads, [1] * len(payloads))
             return [{name: array[row] for name, array in outputs.items()} for row in range(len(payloads))]
         names = payloads[0].arrays
         rows = [payload.rows for payload in payloads]
@@ -209,13 +196,6 @@ class Encoder:
             adapter = [payload.adapter for payload, count in zip(payloads, rows, strict=True) for _ in range(count)]
         return dict(self.model(**arrays, adapter=adapter))
 
-    def _padded(self, texts: Sequence[_Text]) -> dict[str, NDArray[Any]]:
-        """The inputs for texts, padded to the longest."""
-        assert self.tokenizer is not None
-        try:
-            padded = self.tokenizer.pad(
-                {"input_ids": [text.ids for text in texts]}, return_attention_mask=True, return_tensors="np"
-            )
-        except ValueError as error:  # it has no token for padding
-            raise ServingError(f"the tokenizer does not pad texts ({first_line(error)})") from error
-        return {name: array for name, array in padded.items() if name in self.inputs}
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

@@ -21,7 +21,7 @@ from gralora_fx.serving.scheduling.failures import DeadlineError, QueueFullError
 RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long
 _HEADERS = {429: RETRY_AFTER, 503: RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
-_INFERENCE = "/v2/"
+_INFERENCE = "/v2"
 _logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (UnknownModelError, 404),
@@ -53,11 +53,16 @@ def error_body(status: int, message: str, field: str | None = None) -> dict[str,
     return {"error": {"message": message, "type": kind, "param": field, "code": status}}
 
 
+def is_inference(path: str) -> bool:
+    """Whether a path belongs to the Open Inference Protocol."""
+    return path == _INFERENCE or path.startswith(f"{_INFERENCE}/")
+
+
 def error_response(
     path: str, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """An error in the form of the protocol that a path belongs to."""
-    body = {"error": message} if path.startswith(_INFERENCE) else error_body(status, message, field)
+    body = {"error": message} if is_inference(path) else error_body(status, message, field)
     added = _HEADERS.get(status, {})
     return JSONResponse(body, status, headers={**added, **(headers or {})})
 

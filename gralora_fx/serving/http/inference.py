@@ -1,165 +1,165 @@
-"""The Open Inference Protocol, version 2, with tensors as JSON."""
+"""The Open Inference Protocol, version 2, with Triton's extension for binary tensors."""
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import orjson
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
-from gralora_fx.errors import ServingError, first_line, listed, shown
+from gralora_fx.errors import shown
 from gralora_fx.serving.http.disconnects import unless_disconnected
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.engines import EncoderEngine
+from gralora_fx.serving.http.inference_requests import HEADER_LENGTH, Call, read_call
+from gralora_fx.serving.http.model_names import ModelNames, UnknownModelError
+from gralora_fx.serving.http.tensors import datatype_of, described, to_bytes, to_numbers
 
-_TYPES: dict[str, tuple[str, type[np.generic]]] = {  # ONNX Runtime's name: the protocol's, and numpy's
-    "tensor(float)": ("FP32", np.float32),
-    "tensor(double)": ("FP64", np.float64),
-    "tensor(float16)": ("FP16", np.float16),
-    "tensor(int64)": ("INT64", np.int64),
-    "tensor(int32)": ("INT32", np.int32),
-    "tensor(bool)": ("BOOL", np.bool_),
-}
+_VERSION = "1"
+_LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it
+Endpoint = Callable[..., Any]
 
 
-class _Object(BaseModel):
-    """An object of the protocol, whose fields are all known."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TensorIn(_Object):
-    """An input."""
+class ServerMetadata(BaseModel):
+    """What the server is."""
 
     name: str
-    shape: list[int]
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """An input or output; -1 is any size."""
+
+    name: str
     datatype: str
-    data: list[Any]
+    shape: list[int]
 
 
-class OutputName(_Object):
-    """An output that is asked for."""
+class ModelMetadata(BaseModel):
+    """What a model takes and gives."""
 
     name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
 
 
-class InferRequest(_Object):
-    """A request of `infer`."""
+class ModelReady(BaseModel):
+    """Whether a model is served."""
 
+    name: str
+    ready: bool
+
+
+class OutputTensor(BaseModel):
+    """An output: with `data`, or with its bytes behind the JSON object."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] | None = None
+    data: list[float | int | bool] | None = None
+
+
+class InferResponse(BaseModel):
+    """The outputs of a model."""
+
+    model_name: str
+    model_version: str
     id: str | None = None
-    inputs: list[TensorIn]
-    outputs: list[OutputName] | None = None
+    outputs: list[OutputTensor]
 
 
-def inference_routes(engine: EncoderEngine) -> APIRouter:
-    """The routes of a model that is run once for each request."""
-    router, encoder, names = APIRouter(prefix="/v2/models"), engine.encoder, engine.names
+def server_routes(names: ModelNames) -> APIRouter:
+    """The routes of the protocol that every service has."""
+    router = APIRouter(prefix="/v2")
 
-    @router.get("/{name}")
-    async def metadata(name: str) -> dict[str, Any]:
-        names.adapter(name)
-        return {
-            "name": name,
-            "versions": [],
-            "platform": "onnxruntime_onnx",
-            "inputs": [_described(value) for value in encoder.inputs.values()],
-            "outputs": [_described(value) for value in encoder.outputs.values()],
-        }
+    async def server() -> ServerMetadata:
+        version = importlib.metadata.version("gralora-fx")
+        return ServerMetadata(name="gralora-fx", version=version, extensions=["binary_tensor_data"])
 
-    @router.get("/{name}/ready")
-    async def ready(name: str) -> dict[str, Any]:
-        names.adapter(name)
-        return {"name": name, "ready": True}
+    router.get("", response_model=ServerMetadata)(server)
+    router.get("/", response_model=ServerMetadata, include_in_schema=False)(server)
 
-    @router.post("/{name}/infer")
-    async def infer(name: str, asked: InferRequest, request: Request) -> Response:
-        names.adapter(name)
-        arrays = {tensor.name: _array(encoder, tensor) for tensor in asked.inputs}
-        if len(arrays) < len(asked.inputs):
-            raise ServingError("an input is given twice; give each once")
-        wanted = list(encoder.outputs) if asked.outputs is None else [output.name for output in asked.outputs]
-        if unknown := [output for output in wanted if output not in encoder.outputs]:
-            raise ServingError(f"no output {shown(unknown[0])}; there is {listed(encoder.outputs)}")
-        with names.held(name) as adapter:
-            return await unless_disconnected(request, _infer(encoder, name, adapter, arrays, wanted, asked.id))
+    async def ready(name: str, version: str = _VERSION) -> ModelReady:
+        _check_model(names, name, version)
+        return ModelReady(name=name, ready=True)
 
+    _add(router.get, "/ready", ready, ModelReady)
     return router
 
 
-async def _infer(
-    encoder: Encoder,
-    name: str,
-    adapter: str | None,
-    arrays: dict[str, NDArray[Any]],
-    wanted: list[str],
-    request_id: str | None,
-) -> Response:
-    outputs = await encoder.tensors(arrays, adapter)
-    found = [_tensor(output, outputs[output], encoder.outputs[output].type) for output in wanted]
-    given = {} if request_id is None else {"id": request_id}
-    return JSONResponse({"model_name": name, **given, "outputs": found})
-
-
-def _described(value: Any) -> dict[str, Any]:
-    """An input or output of a session, in the protocol's form; -1 is any size."""
-    shape = [size if isinstance(size, int) else -1 for size in value.shape]
-    return {"name": value.name, "datatype": _datatype(value.type)[0], "shape": shape}
-
-
-def _datatype(kind: str) -> tuple[str, type[np.generic]]:
-    if kind not in _TYPES:
-        raise ServingError(f"the model has a tensor of {kind}, which is not served")
-    return _TYPES[kind]
-
-
-def _array(encoder: Encoder, tensor: TensorIn) -> NDArray[Any]:
-    """An input as an array.
+def inference_routes(engine: EncoderEngine) -> APIRouter:
+    """The routes of a model that is run once for each request.
 
     Raises:
-        ServingError: The model has no such input, it has another type, or the data is not of the type and shape.
+        ServingError: An input or output has a type that the protocol has not.
     """
-    value = encoder.inputs.get(tensor.name)
-    if value is None:
-        raise ServingError(f"no input {shown(tensor.name)}; the model takes {listed(encoder.inputs)}")
-    datatype, dtype = _datatype(value.type)
-    if tensor.datatype != datatype:
-        raise ServingError(f"input {tensor.name!r} is {shown(tensor.datatype)}, but the model takes {datatype}")
-    try:
-        found = np.asarray(tensor.data)
-    except (ValueError, OverflowError) as error:
-        raise ServingError(f"the data of {tensor.name!r} is not a tensor ({first_line(error)})") from error
-    kinds = {"f": "iuf", "i": "iu", "b": "b"}[np.dtype(dtype).kind]
-    is_mixed = kinds != "b" and _has_flags(tensor.data)
-    if is_mixed or (found.dtype.kind not in kinds and found.size):
-        raise ServingError(f"the data of {tensor.name!r} is not of {datatype}; give numbers of that type alone")
-    if any(size < 0 for size in tensor.shape) or found.size != np.prod(tensor.shape, dtype=object):
-        raise ServingError(f"input {tensor.name!r} has {found.size} values, not those of shape {shown(tensor.shape)}")
-    if found.ndim > 1 and list(found.shape) != tensor.shape:
-        raise ServingError(f"the data of {tensor.name!r} has shape {list(found.shape)}, not {shown(tensor.shape)}")
-    with np.errstate(over="ignore"):
-        array = found.astype(dtype).reshape(tensor.shape)
-    is_kept = np.isfinite(array).all() if array.dtype.kind == "f" else np.array_equal(array.ravel(), found.ravel())
-    if not is_kept:
-        raise ServingError(
-            f"the data of {tensor.name!r} has values that {datatype} does not hold, or that are not finite"
+    router, encoder, names = APIRouter(prefix="/v2"), engine.encoder, engine.names
+    inputs = [TensorMetadata(**described(value)) for value in encoder.inputs.values()]
+    outputs = [TensorMetadata(**described(value)) for value in encoder.outputs.values()]
+
+    async def metadata(name: str, version: str = _VERSION) -> ModelMetadata:
+        _check_model(names, name, version)
+        return ModelMetadata(
+            name=name, versions=[_VERSION], platform="onnxruntime_onnx", inputs=inputs, outputs=outputs
         )
-    return np.asarray(array)
+
+    async def infer(request: Request, name: str, version: str = _VERSION) -> Response:
+        _check_model(names, name, version)
+        body, length = await request.body(), request.headers.get(HEADER_LENGTH)
+        if len(body) > _LARGE:
+            call = await run_in_threadpool(read_call, body, length, encoder.inputs, encoder.outputs)
+        else:
+            call = read_call(body, length, encoder.inputs, encoder.outputs)
+        with names.held(name) as adapter:
+            return await unless_disconnected(request, _infer(encoder, name, adapter, call))
+
+    _add(router.get, "", metadata, ModelMetadata)
+    _add(router.post, "/infer", infer, InferResponse)
+    return router
 
 
-def _has_flags(data: list[Any]) -> bool:
-    """Whether true or false is among some values, which numpy would count as 1 and 0."""
-    return any(_has_flags(value) if isinstance(value, list) else isinstance(value, bool) for value in data)
+def _add(method: Callable[..., Any], path: str, endpoint: Endpoint, model: type[BaseModel]) -> None:
+    """Add an endpoint of a model, with and without the model's version."""
+    for prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
+        method(f"{prefix}{path}", response_model=model, response_model_exclude_none=True)(endpoint)
 
 
-def _tensor(name: str, array: NDArray[Any], kind: str) -> dict[str, Any]:
-    """An output in the protocol's form.
+def _check_model(names: ModelNames, name: str, version: str) -> None:
+    """Check that there is a model of a name and version.
 
     Raises:
-        ServingError: It has values for which JSON has no number.
+        UnknownModelError: There is no such model or version.
     """
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ServingError(f"output {name!r} is not finite for these inputs")
-    return {"name": name, "datatype": _datatype(kind)[0], "shape": list(array.shape), "data": array.ravel().tolist()}
+    names.adapter(name)
+    if version != _VERSION:
+        raise UnknownModelError(f"no version {shown(version)} of model {name!r}; there is {_VERSION}")
+
+
+async def _infer(encoder: Encoder, name: str, adapter: str | None, call: Call) -> Response:
+    results = await encoder.tensors(call.arrays, adapter)
+    outputs, binary = [], []
+    for output, is_binary in call.wanted.items():
+        array, datatype = results[output], datatype_of(encoder.outputs[output])
+        fields: dict[str, Any] = {"name": output, "datatype": datatype.name, "shape": list(array.shape)}
+        if is_binary:
+            binary.append(to_bytes(array, datatype))
+            fields["parameters"] = {"binary_data_size": len(binary[-1])}
+        else:
+            fields["data"] = to_numbers(output, array)
+        outputs.append(fields)
+    given = {} if call.id is None else {"id": call.id}
+    body = {"model_name": name, "model_version": _VERSION, **given, "outputs": outputs}
+    head = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not binary:
+        return Response(head, media_type="application/json")
+    length = {HEADER_LENGTH: str(len(head))}
+    return Response(b"".join([head, *binary]), media_type="application/octet-stream", headers=length)

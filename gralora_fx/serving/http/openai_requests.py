@@ -238,18 +238,3 @@ class ChatRequest(_TextFields):
         """
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(left, 1) if given is None else given
-
-
-class EmbeddingRequest(_Request):
-    """A request of `/v1/embeddings`."""
-
-    model: str
-    input: str | list[str] | list[int] | list[list[int]]
-    encoding_format: Literal["float", "base64"] | None = None
-
-
-class ClassifyRequest(_Request):
-    """A request of `/classify`."""
-
-    model: str | None = None
-    input: str | list[str]

@@ -65,7 +65,7 @@ def service_info(settings: ServiceSettings, engine: TextEngine | EncoderEngine) 
         context: int | None = engine.queue.limits.context
         has_template = bool(getattr(engine.tokenizer, "chat_template", None))
     else:
-        context = engine.encoder.context if engine.encoder.takes_texts else None
+        context = engine.encoder.reader.limit if engine.encoder.takes_texts else None
         has_template = False
     return ServiceInfo(
         model=engine.names.base,

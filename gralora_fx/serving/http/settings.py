@@ -27,6 +27,7 @@ class ServiceSettings:
         threads: Threads of an operator; None for one on each core that the process may use.
         adapter_root: The directory that requests may load adapters from; None if they may load none.
         api_key: The key that requests must give; None for none.
+        max_body: The most bytes of a request's body, also once it is decompressed.
     """
 
     directory: Path
@@ -39,6 +40,7 @@ class ServiceSettings:
     threads: int | None = None
     adapter_root: Path | None = None
     api_key: str | None = field(default=None, repr=False)
+    max_body: int = 16 * 2**20
 
     def __post_init__(self) -> None:
         """Check the counts and the key.
@@ -46,9 +48,9 @@ class ServiceSettings:
         Raises:
             ConfigError: A count is not a whole number of at least 1, or the key is empty or not ASCII.
         """
-        for name in ("max_batch", "max_queue", "max_context", "chunk", "threads"):
+        for name in ("max_batch", "max_queue", "max_context", "chunk", "threads", "max_body"):
             value = getattr(self, name)
-            if (value is not None or name == "max_queue") and (type(value) is not int or value < 1):
+            if (value is not None or name in ("max_queue", "max_body")) and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, but got {shown(value)}")
         if self.timeout is not None and not (isinstance(self.timeout, (int, float)) and 0 < self.timeout < math.inf):
             raise ConfigError(f"timeout must be a number of seconds above 0, but got {shown(self.timeout)}")

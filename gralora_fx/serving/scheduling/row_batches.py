@@ -28,18 +28,23 @@ class RowJob:
         key: Jobs of equal keys can be one batch.
         rows: How many rows.
         payload: What to run, for the function that runs batches.
+        length: How long its rows are, where those of other lengths cost padding.
         result: Becomes the job's result; a job whose result is cancelled before it runs does not run.
     """
 
     key: Hashable
     rows: int
     payload: Any
+    length: int = 0
     result: Future[Any] = field(default_factory=Future)
     submitted: float = field(default_factory=time.perf_counter)
 
 
 class RowBatches(Worker):
-    """Takes rows of any thread, and runs them in batches in a thread of its own, the earliest first."""
+    """Takes rows of any thread, and runs them in batches in a thread of its own, the earliest first.
+
+    A batch is the job that has waited longest and those nearest to it in length.
+    """
 
     def __init__(
         self,
@@ -82,12 +87,17 @@ class RowBatches(Worker):
             raise TooLargeError(f"{new} rows are given, and there is room for {self.room}; give fewer at a time")
         with self._condition:
             self._check_takes()
-            self._waiting = deque(job for job in self._waiting if not job.result.cancelled())
-            rows = self._running + sum(job.rows for job in self._waiting)
+            if self._held() + new > self.room:
+                self._waiting = deque(job for job in self._waiting if not job.result.cancelled())
+            rows = self._held()
             if rows + new > self.room:
                 raise QueueFullError(f"{rows} rows run or wait, and there is room for {self.room}")
             self._waiting.extend(jobs)
             self._condition.notify_all()
+
+    def _held(self) -> int:
+        """How many rows run or wait, with those that were given up and not removed yet."""
+        return self._running + sum(job.rows for job in self._waiting)
 
     def _work(self) -> None:
         while True:
@@ -104,19 +114,27 @@ class RowBatches(Worker):
             self._running = 0
 
     def _take(self) -> list[RowJob]:
-        """The first job that waits, and others of its key as far as there is room; the others keep their order."""
+        """The first job that waits, and of those of its key the nearest in length, as far as there is room.
+
+        Since the first one always runs, a job waits for at most as many batches as there were jobs before it.
+        """
         batch: list[RowJob] = []
-        left: deque[RowJob] = deque()
-        while self._waiting:
-            job = self._waiting.popleft()
-            fits = not batch or (
-                job.key == batch[0].key and sum(other.rows for other in batch) + job.rows <= self.max_batch
-            )
-            if not fits:
-                left.append(job)
-            elif job.result.set_running_or_notify_cancel():
+        while self._waiting and not batch:
+            first = self._waiting.popleft()
+            if first.result.set_running_or_notify_cancel():
+                batch.append(first)
+        if not batch:
+            return batch
+        rows, gone = first.rows, set[int]()
+        mates = (job for job in self._waiting if job.key == first.key)
+        for job in sorted(mates, key=lambda job: abs(job.length - first.length)):
+            if rows + job.rows > self.max_batch:
+                continue
+            gone.add(id(job))
+            if job.result.set_running_or_notify_cancel():
                 batch.append(job)
-        self._waiting = left
+                rows += job.rows
+        self._waiting = deque(job for job in self._waiting if id(job) not in gone)
         return batch
 
     def _run_batch(self, batch: Sequence[RowJob]) -> None:

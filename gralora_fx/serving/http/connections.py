@@ -1,0 +1,151 @@
+"""Limits of connections: how many there are, how large the head of a request is, and how long a request arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gralora_fx.serving.http.failures import error_response
+
+_MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
+_logger = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Within which bounds clients are served.
+
+    Attributes:
+        connections: The most connections; requests on others are answered with 503.
+        read_timeout: Seconds in which a request must arrive, from its first byte to its last.
+    """
+
+    connections: int = 512
+    read_timeout: float = 30.0
+
+
+def limited(limits: ConnectionLimits) -> type[asyncio.Protocol]:
+    """A protocol for uvicorn that keeps to limits.
+
+    Args:
+        limits: The limits.
+    """
+
+    class Limited(_LimitedProtocol):
+        pass
+
+    Limited.limits = limits
+    return Limited
+
+
+class _LimitedProtocol(HttpToolsProtocol):
+    """A connection, which is closed when a request does not arrive in time.
+
+    The clock starts when the connection is made and with the first byte of a further request, and stops when a request
+    is complete. It covers what is left of a body that was refused, too.
+    """
+
+    limits = ConnectionLimits()
+    _timer: asyncio.TimerHandle | None = None
+    _head = 0  # bytes so far of a head that is not complete; -1 once it is
+    _is_closed = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the clock."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._served_app = self.app
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read data, unless a head grows too large."""
+        if self._is_closed:
+            return
+        super().data_received(data)
+        if self._head >= 0 and not self.transport.is_closing():
+            self._head += len(data)
+            if self._head > _MAX_HEAD:
+                self._close(431, f"the head of the request has more than the {_MAX_HEAD} bytes that are taken")
+
+    def on_message_begin(self) -> None:
+        """A further request begins."""
+        super().on_message_begin()
+        self._head = 0
+        if self._timer is None:
+            self._start_clock()
+
+    def on_headers_complete(self) -> None:
+        """The head is complete: the app answers, or there are too many connections, or the head is too large."""
+        self._head = -1
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        self.app = self._served_app
+        if size > _MAX_HEAD:
+            self.app = _Refusal(431, f"the head of the request has more than the {_MAX_HEAD} bytes that are taken")
+        elif len(self.connections) > self.limits.connections:
+            self.app = _Refusal(503, f"there are more than the {self.limits.connections} connections that are served")
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request has arrived."""
+        self._stop_clock()
+        super().on_message_complete()
+        if self.cycle.response_complete:  # it was answered before; uvicorn's own clock for idle connections has stopped
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        self._close(400, "the request is not valid HTTP")
+
+    def _start_clock(self) -> None:
+        self._timer = self.loop.call_later(self.limits.read_timeout, self._time_out)
+
+    def _stop_clock(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        if self.flow.read_paused:  # it is this side that does not read
+            self._start_clock()
+            return
+        self._close(408, f"the request did not arrive within {self.limits.read_timeout:g} seconds")
+
+    def _close(self, status: int, message: str) -> None:
+        """End the connection, with an answer where none has begun."""
+        self._is_closed = True
+        self._stop_clock()
+        _logger.info("%s: %d, %s", self.client, status, message)
+        cycle, in_head = self.cycle, self._head >= 0
+        # in a head, the last cycle is that of the request before
+        may_answer = (cycle is None or cycle.response_complete) if in_head else not cycle.response_started
+        if may_answer and not self.pipeline:
+            path = "" if in_head else self.scope["path"]
+            response = error_response(path, status, message, headers={"Connection": "close"})
+            lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
+            lines += [b"%s: %s" % pair for pair in response.raw_headers]
+            self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        self.transport.close()
+
+
+class _Refusal:
+    """An app that answers every request with one error, and ends the connection."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self._status, self._message = status, message
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        closing: dict[str, Any] = {"Connection": "close"}
+        await error_response(scope["path"], self._status, self._message, headers=closing)(scope, receive, send)

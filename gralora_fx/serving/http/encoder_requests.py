@@ -1,0 +1,111 @@
+"""Requests for texts through an encoder, and what is answered; an unknown field is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Request(BaseModel):
+    """A request whose fields are all known, and of their own types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class EmbeddingRequest(_Request):
+    """A request of `/v1/embeddings`."""
+
+    model: str
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class ClassifyRequest(_Request):
+    """A request of `/classify`."""
+
+    model: str | None = None
+    input: str | list[str]
+
+
+class Document(_Request):
+    """A document of a request of `/v1/rerank`."""
+
+    text: str
+
+
+class RerankRequest(_Request):
+    """A request of `/v1/rerank`, in the form of Cohere's and Jina's services."""
+
+    model: str | None = None
+    query: str
+    documents: Annotated[list[str | Document], Field(min_length=1)]
+    top_n: Annotated[int | None, Field(ge=1)] = None
+    return_documents: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
+
+
+class Usage(BaseModel):
+    """How many tokens were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    """The embedding of a text: numbers, or in base64 the bytes of little-endian 32-bit floats."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingResponse(BaseModel):
+    """The embeddings of texts."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Classes(BaseModel):
+    """The classes of a text."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+    labels: list[str]
+
+
+class ClassifyResponse(BaseModel):
+    """The classes of texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classes]
+    usage: Usage
+
+
+class Rank(BaseModel):
+    """A document's place in a ranking, by its number in the request."""
+
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class RerankResponse(BaseModel):
+    """Documents, the most relevant first."""
+
+    id: str
+    model: str
+    results: list[Rank]
+    usage: Usage

@@ -1,0 +1,149 @@
+"""Requests of the Open Inference Protocol: a JSON object, and behind it the bytes of its binary tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi.exceptions import RequestValidationError
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.serving.http.tensors import Datatype, datatype_of, from_bytes, from_json
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+class _Object(BaseModel):
+    """An object of the protocol, whose fields are all known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class InputParameters(_Object):
+    """Parameters of an input."""
+
+    binary_data_size: Annotated[int | None, Field(ge=0, description="Its bytes behind the JSON object.")] = None
+
+
+class InputTensor(_Object):
+    """An input: with `data`, or with its bytes behind the JSON object."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = None
+
+
+class OutputParameters(_Object):
+    """Parameters of an output that is asked for."""
+
+    binary_data: Annotated[bool, Field(description="Whether to give it as bytes behind the JSON object.")] = False
+
+
+class RequestedOutput(_Object):
+    """An output that is asked for."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferParameters(_Object):
+    """Parameters of a request."""
+
+    binary_data_output: Annotated[bool, Field(description="Whether outputs are binary where none is named.")] = False
+
+
+class InferRequest(_Object):
+    """A request of `infer`."""
+
+    id: str | None = None
+    parameters: InferParameters = InferParameters()
+    inputs: list[InputTensor]
+    outputs: list[RequestedOutput] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a request asks for.
+
+    Attributes:
+        arrays: The inputs.
+        wanted: The outputs, and whether each is given as bytes.
+        id: The request's id.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    wanted: Mapping[str, bool]
+    id: str | None
+
+
+def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+    """A request, checked.
+
+    Args:
+        body: The request's body.
+        header_length: What its header says of the length of the JSON object; None if it is all of the body.
+        inputs: What the model takes, as a session describes it.
+        outputs: What it gives.
+
+    Raises:
+        RequestValidationError: The JSON object is damaged, or a field is unknown, missing or of another type.
+        ServingError: An input or output is unknown or given twice, or the data of one is wrong.
+    """
+    length = len(body) if header_length is None else _length(header_length, len(body))
+    try:
+        request = InferRequest.model_validate_json(memoryview(body)[:length].tobytes())
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False, include_input=False)) from error
+    binary = memoryview(body)[length:]
+    arrays: dict[str, NDArray[Any]] = {}
+    for tensor in request.inputs:
+        if tensor.name in arrays:
+            raise ServingError(f"input {shown(tensor.name)} is given twice; give it once")
+        datatype = _taken(tensor, inputs)
+        size = tensor.parameters.binary_data_size
+        if (size is None) == (tensor.data is None):
+            raise ServingError(f"input {tensor.name!r} needs either data or binary_data_size")
+        if tensor.data is not None:
+            arrays[tensor.name] = from_json(tensor.name, tensor.data, tensor.shape, datatype)
+            continue
+        arrays[tensor.name] = from_bytes(tensor.name, binary[:size], tensor.shape, datatype)
+        binary = binary[size:]
+    if binary:
+        raise ServingError(f"{len(binary)} bytes behind the JSON object belong to no input")
+    return Call(arrays, _wanted(request, outputs), request.id)
+
+
+def _length(given: str, size: int) -> int:
+    if not (given.isascii() and given.isdecimal() and int(given[:20]) <= size):
+        raise ServingError(
+            f"{HEADER_LENGTH} is {shown(given)}; it is the length of the JSON object, at most {size} here"
+        )
+    return int(given)
+
+
+def _taken(tensor: InputTensor, inputs: Mapping[str, Any]) -> Datatype:
+    """The type of an input that the model takes."""
+    value = inputs.get(tensor.name)
+    if value is None:
+        raise ServingError(f"no input {shown(tensor.name)}; the model takes {listed(inputs)}")
+    datatype = datatype_of(value)
+    if tensor.datatype != datatype.name:
+        raise ServingError(f"input {tensor.name!r} is {shown(tensor.datatype)}, but the model takes {datatype.name}")
+    return datatype
+
+
+def _wanted(request: InferRequest, outputs: Mapping[str, Any]) -> dict[str, bool]:
+    """The outputs that are asked for, and whether each is binary; all of them where none is named."""
+    if not request.outputs:
+        return dict.fromkeys(outputs, request.parameters.binary_data_output)
+    wanted = {output.name: output.parameters.binary_data for output in request.outputs}
+    if unknown := [name for name in wanted if name not in outputs]:
+        raise ServingError(f"no output {shown(unknown[0])}; there is {listed(outputs)}")
+    if len(wanted) < len(request.outputs):
+        raise ServingError("an output is asked for twice; ask for it once")
+    return wanted

@@ -1,0 +1,152 @@
+"""Tensors of the Open Inference Protocol, as JSON and as bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from gralora_fx.errors import ServingError, first_line, shown
+
+_KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # kinds of numbers in JSON that a kind of tensor takes
+
+
+@dataclass(frozen=True)
+class Datatype:
+    """A type of numbers.
+
+    Attributes:
+        name: The protocol's name.
+        dtype: Numpy's type, little-endian as the protocol's bytes.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+
+
+def _datatypes(**dtypes: tuple[str, DTypeLike]) -> dict[str, Datatype]:
+    return {
+        f"tensor({name})": Datatype(other, np.dtype(dtype).newbyteorder("<")) for name, (other, dtype) in dtypes.items()
+    }
+
+
+_DATATYPES = _datatypes(  # by ONNX Runtime's name
+    float=("FP32", np.float32),
+    double=("FP64", np.float64),
+    float16=("FP16", np.float16),
+    int8=("INT8", np.int8),
+    int16=("INT16", np.int16),
+    int32=("INT32", np.int32),
+    int64=("INT64", np.int64),
+    uint8=("UINT8", np.uint8),
+    uint16=("UINT16", np.uint16),
+    uint32=("UINT32", np.uint32),
+    uint64=("UINT64", np.uint64),
+    bool=("BOOL", np.bool_),
+)
+
+
+def datatype_of(value: Any) -> Datatype:
+    """The type of an input or output of a session.
+
+    Raises:
+        ServingError: The protocol or numpy has no such type.
+    """
+    found = _DATATYPES.get(value.type)
+    if found is None:
+        raise ServingError(f"{value.name!r} is a {value.type}, which the Open Inference Protocol cannot be served with")
+    return found
+
+
+def described(value: Any) -> dict[str, Any]:
+    """An input or output of a session, in the protocol's form; -1 is any size."""
+    shape = [size if isinstance(size, int) else -1 for size in value.shape]
+    return {"name": value.name, "datatype": datatype_of(value).name, "shape": shape}
+
+
+def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) -> NDArray[Any]:
+    """A tensor from numbers, flat or nested.
+
+    Args:
+        name: The tensor.
+        data: The numbers.
+        shape: Its shape.
+        datatype: Its type.
+
+    Raises:
+        ServingError: The data is not of the type and shape, or is not finite.
+    """
+    try:
+        found = np.asarray(data)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ServingError(f"the data of {name!r} is not a tensor ({first_line(error)})") from error
+    kinds = _KINDS[datatype.dtype.kind]
+    is_mixed = kinds != "b" and _has_flags(data)
+    if is_mixed or (found.dtype.kind not in kinds and found.size):
+        raise ServingError(f"the data of {name!r} is not of {datatype.name}; give numbers of that type alone")
+    if any(size < 0 for size in shape) or found.size != prod(shape):
+        raise ServingError(f"input {name!r} has {found.size} values, not those of shape {shown(shape)}")
+    if found.ndim > 1 and list(found.shape) != shape:
+        raise ServingError(f"the data of {name!r} has shape {list(found.shape)}, not {shown(shape)}")
+    with np.errstate(over="ignore"):
+        array = _shaped(name, found.astype(datatype.dtype), shape)
+    is_kept = np.isfinite(array).all() if array.dtype.kind == "f" else np.array_equal(array.ravel(), found.ravel())
+    if not is_kept:
+        raise ServingError(
+            f"the data of {name!r} has values that {datatype.name} does not hold, or that are not finite"
+        )
+    return array
+
+
+def from_bytes(name: str, data: memoryview, shape: list[int], datatype: Datatype) -> NDArray[Any]:
+    """A tensor from bytes, row by row; floats may be infinite or not a number.
+
+    Args:
+        name: The tensor.
+        data: The bytes.
+        shape: Its shape.
+        datatype: Its type.
+
+    Raises:
+        ServingError: They are not as many as the shape says, or a truth value is neither 0 nor 1.
+    """
+    size = prod(shape) * datatype.dtype.itemsize
+    if any(size < 0 for size in shape) or len(data) != size:
+        raise ServingError(
+            f"input {name!r} has {len(data)} bytes, not those of {datatype.name} in shape {shown(shape)}"
+        )
+    if datatype.dtype.kind == "b" and np.any(np.frombuffer(data, np.uint8) > 1):
+        raise ServingError(f"input {name!r} holds bytes other than 0 and 1, which {datatype.name} does not have")
+    array = np.frombuffer(data, datatype.dtype).copy() if size else np.empty(0, datatype.dtype)  # writable
+    return _shaped(name, array, shape)
+
+
+def to_bytes(array: NDArray[Any], datatype: Datatype) -> bytes:
+    """A tensor as bytes, row by row."""
+    return array.astype(datatype.dtype, copy=False).tobytes()
+
+
+def to_numbers(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """A tensor as a flat array for JSON.
+
+    Raises:
+        ServingError: It has values for which JSON has no number.
+    """
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ServingError(f"output {name!r} is not finite for these inputs; ask for it as binary data")
+    return np.ascontiguousarray(array).ravel()
+
+
+def _shaped(name: str, array: NDArray[Any], shape: list[int]) -> NDArray[Any]:
+    try:
+        return array.reshape(shape)
+    except ValueError as error:  # too many axes, or an empty tensor with one that is too long
+        raise ServingError(f"input {name!r} cannot have shape {shown(shape)} ({first_line(error)})") from error
+
+
+def _has_flags(data: list[Any]) -> bool:
+    """Whether true or false is among some values, which numpy would count as 1 and 0."""
+    return any(_has_flags(value) if isinstance(value, list) else isinstance(value, bool) for value in data)

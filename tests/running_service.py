@@ -1,0 +1,34 @@
+"""A service on a port of its own, in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from gralora_fx.serving.http.connections import ConnectionLimits, limited
+from gralora_fx.serving.http.runner import bind
+
+
+@contextmanager
+def serving(app: Any, limits: ConnectionLimits | None = None) -> Iterator[tuple[str, int]]:
+    """The address of a service while it runs."""
+    protocol = limited(limits or ConnectionLimits())
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="error"))
+    sockets = bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
