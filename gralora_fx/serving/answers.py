@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.serving.answer import Answer
-from gralora_fx.serving.decoder import Decoder
+from gralora_fx.serving.decoder import Decoder, DecoderRows
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.token_choice import TokenChooser
@@ -55,7 +55,8 @@ class Answers(Iterator[Any]):
         """
         limits = decoder.limits
         self._left = limits.new_tokens(prompts.rows, sampling)
-        self._rows, self._prompts = decoder.rows(prompts.rows, self._left, adapter), prompts
+        self._rows: DecoderRows | None = decoder.rows(prompts.rows, self._left, adapter)
+        self._prompts = prompts
         self._gives_scores = sampling.logprobs is not None
         reader = tokenizer if prompts.gives_text or stop else None
         ends = limits.ends if sampling.ends is None else sampling.ends
@@ -67,7 +68,8 @@ class Answers(Iterator[Any]):
 
     def __next__(self) -> Any:
         """What the next step adds: a text or ids, or a list of them for a list of prompts."""
-        if not self._left or all(answer.has_ended for answer in self._answers):
+        if self._rows is None or not self._left or all(answer.has_ended for answer in self._answers):
+            self._rows = None  # with what they hold, the cache and the adapter
             raise StopIteration
         self._left -= 1
         choices = self._rows.step({row: c for row, c in self._choosers.items() if not self._answers[row].has_ended})
