@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import pickle
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -15,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.adapters.base import Base
+from gralora_fx.adapters.graph_cache import GraphCache
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.readers import Readers
 from gralora_fx.adapters.state import GraphState, Running, Source
@@ -28,8 +28,6 @@ from gralora_fx.passes.protect_outputs import protect_outputs
 from gralora_fx.passes.untie_weights import untie_weights
 from gralora_fx.tracing.normalize.modes import annotate_mode_args, set_mode
 from gralora_fx.tracing.traced_model import TracedModel
-
-_MAX_CACHED = 32  # graphs; each has its own nodes and code, over shared tensors
 
 
 class RunningGraph:
@@ -53,8 +51,8 @@ class RunningGraph:
         self._lock = threading.RLock()
         self._readers = Readers()
         self._running: Running | None = None  # built on first access, possibly after adapters were added
-        self._edits = 0  # counts changes of what graphs are built from, besides their state
-        self._cache: OrderedDict[tuple[tuple[str, ...], bool], Running] = OrderedDict()  # by active adapters and mode
+        self._cache = GraphCache()
+        self._suspended: GraphState | None = None  # to which the end of a `disabled()` block returns
 
     def __getitem__(self, name: str) -> InstalledAdapter:
         """An adapter by name; raises `RewriteError` if there is none."""
@@ -87,7 +85,6 @@ class RunningGraph:
                 self.base.follow()
                 sites = {site.path: site for site in self.base.traced.sites}
                 self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
-                self._edits += 1
                 self._cache.clear()
         return self.base.traced
 
@@ -161,8 +158,10 @@ class RunningGraph:
             before = self.running
             if training == before.state.training:
                 return
-            if (other := before.in_other_mode) is not None and not (other.is_edited or before.is_edited):
+            other = self._cached(dataclasses.replace(before.state, training=training))
+            if other is not None and not (other.is_edited or before.is_edited):
                 self.running = other
+                self._remember()
                 return
             graph = copy_graph(before.graph_module)
             graph_module = before.graph_module
@@ -171,15 +170,12 @@ class RunningGraph:
                 graph_module.recompile()
             self.running = before.with_mode(training, graph_module)
             self._remember()
-            self._edits += 1
 
     def _show_adapters(self) -> None:
         """Update the running graph module's adapter tensors to the current adapters."""
         share_adapters(self.running.graph_module, self.base.tree)
-        self.running.in_other_mode = None
         self._cache.clear()
         self._remember()
-        self._edits += 1
 
     # -- within -----------------------------------------------------------------------------------------------------
 
@@ -189,25 +185,18 @@ class RunningGraph:
         The graphs of the most recent states are cached, so that a switch back builds none.
         """
         state = dataclasses.replace(self.state, **changes)
-        self.running = self._cached(state) or self._build(state)
+        cached = self._cached(state) if state.is_repeatable else None
+        self.running = cached if cached is not None and not cached.is_edited else self._build(state)
         self._remember()
 
     def _cached(self, state: GraphState) -> Running | None:
         """The cached graph of a state, if it is still valid."""
-        running = None if state.merged or state.passes else self._cache.get((state.active, state.training))
-        if running is None or running.is_edited or not (self.base.is_current and self._is_valid(running)):
-            return None
-        return running
+        running = self._cache.get(state)
+        return running if running is not None and self.base.is_current and self._is_valid(running) else None
 
     def _remember(self) -> None:
-        """Cache the running graph, unless it holds merged weights, or a user's pass was applied, which may vary."""
-        state = self.running.state
-        if state.merged or state.passes:
-            return
-        self._cache[state.active, state.training] = self.running
-        self._cache.move_to_end((state.active, state.training))
-        if len(self._cache) > _MAX_CACHED:
-            self._cache.popitem(last=False)
+        """Cache the running graph."""
+        self._cache.put(self.running, self._suspended)
 
     def _build(self, state: GraphState) -> Running:
         """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied."""
