@@ -8,15 +8,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from gralora_fx.adapters.adapter_paths import drop
 from gralora_fx.adapters.base import Base
-from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.adapters.running import RunningGraph
-from gralora_fx.errors import ConfigError, MergeError, RewriteError
-from gralora_fx.graph.shared_memory import overlapping
-from gralora_fx.graph.user_pass import GraphPass
-from gralora_fx.methods import AdapterTensors
-from gralora_fx.passes.adapter_paths import drop
-from gralora_fx.passes.fold_weights import (
+from gralora_fx.adapters.folded_weights import (
     SiteUpdate,
     check_foldable,
     check_not_shared,
@@ -25,6 +19,12 @@ from gralora_fx.passes.fold_weights import (
     replace_values,
     shared_sites,
 )
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.running import RunningGraph
+from gralora_fx.errors import ConfigError, MergeError, RewriteError
+from gralora_fx.graph.shared_memory import overlapping
+from gralora_fx.graph.user_pass import GraphPass
+from gralora_fx.methods import AdapterTensors
 from gralora_fx.planning.rewrite_plan import RewritePlan
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from gralora_fx.errors import RewriteError
+from gralora_fx.graph.overlay import copy_in_mode, parameter_tree
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.passes.overlay import copy_in_mode, parameter_tree
 from gralora_fx.tracing.graph_record import pack_module, unpack_module
 from gralora_fx.tracing.traced_model import TracedModel
 

@@ -19,13 +19,14 @@ from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.readers import Readers
 from gralora_fx.adapters.state import GraphState, Running, Source
 from gralora_fx.errors import RewriteError, first_line
+from gralora_fx.graph.graph_pass import Pass
+from gralora_fx.graph.overlay import overlay, share_adapters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.user_pass import GraphPass, run_pass
 from gralora_fx.methods import first_tensor
-from gralora_fx.passes.fold_weights import set_weights
-from gralora_fx.passes.overlay import overlay, share_adapters
 from gralora_fx.passes.protect_outputs import protect_outputs
-from gralora_fx.passes.untie_weights import untie_weights
+from gralora_fx.passes.set_weights import SetWeights
+from gralora_fx.passes.untie_weights import UntieWeights
 from gralora_fx.tracing.normalize.modes import annotate_mode_args, set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -202,22 +203,28 @@ class RunningGraph:
         """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied."""
         traced = self.traced
         graph_module = overlay(self.base.tree, copy_graph(traced.graph_module), state.training)
-        untie_weights(graph_module, [site for site in traced.sites if site.path in state.weights])
-        paths = set_weights(graph_module, traced.sites, state.weights)
-        for name in state.active:
-            if name not in state.merged:
-                self.adapters[name].attach(graph_module)
-            self.adapters[name].redirect(graph_module, traced.tree)
+        for own_pass in self._passes(state):
+            own_pass(graph_module)
         _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
         graph_module.graph.lint()
         for graph_pass in state.passes:
             run_pass(graph_module, graph_pass)
         if state.passes:
-            protect_outputs(graph_module.graph)
+            protect_outputs(graph_module)
             _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
             self._adopt(graph_module)
         graph_module.recompile()
-        return Running(state, graph_module, self._casts(state), self._sources(state, graph_module, paths))
+        return Running(state, graph_module, self._casts(state), self._sources(state, graph_module))
+
+    def _passes(self, state: GraphState) -> Iterator[Pass[fx.GraphModule]]:
+        """The passes that make the graph of a state from the base's, in order."""
+        replaced = tuple(site for site in self.traced.sites if site.path in state.weights)
+        yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
+        yield SetWeights(replaced, state.weights)
+        for name in state.active:
+            if name not in state.merged:
+                yield self.adapters[name].insertion()
+            yield from self.adapters[name].redirections(self.traced.tree)  # copies are not folded into anything
 
     def _adopt(self, graph_module: fx.GraphModule) -> None:
         """Adopt what a pass registered in the graph module, so that it trains and is saved with the model."""
@@ -236,7 +243,7 @@ class RunningGraph:
         """Whether a graph, merged weights included, is still what building its state would give."""
         return running.is_fresh and running.casts == self._casts(running.state)
 
-    def _sources(self, state: GraphState, graph_module: fx.GraphModule, paths: tuple[str, ...]) -> list[Source]:
+    def _sources(self, state: GraphState, graph_module: fx.GraphModule) -> list[Source]:
         """The tensors that merged weights were computed from, and those of the modules copied to hold them."""
         if not state.merged:
             return []
@@ -249,7 +256,10 @@ class RunningGraph:
                     adapter = self.adapters[name]
                     owners = adapter.factors.owners(site.path) if site.path in adapter.factors else ()
                     sources += [source for owner, key in owners for source in _tensor_sources(owner, key)]
-        for path in paths:
+        folded = {id(weight) for weight in state.weights.values()}
+        for path, parameter in graph_module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in folded:
+                continue
             owner, _, key = path.rpartition(".")
             sources.append(Source.of(graph_module.get_submodule(owner), key))
             if (module := _module_at(self.base.tree, owner)) is not None:

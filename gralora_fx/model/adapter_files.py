@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
+from gralora_fx.adapters.adapter_paths import adapter_names as as_names
 from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.model.switching import Switching, planned_for
-from gralora_fx.passes.adapter_paths import adapter_names as as_names
 from gralora_fx.planning.rewrite_plan import RewritePlan
 
 

@@ -218,7 +218,7 @@ class GraloraModel(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable = enable_input_require_grads = recomputing.refuse
     activation_checkpointing_disable = gradient_checkpointing_disable = recomputing.do_nothing
     disable_input_require_grads = recomputing.do_nothing
-    is_activation_checkpointing = is_gradient_checkpointing = False
+    is_activation_checkpointing = is_gradient_checkpointing = recomputing.is_on
 
     @property
     def base_model(self) -> TransformersView:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
+from gralora_fx.adapters.adapter_paths import adapter_names as as_names
 from gralora_fx.adapters.folded_adapters import describe_folded
+from gralora_fx.adapters.folded_weights import SiteUpdate
+from gralora_fx.graph.overlay import copy_in_mode
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.passes.adapter_paths import adapter_names as as_names
-from gralora_fx.passes.fold_weights import SiteUpdate
-from gralora_fx.passes.overlay import copy_in_mode
-from gralora_fx.passes.replace_weights import replace_weights
+from gralora_fx.model.replace_weights import replace_weights
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -1,4 +1,4 @@
-"""Recomputation of activations (gradient checkpointing), for which transformers and PEFT ask a model by these verbs."""
+"""Recomputation of activations (gradient checkpointing): what transformers and PEFT ask a model about it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from gralora_fx.errors import RewriteError
 
 
-def refuse(_: Any, *__: Any, **___: Any) -> None:
+def refuse(self: Any, *_: Any, **__: Any) -> None:
     """Not supported: a graph has no blocks to recompute.
 
     Raises:
@@ -20,5 +20,11 @@ def refuse(_: Any, *__: Any, **___: Any) -> None:
     )
 
 
-def do_nothing(_: Any) -> None:
+def do_nothing(self: Any) -> None:
     """Do nothing: it is never on."""
+
+
+@property  # type: ignore[misc]  # of the class that takes it over
+def is_on(self: Any) -> bool:
+    """Never."""
+    return False

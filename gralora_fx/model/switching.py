@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
+from gralora_fx.adapters.adapter_paths import adapter_names as as_names
+from gralora_fx.adapters.adapter_paths import check_adapter_name
 from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.graph.user_pass import GraphPass
-from gralora_fx.passes.adapter_paths import adapter_names as as_names
-from gralora_fx.passes.adapter_paths import check_adapter_name
 from gralora_fx.planning import RewritePlan, plan
 from gralora_fx.planning.targets import exact_targets
 from gralora_fx.tracing.traced_model import TracedModel
