@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.apart import Outcome, each_apart
-from benchmarks.decoder_check import Checked, check_decoder
 from benchmarks.harness import Claim, Report, Table, progress
-from benchmarks.tiny_decoders import decoder_classes, tiny_decoder
+from tests.architectures.decoder_check import Checked, check_decoder
+from tests.architectures.tiny_decoders import decoder_classes, tiny_decoder
 
 Found = Outcome[Checked]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.apart import Note, Outcome, each_apart
-from benchmarks.encoder_check import STAGES, Checked, check_encoder
 from benchmarks.harness import Claim, Report, Table, progress
-from benchmarks.tiny_encoders import Listed, encoder_classes, skipped_types, tiny_encoder
+from tests.architectures.encoder_check import STAGES, Checked, check_encoder
+from tests.architectures.tiny_encoders import Listed, encoder_classes, skipped_types, tiny_encoder
 
 Found = Outcome[Checked]
 # stage: why a class that does not come through it says nothing about an export

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness import Case, Report, Table, measure, progress
 from benchmarks.models import minilm, small_llama
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.tracing.capture import export_transformers_model
+from gralora_fx.tracing.capture import Axes, export_transformers_model
 
 OPTIONS: dict[str, Any] = {"r": 8, "gralora_k": 2, "target_modules": "all-linear"}
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
@@ -47,7 +47,7 @@ def _compare(label: str, model: PreTrainedModel, task: str, iterations: int) -> 
         return wrapped
 
     cases = [
-        Case.of("exporter alone", lambda: export_transformers_model(model, traced.example_inputs, dynamic=True)),
+        Case.of("exporter alone", lambda: export_transformers_model(model, traced.example_inputs, Axes.SEQUENCES)),
         Case.of("ours trace", lambda: trace(model, task=task)),
         Case.of("ours rewrite", lambda: rewrite(traced, GraloraConfig(**OPTIONS))),
         Case(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_fx.adapters.stored import StoredAdapter, open_adapter
 from gralora_fx.config.adapter_tasks import task_of
 from gralora_fx.errors import CheckpointError, warn_caller
-from gralora_fx.exporters.artifact.staging import check_converted, require_space, staged
+from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.merged_files.base_files import FILES, BaseFiles, names_of, open_shards, read_base
 from gralora_fx.exporters.merged_files.changes import Changes, find_changes
 from gralora_fx.exporters.merged_files.companions import (
@@ -121,14 +120,10 @@ def _report(output: Path, base: BaseFiles, changes: Changes, notes: list[str]) -
     everything = {**changes.changed, **{key: change for key, (change, _) in changes.added.items()}}
     return MergeReport(
         output_dir=output,
-        files={path.relative_to(output).as_posix(): path.stat().st_size for path in _files_of(output)},
+        files=file_sizes(output),
         merged=tuple(sorted(key for key, change in everything.items() if change.site is not None)),
         replaced=tuple(sorted(key for key, change in changes.changed.items() if change.values is not None)),
         added=tuple(sorted(changes.added)),
         config_changes=tuple(notes),
         left_out=tuple(files_to_copy(base)[1]),
     )
-
-
-def _files_of(directory: Path) -> Iterator[Path]:
-    return (path for path in sorted(directory.rglob("*")) if path.is_file())

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from gralora_fx.errors import ExportError, MergeError
-from gralora_fx.exporters.artifact.staging import check_output, check_replaced, require_space, staged
+from gralora_fx.exporters.artifact.staging import check_output, check_replaced, file_sizes, require_space, staged
 from gralora_fx.exporters.folding.adapter import SavedAdapter, read_saved_adapter
 from gralora_fx.exporters.folding.base_weights import BaseWeights
 from gralora_fx.exporters.folding.data_files import copy_changed
@@ -102,8 +102,7 @@ def fold_onnx(
             name = _free_name(adapter_name, manifest)
             found = _updated(manifest, adapter, name, rewriting, stage, digests)
             (stage / MANIFEST_NAME).write_text(found.to_json(), encoding="utf-8")
-    path = Path(output_dir)
-    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+    path, sizes = Path(output_dir), file_sizes(output_dir)
     survival = {path: share for edit in edits for path, share in edit.survival.items()}
     sites = tuple(_site(place, rewriting, survival) for place in places)
     replaced = tuple(adapter.replaced)

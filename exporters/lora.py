@@ -20,7 +20,7 @@ from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.checks import check_integer
 from gralora_fx.config.expressions import fullmatch
 from gralora_fx.errors import CheckpointError, ConfigError
-from gralora_fx.exporters.artifact.staging import check_converted, staged
+from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
 from gralora_fx.methods.lora import Lora, LoraConfig
 from gralora_fx.methods.truncate import truncate, update_norm
 from gralora_fx.planning.targets import TargetRule
@@ -125,9 +125,8 @@ def to_lora(
         with staged(output_dir, check) as stage:
             for name, write in adapter_writers(config, lambda: tensors).items():
                 write(stage / name)
-    path = Path(output_dir)
-    files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-    return LoraReport(path, files, tuple(sites), error, next(iter(pairs.values()))[0].dtype)
+    dtype = next(iter(pairs.values()))[0].dtype
+    return LoraReport(Path(output_dir), file_sizes(output_dir), tuple(sites), error, dtype)
 
 
 def _check_form(adapter: StoredAdapter, rank: int | None) -> None:

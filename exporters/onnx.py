@@ -15,7 +15,7 @@ from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
 from gralora_fx.exporters.artifact.save import save_models
-from gralora_fx.exporters.artifact.staging import check_output, check_replaced, staged
+from gralora_fx.exporters.artifact.staging import check_output, check_replaced, file_sizes, staged
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.folded_model import base_trace
@@ -146,10 +146,10 @@ def export_onnx(
         files |= describe_files(stage, [name for name in file_names(stage) if name not in files])
         found = None if verification is None else verification.to_dict()
         write_manifest(stage, dataclasses.replace(manifest, files=files, verification=found, quality=quality))
-    path = Path(output_dir)
-    files_there = (file for file in sorted(path.rglob("*")) if file.is_file())
-    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files_there}
-    return ExportReport(path, sizes, seconds, verification, _attention(log), tuple(log.reports), quality)
+    passes = tuple(log.reports)
+    return ExportReport(
+        Path(output_dir), file_sizes(output_dir), seconds, verification, _attention(log), passes, quality
+    )
 
 
 def _check(

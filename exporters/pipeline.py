@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,32 +14,14 @@ from onnx_ir.passes import InPlacePass
 from torch import fx
 
 from gralora_fx.errors import ExportError, GraloraError, first_line
-from gralora_fx.exporters.reports import PassReport, Skip
+from gralora_fx.exporters.reports import PassReport
+from gralora_fx.graph.graph_pass import Pass as Pass
+from gralora_fx.graph.graph_pass import PassResult as PassResult
 
 DUMP = "GRALORA_FX_DUMP"  # environment variable: the directory that graphs are written to
 
 Graph = TypeVar("Graph", fx.Graph, ir.Model)
 Summary = TypeVar("Summary")
-
-
-@dataclass(frozen=True)
-class PassResult(Generic[Graph]):
-    """What a pass did.
-
-    Attributes:
-        changed: How many places it changed.
-        skipped: Places that it left unchanged, each with the reason.
-        graph: The graph that replaces the given one; None if that was changed in place.
-        summary: What it found besides, as a value of a type of its own (see `PassLog.summaries`).
-    """
-
-    changed: int
-    skipped: tuple[Skip, ...] = ()
-    graph: Graph | None = None
-    summary: object = None
-
-
-Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass whose fields are its options
 
 
 @dataclass(frozen=True)

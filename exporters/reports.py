@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gralora_fx.graph.graph_pass import Skip
 from gralora_fx.runtime.placement import describe_placement
 from gralora_fx.runtime.quality import Quality
 
@@ -197,18 +198,6 @@ def _layers_as_one(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
         )
         merged[name] = TensorCheck(name, absolute, relative, check.argmax_agreement)
     return list(merged.values())
-
-
-class Skip(NamedTuple):
-    """A place that a pass left unchanged.
-
-    Attributes:
-        place: The layer or node.
-        reason: Why.
-    """
-
-    place: str
-    reason: str
 
 
 @dataclass(frozen=True)

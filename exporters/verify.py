@@ -85,27 +85,22 @@ def verify_onnx(
         ServingError: A provider is not installed, has no such device, or an option is unknown.
     """
     check_choice("level", level, LEVELS)
-    runtime = None
-    if not (providers is None and provider_options is None):
-        runtime, _ = runtime_of(providers, provider_options, None, None)
+    is_default = providers is None and provider_options is None
+    runtime = None if is_default else runtime_of(providers, provider_options, None, None)[0]
     manifest, quick = read_manifest(output_dir), level == "quick"
     if check and manifest.files is not None:  # a comparison runs some inputs only, and would not see every changed byte
         check_files(output_dir, manifest, digests=True)
     check_runnable(model)
     check_same_model(output_dir, manifest, model)
-    session, arithmetic = open_comparable(Path(output_dir), manifest, runtime)
-    if runtime is not None:
-        arithmetic = arithmetic_of(runtime, arithmetic, is_quantized=manifest.quantization is not None)
+    session, arithmetic = _opened(Path(output_dir), manifest, runtime)
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
     check_inputs([value.name for value in session.get_inputs() if not is_row_input(value.name)], cases[0][1])
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
-    chosen = _prompts(verification, traced, seed, quick)
-    if manifest.adapters_mode == BATCHED:
-        chosen = [padded_left(prompts) for prompts in chosen]
-    chosen += [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
-    comparison = _Comparison(manifest, verification, cases, chosen, quick, arithmetic, runtime, tolerance)
+    drawn = _drawn_prompts(verification, traced, seed, quick=quick, pads=manifest.adapters_mode == BATCHED)
+    given = [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
+    comparison = _Comparison(manifest, verification, cases, [*drawn, *given], quick, arithmetic, runtime, tolerance)
     report: VerifyReport | None = None
     for variant in variants(session, model, manifest, Path(output_dir)):
         with variant.active(), evaluating(model, variant.reference()):
@@ -174,9 +169,20 @@ def _compare_products(directory: Path, manifest: Manifest) -> list[TensorCheck]:
     return [compare_products(directory)] if is_dynamic else []
 
 
-def _prompts(verification: Verification, traced: TracedModel, seed: int, quick: bool) -> list[Prompts]:
-    """Random prompts, of a kind of export that takes some."""
-    return [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
+def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None) -> tuple[Any, str]:
+    """The export's session, and the arithmetic that it computes in."""
+    session, arithmetic = open_comparable(directory, manifest, runtime)
+    if runtime is not None:
+        arithmetic = arithmetic_of(runtime, arithmetic, is_quantized=manifest.quantization is not None)
+    return session, arithmetic
+
+
+def _drawn_prompts(
+    verification: Verification, traced: TracedModel, seed: int, *, quick: bool, pads: bool
+) -> list[Prompts]:
+    """Random prompts, if the kind of export takes any; `pads` puts padding on their left."""
+    drawn = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
+    return [padded_left(prompts) for prompts in drawn] if pads else drawn
 
 
 def _given(verification: Verification, prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:

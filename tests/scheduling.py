@@ -83,8 +83,8 @@ GROUPS = {
 LONG = (
     "model/test_trainer.py",
     "tracing/test_image_sizes.py",
-    "exporters/test_decoder_architectures.py",
-    "exporters/test_encoder_architectures.py",
+    "architectures/test_decoder_architectures.py",
+    "architectures/test_encoder_architectures.py",
     "exporters/test_image_size_export.py",
     "exporters/test_transformers_js.py",
     "exporters/test_fusion.py",

@@ -217,3 +217,10 @@ def _replace(stage: Path, path: Path, old: Path) -> None:
     except OSError:
         old.rename(path)
         raise
+
+
+def file_sizes(directory: str | Path) -> dict[str, int]:
+    """The size in bytes of every file in a directory and its subdirectories, by POSIX path, sorted."""
+    root = Path(directory)
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}

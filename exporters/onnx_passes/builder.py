@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from gralora_fx.errors import ExportError
+
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
@@ -117,3 +119,17 @@ def static_dim(value: ir.Value | None, axis: int) -> int | None:
         return None
     size = value.shape[axis]
     return size if isinstance(size, int) else None
+
+
+def fixed_dim(value: ir.Value, axis: int) -> int:
+    """The size of an axis that attention needs to be fixed.
+
+    Raises:
+        ExportError: It is symbolic or unknown.
+    """
+    size = static_dim(value, axis)
+    if size is None:
+        raise ExportError(
+            f"axis {axis} of {value.name} has shape {value.shape}, but attention needs a fixed size there"
+        )
+    return size

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gralora_fx.errors import ExportError
-from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, smallest_number, static_dim
+from gralora_fx.exporters.onnx_passes.builder import Builder, fixed_dim, replace_value, smallest_number
 from gralora_fx.exporters.translation.operators import AttentionNode, MaskNode
 
 
@@ -27,7 +26,8 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
     """
     attention = AttentionNode.read(node)
     query, key, value, sinks = attention.query, attention.key, attention.value, attention.sinks
-    heads, key_heads, size, value_size = _axis(query, 1), _axis(key, 1), _axis(query, 3), _axis(value, 3)
+    heads, key_heads = fixed_dim(query, 1), fixed_dim(key, 1)
+    size, value_size = fixed_dim(query, 3), fixed_dim(value, 3)
     dtype = query.dtype or ir.DataType.FLOAT
     build = Builder(graph)
     bias = _bias(graph, node, attention, masks)
@@ -116,12 +116,3 @@ def _replace(node: ir.Node, new: ir.Value, build: Builder) -> None:
     build.insert_before(node)
     assert isinstance(node.graph, ir.Graph)
     node.graph.remove(node, safe=True)
-
-
-def _axis(value: ir.Value, axis: int) -> int:
-    size = static_dim(value, axis)
-    if size is None:
-        raise ExportError(
-            f"axis {axis} of {value.name} has shape {value.shape}, but attention needs a fixed size there"
-        )
-    return size

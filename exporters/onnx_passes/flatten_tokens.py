@@ -11,7 +11,7 @@ from gralora_fx.exporters.onnx_passes.builder import Builder, const_ints
 from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION, PADDING
 from gralora_fx.exporters.onnx_passes.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.reports import Skip
+from gralora_fx.graph.graph_pass import Skip
 
 
 @dataclass(frozen=True)

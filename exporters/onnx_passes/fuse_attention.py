@@ -7,14 +7,22 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
+from gralora_fx.exporters.onnx_passes.builder import (
+    MICROSOFT,
+    Builder,
+    fixed_dim,
+    replace_value,
+    smallest_number,
+    static_dim,
+)
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.onnx_passes.pack_qkv import merge_heads, pack_qkv
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.reports import AttentionReport, Skip
+from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode
+from gralora_fx.graph.graph_pass import Skip
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention supports only multiples of it as head size
 
@@ -147,7 +155,7 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
     key_cat, value_cat = key.producer(), value.producer()
     assert key_cat is not None
     assert value_cat is not None
-    heads, key_heads, size = (_number(value, axis) for value, axis in ((query, 1), (key, 1), (query, 3)))
+    heads, key_heads, size = (fixed_dim(value, axis) for value, axis in ((query, 1), (key, 1), (query, 3)))
     build = Builder(graph)
     attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": key_heads}
     attributes["scale"] = attention.scale
@@ -194,12 +202,3 @@ def _joins_heads(node: ir.Node, width: int) -> bool:
     """Whether a node makes `[batch, length, heads * size]` of `[batch, length, heads, size]`."""
     shape = node.outputs[0].shape
     return node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width
-
-
-def _number(value: ir.Value, axis: int) -> int:
-    size = static_dim(value, axis)
-    if size is None:
-        raise ExportError(
-            f"axis {axis} of {value.name} has shape {value.shape}, but attention needs a fixed size there"
-        )
-    return size

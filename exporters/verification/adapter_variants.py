@@ -28,7 +28,7 @@ from gralora_fx.methods.fold import fold
 from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.passes.replace_weights import replace_weights
+from gralora_fx.model.replace_weights import replace_weights
 from gralora_fx.runtime.adapter_arrays import cast
 from gralora_fx.runtime.adapter_file import read_tensors
 from gralora_fx.runtime.adapter_inputs import BATCHED, AdapterInputs

@@ -20,7 +20,7 @@ from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.passes.replace_weights import replace_weights
+from gralora_fx.model.replace_weights import replace_weights
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.normalize.modes import set_mode

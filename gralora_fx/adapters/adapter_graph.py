@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from gralora_fx.adapters.adapter_paths import drop
 from gralora_fx.adapters.base import Base
-from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.adapters.running import RunningGraph
-from gralora_fx.adapters.state import Running
-from gralora_fx.errors import ConfigError, MergeError, RewriteError
-from gralora_fx.graph.shared_memory import overlapping
-from gralora_fx.graph.user_pass import GraphPass
-from gralora_fx.methods import AdapterTensors
-from gralora_fx.passes.adapter_paths import drop
-from gralora_fx.passes.fold_weights import (
+from gralora_fx.adapters.folded_weights import (
     SiteUpdate,
     check_foldable,
     check_not_shared,
@@ -25,6 +19,12 @@ from gralora_fx.passes.fold_weights import (
     replace_values,
     shared_sites,
 )
+from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.running import RunningGraph
+from gralora_fx.errors import ConfigError, MergeError, RewriteError
+from gralora_fx.graph.shared_memory import overlapping
+from gralora_fx.graph.user_pass import GraphPass
+from gralora_fx.methods import AdapterTensors
 from gralora_fx.planning.rewrite_plan import RewritePlan
 
 
@@ -34,7 +34,6 @@ class AdapterGraph(RunningGraph):
     def _begin(self, base: Base) -> None:
         super()._begin(base)
         self._spare: dict[str, Tensor] = {}  # memory of former merged weights, to be reused
-        self._before: tuple[Running, int] | None = None  # the graph before `disabled()`, and `_edits` at that time
         self._depth = 0  # of nested `disabled()` blocks
 
     # -- adding and switching ---------------------------------------------------------------------------------------
@@ -84,9 +83,7 @@ class AdapterGraph(RunningGraph):
         """Run the base's graph within the block; with several blocks, in any threads, until the last one ends."""
         with self._lock:
             if not self._depth:
-                before = self.running, self._edits
-                self._make(active=(), merged=(), weights={}, unties=False)
-                self._before = before
+                self._suspend()
             self._depth += 1
         try:
             yield
@@ -123,7 +120,6 @@ class AdapterGraph(RunningGraph):
         """Run a pass over the graph, now and whenever it is built."""
         with self._lock:
             self._make(passes=(*self.state.passes, graph_pass))
-            self._edits += 1
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
         """Remove a pass that was added."""
@@ -133,7 +129,6 @@ class AdapterGraph(RunningGraph):
                 raise RewriteError(f"{graph_pass!r} is not a pass of this model; its passes are {list(passes)}")
             index = passes.index(graph_pass)
             self._make(passes=(*passes[:index], *passes[index + 1 :]))
-            self._edits += 1
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -275,20 +270,30 @@ class AdapterGraph(RunningGraph):
         }
         return folded_weights(self.traced.graph_module, work, spare=spare, safe=safe, untie=True)
 
+    def _suspend(self) -> None:
+        """Run the base's graph, and keep the graph that ran."""
+        self._suspended = self.state
+        try:
+            self._remember()
+            self._make(active=(), merged=(), weights={}, unties=False)
+        except BaseException:
+            self._suspended = None
+            raise
+
     def _enable(self) -> None:
-        """Restore the graph from before the `disabled()` blocks, without adapters that were deleted in them."""
-        assert self._before is not None
-        (before, edits), self._before = self._before, None
-        is_same_mode = before.state.training == self.state.training
-        if edits == self._edits and is_same_mode and self.base.is_current and self._is_valid(before):
+        """Restore the state from before the `disabled()` blocks, without adapters that were deleted in them."""
+        assert self._suspended is not None
+        suspended, self._suspended = self._suspended, None
+        state = dataclasses.replace(suspended, training=self.state.training, passes=self.state.passes)
+        if (before := self._cached(state)) is not None:
             self.running = before
+            self._remember()
             return
         active, merged = (
-            tuple(name for name in names if name in self.adapters)
-            for names in (before.state.active, before.state.merged)
+            tuple(name for name in names if name in self.adapters) for names in (state.active, state.merged)
         )
         weights = self._folded(merged) if merged else {}
-        self._make(active=active, merged=merged, weights=weights, unties=before.state.unties)
+        self._make(active=active, merged=merged, weights=weights, unties=state.unties)
 
     def _drop(self, name: str) -> None:
         drop(self.base.tree, name)

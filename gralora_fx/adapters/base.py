@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from gralora_fx.errors import RewriteError
+from gralora_fx.graph.overlay import copy_in_mode, parameter_tree
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.passes.overlay import copy_in_mode, parameter_tree
 from gralora_fx.tracing.graph_record import pack_module, unpack_module
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -37,6 +37,8 @@ class Base:
 
     Attributes:
         tree: A plain module: what the graph reads, at its paths, and the adapters below `gralora`.
+        traced: The trace.
+        trainable: Names of the parameters that required gradients before there was an adapter.
     """
 
     def __init__(self, traced: TracedModel) -> None:
@@ -44,6 +46,7 @@ class Base:
         copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
         self.tree = parameter_tree(copied)
         self.traced = traced
+        self.trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
         self._slots = self._find_slots(traced)
 
     @property
@@ -58,11 +61,12 @@ class Base:
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle writes."""
-        return {"tree": pack_module(self.tree), "traced": self.traced}
+        return {"tree": pack_module(self.tree), "traced": self.traced, "trainable": self.trainable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Find the parameters in the tree again."""
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
+        self.trainable = state["trainable"]
         self._slots = self._find_slots(self.traced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
@@ -71,6 +75,7 @@ class Base:
         memo[id(self)] = other
         other.traced = copy.deepcopy(self.traced, memo)
         other.tree = copy.deepcopy(self.tree, memo)
+        other.trainable = list(self.trainable)
         other._slots = other._find_slots(other.traced)
         return other
 

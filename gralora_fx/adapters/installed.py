@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from gralora_fx.adapters.adapter_paths import copy_path, factor_paths, put
 from gralora_fx.adapters.storage import CopyTable, FactorTable
 from gralora_fx.config import AdapterConfig
-from gralora_fx.errors import RewriteError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
-from gralora_fx.passes.adapter_paths import copy_path, factor_paths, put
-from gralora_fx.passes.insert_adapter import insert_adapter
-from gralora_fx.passes.redirect_parameters import redirect_parameters
+from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
+from gralora_fx.passes.redirect_parameters import RedirectParameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.sources.lazy_tensors import values_of
 
@@ -139,34 +138,21 @@ class InstalledAdapter:
         copies = {module: CopyTable(root, owned.paths) for module, owned in self.copies.items()}
         return InstalledAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies)
 
-    def attach(self, graph_module: fx.GraphModule) -> None:
-        """Insert the adapter's subgraphs."""
-        nodes = {node.name: node for node in graph_module.graph.nodes}
+    def insertion(self) -> InsertAdapter:
+        """The pass that inserts its subgraphs."""
+        insertions = []
         for planned in self.plan.selected:
             site, dtype = planned.site, first_tensor(self.factors[planned.site.path]).dtype
-            insert_adapter(
-                graph_module,
-                site,
-                self.name,
-                self.factors.paths[site.path],
-                method=self.method,
-                dims=planned.dims,
-                scale=planned.scale,
-                dropout=self.config.dropout,
-                dtype=dtype if dtype != site.weight.dtype else None,
-                nodes=nodes,
-            )
+            own_dtype = dtype if dtype != site.weight.dtype else None
+            insertions.append(Insertion(site, self.factors.paths[site.path], planned.dims, planned.scale, own_dtype))
+        return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout)
 
-    def redirect(self, graph_module: fx.GraphModule, tree: ModuleTree) -> None:
-        """Redirect the graph to the adapter's copies of base parameters."""
-        for module, owned in self.copies.items():
-            paths = {base: copy_path(self.name, base) for base in owned}
-            is_used = redirect_parameters(graph_module, tree, module, self.name, paths)
-            if not is_used and any(str(node.target) == module for node in graph_module.graph.nodes):
-                raise RewriteError(
-                    f"{module} is a module call in this graph, so modules_to_save and bias cannot replace its "
-                    "parameters; trace the model from its nn.Module instead"
-                )
+    def redirections(self, tree: ModuleTree) -> list[RedirectParameters]:
+        """The passes that redirect a graph to its copies of base parameters."""
+        return [
+            RedirectParameters(tree, module, self.name, {base: copy_path(self.name, base) for base in owned})
+            for module, owned in self.copies.items()
+        ]
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Set whether the adapter's tensors require gradients."""

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import pickle
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -15,21 +14,21 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.adapters.base import Base
+from gralora_fx.adapters.graph_cache import GraphCache
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.readers import Readers
 from gralora_fx.adapters.state import GraphState, Running, Source
 from gralora_fx.errors import RewriteError, first_line
+from gralora_fx.graph.graph_pass import Pass
+from gralora_fx.graph.overlay import overlay, share_adapters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.user_pass import GraphPass, run_pass
 from gralora_fx.methods import first_tensor
-from gralora_fx.passes.fold_weights import set_weights
-from gralora_fx.passes.overlay import overlay, share_adapters
 from gralora_fx.passes.protect_outputs import protect_outputs
-from gralora_fx.passes.untie_weights import untie_weights
+from gralora_fx.passes.set_weights import SetWeights
+from gralora_fx.passes.untie_weights import UntieWeights
 from gralora_fx.tracing.normalize.modes import annotate_mode_args, set_mode
 from gralora_fx.tracing.traced_model import TracedModel
-
-_MAX_CACHED = 32  # graphs; each has its own nodes and code, over shared tensors
 
 
 class RunningGraph:
@@ -53,8 +52,8 @@ class RunningGraph:
         self._lock = threading.RLock()
         self._readers = Readers()
         self._running: Running | None = None  # built on first access, possibly after adapters were added
-        self._edits = 0  # counts changes of what graphs are built from, besides their state
-        self._cache: OrderedDict[tuple[tuple[str, ...], bool], Running] = OrderedDict()  # by active adapters and mode
+        self._cache = GraphCache()
+        self._suspended: GraphState | None = None  # to which the end of a `disabled()` block returns
 
     def __getitem__(self, name: str) -> InstalledAdapter:
         """An adapter by name; raises `RewriteError` if there is none."""
@@ -87,7 +86,6 @@ class RunningGraph:
                 self.base.follow()
                 sites = {site.path: site for site in self.base.traced.sites}
                 self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
-                self._edits += 1
                 self._cache.clear()
         return self.base.traced
 
@@ -161,8 +159,10 @@ class RunningGraph:
             before = self.running
             if training == before.state.training:
                 return
-            if (other := before.in_other_mode) is not None and not (other.is_edited or before.is_edited):
+            other = self._cached(dataclasses.replace(before.state, training=training))
+            if other is not None and not (other.is_edited or before.is_edited):
                 self.running = other
+                self._remember()
                 return
             graph = copy_graph(before.graph_module)
             graph_module = before.graph_module
@@ -171,15 +171,12 @@ class RunningGraph:
                 graph_module.recompile()
             self.running = before.with_mode(training, graph_module)
             self._remember()
-            self._edits += 1
 
     def _show_adapters(self) -> None:
         """Update the running graph module's adapter tensors to the current adapters."""
         share_adapters(self.running.graph_module, self.base.tree)
-        self.running.in_other_mode = None
         self._cache.clear()
         self._remember()
-        self._edits += 1
 
     # -- within -----------------------------------------------------------------------------------------------------
 
@@ -189,46 +186,45 @@ class RunningGraph:
         The graphs of the most recent states are cached, so that a switch back builds none.
         """
         state = dataclasses.replace(self.state, **changes)
-        self.running = self._cached(state) or self._build(state)
+        cached = self._cached(state) if state.is_repeatable else None
+        self.running = cached if cached is not None and not cached.is_edited else self._build(state)
         self._remember()
 
     def _cached(self, state: GraphState) -> Running | None:
         """The cached graph of a state, if it is still valid."""
-        running = None if state.merged or state.passes else self._cache.get((state.active, state.training))
-        if running is None or running.is_edited or not (self.base.is_current and self._is_valid(running)):
-            return None
-        return running
+        running = self._cache.get(state)
+        return running if running is not None and self.base.is_current and self._is_valid(running) else None
 
     def _remember(self) -> None:
-        """Cache the running graph, unless it holds merged weights, or a user's pass was applied, which may vary."""
-        state = self.running.state
-        if state.merged or state.passes:
-            return
-        self._cache[state.active, state.training] = self.running
-        self._cache.move_to_end((state.active, state.training))
-        if len(self._cache) > _MAX_CACHED:
-            self._cache.popitem(last=False)
+        """Cache the running graph."""
+        self._cache.put(self.running, self._suspended)
 
     def _build(self, state: GraphState) -> Running:
         """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied."""
         traced = self.traced
         graph_module = overlay(self.base.tree, copy_graph(traced.graph_module), state.training)
-        untie_weights(graph_module, [site for site in traced.sites if site.path in state.weights])
-        paths = set_weights(graph_module, traced.sites, state.weights)
-        for name in state.active:
-            if name not in state.merged:
-                self.adapters[name].attach(graph_module)
-            self.adapters[name].redirect(graph_module, traced.tree)
+        for own_pass in self._passes(state):
+            own_pass(graph_module)
         _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
         graph_module.graph.lint()
         for graph_pass in state.passes:
             run_pass(graph_module, graph_pass)
         if state.passes:
-            protect_outputs(graph_module.graph)
+            protect_outputs(graph_module)
             _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
             self._adopt(graph_module)
         graph_module.recompile()
-        return Running(state, graph_module, self._casts(state), self._sources(state, graph_module, paths))
+        return Running(state, graph_module, self._casts(state), self._sources(state, graph_module))
+
+    def _passes(self, state: GraphState) -> Iterator[Pass[fx.GraphModule]]:
+        """The passes that make the graph of a state from the base's, in order."""
+        replaced = tuple(site for site in self.traced.sites if site.path in state.weights)
+        yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
+        yield SetWeights(replaced, state.weights)
+        for name in state.active:
+            if name not in state.merged:
+                yield self.adapters[name].insertion()
+            yield from self.adapters[name].redirections(self.traced.tree)  # copies are not folded into anything
 
     def _adopt(self, graph_module: fx.GraphModule) -> None:
         """Adopt what a pass registered in the graph module, so that it trains and is saved with the model."""
@@ -247,7 +243,7 @@ class RunningGraph:
         """Whether a graph, merged weights included, is still what building its state would give."""
         return running.is_fresh and running.casts == self._casts(running.state)
 
-    def _sources(self, state: GraphState, graph_module: fx.GraphModule, paths: tuple[str, ...]) -> list[Source]:
+    def _sources(self, state: GraphState, graph_module: fx.GraphModule) -> list[Source]:
         """The tensors that merged weights were computed from, and those of the modules copied to hold them."""
         if not state.merged:
             return []
@@ -260,7 +256,10 @@ class RunningGraph:
                     adapter = self.adapters[name]
                     owners = adapter.factors.owners(site.path) if site.path in adapter.factors else ()
                     sources += [source for owner, key in owners for source in _tensor_sources(owner, key)]
-        for path in paths:
+        folded = {id(weight) for weight in state.weights.values()}
+        for path, parameter in graph_module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in folded:
+                continue
             owner, _, key = path.rpartition(".")
             sources.append(Source.of(graph_module.get_submodule(owner), key))
             if (module := _module_at(self.base.tree, owner)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,6 +33,16 @@ class GraphState:
     unties: bool = False
     passes: tuple[GraphPass, ...] = ()
     training: bool = False
+
+    @property
+    def identity(self) -> Hashable:
+        """What tells it from other states, the mode apart: the names, and which weights and passes these are."""
+        return (self.active, self.merged, *map(id, self.weights.values()), *map(id, self.passes))
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether its graph is the same whenever it is built: nothing is merged, and no pass of the user runs."""
+        return not self.merged and not self.passes
 
 
 class Source(NamedTuple):
@@ -65,7 +75,6 @@ class Running:
         casts: The dtypes of adapters and layers for which it was built.
         is_lent: Whether someone else may hold the merged weights (a caller that was given the graph, autograd, a
             compiled program), so that their memory must not be written again.
-        in_other_mode: The same state in the other mode, if it was built.
     """
 
     def __init__(
@@ -80,15 +89,14 @@ class Running:
         self.graph_module = graph_module
         self.casts = casts
         self.is_lent = False
-        self.in_other_mode: Running | None = None
         self._code = graph_module.code
         self._sources = tuple(sources)
 
     def with_mode(self, training: bool, graph_module: fx.GraphModule) -> Running:
-        """The same state in the other mode, with its graph, over the same merged weights; each keeps the other."""
+        """The same state in the other mode, with its graph, over the same merged weights; it is edited if this is."""
         other = Running(dataclasses.replace(self.state, training=training), graph_module, self.casts, self._sources)
+        other._code = other._code if not self.is_edited else ""
         self.is_lent = other.is_lent = True
-        self.in_other_mode, other.in_other_mode = other, self
         return other
 
     @property

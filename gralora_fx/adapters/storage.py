@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gralora_fx.graph.overlay import ROOT
 from gralora_fx.methods import AdapterMethod, AdapterTensors
-from gralora_fx.passes.adapter_paths import ROOT
 
 
 class _Table:

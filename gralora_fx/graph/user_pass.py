@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from gralora_fx.errors import RewriteError, first_line
+from gralora_fx.graph.graph_pass import PassResult
 
 _MOST_LINES = 20  # of a diff in a message
 
@@ -19,7 +20,7 @@ def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
 
     Args:
         graph_module: The module to edit; after an error it must be discarded.
-        graph_pass: Takes the module and edits it; returns None, the module, or torch's `PassResult` of it.
+        graph_pass: Takes the module and edits it; returns None, the module, or a `PassResult`, ours or torch's.
 
     Raises:
         RewriteError: The pass raised an error, returned another module, or left a graph that does not lint; the message
@@ -37,7 +38,7 @@ def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
             f"the graph pass {name} failed with {type(error).__name__}: {first_line(error)}"
             + ("; it had changed:\n" + "\n".join(changes) if changes else "")
         ) from error
-    returned = getattr(result, "graph_module", result)
+    returned = result.graph if isinstance(result, PassResult) else getattr(result, "graph_module", result)
     if returned is not None and returned is not graph_module:
         kind = type(returned).__name__
         raise RewriteError(f"the graph pass {name} returned another {kind}; edit the given module in place")

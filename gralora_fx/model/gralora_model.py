@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import fx, nn
+from transformers import GenerationConfig
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
+from gralora_fx.adapters.checkpoint import load_tensors, read_adapter
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
-from gralora_fx.model.merging import AdapterMerging
+from gralora_fx.config import AdapterConfig
+from gralora_fx.errors import RewriteError
+from gralora_fx.graph.sites import LinearSite
+from gralora_fx.model import recomputing
+from gralora_fx.model.adapter_files import AdapterFiles
+from gralora_fx.model.delegate import delegate
+from gralora_fx.model.inspection import Inspection
+from gralora_fx.model.merging import Merging
 from gralora_fx.model.model_class import class_for
-from gralora_fx.model.peft_attributes import PeftAttributes
-from gralora_fx.model.switching import AdapterSwitching
-from gralora_fx.passes.adapter_paths import adapter_names as as_names
+from gralora_fx.model.switching import Switching
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
+from gralora_fx.tracing.as_transformers import TransformersView, view_of
 from gralora_fx.tracing.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
 
 _TREE = "graph_module"  # names of parameters begin with it
 
 
-class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
+class GraloraModel(nn.Module):
     """A traced model with adapters (GraLoRA, LoRA) in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
     copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost
     nothing. The first switch to a state builds its graph and compiles it, which takes milliseconds for each hundred
     nodes; the graphs of the last 32 states are kept.
+
+    The verbs are those of its parts, which share one `AdapterGraph`: the base, the adapters and the graph that runs.
     """
 
     def __new__(cls, traced: TracedModel) -> GraloraModel:
@@ -47,8 +56,11 @@ class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
         """Copy a traced model's graph, without an adapter; use `rewrite` to create a model."""
         nn.Module.__init__(self)
         self._state = AdapterGraph(traced)
+        self._inspection = Inspection(self._state)
+        self._switching = Switching(self._state)
+        self._merging = Merging(self._state)
+        self._files = AdapterFiles(self._state)
         self._modules[_TREE] = self._state.base.tree
-        self._was_trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
         self.register_load_state_dict_post_hook(_keep_up)  # type: ignore[no-untyped-call]
         super().train(traced.training)
 
@@ -65,7 +77,6 @@ class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
             revision: Revision of the hub repository.
 
         Raises:
-            RewriteError: The model is not traced.
             ConfigError: The adapter's configuration is missing or invalid.
             TargetError: The configuration does not fit the model.
             CheckpointError: The tensors do not fit the model.
@@ -79,7 +90,97 @@ class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
         model.freeze_base()
         return model
 
-    # -- pictures ---------------------------------------------------------------------------------------------------
+    # -- adapters: changing, merging, files -------------------------------------------------------------------------
+
+    add_adapter = delegate("_switching", Switching.add_adapter)
+    set_adapter = delegate("_switching", Switching.set_adapter)
+    disable_adapter = delegate("_switching", Switching.disable_adapter)
+    delete_adapter = delegate("_switching", Switching.delete_adapter)
+    add_weighted_adapter = delegate("_switching", Switching.add_weighted_adapter)
+    add_pass = delegate("_switching", Switching.add_pass)
+    remove_pass = delegate("_switching", Switching.remove_pass)
+    set_requires_grad = delegate("_switching", Switching.set_requires_grad)
+
+    merge_adapter = delegate("_merging", Merging.merge_adapter)
+    unmerge_adapter = delegate("_merging", Merging.unmerge_adapter)
+    merge_and_unload = delegate("_merging", Merging.merge_and_unload)
+    unload = delegate("_merging", Merging.unload)
+    updates = delegate("_merging", Merging.updates)
+
+    save_pretrained = delegate("_files", AdapterFiles.save_pretrained)
+    load_adapter = delegate("_files", AdapterFiles.load_adapter)
+
+    # -- questions --------------------------------------------------------------------------------------------------
+
+    site = delegate("_inspection", Inspection.site)
+    adapted_sites = delegate("_inspection", Inspection.adapted_sites)
+    adapters_at = delegate("_inspection", Inspection.adapters_at)
+    nodes = delegate("_inspection", Inspection.nodes)
+    factors = delegate("_inspection", Inspection.factors)
+    delta_weight = delegate("_inspection", Inspection.delta_weight)
+    block_norms = delegate("_inspection", Inspection.block_norms)
+    all_parameters = delegate("_inspection", Inspection.all_parameters)
+    num_parameters = delegate("_inspection", Inspection.num_parameters)
+    get_nb_trainable_parameters = delegate("_inspection", Inspection.get_nb_trainable_parameters)
+    print_trainable_parameters = delegate("_inspection", Inspection.print_trainable_parameters)
+
+    def __repr__(self) -> str:
+        """One line for the base model and one for each adapter."""
+        return self._inspection.description()
+
+    def installed(self, adapter_name: str) -> InstalledAdapter:
+        """An adapter's plan and tensors.
+
+        Raises:
+            RewriteError: An adapter does not exist.
+        """
+        return self._state[adapter_name]
+
+    @property
+    def traced(self) -> TracedModel:
+        """The base model as it was traced."""
+        return self._state.traced
+
+    @property
+    def sites(self) -> tuple[LinearSite, ...]:
+        """Every linear layer of the base model."""
+        return self.traced.sites
+
+    @property
+    def config(self) -> Any:
+        """The base model's transformers configuration, or None."""
+        return self.traced.config
+
+    @property
+    def configs(self) -> dict[str, AdapterConfig]:
+        """The configuration of each adapter, by name."""
+        return {name: adapter.config for name, adapter in self._state.adapters.items()}
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """The configuration of each adapter, by name."""
+        return self.configs
+
+    @property
+    def plans(self) -> dict[str, RewritePlan]:
+        """What each adapter adapts, by name."""
+        return {name: adapter.plan for name, adapter in self._state.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters whose outputs are added, merged ones included."""
+        return list(self._state.state.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter; a list where several or none are active."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are folded into the weights."""
+        return list(self._state.state.merged)
 
     def to_svg(self, path: str | Path, *, full: bool = False) -> None:
         """Draw the graph by block: what is adapted, what is not and why, and the norms of the updates' blocks.
@@ -105,17 +206,70 @@ class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
         """
         save(html_of(self, full=full), path)
 
-    # -- copies -----------------------------------------------------------------------------------------------------
+    # -- the model as transformers sees it --------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle and `copy.deepcopy`: everything but the graph, which is rebuilt."""
-        modules = {name: module for name, module in self._modules.items() if name != _TREE}
-        return {**self.__dict__, "_modules": modules}
+    generate = delegate("base_model", TransformersView.generate)
+    get_input_embeddings = delegate("base_model", TransformersView.get_input_embeddings)
+    get_output_embeddings = delegate("base_model", TransformersView.get_output_embeddings)
+    prepare_decoder_input_ids_from_labels = delegate(
+        "base_model", TransformersView.prepare_decoder_input_ids_from_labels
+    )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the model's tensors."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._modules = {_TREE: self._state.base.tree, **self._modules}
+    activation_checkpointing_enable = gradient_checkpointing_enable = enable_input_require_grads = recomputing.refuse
+    activation_checkpointing_disable = gradient_checkpointing_disable = recomputing.do_nothing
+    disable_input_require_grads = recomputing.do_nothing
+    is_activation_checkpointing = is_gradient_checkpointing = recomputing.is_on
+
+    @property
+    def base_model(self) -> TransformersView:
+        """The model as a transformers model, adapters included, as in PEFT."""
+        parameters = dict(self.traced.tree.parameters)
+        for name in self.active_adapters:
+            for copies in self.installed(name).copies.values():
+                parameters |= copies
+        return view_of(self.traced, self.forward, parameters, labels=True)
+
+    def get_base_model(self) -> TransformersView:
+        """The model as a transformers model, adapters included, as in PEFT; `traced` is the base without them."""
+        return self.base_model
+
+    def can_generate(self) -> bool:
+        """Whether the model generates."""
+        return self.traced.can_generate()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.base_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base model's parameters."""
+        return self.base_model.dtype
+
+    @property
+    def main_input_name(self) -> str:
+        """Name of the main input."""
+        return self.traced.main_input_name
+
+    @property
+    def loss_type(self) -> str | None:
+        """Name of the loss in transformers."""
+        return self.base_model.loss_type
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss takes `num_items_in_batch`."""
+        return self.base_model.accepts_loss_kwargs
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The generation configuration; None if the model does not generate."""
+        return self.traced.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self.traced.generation_config = value
 
     # -- running and training ---------------------------------------------------------------------------------------
 
@@ -173,112 +327,22 @@ class GraloraModel(AdapterSwitching, AdapterMerging, PeftAttributes):
         self._state.set_mode(mode)
         return self
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters."""
-        return self.num_parameters(only_trainable=True), self.num_parameters()
-
-    def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
     def freeze_base(self) -> None:
         """Stop the base model's parameters from requiring gradients."""
         for parameter in self.traced.tree.parameters.values():
             parameter.requires_grad_(False)
 
-    # -- files ------------------------------------------------------------------------------------------------------
+    # -- copies -----------------------------------------------------------------------------------------------------
 
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        adapter_names: Sequence[str] | str | None = None,
-        *,
-        selected_adapters: Sequence[str] | str | None = None,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        safe_serialization: bool = True,
-        save_function: object = None,
-        max_shard_size: int | str | None = None,
-    ) -> None:
-        """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle and `copy.deepcopy`: everything but the graph, which is rebuilt."""
+        modules = {name: module for name, module in self._modules.items() if name != _TREE}
+        return {**self.__dict__, "_modules": modules}
 
-        Args:
-            directory: Where to write; made if it does not exist.
-            adapter_names: Names of the adapters; None for all.
-            selected_adapters: PEFT's name for `adapter_names`.
-            is_main_process: Whether to write at all; the other processes of a distributed training do not.
-            state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values.
-            safe_serialization: Must be True: pickles are not written.
-            save_function: Accepted for Accelerate's loops, and ignored: the files are always written by safetensors.
-            max_shard_size: Accepted for `push_to_hub`, and ignored: an adapter is one file.
-
-        All of them are written, or none after an error; other files in the directory stay.
-
-        Raises:
-            RewriteError: An adapter does not exist.
-            CheckpointError: The directory cannot be written, or the state dict holds other values; its contents are
-                unchanged.
-        """
-        if not safe_serialization:
-            raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
-        if adapter_names is not None and selected_adapters is not None:
-            raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
-        chosen = selected_adapters if adapter_names is None else adapter_names
-        names = list(self._state.adapters) if chosen is None else as_names(chosen)
-        adapters = {"" if name == "default" else name: self.installed(name) for name in names}
-        for adapter in adapters.values() if state_dict is not None else ():
-            check_state_dict(adapter, state_dict or {})
-        if is_main_process:
-            write_adapters(adapters, directory, self.traced)
-
-    def load_adapter(
-        self,
-        directory: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool | None = None,
-        *,
-        revision: str | None = None,
-    ) -> None:
-        """Load a PEFT-format adapter under a new name, or into an existing adapter of the same configuration.
-
-        Args:
-            directory: Local directory or hub id.
-            adapter_name: Name of the adapter.
-            is_trainable: Whether its tensors train; None for the default: active adapters train, others do not.
-            revision: Revision of the hub repository.
-
-        Raises:
-            ConfigError: The adapter's configuration is missing, invalid, or differs from the existing adapter's.
-            TargetError: It does not fit the model.
-            CheckpointError: The tensors do not fit. Nothing has changed, after any error.
-        """
-        config, tensors = read_adapter(directory, revision=revision)
-        if adapter_name in self._state.adapters:
-            with self._state.writing():
-                self._state.check_not_merged("load tensors")
-                _check_same_config(self.installed(adapter_name), self._plan(config), adapter_name)
-                load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
-        else:
-            self.add_adapter(adapter_name, config)
-            try:
-                load_tensors(self.installed(adapter_name), tensors, self.traced.tree, str(directory))
-            except CheckpointError:
-                self._state.discard(adapter_name)
-                raise
-        if is_trainable is not None:
-            self.installed(adapter_name).requires_grad_(is_trainable)
-
-
-def _check_same_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
-    mine, theirs = (
-        {planned.site.path: (planned.dims, planned.scale) for planned in chosen.selected}
-        for chosen in (adapter.plan, other)
-    )
-    if mine != theirs or adapter.plan.saved_modules != other.saved_modules:
-        raise ConfigError(
-            f"adapter {name!r} exists with another configuration; delete it first or load under another name"
-        )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the model's tensors."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._modules = {_TREE: self._state.base.tree, **self._modules}
 
 
 def _keep_up(model: GraloraModel, _: Any) -> None:

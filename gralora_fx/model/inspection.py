@@ -1,86 +1,42 @@
-"""Inspection of a rewritten model: its sites, its adapters, and the nodes and tensors of each."""
+"""Inspection of a rewritten model: the sites, nodes, tensors and numbers of parameters of its adapters."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.annotations import annotation_of
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import AdapterTensors, Update
 from gralora_fx.methods.fold import delta_weight
 from gralora_fx.methods.forms import block_norms, summed
-from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
-from gralora_fx.tracing.traced_model import TracedModel
+from gralora_fx.planning.rewrite_plan import PlannedSite
 
 
-class AdapterInspection:
-    """The read-only queries of a model."""
+@dataclass(frozen=True)
+class Inspection:
+    """Questions about a rewritten graph; none changes it.
 
-    _state: AdapterGraph
+    Attributes:
+        graph: The graph and its adapters.
+    """
 
-    @property
-    def sites(self) -> tuple[LinearSite, ...]:
-        """Every linear layer of the base model."""
-        return self.traced.sites
+    graph: AdapterGraph
 
-    @property
-    def configs(self) -> dict[str, AdapterConfig]:
-        """The configuration of each adapter, by name."""
-        return {name: adapter.config for name, adapter in self._state.adapters.items()}
-
-    @property
-    def plans(self) -> dict[str, RewritePlan]:
-        """What each adapter adapts, by name."""
-        return {name: adapter.plan for name, adapter in self._state.adapters.items()}
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters whose outputs are added, merged ones included."""
-        return list(self._state.state.active)
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are folded into the weights."""
-        return list(self._state.state.merged)
-
-    @property
-    def traced(self) -> TracedModel:
-        """The base model as it was traced."""
-        return self._state.traced
-
-    @property
-    def config(self) -> Any:
-        """The base model's transformers configuration, or None."""
-        return self.traced.config
-
-    def installed(self, adapter_name: str) -> InstalledAdapter:
-        """An adapter's plan and tensors.
-
-        Raises:
-            RewriteError: An adapter does not exist.
-        """
-        return self._state[adapter_name]
-
-    def __repr__(self) -> str:
+    def description(self) -> str:
         """One line for the base model and one for each adapter."""
-        lines = [f"GraloraModel({self.traced!r})"]
-        for name, adapter in self._state.adapters.items():
-            state = (
-                "merged" if name in self.merged_adapters else "active" if name in self.active_adapters else "waiting"
-            )
+        lines = [f"GraloraModel({self.graph.traced!r})"]
+        for name, adapter in self.graph.adapters.items():
+            state = self.graph.state
+            status = "merged" if name in state.merged else "active" if name in state.active else "waiting"
             config, count = adapter.config, len(adapter.plan.selected)
             sizes = adapter.method.text(adapter.method.sizes(config, partial(getattr, config))[0])
-            lines.append(f"  {name} ({state}): {sizes}, {count} sites")
+            lines.append(f"  {name} ({status}): {sizes}, {count} sites")
         return "\n".join(lines)
-
-    # -- by site and adapter ----------------------------------------------------------------------------------------
 
     def site(self, path: str) -> LinearSite:
         """The linear layer at a module path.
@@ -88,7 +44,7 @@ class AdapterInspection:
         Raises:
             TargetError: There is none.
         """
-        return self.traced.site(path)
+        return self.graph.traced.site(path)
 
     def adapted_sites(self, adapter_name: str | None = None) -> tuple[PlannedSite, ...]:
         """The adapted sites of one adapter or of all, with their ranks, in the order of the modules.
@@ -100,9 +56,9 @@ class AdapterInspection:
             RewriteError: An adapter does not exist.
         """
         if adapter_name is not None:
-            return self.installed(adapter_name).plan.selected
-        entries = [entry for adapter in self._state.adapters.values() for entry in adapter.plan.selected]
-        order = {site.path: index for index, site in enumerate(self.sites)}
+            return self.graph[adapter_name].plan.selected
+        entries = [entry for adapter in self.graph.adapters.values() for entry in adapter.plan.selected]
+        order = {site.path: index for index, site in enumerate(self.graph.traced.sites)}
         return tuple(sorted(entries, key=lambda entry: order[entry.site.path]))
 
     def adapters_at(self, path: str) -> tuple[str, ...]:
@@ -112,7 +68,7 @@ class AdapterInspection:
             TargetError: The site does not exist.
         """
         self.site(path)
-        return tuple(name for name, adapter in self._state.adapters.items() if path in adapter.factors)
+        return tuple(name for name, adapter in self.graph.adapters.items() if path in adapter.factors)
 
     def nodes(self, path: str | None = None, adapter_name: str | None = None) -> tuple[fx.Node, ...]:
         """The nodes that belong to a site, to an adapter, or to an adapter at a site, in graph order.
@@ -128,11 +84,11 @@ class AdapterInspection:
             RewriteError: An adapter does not exist.
         """
         if adapter_name is not None:
-            self.installed(adapter_name)
-        if path is not None and not any(path in adapter.copies for adapter in self._state.adapters.values()):
+            self.graph[adapter_name]
+        if path is not None and not any(path in adapter.copies for adapter in self.graph.adapters.values()):
             self.site(path)
         nodes = []
-        for node in self._state.running.graph_module.graph.nodes:
+        for node in self.graph.running.graph_module.graph.nodes:
             annotation = annotation_of(node)
             if (
                 annotation is not None
@@ -152,9 +108,11 @@ class AdapterInspection:
         Raises:
             RewriteError: The adapter does not exist, does not adapt the site, or several are active.
         """
-        if adapter_name is None and len(self._state.state.active) != 1:
-            raise RewriteError(f"{len(self._state.state.active)} adapters are active; name one of {list(self.configs)}")
-        adapter = self.installed(self._state.state.active[0] if adapter_name is None else adapter_name)
+        if adapter_name is None and len(self.graph.state.active) != 1:
+            raise RewriteError(
+                f"{len(self.graph.state.active)} adapters are active; name one of {list(self.graph.adapters)}"
+            )
+        adapter = self.graph[self.graph.state.active[0] if adapter_name is None else adapter_name]
         if path not in adapter.factors:
             raise RewriteError(f"adapter {adapter.name!r} has no tensors at {path!r}; adapted_sites() lists its sites")
         return adapter.factors[path]
@@ -191,10 +149,42 @@ class AdapterInspection:
         update = self._update(path, adapter_name)
         return block_norms(update.factors, update.scale)
 
+    # -- parameters -------------------------------------------------------------------------------------------------
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """The base model's parameters and those of every adapter, each once."""
+        adapters = [p for adapter in self.graph.adapters.values() for p in adapter.parameters()]
+        return list({id(p): p for p in (*self.graph.traced.tree.parameters.values(), *adapters)}.values())
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the base model and all adapters, tied ones counted once.
+
+        Args:
+            only_trainable: Whether to count only trainable ones.
+            exclude_embeddings: Whether to leave embedding tables out.
+        """
+        tree = self.graph.traced.tree
+        tables = {f"{path}.weight" for path, kind in tree.types.items() if kind.endswith("Embedding")}
+        left_out = {id(p) for name, p in tree.parameters.items() if name in tables} if exclude_embeddings else set()
+        return sum(
+            parameter.numel()
+            for parameter in self.all_parameters()
+            if id(parameter) not in left_out and (parameter.requires_grad or not only_trainable)
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        return self.num_parameters(only_trainable=True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trainable parameters."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
     def _update(self, path: str, adapter_name: str | None) -> Update:
         self.site(path)
-        names = self._state.state.active if adapter_name is None else [adapter_name]
-        updates = [adapter.update(path) for name in names if path in (adapter := self.installed(name)).factors]
+        names = self.graph.state.active if adapter_name is None else [adapter_name]
+        updates = [adapter.update(path) for name in names if path in (adapter := self.graph[name]).factors]
         if not updates:
             raise RewriteError(f"no adapter of {names} adapts {path!r}; adapters_at() lists those that do")
         return updates[0] if len(updates) == 1 else Update(summed(updates), 1.0)

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
+from gralora_fx.adapters.adapter_paths import adapter_names as as_names
+from gralora_fx.adapters.adapter_paths import copy_path, put
 from gralora_fx.adapters.folded_adapters import describe_folded
+from gralora_fx.adapters.folded_weights import SiteUpdate, folded_weights, lazy_weights
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.graph.annotations import annotated_nodes, annotation_of, remove_annotation
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.passes.adapter_paths import adapter_names as as_names
-from gralora_fx.passes.adapter_paths import copy_path, put
-from gralora_fx.passes.fold_weights import SiteUpdate, folded_weights, lazy_weights
-from gralora_fx.passes.replace_weights import replace_weights
+from gralora_fx.model.replace_weights import replace_weights
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
 
 
@@ -104,7 +104,8 @@ def _settle_copies(merged: TracedModel, adapter: InstalledAdapter) -> TracedMode
         settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
     for base, parameter in settled.items():
         put(graph_module, copy_path(adapter.name, base), parameter)
-    adapter.redirect(graph_module, merged.tree)
+    for graph_pass in adapter.redirections(merged.tree):
+        graph_pass(graph_module)
     for node in list(annotated_nodes(graph_module.graph, adapter.name)):
         annotation = annotation_of(node) or {}
         if "beside" not in annotation:

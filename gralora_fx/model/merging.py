@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from gralora_fx.adapters.adapter_graph import AdapterGraph
+from gralora_fx.adapters.adapter_paths import adapter_names as as_names
 from gralora_fx.adapters.folded_adapters import describe_folded
+from gralora_fx.adapters.folded_weights import SiteUpdate
+from gralora_fx.graph.overlay import copy_in_mode
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.model.inspection import AdapterInspection
-from gralora_fx.passes.adapter_paths import adapter_names as as_names
-from gralora_fx.passes.fold_weights import SiteUpdate
-from gralora_fx.passes.overlay import copy_in_mode
-from gralora_fx.passes.replace_weights import replace_weights
+from gralora_fx.model.replace_weights import replace_weights
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-class AdapterMerging(AdapterInspection):
-    """The verbs, over the adapters' state."""
+@dataclass(frozen=True)
+class Merging:
+    """The verbs, over a graph and its adapters.
 
-    _was_trainable: list[str]
-    training: bool
+    Attributes:
+        graph: The graph and its adapters.
+    """
+
+    graph: AdapterGraph
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
@@ -38,7 +43,7 @@ class AdapterMerging(AdapterInspection):
                 would not be finite. Nothing has changed after an error.
         """
         names = None if adapter_names is None else as_names(adapter_names)
-        self._state.merge(names, safe=safe_merge, untie=untie)
+        self.graph.merge(names, safe=safe_merge, untie=untie)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
@@ -46,7 +51,7 @@ class AdapterMerging(AdapterInspection):
         Raises:
             MergeError: Nothing is merged.
         """
-        self._state.unmerge()
+        self.graph.unmerge()
 
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
@@ -69,9 +74,9 @@ class AdapterMerging(AdapterInspection):
             MergeError: There is nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
         """
         names = None if adapter_names is None else as_names(adapter_names)
-        folded = [self.installed(name) for name in names or self.active_adapters]
-        described = describe_folded(folded, self.traced, own=True)
-        untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
+        folded = [self.graph[name] for name in names or self.graph.state.active]
+        described = describe_folded(folded, self.graph.traced, own=True)
+        untied = self.graph.fold_into_base(names, safe=safe_merge, untie=untie)
         merged = replace_weights(self.unload(), untied)
         merged.merged_adapters = described
         return merged
@@ -81,13 +86,13 @@ class AdapterMerging(AdapterInspection):
 
         The model is empty afterwards; parameters that required gradients before the rewrite require them again.
         """
-        self._state.clear()
-        traced = self.traced
-        for name in self._was_trainable:
+        self.graph.clear()
+        traced, training = self.graph.traced, self.graph.state.training
+        for name in self.graph.base.trainable:
             traced.tree.parameters[name].requires_grad_(True)
         graph = copy_graph(traced.graph_module)
-        graph_module = copy_in_mode(self._state.base.tree, graph, self.training, "GraloraGraph")
-        return traced.with_graph(graph_module, traced.tree).train(self.training)
+        graph_module = copy_in_mode(self.graph.base.tree, graph, training, "GraloraGraph")
+        return traced.with_graph(graph_module, traced.tree).train(training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
         """The weight updates of adapters, by site; None for the active ones.
@@ -95,7 +100,7 @@ class AdapterMerging(AdapterInspection):
         Raises:
             RewriteError: An adapter does not exist, or two of them cannot be active together.
         """
-        names = self._state.state.active if adapter_names is None else adapter_names
-        site_updates = self._state.updates(names)
-        self._state.check_copies_not_shared(names)
+        names = self.graph.state.active if adapter_names is None else adapter_names
+        site_updates = self.graph.updates(names)
+        self.graph.check_copies_not_shared(names)
         return site_updates

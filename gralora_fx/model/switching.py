@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from gralora_fx.adapters.adapter_graph import AdapterGraph
+from gralora_fx.adapters.adapter_paths import adapter_names as as_names
+from gralora_fx.adapters.adapter_paths import check_adapter_name
 from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.graph.user_pass import GraphPass
-from gralora_fx.model.inspection import AdapterInspection
-from gralora_fx.passes.adapter_paths import adapter_names, check_adapter_name
 from gralora_fx.planning import RewritePlan, plan
 from gralora_fx.planning.targets import exact_targets
+from gralora_fx.tracing.traced_model import TracedModel
 
 
-class AdapterSwitching(AdapterInspection):
-    """The operations that change a model, each applied completely or not at all."""
+@dataclass(frozen=True)
+class Switching:
+    """Changes of a model's adapters and passes, each applied completely or not at all.
+
+    Attributes:
+        graph: The graph and its adapters.
+    """
+
+    graph: AdapterGraph
 
     def add_adapter(self, adapter_name: str, config_or_plan: AdapterConfig | RewritePlan) -> None:
         """Add an adapter; the first one becomes active, later ones stay inactive until `set_adapter`.
@@ -31,7 +41,7 @@ class AdapterSwitching(AdapterInspection):
             RewriteError: The plan is for another model. Nothing has changed after an error.
         """
         check_adapter_name(adapter_name)
-        self._state.add(adapter_name, self._plan(config_or_plan))
+        self.graph.add(adapter_name, planned_for(self.graph.traced, config_or_plan))
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Activate one adapter, or several whose outputs are summed; the others leave the graph and stop training.
@@ -44,12 +54,12 @@ class AdapterSwitching(AdapterInspection):
                 another trains as a copy, or a `disable_adapter` block is open.
             MergeError: Adapters are merged; unmerge first.
         """
-        self._state.switch(list(dict.fromkeys(adapter_names(adapter_name))))
+        self.graph.switch(list(dict.fromkeys(as_names(adapter_name))))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base model within the block: its graph, node for node, over its own parameters."""
-        with self._state.disabled():
+        with self.graph.disabled():
             yield
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -58,7 +68,7 @@ class AdapterSwitching(AdapterInspection):
         Raises:
             RewriteError: The adapter does not exist or is active.
         """
-        self._state.remove(adapter_name)
+        self.graph.remove(adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -91,9 +101,9 @@ class AdapterSwitching(AdapterInspection):
             raise ConfigError(f"adapters must be a list of names, but got {adapters!r}; give [{adapters!r}]")
         if not isinstance(weights, (list, tuple)):
             raise ConfigError(f"weights must be a list of numbers, but got {weights!r}")
-        config, factors = weighted_sum([self.installed(name) for name in adapter_names(adapters)], weights)
-        config = config.changed(target_modules=exact_targets(factors, self.traced.tree))
-        self._state.add(adapter_name, self._plan(config), factors=factors)
+        config, factors = weighted_sum([self.graph[name] for name in as_names(adapters)], weights)
+        config = config.changed(target_modules=exact_targets(factors, self.graph.traced.tree))
+        self.graph.add(adapter_name, planned_for(self.graph.traced, config), factors=factors)
 
     # -- passes of the user -----------------------------------------------------------------------------------------
 
@@ -111,7 +121,7 @@ class AdapterSwitching(AdapterInspection):
             RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is
                 unchanged.
         """
-        self._state.add_pass(graph_pass)
+        self.graph.add_pass(graph_pass)
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
         """Remove a pass that was added.
@@ -119,18 +129,37 @@ class AdapterSwitching(AdapterInspection):
         Raises:
             RewriteError: It was not added.
         """
-        self._state.remove_pass(graph_pass)
+        self.graph.remove_pass(graph_pass)
 
-    def _plan(self, config_or_plan: AdapterConfig | RewritePlan) -> RewritePlan:
-        if isinstance(config_or_plan, AdapterConfig):
-            return plan(self.traced, config_or_plan)
-        if not isinstance(config_or_plan, RewritePlan):
-            raise ConfigError(
-                f"expected a GraloraConfig, a LoraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
-                "convert a live PEFT configuration with GraloraConfig.from_peft or LoraConfig.from_peft"
-            )
-        weights = {site.path: site.weight for site in self.sites}
-        for planned in config_or_plan.selected:
-            if weights.get(planned.site.path) is not planned.site.weight:
-                raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
-        return config_or_plan
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Set whether adapters train, whether active or not.
+
+        Raises:
+            RewriteError: An adapter does not exist.
+        """
+        for adapter in [self.graph[name] for name in as_names(adapter_names)]:
+            adapter.requires_grad_(requires_grad)
+
+
+def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan) -> RewritePlan:
+    """The plan of a configuration, or a given plan once it is known to be for this model.
+
+    Raises:
+        ConfigError: It is neither.
+        TargetError: The configuration does not fit the model.
+        RewriteError: The plan is for another model.
+    """
+    if isinstance(config_or_plan, AdapterConfig):
+        return plan(traced, config_or_plan)
+    if not isinstance(config_or_plan, RewritePlan):
+        raise ConfigError(
+            f"expected a GraloraConfig, a LoraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
+            "convert a live PEFT configuration with GraloraConfig.from_peft or LoraConfig.from_peft"
+        )
+    weights = {site.path: site.weight for site in traced.sites}
+    for planned in config_or_plan.selected:
+        if weights.get(planned.site.path) is not planned.site.weight:
+            raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
+    return config_or_plan

@@ -1,1 +1,1 @@
-"""Graph passes, one a file; each leaves a graph that lints."""
+"""Graph passes for adapters, one a file, in place over a `GraphModule`, which must be recompiled afterwards."""

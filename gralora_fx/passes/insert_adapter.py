@@ -1,9 +1,10 @@
-"""Insert an adapter's subgraph at every call of a site."""
+"""An adapter's subgraph at every call of its sites."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -11,72 +12,93 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.annotations import annotate
+from gralora_fx.graph.graph_pass import PassResult
 from gralora_fx.graph.sites import LinearCall, LinearSite, calls_at
 from gralora_fx.graph.subgraph_calls import replace_operand
 from gralora_fx.methods import AdapterDims, AdapterMethod
 
 
-def insert_adapter(
-    graph_module: fx.GraphModule,
-    site: LinearSite,
-    adapter: str,
-    names: Mapping[str, str],
-    *,
-    method: AdapterMethod,
-    dims: AdapterDims,
-    scale: float,
-    dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
-    nodes: Mapping[str, fx.Node] | None = None,
-) -> tuple[fx.Node, ...]:
-    """Add an adapter's output to a site's, at each of its calls.
+class Insertion(NamedTuple):
+    """An adapter at one site.
+
+    Attributes:
+        site: The site, found in the graph or one it was copied from.
+        names: Attribute paths of the adapter's tensors in the graph module, by field of the method's named tuple.
+        dims: The adapter's sizes.
+        scale: Factor of its output.
+        dtype: The adapter's dtype where it differs from the layer's.
+    """
+
+    site: LinearSite
+    names: Mapping[str, str]
+    dims: AdapterDims
+    scale: float
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class InsertAdapter:
+    """Add an adapter's output to that of its sites, at each of their calls.
 
     Before: `y = linear(x, w, b); z = relu(y)`
     After:  `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
 
     The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies.
 
-    Args:
-        graph_module: The graph; it must be recompiled afterwards.
-        site: The site, found in this graph or one it was copied from.
+    Attributes:
         adapter: Name of the adapter.
-        names: Attribute paths of the adapter's tensors in `graph_module`, by field of the method's
-            named tuple.
-        method: The adapter's method.
-        dims: The adapter's sizes.
-        scale: Factor of its output.
+        method: Its method.
+        insertions: Its sites.
         dropout: Dropout probability of its input.
-        dtype: The adapter's dtype where it differs from the layer's.
-        nodes: The graph's nodes by name, if known already.
-
-    Returns:
-        The nodes inserted.
-
-    Raises:
-        RewriteError: A call of the site is no longer in the graph, or is not a linear call any more.
     """
-    graph = graph_module.graph
-    by_name = {node.name: node for node in graph.nodes} if nodes is None else nodes
-    inserted: list[fx.Node] = []
-    for name in site.calls:
-        node = by_name.get(name)
-        calls = () if node is None else calls_at(node, site)
-        if not calls:
-            raise RewriteError(
-                f"{site.path}: node {name!r} is not a linear call of this graph any more; trace the model again"
-            )
-        for call in calls:
-            sizes = {"scale": scale, "features": (site.in_features, site.out_features), "dims": dims}
-            if call.operand is not None:
-                added = _insert_into_operand(graph, call, method, names, **sizes)
-            else:
-                added = _insert_at(graph, call, method, names, **sizes, dropout=dropout, dtype=dtype)
-            for candidate in added:
-                annotate(candidate, site=site.path, adapter=adapter, call=call.node.name)
-                if "nn_module_stack" in call.node.meta:
-                    candidate.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
-            inserted += added
-    return tuple(inserted)
+
+    adapter: str
+    method: AdapterMethod
+    insertions: tuple[Insertion, ...]
+    dropout: float = 0.0
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult[fx.GraphModule]:
+        """Insert it.
+
+        Raises:
+            RewriteError: A call of a site is no longer in the graph, or is not a linear call any more.
+        """
+        by_name = {node.name: node for node in graph_module.graph.nodes}
+        count = 0
+        for insertion in self.insertions:
+            for name in insertion.site.calls:
+                for call in _calls(by_name, name, insertion.site):
+                    self._insert(graph_module.graph, call, insertion)
+                    count += 1
+        return PassResult(count)
+
+    def _insert(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> None:
+        site = insertion.site
+        sizes = {
+            "scale": insertion.scale,
+            "features": (site.in_features, site.out_features),
+            "dims": insertion.dims,
+        }
+        if call.operand is not None:
+            added = _insert_into_operand(graph, call, self.method, insertion.names, **sizes)
+        else:
+            options = {**sizes, "dropout": self.dropout, "dtype": insertion.dtype}
+            added = _insert_at(graph, call, self.method, insertion.names, **options)
+        for node in added:
+            annotate(node, site=site.path, adapter=self.adapter, call=call.node.name)
+            if "nn_module_stack" in call.node.meta:
+                node.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
+
+
+def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple[LinearCall, ...]:
+    """The calls of a site at a node."""
+    node = by_name.get(name)
+    calls = () if node is None else tuple(calls_at(node, site))
+    if not calls:
+        raise RewriteError(
+            f"{site.path}: node {name!r} is not a linear call of this graph any more; trace the model again"
+        )
+    return calls
 
 
 def _insert_at(

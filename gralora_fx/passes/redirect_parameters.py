@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import fx
 
+from gralora_fx.errors import RewriteError
 from gralora_fx.graph.annotations import annotate
+from gralora_fx.graph.graph_pass import PassResult
 from gralora_fx.graph.module_tree import ModuleTree, module_stack
 from gralora_fx.graph.weight_views import tensor_at
 
 
-def redirect_parameters(
-    graph_module: fx.GraphModule, tree: ModuleTree, module: str, adapter: str, names: Mapping[str, str]
-) -> bool:
+@dataclass(frozen=True)
+class RedirectParameters:
     """Redirect the uses of a module's parameters inside that module to an adapter's copies.
 
     Before: `w = self.classifier.weight; y = linear(x, w)`
@@ -23,43 +25,54 @@ def redirect_parameters(
     added. One that only this module holds is replaced at all its uses, as `nn.MultiheadAttention` uses the weight of
     its `out_proj` without calling the layer.
 
-    Args:
-        graph_module: The graph; it must be recompiled afterwards.
+    Attributes:
         tree: The modules of the source model.
         module: Path of the module.
         adapter: Name of the adapter.
-        names: Attribute paths of the copies in `graph_module`, by the full name of the base's parameter.
-
-    Returns:
-        Whether any use was redirected.
+        names: Attribute paths of the copies in the graph module, by the full name of the base's parameter.
     """
-    graph = graph_module.graph
-    copies = {id(tree.parameters[name]): path for name, path in names.items()}
-    base_names = {id(tree.parameters[name]): name for name in names}
-    has_changed = False
-    for node in [node for node in graph.nodes if node.op == "get_attr"]:
-        parameter = tensor_at(graph_module, str(node.target))
-        path = copies.get(id(parameter))
-        if path is None or path == node.target:
-            continue
-        holders = [
-            tree.canonical(n.rpartition(".")[0]) for n in tree.names_of(tree.parameters[base_names[id(parameter)]])
-        ]
-        is_tied = not all(f"{holder}.".startswith(f"{module}.") for holder in holders)
-        inside = [user for user in node.users if not is_tied or _is_inside(user, module, tree)]
+
+    tree: ModuleTree
+    module: str
+    adapter: str
+    names: Mapping[str, str]
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult[fx.GraphModule]:
+        """Redirect them.
+
+        Raises:
+            RewriteError: The graph calls the module as one node, so nothing in it can be redirected.
+        """
+        bases = {id(self.tree.parameters[name]): name for name in self.names}
+        changed = 0
+        for node in [node for node in graph_module.graph.nodes if node.op == "get_attr"]:
+            base = bases.get(id(tensor_at(graph_module, str(node.target))))
+            if base is not None and self.names[base] != node.target:
+                changed += self._redirect(node, base)
+        if not changed and any(str(node.target) == self.module for node in graph_module.graph.nodes):
+            raise RewriteError(
+                f"{self.module} is a module call in this graph, so modules_to_save and bias cannot replace its "
+                "parameters; trace the model from its nn.Module instead"
+            )
+        return PassResult(changed)
+
+    def _redirect(self, node: fx.Node, base: str) -> bool:
+        """Redirect the users of a parameter's node that are inside the module; whether there are any."""
+        holders = [self.tree.canonical(n.rpartition(".")[0]) for n in self.tree.names_of(self.tree.parameters[base])]
+        is_tied = not all(f"{holder}.".startswith(f"{self.module}.") for holder in holders)
+        inside = [user for user in node.users if not is_tied or _is_inside(user, self.module, self.tree)]
         if not inside:
-            continue
+            return False
         if len(inside) == len(node.users):
-            annotate(node, site=module, adapter=adapter, owns=str(node.target))
-            node.target = path
-        else:
-            with graph.inserting_after(node):
-                copy_node = graph.get_attr(path)
-            annotate(copy_node, site=module, adapter=adapter, owns=base_names[id(parameter)], beside=node.name)
-            for user in inside:
-                user.replace_input_with(node, copy_node)
-        has_changed = True
-    return has_changed
+            annotate(node, site=self.module, adapter=self.adapter, owns=str(node.target))
+            node.target = self.names[base]
+            return True
+        with node.graph.inserting_after(node):
+            copy_node = node.graph.get_attr(self.names[base])
+        annotate(copy_node, site=self.module, adapter=self.adapter, owns=base, beside=node.name)
+        for user in inside:
+            user.replace_input_with(node, copy_node)
+        return True
 
 
 def _is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:

@@ -2,60 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import fx
 
 from gralora_fx.errors import MergeError
 from gralora_fx.graph.annotations import annotate
+from gralora_fx.graph.graph_pass import PassResult
+from gralora_fx.graph.overlay import replace_parameters
 from gralora_fx.graph.sites import LinearSite, calls_at
 from gralora_fx.graph.weight_views import is_view, readers
-from gralora_fx.passes.overlay import replace_parameters
 
 _KEY = "separated"
 
 
-def untie_weights(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
+@dataclass(frozen=True)
+class UntieWeights:
     """Let the calls of sites read attributes of their own, which hold the same parameters.
 
     Before: `w = self.head.weight; e = embedding(w, ids); y = linear(x, w)`
     After:  `w = self.head.weight; w_1 = self.embed.weight; e = embedding(w_1, ids); y = linear(x, w)`
 
     If both read the layer's own name, the others are redirected to another name of the tied weight. If the weight has
-    no other name, the layer reads `separated.<path>.weight`. A tied weight with a node for each name needs no new node.
+    no other name, the layer reads `separated_path(site)`. A tied weight with a node for each name needs no new node.
 
-    Args:
-        graph_module: The graph; it must be recompiled afterwards.
+    Attributes:
         sites: The sites to untie.
-
-    Returns:
-        The new attribute paths, by site path.
-
-    Raises:
-        MergeError: A call shares a view of its weight with something else. The graph must be discarded then.
     """
-    graph = graph_module.graph
-    by_name = {node.name: node for node in graph.nodes}
-    new_paths: dict[str, str] = {}
-    for site in sites:
-        site_calls = [call for name in site.calls for call in calls_at(by_name[name], site)]
-        calls, targets = {call.node for call in site_calls}, {str(call.weight.target) for call in site_calls}
-        sources = [node for node in graph.find_nodes(op="get_attr") if str(node.target) in targets]
-        inside, outside = _split_readers(sources, calls)
-        mixed = [user.name for user in set(inside) & set(outside)]
-        if mixed:
-            raise MergeError(
-                f"the weight of {site.path} cannot be untied: it is read through {', '.join(mixed)}, which something "
-                "else reads too; untie it in the model before tracing"
-            )
-        if not outside:
-            continue
-        if site.tied_with and targets == {f"{site.path}.weight"}:
-            _redirect(graph_module, site, outside, site.tied_with[0])
-        else:
-            new_paths[site.path] = f"{_KEY}.{site.path or 'root'}.weight"
-            _redirect(graph_module, site, inside, new_paths[site.path])
-    return new_paths
+
+    sites: tuple[LinearSite, ...]
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult[fx.GraphModule]:
+        """Untie them.
+
+        Raises:
+            MergeError: A call shares a view of its weight with something else. The graph must be discarded then.
+        """
+        by_name = {node.name: node for node in graph_module.graph.nodes}
+        return PassResult(sum(_untie(graph_module, site, by_name) for site in self.sites))
+
+
+def separated_path(site: LinearSite) -> str:
+    """The attribute that an untied layer reads if its weight has no other name."""
+    return f"{_KEY}.{site.path or 'root'}.weight"
+
+
+def is_separated(graph_module: fx.GraphModule, site: LinearSite) -> bool:
+    """Whether a layer was untied in such a way."""
+    return _has(graph_module, separated_path(site))
+
+
+def _untie(graph_module: fx.GraphModule, site: LinearSite, by_name: Mapping[str, fx.Node]) -> bool:
+    """Untie one site; whether that changed anything."""
+    site_calls = [call for name in site.calls for call in calls_at(by_name[name], site)]
+    calls, targets = {call.node for call in site_calls}, {str(call.weight.target) for call in site_calls}
+    sources = [node for node in graph_module.graph.find_nodes(op="get_attr") if str(node.target) in targets]
+    inside, outside = _split_readers(sources, calls)
+    mixed = [user.name for user in set(inside) & set(outside)]
+    if mixed:
+        raise MergeError(
+            f"the weight of {site.path} cannot be untied: it is read through {', '.join(mixed)}, which something "
+            "else reads too; untie it in the model before tracing"
+        )
+    if not outside:
+        return False
+    if site.tied_with and targets == {f"{site.path}.weight"}:
+        _redirect(graph_module, site, outside, site.tied_with[0])
+    else:
+        _redirect(graph_module, site, inside, separated_path(site))
+    return True
 
 
 def _split_readers(

@@ -111,7 +111,15 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return type(outputs)(**{name: value for name, value in outputs.items() if name != "cache"})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own loop, in the model's current mode.
+        """Generate by transformers' own loop, with the active adapters, in the model's current mode.
+
+        Args:
+            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
+            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
+                `streamer`, `generation_config` and the others.
+
+        Returns:
+            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
 
         Raises:
             TraceError: The model does not generate, or an option is not supported over a trace.
@@ -132,7 +140,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return super().generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings.
+        """The token embeddings, as a module over the parameter that the graph reads.
 
         Raises:
             TraceError: The model has none, or the module is more than a table.
@@ -143,7 +151,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return module_at(self.traced.tree, path, self._read)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The language-model head, or None.
+        """The language-model head, as a module over the parameters that the graph reads; None where there is none.
 
         Raises:
             TraceError: It is more than a linear layer.
@@ -164,7 +172,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return {}
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels shifted right, for collators that feed the decoder."""
+        """The labels shifted right, for collators that feed an encoder-decoder's decoder."""
         return decoder_inputs(labels, self.config, self.traced.shift_labels)
 
     def _check_positions(self, mask: Tensor | None) -> None:

@@ -364,6 +364,39 @@ def test_an_edit_of_a_graph_does_not_come_back_with_its_state() -> None:
     assert torch.equal(model(X), expected)
 
 
+def test_an_edit_stays_when_the_mode_changes_and_goes_with_a_switch() -> None:
+    model = adapted()
+    expected = model(X)
+    _halved(model.graph_module)
+    model.train()
+    assert torch.equal(model(X), expected * 0.5)
+    model.set_adapter("b")
+    model.set_adapter("default")
+    assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_block_with_disabled_adapters_ends_with_the_graph_from_before_it(merges: bool) -> None:
+    model = adapted().eval()
+    model.add_pass(lambda graph_module: None)
+    if merges:
+        model.merge_adapter()
+    before = model.graph_module
+    with model.disable_adapter():
+        model.train()
+        model.eval()
+        assert model.graph_module is not before
+    assert model.graph_module is before
+    reference = weakref.ref(before)
+    del before
+    if merges:
+        model.unmerge_adapter()
+    else:
+        model.set_adapter("b")
+    gc.collect()
+    assert reference() is None  # its state may not come again, so it is not kept
+
+
 def test_a_pass_runs_again_with_every_switch() -> None:
     model, runs = adapted(), []
     model.add_pass(lambda graph_module: runs.append(len(graph_module.graph.nodes)))

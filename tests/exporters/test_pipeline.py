@@ -20,7 +20,7 @@ from gralora_fx.exporters.flavours.decoder import decoder_pipeline
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import DUMP, PassLog, PassResult, Pipeline, import_domains, name_of
-from gralora_fx.exporters.reports import Skip
+from gralora_fx.graph.graph_pass import Skip
 
 CACHED = "text-generation-with-past"
 

@@ -14,7 +14,7 @@ from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
 from traces import fresh, fresh_trace, inputs_of, relative_error, run, traced
 
-import gralora_fx.adapters.installed
+import gralora_fx.passes.insert_adapter
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, plan, rewrite, trace
 from gralora_fx.adapters.checkpoint import checkpoint_parameters
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, TargetError
@@ -121,7 +121,7 @@ def test_a_peft_object_is_not_a_configuration_here() -> None:
 
 def fail_at_the_last_site(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
     """Let the insertion of the last of so many sites raise."""
-    insert, count = gralora_fx.adapters.installed.insert_adapter, 0
+    insert, count = gralora_fx.passes.insert_adapter._insert_at, 0
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -130,7 +130,7 @@ def fail_at_the_last_site(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
             raise RewriteError("the last site cannot be rewritten")
         return insert(*args, **kwargs)
 
-    monkeypatch.setattr(gralora_fx.adapters.installed, "insert_adapter", failing)
+    monkeypatch.setattr(gralora_fx.passes.insert_adapter, "_insert_at", failing)
 
 
 def test_an_error_at_the_last_site_leaves_the_trace_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
+import pkgutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import gralora_fx.passes
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
+from gralora_fx.adapters.adapter_paths import put
+from gralora_fx.adapters.folded_weights import SiteUpdate, fold_in_place, folded_weights
 from gralora_fx.errors import MergeError, RewriteError
 from gralora_fx.graph.annotations import annotate, annotated_nodes, annotation_of, remove_annotation
 from gralora_fx.methods.gralora import Factors, initial_factors
 from gralora_fx.methods.method import AdapterDims, Update
 from gralora_fx.methods.registry import GRALORA
-from gralora_fx.passes.adapter_paths import put
-from gralora_fx.passes.fold_weights import SiteUpdate, fold_in_place, folded_weights, set_weights
-from gralora_fx.passes.insert_adapter import insert_adapter
-from gralora_fx.passes.redirect_parameters import redirect_parameters
+from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
+from gralora_fx.passes.redirect_parameters import RedirectParameters
+from gralora_fx.passes.set_weights import SetWeights
 
 
 class Mlp(nn.Module):
@@ -157,7 +162,7 @@ def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
     before = str(graph_module.graph)
     names = {"A": "a", "B": "b"}
     with pytest.raises(RewriteError, match="up: node 'linear' is not a linear call of this graph any more; trace the"):
-        insert_adapter(graph_module, base.sites[0], "default", names, method=GRALORA, dims=AdapterDims(2, 2), scale=1.0)
+        InsertAdapter("default", GRALORA, (Insertion(base.sites[0], names, AdapterDims(2, 2), 1.0),))(graph_module)
     assert str(graph_module.graph) == before
 
 
@@ -172,12 +177,24 @@ def test_owned_parameters_are_read(base: TracedModel) -> None:
     names = {f"down.{name}": f"mine.down.{name}" for name in ("weight", "bias")}
     for own in names.values():
         put(graph_module, own, nn.Parameter(torch.zeros(2, 6) if own.endswith("weight") else torch.ones(2)))
-    assert redirect_parameters(graph_module, tree, "down", "mine", names) is True
+    redirection = RedirectParameters(tree, "down", "mine", names)
+    assert redirection(graph_module).changed == 2
     targets = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
     assert targets == ["up.weight", "up.bias", "mine.down.weight", "mine.down.bias"]
     graph_module.recompile()
     assert torch.equal(graph_module(torch.randn(3, 4)), torch.ones(3, 2))
-    assert redirect_parameters(graph_module, tree, "down", "mine", names) is False
+    assert redirection(graph_module).changed == 0
+
+
+@pytest.mark.parametrize("module", pkgutil.iter_modules(gralora_fx.passes.__path__), ids=lambda module: module.name)
+def test_every_module_holds_a_pass_of_its_name(module: pkgutil.ModuleInfo) -> None:
+    contents = vars(importlib.import_module(f"gralora_fx.passes.{module.name}"))
+    graph_pass = contents.get(module.name) or contents[module.name.title().replace("_", "")]
+    call = graph_pass.__call__ if isinstance(graph_pass, type) else graph_pass
+    signature = inspect.signature(call)
+    assert [name for name in signature.parameters if name != "self"] == ["graph_module"]
+    assert signature.return_annotation == "PassResult[fx.GraphModule]"
+    assert not isinstance(graph_pass, type) or graph_pass.__dataclass_params__.frozen
 
 
 # -- fold ---------------------------------------------------------------------------------------------------------
@@ -200,7 +217,7 @@ def test_folded_weights_are_new_and_reuse_a_buffer(base: TracedModel) -> None:
 def test_weights_go_in_and_out_without_a_node_changing(base: TracedModel) -> None:
     graph_module = copy.deepcopy(base.graph_module)
     weight = nn.Parameter(torch.zeros(6, 4))
-    set_weights(graph_module, base.sites, {"up": weight})
+    assert SetWeights(base.sites, {"up": weight})(graph_module).changed == 1
     assert graph_module.up.weight is weight
     assert graph_module.down.weight is not base.graph_module.down.weight
     assert str(graph_module.graph) == BASE

@@ -15,12 +15,12 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from benchmarks.tiny_decoders import tiny_decoder
 from gralora_fx import trace
 from gralora_fx.operators.attention import Attention
 from gralora_fx.operators.mask import Mask, MaskOfBlocks
 from gralora_fx.tracing.normalize.masks import without_empty_blocks
 from gralora_fx.tracing.patches.masks import _blocks_beside, _is_same
+from tests.architectures.tiny_decoders import tiny_decoder
 
 TASK = "text-generation-with-past"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.encoder_check import check_encoder
-from benchmarks.tiny_encoders import encoder_classes, skipped_types, tiny_encoder
+from tests.architectures.encoder_check import check_encoder
+from tests.architectures.tiny_encoders import encoder_classes, skipped_types, tiny_encoder
 
 TASKS = {entry.name: entry.task for entry in encoder_classes()}
 # class: how many layers of attention it has

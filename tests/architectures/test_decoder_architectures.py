@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.decoder_check import check_decoder
-from benchmarks.tiny_decoders import decoder_classes, tiny_decoder
+from tests.architectures.decoder_check import check_decoder
+from tests.architectures.tiny_decoders import decoder_classes, tiny_decoder
 
 FUSED = (
     "LlamaForCausalLM",

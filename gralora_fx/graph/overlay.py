@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from gralora_fx.passes.adapter_paths import ROOT
+ROOT = "gralora"  # attribute of a tree, below which it has the adapters' tensors
 
 
 def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Fold weight updates into the weights of a graph; the graph itself keeps every node."""
+"""Weights with the updates of adapters folded into them, in new memory or in place; no graph changes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.errors import MergeError
 from gralora_fx.graph.shared_memory import is_writable, overlapping
-from gralora_fx.graph.sites import LinearSite, calls_at, computed_sites, other_readers
+from gralora_fx.graph.sites import LinearSite, computed_sites, other_readers
 from gralora_fx.methods.fold import fold
 from gralora_fx.methods.method import Update
-from gralora_fx.passes.overlay import replace_parameters
 from gralora_fx.sources.lazy_tensors import lazy_parameter, raw_values_of
 
 
@@ -40,7 +39,7 @@ def folded_weights(
         work: Sites and their updates.
         spare: Buffers to reuse, by site path.
         safe: Whether to check that every weight is finite.
-        untie: Whether to fold tied weights too, whose layers then read a weight of their own (see `untie_weights`).
+        untie: Whether to fold tied weights too, whose layers then read a weight of their own (see `UntieWeights`).
 
     Raises:
         MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
@@ -144,26 +143,6 @@ def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         for (parameter, _), values in zip(updates, before, strict=True):
             parameter.data = values
         raise
-
-
-def set_weights(
-    graph_module: fx.GraphModule, sites: Sequence[LinearSite], weights: Mapping[str, nn.Parameter]
-) -> tuple[str, ...]:
-    """Replace the weights that the calls of sites read, by site path; no node changes.
-
-    Returns:
-        The attribute paths of the weights in `graph_module`.
-    """
-    by_name = {node.name: node for node in graph_module.graph.nodes}
-    parameters: dict[str, nn.Parameter] = {}
-    for site in sites:
-        if site.path not in weights:
-            continue
-        for name in site.calls:
-            for call in calls_at(by_name[name], site):
-                parameters[str(call.weight.target)] = weights[site.path]
-    replace_parameters(graph_module, parameters)
-    return tuple(parameters)
 
 
 def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:

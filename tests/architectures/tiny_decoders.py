@@ -8,7 +8,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks.tiny_configs import small_fields, tiny_model
+from tests.architectures.tiny_configs import small_fields, tiny_model
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 # what no rule on names tells: class, fields, and why

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from benchmarks.tiny_configs import small_fields, tiny_model
-from benchmarks.tiny_decoders import own_fields
+from tests.architectures.tiny_configs import small_fields, tiny_model
+from tests.architectures.tiny_decoders import own_fields
 
 _FEATURES = "feature-extraction"
 # task: transformers' mapping, from the type of a model to its class

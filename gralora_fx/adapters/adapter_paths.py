@@ -7,9 +7,8 @@ import keyword
 from torch import nn
 
 from gralora_fx.errors import ConfigError, RewriteError
+from gralora_fx.graph.overlay import ROOT
 from gralora_fx.methods import AdapterMethod, AdapterTensors
-
-ROOT = "gralora"
 
 
 def check_adapter_name(name: object) -> None:

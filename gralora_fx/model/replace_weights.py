@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.passes.fold_weights import set_weights
-from gralora_fx.passes.untie_weights import untie_weights
+from gralora_fx.passes.set_weights import SetWeights
+from gralora_fx.passes.untie_weights import UntieWeights, is_separated, separated_path
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -27,15 +27,15 @@ def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) ->
     """
     if not weights:
         return traced
-    sites = [site for site in traced.sites if site.path in weights]
+    sites = tuple(site for site in traced.sites if site.path in weights)
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
-    separated = untie_weights(graph_module, sites)
-    set_weights(graph_module, sites, weights)
+    for graph_pass in (UntieWeights(sites), SetWeights(sites, weights)):
+        graph_pass(graph_module)
     parameters = dict(traced.tree.parameters)
     for site in sites:
         names = set(traced.tree.names_of(site.weight)) - set(site.tied_with)
-        if site.path in separated:
-            names = {separated[site.path]}
+        if is_separated(graph_module, site):
+            names = {separated_path(site)}
         parameters |= dict.fromkeys(names, weights[site.path])
     graph_module = fx.GraphModule(
         graph_module, graph_module.graph, "MergedGraph"
