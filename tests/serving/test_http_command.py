@@ -98,7 +98,7 @@ def test_openais_client(server: Server, exported: tuple[Path, dict[str | None, A
     with pytest.raises(openai.NotFoundError, match="no model 'other'"):
         client.completions.create(model="other", prompt="a")
     with pytest.raises(openai.BadRequestError, match="is not supported"):
-        client.completions.create(model="wide", prompt="a", logprobs=1)
+        client.completions.create(model="wide", prompt="a", suffix="b")
     with pytest.raises(openai.AuthenticationError, match="API key"):
         server.client("wrong").models.list()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,6 +166,33 @@ def test_bad_texts(service: Service, body: dict[str, Any], status: int) -> None:
     found = service[0].post("/classify", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert found.status_code == status
     assert found.json()["error"]["code"] == status
+
+
+def test_a_deadline_ends_a_request_and_leaves_its_mates(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, base, _ = service
+    batches = client.app.state.engine.encoder.batches  # type: ignore[attr-defined]
+    started, held, run = threading.Event(), threading.Event(), batches._run
+    runs: list[int] = []
+
+    def wait(payloads: Any) -> Any:
+        runs.append(len(payloads))
+        started.set()
+        assert held.wait(20)
+        return run(payloads)
+
+    monkeypatch.setattr(batches, "_run", wait)
+    body, late = {"inputs": [ids(1, 4)]}, {"X-Request-Timeout": "0.1"}
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(client.post, f"/v2/models/{base}/infer", json=body)
+        assert started.wait(20)
+        for path, given in ((f"/v2/models/{base}/infer", body), ("/classify", {"input": "ab"})):
+            found = client.post(path, json=given, headers=late)
+            assert (found.status_code, found.headers["x-should-retry"]) == (504, "false")
+            assert "was not answered within 0.1 s" in found.text
+        mate = pool.submit(client.post, f"/v2/models/{base}/infer", json=body)
+        held.set()
+        assert running.result().status_code == mate.result().status_code == 200
+    assert sum(runs) == 2  # those that were given up while they waited did not run
 
 
 def test_what_a_model_cannot_do_is_not_there(service: Service) -> None:
