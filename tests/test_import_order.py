@@ -51,6 +51,7 @@ ORDER = [
     "serving",
     "serving.scheduling",
     "serving.http",
+    "serving.scale",
     "demo",
     "cli",
 ]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gralora_fx.cli.options import utf8
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.timing import timed
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+if TYPE_CHECKING:
+    from gralora_fx.serving.http.settings import ServiceSettings
+
+_ENGINES = ("uvicorn", "ray")
+_EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve", "ray": "scale"}  # by their packages
+_REPLICAS = 2
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An export directory.", callback=utf8)]
 Adapters = Annotated[
@@ -41,6 +48,15 @@ ApiKey = Annotated[
         envvar="GRALORA_FX_API_KEY", help="Key that requests must give as Authorization: Bearer KEY.", callback=utf8
     ),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar=f"[{'|'.join(_ENGINES)}]", help="What runs the service: this process, or Ray Serve with replicas of it."
+    ),
+]
+Replicas = Annotated[
+    int | None, typer.Option(min=1, help=f"Of --engine ray, processes that have the model.  [default: {_REPLICAS}]")
+]
 
 
 def serve(
@@ -53,6 +69,8 @@ def serve(
     max_context: MaxContext = None,
     threads: Threads = None,
     api_key: ApiKey = None,
+    engine: Engine = "uvicorn",
+    replicas: Replicas = None,
 ) -> None:
     """Serve an export over HTTP: text by OpenAI's protocol, tensors by the Open Inference Protocol.
 
@@ -69,17 +87,43 @@ def serve(
         threads=threads,
         api_key=api_key,
     )
+    if engine not in _ENGINES:
+        raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
+    if engine == "ray":
+        _serve_replicas(settings, replicas or _REPLICAS, host, port)
+        return
+    if replicas is not None:
+        raise ConfigError("--replicas has no effect without --engine ray; give that too, or leave it out")
     with StageProgress():
-        with timed("import"):
-            try:
-                from gralora_fx.serving.http.app import create_app
-                from gralora_fx.serving.http.runner import run
-            except ModuleNotFoundError as error:
-                if error.name not in _PACKAGES:
-                    raise
-                raise ServingError(
-                    f"serve needs {error.name}, which is not installed; pip install 'gralora-fx[serve]'"
-                ) from error
+        with timed("import"), _named_packages():
+            from gralora_fx.serving.http.app import create_app
+            from gralora_fx.serving.http.runner import run
         with timed("open and warm up"):
             app = create_app(settings)
     run(app, host=host, port=port)
+
+
+def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: int) -> None:
+    with StageProgress():
+        with timed("import"), _named_packages():
+            from gralora_fx.serving.scale.ray_environment import prepare
+
+            prepare()
+            from gralora_fx.serving.scale.ray_service import check, run_replicas
+        with timed("open and warm up"):
+            names, at_a_time = check(settings)
+    run_replicas(settings, names, at_a_time, replicas=replicas, host=host, port=port)
+
+
+@contextmanager
+def _named_packages() -> Iterator[None]:
+    """Say which package is not installed, if it is one of an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        raise ServingError(
+            f"serve needs {error.name}, which is not installed; pip install 'gralora-fx[{extra}]'"
+        ) from error
