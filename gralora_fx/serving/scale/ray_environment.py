@@ -10,7 +10,7 @@ def prepare() -> None:
     """Set what Ray is to read; call this before it is imported.
 
     Its processes listen on every address of the machine, so whoever speaks to them has to know a token, which is drawn
-    anew. Nothing is reported to its makers.
+    anew. Nothing is reported to Ray's makers.
     """
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -19,7 +19,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 from starlette.types import Message
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, first_line
 from gralora_fx.runtime.cores import available_threads
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.engines import EncoderEngine, Names, TextEngine, open_engine
@@ -97,20 +97,23 @@ def run_replicas(
         SystemExit: The process was told to end.
     """
     port = _free_port(host, port)
-    settings = _with_threads(settings, replicas)
-    with tempfile.TemporaryDirectory(prefix="gralora-fx-metrics-") as metrics, _ray(settings, replicas):
+    settings = _settled(settings, replicas)
+    with tempfile.TemporaryDirectory(prefix="gralora-fx-metrics-") as metrics, _ray(settings, replicas) as logs:
         serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
         )
-        application = _application(settings, names, at_a_time, replicas, Path(metrics))
         try:
-            serve.run(application, name=APPLICATION, route_prefix="/")
-            threads = f"{settings.threads} thread{'s' if settings.threads != 1 else ''}"
+            try:
+                serve.run(_application(settings, names, at_a_time, replicas, Path(metrics)), name=APPLICATION)
+            except RuntimeError as error:
+                raise ServingError(
+                    f"the replicas do not start ({first_line(error)}); the logs in {logs} say why"
+                ) from error
+            each = f"{settings.threads} thread{'s' if settings.threads != 1 else ''} each"
             print(
-                f"{replicas} replicas with {threads} each are running on http://{host}:{port}; logs are in "
-                "/tmp/ray/session_latest/logs/serve",
+                f"{replicas} replicas with {each} are running on http://{host}:{port}; logs are in {logs}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -120,9 +123,10 @@ def run_replicas(
             serve.delete(APPLICATION)
 
 
-def _with_threads(settings: ServiceSettings, replicas: int) -> ServiceSettings:
-    threads = settings.threads or max(1, available_threads() // replicas)
+def _settled(settings: ServiceSettings, replicas: int) -> ServiceSettings:
+    """The settings with whole paths, and a share of the cores for each replica."""
     adapters = {name: path.absolute() for name, path in settings.adapters.items()}
+    threads = settings.threads or max(1, available_threads() // replicas)
     return replace(settings, directory=settings.directory.absolute(), adapters=adapters, threads=threads)
 
 
@@ -149,11 +153,15 @@ def _application(settings: ServiceSettings, names: Names, at_a_time: int, replic
 
 
 @contextmanager
-def _ray(settings: ServiceSettings, replicas: int) -> Iterator[None]:
-    """Ray on this machine alone, whose processes end with this one; signals that end it raise `SystemExit`."""
+def _ray(settings: ServiceSettings, replicas: int) -> Iterator[str]:
+    """Ray on this machine alone, whose processes end with the block; signals that end this one raise `SystemExit`.
+
+    Yields:
+        Where its logs are.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        ray.init(
+        context: Any = ray.init(
             address="local",
             num_cpus=max(available_threads(), replicas * (settings.threads or 1)),
             object_store_memory=_OBJECT_STORE,
@@ -164,7 +172,7 @@ def _ray(settings: ServiceSettings, replicas: int) -> Iterator[None]:
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)
-        yield
+        yield f"{context.address_info['session_dir']}/logs/serve"
     finally:
         ray.shutdown()
 
