@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gralora_fx.exporters.lora import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
+    from gralora_fx.exporters.triton import TritonReport, export_triton
     from gralora_fx.exporters.verify import verify_onnx
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "FoldReport",
     "LoraReport",
     "MergeReport",
+    "TritonReport",
     "VerifyReport",
     "export_adapter",
     "export_onnx",
+    "export_triton",
     "fold_onnx",
     "merge_checkpoint",
     "to_lora",
@@ -34,9 +37,11 @@ _HOMES = {
     "FoldReport": "folding.report",
     "LoraReport": "lora",
     "MergeReport": "checkpoint",
+    "TritonReport": "triton",
     "VerifyReport": "reports",
     "export_adapter": "adapter",
     "export_onnx": "onnx",
+    "export_triton": "triton",
     "fold_onnx": "fold",
     "merge_checkpoint": "checkpoint",
     "to_lora": "lora",

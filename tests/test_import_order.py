@@ -44,6 +44,7 @@ ORDER = [
     "exporters.folding",
     "exporters.artifact",
     "exporters.merged_files",
+    "exporters.triton_files",
     "exporters.verification",
     "exporters.flavours",
     "exporters.verify",
@@ -51,6 +52,7 @@ ORDER = [
     "serving",
     "serving.scheduling",
     "serving.http",
+    "serving.scale",
     "demo",
     "cli",
 ]

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from gralora_fx.cli import options as opt
-from gralora_fx.cli.serve import serve
+from gralora_fx.cli.serve import Directory, serve
 from gralora_fx.config.checks import check_integer
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
@@ -280,6 +280,33 @@ def merge(
 
 
 app.command()(serve)
+
+
+@app.command("export-triton")
+def export_triton(
+    directory: Directory,
+    output: opt.Repository,
+    name: opt.ModelName = None,
+    adapter: opt.AdapterFiles = None,
+    max_batch: opt.TritonBatch = 8,
+    threads: opt.TritonThreads = None,
+    overwrite: opt.ReplaceModel = False,
+) -> None:
+    """Write an export into a Triton model repository, for Triton's ONNX Runtime backend."""
+    with StageProgress():
+        with timed("import"):
+            from gralora_fx.exporters import export_triton as write
+            from gralora_fx.serving.http.settings import read_adapters
+        report = write(
+            directory,
+            output,
+            name=name,
+            adapters=read_adapters(adapter),
+            max_batch=max_batch,
+            threads=threads,
+            overwrite=overwrite,
+        )
+    print(report)
 
 
 @app.command()

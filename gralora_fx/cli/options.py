@@ -174,6 +174,27 @@ Rank = Annotated[
     int | None,
     typer.Option(help="Truncate every update to this rank by its singular values.  [default: the exact rank]"),
 ]
+# of export-triton
+Repository = Annotated[
+    Path, typer.Option("--output", help="The model repository, whose other models stay.", callback=utf8)
+]
+ModelName = Annotated[
+    str | None, typer.Option("--name", help="Name of the model.  [default: the export directory's]", callback=utf8)
+]
+AdapterFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=PATH",
+        help="An .onnx_adapter file beside those of a batched export; may be repeated.",
+        callback=utf8,
+    ),
+]
+TritonBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Most rows that Triton runs together.")]
+TritonThreads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of an operator.  [default: ONNX Runtime's choice]")
+]
+ReplaceModel = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model of the name.")]
 # of verify
 ExportedHead = Annotated[bool, typer.Option("--allow-random-head", help="For an export that was made with it.")]
 Level = Annotated[

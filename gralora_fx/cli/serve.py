@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gralora_fx.cli.options import utf8
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.timing import timed
 
-_PACKAGES = ("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client")
+if TYPE_CHECKING:
+    from gralora_fx.serving.http.settings import ServiceSettings
+
+_ENGINES = ("uvicorn", "ray")
+_EXTRAS = {  # by the packages
+    **dict.fromkeys(("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client"), "serve"),
+    "ray": "scale",
+}
+_REPLICAS, _CONNECTIONS, _READ_TIMEOUT = 2, 512, 30.0
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An export directory.", callback=utf8)]
 Adapters = Annotated[
@@ -54,15 +64,32 @@ Threads = Annotated[
 MaxBody = Annotated[
     int, typer.Option(min=1, metavar="BYTES", help="Most bytes of a request's body, also once it is decompressed.")
 ]
-MaxConnections = Annotated[int, typer.Option(min=1, help="Most connections that are served; on others it is 503.")]
+MaxConnections = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Most connections that are served; on others it is 503.  [default: {_CONNECTIONS}]"),
+]
 ReadTimeout = Annotated[
-    float, typer.Option(min=0.1, metavar="SECONDS", help="Time in which a request must arrive, its body too.")
+    float | None,
+    typer.Option(
+        min=0.1,
+        metavar="SECONDS",
+        help=f"Time in which a request must arrive, its body too.  [default: {_READ_TIMEOUT:g}]",
+    ),
 ]
 ApiKey = Annotated[
     str | None,
     typer.Option(
         envvar="GRALORA_FX_API_KEY", help="Key that requests must give as Authorization: Bearer KEY.", callback=utf8
     ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar=f"[{'|'.join(_ENGINES)}]", help="What runs the service: this process, or Ray Serve with replicas of it."
+    ),
+]
+Replicas = Annotated[
+    int | None, typer.Option(min=1, help=f"Of --engine ray, processes that have the model.  [default: {_REPLICAS}]")
 ]
 
 
@@ -80,8 +107,10 @@ def serve(
     threads: Threads = None,
     api_key: ApiKey = None,
     max_body: MaxBody = 16 * 2**20,
-    max_connections: MaxConnections = 512,
-    read_timeout: ReadTimeout = 30.0,
+    max_connections: MaxConnections = None,
+    read_timeout: ReadTimeout = None,
+    engine: Engine = "uvicorn",
+    replicas: Replicas = None,
 ) -> None:
     """Serve an export over HTTP: text by OpenAI's protocol, tensors by the Open Inference Protocol.
 
@@ -102,19 +131,62 @@ def serve(
         api_key=api_key,
         max_body=max_body,
     )
+    if engine not in _ENGINES:
+        raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
+    if engine == "ray":
+        _check_idle(
+            "has no effect with --engine ray, whose proxy takes the connections",
+            {"--max-connections": max_connections, "--read-timeout": read_timeout},
+        )
+        _check_idle(
+            "is not supported with --engine ray, whose replicas have the same adapters",
+            {"--adapter-root": adapter_root},
+        )
+        _serve_replicas(settings, replicas or _REPLICAS, host, port)
+        return
+    _check_idle("has no effect without --engine ray", {"--replicas": replicas})
     with StageProgress():
-        with timed("import"):
-            try:
-                from gralora_fx.serving.http.app import create_app
-                from gralora_fx.serving.http.connections import ConnectionLimits
-                from gralora_fx.serving.http.runner import bind, run
-            except ModuleNotFoundError as error:
-                if error.name not in _PACKAGES:
-                    raise
-                raise ServingError(
-                    f"serve needs {error.name}, which is not installed; pip install 'gralora-fx[serve]'"
-                ) from error
+        with timed("import"), _named_packages():
+            from gralora_fx.serving.http.app import create_app
+            from gralora_fx.serving.http.connections import ConnectionLimits
+            from gralora_fx.serving.http.runner import bind, run
         sockets = bind(host, port)
         with timed("open and warm up"):
             app = create_app(settings)
-    run(app, sockets, ConnectionLimits(max_connections, read_timeout))
+    run(app, sockets, ConnectionLimits(max_connections or _CONNECTIONS, read_timeout or _READ_TIMEOUT))
+
+
+def _check_idle(reason: str, options: Mapping[str, object]) -> None:
+    """Check that options are left out.
+
+    Raises:
+        ConfigError: One is given.
+    """
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"{given[0]} {reason}; leave it out")
+
+
+def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: int) -> None:
+    with StageProgress():
+        with timed("import"), _named_packages():
+            from gralora_fx.serving.scale.ray_environment import prepare
+
+            prepare()
+            from gralora_fx.serving.scale.ray_service import check, run_replicas
+        with timed("open and warm up"):
+            adapters, at_a_time = check(settings)
+    run_replicas(settings, adapters, at_a_time, replicas=replicas, host=host, port=port)
+
+
+@contextmanager
+def _named_packages() -> Iterator[None]:
+    """Say which package is not installed, if it is one of an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        raise ServingError(
+            f"serve needs {error.name}, which is not installed; pip install 'gralora-fx[{extra}]'"
+        ) from error

@@ -1,0 +1,249 @@
+"""`export_triton`: an export as a model of a Triton repository, for its ONNX Runtime backend."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from gralora_fx.errors import ExportError, listed, shown
+from gralora_fx.exporters.artifact.save import save_models
+from gralora_fx.exporters.artifact.staging import check_converted, require_space, staged
+from gralora_fx.exporters.onnx_passes.constant_adapters import ConstantAdapters
+from gralora_fx.exporters.triton_files.config import TritonConfig, tensors_of
+from gralora_fx.progress.timing import timed
+from gralora_fx.runtime.adapter_arrays import as_arrays
+from gralora_fx.runtime.adapter_file import read_tensors
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, BATCHED, AdapterInputs, is_adapter_tensor
+from gralora_fx.runtime.adapter_record import SUFFIX, check_name, read_record
+from gralora_fx.runtime.adapter_stack import AdapterStack
+from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.runtime.names import ADAPTERS, MODEL_NAME
+from gralora_fx.runtime.session import check_external_data, open_session
+
+_CONFIG, _VERSION, _LABELS, _IDS = "config.pbtxt", "1", "labels.txt", "adapters.json"
+_CLASSIFICATIONS = ("text-classification", "image-classification")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class TritonReport:
+    """The result of `export_triton`.
+
+    Attributes:
+        output_dir: The model's directory in the repository.
+        files: Its files with their sizes in bytes.
+        config: What its `config.pbtxt` says.
+        adapters: The id of each adapter that is part of the model, by name; 0 is the base.
+        notes: What Triton does not do with this model, a sentence each.
+    """
+
+    output_dir: Path
+    files: dict[str, int]
+    config: TritonConfig
+    adapters: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The files, what a request gives, and what Triton does not do."""
+        lines = [f"wrote {self.output_dir}"]
+        lines += [f"  {name:<40}{size:>16,} bytes" for name, size in self.files.items()]
+        given = [tensor.name for tensor in self.config.inputs if not is_adapter_tensor(tensor.name)]
+        more = len(self.config.inputs) - len(given)
+        lines.append(f"inputs: {listed(given)}" + (f", and {more} tensors of the adapter" if more else ""))
+        if ADAPTER_IDS in given:
+            ids = listed(["0 the base", *(f"{number} {name}" for name, number in self.adapters.items())])
+            lines.append(f"{ADAPTER_IDS}: {ids}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def export_triton(
+    onnx_dir: str | Path,
+    repository: str | Path,
+    *,
+    name: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    max_batch: int = 8,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> TritonReport:
+    """Write an export into a Triton model repository.
+
+    Triton batches a merged export, and a batched one, whose adapters become a part of the model, so that every row of a
+    batch chooses one by its id. Of an export that is swappable or takes adapters as inputs it runs each request alone,
+    since a request gives the tensors of its adapter.
+
+    Args:
+        onnx_dir: An export of `export_onnx` that needs no cache.
+        repository: The model repository, whose other models stay.
+        name: The model's name in it; None for that of the export's directory.
+        adapters: `.onnx_adapter` files by name, beside those of a batched export.
+        max_batch: The most rows that Triton runs together.
+        threads: Threads of an operator; None for ONNX Runtime's choice.
+        overwrite: Whether an earlier model of the name is replaced.
+
+    Returns:
+        What was written, and what Triton does not do.
+
+    Raises:
+        ExportError: There is no such export, it is of a model with a cache, an adapter does not fit, the name is not
+            one, or the output may not be written.
+    """
+    source = Path(onnx_dir)
+    manifest = _checked_manifest(source, adapters)
+    name = _checked_name(source.absolute().name if name is None else name)
+    for option, value in (("max_batch", max_batch), ("threads", threads)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ExportError(f"{option} must be a whole number of at least 1, but got {shown(value)}")
+    output = Path(repository) / name
+    check = functools.partial(check_converted, sources=[source], marker=_CONFIG, overwrite=overwrite)
+    check(output)
+    with timed("write"), staged(output, check) as stage:
+        folder = stage / _VERSION
+        folder.mkdir()
+        ids = _write_model(source, manifest, adapters or {}, folder, output)
+        config, notes = _config(folder, name, manifest, ids, max_batch, threads, _write_labels(source, manifest, stage))
+        (stage / _CONFIG).write_text(config.to_text(), encoding="utf-8")
+        if ids:
+            (stage / _IDS).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    files = {path.relative_to(output).as_posix(): path.stat().st_size for path in sorted(output.rglob("*.*"))}
+    return TritonReport(output, files, config, ids, tuple(notes))
+
+
+def _checked_manifest(source: Path, adapters: Mapping[str, str | Path] | None) -> Manifest:
+    manifest = read_manifest(source)
+    check_files(source, manifest, digests=False)
+    if (manifest.task or "").endswith("-with-past") or not (source / MODEL_NAME).is_file():
+        raise ExportError(
+            f"{source} was exported for {manifest.task}, and Triton's ONNX Runtime backend keeps no cache between "
+            "steps; serve it with gralora-fx serve, or export the model without a cache"
+        )
+    if adapters and manifest.adapters_mode != BATCHED:
+        raise ExportError(
+            f"{source} was exported with adapters={manifest.adapters_mode!r}, so adapters (--adapter) cannot become a "
+            "part of the model; export it with adapters='batched'"
+        )
+    return manifest
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ExportError(
+            f"{shown(name)} is not a name for a model (--name): take letters, digits, dots, dashes and underscores, at "
+            "most 128, beginning with a letter or a digit"
+        )
+    return name
+
+
+def _write_model(
+    source: Path, manifest: Manifest, adapters: Mapping[str, str | Path], folder: Path, output: Path
+) -> dict[str, int]:
+    """Write the model and its weights; the ids of the adapters that became a part of it."""
+    check_external_data(source / MODEL_NAME)
+    model = ir.load(source / MODEL_NAME)
+    if manifest.adapters_mode != BATCHED or manifest.adapter_inputs is None:
+        data = {Path(tensor.path) for tensor in _external(model)}
+        require_space(output, sum(path.stat().st_size for path in data))
+        for path in (source / MODEL_NAME, *sorted(data)):
+            shutil.copyfile(path, folder / path.name)
+        return {}
+    stack = AdapterStack(manifest.adapter_inputs, manifest.base_fingerprint)
+    for name, path in _files_of_adapters(source, adapters).items():
+        stack.add(name, _tensors(name, path, manifest.adapter_inputs, manifest.base_fingerprint))
+    current = stack.current()
+    ConstantAdapters(as_arrays(current.values))(model)
+    save_models({Path(MODEL_NAME).stem: model}, folder, output)
+    return dict(current.ids)
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+def _files_of_adapters(source: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
+    """The export's own adapters and those that are given, by name.
+
+    Raises:
+        ExportError: A name is given that the export has.
+    """
+    own = {path.name.removesuffix(SUFFIX): path for path in sorted((source / ADAPTERS).glob(f"*{SUFFIX}"))}
+    if twice := sorted(set(own) & set(given)):
+        raise ExportError(f"{source} has an adapter {twice[0]!r} of its own; give yours another name")
+    return {**own, **{name: Path(path) for name, path in given.items()}}
+
+
+def _tensors(name: str, path: Path, inputs: AdapterInputs, fingerprint: str | None) -> Mapping[str, Any]:
+    check_name(name)
+    if path.suffix != SUFFIX:
+        raise ExportError(f"{path} is not an {SUFFIX} file; gralora-fx export-adapter makes one of a PEFT adapter")
+    return read_tensors(path, read_record(path), inputs, fingerprint, ExportError)
+
+
+def _write_labels(source: Path, manifest: Manifest, stage: Path) -> dict[str, str]:
+    """Write the names of a classifier's classes, if the model's configuration has them; their file by the output."""
+    if manifest.task not in _CLASSIFICATIONS:
+        return {}
+    names = json.loads((source / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    if not names:
+        return {}
+    lines = [" ".join(str(names[key]).split()) for key in sorted(names, key=int)]
+    (stage / _LABELS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"logits": _LABELS}
+
+
+def _config(
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    ids: dict[str, int],
+    max_batch: int,
+    threads: int | None,
+    labels: Mapping[str, str],
+) -> tuple[TritonConfig, list[str]]:
+    """What Triton is told of a written model, and what it does not do with it."""
+    session = open_session(folder)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    optional = [value for value in session.get_overridable_initializers() if is_adapter_tensor(value.name)]
+    takes_adapters = bool(optional) or any(is_adapter_tensor(value.name) for value in inputs)
+    first = {(list(value.shape) or [None])[0] for value in (*inputs, *outputs)}
+    batched = not takes_adapters and len(first) == 1 and isinstance(next(iter(first)), str)
+    parameters = {} if threads is None else {"intra_op_thread_count": str(threads)}
+    if ids:
+        parameters["adapters"] = json.dumps(ids)
+    config = TritonConfig(
+        name,
+        max_batch if batched else 0,
+        (*tensors_of(inputs, batched=batched), *tensors_of(optional, batched=batched, optional=True)),
+        tensors_of(outputs, batched=batched, label_files=labels),
+        parameters,
+    )
+    return config, [*_notes(manifest, takes_adapters=takes_adapters, batched=batched)]
+
+
+def _notes(manifest: Manifest, *, takes_adapters: bool, batched: bool) -> Iterator[str]:
+    yield "a request gives every input as tensors: Triton has no tokenizer, and fills in no default"
+    if batched:
+        yield "requests run together only if their shapes are equal; pad them to the same length"
+    elif takes_adapters:
+        yield (
+            "no requests run together, and each gives its adapter's tensors, since the backend has no inputs that the "
+            "rows of a batch share; export with adapters='batched' for that"
+        )
+    else:
+        yield "no requests run together, since not every input and output has a batch of any size as its first axis"
+    if manifest.adapters_mode == BATCHED:
+        yield "an adapter is added by writing the model again; an id that is not one fails all that runs with it"
+    if manifest.requires:
+        needed = listed(f"{package} {version}" for package, version in manifest.requires.items())
+        yield f"Triton's own ONNX Runtime must be as new as the export needs: {needed}"

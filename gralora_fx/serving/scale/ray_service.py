@@ -1,0 +1,200 @@
+"""The service under Ray Serve, which routes, queues, restarts and drains."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+from starlette.types import Message
+
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.runtime.cores import available_threads
+from gralora_fx.serving.http.app import create_app
+from gralora_fx.serving.http.engines import EncoderEngine, open_engine
+from gralora_fx.serving.http.metrics import Metrics
+from gralora_fx.serving.http.settings import ServiceSettings
+from gralora_fx.serving.scale.asgi_request import AsgiRequest, answer
+from gralora_fx.serving.scale.frontend import APPLICATION, MODEL, Frontend
+
+_FRONTEND = "gralora-fx"
+_OBJECT_STORE = 128 * 2**20  # bytes; requests and answers of some size pass through it
+_DRAIN = 60.0  # seconds that answers have to end in, when the service is told to
+_CONNECTIONS = 4096  # requests that the frontend holds; those that wait for a replica are bounded by max_queue
+
+
+class ModelReplica:
+    """A process with the model and all of its adapters, which answers requests by the app of `create_app`."""
+
+    async def __init__(self, settings: ServiceSettings) -> None:  # type: ignore[misc]  # Ray awaits it
+        """Open the model; Ray hands over requests once it is warm."""
+        self._app = create_app(settings)
+        self._lifespan = AsyncExitStack()
+        await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
+
+    @serve.multiplexed(max_num_models_per_replica=-1)  # type: ignore[untyped-decorator]
+    async def adapter(self, name: str) -> str:
+        """Tell Ray that this replica has run an adapter, so that it prefers the replica for that one."""
+        return name
+
+    async def answer(self, request: AsgiRequest) -> AsyncIterator[Message]:
+        """The messages that answer a request."""
+        if name := serve.get_multiplexed_model_id():
+            await self.adapter(name)
+        async for message in answer(self._app, request):
+            yield message
+
+    async def __del__(self) -> None:
+        """End, after the requests that are here."""
+        await self._lifespan.aclose()
+
+
+def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
+    """Open what will be served, once, so that an error is the one line that it is without Ray.
+
+    Args:
+        settings: What to serve.
+
+    Returns:
+        The adapters that requests may name, and how many requests a replica takes at a time: as many as fill its batch,
+        and for an encoder, whose batches are short, the next one too. Others wait for whichever replica is free first.
+
+    Raises:
+        ServingError: The export or an adapter cannot be opened.
+    """
+    engine = open_engine(settings, Metrics())
+    return engine.names.adapters, (2 if isinstance(engine, EncoderEngine) else 1) * settings.rows
+
+
+def run_replicas(
+    settings: ServiceSettings, adapters: tuple[str, ...], at_a_time: int, *, replicas: int, host: str, port: int
+) -> NoReturn:
+    """Serve until the process is told to end; no more requests are taken then, and those that run are answered.
+
+    Args:
+        settings: What to serve; without `threads`, the cores are divided among the replicas.
+        adapters: The adapters that requests may name.
+        at_a_time: How many requests a replica takes at a time.
+        replicas: How many processes have the model.
+        host: The address to listen on.
+        port: The port; 0 for a free one.
+
+    Raises:
+        ServingError: Ray cannot listen there, or a replica does not start.
+        SystemExit: The process was told to end.
+    """
+    port = _free_port(host, port)
+    settings = _settled(settings, replicas)
+    with tempfile.TemporaryDirectory(prefix="gralora-fx-metrics-") as metrics, _ray(settings, replicas) as logs:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=host, port=port),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        )
+        model, frontend = _deployments(settings, replicas, at_a_time, Path(metrics))
+        try:
+            try:
+                handle = serve.run(model.bind(settings), name=APPLICATION, route_prefix=None)
+                serve.run(frontend.bind(handle, settings, adapters, Path(metrics)), name=_FRONTEND)
+            except RuntimeError as error:
+                raise ServingError(
+                    f"the replicas do not start ({first_line(error)}); the logs in {logs} say why"
+                ) from error
+            each = f"{settings.threads} thread{'s' if settings.threads != 1 else ''} each"
+            print(
+                f"{replicas} replicas with {each} are running on http://{host}:{port}; logs are in {logs}",
+                file=sys.stderr,
+                flush=True,
+            )
+            while True:
+                signal.pause()
+        finally:
+            for name in (_FRONTEND, APPLICATION):  # in this order: what waits in the frontend is still answered
+                serve.delete(name)
+
+
+def _settled(settings: ServiceSettings, replicas: int) -> ServiceSettings:
+    """The settings with whole paths, and a share of the cores for each replica."""
+    adapters = {name: path.absolute() for name, path in settings.adapters.items()}
+    threads = settings.threads or max(1, available_threads() // replicas)
+    return replace(settings, directory=settings.directory.absolute(), adapters=adapters, threads=threads)
+
+
+def _deployments(
+    settings: ServiceSettings, replicas: int, at_a_time: int, metrics: Path
+) -> tuple[serve.Deployment, serve.Deployment]:
+    """The model and the frontend, as Ray runs them."""
+    environment = {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}}
+    model = serve.deployment(
+        name=MODEL,
+        num_replicas=replicas,
+        max_ongoing_requests=at_a_time,
+        max_queued_requests=settings.max_queue,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=_DRAIN,
+        ray_actor_options={"num_cpus": settings.threads, "runtime_env": environment},
+    )(ModelReplica)
+    frontend = serve.deployment(
+        name="frontend",
+        max_ongoing_requests=_CONNECTIONS,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=_DRAIN,
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+    )(serve.ingress()(Frontend))
+    return model, frontend
+
+
+@contextmanager
+def _ray(settings: ServiceSettings, replicas: int) -> Iterator[str]:
+    """Ray on this machine alone, whose processes end with the block; signals that end this one raise `SystemExit`.
+
+    Yields:
+        Where its logs are.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        context: Any = ray.init(
+            address="local",
+            num_cpus=max(available_threads(), replicas * (settings.threads or 1)),
+            object_store_memory=_OBJECT_STORE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
+        yield f"{context.address_info['session_dir']}/logs/serve"
+    finally:
+        ray.shutdown()
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        ServingError: Something listens there, or the address is not one of this machine.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as server:
+            return int(server.getsockname()[1])
+    except OSError as error:
+        raise ServingError(
+            f"cannot listen on {host}:{port} ({error.strerror}); give another --port or --host"
+        ) from error
