@@ -29,6 +29,7 @@ from gralora_fx.serving.scale.asgi_request import AsgiRequest, answer
 from gralora_fx.serving.scale.frontend import APPLICATION, MODEL, Frontend
 from gralora_fx.serving.scheduling.sequential import SequentialScheduler
 
+_FRONTEND = "gralora-fx"
 _OBJECT_STORE = 128 * 2**20  # bytes; requests and answers of some size pass through it
 _DRAIN = 60.0  # seconds that answers have to end in, when the service is told to
 _CONNECTIONS = 4096  # requests that the frontend holds; those that wait for a replica are bounded by max_queue
@@ -104,9 +105,11 @@ def run_replicas(
             http_options=HTTPOptions(host=host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
         )
+        model, frontend = _deployments(settings, replicas, at_a_time, Path(metrics))
         try:
             try:
-                serve.run(_application(settings, names, at_a_time, replicas, Path(metrics)), name=APPLICATION)
+                handle = serve.run(model.bind(settings), name=APPLICATION, route_prefix=None)
+                serve.run(frontend.bind(handle, names, settings.api_key, Path(metrics)), name=_FRONTEND)
             except RuntimeError as error:
                 raise ServingError(
                     f"the replicas do not start ({first_line(error)}); the logs in {logs} say why"
@@ -120,7 +123,8 @@ def run_replicas(
             while True:
                 signal.pause()
         finally:
-            serve.delete(APPLICATION)
+            for name in (_FRONTEND, APPLICATION):  # in this order: what waits in the frontend is still answered
+                serve.delete(name)
 
 
 def _settled(settings: ServiceSettings, replicas: int) -> ServiceSettings:
@@ -130,8 +134,10 @@ def _settled(settings: ServiceSettings, replicas: int) -> ServiceSettings:
     return replace(settings, directory=settings.directory.absolute(), adapters=adapters, threads=threads)
 
 
-def _application(settings: ServiceSettings, names: Names, at_a_time: int, replicas: int, metrics: Path) -> Any:
-    """What Ray runs."""
+def _deployments(
+    settings: ServiceSettings, replicas: int, at_a_time: int, metrics: Path
+) -> tuple[serve.Deployment, serve.Deployment]:
+    """The model and the frontend, as Ray runs them."""
     environment = {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}}
     model = serve.deployment(
         name=MODEL,
@@ -149,7 +155,7 @@ def _application(settings: ServiceSettings, names: Names, at_a_time: int, replic
         graceful_shutdown_timeout_s=_DRAIN,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
     )(serve.ingress()(Frontend))
-    return frontend.bind(model.bind(settings), names, settings.api_key, metrics)
+    return model, frontend
 
 
 @contextmanager
