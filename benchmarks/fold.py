@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import smollm2
-from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from benchmarks.harness import Case, Claim, Report, Table, measure, progress, remove
 from benchmarks.streaming import peak_memory
 from gralora_fx.exporters import fold_onnx
 
@@ -56,8 +56,9 @@ def _compare_with_copy(report: Report, exported: Path, adapter: Path, iterations
         fold_onnx(exported, adapter, output)
 
     def clear(_: Any) -> None:
-        shutil.rmtree(output, ignore_errors=True)
-        copied.unlink(missing_ok=True)
+        for path in (output, copied):
+            if path.exists():
+                remove(path)
 
     cases = [
         Case(FOLD, lambda _: fold(), lambda: clear(None), clear),

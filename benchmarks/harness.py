@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 State = TypeVar("State")
 console = Console(width=None if Console().is_terminal else 140)
 
+_SETTLING = 4.0  # seconds
 _PACKAGES = ("gralora-fx", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-ep-openvino", "numpy")
 
 
@@ -128,6 +130,19 @@ def measure(cases: Sequence[Case[Any]], *, iterations: int, warmup: int = 2) -> 
             if iteration >= 0:
                 seconds[case.name].append(elapsed)
     return Timings({name: tuple(times) for name, times in seconds.items()})
+
+
+def remove(path: Path) -> None:
+    """Remove a file or directory that a case has written, and wait until its memory has gone back.
+
+    A virtual machine gives freed pages back to its host after a second or two. A writer that comes sooner finds some
+    pages still there and some gone, and takes half the time or twice as much, whichever case it is.
+    """
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    time.sleep(_SETTLING)
 
 
 def peak_allocation(function: Callable[[], object]) -> int:

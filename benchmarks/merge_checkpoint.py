@@ -11,10 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from benchmarks.harness import Case, Claim, Report, Table, measure, progress, remove
 from benchmarks.streaming import GIB, LLAMA, peak_memory, write_adapter, write_model
 from gralora_fx.exporters import merge_checkpoint
 
@@ -33,7 +34,11 @@ def run() -> Report:
         write_adapter(root / "adapter", LLAMA)
         progress("merge-checkpoint, copying and merging")
         names = ("copy", "merge")
-        timings = measure([_copy(root), _merge(root)], iterations=_ITERATIONS, warmup=1)
+        cases = [
+            _writing("copy", lambda path: shutil.copytree(root / "base", path), root / "copy"),
+            _writing("merge", lambda path: merge_checkpoint(root / "base", root / "adapter", path), root / "merged"),
+        ]
+        timings = measure(cases, iterations=_ITERATIONS, warmup=1)
         progress("merge-checkpoint, memory")
         extra = _memory(root)
     title = f"{count / 1e9:.2f} B parameters, {count * 2 / GIB:.2f} GiB of bfloat16 files"
@@ -46,22 +51,14 @@ def run() -> Report:
     return report
 
 
-def _copy(root: Path) -> Case[Path]:
-    def remove(path: Path) -> Path:
-        shutil.rmtree(path)
-        return path
+def _writing(name: str, write: Callable[[Path], object], path: Path) -> Case[Path]:
+    """A case that writes a directory, which is removed after each run."""
 
-    return Case("copy", lambda path: shutil.copytree(root / "base", path), lambda: root / "copy", remove)
+    def removed(written: Path) -> Path:
+        remove(written)
+        return written
 
-
-def _merge(root: Path) -> Case[Path]:
-    def remove(path: Path) -> Path:
-        shutil.rmtree(path)
-        return path
-
-    return Case(
-        "merge", lambda path: merge_checkpoint(root / "base", root / "adapter", path), lambda: root / "merged", remove
-    )
+    return Case(name, write, lambda: path, removed)
 
 
 def _memory(root: Path) -> int:
