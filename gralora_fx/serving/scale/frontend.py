@@ -29,7 +29,7 @@ from gralora_fx.serving.http.middleware import ApiKeyMiddleware
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scale.asgi_request import read
 
-APPLICATION, MODEL = "gralora-fx-model", "model"
+APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray
 _logger = logging.getLogger(__name__)
 
 
