@@ -65,6 +65,7 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
     async def live() -> dict[str, Any]:
         return {"live": True}
 
+    @app.get("/health")
     @app.get("/v2/health/ready")
     async def ready() -> JSONResponse:
         status = await run_in_threadpool(serve.status)
