@@ -202,7 +202,7 @@ def test_a_part_of_a_message_that_is_not_text_is_named(batched: TestClient) -> N
 
 def test_paths_and_methods_that_are_not_there(batched: TestClient) -> None:
     error = batched.get("/other").json()["error"]
-    assert (error["code"], error["message"][:26]) == (404, "there is no '/other' here; ")
+    assert (error["code"], error["message"].split(";")[0]) == (404, "there is no '/other' here")
     assert batched.get("/health").json() == {"ready": True}
     assert batched.get("/v1/completions").json()["error"]["code"] == 405
     assert batched.post("/v1/embeddings", json={}).status_code == 404  # of a decoder
