@@ -36,6 +36,8 @@ from gralora_fx.sources.safetensors_layout import (
     read_tensor,
 )
 
+_ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
+
 # modules whose weights PEFT saves whole where they are targeted, or where the vocabulary was resized
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 
@@ -211,8 +213,8 @@ def _copies(
         elif inner == "base_layer" and layer in layers:
             is_trained = last == "bias" and (config.bias == "all" or config.trains_adapted_biases)
             (copies if is_trained else repeats)[f"{layer}.{last}"] = extent
-        elif inner == "original_module":
-            repeats[f"{layer}.{last}"] = extent
+        elif _ORIGINAL in name:  # of a saved module itself, or of a layer within it
+            repeats[name.replace(_ORIGINAL, ".", 1)] = extent
         elif _is_saved(module, config) or (last == "bias" and config.bias == "all"):
             copies[SAVED_COPY.sub(".", name.replace(".modules_to_save.bias", ".bias"), count=1)] = extent
         elif last == "weight" and module.rpartition(".")[2] in _EMBEDDINGS:
