@@ -103,13 +103,24 @@ def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None
     """
     if data is None:
         return
-    missing = {site.path for site in data.inputs.sites}.difference(*found)
-    if missing:
-        raise ExportError(
-            f"no adapter can be data at {listed(sorted(missing))}: their weights are computed in the graph, or used "
-            "within a branch or a loop, or the bias is not one of a linear layer or a layer normalization; leave these "
-            "layers out of target_modules and their biases untrained, or export with adapters='merged'"
+    known = frozenset().union(*found)
+    missing = [site for site in data.inputs.sites if site.path not in known]
+    layers, biases = (
+        listed(sorted(site.path for site in missing if (site.form == BIAS) == alone)) for alone in (False, True)
+    )
+    reasons = []
+    if layers:
+        reasons.append(
+            f"no adapter can be data at {layers}: their weights are computed in the graph, or used within a branch or "
+            "a loop; leave these layers out of target_modules and modules_to_save"
         )
+    if biases:
+        reasons.append(
+            f"no trained bias can be data at {biases}: not a linear layer or a layer normalization outside of "
+            "branches and loops; leave it untrained (bias='none', or the adapted layers' alone)"
+        )
+    if reasons:
+        raise ExportError(f"{'; '.join(reasons)}; or export with adapters='merged'")
 
 
 def _trained(model: GraloraModel) -> set[str]:

@@ -597,9 +597,12 @@ def test_adapters_are_added_to_an_export_and_verified(decoder: Path, swappable: 
         (("--adapter", "{base}", "--onnx", "{onnx}", "--name", "x"), "no adapter_config.json in"),
         (
             ("--adapter", "{other}", "--onnx", "{onnx}", "--name", "x"),
-            "it has no layer model.layers.0.self_attn.v_proj",
+            "model.layers.1.self_attn.v_proj; give one of this base, or export a model that has an adapter there too",
         ),
-        (("--adapter", "{k4}", "--onnx", "{onnx}", "--name", "x"), "or convert it with to_lora"),
+        (
+            ("--adapter", "{k4}", "--onnx", "{onnx}", "--name", "x"),
+            "; give one of gralora_k=2, or convert it with to_lora",
+        ),
         (("--adapter", "{saves}", "--onnx", "{onnx}", "--name", "x"), "(modules_to_save or bias)"),
         (("--adapter", "{lora}", "--onnx", "{merged}", "--name", "x"), "takes no adapters: it was exported with adapt"),
     ],

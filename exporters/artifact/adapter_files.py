@@ -77,7 +77,9 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
     """
     sites = {site.path: site for site in inputs.sites}
     paths = list(dict.fromkeys([*changes.updates, *changes.biases]))
-    problems = [f"it has no layer {path}" for path in paths if path not in sites and path not in inputs.uncalled]
+    missing = [path for path in paths if path not in sites and path not in inputs.uncalled]
+    problems = [f"the export takes no adapter at {path}" for path in missing]
+    remedies = {"give one of this base, or export a model that has an adapter there too"} if missing else set()
     tensors: dict[str, NDArray[Any]] = {}
     for path in paths:
         if path not in sites:
@@ -86,16 +88,22 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
             arrays = _at_site(sites[path], changes, inputs)
         except ValueError as error:
             problems.append(str(error))
+            if isinstance(error, _OtherBlocksError):
+                remedies.add(f"give one of gralora_k={inputs.k}, or convert it with to_lora, which gives plain LoRA")
             continue
         if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values()):
             problems.append(f"at {path} the adapter has values that are not finite in {inputs.dtype}")
         tensors |= arrays
     if problems:
         raise ExportError(
-            f"adapter {name!r} does not fit the export: {listed(problems)}; give one of this base and gralora_k, "
-            "or convert it with to_lora, which gives plain LoRA"
+            f"adapter {name!r} does not fit the export: {listed(problems)}; "
+            f"{'; '.join(sorted(remedies)) or 'give one of this base'}"
         )
     return tensors
+
+
+class _OtherBlocksError(ValueError):
+    """An adapter has blocks of another `gralora_k`, but fits as plain LoRA."""
 
 
 def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
@@ -118,7 +126,7 @@ def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict
         try:
             values = as_data(update, site.blocks(inputs.k))
         except ValueError as error:
-            raise ValueError(f"at {site.path} the adapter has {error}") from error
+            raise _OtherBlocksError(f"at {site.path} the adapter has {error}") from error
         arrays |= dict(zip(arrays, (value.numpy(force=True) for value in values), strict=False))
     if site.path in changes.biases:
         if not site.has_bias:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gralora_fx.errors import CheckpointError, MergeError
+from gralora_fx.errors import CheckpointError, MergeError, TraceError
 from gralora_fx.exporters.folding.products import ProductWeight
 from gralora_fx.exporters.folding.stored import dtype_of, read_rows, rows_and_columns
 from gralora_fx.sources.hub import resolve_directory
@@ -65,12 +66,32 @@ class BaseWeights:
         )
 
     def _key(self, name: str, outputs: int) -> str | None:
-        if name in self._stored:
-            return name
-        ends = [key for key in self._stored if key.endswith(f".{name}") or name.endswith(f".{key}")]
+        return self._key_among({key: key for key in self._stored}, name, outputs) or self._key_among(
+            self._renamed, name, outputs
+        )
+
+    @cached_property
+    def _renamed(self) -> Mapping[str, str]:
+        """The keys by the names that transformers gives the tensors when it loads the model; parts are left out."""
+        from gralora_fx.loading.empty_models import make_empty  # it imports transformers
+        from gralora_fx.sources.safetensors_files import parameter_names
+
+        try:
+            model = make_empty(self.directory, None)
+        except TraceError:
+            return {}
+        names, parts = parameter_names(model, self._stored)
+        return {name: key for key, name in names.items() if key not in parts}
+
+    def _key_among(self, keys: Mapping[str, str], name: str, outputs: int) -> str | None:
+        """The key of a weight among keys by their names."""
+        if name in keys:
+            return keys[name]
+        ends = [key for other, key in keys.items() if other.endswith(f".{name}") or name.endswith(f".{other}")]
         if not ends and self._is_tied and name.count(".") == 1:  # a head: its weight is that of the embedding
             names = tuple(f"{table}.weight" for table in _TABLES)
-            ends = [key for key in self._stored if key.endswith(names) and self._stored[key].facts()[0][0] == outputs]
+            tables = [key for other, key in keys.items() if other.endswith(names)]
+            ends = [key for key in tables if self._stored[key].facts()[0][0] == outputs]
         return ends[0] if len(ends) == 1 else None
 
 

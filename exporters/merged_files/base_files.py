@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gralora_fx.errors import CheckpointError, GraloraError, TraceError, bulleted, first_line
-from gralora_fx.loading.model_classes import class_for
-from gralora_fx.progress.silence import quiet
-from gralora_fx.sources.safetensors_files import INDEX_NAME, SINGLE_NAME, empty_model, parameter_names, stored_tensors
+from gralora_fx.errors import CheckpointError, TraceError, bulleted, first_line
+from gralora_fx.loading.empty_models import make_empty
+from gralora_fx.sources.safetensors_files import INDEX_NAME, SINGLE_NAME, parameter_names, stored_tensors
 from gralora_fx.sources.safetensors_layout import Extent, Layout, opened_for_reading, read_layout
 
 FILES = (
@@ -162,28 +161,3 @@ def names_of(base: BaseFiles, needed: Iterable[str], task: str | None, num_label
         f"{base.directory} ({type(model).__name__}) lacks what the adapter changes; give the base that it was made "
         f"for:\n{missing}"
     )
-
-
-def make_empty(directory: Path, task: str | None, *, num_labels: int | None = None) -> PreTrainedModel:
-    """A model of a directory's configuration, with parameters on the meta device.
-
-    Args:
-        directory: The model's directory.
-        task: One of optimum's task names; None for the class that the configuration names.
-        num_labels: Number of classes of a head; None for the configuration's.
-
-    Raises:
-        TraceError: The configuration names no class that transformers has, or it cannot be made.
-    """
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(directory)
-            if num_labels is not None and num_labels != config.num_labels:
-                config.num_labels = num_labels
-            model_class = class_for(config, task)
-            make = model_class.from_config if hasattr(model_class, "from_config") else model_class
-            return empty_model(lambda: make(config))
-    except GraloraError:
-        raise
-    except Exception as error:  # transformers raises types of its own
-        raise TraceError(f"no model can be made of {directory} ({first_line(error)})") from error

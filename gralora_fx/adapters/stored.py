@@ -22,7 +22,7 @@ from gralora_fx.adapters.adapter_files import (
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.config.reading import read_fields
-from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.errors import CheckpointError, bulleted, listed
 from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update, config_from_fields, method_of
 from gralora_fx.sources.atomic_save import read_together
 from gralora_fx.sources.hub import resolve_directory
@@ -35,6 +35,8 @@ from gralora_fx.sources.safetensors_layout import (
     read_layout,
     read_tensor,
 )
+
+_ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
 
 # modules whose weights PEFT saves whole where they are targeted, or where the vocabulary was resized
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
@@ -121,6 +123,7 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
         if extent.dtype not in FLOATS
     ]
     _check(path, problems)
+    _check_kinds(path, layout.tensors)
     found, others = _by_site(layout.tensors, method)
     sites = {site: entry for site in sorted(found) if (entry := _site(site, found[site], config, method, problems))}
     copies, repeats = _copies(others, config, found, problems)
@@ -146,6 +149,21 @@ def _check(path: Path, problems: list[str]) -> None:
         raise CheckpointError(
             f"the tensors of {path} cannot be used with its {CONFIG_NAME}; copy or save the adapter again:\n"
             f"{bulleted(problems)}"
+        )
+
+
+def _check_kinds(path: Path, tensors: Mapping[str, Extent]) -> None:
+    """Check that no adapter is at an embedding or a convolution, of which PEFT's tensors have other names or shapes."""
+    kinds = {
+        key.removeprefix(KEY_PREFIX).partition(".lora_")[0]: "an embedding" if embedding else "a convolution"
+        for key, extent in tensors.items()
+        if (embedding := ".lora_embedding_" in key) or (".lora_A." in key and len(extent.shape) > 2)
+    }
+    if kinds:
+        raise CheckpointError(
+            f"{path} adapts {listed([f'{kind} ({layer})' for layer, kind in kinds.items()])}, and only linear layers "
+            "are supported; merge the adapter with PEFT (merge_and_unload) and use the merged model, or train without "
+            "these layers"
         )
 
 
@@ -211,8 +229,8 @@ def _copies(
         elif inner == "base_layer" and layer in layers:
             is_trained = last == "bias" and (config.bias == "all" or config.trains_adapted_biases)
             (copies if is_trained else repeats)[f"{layer}.{last}"] = extent
-        elif inner == "original_module":
-            repeats[f"{layer}.{last}"] = extent
+        elif _ORIGINAL in name:  # of a saved module itself, or of a layer within it
+            repeats[name.replace(_ORIGINAL, ".", 1)] = extent
         elif _is_saved(module, config) or (last == "bias" and config.bias == "all"):
             copies[SAVED_COPY.sub(".", name.replace(".modules_to_save.bias", ".bias"), count=1)] = extent
         elif last == "weight" and module.rpartition(".")[2] in _EMBEDDINGS:

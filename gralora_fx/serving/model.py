@@ -289,10 +289,10 @@ class OrtModel:
             ServingError: The export has no cache, onnxruntime-genai is not installed, a prompt is empty, too long or
                 holds ids out of range, or an option is unknown, invalid or without effect.
         """
+        self._check_generates()  # first: of an export that does not, no option is of use
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
-        self._check_generates()
         tokenizer = self._tokenizer_or_none
         stops = stop_strings(stop, tokenizer)
         parsed = given_prompts(prompts, input_ids, attention_mask, tokenizer)

@@ -247,9 +247,10 @@ def test_the_manifest_tells_the_two_graphs_apart(bart: Exported) -> None:
     assert len(manifest["sites"]) == len(bart.model.sites)
 
 
-def test_serving_says_what_generates(bart: Exported) -> None:
+@pytest.mark.parametrize("inputs", [{"prompts": [5, 6, 7]}, {"input_features": [[0.5]]}])
+def test_serving_says_what_generates(inputs: dict[str, Any], bart: Exported) -> None:
     with pytest.raises(ServingError, match=r"onnxruntime-genai does not run an encoder-decoder .*optimum's"):
-        load(bart.path).generate([5, 6, 7])
+        load(bart.path).generate(**inputs)
 
 
 def test_a_decoder_that_reads_the_encoders_layers_cannot_be_split(tmp_path: Path) -> None:
