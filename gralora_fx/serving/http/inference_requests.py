@@ -119,7 +119,7 @@ def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any],
 
 
 def _length(given: str, size: int) -> int:
-    if not (given.isascii() and given.isdecimal() and int(given[:20]) <= size):
+    if not (given.isascii() and given.isdecimal() and len(given) < 20 and int(given) <= size):
         raise ServingError(
             f"{HEADER_LENGTH} is {shown(given)}; it is the length of the JSON object, at most {size} here"
         )
