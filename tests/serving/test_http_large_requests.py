@@ -100,4 +100,4 @@ def test_options_name_few_tokens(text: TestClient) -> None:
 def test_a_great_many_wrong_fields_of_tensors_are_counted(classes: TestClient) -> None:
     fields = dict.fromkeys(map(str, range(MANY)), 0)
     message = refused(classes, "/v2/models/base/infer", {"inputs": [], **fields})
-    assert message == f"{MANY} fields of the request are wrong or not supported; leave them out or correct them"
+    assert message == f"{MANY} fields of the request are wrong or not supported; correct them, or leave them out"

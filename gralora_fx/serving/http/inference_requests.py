@@ -100,9 +100,9 @@ def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any],
     try:
         request = InferRequest.model_validate_json(memoryview(body)[:length].tobytes())
     except ValidationError as error:
-        if error.error_count() > _PROBLEMS:  # of millions, the descriptions would fill the memory
+        if (count := error.error_count()) > _PROBLEMS:  # of millions, the descriptions would fill the memory
             raise ServingError(
-                f"{error.error_count()} fields of the request are wrong or not supported; leave them out or correct them"
+                f"{count} fields of the request are wrong or not supported; correct them, or leave them out"
             ) from None
         raise RequestValidationError(error.errors(include_url=False, include_input=False)) from error
     binary = memoryview(body)[length:]
