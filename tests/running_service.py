@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import Request, urlopen
 
 import uvicorn
 
+from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.connections import ConnectionLimits, limited
 from gralora_fx.serving.http.runner import bind
+from gralora_fx.serving.http.settings import ServiceSettings
 
 
 @contextmanager
@@ -25,6 +29,7 @@ def serving(app: Any, limits: ConnectionLimits | None = None) -> Iterator[tuple[
     try:
         deadline = time.monotonic() + 20
         while not server.started:
+            assert thread.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         yield sockets[0].getsockname()
@@ -32,3 +37,18 @@ def serving(app: Any, limits: ConnectionLimits | None = None) -> Iterator[tuple[
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@contextmanager
+def running(settings: ServiceSettings) -> Iterator[tuple[str, Any]]:
+    """The URL of a service of an export, which ends in a slash, and its app."""
+    app = create_app(settings)
+    with serving(app) as (host, port):
+        yield f"http://{host}:{port}/", app
+
+
+def post(url: str, body: Any) -> Any:
+    """What a service answers, as JSON."""
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=30) as response:
+        return json.load(response)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if stops and tokenizer is None:
         raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
-    if wrong := next((string for string in stops if any("\ud800" <= letter <= "\udfff" for letter in string)), None):
+    if wrong := next(filter(_SURROGATE.search, stops), None):
         raise ServingError(f"the stop string {wrong!r:.80} has a lone surrogate, which no text has")
     if "" in stops:
         raise ServingError("a stop string is empty, and would end every answer at once; leave it out")

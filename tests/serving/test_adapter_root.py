@@ -101,10 +101,16 @@ def pipe(root: Path, outside: Path) -> None:
     os.mkfifo(root / "wide.onnx_adapter")
 
 
+def folder_for_file(root: Path, outside: Path) -> None:
+    (root / "peft" / "adapter_config.json").unlink()
+    (root / "peft" / "adapter_config.json").mkdir()
+
+
 FILES = ("wide.onnx_adapter", "wide.json", "peft/adapter_model.safetensors", "peft/adapter_config.json")
 CHANGES: list[Any] = [(linked(os.symlink, name), name, "link out of the adapter root") for name in FILES]
 CHANGES += [(linked(os.link, name), name, "is a hard link") for name in FILES]
 CHANGES += [(linked_folder, "peft/", "link out of the adapter root"), (pipe, FILES[0], "is not a regular file")]
+CHANGES += [(folder_for_file, "peft/", "is not a regular file")]
 
 
 @pytest.mark.parametrize(("change", "name", "message"), CHANGES)
@@ -114,8 +120,10 @@ def test_files_that_lead_out_are_refused(
     (tmp_path / "outside").mkdir()
     change(root, tmp_path / "outside")
     text = "peft" if name.startswith("peft/") else "wide.onnx_adapter"
+    opened = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ServingError, match=message):
         copied(root, text, made, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_what_is_no_adapter_is_named(root: Path, made: Path, tmp_path: Path) -> None:

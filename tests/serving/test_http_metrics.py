@@ -21,6 +21,7 @@ from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.batched_decoder import BatchedDecoder
 from gralora_fx.serving.http.app import create_app
+from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.rejections import REASONS
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel
@@ -179,3 +180,11 @@ def test_rows_of_an_encoder(tmp_path: Path, services: Any, monkeypatch: pytest.M
     assert rejections(samples) == {"queue_full": 1, "too_large": 2}
     assert value(samples, "gralora_fx_run_failures_total") == 1
     assert value(samples, "gralora_fx_queue_length") == 0
+
+
+def test_methods_that_http_has_not_are_one_label() -> None:
+    metrics = Metrics()
+    for index in range(5):
+        metrics.answered("other", f"METHOD{index}", 429)
+    labels = {"route": "other", "method": "other", "code": "429"}
+    assert metrics.registry.get_sample_value("gralora_fx_requests_total", labels) == 5

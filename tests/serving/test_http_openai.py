@@ -16,11 +16,11 @@ from typing import Any
 import llm_comply
 import openai
 import pytest
-from http_server import serving
 from llm_comply.config import ComplianceConfig
 from llm_comply.runner import TestRunner as ComplianceRunner
 from llm_comply.schema import SpecLoader
 from llm_comply.tests.openai_chat import OPENAI_CHAT_TESTS
+from running_service import serving
 from served_exports import ADAPTERS, CACHED, adapted, chat_tokenizer
 
 from gralora_fx.exporters import export_onnx
@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(request: pytest.FixtureRequest, exported: Path) -> Iterator[tuple[str, int, Any]]:
     """The base's name, the port and the app."""
     app = create_app(ServiceSettings(exported / request.param, max_batch=4, max_queue=4, api_key="secret"))
-    with serving(app) as port:
+    with serving(app) as (_, port):
         yield request.param, port, app
 
 

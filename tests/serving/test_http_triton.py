@@ -210,6 +210,11 @@ def test_binary_tensors_may_be_infinite_and_json_may_not(tmp_path: Path) -> None
         ({"parameters": {"binary_data_size": 12}}, bytes(12), "99999", "length of the JSON object"),
         ({"parameters": {"binary_data_size": 12}}, bytes(12), "-1", "length of the JSON object"),
         ({"parameters": {"binary_data_size": 12}}, bytes(12), "9" * 5000, "length of the JSON object"),
+        ({"parameters": {"binary_data_size": 12}}, bytes(12), "0" * 5000, "length of the JSON object"),
+        ({"data": [1], "shape": [2] * 3_000_000}, b"", None, "cannot have shape"),  # whose product takes minutes
+        ({"parameters": {"binary_data_size": 12}, "shape": [2] * 3_000_000}, bytes(12), None, "cannot have shape"),
+        # texts of this length at every place would be 60 GB
+        ({"data": [*range(1000), "a" * 15_000_000], "shape": [1001]}, b"", None, "is not of FP32"),
     ],
 )
 def test_bad_binary_tensors(

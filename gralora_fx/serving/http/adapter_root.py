@@ -145,10 +145,11 @@ class AdapterRoot:
             finally:
                 os.close(handle)
             handle = inner
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            os.close(handle)  # of a directory, fdopen would leave it open
+            raise ServingError(f"{shown(text)} is not a regular file")
         with os.fdopen(handle, "rb") as file:
-            facts = os.fstat(handle)
-            if not stat.S_ISREG(facts.st_mode):
-                raise ServingError(f"{shown(text)} is not a regular file")
             if facts.st_nlink > 1:
                 raise ServingError(
                     f"{shown(text)} is a hard link, which may lead out of the adapter root; copy the file"

@@ -10,29 +10,25 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.exceptions import HTTPException
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict
 
 from gralora_fx.errors import GraloraError, ServingError, shown
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import EncoderEngine, TextEngine
 from gralora_fx.serving.http.metrics import Metrics
+from gralora_fx.serving.http.strict_model import StrictModel
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(StrictModel):
     """A request to load an adapter."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str
     lora_path: str
     load_inplace: bool = False
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(StrictModel):
     """A request to unload an adapter."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str
 

@@ -151,10 +151,10 @@ class Encoder:
             ServingError: The model does not take them, or there is no room.
         """
         sizes = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
-        rows = max(sizes, default=0) or 1
+        rows = max(sizes, default=0) or 1  # one without rows is refused by the model, and counts while it waits
         shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
         key: Any = (shapes, None if self._rows_have_adapters else adapter)
-        if not self._is_batchable or len(sizes) != 1 or not all(map(_is_finite, arrays.values())):
+        if not self._is_batchable or sizes != {rows} or not all(map(_is_finite, arrays.values())):
             key = object()  # runs alone: where activations are quantized, a batch shares their scale
         (result,) = await self._wait([RowJob(key, rows, _Tensors(arrays, adapter, rows))])
         return dict(result)

@@ -4,42 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from gralora_fx.serving.http.strict_model import ListOf, StrictModel
 
 
-class _Request(BaseModel):
-    """A request whose fields are all known, and of their own types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class EmbeddingRequest(_Request):
+class EmbeddingRequest(StrictModel):
     """A request of `/v1/embeddings`."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     encoding_format: Literal["float", "base64"] | None = None
 
 
-class ClassifyRequest(_Request):
+class ClassifyRequest(StrictModel):
     """A request of `/classify`."""
 
     model: str | None = None
-    input: str | list[str]
+    input: str | ListOf[str]
 
 
-class Document(_Request):
+class Document(StrictModel):
     """A document of a request of `/v1/rerank`."""
 
     text: str
 
 
-class RerankRequest(_Request):
+class RerankRequest(StrictModel):
     """A request of `/v1/rerank`, in the form of Cohere's and Jina's services."""
 
     model: str | None = None
     query: str
-    documents: Annotated[list[str | Document], Field(min_length=1)]
+    documents: Annotated[list[str | Document], Field(min_length=1, fail_fast=True)]
     top_n: Annotated[int | None, Field(ge=1)] = None
     return_documents: bool = False
 

@@ -80,7 +80,7 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
     async def rerank(asked: RerankRequest, request: Request) -> Response:
         model = engine.names.base if asked.model is None else asked.model
         with engine.names.held(model) as adapter:
-            rows = await _reading(partial(encoder.reader.pairs, asked.query, asked.texts), asked.texts)
+            rows = await _reading(encoder, partial(encoder.reader.pairs, asked.query, asked.texts), asked.texts)
             return await unless_disconnected(request, _ranks(encoder, rows, adapter, model, asked, relevance))
 
     for path in ("/v1/rerank", "/rerank"):
@@ -97,11 +97,16 @@ async def _read(encoder: Encoder, given: str | Sequence[Any]) -> list[Tokens]:
     texts: Sequence[Any] = [given] if is_single else given
     if not texts:
         raise ServingError("input has no texts; give at least one")
-    return await _reading(partial(encoder.reader.texts, texts), texts)
+    return await _reading(encoder, partial(encoder.reader.texts, texts), texts)
 
 
-async def _reading(read: Callable[[], list[Tokens]], texts: Sequence[Any]) -> list[Tokens]:
-    """Read texts, in another thread where there is so much that other requests would wait for it."""
+async def _reading(encoder: Encoder, read: Callable[[], list[Tokens]], texts: Sequence[Any]) -> list[Tokens]:
+    """Read texts, in another thread where there is so much that other requests would wait for it.
+
+    Raises:
+        ServingError: They are more than there is ever room for, or the reader does not take one.
+    """
+    encoder.batches.check_count(len(texts))
     return read() if sum(map(len, texts)) <= _SHORT else await run_in_threadpool(read)
 
 

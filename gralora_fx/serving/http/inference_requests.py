@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.serving.http.strict_model import ListOf
 from gralora_fx.serving.http.tensors import Datatype, datatype_of, from_bytes, from_json
 
+_PROBLEMS = 1000  # that are described
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -32,7 +34,7 @@ class InputTensor(_Object):
     """An input: with `data`, or with its bytes behind the JSON object."""
 
     name: str
-    shape: list[int]
+    shape: ListOf[int]
     datatype: str
     parameters: InputParameters = InputParameters()
     data: list[Any] | None = None
@@ -62,8 +64,8 @@ class InferRequest(_Object):
 
     id: str | None = None
     parameters: InferParameters = InferParameters()
-    inputs: list[InputTensor]
-    outputs: list[RequestedOutput] | None = None
+    inputs: ListOf[InputTensor]
+    outputs: ListOf[RequestedOutput] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any],
     try:
         request = InferRequest.model_validate_json(memoryview(body)[:length].tobytes())
     except ValidationError as error:
+        if (count := error.error_count()) > _PROBLEMS:  # of millions, the descriptions would fill the memory
+            raise ServingError(
+                f"{count} fields of the request are wrong or not supported; correct them, or leave them out"
+            ) from None
         raise RequestValidationError(error.errors(include_url=False, include_input=False)) from error
     binary = memoryview(body)[length:]
     arrays: dict[str, NDArray[Any]] = {}
@@ -119,7 +125,7 @@ def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any],
 
 
 def _length(given: str, size: int) -> int:
-    if not (given.isascii() and given.isdecimal() and int(given[:20]) <= size):
+    if not (given.isascii() and given.isdecimal() and len(given) < 20 and int(given) <= size):
         raise ServingError(
             f"{HEADER_LENGTH} is {shown(given)}; it is the length of the JSON object, at most {size} here"
         )

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from gralora_fx.serving.http.rejections import REASONS
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -116,8 +117,8 @@ class Metrics:
             self._in_flight -= 1
 
     def answered(self, route: str, method: str, code: int) -> None:
-        """A request was answered."""
-        self._requests.labels(route, method, str(code)).inc()
+        """A request was answered; all methods that HTTP does not have count as one, so that labels are bounded."""
+        self._requests.labels(route, method if method in _METHODS else "other", str(code)).inc()
 
     def rejected(self, reason: str) -> None:
         """A request was rejected.

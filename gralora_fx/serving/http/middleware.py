@@ -16,7 +16,6 @@ from gralora_fx.serving.http.rejections import rejection
 # for probes, which have no key, and for the page, which asks for it
 _OPEN = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
 _METRICS = "/metrics"
-_METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 
 
 class ApiKeyMiddleware:
@@ -65,8 +64,7 @@ class CountingMiddleware:
 
         def count(code: int) -> None:
             route = getattr(scope.get("route"), "path", "other")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.answered(route, method, code)
+            self._metrics.answered(route, scope["method"], code)
             if (reason := rejection(scope, code)) is not None:
                 self._metrics.rejected(reason)
 

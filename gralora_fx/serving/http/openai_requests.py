@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.http.strict_model import ListOf, StrictModel
 from gralora_fx.serving.sampling import Sampling
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
+_TOKENS = 1024  # the most that an option names, since each is looked at in every step
+_Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]
 _Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
 _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class _Request(BaseModel):
+def _few(given: Any) -> Any:
+    if isinstance(given, (dict, list)) and len(given) > _TOKENS:
+        raise PydanticCustomError("too_long", f"there are {len(given)} tokens, more than {_TOKENS}; name fewer")
+    return given
+
+
+class _Request(StrictModel):
     """A request whose fields are all known, and of their own types; a field that is null is as if it were left out.
 
     Attributes:
         without_effect: Fields beside them that are accepted, since they change no answer; of some only these values.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-    without_effect: ClassVar[Mapping[str, tuple[Any, ...] | None]] = {}
+    without_effect: ClassVar[_Idle] = {}
 
-    @model_validator(mode="before")
     @classmethod
-    def _drop(cls, given: Any) -> Any:
-        """Leave out what is null or has no effect."""
-        if not isinstance(given, dict):
-            return given
+    def _effective(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The fields that are not null and have an effect."""
         return {name: value for name, value in given.items() if value is not None and not cls._is_idle(name, value)}
 
     @classmethod
@@ -45,7 +52,7 @@ class _Request(BaseModel):
 class StreamOptions(_Request):
     """What a stream holds beside text."""
 
-    without_effect = {"include_obfuscation": (False,)}
+    without_effect: ClassVar[_Idle] = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
 
@@ -53,7 +60,7 @@ class StreamOptions(_Request):
 class _TextFields(_Request):
     """What completions and chats share: OpenAI's fields, and beside them vLLM's."""
 
-    without_effect = {
+    without_effect: ClassVar[_Idle] = {
         "user": None,
         "metadata": None,
         "safety_identifier": None,
@@ -80,11 +87,11 @@ class _TextFields(_Request):
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = 1.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    logit_bias: Annotated[dict[str, _Bias] | None, BeforeValidator(_few)] = None
     min_tokens: _Count = 0
     ignore_eos: bool = False
-    stop_token_ids: list[_Count] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[_Count] | None, BeforeValidator(_few)] = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -145,7 +152,7 @@ class _TextFields(_Request):
 class CompletionRequest(_TextFields):
     """A request of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     max_tokens: _Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
@@ -187,10 +194,13 @@ class TextPart(_Request):
 class ChatMessage(_Request):
     """A message of a chat."""
 
-    without_effect = {"annotations": ([],), "tool_calls": ([],)}  # as answers hold them, which clients send back
+    without_effect: ClassVar[_Idle] = {
+        "annotations": ([],),
+        "tool_calls": ([],),
+    }  # as answers hold them, which clients send back
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | ListOf[TextPart]
     name: str | None = None
 
     @property
@@ -208,7 +218,7 @@ class ChatMessage(_Request):
 class ChatRequest(_TextFields):
     """A request of `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: _Whole | None = None

@@ -12,6 +12,8 @@ from numpy.typing import DTypeLike, NDArray
 from gralora_fx.errors import ServingError, first_line, shown
 
 _KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # kinds of numbers in JSON that a kind of tensor takes
+_TYPES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
+_AXES, _SIZE = 64, 2**48  # the most axes that numpy has, and more values than any body holds
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,17 @@ def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) 
     Raises:
         ServingError: The data is not of the type and shape, or is not finite.
     """
+    kind = datatype.dtype.kind
+    wrong = ServingError(f"the data of {name!r} is not of {datatype.name}; give numbers of that type alone")
+    if not _types_of(data) <= _TYPES[kind]:  # numpy would make room for the longest text at every place
+        raise wrong
     try:
         found = np.asarray(data)
     except (ValueError, OverflowError, RecursionError) as error:
         raise ServingError(f"the data of {name!r} is not a tensor ({first_line(error)})") from error
-    kinds = _KINDS[datatype.dtype.kind]
-    is_mixed = kinds != "b" and _has_flags(data)
-    if is_mixed or (found.dtype.kind not in kinds and found.size):
-        raise ServingError(f"the data of {name!r} is not of {datatype.name}; give numbers of that type alone")
-    if any(size < 0 for size in shape) or found.size != prod(shape):
+    if found.dtype.kind not in _KINDS[kind] and found.size:  # whole numbers that are too large
+        raise wrong
+    if found.size != _count(name, shape):
         raise ServingError(f"input {name!r} has {found.size} values, not those of shape {shown(shape)}")
     if found.ndim > 1 and list(found.shape) != shape:
         raise ServingError(f"the data of {name!r} has shape {list(found.shape)}, not {shown(shape)}")
@@ -113,8 +117,8 @@ def from_bytes(name: str, data: memoryview, shape: list[int], datatype: Datatype
     Raises:
         ServingError: They are not as many as the shape says, or a truth value is neither 0 nor 1.
     """
-    size = prod(shape) * datatype.dtype.itemsize
-    if any(size < 0 for size in shape) or len(data) != size:
+    size = _count(name, shape) * datatype.dtype.itemsize
+    if len(data) != size:
         raise ServingError(
             f"input {name!r} has {len(data)} bytes, not those of {datatype.name} in shape {shown(shape)}"
         )
@@ -147,6 +151,21 @@ def _shaped(name: str, array: NDArray[Any], shape: list[int]) -> NDArray[Any]:
         raise ServingError(f"input {name!r} cannot have shape {shown(shape)} ({first_line(error)})") from error
 
 
-def _has_flags(data: list[Any]) -> bool:
-    """Whether true or false is among some values, which numpy would count as 1 and 0."""
-    return any(_has_flags(value) if isinstance(value, list) else isinstance(value, bool) for value in data)
+def _count(name: str, shape: list[int]) -> int:
+    """How many values a shape has; -1 if a size is negative.
+
+    Raises:
+        ServingError: It has too many axes, or one of a size that none has; their product could take minutes.
+    """
+    if len(shape) > _AXES or any(size > _SIZE for size in shape):
+        raise ServingError(f"input {name!r} cannot have shape {shown(shape)}")
+    return -1 if any(size < 0 for size in shape) else prod(shape)
+
+
+def _types_of(data: list[Any]) -> set[type]:
+    """The types of the values in nested lists."""
+    found = set(map(type, data))
+    if list not in found:
+        return found
+    inner = (_types_of(value) for value in data if isinstance(value, list))
+    return found.difference((list,)).union(*inner)

@@ -119,6 +119,7 @@ async def read_request(engine: TextEngine, asked: CompletionRequest | ChatReques
     queue = engine.queue
     if asked.stream_options is not None and not asked.stream:
         raise ServingError("stream_options has no effect without stream; give stream too, or leave it out")
+    queue.check_count(len(asked.prompts) * asked.n)
     scores_prompt = asked.echo and asked.top_scores is not None
     if scores_prompt and not queue.scores_prompts:
         raise ServingError(

@@ -83,8 +83,7 @@ class RowBatches(Worker):
             ServingError: They have more rows than there is ever room for.
         """
         new = sum(job.rows for job in jobs)
-        if new > self.room:
-            raise TooLargeError(f"{new} rows are given, and there is room for {self.room}; give fewer at a time")
+        self.check_count(new)
         with self._condition:
             self._check_takes()
             if self._held() + new > self.room:
@@ -94,6 +93,15 @@ class RowBatches(Worker):
                 raise QueueFullError(f"{rows} rows run or wait, and there is room for {self.room}")
             self._waiting.extend(jobs)
             self._condition.notify_all()
+
+    def check_count(self, rows: int) -> None:
+        """Check that there is ever room for so many rows at a time; before they are read, which takes time.
+
+        Raises:
+            TooLargeError: There is not.
+        """
+        if rows > self.room:
+            raise TooLargeError(f"{rows} rows are given, and there is room for {self.room}; give fewer at a time")
 
     def _held(self) -> int:
         """How many rows run or wait, with those that were given up and not removed yet."""

@@ -66,10 +66,9 @@ class TextQueue(Worker):
             StoppedError: The queue is stopping.
             ServingError: One of them cannot be run, or they are more than there is ever room for.
         """
+        self.check_count(len(requests))
         for request, _ in requests:
             request.check(self.limits)
-        if len(requests) > self.room:
-            raise TooLargeError(f"{len(requests)} prompts are given, and there is room for {self.room}; give fewer")
         jobs = [self._job(request, sink) for request, sink in requests]
         with self._condition:
             self._check_takes()
@@ -80,6 +79,15 @@ class TextQueue(Worker):
             self._waiting.extend(jobs)
             self._condition.notify_all()
         return jobs
+
+    def check_count(self, count: int) -> None:
+        """Check that there is ever room for so many requests at a time; before they are read, which takes time.
+
+        Raises:
+            TooLargeError: There is not.
+        """
+        if count > self.room:
+            raise TooLargeError(f"{count} prompts are given, and there is room for {self.room}; give fewer")
 
     @property
     def waiting(self) -> int:
