@@ -125,5 +125,6 @@ def _add_results(report: Report, rates: dict[str, list[float]], loads: Sequence[
     report.claims = [
         Claim("service / loop, median of the rounds' ratios", ratio, at_least=LEAST),
         Claim("answers with another status than 200 and 429", float(wrong), at_most=0),
-        Claim("memory after the last round / after the first", memory[-1] / memory[0], at_most=MOST_GROWTH),
+        # in the first round ONNX Runtime's arena has not met the largest batches yet
+        Claim("memory after the last round / after the second", memory[-1] / memory[1], at_most=MOST_GROWTH),
     ]

@@ -58,7 +58,7 @@ def test_answers_are_as_described(service: tuple[Any, str]) -> None:
     cases = st.one_of(operation.as_strategy(generation_mode=mode) for operation in operations for mode in modes)
 
     @settings(
-        max_examples=100,
+        max_examples=60,
         derandomize=True,
         database=None,
         deadline=None,

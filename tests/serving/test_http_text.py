@@ -123,6 +123,7 @@ def test_seeds_repeat_draws(service: tuple[TestClient, str, dict[str | None, Any
         return str(client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"])
 
     assert draw(seed=1) == draw(seed=1)
+    assert draw(seed=-1) == draw(seed=-1)
     assert len({draw(seed=seed, top_p=0.9, temperature=1.5) for seed in range(4)}) > 1
     assert draw(top_k=1) == expected(oracles[None], "Hello", 12)
 
@@ -158,7 +159,9 @@ def test_models_are_listed(service: tuple[TestClient, str, dict[str | None, Any]
         ({"n": 0}, 400, "n: "),
         ({"n": 2, "best_of": 2}, 400, "best_of is not supported; leave it out"),
         ({"stop": ""}, 400, "a stop string is empty"),
-        ({"stop": [1]}, 400, "stop"),
+        ({"stop": [1]}, 400, "stop.0: Input should be a valid string"),
+        ({"prompt": 5}, 400, "prompt: Input should be"),
+        ({"function": 5}, 400, "function is not supported; leave it out"),
         ({"stream_options": {"include_usage": True}}, 400, "no effect without stream"),
         ({"logprobs": 6}, 400, "logprobs"),
         ({"logprobs": True}, 400, "logprobs"),
@@ -189,8 +192,18 @@ def test_bad_bodies(batched: TestClient, body: bytes) -> None:
         assert found.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_part_of_a_message_that_is_not_text_is_named(batched: TestClient) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    body = {"model": "small", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, image]}]}
+    error = batched.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["param"] == "messages.0.content.1.type"
+    assert "should be 'text'" in error["message"]
+
+
 def test_paths_and_methods_that_are_not_there(batched: TestClient) -> None:
-    assert batched.get("/other").json()["error"]["code"] == 404
+    error = batched.get("/other").json()["error"]
+    assert (error["code"], error["message"].split(";")[0]) == (404, "there is no '/other' here")
+    assert batched.get("/health").json() == {"ready": True}
     assert batched.get("/v1/completions").json()["error"]["code"] == 405
     assert batched.post("/v1/embeddings", json={}).status_code == 404  # of a decoder
 

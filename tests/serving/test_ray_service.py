@@ -64,7 +64,9 @@ class Replicated:
     def replicas(self) -> list[psutil.Process]:
         """Those with the model."""
         return [
-            process for process in self.processes() if "ServeReplica:gralora-fx:model" in "".join(_command(process))
+            process
+            for process in self.processes()
+            if "ServeReplica:gralora-fx-model:model" in "".join(_command(process))
         ]
 
     def tokens(self, replica: psutil.Process) -> float:

@@ -76,6 +76,7 @@ def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metri
     async def live() -> dict[str, Any]:
         return {"live": True}
 
+    @app.get("/health")
     @app.get("/v2/health/ready")
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": state["is_ready"]}, 200 if state["is_ready"] else 503)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long
 _HEADERS = {429: RETRY_AFTER, 503: RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
 _INFERENCE = "/v2"
+_UNREADABLE = "There was an error parsing the body"  # FastAPI's words
+# which of the kinds that a field may be a problem is of, as pydantic says it between the names of fields
+_KIND = re.compile(r"str|int|float|bool|(list|dict|tagged-union|constrained|function|literal|nullable)\b.*")
 _logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (UnknownModelError, 404),
@@ -82,7 +86,8 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(request.url.path, error.status_code, str(error.detail), headers=error.headers)
+        text = _described(request, error)
+        return error_response(request.url.path, error.status_code, text, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def _failed(request: Request, error: Exception) -> JSONResponse:
@@ -90,13 +95,28 @@ def add_handlers(app: FastAPI) -> None:
         return error_response(request.url.path, 500, "the request failed; the server's log says why")
 
 
+def _described(request: Request, error: HTTPException) -> str:
+    """What an error of the framework means: it has a few words for the status alone."""
+    path = shown(request.url.path)
+    if error.status_code == 404 and error.detail == "Not Found":
+        return f"there is no {path} here; /openapi.json lists the paths of this export"
+    if error.status_code == 405:
+        return f"{path} does not take {request.method}; /openapi.json lists what it takes"
+    if error.status_code == 400 and error.detail == _UNREADABLE:
+        return "the body cannot be read: it is not text in UTF-8, or JSON that is nested too deeply"
+    return str(error.detail)
+
+
 def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
-    """The field of the first problem and what is wrong with it."""
-    problem = error.errors()[0]
-    parts = [part for part in problem["loc"] if part != "body"]
+    """The field of a problem and what is wrong with it: by the kind that fits best, where a field may be several."""
+    problem = max(error.errors(), key=lambda found: len(found["loc"]))
+    is_field = problem["type"] == "extra_forbidden"
+    loc = [part for part in problem["loc"] if part != "body"]
+    kept = loc[-1:] if is_field else []
+    parts = [part for part in loc[: len(loc) - len(kept)] if not _KIND.fullmatch(str(part))] + kept
     if problem["type"] == "json_invalid":
         return None, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}"
     field = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in parts)
-    if problem["type"] == "extra_forbidden":
+    if is_field:
         return field, f"{field} is not supported; leave it out"
     return field or None, f"{field or 'the body'}: {problem['msg']}"

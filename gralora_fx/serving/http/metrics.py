@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
 
 from gralora_fx.serving.http.rejections import REASONS
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class _Now(Collector):
+    """What is measured when it is asked for: it is of this process alone, so several processes do not add it up.
+
+    Attributes:
+        model: Facts of the model that is served, by their names.
+    """
+
+    def __init__(self) -> None:
+        """Watch nothing."""
+        self.model: dict[str, str] = {}
+        self._watched: dict[str, tuple[str, Callable[[], int]]] = {}
+
+    def watch(self, name: str, text: str, count: Callable[[], int]) -> None:
+        """Measure one more thing."""
+        self._watched[f"gralora_fx_{name}"] = text, count
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as Prometheus' client asks for them."""
+        for name, (text, count) in self._watched.items():
+            yield GaugeMetricFamily(name, text, value=count())
+        if self.model:
+            yield InfoMetricFamily("gralora_fx_model", "The model that is served.", value=self.model)
 
 
 class Metrics:
@@ -32,13 +58,15 @@ class Metrics:
             ("route", "method", "code"),
             registry=registry,
         )
-        self._in_flight = Gauge("gralora_fx_requests_in_flight", "Requests that are being answered.", registry=registry)
+        self._now = _Now()
+        registry.register(self._now)
+        self._in_flight = 0
+        self._now.watch("requests_in_flight", "Requests that are being answered.", lambda: self._in_flight)
         self._rejections = Counter(
             "gralora_fx_rejections", "Requests that were rejected.", ("reason",), registry=registry
         )
         for reason in REASONS:
             self._rejections.labels(reason)
-        self._length = Gauge("gralora_fx_queue_length", "Requests, or rows of them, that wait.", registry=registry)
         self._queue = Histogram(
             "gralora_fx_queue_seconds", "From a request to its first run.", buckets=_SECONDS, registry=registry
         )
@@ -54,21 +82,16 @@ class Metrics:
         self._tokens = Counter("gralora_fx_tokens", "Tokens, by kind.", ("kind",), registry=registry)
         for kind in ("prompt", "generated"):
             self._tokens.labels(kind)
-        self._model = Info("gralora_fx_model", "The model that is served.", registry=registry)
         self._loads = Counter(
             "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
         )
         for outcome in ("ok", "refused"):
             self._loads.labels(outcome)
-        self._adapters = Gauge("gralora_fx_adapters_loaded", "Adapters that requests may name.", registry=registry)
-        self._versions = Gauge(
-            "gralora_fx_adapter_versions", "Versions of adapters in memory, replaced ones included.", registry=registry
-        )
 
     def watch_adapters(self, loaded: Callable[[], int], versions: Callable[[], int]) -> None:
         """Take what counts the adapters that are loaded, and their versions in memory."""
-        self._adapters.set_function(loaded)
-        self._versions.set_function(versions)
+        self._now.watch("adapters_loaded", "Adapters that requests may name.", loaded)
+        self._now.watch("adapter_versions", "Versions of adapters in memory, replaced ones included.", versions)
 
     def adapter_load(self, outcome: Literal["ok", "refused"]) -> None:
         """A load of an adapter ended."""
@@ -81,12 +104,17 @@ class Metrics:
             model: Facts of the model, by their names.
             queue_length: How many requests, or rows of them, wait now.
         """
-        self._model.info(dict(model))
-        self._length.set_function(queue_length)
+        self._now.model = dict(model)
+        self._now.watch("queue_length", "Requests, or rows of them, that wait.", queue_length)
 
-    def in_flight(self) -> AbstractContextManager[None]:
-        """Counts a request while it is being answered."""
-        return self._in_flight.track_inprogress()
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Counts a request while it is being answered; in the event loop's thread."""
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
 
     def answered(self, route: str, method: str, code: int) -> None:
         """A request was answered; all methods that HTTP does not have count as one, so that labels are bounded."""

@@ -14,7 +14,7 @@ from gralora_fx.serving.http.page_routes import PAGE_PATHS
 from gralora_fx.serving.http.rejections import rejection
 
 # for probes, which have no key, and for the page, which asks for it
-_OPEN = ("/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
+_OPEN = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
 _METRICS = "/metrics"
 
 

@@ -83,7 +83,7 @@ class _TextFields(_Request):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: _Count | None = None
     min_p: _Share | None = None
-    seed: _Count | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = 1.0
@@ -113,7 +113,12 @@ class _TextFields(_Request):
         temperature = 1.0 if self.temperature is None else self.temperature
         draws: dict[str, Any] = {}
         if temperature:
-            draws = {"do_sample": True, "temperature": temperature, "top_k": self.top_k or 0, "seed": self.seed}
+            draws = {
+                "do_sample": True,
+                "temperature": temperature,
+                "top_k": self.top_k or 0,
+                "seed": None if self.seed is None else self.seed % 2**31,
+            }
             draws |= {"top_p": 1.0 if self.top_p is None else self.top_p, "min_p": self.min_p or 0.0}
         return Sampling(
             **draws,

@@ -29,7 +29,7 @@ from gralora_fx.serving.http.middleware import ApiKeyMiddleware
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scale.asgi_request import read
 
-APPLICATION, MODEL = "gralora-fx-model", "model"
+APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray
 _logger = logging.getLogger(__name__)
 
 
@@ -65,6 +65,7 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
     async def live() -> dict[str, Any]:
         return {"live": True}
 
+    @app.get("/health")
     @app.get("/v2/health/ready")
     async def ready() -> JSONResponse:
         status = await run_in_threadpool(serve.status)
