@@ -27,6 +27,7 @@ from gralora_fx.loading.models import load_traced
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.scores import scores_of
 from gralora_fx.serving.http.settings import ServiceSettings
+from gralora_fx.serving.model import OrtModel
 
 Service = tuple[TestClient, str, dict[str | None, Any]]
 SIZES: dict[str, Any] = {"num_labels": 3, "id2label": {0: "sport", 1: "art", 2: "law"}, "pad_token_id": 0}
@@ -205,7 +206,7 @@ def test_embeddings_are_sentence_transformers(tmp_path: Path) -> None:
     export_onnx(load_traced(str(encoder), None, None), tmp_path / "onnx", tokenizer=str(encoder), verify=False)
     reference = encoded(encoder)
     with TestClient(create_app(ServiceSettings(tmp_path / "onnx"))) as client:
-        body = {"model": "onnx", "input": TEXTS}
+        body = {"model": "onnx", "input": TEXTS, "user": "somebody"}
         found = client.post("/v1/embeddings", json=body).raise_for_status().json()
         vectors = np.asarray([entry["embedding"] for entry in found["data"]])
         assert gap(vectors, reference) <= 1e-5
@@ -217,6 +218,17 @@ def test_embeddings_are_sentence_transformers(tmp_path: Path) -> None:
         assert gap(np.asarray([entry["embedding"] for entry in by_ids]), reference) <= 1e-5
         assert client.post("/v1/embeddings", json={**body, "dimensions": 8}).status_code == 400
         assert client.post("/classify", json={"input": "a"}).status_code == 404
+
+
+def test_outputs_that_are_not_finite_are_no_scores(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = OrtModel.__call__
+
+    def overflow(model: OrtModel, *args: Any, **inputs: Any) -> dict[str, Any]:
+        return {name: array * np.inf for name, array in run(model, *args, **inputs).items()}
+
+    monkeypatch.setattr(OrtModel, "__call__", overflow)
+    found = service[0].post("/classify", json={"input": "a"})
+    assert (found.status_code, found.json()["error"]["message"]) == (400, "the model's output for a text is not finite")
 
 
 def test_a_model_without_texts_takes_tensors(tmp_path: Path) -> None:

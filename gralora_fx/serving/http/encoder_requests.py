@@ -10,11 +10,16 @@ from gralora_fx.serving.http.strict_model import ListOf, StrictModel
 
 
 class EmbeddingRequest(StrictModel):
-    """A request of `/v1/embeddings`."""
+    """A request of `/v1/embeddings`.
+
+    Attributes:
+        user: Taken, and not used.
+    """
 
     model: str
     input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     encoding_format: Literal["float", "base64"] | None = None
+    user: str | None = None
 
 
 class ClassifyRequest(StrictModel):

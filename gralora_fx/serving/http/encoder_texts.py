@@ -28,7 +28,7 @@ from gralora_fx.serving.http.encoder_requests import (
     RerankResponse,
 )
 from gralora_fx.serving.http.engines import EncoderEngine
-from gralora_fx.serving.http.scores import labels_of, relevance_of, scores_of
+from gralora_fx.serving.http.scores import finite, labels_of, relevance_of, scores_of
 from gralora_fx.serving.http.text_reader import Tokens
 
 _CLASSIFICATION = "text-classification"
@@ -114,7 +114,7 @@ async def _embeddings(encoder: Encoder, rows: list[Tokens], adapter: str | None,
     results = await encoder.texts(rows, adapter)
     in_base64 = asked.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": index, "embedding": _vector(result[SENTENCE], in_base64=in_base64)}
+        {"object": "embedding", "index": index, "embedding": _vector(finite(result[SENTENCE]), in_base64=in_base64)}
         for index, result in enumerate(results)
     ]
     return _json({"object": "list", "data": data, "model": asked.model, "usage": _usage(rows)})
@@ -130,7 +130,7 @@ async def _classes(encoder: Encoder, rows: list[Tokens], adapter: str | None, mo
     config = encoder.model.config
     data = []
     for index, result in enumerate(results):
-        scores = scores_of(result["logits"], config)
+        scores = scores_of(finite(result["logits"]), config)
         labels = labels_of(config, len(scores))
         label = labels[int(scores.argmax())]
         data.append({"index": index, "label": label, "probs": scores, "num_classes": len(labels), "labels": labels})
@@ -147,7 +147,7 @@ async def _ranks(
     relevance: Callable[[float], float],
 ) -> Response:
     outputs = await encoder.texts(rows, adapter)
-    scores = [relevance(float(output["logits"][0])) for output in outputs]
+    scores = [relevance(float(finite(output["logits"])[0])) for output in outputs]
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: asked.top_n]
     results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
     if asked.return_documents:

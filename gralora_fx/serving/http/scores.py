@@ -12,6 +12,17 @@ from numpy.typing import NDArray
 from gralora_fx.errors import ServingError, shown
 
 
+def finite(output: NDArray[Any]) -> NDArray[Any]:
+    """An output of a text, checked: no score and no number of JSON stands for what is not finite.
+
+    Raises:
+        ServingError: It is not finite.
+    """
+    if not np.isfinite(output).all():
+        raise ServingError("the model's output for a text is not finite")
+    return output
+
+
 def scores_of(logits: NDArray[Any], config: Mapping[str, Any]) -> NDArray[Any]:
     """Scores of a text's classes, by the function that transformers' pipeline applies.
 

@@ -69,7 +69,8 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
     @app.get("/v2/health/ready")
     async def ready() -> JSONResponse:
         status = await run_in_threadpool(serve.status)
-        states = status.applications[APPLICATION].deployments[MODEL].replica_states
+        application = status.applications.get(APPLICATION)  # none while the service ends
+        states = {} if application is None else application.deployments[MODEL].replica_states
         is_ready = any(state == "RUNNING" and count for state, count in states.items())
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
