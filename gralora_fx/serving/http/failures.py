@@ -24,8 +24,8 @@ RETRY_AFTER = {"Retry-After": "1"}
 _HEADERS = {429: RETRY_AFTER, 503: RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
 _INFERENCE = "/v2"
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words
-# which of the kinds that a field may be a problem is of, as pydantic says it between the names of fields
-_KIND = re.compile(r"str|int|float|bool|(list|dict|tagged-union|constrained|function|literal|nullable)\b.*")
+# which of the kinds that a field may be, classes among them, a problem is of: pydantic says it between names of fields
+_KIND = re.compile(r"[A-Z]\w*|str|int|float|bool|(list|dict|tagged-union|constrained|function|literal|nullable)\b.*")
 _logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (UnknownModelError, 404),
@@ -81,7 +81,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        field, message = _first_problem(error)
+        field, message = _first_problem(request, error)
         return error_response(request.url.path, 400, message, field)
 
     @app.exception_handler(HTTPException)
@@ -107,16 +107,31 @@ def _described(request: Request, error: HTTPException) -> str:
     return str(error.detail)
 
 
-def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
+def _first_problem(request: Request, error: RequestValidationError) -> tuple[str | None, str]:
     """The field of a problem and what is wrong with it: by the kind that fits best, where a field may be several."""
-    problem = max(error.errors(), key=lambda found: len(found["loc"]))
+    problem = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
     is_field = problem["type"] == "extra_forbidden"
     loc = [part for part in problem["loc"] if part != "body"]
     kept = loc[-1:] if is_field else []
     parts = [part for part in loc[: len(loc) - len(kept)] if not _KIND.fullmatch(str(part))] + kept
     if problem["type"] == "json_invalid":
         return None, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}"
+    if not loc:
+        return None, _body_problem(request, problem)
     field = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in parts)
     if is_field:
         return field, f"{field} is not supported; leave it out"
-    return field or None, f"{field or 'the body'}: {problem['msg']}"
+    if problem["type"] == "missing":
+        return field, f"{field} is missing or null; give it"
+    return field, f"{field}: {problem['msg']}"
+
+
+def _body_problem(request: Request, problem: Mapping[str, Any]) -> str:
+    """What is wrong with a body as a whole."""
+    if problem["type"] == "missing":
+        return "the body is missing; give a JSON object"
+    if isinstance(problem.get("input"), bytes):  # FastAPI reads no JSON then
+        given = request.headers.get("content-type")
+        kind = "is missing" if given is None else f"is {shown(given)}"
+        return f"the header Content-Type {kind}; send the body as application/json"
+    return "the body is JSON, but not an object; give one"

@@ -28,13 +28,14 @@ class ApiKeyMiddleware:
             app: The app.
             api_key: The key, which requests give as `Authorization: Bearer`.
         """
-        self._app, self._expected = app, f"Bearer {api_key}".encode()
+        self._app, self._expected = app, f"bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not secrets.compare_digest(given, self._expected):
+            scheme, space, key = given.partition(b" ")  # the scheme's letters may be of either case, the key's not
+            if not secrets.compare_digest(scheme.lower() + space + key, self._expected):
                 message = "the API key is missing or wrong; give it as Authorization: Bearer KEY"
                 response = error_response(scope["path"], 401, message, headers={"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)

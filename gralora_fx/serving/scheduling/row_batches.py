@@ -101,7 +101,10 @@ class RowBatches(Worker):
             TooLargeError: There is not.
         """
         if rows > self.room:
-            raise TooLargeError(f"{rows} rows are given, and there is room for {self.room}; give fewer at a time")
+            raise TooLargeError(
+                f"{rows} rows are given, and there is room for {self.room}; give fewer at a time, or let more wait "
+                "(--max-queue)"
+            )
 
     def _held(self) -> int:
         """How many rows run or wait, with those that were given up and not removed yet."""

@@ -87,7 +87,10 @@ class TextQueue(Worker):
             TooLargeError: There is not.
         """
         if count > self.room:
-            raise TooLargeError(f"{count} prompts are given, and there is room for {self.room}; give fewer")
+            raise TooLargeError(
+                f"{count} answers are asked for, n to each prompt, and there is room for {self.room}; ask for fewer "
+                "at a time, or let more wait (--max-queue)"
+            )
 
     @property
     def waiting(self) -> int:
