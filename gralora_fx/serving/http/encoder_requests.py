@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from gralora_fx.serving.http.strict_model import ListOf, StrictModel
 
 
-class EmbeddingRequest(StrictModel):
-    """A request of `/v1/embeddings`.
+class _TextRequest(StrictModel):
+    """A request for texts through an encoder; a field that is null is as if it were left out.
 
     Attributes:
         user: Taken, and not used.
     """
 
+    user: str | None = None
+
+    @classmethod
+    def _effective(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The fields that are not null."""
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class EmbeddingRequest(_TextRequest):
+    """A request of `/v1/embeddings`."""
+
     model: str
     input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     encoding_format: Literal["float", "base64"] | None = None
-    user: str | None = None
 
 
-class ClassifyRequest(StrictModel):
+class ClassifyRequest(_TextRequest):
     """A request of `/classify`."""
 
     model: str | None = None
@@ -35,7 +45,7 @@ class Document(StrictModel):
     text: str
 
 
-class RerankRequest(StrictModel):
+class RerankRequest(_TextRequest):
     """A request of `/v1/rerank`, in the form of Cohere's and Jina's services."""
 
     model: str | None = None

@@ -239,9 +239,9 @@ class ChatRequest(_TextFields):
         """Of each token, how many of the likeliest tokens are scored beside it; None to score no token.
 
         Raises:
-            ServingError: `top_logprobs` is given without `logprobs`.
+            ServingError: `top_logprobs` is above 0 without `logprobs`.
         """
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:  # 0 asks for none, as some clients do by default
             raise ServingError("top_logprobs has no effect without logprobs; give logprobs too, or leave it out")
         return (self.top_logprobs or 0) if self.logprobs else None
 
