@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
@@ -17,6 +16,7 @@ from gralora_fx.serving.http.bodies import BodyMiddleware
 from gralora_fx.serving.http.encoder_texts import encoder_text_routes
 from gralora_fx.serving.http.engines import EncoderEngine, TextEngine, open_engine
 from gralora_fx.serving.http.failures import add_handlers
+from gralora_fx.serving.http.health import health_routes
 from gralora_fx.serving.http.inference import inference_routes, server_routes
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
@@ -72,14 +72,10 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metrics, state: dict[str, bool]) -> None:
-    @app.get("/v2/health/live")
-    async def live() -> dict[str, Any]:
-        return {"live": True}
+    async def is_ready() -> bool:
+        return state["is_ready"]
 
-    @app.get("/health")
-    @app.get("/v2/health/ready")
-    async def ready() -> JSONResponse:
-        return JSONResponse({"ready": state["is_ready"]}, 200 if state["is_ready"] else 503)
+    app.include_router(health_routes(is_ready))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def measured() -> Response:

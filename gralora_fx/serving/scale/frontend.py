@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from ray import serve
@@ -24,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gralora_fx.serving.http.bodies import BodyMiddleware
 from gralora_fx.serving.http.failures import add_handlers, error_body, error_response
+from gralora_fx.serving.http.health import health_routes
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware
 from gralora_fx.serving.http.settings import ServiceSettings
@@ -61,18 +62,13 @@ class Frontend:
 
 
 def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
-    @app.get("/v2/health/live")
-    async def live() -> dict[str, Any]:
-        return {"live": True}
-
-    @app.get("/health")
-    @app.get("/v2/health/ready")
-    async def ready() -> JSONResponse:
+    async def is_ready() -> bool:
         status = await run_in_threadpool(serve.status)
         application = status.applications.get(APPLICATION)  # none while the service ends
         states = {} if application is None else application.deployments[MODEL].replica_states
-        is_ready = any(state == "RUNNING" and count for state, count in states.items())
-        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+        return any(state == "RUNNING" and count for state, count in states.items())
+
+    app.include_router(health_routes(is_ready))
 
     @app.get("/metrics")
     def measured() -> Response:
