@@ -1,7 +1,7 @@
 """Eight rows with an adapter each in one run, beside eight runs with a switch between.
 
-SmolLM2-135M with GraLoRA adapters on all seven projections. Both exports take the same adapters; every row has read a
-prompt of its own and decodes its next token. Then a chunk of a long prompt joins seven decoding rows.
+SmolLM2-135M with GraLoRA adapters on all seven projections: `model_rows.onnx` and `model.onnx` of one export. Every row
+has read a prompt of its own and decodes its next token. Then a chunk of a long prompt joins seven decoding rows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from benchmarks import smollm2
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_file import read_tensors
-from gralora_fx.runtime.adapter_record import SUFFIX, read_record
-from gralora_fx.runtime.adapter_session import adapter_values, with_adapter
-from gralora_fx.runtime.adapter_stack import AdapterStack
-from gralora_fx.runtime.batched_steps import BatchedSteps
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
+from gralora_fx.runtime.adapter_session import with_adapter
+from gralora_fx.runtime.buffered_steps import BufferedSteps
 from gralora_fx.runtime.encoder_decoder_session import as_past
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS, ROWS_NAME
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.runtime.session import Runtime, open_session, quiet_options
+from gralora_fx.serving.adapters import Adapters
 
 RUNS = Path("runs/batched")
 ROWS, PROMPT, CHUNK, THREADS = 8, 32, 64, 2
@@ -36,7 +35,7 @@ LEAST = {
     8: 4,
 }  # times the throughput; of rank 32, adapters are half as many bytes as the base, read in both cases
 NAMES = [f"adapter_{index}" for index in range(ROWS)]
-BATCHED, SINGLE = "one batched run", "eight single runs"
+TOGETHER, SINGLE = "one run", "eight single runs"
 DECODING, ALONE, JOINED = "seven rows decode", "the chunk alone", "the chunk joins them"
 
 
@@ -51,17 +50,16 @@ def run(iterations: int = 15, ranks: tuple[int, ...] = (32, 8)) -> Report:
     base = smollm2.base(RUNS / "base")
     for rank in ranks:
         progress(f"exports with adapters of r={rank}")
-        exports = _exports(base, rank)
-        _compare(report, *exports, rank, iterations)
+        _compare(report, _export(base, rank), rank, iterations)
         gc.collect()
     return report
 
 
-def _exports(base: Path, rank: int) -> tuple[Path, Path]:
-    """The swappable and the batched export with the same adapters, made once."""
-    paths = RUNS / f"swappable_{rank}", RUNS / f"batched_{rank}"
-    if all(path.is_dir() for path in paths):
-        return paths
+def _export(base: Path, rank: int) -> Path:
+    """An export with the adapters, made once."""
+    path = RUNS / f"data_{rank}"
+    if path.is_dir():
+        return path
     traced = trace(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), task="text-generation-with-past"
     )
@@ -71,15 +69,14 @@ def _exports(base: Path, rank: int) -> tuple[Path, Path]:
     for name in NAMES[1:]:
         model.add_adapter(name, config)
     model.set_adapter(NAMES)
-    for path, mode in zip(paths, ("swappable", "batched"), strict=True):
-        export_onnx(model, path, adapters=mode, verify=False, overwrite=True)  # type: ignore[arg-type]
-    return paths
+    export_onnx(model, path, adapters="data", verify=False, overwrite=True)
+    return path
 
 
-def _compare(report: Report, swappable: Path, batched: Path, rank: int, iterations: int) -> None:
+def _compare(report: Report, path: Path, rank: int, iterations: int) -> None:
     generator = np.random.default_rng(0)
     prompts = generator.integers(3, 1000, (ROWS, PROMPT))
-    singles, rows = _Singles(swappable, prompts), _Rows(batched, prompts)
+    singles, rows = _Singles(path, prompts), _Rows(path, prompts)
     ids = generator.integers(3, 1000, (ROWS, 1))
     expected, actual = singles.decode(ids), rows.step(ids, np.ones(ROWS, dtype=np.int64))
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True))
@@ -87,15 +84,15 @@ def _compare(report: Report, swappable: Path, batched: Path, rank: int, iteratio
     times = measure(
         [
             Case.of(SINGLE, lambda: singles.decode(ids)),
-            Case.of(BATCHED, lambda: rows.step(ids, np.ones(ROWS, dtype=np.int64))),
+            Case.of(TOGETHER, lambda: rows.step(ids, np.ones(ROWS, dtype=np.int64))),
         ],
         iterations=iterations,
     )
-    report.tables.append(Table(f"a token of {ROWS} rows, r={rank}", [times.row(n, SINGLE) for n in (SINGLE, BATCHED)]))
+    report.tables.append(Table(f"a token of {ROWS} rows, r={rank}", [times.row(n, SINGLE) for n in (SINGLE, TOGETHER)]))
     report.claims.append(
         Claim(
             f"throughput of one run over eight, r={rank}",
-            1 / times.ratio(BATCHED, SINGLE).median_of_pairs,
+            1 / times.ratio(TOGETHER, SINGLE).median_of_pairs,
             at_least=LEAST[rank],
         )
     )
@@ -124,19 +121,12 @@ def _compare(report: Report, swappable: Path, batched: Path, rank: int, iteratio
 
 
 class _Singles:
-    """The swappable export, with a cache for each row."""
+    """`model.onnx`, with a cache for each row."""
 
     def __init__(self, path: Path, prompts: np.ndarray[Any, Any]) -> None:
-        manifest = read_manifest(path)
-        assert manifest.adapter_inputs is not None
         session = open_session(path, Runtime(session_options=quiet_options(THREADS)))
-        self.sessions = []
-        for name in NAMES:
-            file = path / ADAPTERS / f"{name}{SUFFIX}"
-            tensors = read_tensors(
-                file, read_record(file), manifest.adapter_inputs, manifest.base_fingerprint, ValueError
-            )  # type: ignore[arg-type]
-            self.sessions.append(with_adapter(session, adapter_values(tensors, manifest.adapter_inputs)))
+        adapters = Adapters(path, read_manifest(path))
+        self.sessions = [with_adapter(session, adapters.tensors_for(name, session)) for name in NAMES]
         self.pasts = [empty_values(session, 1) for _ in NAMES]
         self.length = 0
         self.pasts = [as_past(self._run(index, ids[None])) for index, ids in enumerate(prompts)]
@@ -157,22 +147,18 @@ class _Singles:
 
 
 class _Rows:
-    """The batched export with a row for each adapter."""
+    """`model_rows.onnx` with a row for each adapter."""
 
     def __init__(self, path: Path, prompts: np.ndarray[Any, Any]) -> None:
-        manifest = read_manifest(path)
-        assert manifest.adapter_inputs is not None
-        stack = AdapterStack(manifest.adapter_inputs, manifest.base_fingerprint)
-        for name in NAMES:
-            stack.load_adapter(name, path / ADAPTERS / f"{name}{SUFFIX}")
-        self.stack = stack.current()
+        self.stack = Adapters(path, read_manifest(path)).stack(NAMES)
         self.ids = np.array([self.stack.ids[name] for name in NAMES], dtype=np.int64)
-        session = open_session(path, Runtime(session_options=quiet_options(THREADS)))
-        self.steps = BatchedSteps(session, rows=ROWS, capacity=4 * PROMPT + CHUNK, chunk=CHUNK)
+        session = open_session(path, Runtime(session_options=quiet_options(THREADS)), name=ROWS_NAME)
+        self.steps = BufferedSteps(session, rows=ROWS, length=4 * PROMPT + 2 * CHUNK)
         self.past = np.zeros(ROWS, dtype=np.int32)
         self.step(prompts, np.full(ROWS, prompts.shape[1]))
         self.past += prompts.shape[1]
 
     def step(self, ids: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> torch.Tensor:
         """Logits of each row, which stays where it is: the next step writes over this one."""
-        return self.steps(ids, counts.astype(np.int32), self.past, self.ids, self.stack.values)[:, -1]
+        feed = {"input_ids": ids, QUERY_SEQLENS: counts.astype(np.int32), PAST_SEQLENS: self.past}
+        return self.steps({**feed, ADAPTER_IDS: self.ids}, self.stack.values)[:, -1]

@@ -23,10 +23,10 @@ from benchmarks import smollm2
 from benchmarks.genai import build, open_model, run_process, seconds_of, token_times
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.serving import load
-from gralora_fx.serving.generation import CHUNK
 
 RUNS = Path("runs/generation")
 OURS, GENAI = "ours", "genai's builder"
+CHUNK = 256  # tokens of a prompt that `generate()` reads in a step
 PIECES, AT_ONCE = f"prompt in pieces of {CHUNK}", "prompt at once"
 THREADS, CONTEXT, STEPS = 2, 1000, 32
 PROMPTS = (

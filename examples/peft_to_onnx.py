@@ -9,11 +9,13 @@ the folder `peft_checkpoint` beside DIRECTORY.
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from gralora_fx import GraloraModel, trace
 from gralora_fx.exporters import export_onnx
@@ -26,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--adapter", help="PEFT-format GraLoRA adapter")
     parser.add_argument("--output", type=Path, default=Path("runs/peft_to_onnx"), help="where to write")
     options = parser.parse_args(arguments)
+    disable_progress_bar()  # transformers draws one for each file that it reads or writes
     if options.model is None or options.adapter is None:
         options.model, options.adapter = make_checkpoint(options.output.parent / "peft_checkpoint")
 
@@ -75,7 +78,9 @@ def make_checkpoint(folder: Path) -> tuple[str, str]:
     settings = peft.GraloraConfig(
         r=16, gralora_k=2, alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False
     )
-    peft.get_peft_model(model, settings).save_pretrained(folder / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers has renamed
+        peft.get_peft_model(model, settings).save_pretrained(folder / "adapter")
     return str(folder / "base"), str(folder / "adapter")
 
 

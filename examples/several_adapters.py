@@ -6,7 +6,6 @@ Run: python examples/several_adapters.py --picture model.html
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from gralora_fx import GraloraConfig, rewrite, trace
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--picture", type=Path, default=Path(tempfile.gettempdir()) / "gralora.html")
+    parser.add_argument("--picture", type=Path, default=Path("runs/several_adapters/graph.html"))
     picture = parser.parse_args().picture
     torch.manual_seed(0)
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     # 2. One export of the base. It takes adapters at the layers that `formal` adapts, which is written beside it.
     traced = trace(base(), task="text-generation-with-past")
     model = GraloraModel.from_pretrained(traced, output / "formal", adapter_name="formal")
-    report = export_onnx(model, output / "onnx", adapters="swappable")
+    report = export_onnx(model, output / "onnx", adapters="data")
     print(report.verification)
 
     # 3. Any other adapter becomes a small file, from its two files alone: no model is loaded.

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.adapters.stored import open_adapter
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import CheckpointError, ExportError
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
 from gralora_fx.exporters.artifact.changes import Changes
-from gralora_fx.runtime.adapter_record import SUFFIX, check_name
+from gralora_fx.runtime.adapter_name import SUFFIX, check_name
+from gralora_fx.runtime.export_adapters import check_takes_adapters
+from gralora_fx.runtime.export_base import base_of_export, layers_of_export
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.sources.same_base import BaseSource, compare_bases
 
 
 def export_adapter(
@@ -23,6 +26,7 @@ def export_adapter(
     *,
     overwrite: bool = False,
     revision: str | None = None,
+    strict_base: bool = False,
 ) -> Path:
     """Add a PEFT adapter to an export that takes adapters as data.
 
@@ -32,10 +36,11 @@ def export_adapter(
 
     Args:
         adapter_dir: A directory with `adapter_config.json` and `adapter_model.safetensors`, or its hub id.
-        onnx_dir: A directory that `export_onnx` wrote with `adapters="swappable"`, `"inputs"` or `"batched"`.
+        onnx_dir: A directory that `export_onnx` wrote with `adapters="data"` or `"inputs"`.
         name: The name to give it.
         overwrite: Whether an adapter of the name may be replaced.
         revision: Revision of the adapter's hub repository.
+        strict_base: Whether to refuse an adapter that is not known to be of the export's base, instead of a warning.
 
     Returns:
         `adapters/<name>.onnx_adapter` in the export; `<name>.json` beside it says what it holds.
@@ -45,23 +50,27 @@ def export_adapter(
             its blocks; or the export does not take the parameters that the adapter trains, such as a head of another
             size. Every problem is named.
         ConfigError: The adapter's configuration is missing or invalid, or of a method or form that is not supported.
-        CheckpointError: Its tensors are missing, damaged, not finite, or do not fit its configuration.
+        CheckpointError: Its tensors are missing, damaged, not finite, or do not fit its configuration; or its base is
+            another one.
     """
     check_name(name)
     manifest = read_manifest(onnx_dir)
-    if manifest.adapter_inputs is None:
-        raise ExportError(
-            f"{onnx_dir} takes no adapters: it was exported with adapters='merged'; export the model with "
-            "adapters='swappable', or fold the adapter into it with fold_onnx"
-        )
+    remedy = "export the model with adapters='data', or fold the adapter into it with fold_onnx"
+    check_takes_adapters(manifest, onnx_dir, ExportError, remedy=remedy)
     path = Path(onnx_dir) / ADAPTERS / f"{name}{SUFFIX}"
     if path.exists() and not overwrite:
-        raise ExportError(f"{path} exists; give --overwrite (overwrite=True) to replace it, or another name")
-    return convert_adapter(adapter_dir, onnx_dir, onnx_dir, name, revision=revision)
+        raise ExportError(f"{path} exists; give overwrite=True to replace it, or another name")
+    return convert_adapter(adapter_dir, onnx_dir, onnx_dir, name, revision=revision, strict_base=strict_base)
 
 
 def convert_adapter(
-    adapter_dir: str | Path, onnx_dir: str | Path, output_dir: str | Path, name: str, *, revision: str | None = None
+    adapter_dir: str | Path,
+    onnx_dir: str | Path,
+    output_dir: str | Path,
+    name: str,
+    *,
+    revision: str | None = None,
+    strict_base: bool = False,
 ) -> Path:
     """Write a PEFT adapter as data of an export into `adapters/` of any directory.
 
@@ -71,6 +80,7 @@ def convert_adapter(
         output_dir: The directory; an adapter of the name there is replaced.
         name: The name to give it.
         revision: As of `export_adapter`.
+        strict_base: As of `export_adapter`.
 
     Returns:
         The `.onnx_adapter` file, its record beside it.
@@ -85,6 +95,10 @@ def convert_adapter(
     inputs = manifest.adapter_inputs
     assert inputs is not None
     with open_adapter(adapter_dir, revision=revision) as stored:
+        stored.check_layers(layers_of_export(onnx_dir, manifest))
+        made = BaseSource(stored.config.base_model_name_or_path, stored.config.revision)
+        base = compare_bases(made, base_of_export(onnx_dir, manifest))
+        base.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         updates = {path: stored.update(path) for path in stored.sites}
         copies = {parameter: stored.values(extent) for parameter, extent in stored.copies.items()}
         changes = Changes(updates)
@@ -93,4 +107,4 @@ def convert_adapter(
 
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
-    return write_adapter(Path(output_dir), name, changes, fields, inputs, manifest.base_fingerprint)
+    return write_adapter(Path(output_dir), name, changes, fields, inputs, manifest.base_fingerprint, base)

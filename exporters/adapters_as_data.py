@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,10 +12,11 @@ from gralora_fx.exporters.folded_model import fold_adapters
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.planning.rewrite_plan import PlannedSite
-from gralora_fx.runtime.adapter_inputs import BATCHED, BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
 from gralora_fx.tracing.traced_model import TracedModel
 
 _WEIGHT, _BIAS = ".weight", ".bias"
+_SMALL = 16  # the rank of an adapter as plain LoRA, up to which its values take no longer than the nodes of blocks
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -33,6 +35,11 @@ class DataSites:
     norm_biases: Mapping[str, str]
 
 
+def by_row(data: DataSites | None) -> DataSites | None:
+    """The same layers for a graph in which each row has an adapter of its own; None of none."""
+    return None if data is None else dataclasses.replace(data, inputs=data.inputs.by_row())
+
+
 def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel:
     """The adapter-free model that an export is made from.
 
@@ -47,28 +54,39 @@ def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel
     return fold_adapters(model) if mode == "merged" or not isinstance(model, GraloraModel) else model.traced
 
 
+def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
+    """Whether an export takes adapters with GraLoRA's blocks, rather than each as the plain LoRA that it equals.
+
+    LoRA's form has a third of the nodes at a layer and `gralora_k` times the values, and takes any `gralora_k`. Blocks
+    win, but for a small adapter over quantized weights, beside which nodes take longer than values; `python -m
+    benchmarks forms` measures both. Adapters with different `gralora_k` have no blocks in common.
+
+    Args:
+        model: What is exported.
+        is_quantized: Whether its weights will be quantized.
+    """
+    if len(_block_counts(model)) != 1:
+        return False
+    return not is_quantized or max(planned.k * planned.r for planned in _with_blocks(model)) > _SMALL
+
+
 def data_sites(
-    model: TracedModel | GraloraModel, mode: str, precision: str, form: str | None = None
+    model: TracedModel | GraloraModel, mode: str, precision: str, *, is_quantized: bool = False
 ) -> DataSites | None:
     """The layers that any adapter of a model changes, active or not; None for a mode that folds them.
 
     Args:
-        model: What is exported.
+        model: What is exported; it has an adapter where they are data (see `ExportOptions.check_model`).
         mode: How adapters are held.
         precision: Precision of the export, which is that of the adapter tensors.
-        form: `"gralora"` or `"lora"`: whether adapters have blocks; None for whether an adapter of the model has.
+        is_quantized: Whether the weights will be quantized.
 
     Raises:
-        ExportError: The model has no adapter, one is merged into its weights, their blocks are of several `k`, or an
-            adapter trains parameters that cannot be data.
+        ExportError: An adapter is merged into the model's weights, or trains parameters that cannot be data.
     """
     if mode == "merged":
         return None
-    if not isinstance(model, GraloraModel) or not model.configs:
-        raise ExportError(
-            f"adapters={mode!r} needs a model with an adapter, at whose layers the export then takes others; give one "
-            "with --adapter (what rewrite() returned), or adapters='merged'"
-        )
+    assert isinstance(model, GraloraModel)
     if model.merged_adapters:
         raise ExportError(
             f"adapters={mode!r} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged into its "
@@ -76,9 +94,7 @@ def data_sites(
         )
     trained = _trained(model)
     planned = [entry for entry in model.adapted_sites() if f"{entry.site.path}{_WEIGHT}" not in trained]
-    if form == "lora" and mode == BATCHED:
-        raise ExportError("adapter_form='lora' is not available with adapters='batched', whose form is 'gralora'")
-    k = _blocks(model, form) or int(mode == BATCHED)
+    k = next(iter(_block_counts(model))) if takes_blocks(model, is_quantized=is_quantized) else 0
     _check_widths(planned, k or 1)
     blocks = {entry.site.path for entry in planned}
     sites = [site for site in model.sites if site.path in blocks or trained & _parameters_of(site)]
@@ -112,7 +128,7 @@ def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None
     if layers:
         reasons.append(
             f"no adapter can be data at {layers}: their weights are computed in the graph, or used within a branch or "
-            "a loop; leave these layers out of target_modules and modules_to_save"
+            "a loop; leave these layers out (exclude_modules), and out of modules_to_save"
         )
     if biases:
         reasons.append(
@@ -160,25 +176,15 @@ def _norm_entry(traced: TracedModel, bias: str) -> AdapterSite:
     return AdapterSite(bias.removesuffix(_BIAS), width, width, BIAS, has_bias=True)
 
 
-def _blocks(model: GraloraModel, form: str | None) -> int:
-    """Blocks in each direction of the adapters' tensors; 0 for LoRA's form."""
-    ks = _block_counts(model)
-    if form == "lora" or (form is None and not ks):
-        return 0
-    if len(ks) > 1:
-        raise ExportError(
-            f"the model's GraLoRA adapters have gralora_k of {listed(sorted(ks))}, and an export takes blocks of one; "
-            "export them apart, or in LoRA's form (adapter_form='lora')"
-        )
-    if not ks:
-        raise ExportError("adapter_form='gralora' needs a GraLoRA adapter, whose gralora_k it takes; leave it out")
-    return ks.pop()
-
-
 def _block_counts(model: GraloraModel) -> set[int]:
     """The `gralora_k` of the adapters that have blocks, at any site."""
+    return {planned.k for planned in _with_blocks(model)}
+
+
+def _with_blocks(model: GraloraModel) -> list[PlannedSite]:
+    """What the GraLoRA adapters of a model do at each of their layers."""
     plans = [plan for plan in model.plans.values() if isinstance(plan.config, GraloraConfig)]
-    return {planned.k for plan in plans for planned in plan.selected}
+    return [planned for plan in plans for planned in plan.selected]
 
 
 def _check_widths(planned: Iterable[PlannedSite], k: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gralora_fx.adapters.stored import StoredAdapter, open_adapter
 from gralora_fx.config.adapter_tasks import task_of
-from gralora_fx.errors import CheckpointError, warn_caller
+from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.merged_files.base_files import FILES, BaseFiles, names_of, open_shards, read_base
 from gralora_fx.exporters.merged_files.changes import Changes, find_changes
@@ -18,11 +18,13 @@ from gralora_fx.exporters.merged_files.companions import (
     files_to_copy,
     write_companions,
 )
+from gralora_fx.exporters.merged_files.names_in_files import names_in_files
 from gralora_fx.exporters.merged_files.write_shards import new_shards, write_shards
-from gralora_fx.loading.model_classes import head_classes
+from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.timing import timed
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
+from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class MergeReport:
         added: Keys that the base does not have.
         config_changes: What differs in `config.json`, a sentence each.
         left_out: Files of the base that were not copied: its weights in other formats, and adapters.
+        base: What was compared of the adapter's base and the model.
     """
 
     output_dir: Path
@@ -46,6 +49,7 @@ class MergeReport:
     added: tuple[str, ...] = ()
     config_changes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    base: BaseComparison | None = None
 
     def __str__(self) -> str:
         """The files, what changed in them, and what was left out."""
@@ -60,7 +64,12 @@ class MergeReport:
 
 
 def merge_checkpoint(
-    model_dir: str | Path, adapter_dir: str | Path, output_dir: str | Path, *, overwrite: bool = False
+    model_dir: str | Path,
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    strict_base: bool = False,
 ) -> MergeReport:
     """Fold a saved adapter into the weights of a saved model, file by file, without loading the model.
 
@@ -73,19 +82,23 @@ def merge_checkpoint(
         adapter_dir: PEFT-format GraLoRA, LoRA or rsLoRA adapter: a local directory or a hub id.
         output_dir: Where to write: a new or empty directory.
         overwrite: Whether an earlier model in `output_dir` is replaced.
+        strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
 
     Returns:
         What was written and changed.
 
     Raises:
         ConfigError: The adapter's configuration cannot be read.
-        CheckpointError: Files are missing or damaged, the base is quantized, or the adapter does not fit it; every
-            problem is named.
+        CheckpointError: Files are missing or damaged, the base is quantized, or the adapter does not fit it or its
+            own configuration, or is of another base; every problem is named.
         MergeError: Merged values are not finite.
         ExportError: The output may not be written, or writing fails.
     """
     with open_adapter(adapter_dir) as adapter:
         directory = _base_directory(model_dir, adapter)
+        used = BaseSource(str(model_dir), adapter.config.revision if _is_named(adapter, model_dir) else None)
+        compared = compare_bases(BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision), used)
+        compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         check = functools.partial(
             check_converted, sources=[directory, adapter.directory], marker=CONFIG_FILE, overwrite=overwrite
         )
@@ -93,8 +106,11 @@ def merge_checkpoint(
         base = read_base(directory)
         num_labels = head_classes({name: extent.shape for name, extent in adapter.copies.items()})
         needed = [*(f"{path}.weight" for path in adapter.sites), *adapter.copies]
-        names = names_of(base, needed, task_of(adapter.config, None, str(adapter_dir)), num_labels)
+        task = task_of(adapter.config, None, str(adapter_dir))
         with open_shards(base) as handles, timed("merge"):
+            names = names_in_files(base, adapter, handles) or names_of(base, needed, task, num_labels)
+            if (layers := names.layers) is not None:
+                adapter.check_layers(layers)
             changes = find_changes(base, names, adapter, handles)
             config, notes = edited_config(base, names, changes, num_labels)
             shards = new_shards(base, changes)
@@ -102,21 +118,23 @@ def merge_checkpoint(
             with staged(output_dir, check) as stage:
                 write_shards(shards, changes, adapter, handles, base, stage)
                 write_companions(base, changes, shards, config if notes else None, stage)
-    return _report(Path(output_dir), base, changes, notes)
+    return _report(Path(output_dir), base, changes, notes, compared)
 
 
 def _base_directory(model_dir: str | Path, adapter: StoredAdapter) -> Path:
-    made_for = adapter.config.base_model_name_or_path
     check_model_files(model_dir, CheckpointError)
-    revision = adapter.config.revision if made_for == str(model_dir) else None
+    revision = adapter.config.revision if _is_named(adapter, model_dir) else None
     directory = resolve_directory(model_dir, CheckpointError, revision=revision, patterns=FILES)
     check_model_files(directory, CheckpointError)
-    if made_for and Path(made_for).name.lower() != Path(model_dir).name.lower():
-        warn_caller(f"{adapter.directory} was made for {made_for}, and is merged into {model_dir}")
     return directory
 
 
-def _report(output: Path, base: BaseFiles, changes: Changes, notes: list[str]) -> MergeReport:
+def _is_named(adapter: StoredAdapter, model_dir: str | Path) -> bool:
+    """Whether the adapter names the base in the same words; then it is read at the adapter's revision."""
+    return adapter.config.base_model_name_or_path == str(model_dir)
+
+
+def _report(output: Path, base: BaseFiles, changes: Changes, notes: list[str], compared: BaseComparison) -> MergeReport:
     everything = {**changes.changed, **{key: change for key, (change, _) in changes.added.items()}}
     return MergeReport(
         output_dir=output,
@@ -126,4 +144,5 @@ def _report(output: Path, base: BaseFiles, changes: Changes, notes: list[str]) -
         added=tuple(sorted(changes.added)),
         config_changes=tuple(notes),
         left_out=tuple(files_to_copy(base)[1]),
+        base=compared,
     )

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
-from torch import Tensor
+from numpy.typing import NDArray
 
-from gralora_fx.errors import ExportError, MergeError
-from gralora_fx.exporters.artifact.staging import check_output, check_replaced, file_sizes, require_space, staged
+from gralora_fx.errors import CheckpointError, ExportError, MergeError
+from gralora_fx.exporters.artifact.staging import (
+    check_output,
+    check_replaced,
+    file_sizes,
+    require_space,
+    staged,
+    warn_of_lost_adapters,
+)
 from gralora_fx.exporters.folding.adapter import SavedAdapter, read_saved_adapter
 from gralora_fx.exporters.folding.base_weights import BaseWeights
 from gralora_fx.exporters.folding.data_files import copy_changed
+from gralora_fx.exporters.folding.earlier import check_earlier_adapters
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit
-from gralora_fx.exporters.folding.opening import Opened, open_export
+from gralora_fx.exporters.folding.opening import Opened, is_lone_file, open_export, source_directory
 from gralora_fx.exporters.folding.parameters import Replacements, find_replacements
 from gralora_fx.exporters.folding.places import Export, Place, find_places
 from gralora_fx.exporters.folding.products import ProductWeight, product_weights
@@ -26,9 +36,11 @@ from gralora_fx.exporters.folding.report import FoldedSite, FoldReport
 from gralora_fx.exporters.folding.requantize import QuantizedEdit, Survival, check_survival
 from gralora_fx.exporters.folding.rewriting import Rewriting
 from gralora_fx.progress.timing import timed
+from gralora_fx.runtime.export_base import base_of_export, layers_of_export
 from gralora_fx.runtime.export_files import check_files, describe_files
 from gralora_fx.runtime.manifest import AdapterEntry, FileEntry, Manifest
 from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
 
 
 def fold_onnx(
@@ -41,6 +53,7 @@ def fold_onnx(
     force: bool = False,
     overwrite: bool = False,
     adapter_name: str = "default",
+    strict_base: bool = False,
 ) -> FoldReport:
     """Fold a saved adapter into an exported model, by changing the weights in its files alone.
 
@@ -50,8 +63,9 @@ def fold_onnx(
     with an embedding is copied first. The directory is written whole or not at all, and `onnx_dir` stays as it is.
 
     Args:
-        onnx_dir: An export of the base model, of `export_onnx` with `adapters="merged"` or of another exporter. An
-            adapter that was folded into it before stays, and this one is added.
+        onnx_dir: An export of the base model, of `export_onnx` with `adapters="merged"` or of another exporter, or its
+            ONNX file. An adapter that was folded into it before stays, and this one is added. Of another exporter's
+            file, that file alone is written, with its data and with configuration and tokenizer that lie beside it.
         adapter_dir: A PEFT-format GraLoRA or LoRA adapter: local directory or hub id.
         output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
         base: The base model's directory or hub id, with safetensors files: to find weights whose names do not tell, to
@@ -59,16 +73,19 @@ def fold_onnx(
         requantize: Whether a quantized weight may be quantized again, with ONNX Runtime's own arithmetic as in an
             export: from `base` where it is given, else from its dequantized values.
         force: Whether to write a re-quantized export though at some layer half of the update or more is rounded away
-            (see `FoldedSite.survival`), and to fold an adapter that names another base than an earlier one.
+            (see `FoldedSite.survival`), and to fold an adapter beside an earlier one that is the same, that names
+            another base, or that changes parameters which one of them replaces.
         overwrite: Whether an earlier export of another base or task at `output_dir` may be replaced.
         adapter_name: The adapter's name in the manifest; a number is appended if another one has it.
+        strict_base: Whether to refuse an adapter that is not known to be of the export's base, instead of a warning.
 
     Returns:
         What was found how, and what was written.
 
     Raises:
         ConfigError: The adapter's configuration is missing or invalid.
-        CheckpointError: The adapter's or the base's tensors are missing, damaged or do not fit their configuration.
+        CheckpointError: The adapter's or the base's tensors are missing, damaged or do not fit their configuration,
+            or the adapter is of another base.
         ExportError: `onnx_dir` holds no ONNX model or damaged files, or the output may not be written.
         MergeError: The adapter does not fit the export, a weight is shared or quantized, or a result is not finite.
     """
@@ -76,17 +93,16 @@ def fold_onnx(
     with timed("find", seconds):
         _check_apart(onnx_dir, output_dir)
         opened = open_export(onnx_dir)
-        adapter = read_saved_adapter(adapter_dir)
         manifest = opened.manifest
+        adapter, compared = _read_adapter(adapter_dir, opened, base)
         if manifest is not None:
-            _check_base_name(manifest, adapter, force=force)
+            if not force:
+                check_earlier_adapters(manifest, adapter)
             if not overwrite:
                 check_replaced(output_dir, task=manifest.task, fingerprint=manifest.base_fingerprint)
-        weights = {file: product_weights(model.graph) for file, model in opened.models.items()}
-        export = Export(weights, manifest, None if base is None else BaseWeights(base))
-        places = find_places(export, adapter)
-        graphs = {file: model.graph for file, model in opened.models.items()}
-        replacements = find_replacements(export, graphs, adapter, places)
+        warn_of_lost_adapters(output_dir, ())
+        compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
+        export, places, replacements = _find(opened, adapter, base)
         _check_quantized(export, places, replacements, requantize=requantize)
     with timed("fold", seconds), staged(output_dir) as stage:
         rewriting, edits = _planned(opened, adapter, places, replacements, export)
@@ -100,13 +116,24 @@ def fold_onnx(
         name = None
         if manifest is not None:
             name = _free_name(adapter_name, manifest)
-            found = _updated(manifest, adapter, name, rewriting, stage, digests)
+            found = _updated(manifest, adapter, name, compared, rewriting, stage, digests)
             (stage / MANIFEST_NAME).write_text(found.to_json(), encoding="utf-8")
     path, sizes = Path(output_dir), file_sizes(output_dir)
     survival = {path: share for edit in edits for path, share in edit.survival.items()}
     sites = tuple(_site(place, rewriting, survival) for place in places)
     replaced = tuple(adapter.replaced)
-    return FoldReport(path, name, sites, replaced, rewriting.bytes_changed, _overall(survival), sizes, seconds)
+    return FoldReport(
+        path,
+        name,
+        sites,
+        replaced,
+        rewriting.bytes_changed,
+        _overall(survival),
+        sizes,
+        seconds,
+        adapters=() if manifest is None or name is None else (*manifest.adapters, name),
+        base=compared,
+    )
 
 
 def _check_apart(onnx_dir: str | Path, output_dir: str | Path) -> None:
@@ -115,32 +142,44 @@ def _check_apart(onnx_dir: str | Path, output_dir: str | Path) -> None:
     Raises:
         ExportError: It is, or may not be written.
     """
-    output, source = check_output(output_dir).resolve(), Path(onnx_dir).resolve()
-    if output == source or source in output.parents or output in source.parents:
+    output = Path(os.path.realpath(check_output(output_dir)))  # of loops, too
+    source = Path(os.path.realpath(source_directory(onnx_dir)))
+    is_within = source in output.parents and not is_lone_file(onnx_dir)  # beside a file there may be anything
+    if output == source or is_within or output in source.parents:
         raise ExportError(
             f"the output {output_dir} is the export {onnx_dir} itself, or one lies within the other; give another "
             "output directory"
         )
 
 
-def _check_base_name(manifest: Manifest, adapter: SavedAdapter, *, force: bool) -> None:
-    """Check that the adapters that were folded before name the same base, as far as they name one.
+def _read_adapter(
+    adapter_dir: str | Path, opened: Opened, base: str | Path | None
+) -> tuple[SavedAdapter, BaseComparison]:
+    """The adapter, and how its base compares with the export's.
 
     Raises:
-        MergeError: One names another; the last parts of the names are compared.
+        ConfigError: Its configuration is missing or invalid.
+        CheckpointError: Its tensors are missing, damaged or do not fit their configuration.
     """
-    own = adapter.config.base_model_name_or_path
-    for name, entry in manifest.adapters.items():
-        other = entry.config.get("base_model_name_or_path")
-        if own and other and not force and _last(str(other)) != _last(own):
-            raise MergeError(
-                f"{adapter.origin} is an adapter of {own}, but the export has the adapter {name!r} of {other}; give "
-                "one of the same base, or force=True (--force) if both names mean one model"
-            )
+    manifest = opened.manifest
+    known = None if manifest is None else layers_of_export(opened.directory, manifest)
+    adapter = read_saved_adapter(adapter_dir, known)
+    made = BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision)
+    return adapter, compare_bases(made, base_of_export(opened.directory, manifest, base))
 
 
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+def _find(opened: Opened, adapter: SavedAdapter, base: str | Path | None) -> tuple[Export, list[Place], Replacements]:
+    """The export's weights, where the adapter's layers are among them, and what it replaces.
+
+    Raises:
+        CheckpointError: The base's tensors are missing, damaged or do not fit.
+        MergeError: A layer or a parameter of the adapter is not found.
+    """
+    graphs = {file: model.graph for file, model in opened.models.items()}
+    weights = {file: product_weights(graph) for file, graph in graphs.items()}
+    export = Export(weights, opened.manifest, None if base is None else BaseWeights(base))
+    places = find_places(export, adapter)
+    return export, places, find_replacements(export, graphs, adapter, places)
 
 
 def _check_quantized(export: Export, places: list[Place], replacements: Replacements, *, requantize: bool) -> None:
@@ -155,14 +194,14 @@ def _check_quantized(export: Export, places: list[Place], replacements: Replacem
         raise MergeError(
             f"the weights of {quantized[0]}{f' and {len(quantized) - 1} other layers' if len(quantized) > 1 else ''} "
             "are quantized, so that a small update may be rounded away: fold before quantizing (export_onnx with the "
-            "adapter), or quantize again with requantize=True (--requantize), best with base (--base)"
+            "adapter), or quantize again with requantize=True, best with base=..."
         )
     if requantize and not quantized:
-        raise MergeError("requantize (--requantize) has no effect: no weight that changes is quantized; leave it out")
+        raise MergeError("requantize=True has no effect: no weight that changes is quantized; leave it out")
     if quantized and export.base is not None and export.manifest is not None and export.manifest.adapters:
         raise MergeError(
             f"the export has {', '.join(export.manifest.adapters)} folded in, so that the base's weights are not its "
-            "own; leave base (--base) out"
+            "own; leave base=... out"
         )
 
 
@@ -180,7 +219,7 @@ def _planned(
     rewriting = Rewriting(opened.models)
     quantized: list[QuantizedEdit] = []
 
-    def base_weight(path: str) -> Tensor:
+    def base_weight(path: str) -> NDArray[Any]:
         return export.base_values(path, adapter.features(path))[0]
 
     for key, edits in layers.items():
@@ -237,6 +276,7 @@ def _updated(
     manifest: Manifest,
     adapter: SavedAdapter,
     name: str,
+    compared: BaseComparison,
     rewriting: Rewriting,
     stage: Path,
     files: Mapping[str, FileEntry],
@@ -257,7 +297,7 @@ def _updated(
         }
     return dataclasses.replace(
         manifest,
-        adapters={**manifest.adapters, name: AdapterEntry(config, adapter.sha256)},
+        adapters={**manifest.adapters, name: AdapterEntry(config, adapter.sha256, compared.to_dict())},
         base_fingerprint=None if adapter.replaced else manifest.base_fingerprint,
         files=dict(sorted(files.items())),
         verification=None,

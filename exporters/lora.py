@@ -8,24 +8,28 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from gralora_fx.adapters.adapter_files import KEY_PREFIX
-from gralora_fx.adapters.checkpoint import adapter_writers
+from gralora_fx.adapters.adapter_files import KEY_PREFIX, adapter_writers
 from gralora_fx.adapters.stored import StoredAdapter, open_adapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.checks import check_integer
 from gralora_fx.config.expressions import fullmatch
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
+from gralora_fx.methods.arrays import to_numpy
 from gralora_fx.methods.lora import Lora, LoraConfig
 from gralora_fx.methods.truncate import truncate, update_norm
 from gralora_fx.planning.targets import TargetRule
 
+if TYPE_CHECKING:
+    import torch
+
 _LORA = Lora()
+Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,22 @@ class LoraReport:
         files: Its files with their sizes in bytes.
         sites: The adapted layers.
         error: Relative error over all sites: `||dW - dW_N|| / ||dW||` with all updates in one vector.
-        dtype: Dtype of the LoRA tensors.
+        dtype_name: Dtype of the LoRA tensors, such as `float32`.
     """
 
     output_dir: Path
     files: dict[str, int]
     sites: tuple[LoraSite, ...]
     error: float
-    dtype: torch.dtype
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the LoRA tensors."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -79,7 +91,7 @@ class LoraReport:
         lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        lines.append(f"{len(self.sites)} sites, {shown}, {str(self.dtype).removeprefix('torch.')}, scale 1")
+        lines.append(f"{len(self.sites)} sites, {shown}, {self.dtype_name}, scale 1")
         if all(site.rank == site.exact_rank for site in self.sites):
             return "\n".join([*lines, "exact: the updates are those of the adapter"])
         width = max(len(site.path) for site in self.sites)
@@ -126,25 +138,23 @@ def to_lora(
             for name, write in adapter_writers(config, lambda: tensors).items():
                 write(stage / name)
     dtype = next(iter(pairs.values()))[0].dtype
-    return LoraReport(Path(output_dir), file_sizes(output_dir), tuple(sites), error, dtype)
+    return LoraReport(Path(output_dir), file_sizes(output_dir), tuple(sites), error, dtype.name)
 
 
 def _check_form(adapter: StoredAdapter, rank: int | None) -> None:
     if rank is None and adapter.config.PEFT_TYPE == LoraConfig.PEFT_TYPE:
         raise ConfigError(
-            f"{adapter.directory} is a LoRA adapter already; use it as it is, or give a rank (--rank) to truncate it to"
+            f"{adapter.directory} is a LoRA adapter already; use it as it is, or give rank=... to truncate it"
         )
 
 
-def _converted(
-    adapter: StoredAdapter, rank: int | None
-) -> tuple[dict[str, tuple[Tensor, Tensor]], list[LoraSite], float]:
+def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair], list[LoraSite], float]:
     """The LoRA pairs of scale 1 by site, what is known of each, and the error over all."""
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, Pair] = {}
     sites, lost, norm = [], 0.0, 0.0
     for path in adapter.sites:
         update = adapter.update(path)
-        A, B = update.factors.lora_form()
+        A, B = (to_numpy(array) for array in update.factors.lora_form())
         if rank is None or A.shape[0] <= rank:
             pairs[path] = A, _scaled(B, update.scale)
             sites.append(LoraSite(path, A.shape[0], A.shape[0], 0.0))
@@ -154,7 +164,7 @@ def _converted(
             pairs[path] = cut.A, cut.B
             sites.append(LoraSite(path, A.shape[0], cut.A.shape[0], cut.lost / cut.norm if cut.norm else 0.0))
             lost, norm = math.hypot(lost, cut.lost), math.hypot(norm, cut.norm)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in pairs[path]):
+        if not all(bool(np.isfinite(array.astype(np.float64)).all()) for array in pairs[path]):
             raise CheckpointError(f"the update at {path} is too large for float32 once its scale is folded in")
     largest = max(site.exact_rank for site in sites)
     if rank is not None and rank > largest:
@@ -162,19 +172,33 @@ def _converted(
             f"rank={rank} is more than the rank of every update of {adapter.directory}, which is at most {largest}; "
             "nothing is to be truncated, so give a lower rank, or none for the exact form"
         )
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for pair in pairs.values() for tensor in pair))
-    return {path: (A.to(dtype), B.to(dtype)) for path, (A, B) in pairs.items()}, sites, lost / norm if norm else 0.0
+    dtype = functools.reduce(_wider, (array.dtype for pair in pairs.values() for array in pair))
+    return (
+        {path: (A.astype(dtype), B.astype(dtype)) for path, (A, B) in pairs.items()},
+        sites,
+        lost / norm if norm else 0.0,
+    )
 
 
-def _scaled(B: Tensor, scale: float) -> Tensor:
+def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that holds the values of both; float32 for two kinds of half precision."""
+    if one == other:
+        return one
+    return np.promote_types(np.promote_types(one, np.float32), other)
+
+
+def _scaled(B: NDArray[Any], scale: float) -> NDArray[Any]:
     """`scale * B`, in float32 where a half-precision dtype would round it."""
-    exact = B.to(torch.float64) * scale
-    product = exact.to(B.dtype)
-    is_half = B.dtype.itemsize < torch.float32.itemsize
-    return exact.to(torch.float32) if is_half and not torch.equal(product.to(torch.float64), exact) else product
+    exact = B.astype(np.float64) * scale
+    with np.errstate(over="ignore"):
+        product = exact.astype(B.dtype)
+        is_half = B.dtype.itemsize < np.dtype(np.float32).itemsize
+        return (
+            exact.astype(np.float32) if is_half and not np.array_equal(product.astype(np.float64), exact) else product
+        )
 
 
-def _by_key(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def _by_key(pairs: Mapping[str, Pair]) -> dict[str, NDArray[Any]]:
     return {
         f"{KEY_PREFIX}{path}.{_LORA.keys[field]}": tensor
         for path, pair in pairs.items()

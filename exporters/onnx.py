@@ -15,7 +15,14 @@ from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
 from gralora_fx.exporters.artifact.save import save_models
-from gralora_fx.exporters.artifact.staging import check_output, check_replaced, file_sizes, staged
+from gralora_fx.exporters.artifact.staging import (
+    check_folder,
+    check_output,
+    check_replaced,
+    file_sizes,
+    staged,
+    warn_of_lost_adapters,
+)
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
 from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.folded_model import base_trace
@@ -32,7 +39,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.gc_pause import gc_pause
 from gralora_fx.progress.timing import timed
 from gralora_fx.runtime.export_files import describe_files, file_names
-from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.manifest import Manifest, RowsEntry
 from gralora_fx.runtime.quality import Quality
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
@@ -42,8 +49,7 @@ def export_onnx(
     model: TracedModel | GraloraModel,
     output_dir: str | Path,
     *,
-    adapters: Literal["merged", "swappable", "inputs", "batched"] = "merged",
-    adapter_form: Literal["gralora", "lora"] | None = None,
+    adapters: Literal["merged", "data", "inputs"] = "merged",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     quantize: Literal["int8", "int4", "int8-dynamic"] | None = None,
     block_size: int | None = None,
@@ -68,12 +74,12 @@ def export_onnx(
         output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
         adapters: How adapters are held: `"merged"` folds the active ones into the weights. All others keep the base and
             take adapters as data (see `gralora_fx.runtime.adapter_inputs`), at the layers that any adapter of the model
-            adapts; the active ones are written to `adapters/`. `"swappable"`: as initializers that may be overridden,
-            of rank 0 unless they are; `"inputs"`: as required inputs; `"batched"`: stacked, chosen by row.
-        adapter_form: Of adapters that are data: `"gralora"`, with the blocks of the model's `gralora_k`, or `"lora"`,
-            where any adapter is the plain LoRA that it equals, of rank `k*r + hybrid_r`: a third of the nodes at a
-            layer, k times the values, and any `gralora_k`. None for `"gralora"`, but for `"lora"` over a quantized
-            base, beside which nodes take longer than values, and where no adapter of the model has blocks.
+            adapts; the active ones are written to `adapters/`. `"data"`: in `model.onnx` as initializers that may be
+            overridden, of rank 0 unless they are, one adapter a run; in `model_rows.onnx` stacked, one adapter a row
+            (`ExportReport.rows` says why there is none, where rows cannot be told apart). `"inputs"`: as required
+            inputs of `model.onnx`, for runtimes without overridable initializers. `"swappable"` and `"batched"` are
+            earlier names of `"data"`. Whether adapters have GraLoRA's blocks, of one `gralora_k`, or are each the plain
+            LoRA that they equal, is chosen by what is faster (`adapters_as_data.takes_blocks`); the report says which.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
@@ -89,7 +95,7 @@ def export_onnx(
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place, and
             how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
             (`loading.load_streamed`), which cannot be run.
-        overwrite: Whether an earlier export of another base or task may be replaced.
+        overwrite: Whether an earlier export of another base or task, or with more adapters, may be replaced.
         texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`); they need
             a tokenizer. None for texts that a decoder draws itself, and for random inputs of other models. Not for an
             encoder-decoder with a cache.
@@ -106,7 +112,6 @@ def export_onnx(
     """
     options = ExportOptions(
         adapters=adapters,
-        adapter_form=adapter_form,
         precision=precision,
         quantize=quantize,
         block_size=block_size,
@@ -120,11 +125,16 @@ def export_onnx(
         dump=dump,
     )
     check_output(output_dir)
+    if options.dump is not None:
+        check_folder(options.dump)
+    if isinstance(model, (TracedModel, GraloraModel)):
+        types = [config.peft_type for config in model.configs.values()] if isinstance(model, GraloraModel) else []
+        options.check_model(peft_types=types, task=base_trace(model).task)
     log = PassLog.asked_for(options.dump)
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
         traced = trace_to_export(model, options.adapters)
-        data = data_sites(model, options.adapters, options.precision, options.chosen_form)
+        data = data_sites(model, options.adapters, options.precision, is_quantized=options.quantization is not None)
         flavour = flavour_of(traced)
         _check(model, traced, flavour, options, output_dir)
     with timed("convert", seconds), gc_pause():
@@ -132,7 +142,7 @@ def export_onnx(
         check_found(data, (found.paths for found in log.summaries(MarkedSites)))
     with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
         with timed("write", seconds):
-            save_models(models, stage, output_dir)
+            save_models(models, stage, output_dir, shared=flavour.shares_weights)
             digests = reader.submit(describe_files, stage, file_names(stage))
             write_companions(stage, traced, options.tokenizer)
             flavour.write_files(stage, traced, models)
@@ -148,7 +158,15 @@ def export_onnx(
         write_manifest(stage, dataclasses.replace(manifest, files=files, verification=found, quality=quality))
     passes = tuple(log.reports)
     return ExportReport(
-        Path(output_dir), file_sizes(output_dir), seconds, verification, _attention(log), passes, quality
+        Path(output_dir),
+        file_sizes(output_dir),
+        seconds,
+        verification,
+        _attention(log),
+        passes,
+        quality,
+        None if data is None else data.inputs,
+        _rows(log),
     )
 
 
@@ -171,12 +189,15 @@ def _check(
         )
     if options.texts is not None and traced.cache_layout is CacheLayout.ENCODER_DECODER:
         raise ExportError(
-            "texts is for decoders and models without a cache, and this is an encoder-decoder with one; leave it out"
+            "texts=... is for decoders and models without a cache, and the task is an encoder-decoder's with one; "
+            "leave it out"
         )
     if options.level is not None:
         check_runnable(model)
     if not options.overwrite:
         check_replaced(output_dir, task=traced.task, fingerprint=fingerprint_of(model))
+    active = model.active_adapters if isinstance(model, GraloraModel) else ()
+    warn_of_lost_adapters(output_dir, () if options.adapters == "merged" else active)
 
 
 def _described(
@@ -199,7 +220,14 @@ def _described(
         attention=None if attention is None else dataclasses.asdict(attention),
         passes=[entry.to_dict() for entry in log.reports],
         adapter_inputs=None if data is None else data.inputs,
+        rows=_rows(log),
+        flavour=flavour.name,
     )
+
+
+def _rows(log: PassLog) -> RowsEntry | None:
+    """The graph whose rows differ, or why there is none, where one was asked for."""
+    return next(iter(log.summaries(RowsEntry)), None)
 
 
 def _attention(log: PassLog) -> AttentionReport | None:

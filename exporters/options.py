@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ExportError
-from gralora_fx.runtime.adapter_inputs import AS_DATA, BATCHED
+from gralora_fx.runtime.adapter_inputs import AS_DATA, EARLIER_MODES
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DYNAMIC = "int8-dynamic"
 QUANTIZATIONS = ("int4", "int8", DYNAMIC)
 LOGITS = ("last", "all")
 LEVELS = ("quick", "full")
-ADAPTER_FORMS = ("gralora", "lora")
 ADAPTER_MODES = ("merged", *AS_DATA)
 _SMALLEST_BLOCK = 16
 _BLOCK_SIZE, _ACCURACY_LEVEL = 32, 4  # if none are given
@@ -80,7 +80,6 @@ class ExportOptions:
 
     Attributes:
         adapters: How adapters are held.
-        adapter_form: Whether adapters that are data have GraLoRA's blocks: `"gralora"`, `"lora"`, or None.
         precision: Precision of weights, activations and the cache.
         quantize: Kind of quantization; None for none.
         block_size: Values that share a scale, of int4 and int8; None for 32.
@@ -96,7 +95,6 @@ class ExportOptions:
     """
 
     adapters: str = "merged"
-    adapter_form: str | None = None
     precision: str = "fp32"
     quantize: str | None = None
     block_size: int | None = None
@@ -115,11 +113,9 @@ class ExportOptions:
         Raises:
             ExportError: A value is not one that the option takes; the message says which there are.
         """
+        if isinstance(self.adapters, str):
+            object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
         check_choice("adapters", self.adapters, ADAPTER_MODES)
-        if self.adapter_form is not None:
-            check_choice("adapter_form", self.adapter_form, ADAPTER_FORMS)
-            if self.adapters not in AS_DATA:
-                raise ExportError(f"adapter_form has no effect with adapters={self.adapters!r}; leave it out")
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("logits", self.logits, LOGITS)
         if not isinstance(self.verify, bool):
@@ -136,7 +132,7 @@ class ExportOptions:
         _check_blocks(self._block_size, self._accuracy_level)
         if self.quantize is not None and self.quantize not in QUANTIZATIONS:
             choices = " or ".join(map(repr, QUANTIZATIONS))
-            raise ExportError(f"quantize={self.quantize!r} is not available; take {choices} or None")
+            raise ExportError(f"quantize={self.quantize!r} is not available; take {choices}, or leave it out")
         if self.quantize == DYNAMIC:
             self._check_dynamic()
             if self.adapters in AS_DATA:
@@ -149,7 +145,7 @@ class ExportOptions:
 
     def _check_dynamic(self) -> None:
         given = {"block_size": self.block_size, "accuracy_level": self.accuracy_level}
-        if unused := [name for name, value in given.items() if value is not None]:
+        if unused := [f"{name}={value}" for name, value in given.items() if value is not None]:
             raise ExportError(
                 f"{' and '.join(unused)} has no effect with quantize={DYNAMIC!r}, which has a scale for each column "
                 "and multiplies in int8; leave it out"
@@ -164,15 +160,45 @@ class ExportOptions:
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(t, str) for t in texts):
             raise ExportError(f"texts must be a sequence of texts, but got {texts!r:.80}")
         if not texts:
-            raise ExportError("texts is empty; give at least one text, or None to compare on others")
+            raise ExportError("texts is empty; give at least one text, or leave it out to compare on others")
         if self.quantize is None:
-            raise ExportError("texts has no effect without quantize: it is what a quantized export is compared on")
+            raise ExportError(
+                "texts=... has no effect without quantize=...: they are what a quantized export is compared on; leave "
+                "them out"
+            )
         if self.precision == "bf16":
-            raise ExportError("texts cannot be compared in bf16, which ONNX Runtime's CPU provider does not run")
+            raise ExportError(
+                "texts=... does not go with precision='bf16', which ONNX Runtime's CPU provider does not run; leave "
+                "one of them out"
+            )
         if self.tokenizer is None:
-            raise ExportError("texts needs a tokenizer; give tokenizer= too")
+            raise ExportError("texts=... needs tokenizer=...; give it too, or leave texts=... out")
         if self.level is None:
-            raise ExportError("texts has no effect with verify=False, which compares nothing; leave one of them out")
+            raise ExportError(
+                "texts=... has no effect with verify=False, which compares nothing; leave one of them out"
+            )
+
+    def check_model(self, *, peft_types: Collection[str], task: str | None) -> None:
+        """Check that the options fit a model, as far as its adapters and its task tell.
+
+        Args:
+            peft_types: PEFT's names of the methods of its adapters; empty for a model without any.
+            task: Its task, or None where that is not known.
+
+        Raises:
+            ExportError: They do not.
+        """
+        as_data = self.adapters in AS_DATA
+        if as_data and not peft_types:
+            raise ExportError(
+                f"adapters={self.adapters!r} needs a model with an adapter, at whose layers the export then takes "
+                "others; give adapter=..., or adapters='merged'"
+            )
+        if task in ENCODER_DECODERS and self.texts is not None:
+            raise ExportError(
+                f"texts=... is for decoders and models without a cache, and the task {task} is an encoder-decoder's "
+                "with one; leave it out"
+            )
 
     @property
     def quantization(self) -> Quantization | DynamicQuantization | None:
@@ -182,12 +208,6 @@ class ExportOptions:
         if self.quantize == DYNAMIC:
             return DynamicQuantization()
         return Quantization(self.quantize, self._block_size, self._accuracy_level)
-
-    @property
-    def chosen_form(self) -> str | None:
-        """The form of adapters that are data; None for that of the model's adapters."""
-        is_lora = self.adapter_form is None and self.quantize is not None and self.adapters != BATCHED
-        return "lora" if is_lora else self.adapter_form
 
     @property
     def _block_size(self) -> int:

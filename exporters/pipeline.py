@@ -17,6 +17,7 @@ from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.exporters.reports import PassReport
 from gralora_fx.graph.graph_pass import Pass as Pass
 from gralora_fx.graph.graph_pass import PassResult as PassResult
+from gralora_fx.sources.paths import usable_directory
 
 DUMP = "GRALORA_FX_DUMP"  # environment variable: the directory that graphs are written to
 
@@ -60,14 +61,15 @@ class PassLog:
         Raises:
             ExportError: The directory cannot be created.
         """
-        directory = dump or os.environ.get(DUMP) or None
+        directory = (os.environ.get(DUMP) or None) if dump is None else dump
         if directory is None:
             return cls()
+        path = usable_directory(directory, ExportError, remedy="give a directory to write graphs to")
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise ExportError(f"graphs cannot be written to {directory} ({first_line(error)})") from error
-        return cls(Path(directory))
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(f"graphs cannot be written to {path} ({first_line(error)})") from error
+        return cls(path)
 
     def add(self, pipeline: str, name: str, result: PassResult[Any], graph: fx.Graph | ir.Model) -> None:
         """Record the result of a pass, and dump its graph if asked to."""

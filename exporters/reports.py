@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gralora_fx.graph.graph_pass import Skip
+from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.manifest import RowsEntry
+from gralora_fx.runtime.names import ROWS_NAME
 from gralora_fx.runtime.placement import describe_placement
 from gralora_fx.runtime.quality import Quality
 
@@ -135,6 +138,8 @@ class VerifyReport:
         least_scale: The least value that a difference is relative to: 1, or less for a provider whose arithmetic is
             less exact than float32.
         adapters: Of an export that takes adapters as data, the comparison with each; the rest is that of the base.
+        rows: Greedy tokens of a decoder's graph whose rows have lengths of their own, all adapters in one batch; None
+            where there is none, or it was not compared.
     """
 
     passed: bool
@@ -150,6 +155,7 @@ class VerifyReport:
     provider: ProviderRun | None = None
     least_scale: float = 1.0
     adapters: Mapping[str, VerifyReport] = field(default_factory=dict)
+    rows: TokenCheck | None = None
 
     @property
     def max_abs_error(self) -> float:
@@ -158,7 +164,12 @@ class VerifyReport:
         return max((*(tensor.max_abs_error for tensor in self.tensors), *others), default=0.0)
 
     def with_adapter(self, name: str, report: VerifyReport) -> VerifyReport:
-        """The same report with the comparison of one adapter more."""
+        """The same report with the comparison of one adapter more.
+
+        Args:
+            name: The adapter's name.
+            report: What was measured with it.
+        """
         adapters = {**self.adapters, name: report}
         return dataclasses.replace(self, passed=self.passed and report.passed, adapters=adapters)
 
@@ -173,6 +184,7 @@ class VerifyReport:
             agreement = "" if check.argmax_agreement is None else f"{100 * check.argmax_agreement:.1f} %"
             lines.append(f"{check.name:<28}{check.max_abs_error:>12.2e}{check.max_rel_error:>12.2e}{agreement:>14}")
         lines += [] if self.tokens is None else [str(self.tokens)]
+        lines += [] if self.rows is None else [f"{ROWS_NAME}: {self.rows}"]
         lines += [f"above the tolerance: {check}" for check in self.rounding]
         verdict = "passed" if self.passed else "FAILED"
         least = "" if self.least_scale == 1 else f" of the largest value, and {self.tolerance * self.least_scale:g}"
@@ -264,6 +276,8 @@ class ExportReport:
         attention: Which layers' attention is fused; None for a model without any.
         passes: What every pass did, in order.
         quality: What quantization changes, where that was measured.
+        adapter_inputs: The adapter tensors that the export takes; None where adapters are folded.
+        rows: The graph for rows that differ in length or adapter, or why there is none; None where none is asked for.
     """
 
     output_dir: Path
@@ -273,12 +287,18 @@ class ExportReport:
     attention: AttentionReport | None = None
     passes: tuple[PassReport, ...] = ()
     quality: Quality | None = None
+    adapter_inputs: AdapterInputs | None = None
+    rows: RowsEntry | None = None
 
     def __str__(self) -> str:
-        """The files, the time of each stage, the verification, and what quantization changes."""
+        """The files, the time of each stage, the adapters it takes, the verification, and what quantization changes."""
         lines = [f"wrote {self.output_dir}"]
         lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
+        if self.adapter_inputs is not None:
+            lines.append(_taken(self.adapter_inputs))
+        if self.rows is not None:
+            lines.append(str(self.rows))
         if self.attention is not None:
             lines.append(str(self.attention))
         if self.verification is not None:
@@ -286,3 +306,11 @@ class ExportReport:
         if self.quality is not None:
             lines.append(str(self.quality))
         return "\n".join(lines)
+
+
+def _taken(inputs: AdapterInputs) -> str:
+    """Which adapters an export takes, now and later: what the export fixes."""
+    form = "LoRA, or GraLoRA of any gralora_k as the LoRA that it equals"
+    if inputs.k:
+        form = f"GraLoRA of gralora_k={inputs.k}, which this export fixes, or LoRA"
+    return f"takes adapters at {len(inputs.sites)} layers ({inputs.mode}): {form}"

@@ -21,13 +21,16 @@ from gralora_fx.exporters.triton_files.config import TritonConfig, tensors_of
 from gralora_fx.progress.timing import timed
 from gralora_fx.runtime.adapter_arrays import as_arrays
 from gralora_fx.runtime.adapter_file import read_tensors
-from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, BATCHED, AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.adapter_record import SUFFIX, check_name, read_record
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
+from gralora_fx.runtime.adapter_name import SUFFIX, check_name
+from gralora_fx.runtime.adapter_record import read_record
 from gralora_fx.runtime.adapter_stack import AdapterStack
+from gralora_fx.runtime.export_adapters import own_adapters
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.runtime.names import ADAPTERS, MODEL_NAME
+from gralora_fx.runtime.names import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.session import check_external_data, open_session
+from gralora_fx.sources.paths import usable_directory, usable_path
 
 _CONFIG, _VERSION, _LABELS, _IDS = "config.pbtxt", "1", "labels.txt", "adapters.json"
 _CLASSIFICATIONS = ("text-classification", "image-classification")
@@ -77,15 +80,15 @@ def export_triton(
 ) -> TritonReport:
     """Write an export into a Triton model repository.
 
-    Triton batches a merged export, and a batched one, whose adapters become a part of the model, so that every row of a
-    batch chooses one by its id. Of an export that is swappable or takes adapters as inputs it runs each request alone,
-    since a request gives the tensors of its adapter.
+    Triton batches a merged export, and one with adapters as data, which become a part of the model, so that every row
+    of a batch chooses one by its id. Of an export that takes adapters as inputs, or whose rows cannot be told apart, it
+    runs each request alone, since a request gives the tensors of its adapter.
 
     Args:
         onnx_dir: An export of `export_onnx` that needs no cache.
         repository: The model repository, whose other models stay.
         name: The model's name in it; None for that of the export's directory.
-        adapters: `.onnx_adapter` files by name, beside those of a batched export.
+        adapters: `.onnx_adapter` files by name, beside those of the export.
         max_batch: The most rows that Triton runs together.
         threads: Threads of an operator; None for ONNX Runtime's choice.
         overwrite: Whether an earlier model of the name is replaced.
@@ -97,13 +100,13 @@ def export_triton(
         ExportError: There is no such export, it is of a model with a cache, an adapter does not fit, the name is not
             one, or the output may not be written.
     """
-    source = Path(onnx_dir)
+    source = usable_path(onnx_dir, ExportError, remedy="give the directory of an export")
     manifest = _checked_manifest(source, adapters)
     name = _checked_name(source.absolute().name if name is None else name)
     for option, value in (("max_batch", max_batch), ("threads", threads)):
         if value is not None and (type(value) is not int or value < 1):
             raise ExportError(f"{option} must be a whole number of at least 1, but got {shown(value)}")
-    output = Path(repository) / name
+    output = usable_directory(repository, ExportError, remedy="give a model repository") / name
     check = functools.partial(check_converted, sources=[source], marker=_CONFIG, overwrite=overwrite)
     check(output)
     with timed("write"), staged(output, check) as stage:
@@ -126,18 +129,25 @@ def _checked_manifest(source: Path, adapters: Mapping[str, str | Path] | None) -
             f"{source} was exported for {manifest.task}, and Triton's ONNX Runtime backend keeps no cache between "
             "steps; serve it with gralora-fx serve, or export the model without a cache"
         )
-    if adapters and manifest.adapters_mode != BATCHED:
+    if adapters and not _has_rows(manifest):
+        if manifest.rows is not None:
+            raise ExportError(f"no adapter can become a part of {source}: it has {manifest.rows}; fold one into it")
         raise ExportError(
-            f"{source} was exported with adapters={manifest.adapters_mode!r}, so adapters (--adapter) cannot become a "
-            "part of the model; export it with adapters='batched'"
+            f"{source} was exported with adapters={manifest.adapters_mode!r}, so no adapter can become a part of the "
+            "model; export it with adapters='data'"
         )
     return manifest
+
+
+def _has_rows(manifest: Manifest) -> bool:
+    """Whether there is a graph whose rows choose among adapters."""
+    return manifest.has_rows and manifest.adapter_inputs is not None
 
 
 def _checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ExportError(
-            f"{shown(name)} is not a name for a model (--name): take letters, digits, dots, dashes and underscores, at "
+            f"{shown(name)} is not a name for a model: take letters, digits, dots, dashes and underscores, at "
             "most 128, beginning with a letter or a digit"
         )
     return name
@@ -147,15 +157,17 @@ def _write_model(
     source: Path, manifest: Manifest, adapters: Mapping[str, str | Path], folder: Path, output: Path
 ) -> dict[str, int]:
     """Write the model and its weights; the ids of the adapters that became a part of it."""
-    check_external_data(source / MODEL_NAME)
-    model = ir.load(source / MODEL_NAME)
-    if manifest.adapters_mode != BATCHED or manifest.adapter_inputs is None:
+    has_rows = _has_rows(manifest)
+    path = source / (ROWS_NAME if has_rows else MODEL_NAME)
+    check_external_data(path)
+    model = ir.load(path)
+    if not has_rows or manifest.adapter_inputs is None:
         data = {Path(tensor.path) for tensor in _external(model)}
         require_space(output, sum(path.stat().st_size for path in data))
         for path in (source / MODEL_NAME, *sorted(data)):
             shutil.copyfile(path, folder / path.name)
         return {}
-    stack = AdapterStack(manifest.adapter_inputs, manifest.base_fingerprint)
+    stack = AdapterStack(manifest.adapter_inputs.by_row())
     for name, path in _files_of_adapters(source, adapters).items():
         stack.add(name, _tensors(name, path, manifest.adapter_inputs, manifest.base_fingerprint))
     current = stack.current()
@@ -175,9 +187,9 @@ def _files_of_adapters(source: Path, given: Mapping[str, str | Path]) -> dict[st
     """The export's own adapters and those that are given, by name.
 
     Raises:
-        ExportError: A name is given that the export has.
+        ExportError: A name is given that the export has, or one of its own is a link.
     """
-    own = {path.name.removesuffix(SUFFIX): path for path in sorted((source / ADAPTERS).glob(f"*{SUFFIX}"))}
+    own = own_adapters(source, ExportError)
     if twice := sorted(set(own) & set(given)):
         raise ExportError(f"{source} has an adapter {twice[0]!r} of its own; give yours another name")
     return {**own, **{name: Path(path) for name, path in given.items()}}
@@ -186,7 +198,7 @@ def _files_of_adapters(source: Path, given: Mapping[str, str | Path]) -> dict[st
 def _tensors(name: str, path: Path, inputs: AdapterInputs, fingerprint: str | None) -> Mapping[str, Any]:
     check_name(name)
     if path.suffix != SUFFIX:
-        raise ExportError(f"{path} is not an {SUFFIX} file; gralora-fx export-adapter makes one of a PEFT adapter")
+        raise ExportError(f"{path} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")
     return read_tensors(path, read_record(path), inputs, fingerprint, ExportError)
 
 
@@ -236,13 +248,14 @@ def _notes(manifest: Manifest, *, takes_adapters: bool, batched: bool) -> Iterat
     if batched:
         yield "requests run together only if their shapes are equal; pad them to the same length"
     elif takes_adapters:
+        remedy = "export with adapters='data' for that" if manifest.rows is None else str(manifest.rows)
         yield (
             "no requests run together, and each gives its adapter's tensors, since the backend has no inputs that the "
-            "rows of a batch share; export with adapters='batched' for that"
+            f"rows of a batch share; {remedy}"
         )
     else:
         yield "no requests run together, since not every input and output has a batch of any size as its first axis"
-    if manifest.adapters_mode == BATCHED:
+    if _has_rows(manifest):
         yield "an adapter is added by writing the model again; an id that is not one fails all that runs with it"
     if manifest.requires:
         needed = listed(f"{package} {version}" for package, version in manifest.requires.items())

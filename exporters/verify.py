@@ -17,17 +17,16 @@ from gralora_fx.exporters.verification.adapter_variants import variants
 from gralora_fx.exporters.verification.arithmetic import arithmetic_of, provider_run
 from gralora_fx.exporters.verification.cases import Case, TokenRun, Verification
 from gralora_fx.exporters.verification.evaluating import evaluating
-from gralora_fx.exporters.verification.float32_copy import open_comparable
+from gralora_fx.exporters.verification.float32_copy import Comparable, open_comparable
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
 from gralora_fx.exporters.verification.integer_products import compare_products
 from gralora_fx.exporters.verification.mixed_rows import is_row_input
 from gralora_fx.exporters.verification.outputs import OutputComparison
-from gralora_fx.exporters.verification.prompts import Prompts, given_prompts, padded_left
+from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
@@ -47,12 +46,15 @@ def verify_onnx(
     provider_options: ProviderOptions | None = None,
     seed: int = 0,
     check: bool = True,
+    adapter_name: str | None = None,
 ) -> VerifyReport:
     """Compare an export with the model on fresh inputs: other sizes, padded rows, single rows.
 
     An export with a cache also generates, its cache fed back at every step: greedy tokens and logits are compared for
     prompts of unequal length, padded on either side, and for one that fills the context (up to 1,000 positions). A
-    quick verification compares two short prompts for four tokens.
+    quick verification compares two short prompts for four tokens. `model_rows.onnx` reads the same prompts or inputs,
+    each row beside one with another adapter, those of a decoder also beside idle ones, on the CPU's and CUDA's
+    providers.
 
     Args:
         output_dir: The export directory.
@@ -70,6 +72,8 @@ def verify_onnx(
         provider_options: Options of each provider, if they are not given beside its name.
         seed: Seed of the fresh inputs.
         check: Whether to compare every file with its SHA-256 first; False if that has been done.
+        adapter_name: Of an export that takes adapters as data, the name there of the model's only active adapter; None
+            where it is that in the model.
 
     Returns:
         Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
@@ -92,20 +96,22 @@ def verify_onnx(
         check_files(output_dir, manifest, digests=True)
     check_runnable(model)
     check_same_model(output_dir, manifest, model)
-    session, arithmetic = _opened(Path(output_dir), manifest, runtime)
+    session, rows, arithmetic = _opened(Path(output_dir), manifest, runtime)
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
     check_inputs([value.name for value in session.get_inputs() if not is_row_input(value.name)], cases[0][1])
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
-    drawn = _drawn_prompts(verification, traced, seed, quick=quick, pads=manifest.adapters_mode == BATCHED)
+    drawn = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
     given = [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
-    comparison = _Comparison(manifest, verification, cases, [*drawn, *given], quick, arithmetic, runtime, tolerance)
+    comparison = _Comparison(
+        manifest, verification, cases, [*drawn, *given], quick, arithmetic, runtime, tolerance, adapter_name
+    )
     report: VerifyReport | None = None
-    for variant in variants(session, model, manifest, Path(output_dir)):
+    for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows):
         with variant.active(), evaluating(model, variant.reference()):
-            found = comparison.run(variant.session, model, variant.reference())
-        report = found if report is None else report.with_adapter(str(variant.name), found)
+            found = comparison.run(variant.session, model, variant.reference(), variant.rows)
+        report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)
     assert report is not None
     products = _compare_products(Path(output_dir), manifest)
     is_exact = all(product.max_rel_error <= PRODUCT_TOLERANCE for product in products)
@@ -124,9 +130,10 @@ class _Comparison:
     arithmetic: str
     runtime: Runtime | None
     tolerance: float | None
+    adapter_name: str | None
 
     def run(
-        self, session: Any, model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel
+        self, session: Any, model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel, rows: Any = None
     ) -> VerifyReport:
         """Compare outputs and greedy tokens.
 
@@ -134,6 +141,7 @@ class _Comparison:
             session: The export.
             model: The model that was exported.
             reference: The model with the export's weights, in evaluation mode.
+            rows: The export's graph whose rows have lengths of their own; None where that is not compared.
         """
         is_rough = self.runtime is not None and self.arithmetic != "fp32"
         explained = tolerance_of(self.manifest.precision, self.arithmetic if is_rough else "fp32")
@@ -145,7 +153,7 @@ class _Comparison:
         )
         outputs = OutputComparison(session, reference, self.verification, self.manifest.logits, check)
         tensors, passed = outputs.run(self.cases)
-        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick)
+        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick, rows)
         tokens = self.verification.compare_tokens(run)
         return VerifyReport(
             passed and tokens.passed,
@@ -157,9 +165,10 @@ class _Comparison:
             self.arithmetic,
             rounding=tuple(check.exceeded),
             level="quick" if self.quick else "full",
-            reference=_describe_reference(model, reference),
+            reference=_describe_reference(model, reference, self.adapter_name),
             provider=None if self.runtime is None else provider_run(self.runtime, session),
             least_scale=check.least_scale,
+            rows=tokens.rows,
         )
 
 
@@ -169,20 +178,13 @@ def _compare_products(directory: Path, manifest: Manifest) -> list[TensorCheck]:
     return [compare_products(directory)] if is_dynamic else []
 
 
-def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None) -> tuple[Any, str]:
-    """The export's session, and the arithmetic that it computes in."""
-    session, arithmetic = open_comparable(directory, manifest, runtime)
-    if runtime is not None:
-        arithmetic = arithmetic_of(runtime, arithmetic, is_quantized=manifest.quantization is not None)
-    return session, arithmetic
-
-
-def _drawn_prompts(
-    verification: Verification, traced: TracedModel, seed: int, *, quick: bool, pads: bool
-) -> list[Prompts]:
-    """Random prompts, if the kind of export takes any; `pads` puts padding on their left."""
-    drawn = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
-    return [padded_left(prompts) for prompts in drawn] if pads else drawn
+def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None) -> Comparable:
+    """The export's sessions, and the arithmetic that they compute in."""
+    found = open_comparable(directory, manifest, runtime)
+    if runtime is None:
+        return found
+    is_quantized = manifest.quantization is not None
+    return found._replace(precision=arithmetic_of(runtime, found.precision, is_quantized=is_quantized))
 
 
 def _given(verification: Verification, prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
@@ -192,8 +194,11 @@ def _given(verification: Verification, prompts: Sequence[Any], output_dir: str |
     return given_prompts(prompts, output_dir, traced)
 
 
-def _describe_reference(model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel) -> str:
-    """What an export was compared with, in words."""
+def _describe_reference(
+    model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel, adapter_name: str | None
+) -> str:
+    """What an export was compared with, in words, an adapter by its name in the export."""
     active = model.active_adapters if isinstance(model, GraloraModel) else []
-    adapters = f" with {', '.join(map(repr, active))} active" if active else ""
+    names = [adapter_name] if adapter_name is not None and active else active
+    adapters = f" with {', '.join(map(repr, names))} active" if names else ""
     return f"the PyTorch model{adapters}" + ("" if reference is model else ", its weights rounded as the export's are")

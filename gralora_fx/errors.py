@@ -73,9 +73,10 @@ def bulleted(problems: Iterable[object], most: int = 20) -> str:
 def warn_caller(message: str) -> None:
     """Warn at the line outside this package that led here, however deep the call."""
     level, frame = 1, sys._getframe()
-    within = (__package__, "contextlib")
+    within = (__package__, "contextlib", "importlib")  # a public name is imported on first use
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in within:
-        level, frame = level + 1, frame.f_back
+        frame = frame.f_back
+        level += "importlib._bootstrap" not in frame.f_code.co_filename  # `warn` does not count these
     warnings.warn(message, stacklevel=level)
 
 

@@ -143,7 +143,7 @@ class Exports:
     root: Path
     models: dict[str, OrtModel] = field(default_factory=dict)
 
-    def adapted(self, name: str, k: int, mode: Any = "swappable", **options: Any) -> OrtModel:
+    def adapted(self, name: str, k: int, mode: Any = "data", **options: Any) -> OrtModel:
         """An export that takes adapters as data, with a new adapter `default` of its own that is zero."""
         key = f"{name}-{k}-{mode}-{'-'.join(map(str, options.values()))}"
         if key not in self.models:

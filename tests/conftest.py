@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,8 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub 
 
 import pytest
 import torch
-from scheduling import GroupScheduling, rank
+from scheduling import GroupScheduling, rank, sampled
 
+# pytest listens to loggers that pass nothing on, and torch describes every step of a trace to whoever listens: a sixth
+# of the time of tests that trace
+logging.getLogger("torch.__trace").propagate = True
 torch.set_num_threads(1)  # so that parallel workers do not fight over the cores
 gc.set_threshold(100_000, 20, 100)  # graphs are many small objects; the usual threshold looks them through all the time
 
@@ -33,8 +37,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
     return GroupScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option of `make test`."""
+    parser.addoption("--sample", action="store_true", help="run a sample of the grids that take long (SAMPLED)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put what takes long first; `--no-loadscope-reorder` lets the workers take it in this order."""
+    if config.getoption("--sample"):
+        items[:] = sampled(items)
     items.sort(key=rank)
 
 

@@ -19,9 +19,9 @@ from gralora_fx.serving.http.settings import ServiceSettings
 
 
 @contextmanager
-def serving(app: Any, limits: ConnectionLimits | None = None) -> Iterator[tuple[str, int]]:
+def serving(app: Any, limits: ConnectionLimits | None = None, log: Any = None) -> Iterator[tuple[str, int]]:
     """The address of a service while it runs."""
-    protocol = limited(limits or ConnectionLimits())
+    protocol = limited(limits or ConnectionLimits(), log)
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="error"))
     sockets = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)

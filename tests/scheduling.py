@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
@@ -78,13 +81,22 @@ GROUPS = {
         "serving/test_http_openai.py",
         "serving/test_sampling.py",
     ),
+    "encoder-decoders": (
+        "serving/test_encoder_decoder_rows.py",
+        "serving/test_seq2seq_generation.py",
+        "serving/test_http_seq2seq.py",
+    ),
 }
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.
 LONG = (
+    "serving/test_ray_service.py",
     "model/test_trainer.py",
     "tracing/test_image_sizes.py",
     "architectures/test_decoder_architectures.py",
     "architectures/test_encoder_architectures.py",
+    "exporters/test_base_of_data_exports.py",
+    "parity/test_against_float64.py",
+    "serving/test_neighbours.py",
     "exporters/test_image_size_export.py",
     "exporters/test_transformers_js.py",
     "exporters/test_fusion.py",
@@ -101,6 +113,57 @@ LONG = (
     "test_examples.py",
     "exporters/test_head_sizes.py",
 )
+# Tests of many models, sizes or moments that take long: `make test` runs every n-th of each, `make test-all` all.
+SAMPLED = {
+    "adapters/test_ownership.py::test_converting_gives_the_converted_model": 2,
+    "architectures/test_decoder_architectures.py::test_tokens_are_the_models_and_every_layer_is_fused": 3,
+    "architectures/test_encoder_architectures.py::test_the_export_gives_the_models_values_and_every_layer_is_fused": 3,
+    "exporters/test_adapter_contract.py::test_other_precisions_pass_verification": 2,
+    "exporters/test_adapters_as_data.py::test_one_export_takes_any_adapter": 2,
+    "exporters/test_adapters_as_data.py::test_without_an_adapter_it_is_the_base_bit_for_bit": 2,
+    "exporters/test_any_length.py::test_one_session_takes_any_batch_and_length": 2,
+    "exporters/test_base_of_data_exports.py::test_every_family_is_its_base": 3,
+    "exporters/test_base_of_data_exports.py::test_so_is_every_form_precision_and_mode": 2,
+    "exporters/test_batched_export.py::test_decoders_are_verified_in_chunks_and_steps": 2,
+    "exporters/test_directory.py::test_an_interrupted_export_leaves_nothing_half_written": 3,
+    "exporters/test_encoder_attention.py::test_every_layer_is_one_operator": 2,
+    "exporters/test_encoder_decoder_export.py::test_greedy_tokens_of_padded_batches_are_those_of_generate": 2,
+    "exporters/test_flatten_tokens.py::test_a_classifier_reads_the_first_position_whatever_the_padding": 3,
+    "exporters/test_flatten_tokens.py::test_outputs_are_the_models_and_zero_at_padding": 3,
+    "exporters/test_fold_foreign.py::test_a_quantized_model_of_genais_builder": 2,
+    "exporters/test_fold_foreign.py::test_genais_builder": 2,
+    "exporters/test_fold_several.py::test_a_head_and_biases_within_a_wrapper_are_found_as_layers_are": 2,
+    "exporters/test_fusion.py::test_layers_become_the_operators_that_the_runtime_is_fast_at": 3,
+    "exporters/test_image_size_export.py::test_one_session_takes_images_of_any_size": 2,
+    "exporters/test_precision.py::test_half_precision_exports_hold": 2,
+    "exporters/test_precision.py::test_what_stays_float32_is_what_the_half_precision_model_computes_so": 2,
+    "exporters/test_rows_graph.py::test_a_model_without_such_a_graph_is_exported_and_the_reason_said": 2,
+    "exporters/test_rows_graph.py::test_every_kind_of_decoder": 2,
+    "exporters/test_sentence_export.py::test_embeddings_are_sentence_transformers": 2,
+    "exporters/test_streaming.py::test_a_streamed_export_is_the_other_byte_for_byte": 2,
+    "exporters/test_strict_base.py::test_an_adapter_of_another_base_is_named_and_refused_strictly": 2,
+    "exporters/test_strict_base.py::test_its_own_base_is_used_without_a_word": 2,
+    "exporters/test_trained_heads.py::test_heads_and_biases_are_pefts": 2,
+    "exporters/test_transformers_js.py::test_an_encoder_decoder_runs_unchanged": 2,
+    "model/test_gralora_model.py::test_merging_and_back_is_bit_for_bit": 2,
+    "model/test_trainer.py::test_training_evaluation_and_prediction_are_pefts": 2,
+    "parity/test_against_float64.py::test_gradients_are_as_exact_as_pefts": 3,
+    "parity/test_parity_decoders.py::test_the_same_as_in_peft": 2,
+    "parity/test_parity_encoder_decoders.py::test_the_same_as_in_peft": 2,
+    "parity/test_parity_encoders.py::test_the_same_as_in_peft": 2,
+    "parity/test_parity_lora.py::test_the_same_as_in_peft": 2,
+    "parity/test_parity_more_decoders.py::test_the_same_as_in_peft": 2,
+    "parity/test_parity_vision_and_plain.py::test_the_same_as_in_peft": 2,
+    "serving/test_example_inputs.py::test_every_kind_of_model": 2,
+    "serving/test_http_neighbours.py::test_classes_of_texts_together_are_those_of_each_alone": 2,
+    "serving/test_live_adapters.py::test_encoders_of_every_kind": 2,
+    "test_readme_commands.py::test_every_command_runs": 3,
+    "tracing/test_cached.py::test_attention_is_one_node_a_layer": 2,
+    "tracing/test_encoder_decoder.py::test_calls_of_every_size_equal_the_eager_model": 2,
+    "tracing/test_image_sizes.py::test_images_of_other_sizes_equal_the_eager_model": 2,
+    "tracing/test_modes.py::test_training_noise_has_the_eager_models_size": 2,
+    "tracing/test_trace.py::test_other_sizes_and_padded_rows_equal_the_eager_model": 3,
+}
 _GROUP_OF = {f"tests/{file}": group for group, files in GROUPS.items() for file in files}
 _RANK = {
     f"tests/{file}": rank for rank, file in enumerate(file for files in (*GROUPS.values(), LONG) for file in files)
@@ -118,3 +181,15 @@ class GroupScheduling(LoadFileScheduling):
 def rank(item: pytest.Item) -> int:
     """The place of a test's file in the order: groups and long files first, the others after them as they come."""
     return _RANK.get(item.nodeid.split("::")[0], len(_RANK))
+
+
+def sampled(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Tests without those of `SAMPLED` that `make test` leaves out."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        function = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if seen[function] % SAMPLED.get(function, 1) == 0:
+            kept.append(item)
+        seen[function] += 1
+    return kept

@@ -11,8 +11,11 @@ from typer.main import get_command
 
 from gralora_fx.cli import app
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).resolve().parents[1]
+AT_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
+PAGES = [*AT_THE_ROOT, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("make demo", "make test")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -66,9 +69,14 @@ def test_every_option_of_the_service_is_described() -> None:
     assert [option for option in sorted(options) if f"`{option}" not in page] == []
 
 
-def test_every_page_is_in_the_index() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"{page.relative_to(ROOT)})" not in readme] == []
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
+        left += {(page.parent / link).resolve() for link in links if "://" not in link} - reached
+    assert [page.name for page in PAGES if page.resolve() not in reached] == []
 
 
 def test_the_two_commands_are_in_the_readmes_first_screen() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parent.parent
 # folders, and single files if a folder's own files are on both sides of its subfolders; the longest match counts
 ORDER = [

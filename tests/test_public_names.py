@@ -10,6 +10,8 @@ import pytest
 import gralora_fx
 from gralora_fx import errors
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_package_exports_these_names() -> None:
     assert gralora_fx.__all__ == [

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from scheduling import GROUPS, LONG
+from scheduling import GROUPS, LONG, SAMPLED, sampled
 
 
 def test_every_file_that_is_named_is_there_and_named_once() -> None:
     files = [file for files in (*GROUPS.values(), LONG) for file in files]
     assert [file for file in files if not (Path(__file__).parent / file).is_file()] == []
     assert len(set(files)) == len(files)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A test, as far as sampling looks at it."""
+
+    nodeid: str
+
+
+def test_every_grid_that_is_sampled_is_there() -> None:
+    for name in SAMPLED:
+        file, _, function = name.partition("::")
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        assert f"def {function}(" in text, name
+
+
+def test_a_sample_has_every_nth_of_a_grid_and_all_else() -> None:
+    name = "exporters/test_directory.py::test_an_interrupted_export_leaves_nothing_half_written"
+    grid = [Item(f"tests/{name}[{index}]") for index in range(7)]
+    others = [Item("tests/test_cli.py::test_export_then_verify"), Item("README.md::README.md")]
+    assert sampled([*grid, *others]) == [*grid[::3], *others]  # type: ignore[list-item, comparison-overlap]

@@ -9,6 +9,7 @@ from gralora_fx.adapters.checkpoint import saved_config
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
 from gralora_fx.exporters.artifact.changes import Changes
 from gralora_fx.exporters.artifact.trained_parameters import BaseParameters
+from gralora_fx.methods.arrays import to_numpy
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import Manifest
 
@@ -32,7 +33,9 @@ def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manife
         adapter = model.installed(name)
         config = json.loads(saved_config(adapter, model.traced).to_json())
         changes = installed_changes(model, name, base)
-        write_adapter(directory, name, changes, config, manifest.adapter_inputs, manifest.base_fingerprint)
+        write_adapter(
+            directory, name, changes, config, manifest.adapter_inputs, manifest.base_fingerprint, adapter.base
+        )
 
 
 def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> Changes:
@@ -48,5 +51,5 @@ def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> C
     """
     adapter = model.installed(name)
     updates = {path: adapter.update(path) for path in adapter.factors}
-    copies = {base_name: value.detach() for owned in adapter.copies.values() for base_name, value in owned.items()}
+    copies = {base_name: to_numpy(value) for owned in adapter.copies.values() for base_name, value in owned.items()}
     return base.changes(updates, copies, name)

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.changes import Changes
+from gralora_fx.methods.arrays import to_numpy
 from gralora_fx.methods.forms import as_data
 from gralora_fx.runtime.adapter_arrays import cast
 from gralora_fx.runtime.adapter_file import record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import BIAS, AdapterInputs, AdapterSite
-from gralora_fx.runtime.adapter_record import SUFFIX, check_name, record_path
+from gralora_fx.runtime.adapter_name import SUFFIX, check_name, record_path
 from gralora_fx.runtime.names import ADAPTERS
 from gralora_fx.sources.atomic_save import save_together
+from gralora_fx.sources.same_base import BaseComparison
 
 
 def write_adapter(
@@ -27,6 +29,7 @@ def write_adapter(
     config: Mapping[str, Any],
     inputs: AdapterInputs,
     fingerprint: str | None,
+    base: BaseComparison | None = None,
 ) -> Path:
     """Write an adapter to an export: both files, or none after an error.
 
@@ -36,7 +39,8 @@ def write_adapter(
         changes: What it changes; at layers that the model does not call, nothing.
         config: Its `adapter_config.json`.
         inputs: The adapter tensors that the export takes.
-        fingerprint: Fingerprint of its base.
+        fingerprint: Fingerprint of the export's base.
+        base: What was compared of the adapter's base and the export's, or None.
 
     Returns:
         The adapter file.
@@ -49,11 +53,12 @@ def write_adapter(
     tensors = adapter_tensors(name, changes, inputs)
     folder = directory / ADAPTERS
     path = folder / f"{name}{SUFFIX}"
+    compared = None if base is None else base.to_dict()
     written: dict[str, Any] = {}
 
     def write_file(place: Path) -> None:
         write_tensors(place, tensors)
-        written["record"] = record_of(place, name, tensors, config, inputs, fingerprint)
+        written["record"] = record_of(place, name, tensors, config, inputs, fingerprint, compared)
 
     def write_record(place: Path) -> None:
         place.write_text(written["record"].to_json(), encoding="utf-8")
@@ -78,7 +83,7 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
     sites = {site.path: site for site in inputs.sites}
     paths = list(dict.fromkeys([*changes.updates, *changes.biases]))
     missing = [path for path in paths if path not in sites and path not in inputs.uncalled]
-    problems = [f"the export takes no adapter at {path}" for path in missing]
+    problems: dict[str, list[str]] = {"the export takes no adapter there": missing} if missing else {}
     remedies = {"give one of this base, or export a model that has an adapter there too"} if missing else set()
     tensors: dict[str, NDArray[Any]] = {}
     for path in paths:
@@ -87,19 +92,28 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
         try:
             arrays = _at_site(sites[path], changes, inputs)
         except ValueError as error:
-            problems.append(str(error))
+            problems.setdefault(str(error), []).append(path)
             if isinstance(error, _OtherBlocksError):
-                remedies.add(f"give one of gralora_k={inputs.k}, or convert it with to_lora, which gives plain LoRA")
+                remedies.add(_remedy_for_blocks(inputs))
             continue
         if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values()):
-            problems.append(f"at {path} the adapter has values that are not finite in {inputs.dtype}")
+            problems.setdefault(f"the adapter has values that are not finite in {inputs.dtype}", []).append(path)
         tensors |= arrays
     if problems:
+        reasons = [
+            f"{len(places)} layer{'s' if len(places) > 1 else ''}: {reason}: {listed(places, 3)}"
+            for reason, places in problems.items()
+        ]
         raise ExportError(
-            f"adapter {name!r} does not fit the export: {listed(problems)}; "
+            f"adapter {name!r} does not fit the export: {'; '.join(reasons)}; "
             f"{'; '.join(sorted(remedies)) or 'give one of this base'}"
         )
     return tensors
+
+
+def _remedy_for_blocks(inputs: AdapterInputs) -> str:
+    """What to do with an adapter of another `gralora_k`, which an export in GraLoRA's form fixes."""
+    return f"give one of gralora_k={inputs.k}, or convert it with to_lora, which gives the plain LoRA that it equals"
 
 
 class _OtherBlocksError(ValueError):
@@ -116,28 +130,29 @@ def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict
     update = changes.updates.get(site.path)
     if update is not None:
         if site.form == BIAS:
-            raise ValueError(f"at {site.path} the export takes a trained bias alone")
+            raise ValueError("the export takes a trained bias alone")
         widths = update.factors.features
         if widths != (site.in_features, site.out_features):
             raise ValueError(
-                f"{site.path} has widths {site.in_features} and {site.out_features}, but the adapter's are "
-                f"{widths[0]} and {widths[1]}"
+                f"the export has widths {site.in_features} and {site.out_features}, the adapter {widths[0]} and "
+                f"{widths[1]}"
             )
         try:
             values = as_data(update, site.blocks(inputs.k))
         except ValueError as error:
-            raise _OtherBlocksError(f"at {site.path} the adapter has {error}") from error
-        arrays |= dict(zip(arrays, (value.numpy(force=True) for value in values), strict=False))
+            raise _OtherBlocksError(str(error)) from error
+        arrays |= dict(zip(arrays, (to_numpy(value) for value in values), strict=False))
     if site.path in changes.biases:
         if not site.has_bias:
-            raise ValueError(f"at {site.path} the export takes no trained bias")
-        arrays[site.names(inputs.k)[-1]] = changes.biases[site.path].numpy(force=True)
+            raise ValueError("the export takes no trained bias")
+        arrays[site.names(inputs.k)[-1]] = to_numpy(changes.biases[site.path])
     found = {name: cast(array, inputs.dtype) for name, array in arrays.items()}
     A, _, A_general, _, _ = site.parts(found)
     r, hybrid_r = 0 if A is None else A.shape[2], 0 if A_general is None else A_general.shape[1]
     for name, shape in _shapes(site, inputs, r, hybrid_r).items():
         if found[name].shape != shape:
-            raise ValueError(f"{name} has shape {list(found[name].shape)} instead of {list(shape)}")
+            field = name.removeprefix(f"{site.path}.")
+            raise ValueError(f"{field} has shape {list(found[name].shape)} instead of {list(shape)}")
     return found
 
 

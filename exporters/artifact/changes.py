@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.methods.method import Update
 
@@ -20,4 +21,4 @@ class Changes:
     """
 
     updates: Mapping[str, Update]
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.loading.feature_extractors import load_feature_extractor
 from gralora_fx.loading.sentence_task import with_sentence_settings
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
@@ -17,7 +18,9 @@ from gralora_fx.tracing.traced_model import TracedModel
 def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     """Write `config.json`, `generation_config.json` of a model that generates, and the tokenizer's files.
 
-    A sentence encoder's tokenizer truncates and lowercases as its directory says; its prompts are written too.
+    For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
+    transformers.js reads: that of a processor, or the one beside the tokenizer. A sentence encoder's tokenizer
+    truncates and lowercases as its directory says; its prompts are written too.
 
     Args:
         stage: Where to write them.
@@ -40,6 +43,7 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         (stage / SETTINGS_NAME).write_text(f"{text}\n", encoding="utf-8")
     if tokenizer is None:
         return
+    source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     if isinstance(tokenizer, (str, Path)):
         loaded = load_tokenizer(tokenizer, ExportError)
         if loaded is None:
@@ -47,10 +51,19 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         tokenizer = loaded
     if traced.sentence is not None:
         tokenizer = with_sentence_settings(tokenizer, traced.sentence, traced.config)
-    features = getattr(tokenizer, "feature_extractor", None)
+    features = getattr(tokenizer, "feature_extractor", None) or _feature_extractor(traced, source, tokenizer)
     try:
         tokenizer.save_pretrained(stage)
         if features is not None:
-            features.save_pretrained(stage)  # as preprocessor_config.json, which transformers.js reads
+            features.save_pretrained(stage)
     except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
+
+
+def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> Any | None:
+    """The feature extractor beside a tokenizer that was given without one, for a model that reads features."""
+    if not {"input_features", "input_values"} & set(traced.example_inputs):
+        return None
+    places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
+    place = next((place for place in places if place), None)
+    return None if place is None else load_feature_extractor(place, ExportError)

@@ -9,11 +9,8 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from gralora_fx.runtime.context_length import context_length
-from gralora_fx.runtime.genai_schema import CONFIG_NAME
-from gralora_fx.runtime.names import MODEL_NAME
-
-_UNLIMITED = 2048  # positions of a model whose configuration names no limit; onnxruntime-genai needs one
+from gralora_fx.runtime.context_length import UNLIMITED, context_length
+from gralora_fx.runtime.names import GENAI_CONFIG, MODEL_NAME
 
 
 def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Model) -> None:
@@ -25,7 +22,7 @@ def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Mode
         model: The exported graph, whose inputs and outputs are named.
     """
     text = json.dumps(genai_config(config, model), indent=2) + "\n"
-    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+    (directory / GENAI_CONFIG).write_text(text, encoding="utf-8")
 
 
 def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
@@ -33,11 +30,12 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
     text = config.get_text_config()
     inputs = {str(value.name): value for value in model.graph.inputs}
     presents = [value for value in model.graph.outputs if str(value.name).startswith("present.")]
+    pasts = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
     layers = sum(name.endswith(".key") for name in inputs)
     shape = inputs["past_key_values.0.key"].shape
     assert shape is not None
     heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or shape[1]
-    context = context_length(text.to_dict()) or _UNLIMITED
+    context = context_length(text.to_dict()) or UNLIMITED
     start, end, padding = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
     ends = end if isinstance(end, list) else [end]
     ends = [token for token in ends if _is_token(token, text)] or [0]
@@ -79,7 +77,7 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": all(map(_is_in_place, presents)),
+            "past_present_share_buffer": all(map(_is_in_place, presents)) and all(map(_is_attentions_own, pasts)),
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 50,
@@ -92,6 +90,11 @@ def _is_in_place(present: ir.Value) -> bool:
     """Whether an operator can update a layer's cache in place: fused attention can, a concatenation cannot."""
     producer = present.producer()
     return producer is not None and producer.op_type == "GroupQueryAttention"
+
+
+def _is_attentions_own(past: ir.Value) -> bool:
+    """Whether fused attention alone reads a cache; others would take a buffer's length for that of what it holds."""
+    return all(usage.node.op_type == "GroupQueryAttention" for usage in past.uses())
 
 
 def _is_token(token: object, config: Any) -> bool:

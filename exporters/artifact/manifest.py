@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from gralora_fx.adapters.base_of_adapter import base_of
 from gralora_fx.adapters.folded_adapters import describe_folded
+from gralora_fx.compat.versions import installed_version
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.position_offset import position_offset
 from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.folding.record import weight_entries
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, Manifest, QuantizedWeights, SiteEntry
-from gralora_fx.runtime.names import MANIFEST_NAME, QUERY_SEQLENS
+from gralora_fx.runtime.manifest import (
+    SCHEMA_VERSION,
+    AdapterEntry,
+    BaseEntry,
+    Manifest,
+    QuantizedWeights,
+    RowsEntry,
+    SiteEntry,
+)
+from gralora_fx.runtime.names import MANIFEST_NAME, PLAIN_KIND, ROWS
 from gralora_fx.tracing.traced_model import TracedModel
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -34,12 +43,15 @@ def describe(
     attention: Mapping[str, Any] | None,
     passes: Iterable[Mapping[str, Any]],
     adapter_inputs: AdapterInputs | None = None,
+    rows: RowsEntry | None = None,
+    flavour: str = PLAIN_KIND,
 ) -> Manifest:
     """The manifest of an export, without its files and its verification.
 
     Args:
         model: What was exported.
-        graphs: The ONNX graphs by the names of their files; inputs and outputs of several are told apart by them.
+        graphs: The ONNX graphs by the names of their files; inputs and outputs of several are told apart by them, but
+            for those of `model_rows`, which are left out.
         adapters: How adapters are held.
         precision: Precision of the weights that are not quantized, and of the cache.
         quantization: How matrices are quantized and how many, or None.
@@ -47,8 +59,11 @@ def describe(
         attention: Which layers' attention is fused, or None.
         passes: What every pass did.
         adapter_inputs: The adapter tensors that the graphs take; None where adapters are folded.
+        rows: The graph whose rows differ, or why there is none; None where it is not asked for.
+        flavour: Kind of export.
     """
     traced = base_trace(model)
+    described = {name: graph for name, graph in graphs.items() if name != ROWS}
     return Manifest(
         schema_version=SCHEMA_VERSION,
         task=traced.task,
@@ -60,22 +75,26 @@ def describe(
         adapters=describe_adapters(model) if adapter_inputs is None else {},
         base_fingerprint=fingerprint_of(model),
         sites=tuple(SiteEntry(site.path, site.kind, site.in_features, site.out_features) for site in traced.sites),
-        inputs=_by_file({name: _shapes(graph.inputs) for name, graph in graphs.items()}),
-        outputs=_by_file({name: _shapes(graph.outputs) for name, graph in graphs.items()}),
-        packages={name: version(name) for name in ("gralora-fx", *_PACKAGES)},
+        inputs=_by_file({name: _shapes(graph.inputs) for name, graph in described.items()}),
+        outputs=_by_file({name: _shapes(graph.outputs) for name, graph in described.items()}),
+        packages={name: found for name in ("gralora-fx", *_PACKAGES) if (found := installed_version(name))},
         attention=attention,
         passes=tuple(passes),
         image_sizes=traced.signature.image_sizes,
         adapter_inputs=adapter_inputs,
         weights=weight_entries(traced, graphs),
-        requires=_requirements(graphs.values()),
+        base=_base(traced),
+        rows=rows,
+        flavour=flavour,
     )
 
 
-def _requirements(graphs: Iterable[ir.Graph]) -> dict[str, str] | None:
-    """The oldest version of each package that runs the graphs, where the usual ones do not all."""
-    needs_rows = any(value.name == QUERY_SEQLENS for graph in graphs for value in graph.inputs)
-    return {"onnxruntime": "1.32"} if needs_rows else None  # the first whose attention takes rows' lengths
+def _base(traced: TracedModel) -> BaseEntry | None:
+    source = base_of(traced)
+    if source.name is None:
+        return None
+    local = None if source.directory is None else str(source.directory)  # whatever directory later commands run in
+    return BaseEntry(source.hub_id or local or source.name, source.commit)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -86,7 +105,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, AdapterEntry]:
     """Configuration and digest by name of each adapter that an export folds or that was merged before."""
     found: Mapping[str, Any] = model.merged_adapters if isinstance(model, TracedModel) else _active(model)
-    return {name: AdapterEntry(entry["config"], entry["sha256"]) for name, entry in found.items()}
+    return {name: AdapterEntry(entry["config"], entry["sha256"], entry.get("base")) for name, entry in found.items()}
 
 
 def _active(model: GraloraModel) -> Mapping[str, Any]:

@@ -7,17 +7,22 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gralora_fx.errors import ExportError
-from gralora_fx.runtime.manifest import is_export, read_manifest
+from gralora_fx.errors import ExportError, warn_caller
+from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.export_base import base_of_export
+from gralora_fx.runtime.manifest import Manifest, is_export, read_manifest
 from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.sources.paths import shown_path, usable_directory, usable_file
+from gralora_fx.sources.same_base import BaseSource, compare_bases
 
 _LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
+_REMEDY = "give another output directory"
 _LITTLE = 1 << 20  # bytes; with less free space, a write error without a reason is taken for a full disk
 
 
@@ -30,8 +35,8 @@ def check_output(directory: str | Path) -> Path:
     path = check_path(directory)
     if path.is_dir() and any(path.iterdir()) and not is_export(path):
         raise ExportError(
-            f"{path} is not empty and holds no {MANIFEST_NAME}, so it is not an earlier export; "
-            "give another output directory or empty this one"
+            f"{path} is not empty and holds no {MANIFEST_NAME}, so it is not an earlier export; {_REMEDY} or empty "
+            "this one"
         )
     return path
 
@@ -63,9 +68,7 @@ def check_converted(directory: str | Path, sources: Iterable[Path], marker: str,
             "or empty this one"
         )
     if not overwrite:
-        raise ExportError(
-            f"{path} is not empty; give --overwrite (overwrite=True) to replace it, or another output directory"
-        )
+        raise ExportError(f"{path} is not empty; give overwrite=True to replace it, or another output directory")
     return path
 
 
@@ -75,22 +78,63 @@ def check_path(directory: str | Path) -> Path:
     Raises:
         ExportError: It is a file, a link, the current directory or not writable.
     """
-    path = Path(directory)
-    try:
-        path.exists()
-        is_current = path.resolve() == Path.cwd()
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{str(directory)[:80]!r} is not a usable path ({error}); give another output directory"
-        ) from error
-    if is_current:
-        raise ExportError("the output is the current directory, which cannot be replaced; give another one")
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ExportError(f"{path} is not a directory; give another output directory")
-    parent = next((ancestor for ancestor in path.absolute().parents if ancestor.exists()), Path("/"))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ExportError(f"{path} cannot be made, since {parent} is not writable; give another output directory")
+    path = usable_directory(directory, ExportError, remedy=_REMEDY)
+    if path.resolve() == Path.cwd():
+        raise ExportError(f"the output is the current directory, which cannot be replaced; {_REMEDY}")
+    if path.is_symlink():
+        raise ExportError(f"{shown_path(path)} is a link, which cannot be replaced; {_REMEDY}")
+    _check_writable(path.absolute().parent, (f"{_prefix(path)}{'x' * 8}",), path)
     return path
+
+
+def check_folder(directory: str | Path) -> Path:
+    """A directory to write files into, checked: it may exist and hold others.
+
+    Raises:
+        ExportError: It is not a path, a file, or not writable.
+    """
+    path = usable_directory(directory, ExportError, writes=True)
+    _check_writable(path.absolute(), (), path)
+    return path
+
+
+def check_file(file: str | Path) -> Path:
+    """A file to write, checked: it may exist.
+
+    Raises:
+        ExportError: It is not a path, a directory, or cannot be written.
+    """
+    path = usable_file(file, ExportError, writes=True)
+    _check_writable(path.absolute().parent, (path.name,), path)
+    return path
+
+
+def _check_writable(folder: Path, names: Sequence[str], path: Path) -> None:
+    """Check that a directory can be made or written to, by making one in what there is of it.
+
+    Args:
+        folder: The directory.
+        names: Names that will be made in it.
+        path: What will be written, for messages.
+
+    Raises:
+        ExportError: It cannot.
+    """
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), Path("/"))
+    try:
+        Path(tempfile.mkdtemp(prefix=".gralora-", dir=there)).rmdir()
+    except OSError as error:
+        raise ExportError(
+            f"{shown_path(path)} cannot be made, since {there} is not writable; {_REMEDY} ({error.strerror})"
+        ) from error
+    limits = os.pathconf_names if hasattr(os, "pathconf") else {}
+    longest, most = (
+        os.pathconf(there, limit) if limit in limits else usual
+        for limit, usual in (("PC_NAME_MAX", 255), ("PC_PATH_MAX", 4096))
+    )
+    parts = (*folder.relative_to(there).parts, *names)
+    if any(len(os.fsencode(part)) > longest for part in parts) or len(os.fsencode(folder.joinpath(*names))) > most:
+        raise ExportError(f"{shown_path(path)} cannot be made, since it or a name in it is too long; {_REMEDY}")
 
 
 def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str | None = None) -> None:
@@ -104,21 +148,66 @@ def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str 
     Raises:
         ExportError: There is one, of another task or base, or of one that cannot be told.
     """
+    earlier = _earlier(Path(directory))
+    if earlier is None:
+        return
+    if earlier.task != task:
+        raise _another(directory, f"for the task {earlier.task}, not {task}")
+    if fingerprint is not None and earlier.base_fingerprint != fingerprint:
+        raise _another(directory, "of another base")
+
+
+def check_base_replaced(directory: str | Path, base: BaseSource) -> None:
+    """Refuse to replace an earlier export of another base, as far as that shows before any weight is loaded.
+
+    Args:
+        directory: The output directory.
+        base: Where the base of the new export comes from.
+
+    Raises:
+        ExportError: There is one whose base has other sizes or weights; of another name or commit alone, the weights
+            tell once they are loaded.
+    """
+    earlier = _earlier(Path(directory))
+    if earlier is None:
+        return
+    made = base_of_export(directory, earlier)
+    compared = compare_bases(made, base)
+    if compared.is_proven_different:
+        named = f", {made.name}" if made.name else ""
+        raise _another(directory, f"of another base{named}: {compared.reason}")
+
+
+def warn_of_lost_adapters(directory: str | Path, brought: Iterable[str]) -> None:
+    """Warn of adapters in an earlier export that the new one does not bring, since an export is replaced whole.
+
+    Args:
+        directory: The output directory.
+        brought: Names of the adapters that the new export holds as data.
+    """
     path = Path(directory)
     if not is_export(path):
         return
-    remedy = "give --overwrite (overwrite=True) to replace it, or another output directory"
+    names = set(brought)
+    if lost := [name for name in own_adapters(path, ExportError) if name not in names]:
+        which = f"the adapter {lost[0]}" if len(lost) == 1 else f"the adapters {', '.join(lost)}"
+        warn_caller(f"{directory} holds {which}, which this export removes; add them again with export_adapter")
+
+
+def _earlier(path: Path) -> Manifest | None:
+    """The manifest of an earlier export; None if there is none."""
+    if not is_export(path):
+        return None
     try:
-        earlier = read_manifest(path)
+        return read_manifest(path)
     except ExportError as error:
-        raise ExportError(f"{path} holds an export of which nothing is known ({error}); {remedy}") from error
-    if earlier.task != task:
-        difference = f"for the task {earlier.task}, not {task}"
-    elif fingerprint is not None and earlier.base_fingerprint != fingerprint:
-        difference = "of another base"
-    else:
-        return
-    raise ExportError(f"{path} holds an export {difference}; {remedy}")
+        raise _another(path, f"of which nothing is known ({error})") from error
+
+
+def _another(directory: str | Path, difference: str) -> ExportError:
+    return ExportError(
+        f"{directory} holds an export {difference}; give overwrite=True to replace it, or another output directory"
+    )
 
 
 @contextmanager
@@ -142,9 +231,9 @@ def staged(directory: str | Path, check: Callable[[str | Path], Path] = check_ou
         work = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
     except OSError as error:
         raise ExportError(f"cannot write beside {path} ({error.strerror}); give another output directory") from error
-    lock = FileLock(work / _LOCK, blocking=False)
+    lock = FileLock(work / _LOCK)
     try:
-        lock.acquire()
+        lock.acquire(blocking=False)
         stage = work / "new"
         stage.mkdir()
         yield stage
@@ -194,9 +283,9 @@ def _prefix(path: Path) -> str:
 def _clean_up(path: Path) -> None:
     """Remove what killed runs left beside an output; an export that one was about to replace is put back."""
     for work in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        lock = FileLock(work / _LOCK, blocking=False)
+        lock = FileLock(work / _LOCK)
         try:
-            lock.acquire()
+            lock.acquire(blocking=False)
         except (Timeout, FileNotFoundError):  # another run is at work in it, or has just ended
             continue
         try:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.changes import Changes
@@ -37,7 +39,7 @@ class BaseParameters:
     directory: Path
     manifest: Manifest
 
-    def changes(self, updates: Mapping[str, Update], copies: Mapping[str, Tensor], name: str) -> Changes:
+    def changes(self, updates: Mapping[str, Update], copies: Mapping[str, NDArray[Any]], name: str) -> Changes:
         """What an adapter changes: its updates, and its trained copies as differences from the export's values.
 
         Args:
@@ -59,7 +61,7 @@ class BaseParameters:
             if path in uncalled:
                 continue
             own = self._own(parameter)
-            value = trained.t() if trained.ndim == 2 and self._is_transposed(path) else trained
+            value = trained.T if trained.ndim == 2 and self._is_transposed(path) else trained
             if isinstance(own, str):
                 problems.append(own)
             elif own.shape != value.shape:
@@ -68,9 +70,9 @@ class BaseParameters:
                     "its number of outputs, so export a base with the adapter's"
                 )
             elif last == "bias":
-                biases[path] = value.float() - own.float()
+                biases[path] = value.astype(np.float32) - own.astype(np.float32)
             else:
-                found[path] = as_update(value.float() - own.float())
+                found[path] = as_update(value.astype(np.float32) - own.astype(np.float32))
         if problems:
             raise ExportError(
                 f"adapter {name!r} trains parameters (modules_to_save or bias) that do not fit the export: "
@@ -104,7 +106,7 @@ class BaseParameters:
         weights = {file: product_weights(graph) for file, graph in self._graphs.items()}
         return Export(weights, self.manifest, None)
 
-    def _own(self, parameter: str) -> Tensor | str:
+    def _own(self, parameter: str) -> NDArray[Any] | str:
         """The export's values of a parameter, or why there are none."""
         path, _, last = parameter.rpartition(".")
         site = next((site for site in self._inputs.sites if site.path == path), None)
@@ -113,13 +115,13 @@ class BaseParameters:
         values = self._weights(path) if last == "weight" else self._biases(parameter, site.out_features)
         return next(values, f"{parameter}: the export's files do not hold it by itself; use adapters='merged'")
 
-    def _weights(self, path: str) -> Iterator[Tensor]:
+    def _weights(self, path: str) -> Iterator[NDArray[Any]]:
         for entry in (self.manifest.weights or {}).get(path, ()):
             weight = self._export.by_name.get((entry.file, entry.initializer))
             if weight is not None:
                 yield _values(weight, entry.start, entry.stop)
 
-    def _biases(self, parameter: str, width: int) -> Iterator[Tensor]:
+    def _biases(self, parameter: str, width: int) -> Iterator[NDArray[Any]]:
         for place in named_values(self._export, self._graphs, parameter):
             values = read_rows(place.value)[:, place.start : place.start + width]
             if values.shape == (1, width):
@@ -129,10 +131,10 @@ class BaseParameters:
         return any(site.path == path and site.kind == "conv1d" for site in self.manifest.sites)
 
 
-def _values(weight: ProductWeight, start: int, stop: int) -> Tensor:
+def _values(weight: ProductWeight, start: int, stop: int) -> NDArray[Any]:
     """Output features of a weight, `[out, in]`."""
     if weight.storage != "float":
         return dequantized(weight, slice(start, stop))
     if weight.transposed:
-        return read_rows(weight.value)[:, start:stop].t()
+        return read_rows(weight.value)[:, start:stop].T
     return read_rows(weight.value, start, stop)

@@ -1,21 +1,23 @@
-"""A decoder with a cache as one ONNX graph for prefill and single steps."""
+"""A decoder with a cache: a graph for prefill and single steps, and one whose rows have lengths of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import fx
 
-from gralora_fx.errors import ExportError
-from gralora_fx.exporters.adapters_as_data import DataSites
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.adapters_as_data import DataSites, by_row
 from gralora_fx.exporters.artifact.genai_config import write_genai_config
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request, with_rows
 from gralora_fx.exporters.fx_passes.broadcast_attention import match_broadcast_attention
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
+from gralora_fx.exporters.onnx_passes.copies import copied
 from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
 from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
@@ -25,8 +27,10 @@ from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
-from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import PassLog, PassResult, Pipeline
+from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.options import DYNAMIC, ExportOptions
+from gralora_fx.exporters.pipeline import Pass, PassLog, PassResult, Pipeline
+from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
@@ -34,32 +38,35 @@ from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.decoder_inputs import decoder_inputs, drop_padding
 from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
 from gralora_fx.exporters.verification.prompts import random_prompts
-from gralora_fx.runtime.adapter_inputs import BATCHED
-from gralora_fx.runtime.names import QUERY_SEQLENS
+from gralora_fx.runtime.names import DECODER_KIND, MODEL
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-def decoder_model(
+def decoder_models(
     graph_module: fx.GraphModule,
     options: ExportOptions,
     log: PassLog,
     *,
     num_cache_outputs: int = 0,
     data: DataSites | None = None,
-) -> ir.Model:
-    """The ONNX model of a traced decoder step.
+) -> Models:
+    """The ONNX models of a traced decoder step, by the names of their files.
 
     Before: `logits, keys and values = forward(input_ids, attention_mask, position_ids, past keys and values)`
     After:  the same with `past_key_values.N.key|value` in and `present.N.key|value` out, attention fused, and logits of
             the last position only unless all are asked for
 
+    `model` reads one length of all rows, with a mask; `model_rows` rows of their own lengths (see
+    `batch_continuously`), with the same weights. Where there can be no such graph, the reason is a `RowsEntry` in the
+    log.
+
     Args:
         graph_module: A graph traced with a cache, without adapters, in evaluation mode.
         options: The options of the export.
-        log: Gets a report for each pass, and an `AttentionReport`.
+        log: Gets a report for each pass, an `AttentionReport` and a `RowsEntry`.
         num_cache_outputs: How many outputs after the logits are a cache's.
-        data: The layers whose adapters are data of the model; None for none.
+        data: The layers whose adapters are data of the models; None for none.
 
     Raises:
         ExportError: The graph cannot be expressed in ONNX.
@@ -73,30 +80,75 @@ def decoder_model(
         first=[CastGraph(options.precision, num_cache_outputs)],  # casts are seen before anything is simplified
         log=log,
     )
-    return decoder_pipeline(RotaryTables(model.graph), options, data).run(model, log)
+    model = attention_pipeline(RotaryTables(model.graph), data).run(model, log)
+    copy = copied(model)
+    last = [keep_last_position] if options.logits == "last" else []
+    model = decoder_pipeline("decoder", last, options, data).run(model, log)
+    return with_rows(model, lambda apart: _rows_model(copy, options, by_row(data), log, apart), log)
 
 
-def decoder_pipeline(tables: RotaryTables, options: ExportOptions, data: DataSites | None = None) -> Pipeline[ir.Model]:
-    """The passes over a translated decoder.
+def _rows_model(
+    model: ir.Model, options: ExportOptions, data: DataSites | None, found: PassLog, log: PassLog
+) -> ir.Model:
+    """The graph whose rows have lengths of their own, made of one with fused attention.
+
+    Args:
+        model: The model; it is changed in place.
+        options: The options of the export.
+        data: The layers whose adapters are chosen by row; None for none.
+        found: Knows which layers' attention is fused.
+        log: Gets a report for each pass.
+
+    Raises:
+        RowsError: The model does not allow it.
+    """
+    if options.quantize == DYNAMIC:
+        raise RowsError(
+            f"quantize={DYNAMIC!r} rounds a batch by its largest value, so a row would depend on the others"
+        )
+    for report in found.summaries(AttentionReport):
+        if report.plain:
+            layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)
+            raise RowsError(f"rows of their own lengths need GroupQueryAttention, and it does not fit {layers}")
+    by_rows: list[Pass[ir.Model]] = [batch_continuously, LogitsOfRows(options.logits)]
+    return decoder_pipeline("rows", by_rows, options, data).run(model, log)
+
+
+def attention_pipeline(tables: RotaryTables, data: DataSites | None = None) -> Pipeline[ir.Model]:
+    """The passes over a translated decoder, before it becomes a graph of one length or one of rows.
 
     Args:
         tables: The tables of rotary embeddings in its graph.
-        options: The options of the export.
-        data: The layers whose adapters are data of the model; None for none.
+        data: The layers whose adapters are data of the models; None for none.
     """
-    is_batched = options.adapters == BATCHED
-    last = [keep_last_position] if options.logits == "last" else []
-    by_rows = [batch_continuously, LogitsOfRows(options.logits)]
     return Pipeline(
         "decoder",
         (
             *marking_passes(data),  # first: weights have their own names
             fold_transposes,  # first: packing and merging of matmuls look for weights, not for their transposes
-            FuseAttention(tables, is_required=is_batched),  # absorbs the rotary embeddings before it where it can
+            FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             name_cache,
-            *(by_rows if is_batched else last),  # before norms, which fused it could not cut
+        ),
+    )
+
+
+def decoder_pipeline(
+    name: str, positions: Sequence[Pass[ir.Model]], options: ExportOptions, data: DataSites | None = None
+) -> Pipeline[ir.Model]:
+    """The passes over a decoder with fused attention.
+
+    Args:
+        name: The graph.
+        positions: The passes that choose which positions are computed.
+        options: The options of the export.
+        data: The layers whose adapters are data of the model; None for none.
+    """
+    return Pipeline(
+        name,
+        (
+            *positions,  # before norms, which fused they could not cut
             LowerNorms(),
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,
@@ -105,7 +157,7 @@ def decoder_pipeline(tables: RotaryTables, options: ExportOptions, data: DataSit
             name_axes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
-            *insertion_passes(data),  # what was packed stays packed
+            *insertion_passes(data, quantized=options.quantization is not None),  # what was packed stays packed
             *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
@@ -126,22 +178,21 @@ def name_cache(model: ir.Model) -> PassResult[ir.Model]:
 
 def _convert(request: Request) -> Models:
     count = cached_tensors(request.traced.example_inputs)
-    model = decoder_model(
+    return decoder_models(
         request.graph_module, request.options, request.log, num_cache_outputs=count, data=request.data
     )
-    return {"model": model}
 
 
 def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
-    if not any(value.name == QUERY_SEQLENS for value in models["model"].graph.inputs):  # genai does not drive these
-        write_genai_config(directory, traced.config, models["model"])
+    write_genai_config(directory, traced.config, models[MODEL])
 
 
 DECODER = Flavour(
-    "decoder",
+    DECODER_KIND,
     fits=lambda traced: traced.cache_layout is CacheLayout.DECODER,
     convert=_convert,
     verification=Verification(decoder_inputs, drop_padding, random_prompts, compare_tokens),
     write_files=_write_files,
     has_last_logits=True,
+    shares_weights=True,
 )

@@ -5,19 +5,16 @@ from __future__ import annotations
 import onnx_ir as ir
 from torch import fx
 
-from gralora_fx.errors import ExportError
 from gralora_fx.exporters.adapters_as_data import DataSites
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request, note_rows
+from gralora_fx.exporters.flavours.translated_passes import translated_passes
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
-from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.clean_up import drop_stack_traces
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
-from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
-from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
-from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
-from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
-from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
+from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes
+from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.quantize import tables_of_heads
 from gralora_fx.exporters.options import ExportOptions
@@ -28,8 +25,8 @@ from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.encoder_decoder_inputs import drop_padding, encoder_decoder_inputs
 from gralora_fx.exporters.verification.seq2seq_tokens import compare_tokens
-from gralora_fx.runtime.adapter_inputs import BATCHED
-from gralora_fx.runtime.names import DECODER, ENCODER
+from gralora_fx.runtime.manifest import RowsEntry
+from gralora_fx.runtime.names import DECODER, ENCODER, ENCODER_DECODER_KIND
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 
 
@@ -45,14 +42,9 @@ def encoder_decoder_models(request: Request) -> Models:
     float32.
 
     Raises:
-        ExportError: Adapters are to be chosen by row, or the graph cannot be split or cannot be expressed in ONNX.
+        ExportError: The graph cannot be split or cannot be expressed in ONNX.
     """
     options, log = request.options, request.log
-    if options.adapters == BATCHED:
-        raise ExportError(
-            "adapters='batched' is for encoders and decoders, and this is an encoder-decoder with a cache; export it "
-            "with adapters='swappable' or 'inputs', which take one adapter a run"
-        )
     parts = split(request.graph_module)
     encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), request)
     cast = CastGraph(options.precision, len(parts.outputs) - 1)
@@ -66,6 +58,10 @@ def encoder_decoder_models(request: Request) -> Models:
     tables = frozenset(tables_of_heads(encoder) | tables_of_heads(decoder))
     for name, model in (("encoder", encoder), ("decoder", decoder)):
         named_pipeline(name, options, tables, request.data).run(model, log)
+    if request.data is not None:
+        note_rows(
+            RowsEntry(None, "rows of an encoder-decoder run one after the other, each with its adapter"), decoder, log
+        )
     return {ENCODER: encoder, DECODER: decoder}
 
 
@@ -86,13 +82,7 @@ def translated_pipeline(name: str, options: ExportOptions, data: DataSites | Non
     return Pipeline(
         name,
         (
-            *marking_passes(data),  # first: weights have their own names
-            fold_transposes,  # first: constant folding would compute the transposes of weights
-            FuseDotProductAttention(),  # before constants are folded: it makes some
-            LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
-            FoldConstants(unless_weight),
-            remove_unused_nodes,  # so that none of them counts as a reader of tokens
-            FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
+            *translated_passes(options, data, unless_weight),
             drop_stack_traces,
         ),
     )
@@ -113,7 +103,9 @@ def named_pipeline(
         name,
         (
             name_axes,
-            *insertion_passes(data),  # what was fused stays fused; before the keys' projections move into a branch
+            *insertion_passes(
+                data, quantized=options.quantization is not None
+            ),  # what was fused stays fused; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
             *quantization_passes(options.quantization, tables),  # last: all others look for matrices
@@ -122,7 +114,7 @@ def named_pipeline(
 
 
 ENCODER_DECODER = Flavour(
-    "encoder-decoder",
+    ENCODER_DECODER_KIND,
     fits=lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
     convert=encoder_decoder_models,
     verification=Verification(encoder_decoder_inputs, drop_padding, compare_tokens=compare_tokens),

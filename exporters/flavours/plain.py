@@ -19,40 +19,42 @@ from torch import Tensor, fx
 from gralora_fx.compat import pytree
 from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
-from gralora_fx.exporters.adapters_as_data import DataSites
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
+from gralora_fx.errors import listed
+from gralora_fx.exporters.adapters_as_data import DataSites, by_row
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request, with_rows
+from gralora_fx.exporters.flavours.translated_passes import translated_passes
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import (
-    FoldConstants,
     deduplicate_constants,
     drop_stack_traces,
-    remove_unused_nodes,
 )
-from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
-from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
-from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
-from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
-from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
+from gralora_fx.exporters.onnx_passes.copies import copied
+from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes
+from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
+from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.exporters.verification.adapters_by_row import compare_rows
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, DATA
+from gralora_fx.runtime.names import MODEL, PLAIN_KIND
 
 
-def plain_model(
+def plain_models(
     graph_module: fx.GraphModule,
     inputs: Mapping[str, Any],
     options: ExportOptions,
     log: PassLog,
     data: DataSites | None = None,
-) -> ir.Model:
-    """The ONNX model of a traced graph without a cache.
+) -> Models:
+    """The ONNX model of a traced graph without a cache; with adapters as data also one whose rows have one each.
 
     Args:
         graph_module: The graph, without adapters, in evaluation mode, every node with the value that tracing noted.
@@ -67,7 +69,17 @@ def plain_model(
     graph_module, outputs = _with_flat_outputs(graph_module)
     first = [CastGraph(options.precision)]  # casts are seen before anything is simplified
     model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log)
-    return plain_pipeline(input_names(inputs), outputs, options, data).run(model, log)
+    model = plain_pipeline(input_names(inputs), outputs, options, data).run(model, log)
+    copy = copied(model) if options.adapters == DATA else None
+    model = finishing_pipeline("plain", options, data).run(model, log)
+    if copy is None:
+        return {MODEL: model}
+    rows = finishing_pipeline("rows", options, by_row(data))
+
+    def by_rows(apart: PassLog) -> ir.Model:
+        return check_rows(rows.run(copy, apart))
+
+    return with_rows(model, by_rows, log)
 
 
 def plain_pipeline(
@@ -84,13 +96,7 @@ def plain_pipeline(
     return Pipeline(
         "plain",
         (
-            *marking_passes(data),  # first: weights have their own names
-            fold_transposes,  # first: constant folding would compute the transposes of weights
-            FuseDotProductAttention(),  # before constants are folded: it makes some
-            LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
-            FoldConstants(_may_fold),
-            remove_unused_nodes,  # so that none of them counts as a reader of tokens
-            FlattenTokens(not options.keep_padding),  # what lies between one attention and the next
+            *translated_passes(options, data, _may_fold),
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
             deduplicate_constants,
             OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now
@@ -102,10 +108,38 @@ def plain_pipeline(
             fix_nodes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names
-            *insertion_passes(data),  # what was fused stays fused
+        ),
+    )
+
+
+def finishing_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> Pipeline[ir.Model]:
+    """The passes over a graph that is what it is but for adapters and quantized weights.
+
+    Args:
+        name: The graph.
+        options: The options of the export.
+        data: The layers whose adapters are data of the model; None for none.
+    """
+    return Pipeline(
+        name,
+        (
+            *insertion_passes(data, quantized=options.quantization is not None),  # what was fused stays fused
             *quantization_passes(options.quantization),  # last: all others look for matrices
         ),
     )
+
+
+def check_rows(model: ir.Model) -> ir.Model:
+    """A model whose rows choose among adapters, if its outputs are made of rows too.
+
+    Raises:
+        RowsError: An output has another first axis than the batch, so rows depend on each other, or may do so.
+    """
+    batch = next(str(value.shape[0]) for value in model.graph.inputs if value.name == ADAPTER_IDS and value.shape)
+    others = [str(value.name) for value in model.graph.outputs if not value.shape or str(value.shape[0]) != batch]
+    if others:
+        raise RowsError(f"the first axis of the output {listed(others, 3)} is not the batch")
+    return model
 
 
 def _may_fold(node: ir.Node) -> bool | None:
@@ -172,12 +206,13 @@ def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
 
 def _convert(request: Request) -> Models:
     inputs = request.traced.graph_inputs
-    return {"model": plain_model(request.graph_module, inputs, request.options, request.log, request.data)}
+    return plain_models(request.graph_module, inputs, request.options, request.log, request.data)
 
 
 PLAIN = Flavour(
-    "plain",
+    PLAIN_KIND,
     fits=lambda traced: True,
     convert=_convert,
-    verification=Verification(plain_inputs, drop_padding),
+    verification=Verification(plain_inputs, drop_padding, compare_tokens=compare_rows),
+    shares_weights=True,
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.adapters.adapter_files import KEY_PREFIX, WEIGHTS_NAME, adapter_digest
+from gralora_fx.adapters.agreement import KnownLayers
 from gralora_fx.adapters.stored import open_adapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.methods.method import Update
@@ -31,8 +33,8 @@ class SavedAdapter:
     origin: str
     config: AdapterConfig
     updates: Mapping[str, Update]
-    replaced: Mapping[str, Tensor]
-    copies: Mapping[str, Tensor]
+    replaced: Mapping[str, NDArray[Any]]
+    copies: Mapping[str, NDArray[Any]]
     sha256: str
 
     def features(self, path: str) -> tuple[int, int]:
@@ -40,11 +42,12 @@ class SavedAdapter:
         return self.updates[path].factors.features
 
 
-def read_saved_adapter(adapter_dir: str | Path) -> SavedAdapter:
+def read_saved_adapter(adapter_dir: str | Path, known: KnownLayers | None = None) -> SavedAdapter:
     """Read an adapter of any registered method, and check that its tensors fit its configuration.
 
     Args:
         adapter_dir: Local directory or hub id.
+        known: The layers of the model that it is for; None where they are not known.
 
     Raises:
         ConfigError: The configuration is missing or invalid.
@@ -52,9 +55,11 @@ def read_saved_adapter(adapter_dir: str | Path) -> SavedAdapter:
             all are named.
     """
     with open_adapter(adapter_dir) as stored:
+        if known is not None:
+            stored.check_layers(known)
         updates = {path: stored.update(path) for path in stored.sites}
         replaced = {name: stored.values(extent) for name, extent in stored.copies.items()}
-        kept = {
+        kept: dict[str, Any] = {
             f"{KEY_PREFIX}{path}.{stored.method.keys[field]}": tensor
             for path, update in updates.items()
             for field, tensor in update.factors._asdict().items()

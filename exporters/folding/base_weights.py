@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from gralora_fx.errors import CheckpointError, MergeError, TraceError
 from gralora_fx.exporters.folding.products import ProductWeight
 from gralora_fx.exporters.folding.stored import dtype_of, read_rows, rows_and_columns
 from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.stored_tensors import stored_tensors
 
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 _READ_AT_ONCE = 2**22  # bytes
@@ -31,8 +33,6 @@ class BaseWeights:
         Raises:
             CheckpointError: There are no safetensors files, or they cannot be read.
         """
-        from gralora_fx.sources.safetensors_files import stored_tensors  # it imports transformers
-
         self.directory = resolve_directory(base, CheckpointError)
         self._stored = stored_tensors(self.directory)
         try:
@@ -41,7 +41,7 @@ class BaseWeights:
             config = {}
         self._is_tied = bool(config.get("tie_word_embeddings", True)) if isinstance(config, dict) else True
 
-    def weight(self, path: str, features: tuple[int, int]) -> Tensor:
+    def weight(self, path: str, features: tuple[int, int]) -> NDArray[Any]:
         """The weight `[out, in]` of a layer.
 
         Args:
@@ -55,11 +55,11 @@ class BaseWeights:
         key = self._key(f"{path}.weight", outputs)
         if key is None:
             raise MergeError(f"{self.directory} holds no {path}.weight; give the base model of the adapter")
-        values = self._stored[key]()
+        values = self._stored[key].array()
         if tuple(values.shape) == (outputs, inputs):
             return values
         if tuple(values.shape) == (inputs, outputs):  # transformers' Conv1D
-            return values.t()
+            return values.T
         raise MergeError(
             f"{key} of {self.directory} has shape {list(values.shape)}, but the adapter is for a layer of {inputs} "
             f"inputs and {outputs} outputs; give the base model of the adapter"
@@ -95,7 +95,7 @@ class BaseWeights:
         return ends[0] if len(ends) == 1 else None
 
 
-def find_values(weights: Iterable[ProductWeight], values: Tensor) -> Iterator[tuple[ProductWeight, int]]:
+def find_values(weights: Iterable[ProductWeight], values: NDArray[Any]) -> Iterator[tuple[ProductWeight, int]]:
     """The weights that hold a matrix, alone or beside others, and its first output feature there.
 
     Shapes are compared first, then the values of one input feature, then all.
@@ -107,12 +107,12 @@ def find_values(weights: Iterable[ProductWeight], values: Tensor) -> Iterator[tu
     outputs, inputs = values.shape
     for weight in weights:
         if weight.storage == "float" and weight.in_features == inputs and weight.out_features >= outputs:
-            first = values[:, 0].to(dtype_of(weight.value))
+            first = values[:, 0].astype(dtype_of(weight.value))
             starts = _starts(_first_input(weight), first)
             yield from ((weight, start) for start in starts if holds(weight, start, values))
 
 
-def holds(weight: ProductWeight, start: int, values: Tensor) -> bool:
+def holds(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
     """Whether a weight holds a matrix, rounded to its dtype, from an output feature on; compared in pieces.
 
     Args:
@@ -127,34 +127,35 @@ def holds(weight: ProductWeight, start: int, values: Tensor) -> bool:
     if weight.transposed:
         for row in range(0, inputs, step):
             stop = min(row + step, inputs)
-            if not torch.equal(
+            if not np.array_equal(
                 read_rows(weight.value, row, stop)[:, start : start + outputs], _as(values, dtype, slice(row, stop))
             ):
                 return False
         return True
     for row in range(0, outputs, step):
         stop = min(row + step, outputs)
-        if not torch.equal(read_rows(weight.value, start + row, start + stop), values[row:stop].to(dtype)):
+        if not np.array_equal(read_rows(weight.value, start + row, start + stop), values[row:stop].astype(dtype)):
             return False
     return True
 
 
-def _as(values: Tensor, dtype: torch.dtype, inputs: slice) -> Tensor:
-    return values[:, inputs].t().to(dtype)
+def _as(values: NDArray[Any], dtype: np.dtype[Any], inputs: slice) -> NDArray[Any]:
+    part: NDArray[Any] = values[:, inputs].T.astype(dtype)
+    return part
 
 
-def _first_input(weight: ProductWeight) -> Tensor:
+def _first_input(weight: ProductWeight) -> NDArray[Any]:
     """The weight's values for its first input feature, `[out]`."""
     if weight.transposed:
-        return read_rows(weight.value, 0, 1)[0]
+        return read_rows(weight.value, 0, 1)[0]  # type: ignore[no-any-return]
     step = max(1, _READ_AT_ONCE // (weight.in_features * dtype_of(weight.value).itemsize))
     rows = range(0, weight.out_features, step)
-    parts = [read_rows(weight.value, row, min(row + step, weight.out_features))[:, 0].clone() for row in rows]
-    return torch.cat(parts)
+    parts = [read_rows(weight.value, row, min(row + step, weight.out_features))[:, 0].copy() for row in rows]
+    return np.concatenate(parts)
 
 
-def _starts(row: Tensor, part: Tensor) -> list[int]:
+def _starts(row: NDArray[Any], part: NDArray[Any]) -> list[int]:
     """Where a vector occurs in another."""
     last = len(row) - len(part) + 1
-    candidates: list[int] = (row[:last] == part[0]).nonzero().flatten().tolist()
-    return [start for start in candidates if torch.equal(row[start : start + len(part)], part)]
+    candidates: list[int] = np.flatnonzero(row[:last] == part[0]).tolist()
+    return [start for start in candidates if np.array_equal(row[start : start + len(part)], part)]

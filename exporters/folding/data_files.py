@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 _AT_ONCE = 2**22  # bytes
 _ALIGNED = 4096  # bytes; where a new tensor begins, as ONNX Runtime maps files into memory
@@ -31,7 +31,7 @@ class Change:
     offset: int
     length: int
     row: int
-    rewrite: Callable[[Tensor, int], None]
+    rewrite: Callable[[NDArray[np.uint8], int], None]
     target: int | None = None
 
 
@@ -53,7 +53,7 @@ def copy_changed(source: Path, target: Path, changes: Sequence[Change]) -> str:
     """
     in_place = sorted((change for change in changes if change.target is None), key=lambda change: change.offset)
     added = sorted((change for change in changes if change.target is not None), key=lambda change: change.target or 0)
-    buffer = torch.empty(max([_AT_ONCE, *(change.row for change in changes)]), dtype=torch.uint8)
+    buffer = np.empty(max([_AT_ONCE, *(change.row for change in changes)]), np.uint8)
     with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
         digest = _FollowingDigest(target)
         try:
@@ -74,7 +74,7 @@ def copy_changed(source: Path, target: Path, changes: Sequence[Change]) -> str:
 class _Copier:
     """Copies from one open file to another, through one buffer."""
 
-    def __init__(self, reader: Any, writer: Any, buffer: Tensor, digest: _FollowingDigest) -> None:
+    def __init__(self, reader: Any, writer: Any, buffer: NDArray[np.uint8], digest: _FollowingDigest) -> None:
         self.reader, self.writer, self.buffer, self.digest = reader, writer, buffer, digest
         self.position = 0  # in the file that is written
 
@@ -97,8 +97,8 @@ class _Copier:
         self.buffer[:count] = 0
         self._write(self.buffer[:count])
 
-    def _read(self, count: int) -> Tensor:
-        view, done = memoryview(self.buffer.numpy().data), 0
+    def _read(self, count: int) -> NDArray[np.uint8]:
+        view, done = memoryview(self.buffer), 0  # type: ignore[arg-type]  # arrays are buffers
         while done < count:
             read = self.reader.readinto(view[done:count])
             if not read:
@@ -106,8 +106,8 @@ class _Copier:
             done += read
         return self.buffer[:count]
 
-    def _write(self, part: Tensor) -> None:
-        view = memoryview(part.numpy().data)
+    def _write(self, part: NDArray[np.uint8]) -> None:
+        view = memoryview(part)  # type: ignore[arg-type]
         while view:
             view = view[self.writer.write(view) :]
         self.position += len(part)

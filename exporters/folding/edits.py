@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.methods.arrays import accumulator_of
 from gralora_fx.methods.fold import fold_region
 from gralora_fx.methods.method import Update
 
@@ -29,9 +31,9 @@ class LayerEdit:
     start: int
     stop: int
     updates: tuple[Update, ...] = ()
-    values: Tensor | None = None
+    values: NDArray[Any] | None = None
 
-    def apply(self, part: Tensor, rows: slice, columns: slice, in_features: int) -> None:
+    def apply(self, part: NDArray[Any], rows: slice, columns: slice, in_features: int) -> None:
         """Change a part of the weight in place.
 
         Args:
@@ -44,7 +46,7 @@ class LayerEdit:
             MergeError: A result is not finite.
         """
         if self.values is not None:
-            part.copy_(self.values[rows, columns])
+            assign(part, self.values[rows, columns])
         if self.updates:
             fold_region(part, self.updates, rows, columns, (self.stop - self.start, in_features))
         check_finite(part, self.path)
@@ -62,7 +64,7 @@ class MatrixEdit:
     weight: ProductWeight
     layers: tuple[LayerEdit, ...]
 
-    def __call__(self, rows: Tensor, first: int) -> None:
+    def __call__(self, rows: NDArray[Any], first: int) -> None:
         """Change some of the stored rows in place.
 
         Args:
@@ -72,7 +74,7 @@ class MatrixEdit:
         inputs, end = self.weight.in_features, first + len(rows)
         for layer in self.layers:
             if self.weight.transposed:
-                part = rows[:, layer.start : layer.stop].t()
+                part = rows[:, layer.start : layer.stop].T
                 layer.apply(part, slice(0, layer.stop - layer.start), slice(first, end), inputs)
                 continue
             start, stop = max(first, layer.start), min(end, layer.stop)
@@ -93,26 +95,32 @@ class ValuesEdit:
 
     name: str
     start: int
-    values: Tensor
+    values: NDArray[Any]
 
-    def __call__(self, rows: Tensor, first: int) -> None:
+    def __call__(self, rows: NDArray[Any], first: int) -> None:
         """Replace some of the stored rows in place."""
         part = rows[:, self.start : self.start + self.values.shape[1]]
-        part.copy_(self.values[first : first + len(rows)])
+        assign(part, self.values[first : first + len(rows)])
         check_finite(part, self.name)
 
 
-def check_finite(values: Tensor, name: str) -> None:
+def assign(part: NDArray[Any], values: NDArray[Any]) -> None:
+    """Write values over others, cast to their dtype; those that it does not have become infinite."""
+    with np.errstate(over="ignore"):
+        part[...] = values
+
+
+def check_finite(values: NDArray[Any], name: str) -> None:
     """Check that folded values are finite.
 
     Raises:
         MergeError: One is not: the adapter is damaged, or the dtype has no such number.
     """
-    if not (
-        torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
-        or torch.isfinite(values).all()
-    ):
+    wide = values.astype(accumulator_of(values), copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        is_finite = bool(np.isfinite(wide.sum()) or np.isfinite(wide).all())
+    if not is_finite:
         raise MergeError(
-            f"the folded weight of {name} is not finite in {str(values.dtype).removeprefix('torch.')}; the adapter is "
-            "damaged or too large for this precision, and nothing was written"
+            f"the folded weight of {name} is not finite in {values.dtype.name}; the adapter is damaged or too large "
+            "for this precision, and nothing was written"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,14 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.folding.stored import check_ranges
 from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.runtime.manifest import Manifest, not_an_export, read_manifest
 from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.runtime.session import check_external_data
+from gralora_fx.sources.directory_kind import described
+from gralora_fx.sources.paths import usable_path
+
+# companions of a lone file: configuration and tokenizer
+_BESIDE = ("*config.json", "*token*.json", "vocab.*", "merges.txt", "*.jinja", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -39,18 +45,21 @@ def open_export(onnx_dir: str | Path) -> Opened:
     """Open an export directory.
 
     Args:
-        onnx_dir: A directory with one or several ONNX files.
+        onnx_dir: A directory with one or several ONNX files, or such a file: the export is its directory.
 
     Raises:
-        ExportError: It is not a directory, holds no ONNX model, or one that cannot be read; a data file is missing,
-            truncated or a link; or the manifest says that files differ or that adapters are not merged.
+        ExportError: There is no such directory or file, it holds no ONNX model, or one that cannot be read; a data
+            file is missing, truncated or a link; or the manifest says that files differ or that adapters are not
+            merged.
     """
-    directory = Path(onnx_dir)
-    if not directory.is_dir():
-        raise ExportError(f"{directory} is not a directory; give the directory of an export")
-    files = sorted(path for path in directory.glob("*.onnx"))
+    file = _given_file(_usable(onnx_dir))
+    directory = source_directory(onnx_dir)
+    found = sorted(path for path in directory.glob("*.onnx")) if os.path.isdir(directory) else []
+    files = found if file is None else [file]
     if not files:
-        raise ExportError(f"{directory} holds no ONNX model (*.onnx); give the directory of an export")
+        if os.path.isdir(directory) and described(directory) not in ("is a model", "is an adapter"):
+            raise ExportError(f"{directory} holds no ONNX model (*.onnx); give the directory of an export")
+        raise ExportError(not_an_export(directory))
     manifest = read_manifest(directory) if (directory / MANIFEST_NAME).is_file() else None
     if manifest is not None:
         check_files(directory, manifest, digests=False)
@@ -62,11 +71,47 @@ def open_export(onnx_dir: str | Path) -> Opened:
     models = {path.name: _load(path) for path in files}
     data = {Path(t.path) for model in models.values() for t in _external(model)}
     known = {*files, *data, directory / MANIFEST_NAME}
-    others = [path for path in sorted(directory.rglob("*")) if path not in known and not path.is_dir()]
+    others = [path for path in _others(directory, file) if path not in known and not path.is_dir()]
     if links := [path for path in others if path.is_symlink()]:
         raise ExportError(f"{links[0]} is a link; copy the file itself into the directory")
     companions = tuple(path.relative_to(directory).as_posix() for path in others)
     return Opened(directory, manifest, models, companions, tuple(sorted(data)))
+
+
+def _usable(onnx_dir: str | Path) -> Path:
+    return usable_path(onnx_dir, ExportError, remedy="give the directory of an export, or an ONNX file")
+
+
+def source_directory(onnx_dir: str | Path) -> Path:
+    """The directory of an export that is given as such or as its ONNX file."""
+    given = _usable(onnx_dir)
+    return given.parent if given.is_file() else given
+
+
+def is_lone_file(onnx_dir: str | Path) -> bool:
+    """Whether an ONNX file is given that no manifest describes, so that it alone is folded into."""
+    return _given_file(_usable(onnx_dir)) is not None
+
+
+def _given_file(given: Path) -> Path | None:
+    """The ONNX file that is given; None for a directory, and for a file of an export with a manifest: that is one.
+
+    Raises:
+        ExportError: The file is of another kind, or not one of those that the manifest describes.
+    """
+    if not given.is_file():
+        return None
+    if given.suffix != ".onnx":
+        raise ExportError(f"{given} is not an ONNX file (*.onnx); give one, or the directory of an export")
+    return None if (given.parent / MANIFEST_NAME).is_file() else given
+
+
+def _others(directory: Path, file: Path | None) -> Iterator[Path]:
+    """Files that may be companions: all of an export's directory, beside a lone file what says how it is used."""
+    if file is None:
+        yield from sorted(directory.rglob("*"))
+    else:
+        yield from sorted({path for pattern in _BESIDE for path in directory.glob(pattern)})
 
 
 def _load(path: Path) -> ir.Model:

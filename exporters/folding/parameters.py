@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.adapter import SavedAdapter
 from gralora_fx.exporters.folding.base_weights import holds
 from gralora_fx.exporters.folding.edits import LayerEdit
-from gralora_fx.exporters.folding.names import parameter_names, ranges
-from gralora_fx.exporters.folding.places import Export, Place, named_places, places_by_value
+from gralora_fx.exporters.folding.names import foreign_names, parameter_names, ranges, reduced
+from gralora_fx.exporters.folding.places import Export, Place, is_named, named_places, places_by_value, unique
 from gralora_fx.exporters.folding.products import ProductWeight, Reader, initializers
 from gralora_fx.exporters.folding.requantize import is_rounding_of
 from gralora_fx.exporters.folding.stored import read_rows, rows_and_columns
@@ -53,7 +54,7 @@ class Replacements:
     """
 
     layers: tuple[tuple[Place, LayerEdit], ...]
-    values: tuple[tuple[ValuePlace, Tensor], ...]
+    values: tuple[tuple[ValuePlace, NDArray[Any]], ...]
 
 
 def find_replacements(
@@ -72,7 +73,7 @@ def find_replacements(
             base's does not; all are named.
     """
     layers: list[tuple[Place, LayerEdit]] = []
-    values: list[tuple[ValuePlace, Tensor]] = []
+    values: list[tuple[ValuePlace, NDArray[Any]]] = []
     problems: list[str] = []
     for name, tensor in adapter.replaced.items():
         try:
@@ -96,7 +97,7 @@ def find_replacements(
 
 
 def _layer_places(
-    export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: Tensor
+    export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: NDArray[Any]
 ) -> Iterator[tuple[Place, LayerEdit]]:
     """Places of a parameter that is the weight of a linear layer."""
     path = name.removesuffix(_WEIGHT)
@@ -122,6 +123,9 @@ def _weight_places(export: Export, path: str) -> list[Place]:
     if manifest is None or manifest.weights is None:
         widths = {} if manifest is None else {site.path: site.out_features for site in manifest.sites}
         found = list(named_places(export.weights, path, widths, foreign=False))
+        if not found and manifest is None:  # under a prefix, as of a model within another module
+            found = list(named_places(export.weights, path, widths, foreign=True))
+            found = [] if len(found) > 1 and export.base is not None else unique(found)  # else its values tell
         for place in found:
             if place.weight.others or len(place.weight.readers) > 1:
                 raise MergeError(f"{place.weight.name} has several readers, and nothing says that all are of one layer")
@@ -142,21 +146,21 @@ def _weight_places(export: Export, path: str) -> list[Place]:
     return places
 
 
-def _as_matrix(export: Export, place: Place, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def _as_matrix(export: Export, place: Place, tensor: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     """A layer's trained weight as `[out, in]`, of `shape` if it fits.
 
     Raises:
         MergeError: Nothing says whether a square one has the layout of a linear layer or of transformers' `Conv1D`.
     """
     if export.manifest is not None or not place.weight.transposed:
-        return tensor.t() if _is_conv1d(export, place.path) else tensor
+        return tensor.T if _is_conv1d(export, place.path) else tensor
     if shape[0] != shape[1]:
-        return tensor if list(tensor.shape) == shape else tensor.t()
+        return tensor if list(tensor.shape) == shape else tensor.T
     readings = () if export.base is None else export.base_values(place.path, (shape[1], shape[0]))
     found = [index for index, values in enumerate(readings) if holds(place.weight, place.start, values)]
     if not found:
-        raise MergeError(f"nothing says whether {place.weight.name} is stored transposed; give base (--base)")
-    return tensor.t() if found[0] else tensor
+        raise MergeError(f"nothing says whether {place.weight.name} is stored transposed; give base=...")
+    return tensor.T if found[0] else tensor
 
 
 def _is_conv1d(export: Export, path: str) -> bool:
@@ -164,7 +168,7 @@ def _is_conv1d(export: Export, path: str) -> bool:
     return any(site.path == path and site.kind == "conv1d" for site in sites)
 
 
-def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: Tensor) -> list[ValuePlace]:
+def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: NDArray[Any]) -> list[ValuePlace]:
     """Places of any other parameter.
 
     Raises:
@@ -181,7 +185,8 @@ def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: T
             raise MergeError(f"{place.value.name} has several readers, and nothing says that all are of this module")
         assert place.value.shape is not None
         shape = [int(size) for size in place.value.shape.numpy()]
-        if place.value.name == name and list(tensor.shape) != shape:
+        is_alone = place.value.name == name or str(place.value.name).endswith(f".{name}")
+        if is_alone and list(tensor.shape) != shape:
             raise MergeError(f"it has shape {list(tensor.shape)} in the adapter and {shape} in the export")
     return places
 
@@ -193,23 +198,40 @@ def named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> I
         export: The export.
         graphs: Its graphs by file.
         name: The parameter.
+
+    Raises:
+        MergeError: None has the name itself, and several of a file of another exporter end with it.
     """
+    found = list(_named_values(export, graphs, name, foreign=False))
+    if not found and export.manifest is None:
+        found = list(_named_values(export, graphs, name, foreign=True))
+        for file in {place.file for place in found}:
+            names = [str(place.value.name) for place in found if place.file == file]
+            if len(names) > 1:
+                raise MergeError(f"it may be any of {', '.join(names)} in {file}; export the merged model instead")
+    yield from found
+
+
+def _named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str, *, foreign: bool) -> Iterator[ValuePlace]:
+    wanted = reduced(name) if foreign else name
     widths = {f"{site.path}.bias": site.out_features for site in export.manifest.sites} if export.manifest else {}
     for file, graph in graphs.items():
         products = {id(weight.value): weight for weight in export.weights[file]}
         for value in initializers(graph):
             product = products.get(id(value))
-            names = next((names for names in parameter_names(value) if name in names), None)
-            if names is None:
+            readings = foreign_names(value) if foreign else parameter_names(value)
+            found = next(((names, own) for names in readings for own in names if is_named(own, wanted, foreign)), None)
+            if found is None:
                 continue
+            names, own = found
             parts = [(0, 0)] if len(names) == 1 else list(ranges(names, rows_and_columns(value)[1], widths.get))
             if parts:
                 uses = tuple(Reader(use.node, use.idx) for use in value.uses())
                 readers = uses if product is None else product.others
-                yield ValuePlace(name, file, value, parts[names.index(name)][0], readers, product is not None)
+                yield ValuePlace(name, file, value, parts[names.index(own)][0], readers, product is not None)
 
 
-def _as_rows(place: ValuePlace, tensor: Tensor) -> Tensor:
+def _as_rows(place: ValuePlace, tensor: NDArray[Any]) -> NDArray[Any]:
     rows, _ = rows_and_columns(place.value)
     return tensor.reshape(rows, -1)
 
@@ -219,28 +241,28 @@ def _repeats(
     graphs: Mapping[str, ir.Graph],
     known: Mapping[str, list[Place]],
     name: str,
-    tensor: Tensor,
+    tensor: NDArray[Any],
 ) -> bool:
     """Whether the export holds these values of a parameter already."""
     path = name.removesuffix(_WEIGHT)
     places = known.get(path) or (_weight_places(export, path) if path != name else [])
     if places and tensor.ndim == 2:
-        matrix = tensor.t() if _is_conv1d(export, path) else tensor
+        matrix = tensor.T if _is_conv1d(export, path) else tensor
         return all(_holds(place.weight, place.start, matrix) for place in places)
     found = list(named_values(export, graphs, name))
     return bool(found) and all(_equal(place, tensor) for place in found)
 
 
-def _holds(weight: ProductWeight, start: int, matrix: Tensor) -> bool:
+def _holds(weight: ProductWeight, start: int, matrix: NDArray[Any]) -> bool:
     if matrix.shape[1] != weight.in_features or start + len(matrix) > weight.out_features:
         return False
     return holds(weight, start, matrix) if weight.storage == "float" else is_rounding_of(weight, start, matrix)
 
 
-def _equal(place: ValuePlace, tensor: Tensor) -> bool:
+def _equal(place: ValuePlace, tensor: NDArray[Any]) -> bool:
     rows = read_rows(place.value)
-    if tensor.numel() % len(rows):
+    if tensor.size % len(rows):
         return False
     expected = tensor.reshape(len(rows), -1)
     found = rows[:, place.start : place.start + expected.shape[1]]
-    return found.shape == expected.shape and torch.equal(found, expected.to(found.dtype))
+    return found.shape == expected.shape and np.array_equal(found, expected.astype(found.dtype))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.adapter import SavedAdapter
@@ -53,7 +54,7 @@ class Export:
     manifest: Manifest | None
     base: BaseWeights | None
 
-    def base_values(self, path: str, features: tuple[int, int]) -> tuple[Tensor, ...]:
+    def base_values(self, path: str, features: tuple[int, int]) -> tuple[NDArray[Any], ...]:
         """The given base's weight `[out, in]` of a layer; both readings of a square one whose layout is not known.
 
         Args:
@@ -69,8 +70,8 @@ class Export:
             return (values,)
         kinds = {} if self.manifest is None else {site.path: site.kind for site in self.manifest.sites}
         if path not in kinds:
-            return values, values.t()
-        return (values.t() if kinds[path] == "conv1d" else values,)
+            return values, values.T
+        return (values.T if kinds[path] == "conv1d" else values,)
 
     @functools.cached_property
     def by_name(self) -> Mapping[tuple[str, str], ProductWeight]:
@@ -125,12 +126,10 @@ def _find(export: Export, adapter: SavedAdapter, path: str) -> list[Place]:
     widths = {site.path: site.out_features for site in manifest.sites} if manifest is not None else {}
     widths |= {other: adapter.features(other)[1] for other in adapter.updates}
     found = list(named_places(export.weights, path, widths, foreign=False))
-    found = found or _unique(list(named_places(export.weights, path, widths, foreign=True)))
+    found = found or unique(list(named_places(export.weights, path, widths, foreign=True)))
     found = found or list(places_by_value(export, path, adapter.features(path)))
     if not found:
-        hint = (
-            "" if export.base is not None else "; give base (--base), the base model's directory, to find it by value"
-        )
+        hint = "" if export.base is not None else "; give base=..., the base model's directory, to find it by value"
         raise MergeError(f"no initializer that a product multiplies by is named after it, or holds its values{hint}")
     return found
 
@@ -170,19 +169,20 @@ def named_places(
         for weight in candidates:
             readings = foreign_names(weight.value) if foreign else parameter_names(weight.value)
             for names in readings:
-                index = next((i for i, name in enumerate(names) if _is_named(name, wanted, foreign)), None)
+                index = next((i for i, name in enumerate(names) if is_named(name, wanted, foreign)), None)
                 parts = [] if index is None else list(ranges(names, weight.out_features, known.get))
                 if index is not None and parts:
                     yield Place(path, file, weight, *parts[index], BY_NAME)
                     break
 
 
-def _is_named(name: str, wanted: str, foreign: bool) -> bool:
+def is_named(name: str, wanted: str, foreign: bool) -> bool:
     """Whether a name is the wanted one; of another exporter's names, one may be the end of the other."""
-    return name == wanted or (foreign and (name.endswith(f".{wanted}") or wanted.endswith(f".{name}")))
+    is_end = name.endswith(f".{wanted}") or ("." in name and wanted.endswith(f".{name}"))
+    return name == wanted or (foreign and is_end)
 
 
-def _unique(places: list[Place]) -> list[Place]:
+def unique(places: list[Place]) -> list[Place]:
     """Places, if there is one in each file.
 
     Raises:
@@ -191,7 +191,7 @@ def _unique(places: list[Place]) -> list[Place]:
     for file in {place.file for place in places}:
         names = [place.weight.name for place in places if place.file == file]
         if len(names) > 1:
-            raise MergeError(f"its weight may be any of {', '.join(names)} in {file}; give base (--base) to tell them")
+            raise MergeError(f"its weight may be any of {', '.join(names)} in {file}; give base=... to tell them")
     return places
 
 
@@ -251,12 +251,12 @@ def _check_shared(export: Export, places: Iterable[Place]) -> None:
             if same:
                 raise MergeError(
                     f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
-                    "merged model (merge with untie=True), or leave the layer out of target_modules"
+                    "merged model (merge with untie=True), or leave the layer out (exclude_modules)"
                 )
         elif _is_read_several_times(weight) and not _is_named_apart(export, weight) and export.base is None:
             raise MergeError(
                 f"{len(weight.readers)} products read {weight.name}, and nothing says that all are of this layer; give "
-                "base (--base), or export the model again"
+                "base=..., or export the model again"
             )
 
 

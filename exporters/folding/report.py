@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gralora_fx.sources.same_base import BaseComparison
+
 
 @dataclass(frozen=True)
 class FoldedSite:
@@ -44,6 +46,8 @@ class FoldReport:
         survival: The share of the whole update that is left after rounding; None if nothing is quantized.
         files: Files of the directory with their sizes in bytes.
         seconds: Seconds that each stage took.
+        adapters: Names of all adapters that the result holds, in the order of folding; empty without a manifest.
+        base: What was compared of the adapter's base and the export's.
     """
 
     output_dir: Path
@@ -54,15 +58,20 @@ class FoldReport:
     survival: float | None
     files: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    base: BaseComparison | None = None
 
     def __str__(self) -> str:
         """What was written, what was found how, and what is left of the update where it was rounded."""
         lines = [f"wrote {self.output_dir}"]
         lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
-        found = ", ".join(f"{count} {how}" for how, count in Counter(site.how for site in self.sites).items())
+        ways = Counter(how for _, how in dict.fromkeys((site.path, site.how) for site in self.sites))
+        found = ", ".join(f"{count} {how}" for how, count in ways.items())
         count = len({site.path for site in self.sites})
         lines.append(f"folded {count} layers ({found}), {self.bytes_changed:,} bytes of weights changed")
+        if len(self.adapters) > 1:
+            lines.append(f"now holds {len(self.adapters)} adapters: {', '.join(self.adapters)}")
         if self.replaced:
             lines.append(f"replaced {', '.join(self.replaced)}")
         if self.adapter_name is None:

@@ -7,16 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, check_finite
 from gralora_fx.exporters.folding.products import ProductWeight
 from gralora_fx.exporters.folding.stored import read_rows
-from gralora_fx.exporters.onnx_passes.quantize import BlockArrays, dequantize_blocks, quantize_blocks
-from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_columns
 from gralora_fx.exporters.options import Quantization
 
 _COLUMNS = 1024  # output features that are quantized at once
@@ -43,10 +39,10 @@ class Survival:
         """The share; 1 for an update of zeros."""
         return self.kept / self.whole if self.whole else 1.0
 
-    def add(self, before: Tensor, after: Tensor, update: Tensor) -> None:
+    def add(self, before: NDArray[Any], after: NDArray[Any], update: NDArray[Any]) -> None:
         """Add a part of the weight, whose update is known too."""
-        self.kept += float(torch.sum((after - before) * update, dtype=torch.float64))
-        self.whole += float(torch.sum(update * update, dtype=torch.float64))
+        self.kept += float(((after - before) * update).sum(dtype=np.float64))
+        self.whole += float((update * update).sum(dtype=np.float64))
 
 
 @dataclass
@@ -63,11 +59,11 @@ class QuantizedEdit:
 
     weight: ProductWeight
     layers: tuple[LayerEdit, ...]
-    base: Callable[[str], Tensor] | None
+    base: Callable[[str], NDArray[Any]] | None
     survival: dict[str, Survival] = field(default_factory=dict)
-    _parts: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _parts: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
 
-    def part(self, index: int) -> Tensor:
+    def part(self, index: int) -> NDArray[Any]:
         """New values of one of `weight.parts`, in rows as they are stored.
 
         All are computed together, and kept until each was taken.
@@ -76,7 +72,7 @@ class QuantizedEdit:
             self._parts = dict(enumerate(self._computed()))
         return self._parts.pop(index)
 
-    def _computed(self) -> tuple[Tensor, ...]:
+    def _computed(self) -> tuple[NDArray[Any], ...]:
         self.survival.clear()
         stored = _stored(self.weight)
         for layer in self.layers:
@@ -92,13 +88,13 @@ class QuantizedEdit:
         before = stored.values(outputs)
         source = before
         if self.base is not None and layer.values is None:
-            source = self.base(layer.path)[rows].float()
+            source = self.base(layer.path)[rows].astype(np.float32)
             if not stored.is_rounded(source, outputs):
                 raise MergeError(
                     f"{layer.path}: {self.weight.name} is not what the base's weight is rounded to; give the base that "
-                    "was exported, or leave base (--base) out"
+                    "was exported, or leave base=... out"
                 )
-        result = source.clone()
+        result = source.copy()
         layer.apply(result, rows, slice(0, inputs), inputs)
         stored.store(outputs, result, layer.path)
         if layer.values is None:
@@ -110,40 +106,44 @@ class _Blocks:
     """Blocks of `MatMulNBits`: integers `[out, bytes]`, scales `[out, blocks]`, packed zero points `[out, bytes]`."""
 
     weight: ProductWeight
-    integers: Tensor
-    all_scales: Tensor
-    all_zero_points: Tensor | None
+    integers: NDArray[Any]
+    all_scales: NDArray[Any]
+    all_zero_points: NDArray[Any] | None
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def parts(self) -> tuple[NDArray[Any], ...]:
         """The tensors of `weight.parts`."""
         found = (self.integers, self.all_scales)
         return found if self.all_zero_points is None else (*found, self.all_zero_points)
 
-    def values(self, outputs: slice) -> Tensor:
+    def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
+        from gralora_fx.exporters.onnx_passes.quantize import BlockArrays, dequantize_blocks  # it imports torch
+
         scales = self.all_scales[outputs]
-        packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1).numpy()
-        zero_points = None if self.all_zero_points is None else self.all_zero_points[outputs].numpy()
-        blocks = BlockArrays(packed, scales.float().numpy(), zero_points)
-        return torch.from_numpy(dequantize_blocks(blocks, self.weight.bits, self.weight.in_features))
+        packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1)
+        zero_points = None if self.all_zero_points is None else self.all_zero_points[outputs]
+        blocks = BlockArrays(packed, scales.astype(np.float32), zero_points)
+        return dequantize_blocks(blocks, self.weight.bits, self.weight.in_features)
 
-    def is_rounded(self, source: Tensor, outputs: slice) -> bool:
+    def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Whether the stored values are within a step of others."""
-        step = self.all_scales[outputs].float().abs().repeat_interleave(self.weight.block_size, dim=1)
-        return bool(((self.values(outputs) - source).abs() <= 1.01 * step[:, : source.shape[1]] + 1e-12).all())
+        step = np.abs(self.all_scales[outputs].astype(np.float32)).repeat(self.weight.block_size, axis=1)
+        return bool((np.abs(self.values(outputs) - source) <= 1.01 * step[:, : source.shape[1]] + 1e-12).all())
 
-    def store(self, outputs: slice, values: Tensor, path: str) -> None:
+    def store(self, outputs: slice, values: NDArray[Any], path: str) -> None:
         """Quantize values, rounded to the export's precision first, as an export does."""
+        from gralora_fx.exporters.onnx_passes.quantize import quantize_blocks
+
         dtype = self.all_scales.dtype
-        matrix: NDArray[Any] = (values.half() if dtype == torch.float16 else values.to(dtype).float()).t().numpy()
+        rounded = values.astype(dtype) if dtype == np.float16 else values.astype(dtype).astype(np.float32)
         weight, has_zero_points = self.weight, self.all_zero_points is not None
         quantization = Quantization(f"int{weight.bits}", weight.block_size, zero_points=has_zero_points)
-        blocks = quantize_blocks(np.ascontiguousarray(matrix), quantization)
-        self.integers[outputs] = torch.from_numpy(blocks.packed).reshape(len(blocks.packed), -1)
-        self.all_scales[outputs] = torch.from_numpy(blocks.scales).to(dtype)
+        blocks = quantize_blocks(np.ascontiguousarray(rounded.T), quantization)
+        self.integers[outputs] = blocks.packed.reshape(len(blocks.packed), -1)
+        self.all_scales[outputs] = blocks.scales.astype(dtype)
         if self.all_zero_points is not None:
-            self.all_zero_points[outputs] = torch.from_numpy(blocks.zero_points)
+            self.all_zero_points[outputs] = blocks.zero_points
         check_finite(self.all_scales[outputs], path)
 
 
@@ -152,28 +152,30 @@ class _Columns:
     """Columns of `MatMulInteger`: integers `[in, out]` and scales `[out]`."""
 
     weight: ProductWeight
-    integers: Tensor
-    all_scales: Tensor
+    integers: NDArray[Any]
+    all_scales: NDArray[Any]
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def parts(self) -> tuple[NDArray[Any], ...]:
         """The tensors of `weight.parts`."""
         return self.integers, self.all_scales
 
-    def values(self, outputs: slice) -> Tensor:
+    def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
-        return (self.integers[:, outputs].float() * self.all_scales[outputs]).t().contiguous()
+        return np.ascontiguousarray((self.integers[:, outputs].astype(np.float32) * self.all_scales[outputs]).T)
 
-    def is_rounded(self, source: Tensor, outputs: slice) -> bool:
+    def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Whether the stored values are within a step of others."""
-        step = self.all_scales[outputs].abs()[:, None]
-        return bool(((self.values(outputs) - source).abs() <= 1.01 * step).all())
+        step = np.abs(self.all_scales[outputs])[:, None]
+        return bool((np.abs(self.values(outputs) - source) <= 1.01 * step).all())
 
-    def store(self, outputs: slice, values: Tensor, path: str) -> None:
+    def store(self, outputs: slice, values: NDArray[Any], path: str) -> None:
         """Quantize values."""
-        integers, scales = quantize_columns(np.ascontiguousarray(values.t().numpy()), path)
-        self.integers[:, outputs] = torch.from_numpy(integers)
-        self.all_scales[outputs] = torch.from_numpy(scales)
+        from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_columns
+
+        integers, scales = quantize_columns(np.ascontiguousarray(values.T), path)
+        self.integers[:, outputs] = integers
+        self.all_scales[outputs] = scales
 
 
 def _stored(weight: ProductWeight) -> _Blocks | _Columns:
@@ -185,14 +187,14 @@ def _stored(weight: ProductWeight) -> _Blocks | _Columns:
     return _Blocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
 
 
-def dequantized(weight: ProductWeight, outputs: slice) -> Tensor:
+def dequantized(weight: ProductWeight, outputs: slice) -> NDArray[Any]:
     """Values `[n, in]` of output features of a quantized weight."""
     return _stored(weight).values(outputs)
 
 
-def is_rounding_of(weight: ProductWeight, start: int, values: Tensor) -> bool:
+def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
     """Whether the output features of a quantized weight from one on are what a matrix `[out, in]` is rounded to."""
-    return _stored(weight).is_rounded(values.float(), slice(start, start + len(values)))
+    return _stored(weight).is_rounded(values.astype(np.float32), slice(start, start + len(values)))
 
 
 def check_survival(edits: Sequence[QuantizedEdit]) -> None:
@@ -214,6 +216,6 @@ def check_survival(edits: Sequence[QuantizedEdit]) -> None:
     more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
     raise MergeError(
         f"rounding leaves {100 * total.share:.0f} % of the update, and half or less of it at {len(lost)} of "
-        f"{len(shares)} layers: {worst}{more}. Give base (--base), to round the base's own weights with the update, "
-        "fold before quantizing (export_onnx), or write it all the same with force=True (--force)"
+        f"{len(shares)} layers: {worst}{more}. Give base=..., to round the base's own weights with the update, "
+        "fold before quantizing (export_onnx), or write it all the same with force=True"
     )

@@ -7,9 +7,10 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.data_files import Change, aligned
@@ -19,7 +20,7 @@ from gralora_fx.exporters.folding.products import Reader
 from gralora_fx.exporters.folding.requantize import QuantizedEdit
 from gralora_fx.exporters.folding.stored import dtype_of, inline_tensor, read_rows, rows_and_columns, tensor_of
 
-_Edit = Callable[[Tensor, int], None]  # changes some stored rows in place, given them and the first one's number
+_Edit = Callable[[NDArray[Any], int], None]  # changes some stored rows in place, given them and the first one's number
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Rewriting:
     renamed: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _ends: dict[Path, int] = field(default_factory=dict)
     _edited: dict[tuple[Path, int], tuple[int, object]] = field(default_factory=dict)
+    _added: dict[tuple[Path, int, str], int] = field(default_factory=dict)  # where copies begin
     _names: set[tuple[str, str]] = field(default_factory=set)  # files and initializers that are edited in place
 
     def fold_matrix(self, file: str, edit: MatrixEdit) -> None:
@@ -71,7 +73,7 @@ class Rewriting:
             self._add(file, value, f"{name}{ending}", _taking(content), readers)
         self._note(file, edit.layers, weight.name, f"{name}{endings[0]}")
 
-    def replace(self, place: ValuePlace, values: Tensor) -> None:
+    def replace(self, place: ValuePlace, values: NDArray[Any]) -> None:
         """Replace the values of a parameter that is not multiplied by; products that read it keep the old ones."""
         edit = ValuesEdit(place.name, place.start, values)
         if place.is_shared:
@@ -105,13 +107,18 @@ class Rewriting:
         new = ir.Value(name=name, shape=ir.Shape(old.shape.numpy()), type=ir.TensorType(old.dtype))
         if isinstance(old, ir.ExternalTensor):
             path = Path(old.path)
-            target = aligned(self._ends.get(path) or path.stat().st_size)
-            self._ends[path] = target + old.nbytes
+            key = path, old.offset or 0, name  # the same copy of another file's graph over these bytes
+            is_new = key not in self._added
+            if is_new:
+                self._added[key] = aligned(self._ends.get(path) or path.stat().st_size)
+                self._ends[path] = self._added[key] + old.nbytes
+            target = self._added[key]
             new.const_value = ir.ExternalTensor(
                 old.location, target, old.nbytes, old.dtype, shape=ir.Shape(old.shape.numpy()), name=name,
                 base_dir=old.base_dir,
             )  # fmt: skip
-            self._schedule(source, edit, target)
+            if is_new:
+                self._schedule(source, edit, target)
         else:
             rows = read_rows(source)
             edit(rows, 0)
@@ -128,7 +135,7 @@ class Rewriting:
         assert isinstance(tensor, ir.ExternalTensor)
         _, columns = rows_and_columns(value)
 
-        def rewrite(part: Tensor, first: int) -> None:
+        def rewrite(part: NDArray[Any], first: int) -> None:
             edit(part.view(dtype).reshape(-1, columns), first)
 
         change = Change(tensor.offset or 0, tensor.nbytes, columns * dtype.itemsize, rewrite, target)
@@ -169,15 +176,15 @@ def _identity(layers: Iterable[LayerEdit]) -> object:
     return tuple((layer.path, layer.start, layer.stop) for layer in layers)
 
 
-def _taking(content: Callable[[], Tensor]) -> _Edit:
+def _taking(content: Callable[[], NDArray[Any]]) -> _Edit:
     """An edit that takes computed rows, which are kept while the initializer is written."""
-    kept: list[Tensor] = []
+    kept: list[NDArray[Any]] = []
 
-    def edit(rows: Tensor, first: int) -> None:
+    def edit(rows: NDArray[Any], first: int) -> None:
         if first == 0:
             kept[:] = [content()]
         part = kept[0].reshape(-1, rows.shape[1])
-        rows.copy_(part[first : first + len(rows)])
+        rows[...] = part[first : first + len(rows)]
         if first + len(rows) == len(part):
             kept.clear()
 

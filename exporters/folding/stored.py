@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
-from onnx_ir.tensor_adapters import to_torch_dtype
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
 
@@ -29,12 +29,12 @@ def rows_and_columns(value: ir.Value) -> tuple[int, int]:
     return rows, columns
 
 
-def dtype_of(value: ir.Value) -> torch.dtype:
+def dtype_of(value: ir.Value) -> np.dtype[Any]:
     """Dtype of an initializer."""
-    return to_torch_dtype(tensor_of(value).dtype)
+    return tensor_of(value).dtype.numpy()
 
 
-def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> Tensor:
+def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> NDArray[Any]:
     """Rows of an initializer, `[rows, columns]` as of `rows_and_columns`, in memory of their own.
 
     Args:
@@ -46,20 +46,20 @@ def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> Tenso
     stop = count if stop is None else stop
     tensor, dtype = tensor_of(value), dtype_of(value)
     if not isinstance(tensor, ir.ExternalTensor):
-        rows = torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype) if count * columns else torch.empty(0)
+        rows: NDArray[Any] = np.frombuffer(bytearray(tensor.tobytes()), dtype)
         return rows.reshape(count, columns)[start:stop]
     width = columns * dtype.itemsize
     with open(tensor.path, "rb") as file:
         file.seek((tensor.offset or 0) + start * width)
         content = bytearray(file.read((stop - start) * width))
-    return torch.frombuffer(content, dtype=dtype).reshape(stop - start, columns)
+    return np.frombuffer(content, dtype).reshape(stop - start, columns)
 
 
-def inline_tensor(value: ir.Value, rows: Tensor) -> ir.TensorProtocol:
+def inline_tensor(value: ir.Value, rows: NDArray[Any]) -> ir.TensorProtocol:
     """A tensor of an initializer's name, shape and dtype with other values, to be stored in the ONNX file itself."""
     old = tensor_of(value)
     proto = onnx.TensorProto(name=value.name, dims=old.shape.numpy(), data_type=int(old.dtype))
-    proto.raw_data = rows.contiguous().view(torch.uint8).numpy().tobytes()
+    proto.raw_data = rows.tobytes()
     return ir.TensorProtoTensor(proto)
 
 

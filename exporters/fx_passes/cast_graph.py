@@ -120,7 +120,8 @@ def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
         cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape
         value.replace_all_uses_with(cast.outputs[0])
         cast.replace_input_with(0, value)
-        value.dtype = ir.DataType.FLOAT
+        # a new one: others may share the old, which setting dtype would change
+        value.type = ir.TensorType(ir.DataType.FLOAT)
         model.graph.insert_before(model.graph[0], cast)
         count += 1
     return PassResult(count)

@@ -13,7 +13,7 @@ from transformers import EncoderDecoderCache
 from gralora_fx.compat import pytree
 from gralora_fx.compat.calling_convention import tree_info
 from gralora_fx.errors import ExportError
-from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.decoder_cache import PAST, returned_cache
 
 _DECODER_PREFIXES = ("decoder_", PAST)
 
@@ -51,7 +51,7 @@ def split(graph_module: fx.GraphModule) -> EncoderDecoder:
     results: Any = graph.output_node().args[0]
     spec = tree_info(graph).out_spec
     outputs = pytree.tree_unflatten(results, spec)
-    hidden, cache = outputs.get("encoder_last_hidden_state"), outputs.get(PAST)
+    hidden, cache = outputs.get("encoder_last_hidden_state"), returned_cache(outputs)
     if not isinstance(hidden, fx.Node) or not isinstance(cache, EncoderDecoderCache):
         raise ExportError("the trace gives no encoder_last_hidden_state with a cache; trace it with a -with-past task")
     self_layers, cross_layers = cache.self_attention_cache.layers, cache.cross_attention_cache.layers

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
+from gralora_fx.adapters.agreement import KnownLayers
 from gralora_fx.errors import CheckpointError, TraceError, bulleted, first_line
-from gralora_fx.loading.empty_models import make_empty
-from gralora_fx.sources.safetensors_files import INDEX_NAME, SINGLE_NAME, parameter_names, stored_tensors
 from gralora_fx.sources.safetensors_layout import Extent, Layout, opened_for_reading, read_layout
+from gralora_fx.sources.stored_tensors import INDEX_NAME, SINGLE_NAME, stored_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 FILES = (
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken", "*.spm", "*.vocab"),
@@ -86,16 +87,30 @@ class Names:
         model: The model without values; None for a class that transformers does not have.
         keys: Keys in the files by the model's names.
         parts: Names of parameters that are put together from several tensors of the files.
+        transposed: Without a model, whether layers store their weights `[in, out]`, if the files show it.
     """
 
     model: PreTrainedModel | None
     keys: Mapping[str, str]
     parts: Set[str]
+    transposed: bool | None = None
 
     @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by every name that they have."""
         return {} if self.model is None else dict(self.model.named_parameters(remove_duplicate=False))
+
+    @property
+    def layers(self) -> KnownLayers | None:
+        """The model's linear layers; None without a model."""
+        if self.model is None:
+            return None
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        modules = self.model.named_modules()
+        paths = [path for path, module in modules if isinstance(module, (nn.Linear, Conv1D))]
+        return KnownLayers(paths, self.model.config.model_type)
 
     @functools.cached_property
     def _groups(self) -> dict[int, list[str]]:
@@ -113,8 +128,12 @@ class Names:
         return next((self.keys[other] for other in (name, *self.tied_with(name)) if other in self.keys), None)
 
     def is_transposed(self, path: str) -> bool | None:
-        """Whether a layer's weight is stored `[in, out]`; None without a model."""
-        return None if self.model is None else isinstance(self.model.get_submodule(path), Conv1D)
+        """Whether a layer's weight is stored `[in, out]`; None if nothing shows it."""
+        if self.model is None:
+            return self.transposed
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self.model.get_submodule(path), Conv1D)
 
 
 def names_of(base: BaseFiles, needed: Iterable[str], task: str | None, num_labels: int | None) -> Names:
@@ -132,6 +151,9 @@ def names_of(base: BaseFiles, needed: Iterable[str], task: str | None, num_label
     Raises:
         CheckpointError: No model can be made, or none has these parameters; they are named.
     """
+    from gralora_fx.loading.empty_models import make_empty  # they import torch and transformers
+    from gralora_fx.sources.safetensors_files import parameter_names
+
     needed = list(needed)
     tries: list[tuple[list[str], PreTrainedModel]] = []
     reasons: list[str] = []

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
 from gralora_fx.adapters.stored import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.merged_files.base_files import BaseFiles, Names
-from gralora_fx.sources.safetensors_layout import FLOATS, Extent, element_rows, read_into, read_tensor
+from gralora_fx.sources.safetensors_layout import FLOATS, Extent, bytes_of, element_rows, read_into, read_tensor
 
 _COMPARED = 2**20  # values that are compared at a time
 
@@ -155,11 +155,12 @@ def _same_values(one: Extent, one_handle: int, other: Extent, other_handle: int)
     for first, end in element_rows(one, _COMPARED):
         parts = []
         for extent, handle in ((one, one_handle), (other, other_handle)):
-            part = torch.empty((end - first, *extent.shape[1:]), dtype=FLOATS[extent.dtype])
+            part = np.empty((end - first, *extent.shape[1:]), FLOATS[extent.dtype])
             read_into(handle, part, extent.begin + first * (extent.nbytes // extent.shape[0]))
             parts.append(part)
-        if not torch.equal(parts[0].to(parts[1].dtype), parts[1]):
-            return False
+        with np.errstate(over="ignore"):
+            if not np.array_equal(parts[0].astype(parts[1].dtype), parts[1]):
+                return False
     return True
 
 
@@ -209,4 +210,4 @@ def _token(
     if change is None or change.values is None:
         return names.key_of(name), None if change is None else change.site
     values = read_tensor(adapter.handle, change.values)
-    return None, hashlib.sha256(memoryview(values.reshape(-1).view(torch.uint8).numpy())).hexdigest()  # type: ignore[arg-type]
+    return None, hashlib.sha256(bytes_of(values)).hexdigest()

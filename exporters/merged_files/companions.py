@@ -8,16 +8,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.merged_files.base_files import BaseFiles, Names
 from gralora_fx.exporters.merged_files.changes import Changes
 from gralora_fx.exporters.merged_files.write_shards import NewShard
 from gralora_fx.sources.model_files import read_json_object
-from gralora_fx.sources.safetensors_files import INDEX_NAME, empty_model
+from gralora_fx.sources.stored_tensors import INDEX_NAME
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_FILE = "config.json"
 _TIE = "tie_word_embeddings"
@@ -80,6 +81,8 @@ def _check_untied(fields: dict[str, Any], model: PreTrainedModel, changes: Chang
     Raises:
         CheckpointError: It does not; the weights are named.
     """
+    from gralora_fx.sources.safetensors_files import empty_model  # it imports torch and transformers
+
     config = type(model.config).from_dict(fields)
     untied = empty_model(lambda: type(model)(config))
     parameters = dict(untied.named_parameters(remove_duplicate=False))

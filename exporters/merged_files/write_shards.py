@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
 
 from gralora_fx.adapters.stored import StoredAdapter
 from gralora_fx.errors import MergeError
@@ -22,6 +25,7 @@ from gralora_fx.sources.safetensors_layout import (
     FLOATS,
     Extent,
     Layout,
+    bytes_of,
     element_rows,
     extremes_are_finite,
     header,
@@ -40,14 +44,14 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         """Start with none."""
-        self.kept: dict[torch.dtype, Tensor] = {}
+        self.kept: dict[np.dtype[Any], NDArray[Any]] = {}
 
-    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def matrix(self, rows: int, columns: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """A matrix without values, which the next one of its dtype overwrites."""
         flat = self.kept.get(dtype)
-        if flat is None or flat.numel() < rows * columns:
-            flat = self.kept[dtype] = torch.empty(max(rows * columns, _BLOCK), dtype=dtype)
-        return flat[: rows * columns].view(rows, columns)
+        if flat is None or flat.size < rows * columns:
+            flat = self.kept[dtype] = np.empty(max(rows * columns, _BLOCK), dtype)
+        return flat[: rows * columns].reshape(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def _first_bytes(file: Path, count: int) -> bytes:
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * FLOATS[dtype].itemsize
+    return math.prod(shape) * FLOATS[dtype].itemsize
 
 
 def write_shards(
@@ -129,7 +133,7 @@ def write_shards(
         OSError: Writing fails.
     """
     with ExitStack() as stack:
-        pool = stack.enter_context(_workers())
+        pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
         futures: list[Future[None]] = []
         scratch = _Scratch()
         for shard in shards:
@@ -158,17 +162,6 @@ def write_shards(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads of one core each: those of torch's own within each of them would get in each other's way."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)  # which threads that start later take over
 
 
 def _changed_in(shard: NewShard, changes: Changes) -> Iterator[tuple[str, Change]]:
@@ -208,9 +201,10 @@ def _write_change(
 ) -> None:
     """Write one tensor of the result."""
     if change.values is not None:
-        values = read_tensor(adapter.handle, change.values).to(FLOATS[change.dtype])
+        with np.errstate(over="ignore"):
+            values = read_tensor(adapter.handle, change.values).astype(FLOATS[change.dtype])
         _check_finite(values, key)
-        _write_all(target, _bytes(values), place.begin)
+        _write_all(target, bytes_of(values), place.begin)
     elif extent is None:
         raise AssertionError(f"{key} has neither values nor a source")
     elif change.site is None:
@@ -232,8 +226,8 @@ def _fold(
     """Fold an update into a matrix, some rows at a time, accumulated in float32 or better and rounded once."""
     assert change.site is not None
     dtype = FLOATS[extent.dtype]
-    accumulator = torch.promote_types(dtype, torch.float32)
-    update = adapter.update(change.site, accumulator)
+    accumulator = np.promote_types(dtype, np.float32)
+    update = adapter.update(change.site)
     can_overflow = not largest_change(update) < _half_step(dtype)
     row = extent.nbytes // extent.shape[0]
     for first, end in element_rows(extent, _BLOCK):
@@ -241,31 +235,28 @@ def _fold(
         sums = rows if dtype == accumulator else scratch.matrix(end - first, extent.shape[1], accumulator)
         read_into(origin, rows, extent.begin + first * row)
         if sums is not rows:
-            sums.copy_(rows)
+            sums[...] = rows
         fold_rows(sums, [update], first=first, shape=extent.shape, transposed=change.transposed, out=sums)
         if sums is not rows:
-            rows.copy_(sums)
+            with np.errstate(over="ignore"):
+                rows[...] = sums
         if can_overflow:
             _check_finite(rows, key)
-        _write_all(target, _bytes(rows), place.begin + first * row)
+        _write_all(target, bytes_of(rows), place.begin + first * row)
 
 
-def _half_step(dtype: torch.dtype) -> float:
+def _half_step(dtype: np.dtype[Any]) -> float:
     """What can be added to the largest value of a dtype without reaching infinity: half of the last step before it."""
-    limits = torch.finfo(dtype)
-    return float(limits.max) * limits.eps / 4
+    limits = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(limits.max) * float(limits.eps) / 4
 
 
-def _check_finite(values: Tensor, key: str) -> None:
+def _check_finite(values: NDArray[Any], key: str) -> None:
     if not extremes_are_finite(values):
         raise MergeError(
-            f"{key} would hold values that are not finite in {str(values.dtype).removeprefix('torch.')}; nothing was "
-            "written. Merge into a copy of the base in float32"
+            f"{key} would hold values that are not finite in {values.dtype.name}; nothing was written. Merge into a "
+            "copy of the base in float32"
         )
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's are buffers
 
 
 def _write_all(target: int, view: memoryview, offset: int) -> None:

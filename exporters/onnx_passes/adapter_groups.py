@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import onnx_ir as ir
@@ -53,9 +53,13 @@ class Grouping:
 
     Attributes:
         model: The model.
+        branches: Whether adapters of rows with lengths of their own are in branches.
+        is_any: Whether any row that reads has an adapter, a scalar; None without branches.
     """
 
     model: ir.Model
+    branches: bool
+    is_any: ir.Value | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Add the input that says which adapter each row has, unless the model has it."""
@@ -71,6 +75,10 @@ class Grouping:
             build = Builder(graph)
             self._tiles = row_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS])
             self._tile_ids = build("Gather", self.ids, self._tiles.rows)
+            if self.branches:
+                reads = build("Min", build("Cast", inputs[QUERY_SEQLENS], to=ir.DataType.INT64), build.scalar(1))
+                highest = build("ReduceMax", build("Mul", self.ids, reads), keepdims=0)
+                self.is_any = build("Greater", highest, build.scalar(0))
             build.insert_before(graph[0])
 
     def of(self, x: ir.Value) -> Groups | str:
@@ -81,11 +89,17 @@ class Grouping:
         """
         if x not in self._found:
             build = Builder(self.model.graph)
-            self._found[x] = self._of(build, x)
+            self._found[x] = self.within(build, x)
             build.insert_after(x)
         return self._found[x]
 
-    def _of(self, build: Builder, x: ir.Value) -> Groups | str:
+    def within(self, build: Builder, x: ir.Value) -> Groups | str:
+        """The same, made where it is needed.
+
+        Args:
+            build: Makes the nodes.
+            x: The input of a linear layer.
+        """
         if x.shape is None:
             return "the shape of its input is not known"
         if not isinstance(self.batch, ir.SymbolicDim):

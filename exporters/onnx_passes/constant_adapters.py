@@ -14,7 +14,7 @@ from gralora_fx.exporters.pipeline import PassResult
 
 @dataclass(frozen=True)
 class ConstantAdapters:
-    """Gives the adapter tensors of a batched export their values, so that rows choose among fixed adapters.
+    """Gives the stacked adapter tensors of a model their values, so that rows choose among fixed adapters.
 
     Before:
         graph(input_ids, adapter_ids, query.gralora_A, ...)

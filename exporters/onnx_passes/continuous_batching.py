@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gralora_fx.errors import ExportError, listed
+from gralora_fx.errors import listed
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION
 from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
 from gralora_fx.exporters.onnx_passes.row_tokens import (
     NUM_TOKENS,
+    RowsError,
     RowTokens,
     last_tokens,
     row_tokens,
@@ -33,7 +34,6 @@ _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10
 _PAST = "past_key_values."
 _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
 _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
-_REMEDY = "export with adapters='swappable' or 'inputs', which take one adapter a run"
 
 
 def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
@@ -54,7 +54,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
         The number of attention layers.
 
     Raises:
-        ExportError: The model mixes tokens or reads its inputs in a way that does not allow it; layers are named.
+        RowsError: The model mixes tokens or reads its inputs in a way that does not allow it; layers are named.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -62,6 +62,8 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     ids = inputs["input_ids"]
     assert ids.shape is not None
     batch, length = ids.shape
+    if isinstance(batch, int) or isinstance(length, int):
+        raise RowsError(f"input_ids has a fixed shape, [{batch}, {length}]; trace the model with dynamic=True")
     layers = [node for node in graph if node.op_type == GQA]
     _check_layers(graph, layers)
     _rename_inner(graph, str(batch), str(length))
@@ -142,7 +144,7 @@ def _check_inputs(inputs: Mapping[str, ir.Value]) -> None:
     others = [name for name in inputs if name not in known and not name.startswith(_PAST)]
     if others or "input_ids" not in inputs:
         what = f"also takes {listed(others)}" if others else "takes no input_ids"
-        raise ExportError(f"adapters='batched' is for a decoder of input_ids alone, and this one {what}; {_REMEDY}")
+        raise RowsError(f"rows of their own lengths are for a decoder of input_ids alone, and this one {what}")
 
 
 def _check_layers(graph: ir.Graph, layers: Sequence[ir.Node]) -> None:
@@ -159,7 +161,7 @@ def _check_layers(graph: ir.Graph, layers: Sequence[ir.Node]) -> None:
     problems += [f"{layer_of(node)} has attention without a cache" for node in graph if node.op_type in ATTENTION]
     problems += [f"{layer_of(node)} computes {node.op_type} over positions" for node in _across_positions(graph)]
     if problems:
-        raise ExportError(f"rows of a batch cannot be at different positions: {listed(problems)}; {_REMEDY}")
+        raise RowsError(f"rows of a batch cannot be at different positions: {listed(problems)}")
 
 
 def _across_positions(graph: ir.Graph) -> Iterator[ir.Node]:
@@ -183,9 +185,7 @@ def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
             if not is_cache and name != "input_ids":
                 problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
     if problems:
-        raise ExportError(
-            f"the model needs more than the lengths of its rows: {listed(sorted(set(problems)), 6)}; {_REMEDY}"
-        )
+        raise RowsError(f"the model needs more than the lengths of its rows: {listed(sorted(set(problems)), 6)}")
 
 
 @dataclass(frozen=True)

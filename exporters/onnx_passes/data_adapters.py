@@ -19,10 +19,11 @@ def marking_passes(data: DataSites | None) -> tuple[Pass[ir.Model], ...]:
     return () if data is None else (MarkSites(data.weights, data.norm_biases),)
 
 
-def insertion_passes(data: DataSites | None) -> tuple[Pass[ir.Model], ...]:
+def insertion_passes(data: DataSites | None, *, quantized: bool) -> tuple[Pass[ir.Model], ...]:
     """What inserts the adapters, to be run once all is fused, and before weights are quantized.
 
     Args:
         data: The layers; None for none.
+        quantized: Whether the weights are to be quantized.
     """
-    return () if data is None else (InsertAdapters(data.inputs),)
+    return () if data is None else (InsertAdapters(data.inputs, quantized),)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_passes.builder import (
     MICROSOFT,
     Builder,
@@ -41,11 +40,9 @@ class FuseAttention:
 
     Attributes:
         tables: The tables of rotary embeddings in the graph.
-        is_required: Whether a layer that the operator does not support is an error.
     """
 
     tables: RotaryTables
-    is_required: bool = False
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place; the result lists the decomposed layers as skipped.
@@ -53,17 +50,14 @@ class FuseAttention:
         The summary is an `AttentionReport`.
 
         Raises:
-            ExportError: The number of heads of a layer is unknown, or the operator is required and does not support a
-                layer. The model must be discarded.
+            ExportError: The number of heads of a layer is unknown. The model must be discarded.
         """
         nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
         decompose_masks(model.graph)
         if not nodes:
             own = Skip("every layer", "it computes attention itself, not through transformers' interface")
-            self._check((own,))
             return _result(0, (own,))
         plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
-        self._check(tuple(Skip(layer_of(node), why) for node, why in plain.items()))
         fitting = [node for node in nodes if node not in plain]
         _give_own_caches(model.graph, fitting)
         masks: dict[tuple[ir.Value, int], ir.Value] = {}
@@ -73,14 +67,6 @@ class FuseAttention:
         for node in fitting:
             _replace(model.graph, node, self.tables, shared)
         return _result(len(fitting), tuple(Skip(layer_of(node), why) for node, why in plain.items()))
-
-    def _check(self, plain: tuple[Skip, ...]) -> None:
-        if plain and self.is_required:
-            layers = listed([f"{skip.place} ({skip.reason})" for skip in plain], 4)
-            raise ExportError(
-                f"a batched decoder needs GroupQueryAttention in every layer, and it does not fit {layers}; export "
-                "with adapters='swappable' or 'inputs', which take one adapter a run"
-            )
 
 
 def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:

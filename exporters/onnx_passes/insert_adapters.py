@@ -13,8 +13,9 @@ from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function, 
 from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, static_dim
 from gralora_fx.exporters.onnx_passes.mark_sites import MARKED, SITES, SiteOutput, sites_in
+from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.runtime.adapter_inputs import BATCHED, SWAPPABLE, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite
 
 _NORMS = ("LayerNormalization", "SkipLayerNormalization")
 
@@ -32,15 +33,21 @@ class InsertAdapters:
     Before: `y = MatMul(x, [Wq Wk Wv])`
     After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
-    A bias that trains is one more term of the sum.
+    A bias that trains is one more term of the sum. `_place` says on which side of the layer's own bias, and of a factor
+    after it, the sum is: what ONNX Runtime fuses stays what it fuses without adapters.
 
-    Batched ones get the input in groups that share an adapter each (see `adapter_groups`).
+    Stacked ones get the input in groups that share an adapter each (see `adapter_groups`). Where rows have lengths of
+    their own, all of it is in a branch, which is taken in a step in which a row with an adapter reads:
+
+    After:  `y = If(is_any, Sum(MatMul(x, W), adapters), MatMul(x, W))`
 
     Attributes:
         inputs: The adapter tensors.
+        quantized: Whether the layers' weights are to be quantized.
     """
 
     inputs: AdapterInputs
+    quantized: bool = False
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Insert them, in place; the result counts the sites' calls.
@@ -48,20 +55,17 @@ class InsertAdapters:
         Raises:
             ExportError: A marked value is not computed by such a layer any more, or rows cannot be told apart at one.
         """
-        insertion = _Insertion(model, self.inputs)
+        insertion = _Insertion(model, self.inputs, self.quantized)
         marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
         for value in marked:
             insertion.add_to(value)
         if insertion.problems:
-            raise ExportError(
-                f"no adapter can be chosen by row at {listed(insertion.problems, 4)}; leave such layers out of "
-                "target_modules, or export with adapters='swappable' or 'inputs', which take one adapter a run"
-            )
+            raise RowsError(f"no adapter can be chosen by row at {listed(insertion.problems, 4)}")
         lost = model.meta.get(MARKED, frozenset()) & insertion.sites.keys() - insertion.reached
         if lost:
             raise ExportError(
                 f"the outputs of {listed(sorted(lost))} are not in the graph any more, so no adapter can be data "
-                "there; leave these layers out of target_modules, or export with adapters='merged'"
+                "there; leave these layers out (exclude_modules), or export with adapters='merged'"
             )
         return PassResult(insertion.count)
 
@@ -69,13 +73,15 @@ class InsertAdapters:
 class _Insertion:
     """Insertion into one model."""
 
-    def __init__(self, model: ir.Model, inputs: AdapterInputs) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: ir.Model, inputs: AdapterInputs, quantized: bool) -> None:
+        self.model, self.inputs, self.quantized = model, inputs, quantized
         self.sites = {site.path: site for site in inputs.sites}
         self.tensors: dict[str, ir.Value] = {}
         self.count = 0
         self.reached: set[str] = set()  # layers with an adapter
-        self.grouping = Grouping(model) if inputs.mode == BATCHED else None
+        # of half precision no branches: the CPU computes it in float32 and would round what goes through one
+        self.grouping = Grouping(model, inputs.dtype == "float32") if inputs.mode == STACKED else None
+        self._groups: dict[ir.Value, Groups | str] = {}  # of the branch that is made
         self.problems: list[str] = []  # layers where rows cannot be told apart, each with the reason
 
     def add_to(self, value: ir.Value) -> None:
@@ -84,42 +90,58 @@ class _Insertion:
         if not marks:
             return
         x, width = _input_of(value), static_dim(value, -1)
+        value.meta.pop(SITES)
+        value, factors = _place(value, self.quantized)
         build = Builder(self.model.graph)
         spans = list(_spans(marks, width))
         whole = [mark for _, _, mark in spans if mark is not None]
         if len(whole) == len(spans) and len({self._tensor_kinds(mark) for mark in whole}) == 1:
-            result = build("Sum", value, *self._outputs(build, x, whole))
+            result = build("Sum", value, *_scaled(build, self._outputs(build, x, whole), factors))
         else:
-            result = self._by_parts(build, value, x, spans)
+            result = self._by_parts(build, value, x, spans, factors)
         self.count += len(marks)
         self.reached |= {mark.path for mark in marks}
         nodes = build.take()
-        _replace(value, result, nodes)
+        _replace(value, result, nodes, None if self.grouping is None else self.grouping.is_any)
+        self._groups.clear()
 
     def _tensor_kinds(self, mark: SiteOutput) -> tuple[str, bool]:
         site = self.sites[mark.path]
         return site.form, site.has_bias
 
     def _by_parts(
-        self, build: Builder, value: ir.Value, x: ir.Value, spans: Sequence[tuple[int, int, SiteOutput | None]]
+        self,
+        build: Builder,
+        value: ir.Value,
+        x: ir.Value,
+        spans: Sequence[tuple[int, int, SiteOutput | None]],
+        factors: Sequence[ir.Node],
     ) -> ir.Value:
         sizes = build.ints(*(stop - start for start, stop, _ in spans))
         split = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1)
         parts = [
-            part if mark is None else build("Sum", part, *self._outputs(build, x, [mark]))
+            part if mark is None else build("Sum", part, *_scaled(build, self._outputs(build, x, [mark]), factors))
             for part, (_, _, mark) in zip(split.outputs, spans, strict=True)
         ]
         return build("Concat", *parts, axis=-1)
 
     def _outputs(self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput]) -> list[ir.Value]:
         """The adapters' outputs at sites with one input, one after the other, each kind by itself."""
-        groups = None if self.grouping is None else self.grouping.of(x)
+        groups = self._groups_of(build, x)
         if isinstance(groups, str):
             self.problems += [f"{mark.path}: {groups}" for mark in marks]
             return [x]
         by_site = [self._outputs_at(build, x, mark, groups) for mark in marks]
         outputs = [_concat(build, parts) for parts in zip(*by_site, strict=True)]
         return outputs if groups is None else [groups.restored(build, output) for output in outputs]
+
+    def _groups_of(self, build: Builder, x: ir.Value) -> Groups | str | None:
+        """An input in groups, made once: within a branch, or for all that read it."""
+        if self.grouping is None or self.grouping.is_any is None:
+            return None if self.grouping is None else self.grouping.of(x)
+        if x not in self._groups:
+            self._groups[x] = self.grouping.within(build, x)
+        return self._groups[x]
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
         """The adapter's outputs at a site: of blocks, of LoRA, and its bias, those it has; of groups, the sum."""
@@ -160,11 +182,75 @@ class _Insertion:
     def _input(self, name: str, shape: Sequence[int | str]) -> ir.Value:
         dtype = ir.DataType[{"float32": "FLOAT"}.get(self.inputs.dtype, self.inputs.dtype.upper())]
         value = add_input(self.model.graph, name, dtype, shape)
-        if self.inputs.mode == SWAPPABLE:
+        if self.inputs.mode == DATA:
             sizes = [0 if isinstance(size, str) else size for size in shape]
             value.const_value = ir.tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
             self.model.graph.initializers[name] = value
         return value
+
+
+def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:
+    """Where adapters are added so that ONNX Runtime fuses what is around a layer as it does without them.
+
+    What it fuses with the product has to stay on the product's side of the sum, the rest on the other:
+
+    - A bias goes with the product (`Gemm`) where a matrix is multiplied, or a tensor of fixed sizes: the sum comes
+      after it. With more axes it goes with what follows, an activation or a normalization: the sum comes before it.
+      With a quantized product it goes (`MatMulNBits`), unless a GELU follows, which has it then.
+    - A scalar factor goes with the product (`FusedMatMul`): the sum comes after it, and the adapters' outputs are
+      multiplied on their own.
+
+    Args:
+        value: The output of a layer, its bias included.
+        quantized: Whether the layer's weight is to be quantized.
+
+    Returns:
+        The value that adapters are added to, and the nodes whose factors their outputs lack there.
+    """
+    node = value.producer()
+    if node is not None and node.op_type == "Add":
+        product = next((v for v in node.inputs if v is not None and _is_product(v.producer())), None)
+        if quantized:
+            goes_on = any(usage.node.op_type == "Gelu" for usage in value.uses())
+        else:
+            goes_on = len(value.shape or ()) > 2 and not _is_static(value)
+        if goes_on and product is not None and len(product.uses()) == 1 and not product.is_graph_output():
+            return product, []
+    factors: list[ir.Node] = []
+    while node is not None and node.op_type in ("MatMul", "Mul", "Div") and not value.is_graph_output():
+        readers = [usage.node for usage in value.uses()]
+        if len(readers) != 1 or not _is_factor(readers[0], value):
+            break
+        (node,) = readers
+        factors.append(node)
+        value = node.outputs[0]
+    return value, factors
+
+
+def _is_product(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type in ("MatMul", "Split")
+
+
+def _is_static(value: ir.Value) -> bool:
+    return value.shape is not None and all(isinstance(size, int) for size in value.shape)
+
+
+def _is_factor(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a node multiplies a value by a constant number, or divides it by one."""
+    if node.domain or node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and node.inputs[0] is not value):
+        return False
+    other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+    tensor = None if other is None else ir.convenience.get_const_tensor(other)
+    return tensor is not None and tensor.size == 1
+
+
+def _scaled(build: Builder, outputs: Sequence[ir.Value], factors: Sequence[ir.Node]) -> list[ir.Value]:
+    """The outputs with the factors of nodes."""
+    results = list(outputs)
+    for node in factors:
+        number = next(v for v in node.inputs if v is not None and ir.convenience.get_const_tensor(v) is not None)
+        results = [build(node.op_type, output, number) for output in results]
+    return results
 
 
 def _concat(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
@@ -198,20 +284,50 @@ def _input_of(value: ir.Value) -> ir.Value:
     if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
         raise ExportError(
             f"{sites_in(value)[0].path}: its output is not computed by a matmul in the ONNX graph, so no adapter can "
-            "be data there; leave the layer out of target_modules, or export with adapters='merged'"
+            "be data there; leave the layer out (exclude_modules), or export with adapters='merged'"
         )
     return node.inputs[0]
 
 
-def _replace(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Insert nodes that compute a value from another one, and let the other's readers read it."""
+def _branch(nodes: Sequence[ir.Node], output: ir.Value, name: str) -> ir.Graph:
+    """A branch of a graph; its values have names that none outside it has."""
+    for index, node in enumerate(nodes):
+        node.name = f"{name}.{index}"
+        for place, value in enumerate(node.outputs):
+            value.name = f"{name}.{index}.{place}"
+    return ir.Graph([], [output], nodes=nodes, name=name)
+
+
+def _replace(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node], condition: ir.Value | None = None) -> None:
+    """Insert nodes that compute a value from another one, and let the other's readers read it.
+
+    Args:
+        old: The value.
+        new: What is computed from it.
+        nodes: What computes it.
+        condition: Whether that is done, a scalar; else the value stays what it is. None for always.
+    """
     producer = old.producer()
     assert producer is not None
     graph = producer.graph
     assert isinstance(graph, ir.Graph)
-    graph.insert_after(producer, nodes)
     new.shape, new.type = old.shape, old.type
     added = set(nodes)
+    if condition is not None:
+        kept = ir.node("Identity", [old])
+        kept.outputs[0].shape, kept.outputs[0].type = old.shape, old.type
+        choice = ir.node(
+            "If",
+            [condition],
+            attributes={
+                "then_branch": _branch(nodes, new, f"{old.name}.adapted"),
+                "else_branch": _branch([kept], kept.outputs[0], f"{old.name}.base"),
+            },
+        )
+        nodes, new = [choice], choice.outputs[0]
+        new.shape, new.type = old.shape, old.type
+        added |= {kept, choice}
+    graph.insert_after(producer, nodes)
     for usage in list(old.uses()):
         if usage.node not in added:
             usage.node.replace_input_with(usage.idx, new)
@@ -219,4 +335,3 @@ def _replace(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
         if output is old:
             new.name, old.name = old.name, f"{old.name}.base"
             graph.outputs[index] = new
-    old.meta.pop(SITES, None)

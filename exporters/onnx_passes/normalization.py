@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, is_call, number, operands, shape
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.mark_sites import SITES
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.operators import RmsNormNode
 from gralora_fx.operators.call import named_arguments
@@ -122,7 +124,11 @@ class LowerNorms:
     Before: `s = Add(x, r); y = RMSNormalization(s, weight)`
     After:  `y, s = SkipSimplifiedLayerNormalization(x, r, weight)`
 
-    Likewise for `LayerNormalization`.
+    Likewise for `LayerNormalization`, whose fused operator also takes the bias of the linear layer before it: ONNX
+    Runtime would fuse it where it is still next to the normalisation, and so in another order with an adapter between.
+
+    Before: `s = Add(Add(MatMul(x, W), b), r); y = LayerNormalization(s, weight, shift)`
+    After:  `y, s = SkipLayerNormalization(MatMul(x, W), r, weight, shift, b)`
 
     Attributes:
         fuses_additions: Whether to fuse them with the residual addition before them.
@@ -184,20 +190,40 @@ def _is_made_of(value: ir.Value | None, node: ir.Node) -> bool:
 
 def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, norm: RmsNormNode | None) -> None:
     build = Builder(graph)
+    terms, rest = list(addition.inputs), list[ir.Value | None]()
     if norm is not None:
-        op_type, weight, rest, eps = "SkipSimplifiedLayerNormalization", norm.weight, [], norm.epsilon
+        op_type, weight, eps = "SkipSimplifiedLayerNormalization", norm.weight, norm.epsilon
     else:
-        op_type, weight, rest = "SkipLayerNormalization", node.inputs[1], list(node.inputs[2:])
+        op_type, weight = "SkipLayerNormalization", node.inputs[1]
         eps = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    inputs = [*addition.inputs, weight or _ones(build, node, addition.inputs[0]), *rest]
+        terms, bias = _without_bias(terms)
+        rest = [node.inputs[2] if len(node.inputs) > 2 else None, bias]
+    inputs = [*terms, weight or _ones(build, node, addition.inputs[0]), *rest]
     fused = build.node(op_type, inputs, domain=MICROSOFT, num_outputs=4, epsilon=eps)
     for unused in fused.outputs[1:3]:
         unused.name = ""
     replace_value(fused.outputs[0], node.outputs[0])
     replace_value(fused.outputs[3], addition.outputs[0])
     build.insert_before(node)
-    graph.remove(node)
-    graph.remove(addition)
+    graph.remove([node, addition], safe=True)  # a bias's own addition has no reader then, and goes with unused nodes
+
+
+def _without_bias(terms: Sequence[ir.Value | None]) -> tuple[list[ir.Value | None], ir.Value | None]:
+    """The two terms of a residual addition, and the bias of a linear layer taken out of one of them, or None."""
+    for index, term in enumerate(terms):
+        node = None if term is None else term.producer()
+        if term is None or node is None or node.op_type != "Add" or len(term.uses()) != 1 or term.is_graph_output():
+            continue
+        bias = next((v for v in node.inputs if v is not None and v.is_initializer()), None)
+        product = next((v for v in node.inputs if v is not bias), None)
+        producer = None if product is None else product.producer()
+        if bias is None or bias.shape is None or len(bias.shape) != 1 or product is None or len(product.uses()) != 1:
+            continue
+        if producer is not None and producer.op_type == "MatMul" and static_dim(bias, 0) == static_dim(term, -1):
+            if SITES in term.meta:
+                product.meta[SITES] = term.meta[SITES]  # adapters are added before the bias
+            return [product if i == index else other for i, other in enumerate(terms)], bias
+    return list(terms), None
 
 
 def _ones(build: Builder, node: ir.Node, like: ir.Value | None) -> ir.Value:

@@ -12,7 +12,7 @@ from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, add_ini
 from gralora_fx.exporters.onnx_passes.mark_sites import mark_concat
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, rotated
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
-from gralora_fx.exporters.translation.weights import concat_tensor
+from gralora_fx.exporters.translation.weights import concat_tensor, derived
 
 SWAP = [0, 2, 1, 3]  # heads and length
 
@@ -215,13 +215,15 @@ def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:
 def concat_initializers(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
     """Concatenate initializers along their last axis into a new one, lazily: when it is written.
 
+    Graphs that hold the same tensors share what is concatenated of them.
+
     Args:
         graph: The graph, which gains the initializer; the parts stay until nothing reads them.
         values: Initializers of one dtype that differ in their last axis only.
     """
     name = _joint_name([str(value.name) for value in values])
-    tensor = concat_tensor(name, [value.const_value for value in values if value.const_value is not None])
-    return add_initializer(graph, tensor)
+    parts = [value.const_value for value in values if value.const_value is not None]
+    return add_initializer(graph, derived(parts, ("concat", name), lambda: concat_tensor(name, parts)))
 
 
 def _joint_name(names: Sequence[str]) -> str:

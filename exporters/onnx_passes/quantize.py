@@ -24,7 +24,7 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
 )
 from gralora_fx.exporters.options import Quantization
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.translation.weights import LazyTensor, parts_of
+from gralora_fx.exporters.translation.weights import LazyTensor, derived, parts_of
 
 _COLUMNS = 4096  # quantized at once
 
@@ -228,7 +228,6 @@ def _blocks(graph: ir.Graph, weight: ir.Value, is_transposed: bool, quantization
     sizes = [int(size) for size in tensor.shape.numpy()]
     inputs, outputs = reversed(sizes) if is_transposed else sizes
     count, bits = -(-inputs // quantization.block_size), quantization.bits
-    matrix = _Matrix(tensor, is_transposed, quantization, tensor.dtype)
     is_taken = f"{weight.name}_Q{bits}" in graph.initializers  # by the same matrix the other way round
     name = f"{weight.name}_transposed" if is_taken else str(weight.name)
     parts = [
@@ -237,10 +236,17 @@ def _blocks(graph: ir.Graph, weight: ir.Value, is_transposed: bool, quantization
     ]
     if quantization.zero_points:
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
+
+    def quantized() -> list[LazyTensor]:
+        matrix = _Matrix(tensor, is_transposed, quantization, tensor.dtype)
+        return [
+            LazyTensor(label, dtype, ir.Shape(shape), functools.partial(matrix.part, index))
+            for index, (label, dtype, shape) in enumerate(parts)
+        ]
+
+    tensors = derived([tensor], ("blocks", name, is_transposed, quantization), quantized)
     values: list[ir.Value | None] = [None] * len(Blocks._fields)
-    for index, (label, dtype, shape) in enumerate(parts):
-        make: Callable[[], ir.TensorProtocol] = functools.partial(matrix.part, index)
-        values[index] = add_initializer(graph, LazyTensor(label, dtype, ir.Shape(shape), make))
+    values[: len(tensors)] = [add_initializer(graph, part) for part in tensors]
     packed, scales, zero_points = values
     assert packed is not None
     assert scales is not None

@@ -21,7 +21,7 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     unquantized,
 )
 from gralora_fx.exporters.pipeline import PassResult
-from gralora_fx.exporters.translation.weights import LazyTensor, parts_of
+from gralora_fx.exporters.translation.weights import LazyTensor, derived, parts_of
 
 # Largest absolute value of a weight: 7 bits, `reduce_range` of onnxruntime's quantizer. x86 processors without VNNI
 # add two products of uint8 and int8 in int16, which saturates at 32,767: 2 * 255 * 64 = 32,640 fits, 2 * 255 * 127 not.
@@ -187,16 +187,16 @@ def _initializers(graph: ir.Graph, match: ConstantMatrix) -> tuple[ir.Value, ir.
     assert tensor is not None
     sizes = [int(size) for size in tensor.shape.numpy()]
     inputs, outputs = reversed(sizes) if is_transposed else sizes
-    matrix = _Matrix(tensor, is_transposed)
     is_taken = f"{weight.name}_quantized" in graph.initializers  # by the same matrix the other way round
     name = f"{weight.name}_transposed" if is_taken else str(weight.name)
-    values: list[ir.Value] = []
-    for label, dtype, shape, make in (
-        (f"{name}_quantized", ir.DataType.INT8, (inputs, outputs), matrix.values),
-        (f"{name}_scale", ir.DataType.FLOAT, (outputs,), matrix.scales),
-    ):
-        values.append(add_initializer(graph, LazyTensor(label, dtype, ir.Shape(shape), make)))
-    return values[0], values[1]
+
+    def quantized() -> tuple[LazyTensor, LazyTensor]:
+        matrix = _Matrix(tensor, is_transposed)
+        values = LazyTensor(f"{name}_quantized", ir.DataType.INT8, ir.Shape((inputs, outputs)), matrix.values)
+        return values, LazyTensor(f"{name}_scale", ir.DataType.FLOAT, ir.Shape((outputs,)), matrix.scales)
+
+    values, scales = derived([tensor], ("columns", name, is_transposed), quantized)
+    return add_initializer(graph, values), add_initializer(graph, scales)
 
 
 def _multiply(node: ir.Node, weight: ir.Value, scale: ir.Value, rounded: dict[tuple[int, int], ir.Node]) -> None:

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from gralora_fx.errors import ExportError
 from gralora_fx.exporters.onnx_passes.builder import Builder
 
 NUM_TOKENS = "num_tokens"
 TILE = 8  # most tokens of a row that share one copy of an adapter's tensors
+
+
+class RowsError(ExportError):
+    """Why rows cannot be told apart in a model, so that they have no lengths or adapters of their own."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "frames"),
 }
+_NOWHERE = "_empty_nn_module_stack"  # what torch.export says of a node that no module made
 
 
 def name_axes(model: ir.Model) -> PassResult[ir.Model]:
@@ -132,4 +133,4 @@ def layer_of(node: ir.Node) -> str:
     """The path of the module in which a node was traced, or the node's name."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [name.strip(" '\"[]") for name in scopes.split(",")]
-    return next((name for name in reversed(names[:-1]) if name), str(node.name))
+    return next((name for name in reversed(names[:-1]) if name and not name.startswith(_NOWHERE)), str(node.name))

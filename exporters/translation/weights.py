@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,9 @@ from torch import Tensor
 from gralora_fx.sources.lazy_tensors import values_of
 
 _WRITTEN_AT_ONCE = 2**24  # bytes
+_DERIVED = "gralora_derived"  # key in a tensor's metadata
+
+Made = TypeVar("Made")
 
 
 def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
@@ -27,6 +30,21 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
         return TorchTensor(tensor.detach(), name=name)
     shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
     return LazyTensor(name, dtype, shape, lambda: TorchTensor(values_of(tensor, name).contiguous()))
+
+
+def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[[], Made]) -> Made:
+    """What is made of tensors, made once for all graphs that hold them: so they share it, and it is stored once.
+
+    Args:
+        sources: The tensors; what is made is kept with the first one.
+        key: What is made of them.
+        make: Makes it.
+    """
+    memo: dict[Hashable, Made] = sources[0].meta.setdefault(_DERIVED, {})
+    whole = key, *map(id, sources)  # all are held by what is made
+    if whole not in memo:
+        memo[whole] = make()
+    return memo[whole]
 
 
 class LazyTensor(ir.LazyTensor):

@@ -29,13 +29,15 @@ from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.replace_weights import replace_weights
-from gralora_fx.runtime.adapter_arrays import cast
+from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
 from gralora_fx.runtime.adapter_file import read_tensors
-from gralora_fx.runtime.adapter_inputs import BATCHED, AdapterInputs
-from gralora_fx.runtime.adapter_record import SUFFIX, read_record
+from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.adapter_name import check_name
+from gralora_fx.runtime.adapter_record import read_record
 from gralora_fx.runtime.adapter_session import adapter_dtype, adapter_values, with_adapter
+from gralora_fx.runtime.export_adapters import own_adapters
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import ADAPTERS, PAST_SEQLENS
+from gralora_fx.runtime.names import PAST_SEQLENS
 from gralora_fx.tracing.traced_model import TracedModel
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -47,6 +49,7 @@ class Variant:
 
     Attributes:
         session: The export's session in that state.
+        rows: That of its graph whose rows have lengths of their own; None where that is not compared.
         model: The model that was exported.
         manifest: The export's manifest.
         name: The adapter; None for the base, or for an export whose adapters are folded.
@@ -54,6 +57,7 @@ class Variant:
     """
 
     session: Any
+    rows: Any
     model: TracedModel | GraloraModel
     manifest: Manifest
     name: str | None
@@ -80,7 +84,14 @@ class Variant:
         return _folded(base, self.tensors, self.manifest.adapter_inputs)
 
 
-def variants(session: Any, model: TracedModel | GraloraModel, manifest: Manifest, directory: Path) -> Iterator[Variant]:
+def variants(
+    session: Any,
+    model: TracedModel | GraloraModel,
+    manifest: Manifest,
+    directory: Path,
+    adapter_name: str | None = None,
+    rows: Any = None,
+) -> Iterator[Variant]:
     """The states in which an export is compared: one for folded adapters, else the base and each active adapter.
 
     Args:
@@ -88,35 +99,62 @@ def variants(session: Any, model: TracedModel | GraloraModel, manifest: Manifest
         model: The model that was exported.
         manifest: The export's manifest.
         directory: The export directory.
+        adapter_name: The name in the export of the model's only active adapter; None where names are the same.
+        rows: A session over its graph whose rows have lengths of their own, which has all adapters in one batch; None
+            where that is not compared.
 
     Raises:
-        ExportError: An active adapter of the model is not in the export, or is another one there.
+        ExportError: An active adapter of the model is not in the export, or is another one there; or a name is given,
+            and the export takes no adapters as data or several are active.
     """
     inputs = manifest.adapter_inputs
+    if adapter_name is not None:
+        _check_named(adapter_name, model, inputs, directory)
     if inputs is None:
-        yield Variant(session, model, manifest, None, {})
+        yield Variant(session, None if rows is None else MixedSteps(rows, None, {}, None), model, manifest, None, {})
         return
     names = model.active_adapters if isinstance(model, GraloraModel) else []
-    adapters = {} if inputs.mode != BATCHED else {n: _tensors_of(n, model, manifest, directory) for n in names}
-    yield Variant(_session_with(session, inputs, None, {}, adapters), model, manifest, None, {})
-    for name in names:
-        tensors = adapters.get(name) or _tensors_of(name, model, manifest, directory)
-        yield Variant(_session_with(session, inputs, name, tensors, adapters), model, manifest, name, tensors)
+    adapters = {name: _tensors_of(name, adapter_name or name, model, manifest, directory) for name in names}
+    for name in (None, *names):
+        tensors: Arrays = {} if name is None else adapters[name]
+        by_row = None if rows is None else _rows_with(rows, inputs.by_row(), name, adapters)
+        yield Variant(_session_with(session, inputs, tensors), by_row, model, manifest, name, tensors)
 
 
-def _session_with(
-    session: Any, inputs: AdapterInputs, name: str | None, tensors: Arrays, adapters: Mapping[str, Arrays]
-) -> Any:
-    """A session with an adapter, beside the others where rows have one each."""
-    if inputs.mode != BATCHED:
-        taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
-        return with_adapter(session, adapter_values({n: cast(a, taken.dtype) for n, a in tensors.items()}, taken))
+def _session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
+    """A session over `model.onnx` with an adapter."""
+    taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
+    values = {name: as_ort_value(cast(array, taken.dtype)) for name, array in tensors.items()}
+    return with_adapter(session, adapter_values(values, taken, session))
+
+
+def _rows_with(session: Any, inputs: AdapterInputs, name: str | None, adapters: Mapping[str, Arrays]) -> MixedRows:
+    """A session over `model_rows.onnx` with an adapter, beside rows with the others."""
     has_cache = any(value.name == PAST_SEQLENS for value in session.get_inputs())
     return (MixedSteps if has_cache else MixedRows)(session, inputs, adapters, name)
 
 
-def _tensors_of(name: str, model: TracedModel | GraloraModel, manifest: Manifest, directory: Path) -> Arrays:
-    """The tensors of an active adapter as the export holds them.
+def _check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInputs | None, directory: Path) -> None:
+    """Check that a name in the export can be that of the model's adapter.
+
+    Raises:
+        ExportError: It cannot.
+    """
+    check_name(name)
+    if inputs is None:
+        raise ExportError(f"{directory} holds no adapters as data; leave adapter_name={name!r} out")
+    active = model.active_adapters if isinstance(model, GraloraModel) else []
+    if len(active) != 1:
+        raise ExportError(
+            f"adapter_name={name!r} is for a model with one active adapter, and this one has {listed(active) or 'none'}"
+            "; leave it out, or make one active"
+        )
+
+
+def _tensors_of(
+    name: str, exported: str, model: TracedModel | GraloraModel, manifest: Manifest, directory: Path
+) -> Arrays:
+    """The tensors of an active adapter as the export, where it may have another name, holds them.
 
     Raises:
         ExportError: They are not in the export, or are another's there.
@@ -124,16 +162,18 @@ def _tensors_of(name: str, model: TracedModel | GraloraModel, manifest: Manifest
     inputs = manifest.adapter_inputs
     assert inputs is not None
     assert isinstance(model, GraloraModel)
-    path = directory / ADAPTERS / f"{name}{SUFFIX}"
-    if not path.is_file():
-        there = sorted(file.name.removesuffix(SUFFIX) for file in path.parent.glob(f"*{SUFFIX}"))
+    there = own_adapters(directory, ExportError)
+    path = there.get(exported)
+    if path is None:
+        names = " or ".join(map(repr, there)) if len(model.active_adapters) == 1 else ""
+        named = f"give adapter_name={names} if it has that name there, " if names else ""
         raise ExportError(
-            f"the model's adapter {name!r} is not in {directory}, which has {listed(there) or 'none'}; add it with "
-            "export_adapter, or make another one active"
+            f"the model's adapter {exported!r} is not in {directory}, which has {listed(there) or 'none'}; {named}add "
+            "it with export_adapter, or make another one active"
         )
     tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
     changes = installed_changes(model, name, BaseParameters(directory, manifest))
-    _check_equal(name, path, tensors, adapter_tensors(name, changes, inputs))
+    _check_equal(exported, path, tensors, adapter_tensors(name, changes, inputs))
     return tensors
 
 

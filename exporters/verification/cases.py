@@ -29,6 +29,7 @@ class TokenRun:
         prompts: Prompts to begin with.
         tolerance_check: Decides which differences of the logits are acceptable.
         quick: Whether few tokens are enough.
+        rows: Its graph whose rows have lengths of their own, which reads the same prompts; None for none.
     """
 
     session: Any
@@ -37,6 +38,7 @@ class TokenRun:
     prompts: Sequence[Prompts]
     tolerance_check: ToleranceCheck
     quick: bool
+    rows: Any = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class TokenResult:
         passed: Whether they are close enough.
         tokens: The report of each step.
         tensors: What is said of them as of an output.
+        rows: The report of each step of the graph whose rows have lengths of their own.
     """
 
     passed: bool = True
     tokens: TokenCheck | None = None
     tensors: tuple[TensorCheck, ...] = ()
+    rows: TokenCheck | None = None
 
 
 def _compare_none(run: TokenRun) -> TokenResult:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gralora_fx.exporters.verification.random_values import like, longest_text, text_like, vocabulary_of
 from gralora_fx.exporters.verification.tensor_names import last_logits
-from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions
+from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
 # rows, positions before, new positions, side of the padding
@@ -63,7 +63,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
             if "position_ids" in case:
                 first["position_ids"] = positions(mask[:, :past])
             with torch.no_grad():
-                cache = model(**model.constants, **first)[PAST]
+                cache = returned_cache(model(**model.constants, **first)) or cache
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
         yield name, {**case, PAST: cache}
 

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.artifact.staging import require_space
+from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
-from gralora_fx.exporters.translation.weights import LazyTensor
+from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.names import ROWS_NAME
 from gralora_fx.runtime.session import CPU, Runtime, check_external_data, open_session
 
 _IN_FLOAT32 = 1  # the accuracy level
+_RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes the lengths of rows
 
 
-def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> tuple[Any, str]:
-    """A session over an export, or over its float32 copy where that is needed, and the precision of its model.
+class Comparable(NamedTuple):
+    """An export, or its float32 copy, opened to be compared.
+
+    Attributes:
+        session: A session over it.
+        rows: A session over its graph whose rows have lengths of their own; None where there is none, or the providers
+            are not known to run it.
+        precision: Precision of its model.
+    """
+
+    session: Any
+    rows: Any
+    precision: str
+
+
+def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> Comparable:
+    """Sessions over an export, or over its float32 copy where that is needed.
 
     Args:
         directory: An export directory.
@@ -32,10 +50,16 @@ def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None
     """
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
-        return open_session(directory, runtime), precision
+        return _opened(directory, manifest, runtime, precision)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
         write_float32_copy(directory, Path(copy))
-        return open_session(copy, runtime), "fp16" if precision == "fp16" else "fp32"
+        return _opened(Path(copy), manifest, runtime, "fp16" if precision == "fp16" else "fp32")
+
+
+def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str) -> Comparable:
+    is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
+    rows = open_session(directory, runtime, name=ROWS_NAME) if is_known and manifest.has_rows else None
+    return Comparable(open_session(directory, runtime), rows, precision)
 
 
 def write_float32_copy(directory: Path, target: Path) -> None:
@@ -53,13 +77,17 @@ def write_float32_copy(directory: Path, target: Path) -> None:
         ExportError: Weights are outside the directory, or the disk has no room.
     """
     target.mkdir(parents=True, exist_ok=True)
+    models: dict[str, ir.Model] = {}
+    stored: dict[Hashable, ir.ExternalTensor] = {}  # tensors of several models that are stored once
     for path in sorted(directory.glob("*.onnx")):
         check_external_data(path)
-        model = ir.load(path)
+        model = models[path.stem] = ir.load(path)
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = stored.setdefault((tensor.path, tensor.offset, tensor.nbytes), tensor)
         _in_float32(model)
-        weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-        require_space(target, sum(tensor.nbytes for tensor in weights))
-        ir.save(model, target / path.name, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+    save_models(models, target, target, shared=True)
 
 
 def _in_float32(model: ir.Model) -> None:
@@ -95,8 +123,11 @@ def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
     name = f"{product.weight.name}_float32"
     if name not in graph.initializers:
         shape = ir.Shape(weight.shape.numpy())
-        values = LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(weight.numpy() * scale.numpy()))
-        add_initializer(graph, values)
+
+        def values() -> LazyTensor:
+            return LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(weight.numpy() * scale.numpy()))
+
+        add_initializer(graph, derived([weight, scale], name, values))
     branch = nodes[0].graph
     assert isinstance(branch, ir.Graph)
     product_node = ir.node("MatMul", [product.input, graph.initializers[name]])
@@ -114,5 +145,8 @@ def _values(model: ir.Model) -> list[ir.Value]:
 
 
 def _as_float32(tensor: ir.TensorProtocol) -> LazyTensor:
-    shape = ir.Shape(tensor.shape.numpy())
-    return LazyTensor(tensor.name or "", ir.DataType.FLOAT, shape, lambda: ir.tensor(tensor.numpy().astype("float32")))
+    def cast() -> LazyTensor:
+        shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""
+        return LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(tensor.numpy().astype("float32")))
+
+    return derived([tensor], "float32", cast)

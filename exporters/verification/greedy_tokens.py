@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from gralora_fx.exporters.verification.prompts import Prompts
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.decoder_steps import DecoderSteps
+from gralora_fx.runtime.decoder_steps import DecoderSteps, Step
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -28,8 +28,11 @@ def compare_tokens(run: TokenRun) -> TokenResult:
     """
     if not run.prompts:  # of a context too short for any
         return TokenResult()
-    tokens = compare_greedy(run.session, run.model, run.prompts, run.tolerance_check)
-    return TokenResult(tokens.passed, tokens)
+    if run.rows is None:
+        tokens = compare_greedy(run.session, run.model, run.prompts, run.tolerance_check)
+        return TokenResult(tokens.passed, tokens)
+    tokens, rows = _compare({"": run.session, "rows: ": run.rows}, run.model, run.prompts, run.tolerance_check)
+    return TokenResult(tokens.passed and rows.passed, tokens, rows=rows)
 
 
 def compare_greedy(
@@ -46,61 +49,79 @@ def compare_greedy(
     Raises:
         ExportError: The model or the export cannot run.
     """
-    tally = _Tally()
+    (tokens,) = _compare({"": session}, model, cases, tolerance_check)
+    return tokens
+
+
+def _compare(
+    sessions: Mapping[str, Any],
+    model: TracedModel | GraloraModel,
+    cases: Iterable[Prompts],
+    tolerance_check: ToleranceCheck,
+) -> list[TokenCheck]:
+    """Compare several sessions with one run of the model; what each is called in a report is its key.
+
+    The first one alone reads prompts with padding before what follows: rows of their own lengths have none.
+    """
+    tallies = {label: _Tally(label) for label in sessions}
     for prompts in cases:
-        tally.cases.append(prompts.description)
-        for index, step in enumerate(_steps(session, model, prompts)):
-            tally.add(index, step, tolerance_check, prompts.description)
-    return tally.result()
+        labels = list(sessions) if prompts.mask[:, -1].all() else list(sessions)[:1]
+        for label in labels:
+            tallies[label].cases.append(prompts.description)
+        for index, step in enumerate(_steps([sessions[label] for label in labels], model, prompts)):
+            for label, actual in zip(labels, step.actual, strict=True):
+                tallies[label].add(index, step, actual, tolerance_check, prompts.description)
+    return [tally.result() for tally in tallies.values()]
 
 
 class _Step(NamedTuple):
-    """The logits of both for one token, and the tokens read until then.
+    """The logits of all for one token, and the tokens read until then.
 
     Attributes:
         expected: Logits of the model, `[batch, vocabulary]`.
-        actual: Those of the export.
+        actual: Those of each session.
         ids: `[batch, length]`, from the prompt's first token on.
         mask: As `ids`.
     """
 
     expected: Tensor
-    actual: Tensor
+    actual: tuple[Tensor, ...]
     ids: Tensor
     mask: Tensor
 
 
-def _steps(session: Any, model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
+def _steps(sessions: Sequence[Any], model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
     """The last position's logits of model and export, step by step."""
     ids, mask, history = prompts.ids, prompts.mask, prompts.ids
     own = ModelSteps(model, ids.shape[0], prompts.description)
-    export = DecoderSteps(session, ids.shape[0], prompts.description)
+    steps: list[Step] = [own, *(DecoderSteps(session, ids.shape[0], prompts.description) for session in sessions)]
     for _ in range(prompts.steps):
-        expected, actual = (
+        expected, *actual = (
             logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)
-            for logits in (own(ids, mask).float(), export(ids, mask).float())
+            for logits in (read(ids, mask).float() for read in steps)
         )
-        yield _Step(expected[:, -1], actual[:, -1], history, mask)
+        yield _Step(expected[:, -1], tuple(logits[:, -1] for logits in actual), history, mask)
         ids = expected[:, -1].argmax(-1, keepdim=True)
         history = torch.cat([history, ids], dim=1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
 
 class _Tally:
-    """The results of all steps, accumulated."""
+    """The results of all steps of a session, accumulated."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str) -> None:
+        self._label = label
         self.cases: list[str] = []
         self._compared = self._equal = self._ties = 0
         self._first: str | None = None
         self._errors: dict[int, float] = {}
         self._passed = True
 
-    def add(self, index: int, step: _Step, tolerance_check: ToleranceCheck, case: str) -> None:
+    def add(self, index: int, step: _Step, actual: Tensor, tolerance_check: ToleranceCheck, case: str) -> None:
         """Count one step of every row."""
-        expected, actual = step.expected, step.actual
+        expected = step.expected
         self._passed &= tolerance_check.accepts(
-            f"{case}, token {index}", expected, actual, lambda model: model.after(step.ids, step.mask)
+            f"{self._label}{case}, token {index}", expected, actual, lambda model: model.after(step.ids, step.mask)
         )
         scale = max(tolerance_check.least_scale, largest_value(expected))
         self._errors[index] = max(self._errors.get(index, 0.0), largest_gap(expected, actual) / scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from safetensors.torch import save
@@ -41,44 +41,62 @@ def check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | 
     raise ExportError(f"{origin} was exported with {_all(exported)}, but {state}; give the model that was exported")
 
 
-def check_given_adapter(manifest: Manifest, origin: str, adapter: str | None) -> None:
-    """Check that an adapter directory is what was exported, before a base is loaded.
+def check_given_adapters(manifest: Manifest, origin: str, adapters: Sequence[str]) -> None:
+    """Check that adapter directories are what was exported, in any order, before a base is loaded.
 
     Args:
         manifest: The export's manifest.
         origin: Its directory, for messages.
-        adapter: Directory or hub id of the given adapter, or None.
+        adapters: Directories or hub ids of the given adapters.
 
     Raises:
-        ExportError: The export has an adapter and none is given, or the other way round, or they differ.
-        ConfigError: The given adapter's configuration is missing or invalid.
+        ExportError: The export has adapters that are not given, or the other way round.
+        ConfigError: A given adapter's configuration is missing or invalid.
         CheckpointError: Its tensors cannot be read.
     """
     if manifest.adapter_inputs is not None:  # any may be given; verification looks for its tensors
+        if len(adapters) > 1:
+            raise ExportError(f"{origin} takes adapters as data, and is verified with one at a time; give one adapter")
         return
-    exported = manifest.adapters
-    if len(exported) > 1:
-        raise ExportError(
-            f"{origin} was exported with {_all(exported)}, and a command takes one adapter; compare it in Python, with "
-            "verify_onnx and a model where all of them are active"
-        )
-    if not exported:
-        if adapter is not None:
-            raise ExportError(f"{origin} was exported without an adapter; leave --adapter {adapter} out")
+    left = dict(manifest.adapters)
+    if not left:
+        if adapters:
+            raise ExportError(f"{origin} was exported without an adapter; leave adapter={adapters[0]!r} out")
         return
-    name, entry = next(iter(exported.items()))
-    if adapter is None:
-        raise ExportError(f"{origin} was exported with {_one(name, entry)}; give its directory with --adapter")
+    for adapter in adapters:
+        name, differing = _nearest(left, adapter)
+        if differing is None:
+            del left[name]
+            continue
+        if not left:
+            raise ExportError(
+                f"{origin} was exported with {_all(manifest.adapters)}, and {adapter} is one more; give each once"
+            )
+        raise ExportError(f"{origin} was exported with {_all(left)}, and {adapter} is another one: {differing}")
+    if left:
+        each = "its directory as adapter=..." if len(left) == 1 else "the directory of each as adapter=..."
+        raise ExportError(f"{origin} was exported with {_all(left)}; give {each}{' too' if adapters else ''}")
+
+
+def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, str | None]:
+    """The entry that an adapter is, and None; or the name of another one, and what differs from it."""
     config, tensors = read_adapter(adapter)
+    digests = _possible_digests(config, tensors)
+    found = {name: _difference(entry, config, digests) for name, entry in entries.items()}
+    same = next((name for name, differing in found.items() if not differing), None)
+    return (same, None) if same is not None else next(iter(found.items()), ("", ""))
+
+
+def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -> str:
+    """What differs between an exported adapter and another; empty if it is the same."""
     differing = [
         f"{field}={value!r} instead of {entry.config[field]!r}"
         for field, value in ({"peft_type": config.peft_type} | config.sizes).items()
         if field in entry.config and value != entry.config[field]
     ]
-    if not differing and entry.sha256 in _possible_digests(config, tensors):
-        return
-    why = ", ".join(differing) or "its tensors have another SHA-256"
-    raise ExportError(f"{origin} was exported with {_one(name, entry)}, and {adapter} is another one: {why}")
+    if differing or entry.sha256 in digests:
+        return ", ".join(differing)
+    return "its tensors have another SHA-256"
 
 
 def _digests(entries: Mapping[str, AdapterEntry]) -> list[str]:

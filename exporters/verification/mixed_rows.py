@@ -1,7 +1,8 @@
-"""A batched export seen as one with a single adapter, while its batch holds other adapters too.
+"""A graph whose rows have lengths or adapters of their own, seen as one with a single adapter and a mask.
 
 Each row that a comparison gives is run beside a copy of itself with another adapter, or none. So what is compared of an
-export with one adapter is compared of a batch of several, and a row that gets a wrong adapter shows.
+export with one adapter is compared of a batch of several, and a row that gets a wrong adapter shows. Rows of a decoder
+read in chunks and single tokens, beside others that are idle.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue
 from torch import Tensor
 
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.adapter_session import SessionView
-from gralora_fx.runtime.adapter_stack import AdapterStack
-from gralora_fx.runtime.batched_steps import BatchedSteps
+from gralora_fx.runtime.adapter_stack import BASE, AdapterStack
 from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
-from gralora_fx.runtime.ort_values import as_tensor, as_value, own_value
+from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values, own_value
+from gralora_fx.runtime.session import quiet_run
 
 _ROW_INPUTS = (ADAPTER_IDS, QUERY_SEQLENS, PAST_SEQLENS)
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -41,29 +42,35 @@ class Input:
 
 
 def is_row_input(name: str) -> bool:
-    """Whether an input of a batched export says something of its rows that the model's own inputs do not."""
+    """Whether an input of `model_rows.onnx` says something of its rows that the model's own inputs do not."""
     return name in _ROW_INPUTS or is_adapter_tensor(name)
 
 
 class MixedRows(SessionView):
-    """A session over a batched export without a cache, with the interface of one whose rows all have one adapter."""
+    """A session over `model_rows.onnx` without a cache, with the interface of one whose rows all have one adapter."""
 
-    def __init__(self, session: Any, inputs: AdapterInputs, adapters: Mapping[str, Arrays], name: str | None) -> None:
+    def __init__(
+        self, session: Any, inputs: AdapterInputs | None, adapters: Mapping[str, Arrays], name: str | None
+    ) -> None:
         """Stack the adapters.
 
         Args:
             session: The session.
-            inputs: The adapter tensors of the export.
+            inputs: The adapter tensors of the export; None where it takes no adapters.
             adapters: The tensors of each adapter, by its name.
             name: The adapter of the rows that are given; None for the base.
         """
         super().__init__(session)
+        self.number, self.count = BASE, 1 + len(adapters)
+        self.tensors: dict[str, Any] = {}
+        if inputs is None:
+            return
         types = {value.name: value.type for value in session.get_inputs()}
-        stack = AdapterStack(inputs, None)
+        stack = AdapterStack(inputs)
         for adapter, tensors in adapters.items():
             stack.add(adapter, tensors)
-        self.number, self.count = stack.id_of(name), 1 + len(adapters)
         self._stack = stack.current()  # kept: its arrays are the memory of the values
+        self.number = BASE if name is None else self._stack.ids[name]
         self.tensors = {key: _as_type(value, types[key]) for key, value in self._stack.values.items()}
 
     def get_inputs(self) -> list[Any]:
@@ -97,14 +104,14 @@ class MixedRows(SessionView):
 
 
 class MixedSteps(MixedRows):
-    """A session over a batched decoder, with the interface of one that takes a mask and returns a grown cache.
+    """A session over a decoder by rows, with the interface of one that takes a mask and returns a grown cache.
 
     New tokens are read in steps: some rows read theirs at once, some in two chunks, some are idle first. One more row
     is idle in every step, and its cache has to stay as it is.
     """
 
     def get_inputs(self) -> list[Any]:
-        """The inputs of an unbatched decoder."""
+        """The inputs of a decoder of one length."""
         own = super().get_inputs()
         mask = Input("attention_mask", "tensor(int64)", ["batch_size", "total_sequence_length"])
         axes = ["batch_size", "heads", "past_sequence_length", "size"]
@@ -138,10 +145,11 @@ class _Reading:
         self.counts = is_new.sum(1).tolist()
         self.past = [*is_past.sum(1).tolist(), _BYSTANDER]
         rows, longest = len(self.past), max(*self.counts, 1)
-        capacity = max(self.past) + longest
-        self.steps = BatchedSteps(owner.session, rows=rows, capacity=capacity, chunk=longest, error=ExportError)
+        # the operator writes a chunk as long as the longest one, wherever a row is
+        self.caches: dict[str, Any] = empty_values(owner.session, rows, max(self.past) + 2 * longest)
+        self.takes = {value.name for value in owner.session.get_inputs()}
         generator = torch.Generator().manual_seed(0)
-        for name, value in self.steps.caches.items():
+        for name, value in self.caches.items():
             buffer = as_tensor(value)
             for row, kept in enumerate(is_past):
                 buffer[row, :, : int(kept.sum())] = pasts[name][row][:, kept]
@@ -184,17 +192,34 @@ class _Reading:
         query = np.array([*counts, 0], dtype=np.int32)
         past = np.array([*(p + read for p, read in zip(self.past, done, strict=False)), _BYSTANDER], dtype=np.int32)
         idle = np.flatnonzero(query == 0)
-        before = {name: as_tensor(value)[idle].clone() for name, value in self.steps.caches.items()}
-        logits = self.steps(ids, query, past, self.adapter_ids, self.owner.tensors)
-        changed = [n for n, value in self.steps.caches.items() if not torch.equal(as_tensor(value)[idle], before[n])]
+        before = {name: as_tensor(value)[idle].clone() for name, value in self.caches.items()}
+        feed: Arrays = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: past, ADAPTER_IDS: self.adapter_ids}
+        logits = self._run({name: array for name, array in feed.items() if name in self.takes})
+        changed = [n for n, value in self.caches.items() if not torch.equal(as_tensor(value)[idle], before[n])]
         if changed:
             raise ExportError(f"a step changes {changed[0]} of a row that reads nothing; export the model again")
         return logits[:-1].clone()
 
+    def _run(self, feed: Mapping[str, NDArray[Any]]) -> Tensor:
+        """One run over the caches, which are input and output at once; its logits."""
+        binding = self.owner.session.io_binding()
+        values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
+        for name, value in {**values, **self.caches, **self.owner.tensors}.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits")
+        for name, value in self.caches.items():
+            binding.bind_ortvalue_output(name.replace(_PAST, _PRESENT), value)
+        try:
+            self.owner.session.run_with_iobinding(binding, quiet_run())
+        except Exception as failure:  # ONNX Runtime raises types of its own
+            counts = feed[QUERY_SEQLENS].tolist()
+            raise ExportError(f"ONNX Runtime fails on rows of {counts} tokens: {first_line(failure)}") from failure
+        return as_tensor(binding.get_outputs()[0])
+
     def presents(self, is_kept: Tensor) -> dict[str, Tensor]:
-        """The caches as an unbatched decoder returns them, `[rows, heads, total, size]`, zeros at padding."""
+        """The caches as a decoder of one length returns them, `[rows, heads, total, size]`, zeros at padding."""
         found = {}
-        for name, value in self.steps.caches.items():
+        for name, value in self.caches.items():
             buffer = as_tensor(value)
             present = buffer.new_zeros(len(self.counts), buffer.shape[1], is_kept.shape[1], buffer.shape[3])
             for row, kept in enumerate(is_kept):
@@ -208,7 +233,7 @@ def _own_rows(name: str, value: Any, rows: int, kind: str) -> Any:
     if tensor.ndim == 0 or tensor.shape[0] != 2 * rows:
         raise ExportError(
             f"the output {name} of shape {list(tensor.shape)} is not made of {2 * rows} rows, so adapters cannot be "
-            "chosen by row; export the model with adapters='swappable' or 'inputs'"
+            "chosen by row; export the model with adapters='inputs'"
         )
     return own_value(tensor[::2], kind)
 

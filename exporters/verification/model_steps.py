@@ -10,7 +10,7 @@ from torch import Tensor
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions
+from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -48,6 +48,6 @@ class ModelSteps:
                 outputs = self._model(**self._traced.constants, **taken, past_key_values=self._cache)
         except Exception as error:  # a model raises what it likes
             raise ExportError(f"the model itself fails on {self._description}: {first_line(error)}") from error
-        self._cache = outputs[PAST]
+        self._cache = returned_cache(outputs)
         logits: Tensor = outputs["logits"]
         return logits

@@ -85,15 +85,6 @@ def pad_prompts(
     return Prompts(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
 
 
-def padded_left(prompts: Prompts) -> Prompts:
-    """The same prompts padded on the left, for an export that knows no padding between a prompt and its answer.
-
-    To a model with a window such padding counts as positions.
-    """
-    rows = [row[kept].tolist() for row, kept in zip(prompts.ids, prompts.mask.bool(), strict=True)]
-    return pad_prompts(rows, steps=prompts.steps)
-
-
 def given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
     """A user's prompts as one batch, padded on the left.
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
-from gralora_fx.exporters.folded_model import base_trace, fold_adapters
+from gralora_fx.exporters.artifact.manifest import describe_adapters
+from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.verification.manifest_adapters import check_active_adapters
 from gralora_fx.exporters.verification.tensor_names import flat
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.model.merge import merge_lazily
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
 
@@ -29,7 +31,7 @@ def check_runnable(model: TracedModel | GraloraModel) -> None:
     if missing is not None:
         raise ExportError(
             f"{missing} has no values in memory, so there is nothing to compare with; export a streamed model with "
-            "verify=False, and compare the export with the model loaded whole (gralora-fx verify)"
+            "verify=False, and compare the export with the model loaded whole (verify_onnx)"
         )
 
 
@@ -45,7 +47,7 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
         ExportError: The model is of another base, or other adapters are active.
     """
     expected, found = manifest.base_fingerprint, fingerprint_of(model)
-    if expected not in (None, found) and not _is_merged(model, str(expected)):
+    if expected not in (None, found) and not _is_merged(model, manifest):
         if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # of a single file
             check_inputs(manifest.inputs, base_trace(model).example_inputs)
         raise ExportError(
@@ -57,9 +59,24 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
         check_active_adapters(manifest, str(output_dir), model)
 
 
-def _is_merged(model: TracedModel | GraloraModel, fingerprint: str) -> bool:
-    """Whether a fingerprint is that of the model with its active adapters folded, as after an export of a merge."""
-    return bool(getattr(model, "active_adapters", ())) and fingerprint_of(fold_adapters(model)) == fingerprint
+def _is_merged(model: TracedModel | GraloraModel, manifest: Manifest) -> bool:
+    """Whether an export's fingerprint is that of the model with active adapters folded, as after an export of a merge.
+
+    Others may have been folded into that export afterwards, which leaves the fingerprint as it is: those that count are
+    the first ones of the manifest.
+    """
+    if not isinstance(model, GraloraModel):
+        return False
+    order = [entry.sha256 for entry in manifest.adapters.values()]
+    digests = {name: entry.sha256 for name, entry in describe_adapters(model).items()}
+    names = sorted(
+        (name for name in model.active_adapters if digests.get(name) in order),
+        key=lambda name: order.index(digests[name]),
+    )
+    return any(
+        fingerprint_of(merge_lazily(model, names[:count])) == manifest.base_fingerprint
+        for count in range(len(names), 0, -1)
+    )
 
 
 def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
 from gralora_fx.runtime.decoder_steps import EncoderDecoderSteps, greedy_tokens
-from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.decoder_cache import PAST, returned_cache
 
 _STEPS, _QUICK_STEPS = 8, 3
 
@@ -37,6 +37,6 @@ def equal_share(run: TokenRun) -> float:
     for place in range(steps):
         with torch.no_grad():
             result = run.model(**source, decoder_input_ids=read[:, place : place + 1], past_key_values=cache)
-        cache = result[PAST]
+        cache = returned_cache(result)
         equal.append(result.logits[:, -1].argmax(-1) == found[:, place])
     return float(torch.cat(equal).float().mean())

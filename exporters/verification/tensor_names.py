@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from gralora_fx.tracing.inputs.decoder_cache import PAST, pairs_of
+from gralora_fx.tracing.inputs.decoder_cache import pairs_of, returned_cache
 from gralora_fx.tracing.inputs.input_trees import tensor_paths
 
 
@@ -40,7 +40,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
     """The tensors of a model's return value by name, nested ones by their path."""
     if isinstance(outputs, Tensor):
         return {"output": outputs}
-    if isinstance(outputs, Mapping) and isinstance(outputs.get(PAST), Cache):
+    if returned_cache(outputs) is not None:
         return flat(outputs)
     if isinstance(outputs, (list, tuple)):
         outputs = {str(index): value for index, value in enumerate(outputs)}

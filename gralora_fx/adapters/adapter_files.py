@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save, save_file
 
+from gralora_fx.adapters.agreement import check_target_names
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.reading import read_fields
 from gralora_fx.errors import CheckpointError, shown
-from gralora_fx.methods import config_from_fields
-from gralora_fx.sources.atomic_save import read_together
+from gralora_fx.methods import config_from_fields, method_of
+from gralora_fx.methods.arrays import Array, to_numpy
+from gralora_fx.sources.atomic_save import Writer, read_together
 from gralora_fx.sources.hub import resolve_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."  # of every key of PEFT's file
@@ -38,13 +43,28 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
 
     Raises:
         ConfigError: The configuration is missing or invalid.
-        CheckpointError: The tensors are missing, a pickle, or cannot be read.
+        CheckpointError: The tensors are missing, a pickle, cannot be read, or are of other layers than
+            `target_modules` names.
     """
     path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
     fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
     config = config_from_fields(fields, str(path / CONFIG_NAME))
     check_sizes(config, sizes, path)
+    sites = sites_of(tensors, config)
+    check_target_names(config, sites, path, trained=modules_of(tensors))
     return config, tensors
+
+
+def modules_of(keys: Iterable[str]) -> set[str]:
+    """Paths of the modules that own parameters of PEFT's keys, were they all copies of the base's."""
+    return {key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in keys}
+
+
+def sites_of(keys: Iterable[str], config: AdapterConfig) -> set[str]:
+    """Paths of the layers that tensors of PEFT's keys belong to; those of copies of parameters belong to none."""
+    ends = tuple(f".{key}" for key in method_of(config).keys.values())
+    names = [key.removeprefix(KEY_PREFIX) for key in keys if key.startswith(KEY_PREFIX)]
+    return {name.removesuffix(end) for name in names for end in ends if name.endswith(end)}
 
 
 def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -135,10 +155,9 @@ def sorted_metadata(header: bytes) -> bytes:
     return text.ljust(len(header)) if len(text) <= len(header) else header
 
 
-def tensors_digest(tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
+def tensors_digest(tensors: Mapping[str, Array], config: AdapterConfig) -> str:
     """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
-    copies = {key: p.detach().cpu().clone(memory_format=torch.contiguous_format) for key, p in sorted(tensors.items())}
-    content = memoryview(save(copies, metadata=file_metadata(config)))
+    content = memoryview(save(_copies(tensors), metadata=file_metadata(config)))
     end = 8 + int.from_bytes(content[:8], "little")
     digest = hashlib.sha256(content[:8])
     digest.update(sorted_metadata(bytes(content[8:end])))
@@ -146,7 +165,34 @@ def tensors_digest(tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
     return digest.hexdigest()
 
 
-def adapter_digest(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) -> str:
+def _copies(tensors: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+    """Tensors as contiguous numpy arrays, sorted by key."""
+    return {key: np.require(to_numpy(tensor), requirements="C") for key, tensor in sorted(tensors.items())}
+
+
+def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Array]]) -> dict[str, Writer]:
+    """The functions that write the two files of an adapter, by file name.
+
+    Args:
+        config: Its configuration.
+        tensors: Gives its tensors by PEFT's keys.
+    """
+
+    def write_tensors(path: Path) -> None:
+        try:
+            save_file(_copies(tensors()), path, metadata=file_metadata(config))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = sorted_metadata(file.read(length))
+            file.seek(8)
+            file.write(header)
+
+    return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
+
+
+def adapter_digest(path: Path, tensors: Mapping[str, Array], config: AdapterConfig) -> str:
     """`tensors_digest` of tensors that were read from a file, without a copy of them where the file allows it.
 
     Args:
@@ -166,5 +212,5 @@ def adapter_digest(path: Path, tensors: Mapping[str, Tensor], config: AdapterCon
             while part := file.read(_READ_AT_ONCE):
                 digest.update(part)
             return digest.hexdigest()
-    halves = (torch.float16, torch.bfloat16)
-    return tensors_digest({key: t.float() if t.dtype in halves else t for key, t in tensors.items()}, config)
+    arrays = {key: to_numpy(tensor) for key, tensor in tensors.items()}
+    return tensors_digest({key: a.astype(np.float32) if a.itemsize < 4 else a for key, a in arrays.items()}, config)

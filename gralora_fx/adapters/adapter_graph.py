@@ -26,6 +26,7 @@ from gralora_fx.graph.shared_memory import overlapping
 from gralora_fx.graph.user_pass import GraphPass
 from gralora_fx.methods import AdapterTensors
 from gralora_fx.planning.rewrite_plan import RewritePlan
+from gralora_fx.sources.same_base import BaseComparison
 
 
 class AdapterGraph(RunningGraph):
@@ -60,6 +61,11 @@ class AdapterGraph(RunningGraph):
                 self._drop(name)
                 raise
             self._show_adapters()
+
+    def note_base(self, name: str, base: BaseComparison) -> None:
+        """Remember what was compared of the base that an adapter was made for."""
+        with self._lock:
+            self.adapters = {**self.adapters, name: dataclasses.replace(self.adapters[name], base=base)}
 
     def switch(self, names: Sequence[str]) -> None:
         """Make these adapters active and let them train, and no others."""

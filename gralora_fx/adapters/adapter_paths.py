@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import keyword
-
 from torch import nn
 
-from gralora_fx.errors import ConfigError, RewriteError
+from gralora_fx.config.adapter_names import check_adapter_letters, refuse_name
+from gralora_fx.errors import RewriteError
 from gralora_fx.graph.overlay import ROOT
 from gralora_fx.methods import AdapterMethod, AdapterTensors
 
@@ -18,19 +17,9 @@ def check_adapter_name(name: object) -> None:
         ConfigError: It is not a string, is empty, is an attribute of every module or a Python keyword, or holds a dot,
             a slash, a quote or an unprintable character.
     """
-    is_fit = (
-        isinstance(name, str)
-        and bool(name)
-        and name.isprintable()
-        and not set(name) & set("./\\'\"")
-        and not keyword.iskeyword(name)
-        and not hasattr(nn.Module(), name)
-    )
-    if not is_fit:
-        raise ConfigError(
-            f"{name!r} cannot name an adapter; use letters, digits, _ and -, no dots, no attribute of "
-            "nn.Module and no Python keyword"
-        )
+    check_adapter_letters(name)
+    if hasattr(nn.Module(), str(name)):
+        raise refuse_name(name)
 
 
 def adapter_names(names: object) -> list[str]:

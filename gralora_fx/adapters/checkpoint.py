@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gralora_fx.adapters.adapter_files import (
     KEY_PREFIX,
     SAVED_COPY,
     WEIGHTS_NAME,
-    file_metadata,
+    adapter_writers,
     read_adapter,
-    sorted_metadata,
     tensors_digest,
 )
 from gralora_fx.adapters.installed import InstalledAdapter
-from gralora_fx.config import CONFIG_NAME, AdapterConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.planning.targets import exact_targets, resolve_targets
+from gralora_fx.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
 from gralora_fx.sources.atomic_save import Writer, save_together
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.traced_model import TracedModel
@@ -134,31 +131,6 @@ def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer
     return adapter_writers(saved_config(adapter, traced), lambda: checkpoint_parameters(adapter))
 
 
-def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, Writer]:
-    """The functions that write the two files of an adapter, by file name.
-
-    Args:
-        config: Its configuration.
-        tensors: Gives its tensors by PEFT's keys.
-    """
-
-    def write_tensors(path: Path) -> None:
-        copies = {
-            k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in sorted(tensors().items())
-        }
-        try:
-            save_file(copies, path, metadata=file_metadata(config))
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(str(error)) from error
-        with path.open("r+b") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = sorted_metadata(file.read(length))
-            file.seek(8)
-            file.write(header)
-
-    return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
-
-
 def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfig:
     """An adapter's configuration as saved, with its shorthands expanded."""
     config = adapter.config
@@ -170,10 +142,34 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfi
     if config.adapts_all_linear or config.exclude_modules:
         changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
         changes["target_modules"] = exact_targets((p.site.path for p in adapter.plan.selected), traced.tree)
-    elif config.target_modules is None:
-        rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
-        changes["target_modules"] = rule.pattern or set(rule.names)
+    else:
+        changes |= _own_targets(adapter, traced)
     return config.changed(**changes)
+
+
+def _own_targets(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, object]:
+    """The fields that select layers, so that by PEFT's rules over paths alone they select the adapted ones.
+
+    Names and layers that are not in the model are left out. Where the rules select a layer that has no adapter, since
+    none can take effect there, or not one that has, since its weight was named, all are named.
+    """
+    config = adapter.config
+    rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
+    adapted = [planned.site.path for planned in adapter.plan.selected]
+    layers = [site.path for site in traced.sites if site.kind != "functional" or site.path in adapted]
+    chosen = [path for path in layers if rule.rejection(path) is None]
+    if set(chosen) - set(adapted) - _within_saved(chosen, adapter) or set(adapted) - set(chosen):
+        exact = exact_targets(adapted, traced.tree)
+        return {"target_modules": exact, "layers_to_transform": None, "layers_pattern": None}
+    if rule.pattern is not None:
+        return {"target_modules": rule.pattern}
+    paths = [*traced.tree.types, *(name for site in traced.sites for name in traced.tree.names_of(site.weight))]
+    return {"target_modules": set(rule.names) - set(unmatched_names(rule.names, paths))}
+
+
+def _within_saved(paths: Iterable[str], adapter: InstalledAdapter) -> set[str]:
+    """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
+    return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}
 
 
 def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A record of the adapters folded into a model: each configuration and the digest of its tensors."""
+"""A record of the adapters folded into a model: configuration, digest of the tensors, what was compared of the base."""
 
 from __future__ import annotations
 
@@ -58,7 +58,12 @@ class _Folded:
                 "out, so the SHA-256 of what was folded is not known"
             )
             digest = None
-        return {"config": json.loads(config.to_json()), "sha256": digest}
+        base = self.adapter.base
+        return {
+            "config": json.loads(config.to_json()),
+            "sha256": digest,
+            "base": None if base is None else base.to_dict(),
+        }
 
 
 def _versions(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -168,7 +168,7 @@ def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
         raise MergeError(
             f"the weight of {', '.join(computed)} is computed from other parameters (a parametrization), so nothing "
             "can be folded into it; remove it before tracing (torch.nn.utils.parametrize.remove_parametrizations), or "
-            "leave the layer out of target_modules"
+            "leave the layer out (exclude_modules)"
         )
 
 
@@ -191,7 +191,7 @@ def check_not_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) 
     if shared:
         raise MergeError(
             f"the weight of {'; '.join(shared)} is shared, so folding into it would change more than the layer; "
-            "merge with untie=True to give the layer a weight of its own, or leave it out of target_modules"
+            "merge with untie=True to give the layer a weight of its own, or leave it out (exclude_modules)"
         )
 
 

@@ -20,6 +20,7 @@ from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
 from gralora_fx.passes.redirect_parameters import RedirectParameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.sources.lazy_tensors import values_of
+from gralora_fx.sources.same_base import BaseComparison
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -34,12 +35,18 @@ class InstalledAdapter:
         factors: Its trainable tensors, by site path.
         copies: Its own copies of base parameters (of `modules_to_save`, and trained biases), by module path, then by
             the full name of the base's parameter.
+        base: What was compared of the base that it was made for, if it was read from a file.
     """
 
     name: str
     plan: RewritePlan
     factors: FactorTable
     copies: Mapping[str, CopyTable]
+    base: BaseComparison | None = None
+
+    def __repr__(self) -> str:
+        """One line without tensors."""
+        return f"InstalledAdapter({self.name!r}, {self.plan!r})"
 
     @classmethod
     def create(
@@ -136,7 +143,7 @@ class InstalledAdapter:
         rejected = tuple(dataclasses.replace(r, site=sites[r.site.path]) for r in self.plan.rejected)
         plan = dataclasses.replace(self.plan, selected=selected, rejected=rejected)
         copies = {module: CopyTable(root, owned.paths) for module, owned in self.copies.items()}
-        return InstalledAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies)
+        return InstalledAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies, self.base)
 
     def insertion(self) -> InsertAdapter:
         """The pass that inserts its subgraphs."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from gralora_fx.adapters.adapter_files import (
     KEY_PREFIX,
@@ -17,13 +17,17 @@ from gralora_fx.adapters.adapter_files import (
     WEIGHTS_NAME,
     check_sizes,
     check_weights_file,
+    modules_of,
     recorded_sizes,
 )
+from gralora_fx.adapters.agreement import KnownLayers, check_agreement, warn_of_unused
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.config.reading import read_fields
 from gralora_fx.errors import CheckpointError, bulleted, listed
 from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update, config_from_fields, method_of
+from gralora_fx.methods.arrays import to_torch
+from gralora_fx.planning.targets import trains_whole_at
 from gralora_fx.sources.atomic_save import read_together
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.safetensors_layout import (
@@ -83,20 +87,25 @@ class StoredAdapter:
     others: Mapping[str, Extent]
     handle: int
 
-    def update(self, path: str, dtype: torch.dtype | None = None) -> Update:
-        """The weight update at a site, read from the file.
-
-        Args:
-            path: The site.
-            dtype: Dtype to cast its tensors to; None for their own.
-        """
+    def update(self, path: str) -> Update:
+        """The weight update at a site, read from the file: numpy arrays, or tensors for a method that needs them."""
         site = self.sites[path]
-        tensors = {field: read_tensor(self.handle, extent).to(dtype) for field, extent in site.extents.items()}
-        return Update(self.method.tensors(**tensors), site.scale)
+        arrays = {field: read_tensor(self.handle, extent) for field, extent in site.extents.items()}
+        if self.method.RUNS_ON_NUMPY:
+            return Update(self.method.tensors(**arrays), site.scale)
+        return Update(self.method.tensors(**{field: to_torch(array) for field, array in arrays.items()}), site.scale)
 
-    def values(self, extent: Extent) -> Tensor:
+    def values(self, extent: Extent) -> NDArray[Any]:
         """The values of one of the other tensors, read from the file."""
         return read_tensor(self.handle, extent)
+
+    def check_layers(self, known: KnownLayers) -> None:
+        """Check that every layer of a model that the configuration selects has tensors, and no other layer.
+
+        Raises:
+            CheckpointError: One has none, or one that is not selected has some.
+        """
+        check_agreement(self.config, self.sites, self.directory, known, trained=modules_of(self.others))
 
 
 @contextmanager
@@ -130,6 +139,8 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
     if not found and not problems:
         problems.append(f"no tensor of a {config.TITLE} adapter")
     _check(path, problems)
+    check_agreement(config, sites, path, trained=modules_of(others))
+    warn_of_unused(config, sites, str(path))
     with opened_for_reading(layout.file) as handle:
         for key, extent in layout.tensors.items():
             if not all_finite(handle, extent):
@@ -210,7 +221,8 @@ def _site(
 
 
 def _without_values(method: AdapterMethod, extents: Mapping[str, Extent]) -> AdapterTensors:
-    return method.tensors(**{field: torch.empty(extent.shape, device="meta") for field, extent in extents.items()})
+    empty = np.zeros((), np.float32)
+    return method.tensors(**{field: np.broadcast_to(empty, extent.shape) for field, extent in extents.items()})
 
 
 def _copies(
@@ -231,17 +243,10 @@ def _copies(
             (copies if is_trained else repeats)[f"{layer}.{last}"] = extent
         elif _ORIGINAL in name:  # of a saved module itself, or of a layer within it
             repeats[name.replace(_ORIGINAL, ".", 1)] = extent
-        elif _is_saved(module, config) or (last == "bias" and config.bias == "all"):
+        elif trains_whole_at(module, config.saved_module_names) or (last == "bias" and config.bias == "all"):
             copies[SAVED_COPY.sub(".", name.replace(".modules_to_save.bias", ".bias"), count=1)] = extent
         elif last == "weight" and module.rpartition(".")[2] in _EMBEDDINGS:
             repeats[name] = extent
         else:
             problems.append(f"unexpected {key}")
     return copies, {name: extent for name, extent in repeats.items() if name not in copies}
-
-
-def _is_saved(module: str, config: AdapterConfig) -> bool:
-    """Whether a module or one that it is in belongs to `modules_to_save`, by PEFT's bare `endswith`."""
-    parts = module.split(".")
-    outer = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    return any(path.endswith(name) for path in outer for name in config.saved_module_names)

@@ -1,4 +1,4 @@
-"""The command line: `gralora-fx inspect | export | export-adapter | fold | verify | to-lora | merge | serve | demo`."""
+"""The command line: `gralora-fx inspect | export | export-adapter | fold | verify | merge | serve | generate | ...`."""
 
 from gralora_fx.cli.commands import app
 from gralora_fx.cli.program import main

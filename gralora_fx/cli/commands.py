@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,23 @@ import typer
 from rich.console import Console
 
 from gralora_fx.cli import options as opt
-from gralora_fx.cli.serve import Directory, serve
+from gralora_fx.cli.generate import generate
+from gralora_fx.cli.help import Command
+from gralora_fx.cli.request import check_inspection, check_request, exported_name
+from gralora_fx.cli.serve import serve
 from gralora_fx.config.checks import check_integer
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.gc_pause import gc_pause
+from gralora_fx.progress.heartbeat import Heartbeat
 from gralora_fx.progress.timing import timed
+from gralora_fx.runtime.manifest import read_manifest
 
 app = typer.Typer(
     name="gralora-fx",
     help="Rewrite traced models with GraLoRA or LoRA adapters, export them to ONNX and check the result.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -29,12 +36,18 @@ app = typer.Typer(
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+command = partial(app.command, cls=Command)
+
+
 @app.callback()
-def _program(_: opt.Version = False) -> None:
+def _program(context: typer.Context, _: opt.Version = False) -> None:
     """Handle options of the program itself."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
-@app.command()
+@command()
 def inspect(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
@@ -42,14 +55,17 @@ def inspect(
     html: opt.Html = None,
     svg: opt.Svg = None,
     full: opt.Full = False,
+    strict_base: opt.StrictBase = False,
 ) -> None:
     """Trace a model and print its linear call sites, or what an adapter does at each of them."""
+    check_inspection(model, adapter, task, (html, svg))
+    from gralora_fx.graph.site_table import site_table
     from gralora_fx.loading.models import load_base, trace_base
     from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
 
     with StageProgress():
-        base = load_base(model, adapter, task)
+        base = load_base(model, adapter, task, strict_base=strict_base)
         loaded = trace_base(base)
         written = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
     for path in written:
@@ -62,20 +78,19 @@ def inspect(
     if isinstance(loaded, GraloraModel):
         print(loaded.plans["default"])
         return
-    print(loaded)
-    for site in loaded.sites:
-        tied = f"  tied with {', '.join(site.tied_with)}" if site.tied_with else ""
-        print(f"{site.path}  {site.kind}  {site.in_features} -> {site.out_features}  calls={len(site.calls)}{tied}")
+    tied = {site.path: ", ".join(site.tied_with) for site in traced.sites if site.tied_with}
+    print(site_table(traced.sites, {"tied with": tied}))
+    print(f"{len(traced.sites)} sites; parameters: {traced.tree.parameter_count:,}")
 
 
-@app.command()
+@command()
 def export(
     output: opt.Output,
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     task: opt.Task = None,
     adapters: opt.AdaptersMode = "merged",
-    adapter_form: opt.AdapterForm = None,
+    adapter_name: opt.ExportedName = None,
     precision: opt.Precision = "fp32",
     quantize: opt.Quantize = None,
     block_size: opt.BlockSize = None,
@@ -91,15 +106,17 @@ def export(
     overwrite: opt.Overwrite = False,
     texts: opt.Texts = None,
     dump: opt.Dump = None,
+    strict_base: opt.StrictBase = False,
 ) -> None:
     """Export a model to ONNX, an adapter folded into it or as data beside it, and compare it with PyTorch.
 
     A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
+    An export that holds adapters as data takes others later, with export-adapter: at the layers of --adapter, and
+    with its gralora_k where the export has GraLoRA's blocks, which is printed.
     """
     options = opt.export_options(
         {
             "adapters": adapters,
-            "adapter_form": adapter_form,
             "precision": precision,
             "quantize": quantize,
             "logits": logits,
@@ -113,25 +130,34 @@ def export(
         stream=stream,
     )
     size = opt.read_image_size(image_size)
+    base = check_request(
+        opt.checked(options),
+        output,
+        model=model,
+        adapter=adapter,
+        adapter_name=adapter_name,
+        task=task,
+        image_size=size,
+        overwrite=overwrite,
+        dump=dump,
+    )
     with StageProgress(), gc_pause():
         with timed("import"):
-            from gralora_fx.config.adapter_tasks import requested_task
+            from gralora_fx.adapters.adapter_paths import check_adapter_name
             from gralora_fx.exporters import export_onnx
-            from gralora_fx.exporters.artifact.staging import check_output, check_replaced
-            from gralora_fx.loading.models import base_name, load_traced
+            from gralora_fx.loading.models import load_traced
             from gralora_fx.loading.tokenizers import load_tokenizer
             from gralora_fx.model.model_class import without_trainer
         gc.freeze()  # imported objects stay alive and need not be scanned again
-        check_output(output)
-        known = requested_task(adapter, task, with_cache=True)
-        if known is not None and not overwrite:
-            check_replaced(output, task=known)
-        tokenizer = None if no_tokenizer else load_tokenizer(base_name(model, adapter))
+        named = adapter_name or "default"
+        check_adapter_name(named)
+        tokenizer = None if no_tokenizer else load_tokenizer(base)
         if texts is not None and tokenizer is None:
-            raise ExportError(f"--texts needs a tokenizer, and {base_name(model, adapter)} has none; leave it out")
-        options_of_load = {"with_cache": True, "stream": stream, "allow_random_head": allow_random_head}
+            raise ExportError(f"--texts needs a tokenizer, and {base} has none; leave it out")
+        options_of_load: dict[str, Any] = {"with_cache": True, "stream": stream, "allow_random_head": allow_random_head}
+        options_of_load["strict_base"] = strict_base
         with without_trainer():
-            loaded = load_traced(model, adapter, task, image_size=size, **options_of_load)
+            loaded = load_traced(model, adapter, task, adapter_name=named, image_size=size, **options_of_load)
         gc.freeze()
         report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, dump=dump, **options)
     print(report)
@@ -139,46 +165,51 @@ def export(
         notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
 
 
-@app.command("export-adapter")
+@command("export-adapter")
 def export_adapter(
     onnx: opt.Onnx,
     adapter: opt.SavedAdapter,
     name: opt.AdapterName = "default",
     overwrite: opt.OverwriteAdapter = False,
+    strict_base: opt.StrictBase = False,
 ) -> None:
     """Add a PEFT adapter to an export that takes adapters as data, without loading a model."""
     with StageProgress(), timed("export adapter"):
         from gralora_fx.exporters import export_adapter as write
 
-        path = write(adapter, onnx, name, overwrite=overwrite)
+        path = write(adapter, onnx, name, overwrite=overwrite, strict_base=strict_base)
     print(f"wrote {path} ({path.stat().st_size:,} bytes) and {path.with_suffix('.json').name}")
 
 
-@app.command()
+@command()
 def fold(
-    onnx: opt.Onnx,
+    onnx: opt.OnnxOrFile,
     adapter: opt.SavedAdapter,
     output: opt.Output,
     base: opt.Base = None,
     requantize: opt.Requantize = False,
     force: opt.Force = False,
     overwrite: opt.Overwrite = False,
+    strict_base: opt.StrictBase = False,
 ) -> None:
     """Fold an adapter into an exported model by changing its weights alone; needs no model."""
     with StageProgress(), gc_pause():
         with timed("import"):
             from gralora_fx.exporters import fold_onnx
-        report = fold_onnx(onnx, adapter, output, base=base, requantize=requantize, force=force, overwrite=overwrite)
+        given: dict[str, Any] = {"base": base, "requantize": requantize, "force": force, "overwrite": overwrite}
+        report = fold_onnx(onnx, adapter, output, strict_base=strict_base, **given)
     print(report)
     if report.adapter_name is not None:
-        notes.print("not compared with PyTorch, which needs the model; run gralora-fx verify")
+        each = " with --adapter for each of them" if len(report.adapters) > 1 else ""
+        notes.print(f"not compared with PyTorch, which needs the model; run gralora-fx verify{each}")
 
 
-@app.command()
+@command()
 def verify(
-    output: opt.Output,
+    onnx: opt.Verified,
     model: opt.Model = None,
-    adapter: opt.Adapter = None,
+    adapter: opt.FoldedAdapters = None,
+    adapter_name: opt.VerifiedName = None,
     task: opt.Task = None,
     allow_random_head: opt.ExportedHead = False,
     level: opt.Level = None,
@@ -186,6 +217,7 @@ def verify(
     provider: opt.Provider = None,
     provider_option: opt.ProviderOption = None,
     files: opt.Files = False,
+    strict_base: opt.StrictBase = False,
 ) -> None:
     """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
 
@@ -195,44 +227,53 @@ def verify(
     of_provider = opt.provider_options(provider, provider_option)
     if files:
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
-        others["--provider"] = provider
-        _verify_files(output, [name for name, value in others.items() if value])
+        others |= {"--provider": provider, "--adapter-name": adapter_name}
+        _verify_files(onnx, [name for name, value in others.items() if value])
         return
+    if provider is not None:
+        from gralora_fx.runtime.options import runtime_of
+
+        runtime_of(provider, of_provider, None, None)
+    manifest = read_manifest(onnx)  # before anything slow is imported
     with StageProgress(), gc_pause():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.verification.manifest_adapters import check_given_adapter
+            from gralora_fx.exporters.verification.manifest_adapters import check_given_adapters
             from gralora_fx.loading.models import load_traced
             from gralora_fx.model.model_class import without_trainer
             from gralora_fx.runtime.export_files import check_files
-            from gralora_fx.runtime.manifest import read_manifest
-            from gralora_fx.runtime.options import runtime_of
-        if provider is not None:  # before a model is loaded
-            runtime_of(provider, of_provider, None, None)
-        manifest = read_manifest(output)
         exported = manifest.task
         if exported is not None and task not in (None, exported):
-            raise ExportError(f"{output} was exported for the task {exported}, not {task}; leave --task out")
+            raise ExportError(f"{onnx} was exported for the task {exported}, not {task}; leave --task out")
         if prompt and exported != "text-generation-with-past":
             raise ExportError(
-                f"{output} was exported for the task {exported}, which generates no text; leave --prompt out"
+                f"{onnx} was exported for the task {exported}, which generates no text; leave --prompt out"
             )
-        check_given_adapter(manifest, str(output), adapter)
+        given = adapter or []
+        if adapter_name is not None and not given:
+            raise ConfigError(
+                f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out"
+            )
+        check_given_adapters(manifest, str(onnx), given)
+        named = exported_name(onnx, manifest, adapter_name)
         if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
             with timed("files"):
-                check_files(output, manifest, digests=True)
+                check_files(onnx, manifest, digests=True)
         with without_trainer():
             loaded = load_traced(
                 model,
-                adapter,
+                given[0] if given else None,
                 exported or task,
                 allow_random_head=allow_random_head,
                 image_size=manifest.image_size,
+                strict_base=strict_base,
+                others=given[1:],
             )
         with timed("verify"):
             options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
             options |= {"providers": provider, "provider_options": of_provider}
-            report = verify_onnx(output, loaded, **options)
+            options["adapter_name"] = named if given else None  # a base alone has no adapter to look for
+            report = verify_onnx(onnx, loaded, **options)
     print(report)
     if not report.passed:
         raise typer.Exit(1)
@@ -240,7 +281,6 @@ def verify(
 
 def _verify_files(output: Path, others: list[str]) -> None:
     from gralora_fx.runtime.export_files import check_files
-    from gralora_fx.runtime.manifest import read_manifest
 
     if others:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
@@ -249,7 +289,7 @@ def _verify_files(output: Path, others: list[str]) -> None:
     print(f"{count} files of {output} are what was exported")
 
 
-@app.command()
+@command()
 def to_lora(
     adapter: opt.SavedAdapter, output: opt.Result, rank: opt.Rank = None, overwrite: opt.Replace = False
 ) -> None:
@@ -266,26 +306,33 @@ def to_lora(
     print(report)
 
 
-@app.command()
+@command()
 def merge(
-    adapter: opt.SavedAdapter, output: opt.Result, model: opt.Model = None, overwrite: opt.Replace = False
+    adapter: opt.SavedAdapter,
+    output: opt.Result,
+    model: opt.Model = None,
+    overwrite: opt.Replace = False,
+    strict_base: opt.StrictBase = False,
 ) -> None:
     """Fold an adapter into the safetensors files of its base, one tensor at a time, and copy the other files."""
     with StageProgress():
         with timed("import"):
             from gralora_fx.exporters.checkpoint import merge_checkpoint
-            from gralora_fx.loading.models import base_name
-        report = merge_checkpoint(base_name(model, adapter), adapter, output, overwrite=overwrite)
+            from gralora_fx.loading.adapter_facts import base_name
+        name = base_name(model, adapter)
+        report = merge_checkpoint(name, adapter, output, overwrite=overwrite, strict_base=strict_base)
     print(report)
 
 
-app.command()(serve)
+command()(serve)
+command()(generate)
 
 
-@app.command("export-triton")
+@command("export-triton")
 def export_triton(
-    directory: Directory,
     output: opt.Repository,
+    onnx: opt.OnnxToRun = None,
+    directory: opt.Directory = None,
     name: opt.ModelName = None,
     adapter: opt.AdapterFiles = None,
     max_batch: opt.TritonBatch = 8,
@@ -296,12 +343,11 @@ def export_triton(
     with StageProgress():
         with timed("import"):
             from gralora_fx.exporters import export_triton as write
-            from gralora_fx.serving.http.settings import read_adapters
         report = write(
-            directory,
+            opt.export_directory(onnx, directory),
             output,
             name=name,
-            adapters=read_adapters(adapter),
+            adapters=opt.read_adapters(adapter),
             max_batch=max_batch,
             threads=threads,
             overwrite=overwrite,
@@ -309,9 +355,11 @@ def export_triton(
     print(report)
 
 
-@app.command()
+@command()
 def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, seed: opt.Seed = 0) -> None:
     """Train MiniLM to sort BBC news with GraLoRA, merge, export, verify and classify on ONNX Runtime."""
-    from gralora_fx.demo import run
+    with Heartbeat(Console(file=sys.stdout, highlight=False)) as heartbeat:
+        heartbeat.begin("import")
+        from gralora_fx.demo import run
 
     run(output, epochs=epochs, seed=seed)

@@ -9,39 +9,78 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+import typer
+from typer.main import get_command
+
 from gralora_fx.cli.commands import app, notes
+from gralora_fx.cli.help import name_of
+from gralora_fx.cli.wording import Wording
 from gralora_fx.errors import GraloraError
 
 _shown: set[str] = set()  # warnings shown already
 _ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
 _CLOSED = 141  # its status for SIGPIPE
+_MISUSED = 2  # the shell's status for wrong arguments
+_UsageError: Any = typer.BadParameter.__base__  # what typer raises for them, under a name of its own in some versions
 
 
 def main() -> None:
-    """Run the command line; an error of gralora-fx is printed, one line for each problem, with exit status 1."""
+    """Run the command line.
+
+    An error of gralora-fx is printed in the command line's words, one line for each problem, with exit status 1; wrong
+    arguments are one line, with exit status 2.
+    """
+    program: Any = get_command(app)
+    running = next((argument for argument in sys.argv[1:] if argument in program.commands), None)
+    wording = Wording(program.commands, running)
     signal.signal(signal.SIGTERM, _terminate)
-    warnings.showwarning = _show_warning
+
+    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        """Show a warning as one line, without the source line that raised it."""
+        text = wording(str(message))
+        if text not in _shown:  # an adapter's configuration is read by several stages
+            _shown.add(text)
+            notes.print(f"warning: {text}", markup=False)
+
+    warnings.showwarning = show_warning
     warnings.simplefilter("ignore", FutureWarning)  # meant for callers of the libraries underneath
     try:
-        app()
+        sys.exit(program(prog_name="gralora-fx", standalone_mode=False))
     except GraloraError as error:
-        notes.print(f"error: {error}", markup=False)
+        notes.print(f"error: {wording(str(error))}", markup=False)
         sys.exit(1)
+    except _UsageError as error:
+        notes.print(f"error: {_misuse(error)}; {_help(error)}", markup=False)
+        sys.exit(_MISUSED)
     except SystemExit as end:
         if end.code in _ENDS:
             notes.print(f"{_ENDS[end.code]}; nothing was left half written")
         _flush(end)
         raise
     finally:
-        gc.freeze()  # the process ends anyway; a last collection would take a second
+        # The process ends anyway, and a last collection would take a second; but triton, which torch for CUDA brings,
+        # prints what it finds uncollected.
+        (gc.unfreeze if "triton" in sys.modules else gc.freeze)()
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Show a warning as one line, without the source line that raised it."""
-    text = str(message)
-    if text not in _shown:  # an adapter's configuration is read by several stages
-        _shown.add(text)
-        notes.print(f"warning: {text}", markup=False)
+def _misuse(error: Any) -> str:
+    """What is wrong with the arguments, on one line."""
+    param = getattr(error, "param", None)
+    if type(error).__name__ == "MissingParameter" and param is not None:
+        return f"missing {name_of(param)}"
+    text = " ".join(str(error.message).split()).rstrip(".").removeprefix("Value error, ")
+    if param is not None:
+        return f"{param.opts[0]}: {text}"
+    similar = getattr(error, "possibilities", None)
+    return f"{text}, did you mean {' or '.join(sorted(similar))}?" if similar else text
+
+
+def _help(error: Any) -> str:
+    """Where the right arguments are listed."""
+    context = getattr(error, "ctx", None)
+    if context is None or context.parent is None:
+        return "gralora-fx --help lists the commands"
+    return f"{context.command_path} --help lists the options"
 
 
 def _flush(end: SystemExit) -> None:

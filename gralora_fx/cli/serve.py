@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gralora_fx.cli.options import utf8
+from gralora_fx.cli.options import Directory, OnnxToRun, export_directory, read_adapters, utf8
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.timing import timed
+from gralora_fx.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
     from gralora_fx.serving.http.settings import ServiceSettings
 
 _ENGINES = ("uvicorn", "ray")
 _EXTRAS = {  # by the packages
-    **dict.fromkeys(("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client"), "serve"),
+    **dict.fromkeys(("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client", "fastapi_swagger"), "serve"),
     "ray": "scale",
 }
 _REPLICAS, _CONNECTIONS, _READ_TIMEOUT = 2, 512, 30.0
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An export directory.", callback=utf8)]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
         "--adapter",
         metavar="NAME=PATH",
-        help="An .onnx_adapter file beside those of the export; may be repeated.",
+        help="An .onnx_adapter file or a directory that PEFT saved, beside the export's adapters; may be repeated.",
         callback=utf8,
     ),
 ]
@@ -42,31 +43,42 @@ AdapterRoot = Annotated[
         callback=utf8,
     ),
 ]
-Host = Annotated[str, typer.Option(help="Address to listen on.", callback=utf8)]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")]
-MaxBatch = Annotated[int | None, typer.Option(min=1, help="Most rows that run together.  [default: 8]")]
-MaxQueue = Annotated[int, typer.Option(min=1, help="Most requests that wait; others are answered with 429.")]
+Host = Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.", callback=utf8)]
+Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 for a free one.")]
+MaxBatch = Annotated[int | None, typer.Option(metavar="N", min=1, help="Most rows that run together.  [default: 8]")]
+MaxQueue = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Most requests that wait; others are answered with 429.")
+]
 MaxContext = Annotated[
     int | None,
-    typer.Option(min=1, help="Of a decoder, most tokens of a prompt with its answer.  [default: the model's context]"),
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Of a decoder, most tokens of a prompt with its answer.  [default: the model's context]",
+    ),
 ]
 Chunk = Annotated[
     int | None,
-    typer.Option(min=1, help="Of a batched decoder, most tokens of prompts that a step reads.  [default: 64]"),
+    typer.Option(metavar="N", min=1, help="Of a decoder, most tokens of prompts that a step reads.  [default: 64]"),
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(help="Seconds after which a request is given up, and answered with 504.  [default: no limit]"),
+    typer.Option(
+        metavar="SECONDS", help="Seconds after which a request is given up, and answered with 504.  [default: no limit]"
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of an operator.  [default: one on each core that may be used]")
+    int | None,
+    typer.Option(metavar="N", min=1, help="Threads of an operator.  [default: one on each core that may be used]"),
 ]
 MaxBody = Annotated[
     int, typer.Option(min=1, metavar="BYTES", help="Most bytes of a request's body, also once it is decompressed.")
 ]
 MaxConnections = Annotated[
     int | None,
-    typer.Option(min=1, help=f"Most connections that are served; on others it is 503.  [default: {_CONNECTIONS}]"),
+    typer.Option(
+        metavar="N", min=1, help=f"Most connections that are served; on others it is 503.  [default: {_CONNECTIONS}]"
+    ),
 ]
 ReadTimeout = Annotated[
     float | None,
@@ -79,7 +91,17 @@ ReadTimeout = Annotated[
 ApiKey = Annotated[
     str | None,
     typer.Option(
-        envvar="GRALORA_FX_API_KEY", help="Key that requests must give as Authorization: Bearer KEY.", callback=utf8
+        metavar="KEY",
+        envvar="GRALORA_FX_API_KEY",
+        help="Key that requests must give as Authorization: Bearer KEY.",
+        callback=utf8,
+    ),
+]
+AccessLog = Annotated[
+    bool,
+    typer.Option(
+        "--access-log",
+        help="Log each request on stdout: client, time, method, path, status, bytes, seconds; no prompts, no keys.",
     ),
 ]
 Engine = Annotated[
@@ -89,12 +111,14 @@ Engine = Annotated[
     ),
 ]
 Replicas = Annotated[
-    int | None, typer.Option(min=1, help=f"Of --engine ray, processes that have the model.  [default: {_REPLICAS}]")
+    int | None,
+    typer.Option(metavar="N", min=1, help=f"Of --engine ray, processes that have the model.  [default: {_REPLICAS}]"),
 ]
 
 
 def serve(
-    directory: Directory,
+    onnx: OnnxToRun = None,
+    directory: Directory = None,
     adapter: Adapters = None,
     adapter_root: AdapterRoot = None,
     host: Host = "127.0.0.1",
@@ -109,6 +133,7 @@ def serve(
     max_body: MaxBody = 16 * 2**20,
     max_connections: MaxConnections = None,
     read_timeout: ReadTimeout = None,
+    access_log: AccessLog = False,
     engine: Engine = "uvicorn",
     replicas: Replicas = None,
 ) -> None:
@@ -116,10 +141,11 @@ def serve(
 
     A request chooses its adapter by the name of its model.
     """
-    from gralora_fx.serving.http.settings import ServiceSettings, read_adapters
+    path = export_directory(onnx, directory)
+    from gralora_fx.serving.http.settings import ServiceSettings
 
     settings = ServiceSettings(
-        directory,
+        path,
         adapters=read_adapters(adapter),
         adapter_root=adapter_root,
         max_batch=max_batch,
@@ -133,6 +159,9 @@ def serve(
     )
     if engine not in _ENGINES:
         raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
+    if engine != "ray":
+        _check_idle("has no effect without --engine ray", {"--replicas": replicas})
+    read_manifest(path, ServingError)  # before anything slow is imported
     if engine == "ray":
         _check_idle(
             "has no effect with --engine ray, whose proxy takes the connections",
@@ -142,18 +171,19 @@ def serve(
             "is not supported with --engine ray, whose replicas have the same adapters",
             {"--adapter-root": adapter_root},
         )
-        _serve_replicas(settings, replicas or _REPLICAS, host, port)
+        _serve_replicas(settings, replicas or _REPLICAS, host, port, has_access_log=access_log)
         return
-    _check_idle("has no effect without --engine ray", {"--replicas": replicas})
-    with StageProgress():
-        with timed("import"), _named_packages():
-            from gralora_fx.serving.http.app import create_app
-            from gralora_fx.serving.http.connections import ConnectionLimits
-            from gralora_fx.serving.http.runner import bind, run
-        sockets = bind(host, port)
-        with timed("open and warm up"):
-            app = create_app(settings)
-    run(app, sockets, ConnectionLimits(max_connections or _CONNECTIONS, read_timeout or _READ_TIMEOUT))
+    with ExitStack() as stack:
+        with StageProgress():
+            with timed("import"), _named_packages():
+                from gralora_fx.serving.http.app import create_app
+                from gralora_fx.serving.http.connections import ConnectionLimits
+                from gralora_fx.serving.http.runner import bind, run
+            sockets = [stack.enter_context(bound) for bound in bind(host, port)]
+            with timed("open and warm up"):
+                app = create_app(settings)
+        limits = ConnectionLimits(max_connections or _CONNECTIONS, read_timeout or _READ_TIMEOUT)
+        run(app, sockets, limits, sys.stdout if access_log else None)
 
 
 def _check_idle(reason: str, options: Mapping[str, object]) -> None:
@@ -166,16 +196,21 @@ def _check_idle(reason: str, options: Mapping[str, object]) -> None:
         raise ConfigError(f"{given[0]} {reason}; leave it out")
 
 
-def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: int) -> None:
-    with StageProgress():
-        with timed("import"), _named_packages():
-            from gralora_fx.serving.scale.ray_environment import prepare
+def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: int, *, has_access_log: bool) -> None:
+    with ExitStack() as stack:
+        with StageProgress():
+            with timed("import"), _named_packages():
+                from gralora_fx.serving.scale.ray_environment import prepare
 
-            prepare()
-            from gralora_fx.serving.scale.ray_service import check, run_replicas
-        with timed("open and warm up"):
-            adapters, at_a_time = check(settings)
-    run_replicas(settings, adapters, at_a_time, replicas=replicas, host=host, port=port)
+                prepare()
+                from gralora_fx.serving.http.adapter_loads import converted
+                from gralora_fx.serving.scale.ray_service import check, run_replicas
+            with timed("open and warm up"):
+                settings = stack.enter_context(converted(settings))
+                adapters, at_a_time = check(settings)
+        run_replicas(
+            settings, adapters, at_a_time, replicas=replicas, host=host, port=port, has_access_log=has_access_log
+        )
 
 
 @contextmanager

@@ -39,15 +39,36 @@ def translate_graph(
 ) -> None:
     """Translate a graph, node for node.
 
+    Tensors that the graph reads become initializers of a graph and `Constant` nodes of a function, under the names of
+    the nodes that read them. `torch.onnx` is given inputs in their place: that of torch 2.11 translates no such nodes.
+
     Args:
-        graph: A graph of PyTorch's operators, every node with its fake value.
+        graph: A graph of PyTorch's operators, every node with its fake value, those that read a tensor with the tensor;
+            these become placeholders.
         model: The model that the result is part of.
         into: The graph or function that receives the nodes.
         functions: Functions of the model by the name of the subgraph that each was translated from.
         registry: The result of `new_registry`.
     """
+    tensors = {node.name: node for node in graph.find_nodes(op="get_attr") if node.target not in functions}
+    for node in tensors.values():
+        node.op = "placeholder"
     options: dict[str, Any] = {"graph_like": into, "owned_graphs": functions, "lower": "at_conversion"}
     _core._translate_fx_graph(graph, model, registry=registry, **options)
+    for value in [value for value in into.inputs if value.name in tensors]:
+        into.inputs.remove(value)
+        value.const_value = _core.TorchTensor(tensors[str(value.name)].meta["val"], name=value.name)
+        if isinstance(into, ir.Graph):
+            into.register_initializer(value)
+        else:  # which reads nothing from outside
+            _prepend(into, ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)], outputs=[value]))
+
+
+def _prepend(function: ir.Function, node: ir.Node) -> None:
+    if len(function):
+        function.insert_before(function[0], node)
+    else:
+        function.append(node)
 
 
 def add_opset_imports(model: ir.Model) -> None:

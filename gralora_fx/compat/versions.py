@@ -1,19 +1,35 @@
-"""The versions with which the private API was tested, and the error for others."""
+"""The versions that gralora-fx was tested with: a warning for others, an error where their private API lacks a name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.util import find_spec
 
-from gralora_fx.errors import VersionError
+from packaging.version import InvalidVersion, Version
 
-TESTED = {"torch": "2.11 to 2.13", "transformers": "5.24", "onnxruntime": "1.24 to 1.32"}
+from gralora_fx.errors import VersionError, warn_caller
+
+# The lowest and the newest version with which the tests passed (docs/versions.md), of what traces, translates and runs
+# graphs. The lowest are those of pyproject.toml. Any later part of the newest is meant too: 2.15 stands for 2.15.1.
+TESTED: Mapping[str, tuple[str, str]] = {
+    "python": ("3.11", "3.13"),
+    "torch": ("2.11", "2.15"),
+    "transformers": ("5.24", "5.24"),
+    "onnxruntime": ("1.32", "1.32"),
+    "onnx": ("1.21", "1.23"),
+    "onnx-ir": ("1.1", "1.1"),
+    "onnxscript": ("0.7", "0.7"),
+    "peft": ("0.21", "0.21"),
+}
 
 
 @contextmanager
 def fenced(package: str) -> Iterator[None]:
-    """Import private names of a package.
+    """Import private names of a package; the first import of a process checks all installed versions.
 
     Args:
         package: The package, as pip calls it.
@@ -21,10 +37,56 @@ def fenced(package: str) -> Iterator[None]:
     Raises:
         VersionError: A name is missing; the message names the package, its version and the tested ones.
     """
+    warn_of_untested()
     try:
         yield
     except (ImportError, AttributeError) as error:
         raise VersionError(
-            f"{package} {version(package)} is not a version that gralora-fx works with ({error}); it was tested with "
-            f"{package} {TESTED[package]}: install one of these, or update gralora-fx"
+            f"{package} {installed_version(package)} is not a version that gralora-fx works with ({error}); it was "
+            f"tested with {package} {range_of(package)}: install one of these, or update gralora-fx"
         ) from error
+
+
+@functools.cache  # once in a process
+def warn_of_untested() -> None:
+    """Warn of each installed package whose version is outside the tested range; of a package that is missing, not."""
+    for package in TESTED:
+        found = installed_version(package)
+        if found is not None and not _is_tested(package, found):
+            warn_caller(
+                f"{package} {found} is outside the versions that gralora-fx was tested with ({range_of(package)}), so "
+                "it may fail or give other results: install one of these, or update gralora-fx"
+            )
+
+
+def range_of(package: str) -> str:
+    """The tested versions of a package, for a message: `2.11 to 2.15`."""
+    return " to ".join(dict.fromkeys(TESTED[package]))
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or of another that brings its module, as onnxruntime-gpu does.
+
+    Returns:
+        The version; None if the module is not installed either, or comes from no package.
+    """
+    if package == "python":
+        return ".".join(map(str, sys.version_info[:3]))
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        module = package.replace("-", "_")
+        if find_spec(module) is None:  # quickly: peft is often not installed
+            return None
+        others = importlib.metadata.packages_distributions().get(module)
+        return importlib.metadata.version(others[0]) if others else None
+
+
+def _is_tested(package: str, found: str) -> bool:
+    """Whether a version is in the tested range; a development version of what comes after the newest is not."""
+    lowest, newest = map(Version, TESTED[package])
+    try:
+        version = Version(found)
+    except InvalidVersion:  # of someone's own build; what cannot be compared was not tested
+        return False
+    return version >= lowest and version.release[: len(newest.release)] <= newest.release

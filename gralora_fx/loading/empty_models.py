@@ -25,7 +25,7 @@ def make_empty(directory: Path, task: str | None, *, num_labels: int | None = No
     """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             if num_labels is not None and num_labels != config.num_labels:
                 config.num_labels = num_labels
             model_class = class_for(config, task)

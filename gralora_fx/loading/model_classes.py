@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from gralora_fx.config.tasks import check_task
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.tracing.inputs.samples import task_of_class
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
 
-_HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 _log = logging.getLogger(__name__)
 
 _AUTO_CLASSES = {
@@ -80,24 +77,10 @@ def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
     saved = _saved_class(model.config)
     saved_task, requested = task_of_class(saved or ""), task_of_class(type(model).__name__)
     if saved_task != requested and saved_task in _CLASSIFIERS and requested in _CLASSIFIERS:
-        _log.warning(
-            "%s was saved as %s: its head was trained for %s, not for %s; take --task %s",
-            origin,
-            saved,
-            saved_task,
-            requested,
-            saved_task,
+        warn_caller(
+            f"{origin} was saved as {saved}: its head was trained for {saved_task}, not for {requested}; take "
+            f"task={saved_task!r}"
         )
-
-
-def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """The number of classes of the classification head that an adapter brings; None if it brings none.
-
-    Args:
-        shapes: Shapes of the adapter's tensors by their keys.
-    """
-    heads = [shape[0] for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
-    return heads[-1] if heads else None
 
 
 def _saved_class(config: PreTrainedConfig) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from gralora_fx.adapters.base_of_adapter import settled_base
 from gralora_fx.adapters.checkpoint import base_names, read_adapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.adapter_tasks import task_of, with_past
 from gralora_fx.errors import (
     CheckpointError,
-    ConfigError,
     GraloraError,
     TargetError,
     TraceError,
@@ -24,17 +24,19 @@ from gralora_fx.errors import (
     first_line,
     warn_caller,
 )
+from gralora_fx.loading.adapter_facts import base_name, head_classes
 from gralora_fx.loading.load_report import LoadReport
-from gralora_fx.loading.model_classes import class_for, head_classes, warn_of_another_head
+from gralora_fx.loading.model_classes import class_for, warn_of_another_head
 from gralora_fx.loading.sentence_task import sentence_source, unread_names, without_unread
-from gralora_fx.methods import read_config
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.silence import quiet
 from gralora_fx.progress.timing import timed
 from gralora_fx.sources.cross_encoder import score_function
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
-from gralora_fx.sources.safetensors_files import attach_shards, check_readable, empty_model
+from gralora_fx.sources.safetensors_files import attach_shards, empty_model
+from gralora_fx.sources.same_base import SAME, BaseSource, compare_bases
+from gralora_fx.sources.stored_tensors import check_readable
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
 from gralora_fx.tracing.inputs.samples import infer_task
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
@@ -86,7 +88,7 @@ def load_with_report(
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             model, info = class_for(config, task).from_pretrained(
                 name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
@@ -113,8 +115,8 @@ def _check_values(
         return
     base = f"the base that the adapter was made for ({made_for})" if made_for else "a checkpoint that has them"
     advice = (
-        f"give {base}, the --task it was saved for, an adapter that brings them (modules_to_save), or "
-        "--allow-random-head (allow_random_head=True) for a head that is still to be trained"
+        f"give {base}, task=... as it was saved for, an adapter that brings them (modules_to_save), or "
+        "allow_random_head=True for a head that is still to be trained"
     )
     report.check(supplied, advice=advice)
 
@@ -140,7 +142,7 @@ def load_streamed(
     directory = resolve_directory(name, TraceError)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             config.dtype = torch.float32  # as `load_model`
             if num_labels is not None:
                 config.num_labels = num_labels
@@ -164,6 +166,9 @@ def load_traced(
     stream: bool = False,
     allow_random_head: bool = False,
     image_size: ImageSize = None,
+    adapter_name: str = "default",
+    strict_base: bool = False,
+    others: Sequence[str] = (),
 ) -> TracedModel | GraloraModel:
     """A traced model, rewritten with an adapter if one is given.
 
@@ -176,6 +181,9 @@ def load_traced(
         allow_random_head: Whether the base may lack tensors that the adapter does not supply, such as a head; they get
             random values, the same in every run.
         image_size: As of `trace`.
+        adapter_name: Name to give the adapter.
+        strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
+        others: More PEFT-format adapters, which are active beside the first.
 
     Raises:
         ConfigError: Neither names a base model, or the adapter is for another task.
@@ -183,9 +191,15 @@ def load_traced(
         TargetError: The adapter's configuration does not fit the base.
         CheckpointError: Tensors of the base are missing, or the adapter's do not fit it.
     """
-    base = load_base(model, adapter, task, stream=stream)
+    base = load_base(model, adapter, task, stream=stream, strict_base=strict_base, others=others)
     base.check(allow_random_head=allow_random_head)
-    return trace_base(base, with_cache=with_cache, image_size=image_size)
+    loaded = trace_base(base, with_cache=with_cache, image_size=image_size, adapter_name=adapter_name)
+    if others and isinstance(loaded, GraloraModel):
+        names = [f"adapter_{index}" for index in range(2, len(others) + 2)]
+        for name, other in zip(names, others, strict=True):
+            loaded.load_adapter(other, name, strict_base=strict_base)
+        loaded.set_adapter([adapter_name, *names])
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -203,6 +217,7 @@ class Base:
         modules: Directory whose `modules.json` says what follows the transformer of a sentence encoder, or None.
         num_labels: Number of classes of the adapter's head, or None.
         report: How the checkpoint fits the model; None if the weights are streamed, which checks it already.
+        strict_base: Whether an adapter that is not known to be of this base is refused when it is installed.
     """
 
     name: str
@@ -215,6 +230,7 @@ class Base:
     modules: Path | None
     num_labels: int | None
     report: LoadReport | None
+    strict_base: bool = False
 
     @property
     def made_for(self) -> str | None:
@@ -231,7 +247,15 @@ class Base:
             _check_values(self.report, self.supplied, allow_random_head, self.num_labels, self.made_for)
 
 
-def load_base(model: str | None, adapter: str | None, task: str | None, *, stream: bool = False) -> Base:
+def load_base(
+    model: str | None,
+    adapter: str | None,
+    task: str | None,
+    *,
+    stream: bool = False,
+    strict_base: bool = False,
+    others: Sequence[str] = (),
+) -> Base:
     """Load the base model for a task and an adapter, with random values for missing tensors.
 
     The random values are the same in every run.
@@ -241,13 +265,16 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
         adapter: PEFT-format adapter, or None.
         task: Task name; None for the adapter's or the model's own.
         stream: Whether to leave the weights in their files (see `load_streamed`).
+        strict_base: As of `load_traced`.
+        others: More adapters, which may bring parameters that the base's files lack, and are checked as the first.
 
     Raises:
         ConfigError: Neither names a base model, or the adapter is for another task.
         TraceError: The base cannot be loaded.
-        CheckpointError: The adapter cannot be read, or files to stream lack tensors.
+        CheckpointError: The adapter cannot be read or is of another base, or files to stream lack tensors.
     """
     config: AdapterConfig | None = None
+    configs: dict[str, AdapterConfig] = {}
     num_labels: int | None = None
     supplied: set[str] = set()
     is_asked = task is not None
@@ -257,9 +284,17 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
             task = task_of(config, task, adapter)
             num_labels = head_classes({key: tensor.shape for key, tensor in tensors.items()})
             supplied = base_names(tensors)
+            configs[adapter] = config
+            for other in others:
+                configs[other], tensors = read_adapter(other)
+                task = task_of(configs[other], task, other)
+                num_labels = num_labels or head_classes({key: tensor.shape for key, tensor in tensors.items()})
+                supplied |= base_names(tensors)
             del tensors  # they are read again when the adapter is installed
         name, report = base_name(model, adapter), None
-        check_model_files(name, TraceError)
+        check_model_files(name, TraceError, named_by=None if model else adapter)
+        if strict_base:
+            _check_bases(name, configs)
         task, modules = sentence_source(task, (adapter, name), is_asked=is_asked)
         if stream:
             loaded = load_streamed(name, task, num_labels=num_labels, supplied=supplied)
@@ -271,21 +306,44 @@ def load_base(model: str | None, adapter: str | None, task: str | None, *, strea
         loaded.config.sentence_transformers = {"activation_fn": function}  # where sentence-transformers reads it, too
     if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
         warn_of_another_head(loaded, name)
-    return Base(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report)
+    return Base(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report, strict_base)
 
 
-def trace_base(base: Base, *, with_cache: bool = False, image_size: ImageSize = None) -> TracedModel | GraloraModel:
+def _check_bases(name: str, configs: Mapping[str, AdapterConfig]) -> None:
+    """Refuse adapters of another base before anything is loaded.
+
+    A hub id may not have been downloaded yet, or may have moved: of it, only what is proven is refused here, and the
+    rest when the adapter is installed in what was loaded.
+
+    Args:
+        name: Local directory or hub id of the base.
+        configs: Configurations by the names of the adapters.
+
+    Raises:
+        CheckpointError: One is of another base, or is not known to be of this one.
+    """
+    used = BaseSource(name)
+    for adapter, config in configs.items():
+        compared = compare_bases(BaseSource(config.base_model_name_or_path, config.revision), used)
+        if compared.is_proven_different or Path(name).is_dir():
+            compared.settle(adapter, strict=True, error=CheckpointError)
+
+
+def trace_base(
+    base: Base, *, with_cache: bool = False, image_size: ImageSize = None, adapter_name: str = "default"
+) -> TracedModel | GraloraModel:
     """Trace a base, and rewrite it with its adapter if it has one.
 
     Args:
         base: The result of `load_base`.
         with_cache: Whether a task that was not given defaults to the one with a cache, if there is one.
         image_size: As of `trace`.
+        adapter_name: Name to give the adapter.
 
     Raises:
         TraceError: The base cannot be traced.
         TargetError: The adapter's configuration does not fit the base.
-        CheckpointError: The adapter's tensors do not fit the base.
+        CheckpointError: The adapter's tensors do not fit the base, or strictly, it is not known to be of this base.
     """
     task = base.task or infer_task(base.model)
     if with_cache and not base.is_asked:
@@ -296,17 +354,18 @@ def trace_base(base: Base, *, with_cache: bool = False, image_size: ImageSize = 
         except TraceError as error:
             if not base.is_asked and task.endswith("-with-past"):
                 without = task.removesuffix("-with-past")
-                raise TraceError(f"{error}; take --task {without} for an export without a cache") from error
+                raise TraceError(f"{error}; take task={without!r} for an export without a cache") from error
             raise
+    traced.tokenizer_source = traced.tokenizer_source or base.name
     if base.adapter is None:
         return traced
+    if base.strict_base and base.config is not None:
+        settled_base(base.config, traced, base.adapter, strict=True)
     with timed("rewrite"):
         try:
-            rewritten = GraloraModel.from_pretrained(traced, base.adapter)
+            rewritten = GraloraModel.from_pretrained(traced, base.adapter, adapter_name=adapter_name)
         except (TargetError, CheckpointError) as error:
             raise type(error)(_misfit(error, base)) from error
-    if base.made_for and Path(base.made_for).name.lower() != Path(base.name).name.lower():
-        warn_caller(f"{base.adapter} was made for {base.made_for}, and is used with {base.name}")
     if all(rewritten.installed(name).is_zero for name in rewritten.configs):
         warn_caller(
             f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"
@@ -314,30 +373,20 @@ def trace_base(base: Base, *, with_cache: bool = False, image_size: ImageSize = 
     return rewritten
 
 
-def base_name(model: str | None, adapter: str | None) -> str:
-    """The name of the base: the given one, or that in an adapter's configuration.
-
-    Args:
-        model: Local directory or hub id of the base, or None.
-        adapter: PEFT-format adapter, or None.
-
-    Raises:
-        ConfigError: Neither names one.
-    """
-    if model is None and adapter is None:
-        raise ConfigError("no model was named; give --model, or --adapter with a base_model_name_or_path")
-    name = model or read_config(adapter or "").base_model_name_or_path
-    if name is None:
-        raise ConfigError(f"{adapter} names no base model; give --model")
-    return name
-
-
 def _misfit(error: GraloraError, base: Base) -> str:
     """The message for an adapter that does not fit its base: a headline, then a line for each problem."""
     lines = str(error).splitlines()
     problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
+    if base.config is not None and base.made_for:
+        made = BaseSource(base.made_for, base.config.revision)
+        if compare_bases(made, BaseSource(base.name)).outcome == SAME:
+            return (
+                f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}), the base that it "
+                "was made for: its adapter_config.json and its tensors do not agree, or not with this model; save it "
+                "again, or give another as adapter=...:\n" + bulleted(problems)
+            )
     hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"
     return (
         f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
-        "so give that base with --model, or another --adapter:\n" + bulleted(problems)
+        "so give that base as model=..., or another as adapter=...:\n" + bulleted(problems)
     )

@@ -7,13 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gralora_fx.errors import CheckpointError, GraloraError, first_line
-from gralora_fx.progress.silence import quiet
-from gralora_fx.sources.model_files import check_json_objects, local_directory
+from gralora_fx.loading.pretrained import load_pretrained
 
 _JSON = (
     "tokenizer.json",
@@ -48,35 +45,15 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
     Raises:
         GraloraError: Of the given type: the tokenizer's files are damaged or cannot be loaded.
     """
-    directory = local_directory(name, error)
-    if directory is not None:
-        present = [file for file in _FILES if (directory / file).is_file()]
-        if not present:
-            return None
-        check_json_objects(directory, _CONFIGS, error)
-        if empty := [file for file in present if not (directory / file).stat().st_size]:
-            raise error(f"{directory / empty[0]} is empty; copy it again")
-    try:
-        with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as failure:  # transformers and tokenizers raise types of their own
-        if directory is None:
-            present = _downloaded(str(name))
-        if not present:
-            return None
-        raise error(
-            f"the tokenizer of {name} cannot be loaded from {', '.join(present)} ({first_line(failure)}); repair these "
-            "files, or leave the tokenizer out"
-        ) from failure
-    return tokenizer
-
-
-def _downloaded(name: str) -> list[str]:
-    """The tokenizer files of a hub repository in the cache, after an attempt to load it."""
-    try:
-        return [file for file in _FILES if isinstance(try_to_load_from_cache(name, file), str)]
-    except HFValidationError:  # neither a directory nor a hub id
-        return []
+    return load_pretrained(
+        AutoTokenizer.from_pretrained,
+        name,
+        error,
+        what="tokenizer",
+        files=_FILES,
+        configs=_CONFIGS,
+        remedy="repair these files, or leave the tokenizer out",
+    )
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: type[GraloraError]) -> list[int]:
@@ -101,6 +78,8 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: ty
             raise error(f"a message of a chat has a 'role' and its 'content', but got {message!r:.80}")
     if tokenizer is None:
         raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
+    if not isinstance(prompt, str) and getattr(tokenizer, "chat_template", "") is None:
+        raise error("the tokenizer has no chat template; give the prompt as text, over HTTP to /v1/completions")
     try:
         if isinstance(prompt, str):
             prompt.encode()  # a lone surrogate is not text, which the tokenizers' own error does not say

@@ -7,6 +7,7 @@ from gralora_fx.methods.registry import (
     config_from_peft,
     method_named,
     method_of,
+    not_a_config,
     read_config,
     register,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "first_tensor",
     "method_named",
     "method_of",
+    "not_a_config",
     "read_config",
     "register",
 ]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from gralora_fx.methods.arrays import Array, accumulator_of, cast, is_numpy, norm, to_numpy, without_gradients
 from gralora_fx.methods.method import Update, first_tensor
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@torch.no_grad()
+
+@without_gradients
 def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False, out: Tensor | None = None) -> Tensor:
     """Fold updates into a weight, block by block, without a tensor of the weight's size beside the result.
 
@@ -27,6 +31,8 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
     Returns:
         `weight + sum of scale * update`, in `out`.
     """
+    import torch
+
     result = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
     source, target = (weight.t(), result.t()) if transposed else (weight, result)
     everything = slice(0, source.shape[0]), slice(0, source.shape[1])
@@ -34,8 +40,8 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
     return result
 
 
-@torch.no_grad()
-def fold_region(part: Tensor, updates: Sequence[Update], rows: slice, columns: slice, shape: Sequence[int]) -> None:
+@without_gradients
+def fold_region(part: Array, updates: Sequence[Update], rows: slice, columns: slice, shape: Sequence[int]) -> None:
     """Fold updates into a part of a weight, in place; otherwise as `fold`.
 
     Args:
@@ -48,9 +54,9 @@ def fold_region(part: Tensor, updates: Sequence[Update], rows: slice, columns: s
     _fold_region(part, part, updates, (rows, columns), shape)
 
 
-@torch.no_grad()
+@without_gradients
 def fold_rows(
-    rows: Tensor, updates: Sequence[Update], *, first: int, shape: Sequence[int], transposed: bool = False, out: Tensor
+    rows: Array, updates: Sequence[Update], *, first: int, shape: Sequence[int], transposed: bool = False, out: Array
 ) -> None:
     """Fold updates into some consecutive rows of a stored weight, as `fold` does into all of them.
 
@@ -64,16 +70,16 @@ def fold_rows(
     """
     stored = slice(first, first + rows.shape[0]), slice(0, shape[1])
     if transposed:
-        _fold_region(rows.t(), out.t(), updates, stored[::-1], shape[::-1])
+        _fold_region(rows.T, out.T, updates, stored[::-1], shape[::-1])
     else:
         _fold_region(rows, out, updates, stored, shape)
 
 
 def _fold_region(
-    source: Tensor, target: Tensor, updates: Sequence[Update], region: tuple[slice, slice], shape: Sequence[int]
+    source: Array, target: Array, updates: Sequence[Update], region: tuple[slice, slice], shape: Sequence[int]
 ) -> None:
     """Fold into `target` what `source` holds of a region, one block of the updates' grid at a time."""
-    accumulator = torch.promote_types(source.dtype, torch.float32)
+    accumulator = accumulator_of(source)
     grid = math.lcm(*(update.factors.grid for update in updates))
     (top, bottom), (left, right) = ((part.start, part.stop) for part in region)
     for rows, columns in product(_cut(top, bottom, shape[0] // grid), _cut(left, right, shape[1] // grid)):
@@ -83,7 +89,7 @@ def _fold_region(
         _add_products(source[within], terms, accumulator, target[within])
 
 
-@torch.no_grad()
+@without_gradients
 def largest_change(update: Update) -> float:
     """A bound for the absolute value of every entry of `scale * update`, from norms of its factors."""
     in_features, out_features = update.factors.features
@@ -92,14 +98,21 @@ def largest_change(update: Update) -> float:
     largest = 0.0
     for rows, columns in blocks:
         pairs = update.factors.products(slice(*rows), slice(*columns), shape)
-        largest = max(largest, sum((float(left.norm()) * float(right.norm()) for left, right in pairs), 0.0))
+        largest = max(largest, sum((norm(left) * norm(right) for left, right in pairs), 0.0))
     return abs(update.scale) * largest
 
 
-def _add_products(
-    block: Tensor, terms: Sequence[tuple[Tensor, Tensor, float]], accumulator: torch.dtype, into: Tensor
-) -> None:
+def _add_products(block: Array, terms: Sequence[tuple[Array, Array, float]], accumulator: Any, into: Array) -> None:
     """`into = block + sum of scale * left @ right`, added up in the accumulator's dtype and rounded once."""
+    if is_numpy(block):
+        sums = block.astype(accumulator)
+        for left, right, scale in terms:
+            sums += scale * (cast(to_numpy(left), accumulator) @ cast(to_numpy(right), accumulator))
+        with np.errstate(over="ignore"):  # whether values are finite is for the caller to check
+            into[...] = sums
+        return
+    import torch
+
     if accumulator == block.dtype:
         for left, right, scale in terms:
             torch.addmm(block, left.to(accumulator), right.to(accumulator), alpha=scale, out=into)
@@ -121,9 +134,11 @@ def _cut(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-@torch.no_grad()
+@without_gradients
 def delta_weight(update: Update, *, transposed: bool = False) -> Tensor:
     """The update as a dense matrix, `[out, in]`, or `[in, out]` if `transposed`."""
+    import torch
+
     in_features, out_features = update.factors.features
     shape = (in_features, out_features) if transposed else (out_features, in_features)
     tensor = first_tensor(update.factors)

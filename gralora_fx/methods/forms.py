@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from gralora_fx.methods.arrays import Array, accumulator_of, cast, contiguous, identity, without_gradients, zeros
 from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.methods.method import AdapterTensors, Update, first_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def as_gralora(factors: AdapterTensors) -> Factors:
@@ -18,7 +20,7 @@ def as_gralora(factors: AdapterTensors) -> Factors:
     if isinstance(factors, Factors):
         return factors
     A, B = factors.lora_form()
-    return Factors(A.new_zeros(1, A.shape[1], 0), B.new_zeros(1, 0, B.shape[0]), A, B)
+    return Factors(zeros((1, A.shape[1], 0), A), zeros((1, 0, B.shape[0]), B), A, B)
 
 
 def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
     return A.reshape(k, ins // k, k * s), B.expand(-1, -1, -1, m, -1, -1).reshape(k, k * s, outs // k)
 
 
-@torch.no_grad()
+@without_gradients
 def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybrid_r: int = 0) -> Factors:
     """Factors of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
 
@@ -63,6 +65,8 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
     Returns:
         Tensors of the sum of the ranks, in float32 or better.
     """
+    import torch
+
     dtype = functools.reduce(
         torch.promote_types, (first_tensor(update.factors).dtype for update in updates), torch.float32
     )
@@ -86,7 +90,7 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
     return Factors(A, B, torch.cat([a for a, _ in generals]), torch.cat([b for _, b in generals], dim=1))  # type: ignore[misc]
 
 
-@torch.no_grad()
+@without_gradients
 def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
     """A plain LoRA pair of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
 
@@ -97,6 +101,8 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
     Returns:
         `A [R, in]` and `B [out, R]`, in float32 or better, with R the sum of the ranks, or `r` if that is more.
     """
+    import torch
+
     pairs = [(*update.factors.lora_form(), update.scale) for update in updates]
     dtype = functools.reduce(torch.promote_types, (A.dtype for A, _, _ in pairs), torch.float32)
     A = torch.cat([A.to(dtype) for A, _, _ in pairs])
@@ -105,8 +111,8 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
     return torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
 
 
-@torch.no_grad()
-def as_update(difference: Tensor) -> Update:
+@without_gradients
+def as_update(difference: Array) -> Update:
     """A change of a whole weight as the plain LoRA that it equals, of rank `min(in, out)`: one factor is the identity.
 
     Args:
@@ -114,12 +120,12 @@ def as_update(difference: Tensor) -> Update:
     """
     outs, ins = difference.shape
     if outs <= ins:
-        return Update(LoraFactors(difference, torch.eye(outs, dtype=difference.dtype)), 1.0)
-    return Update(LoraFactors(torch.eye(ins, dtype=difference.dtype), difference), 1.0)
+        return Update(LoraFactors(difference, identity(outs, difference)), 1.0)
+    return Update(LoraFactors(identity(ins, difference), difference), 1.0)
 
 
-@torch.no_grad()
-def as_data(update: Update, k: int) -> tuple[Tensor, ...]:
+@without_gradients
+def as_data(update: Update, k: int) -> tuple[Array, ...]:
     """The same update as the tensors that an exported model takes (see `gralora_fx.runtime.adapter_inputs`).
 
     Args:
@@ -135,23 +141,23 @@ def as_data(update: Update, k: int) -> tuple[Tensor, ...]:
     """
     if k == 0:
         A, B = update.factors.lora_form()
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        return A.to(dtype).t().contiguous(), (B.to(dtype).t() * update.scale).contiguous()
+        dtype = accumulator_of(A)
+        return contiguous(cast(A, dtype).T), contiguous(cast(B, dtype).T * update.scale)
     factors = as_gralora(update.factors)
     (r, own_k, _), (ins, outs) = factors.dims, factors.features
     if r and own_k != k:
-        raise ValueError(f"blocks of k={own_k}, not of k={k}")
-    dtype = torch.promote_types(factors.A.dtype, torch.float32)
-    A, B = factors.A.to(dtype), factors.B.to(dtype) * update.scale
+        raise ValueError(f"gralora_k is {own_k}, this export has {k}")
+    dtype = accumulator_of(factors.A)
+    A, B = cast(factors.A, dtype), cast(factors.B, dtype) * update.scale
     if not r:
-        A, B = A.new_zeros(k, ins // k, 0), B.new_zeros(k, 0, outs // k)
-    A_general, B_general = A.new_zeros(ins, 0), B.new_zeros(0, outs)
+        A, B = zeros((k, ins // k, 0), A), zeros((k, 0, outs // k), B)
+    A_general, B_general = zeros((ins, 0), A), zeros((0, outs), B)
     if factors.A_general is not None and factors.B_general is not None:
-        A_general, B_general = factors.A_general.to(dtype).t(), factors.B_general.to(dtype).t() * update.scale
-    return A.contiguous(), B.contiguous(), A_general.contiguous(), B_general.contiguous()
+        A_general, B_general = cast(factors.A_general, dtype).T, cast(factors.B_general, dtype).T * update.scale
+    return contiguous(A), contiguous(B), contiguous(A_general), contiguous(B_general)
 
 
-@torch.no_grad()
+@without_gradients
 def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
     """Frobenius norms of the `k x k` blocks of a weight update, without the dense update.
 
@@ -166,6 +172,8 @@ def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
     Returns:
         `[k, k]` float64 on the CPU: row j is an output block, column n an input block.
     """
+    import torch
+
     factors = as_gralora(tensors)
     r, k, hybrid_r = factors.dims
     s, in_block, out_block = r // k, factors.A.shape[1], factors.B.shape[2]

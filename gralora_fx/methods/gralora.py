@@ -18,14 +18,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import product
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gralora_fx.config import AdapterConfig, GraloraConfig
-from gralora_fx.methods.low_rank import accumulate, add_low_rank, drop_inputs
+from gralora_fx.methods.arrays import concatenated, zeros
 from gralora_fx.methods.method import AdapterDims, AdapterMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Factors(NamedTuple):
@@ -73,7 +73,7 @@ class Factors(NamedTuple):
         local_rows = slice(rows.start - j * out_block, rows.stop - j * out_block)
         local_columns = slice(columns.start - n * in_block, columns.stop - n * in_block)
         if r:
-            yield self.B[j][n * s : (n + 1) * s, local_rows].t(), self.A[n][local_columns, j * s : (j + 1) * s].t()
+            yield self.B[j][n * s : (n + 1) * s, local_rows].T, self.A[n][local_columns, j * s : (j + 1) * s].T
         if self.A_general is not None and self.B_general is not None:
             yield self.B_general[rows], self.A_general[:, columns]
 
@@ -88,15 +88,15 @@ class Factors(NamedTuple):
         """
         r, k, _ = self.dims
         s, in_block, out_block = r // k, self.A.shape[1], self.B.shape[2]
-        A = self.A.new_zeros(k * r, k * in_block)
-        B = self.B.new_zeros(k * out_block, k * r)
+        A = zeros((k * r, k * in_block), self.A)
+        B = zeros((k * out_block, k * r), self.B)
         for n, j in product(range(k), range(k)):
             rows = slice(n * r + j * s, n * r + (j + 1) * s)
-            A[rows, n * in_block : (n + 1) * in_block] = self.A[n][:, j * s : (j + 1) * s].t()
-            B[j * out_block : (j + 1) * out_block, rows] = self.B[j][n * s : (n + 1) * s].t()
+            A[rows, n * in_block : (n + 1) * in_block] = self.A[n][:, j * s : (j + 1) * s].T
+            B[j * out_block : (j + 1) * out_block, rows] = self.B[j][n * s : (n + 1) * s].T
         if self.A_general is None or self.B_general is None:
             return A, B
-        return torch.cat([A, self.A_general]), torch.cat([B, self.B_general], dim=1)
+        return concatenated([A, self.A_general]), concatenated([B, self.B_general], 1)
 
 
 def factor_shapes(in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
@@ -128,6 +128,9 @@ def initial_factors(
     Returns:
         Float32 tensors on the CPU, of the shapes that `factor_shapes` gives.
     """
+    import torch
+    from torch import nn
+
     r, k, hybrid_r = dims
 
     def draw_pair(inputs: int, width: int, outputs: int) -> tuple[Tensor, Tensor]:
@@ -180,6 +183,10 @@ def add_output(
     Returns:
         `y + scale * adapter(x)`, of the shape of `y`.
     """
+    import torch
+
+    from gralora_fx.methods.low_rank import accumulate, add_low_rank, drop_inputs
+
     r, k, _ = dims
     in_features, out_features = features
     blocks = drop_inputs(x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
@@ -224,6 +231,8 @@ def add_update(
     Returns:
         `weight + scale * update`.
     """
+    import torch
+
     r, k, _ = dims
     in_block, out_block, s = features[0] // k, features[1] // k, r // k
     left = factors.B.view(k, k, s, out_block).transpose(2, 3).reshape(k * k, out_block, s)  # [(j, n), out/k, s]
@@ -246,6 +255,7 @@ class Gralora(AdapterMethod):
         "A_general": "gralora_A_general.weight",
         "B_general": "gralora_B_general.weight",
     }
+    RUNS_ON_NUMPY = True
 
     def sizes(self, config: GraloraConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
         """Sizes and scale, `alpha / (r + hybrid_r)`, of the adapter at a site."""
@@ -287,7 +297,7 @@ class Gralora(AdapterMethod):
         if in_features % k or out_features % k:
             problems.append(
                 f"in_features={in_features}, out_features={out_features} must both be divisible by gralora_k={k}; "
-                "take another gralora_k or gralora_k_pattern, or leave the layer out"
+                "take another gralora_k or gralora_k_pattern, or leave the layer out with exclude_modules"
             )
         return problems
 

@@ -13,16 +13,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.methods.low_rank import add_low_rank
 from gralora_fx.methods.method import AdapterDims, SummableMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Fields of PEFT's LoraConfig that change what is computed or trained: what each one is.
 _OTHER_FORMS = {
@@ -133,7 +132,12 @@ class LoraConfig(AdapterConfig):
         return self.scale_of(self.r, self.lora_alpha)
 
     def scale_of(self, r: int, alpha: float) -> float:
-        """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA."""
+        """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
+
+        Args:
+            r: The rank of a layer's adapter.
+            alpha: Its `lora_alpha`.
+        """
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def check_sizes(self) -> None:
@@ -155,6 +159,10 @@ class LoraConfig(AdapterConfig):
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
         """The fields without those that do not concern a saved adapter.
+
+        Args:
+            fields: The fields.
+            origin: Where they come from, for messages.
 
         Raises:
             ConfigError: A field asks for another form of LoRA.
@@ -231,6 +239,7 @@ class Lora(SummableMethod):
     config = LoraConfig
     tensors = LoraFactors
     keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # noqa: RUF012  # typed in the base class
+    RUNS_ON_NUMPY = True
 
     def sizes(self, config: LoraConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
         """Rank and scale of the adapter at a site."""
@@ -249,6 +258,8 @@ class Lora(SummableMethod):
         config: LoraConfig,  # type: ignore[override]
     ) -> LoraFactors:
         """Fresh tensors; the draws are those of `peft.tuners.lora`, in its order: one seed gives the same tensors."""
+        from torch import nn
+
         # PEFT makes two linear layers, whose initial draws are those of `init_lora_weights=False`, and draws A again
         A, B = nn.Linear(in_features, dims.r, bias=False).weight, nn.Linear(dims.r, out_features, bias=False).weight
         A, B = A.detach(), B.detach()
@@ -269,6 +280,8 @@ class Lora(SummableMethod):
         **options: Any,
     ) -> Tensor:
         """`y + scale * x @ A.T @ B.T`; see `add_low_rank`."""
+        from gralora_fx.methods.low_rank import add_low_rank
+
         options = {name: value for name, value in options.items() if name != "dims"}
         return add_low_rank(x, y, factors.A, factors.B, scale, **options)
 
@@ -276,6 +289,8 @@ class Lora(SummableMethod):
         self, weight: Tensor, factors: LoraFactors, scale: float, *, features: tuple[int, int], dims: AdapterDims
     ) -> Tensor:
         """`weight + scale * B @ A`."""
+        import torch
+
         return torch.add(weight, torch.mm(factors.B, factors.A), alpha=scale)
 
     def text(self, dims: AdapterDims) -> str:

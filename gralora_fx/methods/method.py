@@ -12,12 +12,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from gralora_fx.config import AdapterConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class AdapterDims(NamedTuple):
@@ -81,6 +83,11 @@ class Update:
     factors: AdapterTensors
     scale: float
 
+    def __repr__(self) -> str:
+        """One line without tensors."""
+        in_features, out_features = self.factors.features
+        return f"Update({in_features} -> {out_features}, {self.factors.dims}, scale={self.scale:.4g})"
+
 
 class AdapterMethod(ABC):
     """A method of adaptation.
@@ -90,11 +97,14 @@ class AdapterMethod(ABC):
         tensors: The named tuple of its tensors at a site.
         keys: The rest of each tensor's key in a checkpoint, after the path of the site, by field of `tensors`. What
             comes before `.weight` is its name in the graph module.
+        RUNS_ON_NUMPY: Whether `products` and `lora_form` of its tensors run on numpy arrays as on torch's tensors (see
+            `arrays`), so that saved adapters are folded without torch.
     """
 
     config: ClassVar[type[AdapterConfig]]
     tensors: ClassVar[Callable[..., AdapterTensors]]
     keys: ClassVar[Mapping[str, str]]
+    RUNS_ON_NUMPY: ClassVar[bool] = False
 
     @abstractmethod
     def sizes(self, config: AdapterConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:
@@ -141,6 +151,16 @@ class AdapterMethod(ABC):
     def text(self, dims: AdapterDims) -> str:
         """Sizes in words, such as `r=32 k=2`."""
 
+    def settings(self, config: Any) -> dict[str, Any]:
+        """What a configuration says of its adapter by the names of its fields, for tables: sizes, scale, dropout.
+
+        Patterns that are not used are left out; `scale` is the factor where no pattern says otherwise.
+        """
+        unused = set(config.PATTERNS) - set(config.used_patterns)
+        names = [name for name in config.SIZE_FIELDS if name not in unused]
+        _, scale = self.sizes(config, partial(getattr, config))
+        return {**{name: getattr(config, name) for name in names}, "scale": scale, config.DROPOUT: config.dropout}
+
     def parameter_count(self, in_features: int, out_features: int, dims: AdapterDims) -> int:
         """Number of trainable values at a site."""
         return sum(math.prod(shape) for shape in self.shapes(in_features, out_features, dims).values())
@@ -173,6 +193,8 @@ class AdapterMethod(ABC):
         Returns:
             `y + scale * adapter(x)`, of the shape and dtype of `y`.
         """
+        import torch
+
         if dtype is None:
             return self.forward(x, y, factors, scale, **options)
         options = {name: value for name, value in options.items() if name != "in_place"}

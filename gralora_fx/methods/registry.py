@@ -103,6 +103,29 @@ def config_from_peft(peft_config: Any) -> AdapterConfig:
     return config_from_fields(*peft_fields(peft_config, "one such as a peft.GraloraConfig or peft.LoraConfig"))
 
 
+def not_a_config(value: object) -> str:
+    """What a value is that was given in place of a configuration of this package, and what to give, for a message.
+
+    Args:
+        value: The value; one of PEFT's objects has the same name as the class that it is converted to.
+    """
+    names = [method.config.__name__ for method in METHODS]
+    if isinstance(value, type):
+        return f"the class {value.__name__}; give an object of it, such as {value.__name__}()"
+    kind = type(value)
+    name = getattr(value, "peft_type", None)
+    if name is None:
+        return f"a {kind.__name__} ({kind.__module__}); give one of gralora_fx: a {' or a '.join(names)}"
+    owner = kind.__module__.partition(".")[0]
+    ours = next((m.config for m in METHODS if str(getattr(name, "value", name)).upper() == m.config.PEFT_TYPE), None)
+    if ours is None:
+        return f"{owner}'s {kind.__name__}, whose method is not supported; give a {' or a '.join(names)} of gralora_fx"
+    return (
+        f"{owner}'s {kind.__name__} ({kind.__module__}); convert it with {ours.__name__}.from_peft(config), where "
+        f"{ours.__name__} is that of {ours.__module__.partition('.')[0]}"
+    )
+
+
 def _unknown(origin: str, name: object) -> ConfigError:
     known = ", ".join(method.config.PEFT_TYPE for method in METHODS)
     return ConfigError(

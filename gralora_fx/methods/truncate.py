@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.methods.arrays import Array, cast, to_numpy
 
 
 class Truncated(NamedTuple):
@@ -18,14 +20,13 @@ class Truncated(NamedTuple):
         norm: Frobenius norm of the whole update.
     """
 
-    A: Tensor
-    B: Tensor
+    A: NDArray[np.float32]
+    B: NDArray[np.float32]
     lost: float
     norm: float
 
 
-@torch.no_grad()
-def truncate(A: Tensor, B: Tensor, scale: float, rank: int) -> Truncated:
+def truncate(A: Array, B: Array, scale: float, rank: int) -> Truncated:
     """The update of `rank` nearest to `scale * B @ A` in the Frobenius norm, by its singular values.
 
     With `B = Q R` and `A.T = P S` the singular values of `B @ A` are those of the small `R @ S.T` (Eckart and Young,
@@ -37,24 +38,27 @@ def truncate(A: Tensor, B: Tensor, scale: float, rank: int) -> Truncated:
         scale: Factor of the update.
         rank: Rank of the result; less where the update's own rank cannot be that large.
     """
-    Q, left = torch.linalg.qr(B.to(torch.float64) * scale)
-    P, right = torch.linalg.qr(A.to(torch.float64).t())
-    U, values, Vh = torch.linalg.svd(left @ right.t())
+    Q, left = np.linalg.qr(_float64(B) * scale)
+    P, right = np.linalg.qr(_float64(A).T)
+    U, values, Vh = np.linalg.svd(left @ right.T, full_matrices=False)
     rank = min(rank, values.shape[0])
-    roots = values[:rank].sqrt()  # shared between the factors, so that neither is much larger than the other
+    roots = np.sqrt(values[:rank])  # shared between the factors, so that neither is much larger than the other
     U, Vh = U[:, :rank], Vh[:rank]
-    lost, norm = torch.linalg.vector_norm(values[rank:]), torch.linalg.vector_norm(values)
     return Truncated(
-        ((roots[:, None] * Vh) @ P.t()).to(torch.float32),
-        (Q @ (U * roots)).to(torch.float32),
-        lost.item(),
-        norm.item(),
+        ((roots[:, None] * Vh) @ P.T).astype(np.float32),
+        (Q @ (U * roots)).astype(np.float32),
+        float(np.linalg.norm(values[rank:])),
+        float(np.linalg.norm(values)),
     )
 
 
-@torch.no_grad()
-def update_norm(A: Tensor, B: Tensor, scale: float) -> float:
+def update_norm(A: Array, B: Array, scale: float) -> float:
     """Frobenius norm of `scale * B @ A`, in float64, without the dense update."""
-    left, right = B.to(torch.float64), A.to(torch.float64)
-    squared = ((left.t() @ left) * (right @ right.t())).sum().clamp(min=0)
-    return abs(scale) * squared.sqrt().item()
+    left, right = _float64(B), _float64(A)
+    squared = ((left.T @ left) * (right @ right.T)).sum()
+    return abs(scale) * float(np.sqrt(max(squared, 0.0)))
+
+
+def _float64(array: Array) -> NDArray[Any]:
+    found: NDArray[Any] = cast(to_numpy(array), np.float64)
+    return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.adapters.adapter_paths import adapter_names as as_names
+from gralora_fx.adapters.base_of_adapter import settled_base
 from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
@@ -77,6 +78,7 @@ class AdapterFiles:
         is_trainable: bool | None = None,
         *,
         revision: str | None = None,
+        strict_base: bool = False,
     ) -> None:
         """Load a PEFT-format adapter under a new name, or into an existing adapter of the same configuration.
 
@@ -85,13 +87,16 @@ class AdapterFiles:
             adapter_name: Name of the adapter.
             is_trainable: Whether its tensors train; None for the default: active adapters train, others do not.
             revision: Revision of the hub repository.
+            strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
 
         Raises:
             ConfigError: The adapter's configuration is missing, invalid, or differs from the existing adapter's.
             TargetError: It does not fit the model.
-            CheckpointError: The tensors do not fit. Nothing has changed, after any error.
+            CheckpointError: The tensors do not fit the model or their configuration, or the base is another one.
+                Nothing has changed, after any error.
         """
         config, tensors = read_adapter(directory, revision=revision)
+        base = settled_base(config, self.graph.traced, directory, strict=strict_base)
         if adapter_name in self.graph.adapters:
             with self.graph.writing():
                 self.graph.check_not_merged("load tensors")
@@ -104,6 +109,7 @@ class AdapterFiles:
             except CheckpointError:
                 self.graph.discard(adapter_name)
                 raise
+        self.graph.note_base(adapter_name, base)
         if is_trainable is not None:
             self.graph[adapter_name].requires_grad_(is_trainable)
 

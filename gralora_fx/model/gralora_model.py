@@ -11,6 +11,7 @@ from torch import fx, nn
 from transformers import GenerationConfig
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
+from gralora_fx.adapters.base_of_adapter import settled_base
 from gralora_fx.adapters.checkpoint import load_tensors, read_adapter
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import AdapterConfig
@@ -66,7 +67,13 @@ class GraloraModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, traced: TracedModel, directory: str | Path, *, adapter_name: str = "default", revision: str | None = None
+        cls,
+        traced: TracedModel,
+        directory: str | Path,
+        *,
+        adapter_name: str = "default",
+        revision: str | None = None,
+        strict_base: bool = False,
     ) -> GraloraModel:
         """Rewrite a traced model as a saved adapter says, and load its tensors.
 
@@ -75,18 +82,21 @@ class GraloraModel(nn.Module):
             directory: A PEFT-format adapter: a local directory or a hub id.
             adapter_name: Name to give the adapter.
             revision: Revision of the hub repository.
+            strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
 
         Raises:
             ConfigError: The adapter's configuration is missing or invalid.
             TargetError: The configuration does not fit the model.
-            CheckpointError: The tensors do not fit the model.
+            CheckpointError: The tensors do not fit the model or their configuration, or the base is another one.
             RewriteError: `traced` is not a traced model.
         """
         check_traced(traced, RewriteError, "load an adapter into")
         config, tensors = read_adapter(directory, revision=revision)
+        base = settled_base(config, traced, directory, strict=strict_base)
         model = cls(traced)
         model.add_adapter(adapter_name, config)
         load_tensors(model.installed(adapter_name), tensors, traced.tree, str(directory))
+        model._state.note_base(adapter_name, base)
         model.freeze_base()
         return model
 
@@ -130,6 +140,9 @@ class GraloraModel(nn.Module):
 
     def installed(self, adapter_name: str) -> InstalledAdapter:
         """An adapter's plan and tensors.
+
+        Args:
+            adapter_name: Its name.
 
         Raises:
             RewriteError: An adapter does not exist.
@@ -310,7 +323,13 @@ class GraloraModel(nn.Module):
         return self._state.lend()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict, as any module does; merged weights are folded again from the loaded tensors."""
+        """Load a state dict, as any module does; merged weights are folded again from the loaded tensors.
+
+        Args:
+            state_dict: The tensors by their names.
+            strict: Whether the names must be the module's own.
+            assign: Whether tensors take the place of the module's, instead of being copied into them.
+        """
         with self._state.writing():
             return super().load_state_dict(state_dict, strict, assign)
 
@@ -322,7 +341,11 @@ class GraloraModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> GraloraModel:
-        """Switch dropout, attention dropout, adapter dropout and batch statistics."""
+        """Switch dropout, attention dropout, adapter dropout and batch statistics.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
         super().train(mode)
         self._state.set_mode(mode)
         return self

@@ -41,6 +41,9 @@ class Inspection:
     def site(self, path: str) -> LinearSite:
         """The linear layer at a module path.
 
+        Args:
+            path: The path, as in `sites`.
+
         Raises:
             TargetError: There is none.
         """
@@ -63,6 +66,9 @@ class Inspection:
 
     def adapters_at(self, path: str) -> tuple[str, ...]:
         """Names of the adapters at a site, active or not.
+
+        Args:
+            path: The path of the site.
 
         Raises:
             TargetError: The site does not exist.

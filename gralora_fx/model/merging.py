@@ -95,7 +95,10 @@ class Merging:
         return traced.with_graph(graph_module, traced.tree).train(training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
-        """The weight updates of adapters, by site; None for the active ones.
+        """The weight updates of adapters, by site.
+
+        Args:
+            adapter_names: Names of the adapters; None for the active ones.
 
         Raises:
             RewriteError: An adapter does not exist, or two of them cannot be active together.

@@ -13,6 +13,7 @@ from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.graph.user_pass import GraphPass
+from gralora_fx.methods import not_a_config
 from gralora_fx.planning import RewritePlan, plan
 from gralora_fx.planning.targets import exact_targets
 from gralora_fx.tracing.traced_model import TracedModel
@@ -64,6 +65,9 @@ class Switching:
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.
+
+        Args:
+            adapter_name: Its name.
 
         Raises:
             RewriteError: The adapter does not exist or is active.
@@ -126,6 +130,9 @@ class Switching:
     def remove_pass(self, graph_pass: GraphPass) -> None:
         """Remove a pass that was added.
 
+        Args:
+            graph_pass: The pass, as it was added.
+
         Raises:
             RewriteError: It was not added.
         """
@@ -135,6 +142,10 @@ class Switching:
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Set whether adapters train, whether active or not.
+
+        Args:
+            adapter_names: Name or names of the adapters.
+            requires_grad: Whether they train.
 
         Raises:
             RewriteError: An adapter does not exist.
@@ -154,10 +165,7 @@ def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan
     if isinstance(config_or_plan, AdapterConfig):
         return plan(traced, config_or_plan)
     if not isinstance(config_or_plan, RewritePlan):
-        raise ConfigError(
-            f"expected a GraloraConfig, a LoraConfig or a RewritePlan, but got a {type(config_or_plan).__name__}; "
-            "convert a live PEFT configuration with GraloraConfig.from_peft or LoraConfig.from_peft"
-        )
+        raise ConfigError(f"an adapter needs a configuration or a plan, not {not_a_config(config_or_plan)}")
     weights = {site.path: site.weight for site in traced.sites}
     for planned in config_or_plan.selected:
         if weights.get(planned.site.path) is not planned.site.weight:

@@ -35,7 +35,7 @@ MEANINGS: dict[str, str] = {
     "waiting": "adapter waiting",
     "planned": "adapter planned",
     "saved": "trains whole, as a copy",
-    "rejected": "no adapter, with the reason",
+    "rejected": "rejected, with the reason",
     "base": "linear site",
     "part": "other part of the model",
     "end": "input or output",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import AdapterConfig
@@ -17,6 +17,7 @@ from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
 
 PLANNED = "planned"  # name and state of the adapter of a plan that no rewrite has carried out
+_LONGEST_TARGETS = 80  # characters of `target_modules` that are shown at once
 _STATES = ("active", "merged", "waiting", PLANNED)  # the first one present paints the site
 
 
@@ -48,12 +49,45 @@ class AdaptedModel(Protocol):
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter: its state, its configuration, and how many values it trains."""
+    """An adapter.
+
+    Attributes:
+        name: Its name.
+        state: Its state, as that of a `SiteAdapter`.
+        config: Its configuration.
+        settings: Its method's own description of the configuration, by field.
+        sites: Paths of the sites that it adapts.
+        parameters: How many values it trains.
+    """
 
     name: str
     state: str
     config: AdapterConfig
+    settings: Mapping[str, Any]
+    sites: tuple[str, ...]
     parameters: int
+
+    @property
+    def settings_text(self) -> str:
+        """The settings in a line."""
+        numbers = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in self.settings.items()}
+        return " ".join(f"{name}={text}" for name, text in numbers.items())
+
+    @property
+    def targets(self) -> str:
+        """What `target_modules` says."""
+        targets = self.config.target_modules
+        if targets is None:
+            return "the model type's default"
+        return targets if isinstance(targets, str) else ", ".join(sorted(targets))
+
+    @property
+    def targets_summary(self) -> str | None:
+        """What a long list of `target_modules` holds, in two words; None where the list itself is short."""
+        targets = self.config.target_modules
+        if not isinstance(targets, set) or len(self.targets) <= _LONGEST_TARGETS:
+            return None
+        return f"{len(targets)} {'layers' if targets <= set(self.sites) else 'names'}"
 
 
 @dataclass(frozen=True)
@@ -169,8 +203,7 @@ def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = Non
         traced, plans = model.traced, model.plans
         states = {name: "active" if name in model.active_adapters else "waiting" for name in plans}
         states |= dict.fromkeys(model.merged_adapters, "merged")
-    base = sum({id(p): p.numel() for p in traced.tree.parameters.values()}.values())
-    counts: tuple[int | None, int] = (None, base)
+    counts: tuple[int | None, int] = (None, traced.tree.parameter_count)
     if plan is not None:
         counts = (plan.trainable_parameters, plan.total_parameters)
     elif not isinstance(model, TracedModel):
@@ -181,7 +214,15 @@ def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = Non
         traced=traced,
         sites=_sites(traced, plans, states, None if isinstance(model, TracedModel) else model),
         adapters=tuple(
-            AdapterFacts(name, states[name], entry.config, entry.trainable_parameters) for name, entry in plans.items()
+            AdapterFacts(
+                name,
+                states[name],
+                entry.config,
+                method_of(entry.config).settings(entry.config),
+                tuple(planned.site.path for planned in entry.selected),
+                entry.trainable_parameters,
+            )
+            for name, entry in plans.items()
         ),
         trained_whole={path: tuple(name for other, name in whole if other == path) for path, _ in whole},
         trainable=counts[0],

@@ -96,7 +96,7 @@ def _site_tooltip(entry: SiteFacts) -> str:
     if entry.saved_by:
         lines.append(f"trains whole, as a copy of {', '.join(entry.saved_by)}")
     elif not entry.adapters and entry.reasons:
-        lines.append(f"no adapter: {entry.reason}")
+        lines.append(f"rejected: {entry.reason}")
     lines += [f"its weight is also {name}" for name in site.tied_with]
     return "\n".join([*lines, *entry.notes])
 

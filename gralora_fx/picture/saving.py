@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from gralora_fx.picture.layout import PictureError
+from gralora_fx.sources.paths import usable_file
 
 
 def save(text: str, path: str | Path) -> Path:
@@ -22,7 +23,7 @@ def save(text: str, path: str | Path) -> Path:
     Raises:
         PictureError: It cannot be written.
     """
-    target = Path(path)
+    target = usable_file(path, PictureError, writes=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:

@@ -21,6 +21,9 @@ from gralora_fx.planning.targets import (
 )
 from gralora_fx.tracing.traced_model import TracedModel
 
+# where a user finds the names: a plan that takes every layer can be made of any model with linear layers
+TABLE = "the table of plan(traced, config), with target_modules='all-linear' in the config, lists the linear layers"
+
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:
     """Why a site inside a saved module gets no adapter; `modules_to_save` matches the end of a path."""
@@ -105,7 +108,7 @@ def _paths(traced: TracedModel) -> list[str]:
 
 def _no_match(name: str, paths: Iterable[str], field: str = "target_modules") -> str:
     near = nearest_names(name, paths)
-    hint = f"nearest names: {', '.join(near)}" if near else "print(traced.sites) lists the linear layers"
+    hint = f"nearest names: {', '.join(near)}" if near else TABLE
     return f"{field} {name!r} matches no module; {hint}"
 
 

@@ -11,7 +11,7 @@ from gralora_fx.config import AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.errors import TargetError
 from gralora_fx.graph.sites import LinearSite, names_of_site
-from gralora_fx.methods import method_of
+from gralora_fx.methods import method_of, not_a_config
 from gralora_fx.planning.checks import out_of_reach, problems_of, stores_transposed, trains_whole, warn_of_gaps
 from gralora_fx.planning.rewrite_plan import PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.planning.targets import TargetRule, resolve_targets, saved_modules
@@ -35,10 +35,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     """
     check_traced(traced, TargetError, "plan for")
     if not isinstance(config, AdapterConfig):
-        raise TargetError(
-            f"expected a GraloraConfig or a LoraConfig, but got a {type(config).__name__}; from_peft of either "
-            "converts PEFT's"
-        )
+        raise TargetError(f"cannot plan with {not_a_config(config)}")
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
     sites = {site.path: site for site in traced.sites}
     saved = saved_modules(config, traced.tree)
@@ -51,7 +48,6 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     warn_of_gaps(rule, config, traced, selected)
     rejected += [RejectedSite(site, _EXPERTS) for site in _expert_weights(traced)]
     biases = _trained_biases(config, traced, selected)
-    parameters = {id(p): p for p in traced.tree.parameters.values()}
     copied = {id(p): p for path in saved for p in _parameters_under(traced, path).values()}
     trained = {id(p): p for name in biases if (p := traced.tree.parameters[name]) is not None}
     return RewritePlan(
@@ -62,7 +58,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
         saved_parameters=sum(p.numel() for p in copied.values()),
         trained_biases=biases,
         bias_parameters=sum(p.numel() for key, p in trained.items() if key not in copied),
-        base_parameters=sum(p.numel() for p in parameters.values()),
+        base_parameters=traced.tree.parameter_count,
     )
 
 

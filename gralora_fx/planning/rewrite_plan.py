@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gralora_fx.config import AdapterConfig
+from gralora_fx.graph.site_table import site_table
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import AdapterDims, method_of
 
@@ -54,6 +55,7 @@ class RewritePlan:
         saved_modules: Paths of the modules that train as copies.
         saved_parameters: Number of values of those copies.
         trained_biases: Names of the biases that train as copies, by the path of their module.
+        bias_parameters: Number of values of those biases.
         base_parameters: Number of values of the base model.
     """
 
@@ -76,32 +78,28 @@ class RewritePlan:
         """Number of values of the rewritten model: the base's and those added."""
         return self.base_parameters + self.trainable_parameters
 
+    def __repr__(self) -> str:
+        """One line; `print(plan)` shows the table."""
+        return f"RewritePlan({type(self.config).__name__}, {self._totals()})"
+
     def __str__(self) -> str:
         """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
-        rows = [("site", "kind", "in", "out", "calls", "adapter")]
         method = method_of(self.config)
         adapted = {planned.site.path: method.text(planned.dims) for planned in self.selected}
+        adapted |= {
+            planned.site.path: f"{adapted[planned.site.path]} (the traced forward never calls it)"
+            for planned in self.selected
+            if not planned.site.calls
+        }
         reasons = {rejected.site.path: f"- {rejected.reason}" for rejected in self.rejected}
-        sites = [planned.site for planned in self.selected] + [rejected.site for rejected in self.rejected]
-        for site in sites:
-            note = adapted.get(site.path, reasons.get(site.path, ""))
-            if site.path in adapted and not site.calls:
-                note += " (the traced forward never calls it)"
-            sizes = (str(site.in_features), str(site.out_features), str(len(site.calls)))
-            rows.append((site.path, site.kind, *sizes, note))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column in (0, 1) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=False))
-            )
-            + f"  {row[5]}"
-            for row in rows
-        ]
-        lines += [f"trains a copy of {path}" for path in self.saved_modules]
+        table = site_table(
+            [*(p.site for p in self.selected), *(r.site for r in self.rejected)], {"adapter": adapted | reasons}
+        )
+        return "\n".join([table, *(f"trains a copy of {path}" for path in self.saved_modules), self._totals()])
+
+    def _totals(self) -> str:
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
-        lines.append(
-            f"{len(self.selected)} of {len(sites)} sites adapted; trainable parameters: "
+        return (
+            f"{len(self.selected)} of {len(self.selected) + len(self.rejected)} sites adapted; trainable parameters: "
             f"{self.trainable_parameters:,} of {self.total_parameters:,} ({share:.2f} %)"
         )
-        return "\n".join(lines)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.expressions import (
@@ -17,7 +19,9 @@ from gralora_fx.config.expressions import (
     within,
 )
 from gralora_fx.errors import TargetError
-from gralora_fx.graph.module_tree import ModuleTree
+
+if TYPE_CHECKING:
+    from gralora_fx.graph.module_tree import ModuleTree  # it imports torch, which the rules by path do without
 
 _SEQ_CLS_HEADS = ("score", "classifier")  # the order in which PEFT looks for a head
 
@@ -103,13 +107,13 @@ class TargetRule:
             return True
         if self.pattern is not None:
             return fullmatch(self.pattern, path)
-        return any(_ends_with(path, name) for name in self.names)
+        return any(ends_with(path, name) for name in self.names)
 
     def is_excluded(self, path: str) -> bool:
         """Whether `exclude_modules` covers a path."""
         if self.excluded_pattern is not None:
             return fullmatch(self.excluded_pattern, path)
-        return any(_ends_with(path, name) for name in self.excluded)
+        return any(ends_with(path, name) for name in self.excluded)
 
     def layer_index(self, path: str) -> int | None:
         """The layer index of a path: its first number below a (matching) container."""
@@ -140,14 +144,25 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
     Raises:
         TargetError: `target_modules` is None and there is no default for the model's type.
     """
+    if config.target_modules is None and (model_type or "") not in _DEFAULTS:
+        raise TargetError(
+            f"target_modules is None and no default is known for model type {model_type!r}; name the modules, "
+            f"for example {_examples(tree)}, or take 'all-linear'"
+        )
+    rule = rule_of(config, model_type)
+    return dataclasses.replace(rule, left_out=_left_out(config, tree)) if rule.all_linear else rule
+
+
+def rule_of(config: AdapterConfig, model_type: str | None) -> TargetRule:
+    """A configuration's targets by paths alone; of `all-linear`, without what it leaves out of a model.
+
+    Args:
+        config: The configuration.
+        model_type: transformers' type of the model, for `target_modules=None`.
+    """
     targets = config.target_modules
     if targets is None:
-        default = _DEFAULTS.get(model_type or "")
-        if default is None:
-            raise TargetError(
-                f"target_modules is None and no default is known for model type {model_type!r}; name the modules, "
-                f"for example {_examples(tree)}, or take 'all-linear'"
-            )
+        default = _DEFAULTS.get(model_type or "", ())
         targets = default if isinstance(default, str) else set(default)
     is_pattern = isinstance(targets, str) and not config.adapts_all_linear
     excluded = config.exclude_modules
@@ -155,7 +170,6 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
         names=frozenset() if isinstance(targets, str) else frozenset(targets),
         pattern=str(targets) if is_pattern else None,
         all_linear=config.adapts_all_linear,
-        left_out=_left_out(config, tree) if config.adapts_all_linear else {},
         excluded=frozenset() if isinstance(excluded, str) else frozenset(excluded or ()),
         excluded_pattern=excluded if isinstance(excluded, str) else None,
         saved=config.saved_module_names,
@@ -167,7 +181,7 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
 def exact_targets(paths: Iterable[str], tree: ModuleTree) -> set[str] | str:
     """`target_modules` for exactly these paths: a set, or an expression if a path is also the end of another."""
     targets = set(paths)
-    if any(_ends_with(other, path) for path in targets for other in tree.types if other not in targets):
+    if any(ends_with(other, path) for path in targets for other in tree.types if other not in targets):
         return "|".join(re.escape(path) for path in sorted(targets))
     return targets
 
@@ -175,7 +189,7 @@ def exact_targets(paths: Iterable[str], tree: ModuleTree) -> set[str] | str:
 def unmatched_names(names: Iterable[str], paths: Iterable[str]) -> list[str]:
     """The names that match no path, sorted."""
     remaining = list(paths)
-    return sorted(name for name in names if not any(_ends_with(path, name) for path in remaining))
+    return sorted(name for name in names if not any(ends_with(path, name) for path in remaining))
 
 
 def nearest_names(name: str, paths: Iterable[str]) -> list[str]:
@@ -204,7 +218,15 @@ def saved_modules(config: AdapterConfig, tree: ModuleTree) -> tuple[str, ...]:
     return tuple(outermost)
 
 
-def _ends_with(path: str, name: str) -> bool:
+def trains_whole_at(path: str, names: Iterable[str]) -> bool:
+    """Whether a module is one that names of `modules_to_save` select by PEFT's bare `endswith`, or lies in one."""
+    parts = path.split(".")
+    outer = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(module.endswith(name) for module in outer for name in names)
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether a name is that of a path, or of its end after a dot."""
     return path == name or path.endswith(f".{name}")
 
 

@@ -10,9 +10,13 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from gralora_fx.progress.heartbeat import Heartbeat
+
 
 class StageProgress(logging.Handler):
     """Shows each stage with its time on stderr, and the total at the end; other log records as they come.
+
+    Where stderr is not a terminal, a stage that takes long shows its time so far every few seconds.
 
     A context manager: it listens to the package's log while the block runs.
     """
@@ -24,6 +28,7 @@ class StageProgress(logging.Handler):
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._begin = time.perf_counter()
         self._has_stages = False
+        self._heartbeat = Heartbeat(self._console)
         self._tasks: dict[str, TaskID] = {}
         columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<10}"), _Seconds())
         self._live = Progress(*columns, console=self._console, redirect_stdout=False)
@@ -33,11 +38,13 @@ class StageProgress(logging.Handler):
         logger = logging.getLogger("gralora_fx")
         logger.addHandler(self)
         logger.setLevel(logging.INFO)
+        self._heartbeat.__enter__()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Stop listening, and show the total unless an error ended the work."""
         logging.getLogger("gralora_fx").removeHandler(self)
+        self._heartbeat.__exit__()
         if self._console.is_terminal:
             self._live.stop()
         if self._has_stages and kind is None:
@@ -48,11 +55,16 @@ class StageProgress(logging.Handler):
         name, seconds = getattr(record, "stage", None), getattr(record, "seconds", None)
         if name is None:
             self._console.print(record.getMessage(), markup=False)
+            self._heartbeat.shown()
             return
         self._has_stages = True
         if not self._console.is_terminal:
-            if seconds is not None:
+            if seconds is None:
+                self._heartbeat.begin(name)
+            else:
+                self._heartbeat.end(name)
                 self._console.print(f"{name:<12}{seconds:>8.1f} s")
+                self._heartbeat.shown()
         elif seconds is None:
             self._live.start()
             self._tasks[name] = self._live.add_task(name, total=1)

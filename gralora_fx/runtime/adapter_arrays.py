@@ -8,11 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnxruntime
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
-
-from gralora_fx.runtime.ort_values import as_tensor
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
@@ -41,6 +38,10 @@ def as_arrays(values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
 
 def _array(value: Any) -> NDArray[Any]:
     if value.element_type() == TensorProto.BFLOAT16:  # which numpy lacks
+        import torch
+
+        from gralora_fx.runtime.ort_values import as_tensor
+
         raw: NDArray[Any] = as_tensor(value).view(torch.uint16).numpy()
         half: NDArray[Any] = raw.view(_BFLOAT16).copy()
         return half

@@ -6,6 +6,7 @@ one in its record, `<name>.json`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from gralora_fx.errors import GraloraError, first_line, listed
 from gralora_fx.runtime.adapter_arrays import DTYPES, Arrays, as_arrays, as_ort_value
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
-from gralora_fx.runtime.adapter_record import SCHEMA_VERSION, AdapterRecord, record_path
+from gralora_fx.runtime.adapter_name import record_path
+from gralora_fx.runtime.adapter_record import SCHEMA_VERSION, AdapterRecord
 
 
 def tensors_sha256(tensors: Arrays) -> str:
@@ -41,7 +43,13 @@ def write_tensors(path: Path, tensors: Arrays) -> None:
 
 
 def record_of(
-    path: Path, name: str, tensors: Arrays, config: Mapping[str, Any], inputs: AdapterInputs, fingerprint: str | None
+    path: Path,
+    name: str,
+    tensors: Arrays,
+    config: Mapping[str, Any],
+    inputs: AdapterInputs,
+    fingerprint: str | None,
+    base: Mapping[str, Any] | None = None,
 ) -> AdapterRecord:
     """The record of an adapter file that was written.
 
@@ -52,9 +60,19 @@ def record_of(
         config: Its `adapter_config.json`.
         inputs: The adapter tensors of the export that it is for.
         fingerprint: Fingerprint of the export's base.
+        base: What was compared of the adapter's base and the export's, or None.
     """
-    r, hybrid_r = _largest_ranks(tensors, inputs)
     content = path.read_bytes()
+    record = record_in_memory(name, tensors, config, inputs, fingerprint)
+    digest = hashlib.sha256(content).hexdigest()
+    return dataclasses.replace(record, file_sha256=digest, size=len(content), base=base)
+
+
+def record_in_memory(
+    name: str, tensors: Arrays, config: Mapping[str, Any], inputs: AdapterInputs, fingerprint: str | None
+) -> AdapterRecord:
+    """The record of an adapter without a file, whose digest and size are empty; arguments as of `record_of`."""
+    r, hybrid_r = _largest_ranks(tensors, inputs)
     return AdapterRecord(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -67,8 +85,8 @@ def record_of(
         shapes={name: tuple(array.shape) for name, array in tensors.items()},
         base_fingerprint=fingerprint,
         sha256=tensors_sha256(tensors),
-        file_sha256=hashlib.sha256(content).hexdigest(),
-        size=len(content),
+        file_sha256="",
+        size=0,
     )
 
 
@@ -132,7 +150,7 @@ def check_file(path: Path, record: AdapterRecord, error: type[GraloraError]) -> 
     if len(content) != record.size or hashlib.sha256(content).hexdigest() != record.file_sha256:
         raise error(
             f"{path} is not what {record_path(path).name} describes: it was changed or cut short; copy both files "
-            "again, or make the adapter again with gralora-fx export-adapter"
+            "again, or make the adapter again with export_adapter"
         )
 
 

@@ -19,11 +19,13 @@ weight to the base's is a LoRA of rank min(in, out). Where a bias trains, the di
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-SWAPPABLE, INPUTS, BATCHED = "swappable", "inputs", "batched"
-AS_DATA = (SWAPPABLE, INPUTS, BATCHED)
+DATA, INPUTS = "data", "inputs"
+AS_DATA = (DATA, INPUTS)
+STACKED = "stacked"  # as a graph takes them in which each row has an adapter of its own
+EARLIER_MODES = {"swappable": DATA, "batched": DATA}  # names that options may still have
 FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general", "gralora_bias")
 BLOCKS, WHOLE, BIAS = "blocks", "whole", "bias"  # what adapters may change at a layer
 RANK, HYBRID_RANK, ADAPTERS_AXIS = "r", "hybrid_r", "adapters"  # symbolic axes
@@ -95,8 +97,8 @@ class AdapterInputs:
     """The adapter tensors of an exported model.
 
     Attributes:
-        mode: `"swappable"`: overridable initializers; `"inputs"`: required inputs; `"batched"`: required inputs with a
-            leading adapter axis, from which `adapter_ids` chooses for each row.
+        mode: `"data"`: overridable initializers; `"inputs"`: required inputs; `"stacked"`, of `model_rows.onnx`:
+            required inputs with a leading adapter axis, from which `adapter_ids` chooses for each row.
         k: Blocks in each direction, of every site; 0 for LoRA's form, which has none.
         dtype: Their dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         sites: The layers that take an adapter.
@@ -118,7 +120,11 @@ class AdapterInputs:
 
     def stacked(self, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
         """The shape of an export's input, of the shape of one adapter's tensor."""
-        return (ADAPTERS_AXIS, *shape) if self.mode == BATCHED else shape
+        return (ADAPTERS_AXIS, *shape) if self.mode == STACKED else shape
+
+    def by_row(self) -> AdapterInputs:
+        """The same tensors stacked and chosen by row, as `model_rows.onnx` takes them."""
+        return replace(self, mode=STACKED)
 
     def names(self) -> Iterator[str]:
         """Names of all tensors."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.errors import ExportError, GraloraError, first_line, listed, shown
+from gralora_fx.errors import ExportError, GraloraError, first_line, listed
 from gralora_fx.runtime.adapter_arrays import DTYPES
+from gralora_fx.runtime.adapter_name import record_path
 
-SUFFIX = ".onnx_adapter"
 SCHEMA_VERSION = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _OWN_DIGEST = "record_sha256"
 _MOST_BYTES = 64 << 20  # of a record
 
@@ -35,10 +33,13 @@ class AdapterRecord:
         dtype: Dtype of its tensors.
         sites: The layers that it adapts.
         shapes: Shape of each tensor by its name.
-        base_fingerprint: Fingerprint of the base that it was made for; None where the export has none.
+        base_fingerprint: Fingerprint of the base of the export that it was made for, by which it is loaded in no
+            other; it says nothing of the base that the adapter was trained on. None where the export has none.
         sha256: SHA-256 of the tensors: of names, dtypes, shapes and values.
         file_sha256: SHA-256 of the file.
         size: Its size in bytes.
+        base: What was compared of the base that the adapter was trained on and of the export's (see
+            `BaseComparison`); None where nothing was.
     """
 
     schema_version: int
@@ -54,6 +55,7 @@ class AdapterRecord:
     sha256: str
     file_sha256: str
     size: int
+    base: Mapping[str, Any] | None = None
 
     @property
     def base_name(self) -> str:
@@ -63,26 +65,8 @@ class AdapterRecord:
     def to_json(self) -> str:
         """The text of the record, keys in order, and a SHA-256 of its own under `record_sha256`."""
         fields = dataclasses.asdict(self)
+        fields = {name: value for name, value in fields.items() if name != "base" or value is not None}
         return json.dumps({**fields, _OWN_DIGEST: _fields_sha256(fields)}, indent=2, sort_keys=True) + "\n"
-
-
-def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
-    """An adapter's name, which is also that of a file.
-
-    Raises:
-        GraloraError: Of the given type: it is something else than letters, digits, dots, dashes and underscores.
-    """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise error(
-            f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
-            "128, beginning with a letter or a digit"
-        )
-    return name
-
-
-def record_path(path: Path) -> Path:
-    """Where the record of an adapter file is."""
-    return path.with_suffix(".json")
 
 
 def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterRecord:
@@ -96,7 +80,7 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
         GraloraError: Of the given type: there is none, or it is damaged.
     """
     place = record_path(path)
-    remedy = "make the adapter again with gralora-fx export-adapter"
+    remedy = "make the adapter again with export_adapter"
     try:
         if place.stat().st_size > _MOST_BYTES:
             raise error(f"{place} has {place.stat().st_size:,} bytes, more than a record of an adapter; {remedy}")
@@ -109,9 +93,11 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
         raise error(f"{place} is not the record of an adapter; {remedy}")
     if found["schema_version"] > SCHEMA_VERSION:
         raise error(f"{place} has schema {found['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx")
-    own = found.pop(_OWN_DIGEST, None)
+    if found["schema_version"] < SCHEMA_VERSION or _OWN_DIGEST not in found:
+        raise error(f"{place} was written by an older gralora-fx; {remedy}")
+    own = found.pop(_OWN_DIGEST)
     problems = [name for name, is_right in _CHECKS.items() if not is_right(found.get(name))]
-    if problems or set(found) != {field.name for field in dataclasses.fields(AdapterRecord)}:
+    if problems or {*found, "base"} != {field.name for field in dataclasses.fields(AdapterRecord)}:
         unknown = sorted(set(found) - {field.name for field in dataclasses.fields(AdapterRecord)})
         raise error(f"{place} is damaged: {listed([*problems, *unknown]) or 'fields are missing'}; {remedy}")
     if own != _fields_sha256(found):
@@ -120,7 +106,7 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
     return AdapterRecord(**{**found, "sites": tuple(found["sites"]), "shapes": shapes})
 
 
-def check_rank(path: Path, record: AdapterRecord, most: int | None, error: type[GraloraError]) -> None:
+def check_rank(place: Path | str, record: AdapterRecord, most: int | None, error: type[GraloraError]) -> None:
     """Check that an adapter's ranks are within a limit.
 
     Raises:
@@ -128,7 +114,7 @@ def check_rank(path: Path, record: AdapterRecord, most: int | None, error: type[
     """
     rank = max(record.r, record.hybrid_r)
     if most is not None and rank > most:
-        raise error(f"{path} has rank {rank}, above the limit of {most} (max_rank)")
+        raise error(f"{place} has rank {rank}, above the limit of {most} (max_rank)")
 
 
 def _fields_sha256(fields: Mapping[str, Any]) -> str:
@@ -144,7 +130,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-_CHECKS = {
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "name": _is_text,
     "config": lambda value: isinstance(value, dict),
     "k": _is_count,
@@ -160,4 +146,5 @@ _CHECKS = {
     "sha256": _is_text,
     "file_sha256": _is_text,
     "size": _is_count,
+    "base": lambda value: value is None or isinstance(value, dict),
 }

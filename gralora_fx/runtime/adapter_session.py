@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value, cast
-from gralora_fx.runtime.adapter_inputs import INPUTS, AdapterInputs, is_adapter_tensor
+from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
+from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 
 Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
@@ -81,21 +81,26 @@ def with_adapter(session: Any, values: Values) -> Any:
     return AdapterSession(session, values)
 
 
-def adapter_values(tensors: Arrays, inputs: AdapterInputs) -> dict[str, Any]:
+def adapter_values(values: Values, inputs: AdapterInputs, session: Any) -> dict[str, Any]:
     """The tensors of an adapter as a session takes them, for layers that it does not adapt too where that is required.
 
     Args:
-        tensors: The adapter's tensors by name; empty for the base.
-        inputs: The adapter tensors of the export. Overridable initializers that are left out keep their default.
+        values: The adapter's tensors by name; empty for the base.
+        inputs: The adapter tensors of the export.
+        session: The session. Overridable initializers that are left out keep their default; inputs have none.
     """
-    values = {name: as_ort_value(array) for name, array in tensors.items()}
-    return values if inputs.mode != INPUTS else empty_adapter(inputs) | values
+    taken = [value for part in _parts(session) for value in part.get_inputs()]
+    is_required = any(is_adapter_tensor(value.name) for value in taken)
+    return {**(empty_adapter(inputs) if is_required else {}), **values}
+
+
+def _parts(session: Any) -> list[Any]:
+    return [session.encoder, session.decoder] if isinstance(session, EncoderDecoderSession) else [session]
 
 
 def adapter_dtype(session: Any) -> str:
     """The dtype of the adapter tensors that a session takes."""
-    parts = [session.encoder, session.decoder] if isinstance(session, EncoderDecoderSession) else [session]
-    values = [v for part in parts for v in (*part.get_inputs(), *part.get_overridable_initializers())]
+    values = [v for part in _parts(session) for v in (*part.get_inputs(), *part.get_overridable_initializers())]
     kind = next(value.type for value in values if is_adapter_tensor(value.name))
     return {"tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}.get(kind, "float32")
 

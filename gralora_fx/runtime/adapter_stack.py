@@ -1,11 +1,10 @@
-"""The adapters of a batched export, stacked: each has an id, by which rows of a batch choose it."""
+"""Adapters stacked, as `model_rows.onnx` takes them: each has an id, by which rows of a batch choose it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value, cast
-from gralora_fx.runtime.adapter_file import read_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
-from gralora_fx.runtime.adapter_record import check_name, check_rank, read_record
 
 BASE = 0  # the id of no adapter
 
@@ -37,83 +34,50 @@ class Stack:
         """The id of each adapter by its name."""
         return {name: number for name, (number, _) in self.adapters.items()}
 
+    def has(self, tensors: Arrays) -> bool:
+        """Whether an adapter has some tensors, the very same."""
+        return any(own is tensors for _, own in self.adapters.values())
+
+    def id_of(self, tensors: Arrays) -> int:
+        """The id of the adapter that has some tensors, the very same, which one has."""
+        return next(number for number, own in self.adapters.values() if own is tensors)
+
 
 class AdapterStack:
-    """The adapters that a batched export can choose among.
+    """The adapters that rows can choose among.
 
     An id stays that of its adapter until the adapter is unloaded. The tensors are stacked anew when a run needs an
     adapter that the last stack lacks, padded with zeros to the largest rank at each layer. Runs in other threads go on
     with the stack that they have, and wait for none that is being made for adapters of others.
     """
 
-    def __init__(self, inputs: AdapterInputs, fingerprint: str | None, max_rank: int | None = None) -> None:
+    def __init__(self, inputs: AdapterInputs) -> None:
         """Begin without adapters.
 
         Args:
             inputs: The adapter tensors of the export.
-            fingerprint: Fingerprint of its base.
-            max_rank: The largest rank that an adapter may have; None for no limit.
         """
-        self._inputs, self._fingerprint, self._max_rank = inputs, fingerprint, max_rank
+        self._inputs = inputs
         self._adapters: dict[str, tuple[int, Arrays]] = {}
         self._stack: Stack | None = None
         self._lock, self._stacking = threading.Lock(), threading.Lock()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters, in the order of their ids."""
-        return tuple(sorted(self._adapters, key=lambda name: self._adapters[name][0]))
-
-    def load_adapter(self, name: str, path: str | Path, *, exist_ok: bool = False) -> int:
-        """Add an adapter.
-
-        Args:
-            name: What to call it.
-            path: Its `.onnx_adapter` file.
-            exist_ok: Whether there may be one of the name, which then stays.
-
-        Returns:
-            Its id.
-
-        Raises:
-            ServingError: The name is taken or is not one, or the file is damaged or does not fit.
-        """
-        check_name(name, ServingError)
-        file = Path(path)
-        record = read_record(file, ServingError)
-        check_rank(file, record, self._max_rank, ServingError)
-        tensors = read_tensors(file, record, self._inputs, self._fingerprint, ServingError)
-        return self.add(name, tensors, exist_ok=exist_ok)
-
-    def add(self, name: str, tensors: Arrays, *, exist_ok: bool = False) -> int:
+    def add(self, name: str, tensors: Arrays) -> int:
         """Add an adapter of tensors that fit the export; its id.
 
         Args:
-            name: What to call it.
+            name: What to call it, which no other is called.
             tensors: Its tensors.
-            exist_ok: Whether there may be one of the name, which then stays.
-
-        Raises:
-            ServingError: The name is taken.
         """
         with self._lock:
-            if name in self._adapters and exist_ok:
-                return self._adapters[name][0]
-            if name in self._adapters:
-                raise ServingError(f"there is an adapter {name!r} already; unload it first, or take another name")
             taken = {number for number, _ in self._adapters.values()}
             number = next(number for number in range(1, len(taken) + 2) if number not in taken)
             self._adapters = {**self._adapters, name: (number, tensors)}
         return number
 
-    def unload_adapter(self, name: str) -> None:
-        """Remove an adapter, and free its memory once no run has its stack; the ids of others stay.
-
-        Raises:
-            ServingError: There is none of the name.
-        """
+    def remove(self, name: str) -> None:
+        """Remove an adapter that is there, and free its memory once no run has its stack; the ids of others stay."""
         with self._lock:
-            self._check_known(name)
             self._adapters = {other: entry for other, entry in self._adapters.items() if other != name}
         if self._stack is not None:
             self.current()
@@ -142,21 +106,6 @@ class AdapterStack:
         is_same = all(stack.adapters.get(name) is adapters.get(name) for name in names or ())
         return stack if is_same else None
 
-    def id_of(self, name: str | None) -> int:
-        """The id of an adapter; that of the base for None.
-
-        Raises:
-            ServingError: There is none of the name.
-        """
-        if name is None:
-            return BASE
-        self._check_known(name)
-        return self._adapters[name][0]
-
-    def _check_known(self, name: object) -> None:
-        if not isinstance(name, str) or name not in self._adapters:
-            raise _not_loaded(name, self.names)
-
     def _stacked(self, adapters: Mapping[str, tuple[int, Arrays]]) -> dict[str, Any]:
         by_id = dict(adapters.values())
         count = 1 + max(by_id, default=0)
@@ -184,13 +133,9 @@ def row_ids(stack: Stack, adapter: object, batch: int) -> NDArray[np.int64]:
     ids = stack.ids
     unknown = [name for name in names if name is not None and not (isinstance(name, str) and name in ids)]
     if unknown:
-        raise _not_loaded(unknown[0], ids)
+        loaded = listed(map(repr, ids)) or "none"
+        raise ServingError(f"no adapter {shown(unknown[0])} is loaded; there are {loaded}: load it with load_adapter()")
     return np.array([BASE if name is None else ids[name] for name in names], dtype=np.int64)
-
-
-def _not_loaded(name: object, names: Iterable[str]) -> ServingError:
-    loaded = listed(map(repr, names)) or "none"
-    return ServingError(f"no adapter {shown(name)} is loaded; there are {loaded}: load it with load_adapter()")
 
 
 def _stacked_site(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
 # fields of configurations for the number of positions
 CONTEXT_FIELDS = (
     "max_position_embeddings",

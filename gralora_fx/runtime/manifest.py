@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gralora_fx.errors import ExportError, GraloraError
-from gralora_fx.runtime.adapter_inputs import AS_DATA, BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
+from gralora_fx.runtime.adapter_inputs import (
+    AS_DATA,
+    BIAS,
+    BLOCKS,
+    EARLIER_MODES,
+    WHOLE,
+    AdapterInputs,
+    AdapterSite,
+)
 from gralora_fx.runtime.json_fields import TEXT_OR_NONE, JsonFields
-from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.runtime.names import (
+    DECODER,
+    DECODER_KIND,
+    ENCODER_DECODER_KIND,
+    MANIFEST_NAME,
+    PLAIN_KIND,
+    ROWS_NAME,
+)
 from gralora_fx.runtime.quality import OutputQuality, Quality, TokenQuality
+from gralora_fx.sources.directory_kind import described
+from gralora_fx.sources.paths import usable_path
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize, ImageSizes
 
 SCHEMA_VERSION = 1
@@ -50,10 +68,26 @@ class AdapterEntry:
     Attributes:
         config: Its `adapter_config.json`.
         sha256: Digest of its `adapter_model.safetensors`, or None where that is not known.
+        base: What was compared of the base that it was made for (see `BaseComparison`); None where nothing was, as of
+            one that was trained on the model itself.
     """
 
     config: Mapping[str, Any]
     sha256: str | None
+    base: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """The base model that was exported, as it was named.
+
+    Attributes:
+        name: Its directory or hub id.
+        revision: The commit of its hub repository, where that is known.
+    """
+
+    name: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +128,27 @@ class WeightEntry:
 
 
 @dataclass(frozen=True)
+class RowsEntry:
+    """The graph whose rows differ: those of a decoder in length, or why an export lacks it.
+
+    It takes adapters that are data as stacks with an id a row (see `AdapterInputs.by_row`).
+
+    Attributes:
+        file: The ONNX file; None where there is none.
+        reason: Why there is none; None where there is one.
+    """
+
+    file: str | None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        """The file, or the reason."""
+        if self.file is None:
+            return f"no {ROWS_NAME}: {self.reason}"
+        return f"{self.file} is for batches whose rows differ in length or adapter"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `gralora_export.json` says; fields with a default are not in every export.
 
@@ -102,10 +157,10 @@ class Manifest:
         task: The task the model was exported for, or None.
         precision: Precision of the weights that are not quantized, and of the cache.
         quantization: How matrices are quantized, or None.
-        adapters_mode: How adapters are held: `"merged"`, `"swappable"`, `"inputs"` or `"batched"`.
+        adapters_mode: How adapters are held: `"merged"`, `"data"` or `"inputs"`.
         logits: Which positions' logits the graph returns: `"last"` or `"all"`.
         position_offset: How many rows of the table of positions no position has.
-        adapters: Adapters that were folded, by name.
+        adapters: Adapters that were folded, by name, in the order in which they were.
         base_fingerprint: A digest of the base's weights.
         sites: The linear layers of the model.
         inputs: Shapes of the graph's inputs by name; of several graphs, those of each by the name of its file.
@@ -121,6 +176,9 @@ class Manifest:
         files: Every other file of the directory by its path; None where they were not recorded.
         weights: Where the weight of each linear layer lies, by its path; None where that was not recorded. A layer that
             no file multiplies by is not in it.
+        base: The base model by name; None of one that was made in memory.
+        rows: The graph whose rows differ; None where nothing is known of one.
+        flavour: Kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`.
     """
 
     schema_version: int
@@ -145,6 +203,14 @@ class Manifest:
     requires: Mapping[str, str] | None = None
     files: Mapping[str, FileEntry] | None = None
     weights: Mapping[str, tuple[WeightEntry, ...]] | None = None
+    base: BaseEntry | None = None
+    rows: RowsEntry | None = None
+    flavour: str = PLAIN_KIND
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is a graph for rows that differ."""
+        return self.rows is not None and self.rows.file is not None
 
     @property
     def image_size(self) -> ImageSize:
@@ -154,11 +220,27 @@ class Manifest:
         return self.image_sizes.fixed or DYNAMIC
 
     def to_json(self) -> str:
-        """The text of the file, keys in order; what an export may lack is left out where it does."""
+        """The text of the file, keys sorted but for adapters, which are in the order in which they were folded.
+
+        What an export may lack is left out where it does.
+        """
         found = dataclasses.asdict(self)
-        optional = ("adapter_inputs", "attention", "files", "image_sizes", "quality", "requires", "weights")
+        optional = (
+            "adapter_inputs",
+            "attention",
+            "base",
+            "files",
+            "image_sizes",
+            "quality",
+            "requires",
+            "rows",
+            "weights",
+        )
         fields = {name: value for name, value in found.items() if name not in optional or value is not None}
-        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        folded = fields.pop("adapters")
+        ordered: dict[str, Any] = json.loads(json.dumps(fields | {"adapters": None}, sort_keys=True))
+        ordered["adapters"] = {name: json.loads(json.dumps(entry, sort_keys=True)) for name, entry in folded.items()}
+        return json.dumps(ordered, indent=2) + "\n"
 
 
 def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError) -> Manifest:
@@ -172,13 +254,13 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
         GraloraError: Of the given type: there is no manifest, it cannot be read, it is of another schema, or a field
             is missing or of another type.
     """
-    path = Path(directory) / MANIFEST_NAME
-    if path.parent.is_file():
-        raise error(f"{directory} is a file; give the directory of the export, {path.parent.parent}")
+    path = usable_path(directory, error, remedy="give the directory of an export") / MANIFEST_NAME
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as failure:
-        raise error(f"no {MANIFEST_NAME} in {directory}; give the directory of an export") from failure
+    except (FileNotFoundError, NotADirectoryError) as failure:
+        raise error(not_an_export(path.parent)) from failure
+    except PermissionError as failure:
+        raise error(f"{path} cannot be read ({failure.strerror}); check its permissions") from failure
     except (OSError, ValueError, RecursionError) as failure:
         raise error(f"{path} cannot be read ({failure}); export the model again") from failure
     version = found.get("schema_version") if isinstance(found, dict) else None
@@ -187,8 +269,42 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
     if version > SCHEMA_VERSION:
         raise error(f"{path} has schema {version}, newer than {SCHEMA_VERSION}; update gralora-fx")
     if version < SCHEMA_VERSION:
-        raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; export the model again")
+        remedy = f"make it anew with {_command(found, path.parent)}"
+        raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; {remedy}")
     return _Reader(found, path, error).manifest()
+
+
+def _command(found: Mapping[str, Any], directory: Path) -> str:
+    """The command that makes an export anew, with the options that a manifest of another schema still tells."""
+    quantization, base, mode = found.get("quantization"), found.get("base"), found.get("adapters_mode")
+    model = base.get("name") if isinstance(base, dict) else None
+    has_adapter = bool(found.get("adapters")) or mode not in (None, "merged")
+    options = {
+        "--model": model if isinstance(model, str) else "MODEL",
+        "--adapter": "ADAPTER" if has_adapter else None,
+        "--task": found.get("task"),
+        "--adapters": EARLIER_MODES.get(str(mode), mode) if mode != "merged" else None,
+        "--precision": found.get("precision"),
+        "--quantize": quantization.get("kind") if isinstance(quantization, dict) else None,
+        "--output": str(directory),
+    }
+    told = [word for option, value in options.items() if isinstance(value, str) for word in (option, value)]
+    return shlex.join(["gralora-fx", "export", *told, "--overwrite"])
+
+
+def not_an_export(directory: Path) -> str:
+    """Why a directory is not an export, and what to do."""
+    found = described(directory)
+    if found == "is a file":
+        return f"{directory} {found}; give the directory of the export, {directory.parent}"
+    if is_export(directory.parent):
+        return f"{directory} is a part of an export; give the directory of the export, {directory.parent}"
+    if found == "is a model":
+        call = f"export_onnx(trace(AutoModel.from_pretrained({str(directory)!r})), output_dir)"
+        return f"{directory} {found}, not an export; export it first: {call}"
+    if found == "is an adapter":
+        return f"{directory} {found}, not an export; give the directory of an export, and this one as adapter=..."
+    return f"no {MANIFEST_NAME} in {directory}, which {found}; give the directory of an export"
 
 
 def is_export(directory: Path) -> bool:
@@ -209,7 +325,7 @@ class _Reader(JsonFields):
             task=self.take("task", *TEXT_OR_NONE),
             precision=self._precision(),
             quantization=self._quantization(),
-            adapters_mode=self.take("adapters_mode", str, default="merged"),
+            adapters_mode=self._mode(self, "adapters_mode"),
             logits=self.take("logits", str, default="all"),
             position_offset=self.take("position_offset", int, default=0),
             adapters=self._adapters(),
@@ -227,7 +343,30 @@ class _Reader(JsonFields):
             requires=self.take("requires", dict, type(None), default=None),
             files=self._files(),
             weights=self._weights(),
+            base=None if "base" not in self.fields else self.within("base").record(BaseEntry),
+            rows=self._rows(),
+            flavour=self._flavour(),
         )
+
+    def _mode(self, entry: _Reader, name: str) -> str:
+        """How adapters are held, as a field says it, in today's words."""
+        found: str = entry.take(name, str, default="merged")
+        if found == "batched":
+            raise self.error(
+                f"{self.path} is of an export with adapters='batched', which is a part of adapters='data' now; make it "
+                f"anew with {_command(self.fields, self.path.parent)}"
+            )
+        return EARLIER_MODES.get(found, found)
+
+    def _flavour(self) -> str:
+        """The kind of export; an older one does not say, and is told by its inputs."""
+        told: str | None = self.take("flavour", str, type(None), default=None)
+        if told is not None:
+            return told
+        inputs: dict[str, Any] = self.take("inputs", dict, default={})
+        if DECODER in inputs:
+            return ENCODER_DECODER_KIND
+        return DECODER_KIND if any(name.startswith("past_key_values.") for name in inputs) else PLAIN_KIND
 
     def _precision(self) -> str:
         found: str = self.take("precision", str)
@@ -248,7 +387,11 @@ class _Reader(JsonFields):
         names = self.take("adapters", dict, default={})
         entries = {name: self.within("adapters").within(name) for name in names}
         return {
-            name: AdapterEntry(entry.take("config", dict), entry.take("sha256", *TEXT_OR_NONE))
+            name: AdapterEntry(
+                entry.take("config", dict),
+                entry.take("sha256", *TEXT_OR_NONE),
+                entry.take("base", dict, type(None), default=None),
+            )
             for name, entry in entries.items()
         }
 
@@ -282,19 +425,28 @@ class _Reader(JsonFields):
             return None
         entry = self.within("adapter_inputs")
         uncalled: list[Any] = entry.take("uncalled", list)
-        if entry.take("mode", str) not in AS_DATA or entry.take("k", int) < 0:
+        mode = self._mode(entry, "mode")
+        if mode not in AS_DATA or entry.take("k", int) < 0:
             self.refuse("adapter_inputs", dict(entry.fields))
         sites = entry.records("sites", AdapterSite)
         for site in sites:
             if site.form not in (BLOCKS, WHOLE, BIAS):
                 entry.refuse("sites", dataclasses.asdict(site))
         return AdapterInputs(
-            entry.take("mode", str),
+            mode,
             entry.take("k", int),
             entry.take("dtype", str),
             sites,
             tuple(str(path) for path in uncalled),
         )
+
+    def _rows(self) -> RowsEntry | None:
+        if "rows" not in self.fields:
+            return None
+        found = self.within("rows").record(RowsEntry)
+        if found.file not in (None, ROWS_NAME) or (found.file is None) == (found.reason is None):
+            self.refuse("rows", self.fields["rows"])
+        return found
 
     def _height_and_width(self, name: str) -> tuple[int, int]:
         found: list[Any] = self.take(name, list)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from onnx import TensorProto
 from onnxruntime import OrtValue
@@ -88,10 +90,11 @@ def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            dtype = _DTYPES[_element(value.type)]
-            values[value.name] = as_value(
-                torch.zeros(batch, value.shape[1], length, value.shape[3], dtype=dtype), value.type
-            )
+            shape, dtype = (batch, value.shape[1], length, value.shape[3]), _DTYPES[_element(value.type)]
+            # pages of numpy's that nobody has read or written yet take no memory, where torch writes its zeros
+            count = math.prod(shape)
+            zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
+            values[value.name] = as_value(torch.from_numpy(zeros).view(dtype)[:count].reshape(shape), value.type)
     return values
 
 

@@ -16,6 +16,7 @@ from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.links import check_own_file
 from gralora_fx.runtime.names import DECODER, ENCODER, MODEL_NAME
 from gralora_fx.runtime.plugins import Device
+from gralora_fx.sources.paths import usable_path
 
 CPU = "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
@@ -58,24 +59,29 @@ def quiet_run() -> onnxruntime.RunOptions:
 
 
 def open_session(
-    directory: str | Path, runtime: Runtime | None = None, *, error: type[GraloraError] = ExportError
+    directory: str | Path,
+    runtime: Runtime | None = None,
+    *,
+    name: str = MODEL_NAME,
+    error: type[GraloraError] = ExportError,
 ) -> Any:
     """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two.
 
     Args:
         directory: An export directory.
         runtime: How to run it; None for the CPU.
+        name: The file of the model, where it is one.
         error: The error type to raise.
 
     Raises:
         GraloraError: Of the given type, when there is no model, its weights are outside the directory, or ONNX Runtime
             cannot load it.
     """
-    folder, runtime = Path(directory), runtime or Runtime()
+    folder, runtime = usable_path(directory, error), runtime or Runtime()
     if (folder / f"{ENCODER}.onnx").is_file():
         parts = [_open(folder / f"{name}.onnx", runtime, error) for name in (ENCODER, DECODER)]
         return EncoderDecoderSession(*parts)
-    return _open(folder / MODEL_NAME, runtime, error)
+    return _open(folder / name, runtime, error)
 
 
 def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
@@ -83,10 +89,11 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
         raise error(f"no {path.name} in {path.parent}; give the directory of an export")
     check_external_data(path, error)
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
+    options = runtime.session_options or quiet_options()
     try:
         session = onnxruntime.InferenceSession(
-            str(path),
-            runtime.session_options or quiet_options(),
+            _without_defaults(path, options) if runtime.devices else str(path),
+            options,
             providers=providers or None,
             enable_fallback=0,
         )
@@ -105,6 +112,28 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
             f"{', '.join(session.get_providers())}; install what the provider needs, or leave it out"
         )
     return session
+
+
+def _without_defaults(path: Path, options: onnxruntime.SessionOptions) -> str | bytes:
+    """A model for a plug-in provider: OpenVINO's takes no initializer that may be overridden, so these are inputs.
+
+    Args:
+        path: The model.
+        options: The options that it is opened with, which learn where its weights are.
+
+    Returns:
+        The path, or the bytes of a model whose overridable initializers have no values.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    inputs = {value.name for value in model.graph.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in inputs]
+    if len(kept) == len(model.graph.initializer):
+        return str(path)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def _reason(failure: Exception) -> str:

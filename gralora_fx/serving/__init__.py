@@ -1,7 +1,7 @@
 """ONNX Runtime sessions over an export directory."""
 
-from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving.decoder import Decoder
 from gralora_fx.serving.model import OrtModel, load
 from gralora_fx.serving.outputs import Outputs
 
-__all__ = ["BatchedDecoder", "OrtModel", "Outputs", "load"]
+__all__ = ["Decoder", "OrtModel", "Outputs", "load"]

@@ -1,29 +1,12 @@
-"""Adapter files: those of an export's own directory, and the paths that callers give."""
+"""Adapter files that callers give: as they are, or made of what PEFT saved."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.runtime.adapter_record import SUFFIX, record_path
-from gralora_fx.runtime.links import check_own_file
-from gralora_fx.runtime.names import ADAPTERS
-
-
-def own_adapters(directory: Path) -> dict[str, Path]:
-    """The adapter files in an export's directory, by name.
-
-    Raises:
-        ServingError: One of them, or its record, is a link out of the directory.
-    """
-    folder = directory / ADAPTERS
-    if folder.is_symlink():
-        raise ServingError(f"{folder} is a link; copy the directory itself into the export directory")
-    found = {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"*{SUFFIX}"))}
-    for path in found.values():
-        check_own_file(path, ServingError)
-        check_own_file(record_path(path), ServingError)
-    return found
+from gralora_fx.errors import ServingError
+from gralora_fx.runtime.adapter_name import SUFFIX
+from gralora_fx.sources.paths import usable_path
 
 
 def adapter_path(path: str | Path) -> Path:
@@ -32,11 +15,26 @@ def adapter_path(path: str | Path) -> Path:
     Raises:
         ServingError: It is not a path, a directory, or a file of another kind.
     """
-    try:
-        file = Path(path).absolute()
-        is_folder = file.is_dir()
-    except (TypeError, ValueError, OSError) as error:
-        raise ServingError(f"{shown(path)} is not the path of a file ({first_line(error)})") from error
-    if is_folder or file.suffix != SUFFIX:
-        raise ServingError(f"{file} is not an {SUFFIX} file; gralora-fx export-adapter makes one of a PEFT adapter")
+    file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
+    if file.is_dir() or file.suffix != SUFFIX:
+        raise ServingError(f"{file} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")
     return file
+
+
+def as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Path:
+    """An adapter as data of an export: the file itself, or one made of a directory that PEFT saved.
+
+    Args:
+        source: The file or the directory (see `given_adapter`).
+        onnx_dir: The export, which takes adapters as data.
+        folder: Where a file is made.
+        name: The adapter's name.
+
+    Raises:
+        GraloraError: It cannot be converted (see `export_adapter`).
+    """
+    if not source.is_dir():
+        return source
+    from gralora_fx.exporters.adapter import convert_adapter  # serving needs no exporter otherwise
+
+    return convert_adapter(source, onnx_dir, folder, name)

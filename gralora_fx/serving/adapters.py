@@ -1,26 +1,30 @@
-"""The adapters that a served model has: loaded once, checked, chosen by name in every call."""
+"""The adapters of a served model by name, in memory once, as each of its graphs takes them."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.runtime.adapter_arrays import as_arrays
-from gralora_fx.runtime.adapter_file import read_tensors, record_of, write_tensors
-from gralora_fx.runtime.adapter_inputs import BATCHED, INPUTS
+from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value
+from gralora_fx.runtime.adapter_file import read_tensors, record_in_memory
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.runtime.adapter_mix import mixed
-from gralora_fx.runtime.adapter_record import SUFFIX, AdapterRecord, check_name, check_rank, read_record, record_path
-from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter, with_adapter
+from gralora_fx.runtime.adapter_name import check_name
+from gralora_fx.runtime.adapter_record import AdapterRecord, check_rank, read_record
+from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter
+from gralora_fx.runtime.adapter_stack import AdapterStack, Stack, row_ids
+from gralora_fx.runtime.export_adapters import check_takes_adapters, own_adapters
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.serving.adapter_folder import adapter_path, own_adapters
+from gralora_fx.serving.adapter_folder import adapter_path
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,21 @@ class LoadedAdapter:
     """An adapter in memory.
 
     Attributes:
-        path: The file that it was read from.
+        name: What it is called.
+        path: The file that it was read from; None for a sum of others.
         record: What the file's record says.
-        values: Its tensors as a session takes them, by name.
-        session: The model's session, run with them.
+        tensors: Its tensors, by name.
     """
 
-    path: Path
+    name: str
+    path: Path | None
     record: AdapterRecord
-    values: Mapping[str, Any]
-    session: Any
+    tensors: Arrays
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Its tensors as a session takes them."""
+        return {name: as_ort_value(array) for name, array in self.tensors.items()}
 
 
 class Adapters(Mapping[str, LoadedAdapter]):
@@ -46,22 +55,19 @@ class Adapters(Mapping[str, LoadedAdapter]):
     Those in the export's own directory are loaded when they are first asked for.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, session: Any, max_rank: int | None = None) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, max_rank: int | None = None) -> None:
         """Start with none loaded.
 
         Args:
             directory: The export directory.
             manifest: Its manifest.
-            session: The session over its model.
             max_rank: The largest rank that an adapter may have; None for no limit.
         """
-        self._directory, self._manifest = directory, manifest
-        self._session, self._max_rank = session, max_rank
+        self._directory, self._manifest, self._max_rank = directory, manifest, max_rank
         self._loaded: dict[str, LoadedAdapter] = {}
-        self._lock = threading.Lock()
-        self._count = itertools.count()  # of sums
         inputs = manifest.adapter_inputs
-        self.base_session = session if inputs is None else with_adapter(session, adapter_values({}, inputs))
+        self._by_row = None if inputs is None else AdapterStack(inputs.by_row())
+        self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> LoadedAdapter:
         """An adapter that is loaded, or that the export's own directory holds.
@@ -69,16 +75,16 @@ class Adapters(Mapping[str, LoadedAdapter]):
         Raises:
             ServingError: There is none of the name, the export takes no adapters, or the file may not be used.
         """
-        self._check_takes_adapters()
+        self.inputs()
         if not isinstance(name, str):
-            raise ServingError(f"adapter must be one name or None, but got {shown(name)}: one adapter runs in a call")
+            raise ServingError(f"{shown(name)} is not the name of an adapter; give a text, or None for the base")
         found = self._loaded.get(name)
         if found is not None:
             return found
-        path = own_adapters(self._directory).get(name)
+        path = own_adapters(self._directory, ServingError).get(name)
         if path is None:
             names = listed(self.available()) or "none"
-            raise ServingError(f"no adapter {name!r}; there is {names}: load it with load_adapter")
+            raise ServingError(f"no adapter {shown(name)}; there is {names}: load it with load_adapter()")
         return self.load(name, path, exist_ok=True)
 
     def __iter__(self) -> Iterator[str]:
@@ -91,7 +97,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
 
     def available(self) -> list[str]:
         """Names of the adapters that are loaded, and of those that the export's own directory holds."""
-        return sorted({*self._loaded, *own_adapters(self._directory)})
+        return sorted({*self._loaded, *own_adapters(self._directory, ServingError)})
 
     def to_bind(self, name: str | None) -> dict[str, Any]:
         """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base.
@@ -99,27 +105,60 @@ class Adapters(Mapping[str, LoadedAdapter]):
         Raises:
             ServingError: There is no such adapter.
         """
-        inputs = self._check_takes_adapters()
-        return empty_adapter(inputs) | ({} if name is None else dict(self[name].values))
+        inputs = self.inputs()
+        return empty_adapter(inputs) | ({} if name is None else self[name].values)
 
-    def required(self, name: str | None) -> dict[str, Any]:
-        """The tensors that every run must be given, as arrays: none where they are initializers with a default.
+    def tensors_for(self, name: str | None, session: Any) -> dict[str, Any]:
+        """What a session over a graph with one adapter a run is fed, for an adapter or the base.
+
+        Args:
+            name: The adapter's name; None for the base.
+            session: The session.
 
         Raises:
             ServingError: There is no such adapter.
         """
         inputs = self._manifest.adapter_inputs
-        if inputs is None or inputs.mode != INPUTS:
-            return {}
-        return {tensor: value.numpy() for tensor, value in self.to_bind(name).items()}
+        values = {} if name is None else self[name].values
+        return values if inputs is None else adapter_values(values, inputs, session)
 
-    def session(self, name: str | None) -> Any:
-        """The session that runs with an adapter, or without one.
+    def stack(self, names: Sequence[str | None]) -> Stack:
+        """Adapters with all of some, each with an id.
 
         Raises:
-            ServingError: There is no such adapter.
+            ServingError: There is none of a name, or its file may not be used.
         """
-        return self.base_session if name is None else self[name].session
+        needed = [self[name].name for name in names if name is not None]
+        return self._stack.current(needed)
+
+    def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
+        """Adapters as rows hold them, those too that were unloaded or replaced since.
+
+        Args:
+            used: The adapters, each once.
+        """
+        if all(self._loaded.get(adapter.name) is adapter for adapter in used):
+            stack = self._stack.current([adapter.name for adapter in used])
+            if all(stack.has(adapter.tensors) for adapter in used):
+                return stack
+        own = AdapterStack(self.inputs().by_row())
+        for number, adapter in enumerate(used):
+            own.add(str(number), adapter.tensors)
+        return own.current()
+
+    def rows(self, adapter: object, feed: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has.
+
+        Args:
+            adapter: A name or None for all rows, or a list of one for each.
+            feed: The call's inputs; the first axis of the first is the batch.
+
+        Raises:
+            ServingError: An adapter is not there, or there are not as many names as rows.
+        """
+        names: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter]
+        stack = self.stack(names)
+        return {**stack.values, ADAPTER_IDS: row_ids(stack, adapter, next(iter(feed.values())).shape[0])}
 
     def load(self, name: str, path: str | Path, *, exist_ok: bool = False) -> LoadedAdapter:
         """Load an adapter file, checked against its record and the export.
@@ -132,21 +171,13 @@ class Adapters(Mapping[str, LoadedAdapter]):
         Raises:
             ServingError: The name is taken or invalid, or the file may not be used; the message says why.
         """
-        inputs = self._check_takes_adapters()
+        inputs = self.inputs()
         check_name(name, ServingError)
         file = adapter_path(path)
         record = read_record(file, ServingError)
         check_rank(file, record, self._max_rank, ServingError)
         tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
-        values = adapter_values(tensors, inputs)
-        adapter = LoadedAdapter(file, record, values, with_adapter(self._session, values))
-        with self._lock:
-            if name in self._loaded and exist_ok:
-                return self._loaded[name]
-            if name in self._loaded:
-                raise ServingError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
-            self._loaded = {**self._loaded, name: adapter}
-        return adapter
+        return self._add(LoadedAdapter(name, file, record, tensors), exist_ok=exist_ok)
 
     def mix(self, name: str, weights: Mapping[str, float]) -> LoadedAdapter:
         """Load the weighted sum of adapters under a name of its own; unloading one of them leaves the sum as it is.
@@ -159,55 +190,64 @@ class Adapters(Mapping[str, LoadedAdapter]):
             ServingError: The name is taken or invalid, there is no such adapter, a weight is not a finite number, or
                 the sum's rank is above the limit or its values are too large for their dtype.
         """
-        inputs = self._check_takes_adapters()
+        inputs = self.inputs()
         check_name(name, ServingError)
         if not isinstance(weights, Mapping) or not weights:
             raise ServingError(f"weights must be a dict from adapters to numbers, but got {shown(weights)}")
         wrong = [part for part, weight in weights.items() if not _is_number(weight)]
         if wrong:
             raise ServingError(f"the weight of {shown(wrong[0])} is {shown(weights[wrong[0]])}, not a finite number")
-        parts = [(as_arrays(self[part].values), float(weight)) for part, weight in weights.items()]
+        parts = [(self[part].tensors, float(weight)) for part, weight in weights.items()]
         configs = {part: {"weight": float(weights[part]), "config": self[part].record.config} for part in weights}
-        file = Path(self._folder.name) / f"{next(self._count)}{SUFFIX}"
         tensors = mixed(parts, inputs)
-        write_tensors(file, tensors)
-        record = record_of(file, name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
-        record_path(file).write_text(record.to_json(), encoding="utf-8")
-        return self.load(name, file)
+        large = [tensor for tensor, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+        if large:
+            raise ServingError(f"{large[0]} of {name!r} holds values that are not finite; give smaller weights")
+        record = record_in_memory(name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
+        check_rank(name, record, self._max_rank, ServingError)
+        return self._add(LoadedAdapter(name, None, record, tensors))
 
-    @cached_property
-    def _folder(self) -> tempfile.TemporaryDirectory[str]:
-        """Where sums are written, since onnxruntime-genai reads a file; made for the first."""
-        return tempfile.TemporaryDirectory(prefix="gralora-fx-")
-
-    def unload(self, name: str) -> LoadedAdapter:
-        """Forget an adapter, which is returned; calls that run with it end undisturbed.
+    def unload(self, name: str) -> None:
+        """Forget an adapter; calls that run with it end undisturbed.
 
         Raises:
             ServingError: It is not loaded.
         """
-        self._check_takes_adapters()
+        self.inputs()
         with self._lock:
-            if name not in self._loaded:
+            if not isinstance(name, str) or name not in self._loaded:
                 raise ServingError(f"no adapter {shown(name)} is loaded; loaded is {listed(self) or 'none'}")
-            found = self._loaded[name]
             self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
-        return found
+            self._stack.remove(name)
 
-    def _check_takes_adapters(self) -> Any:
-        inputs = self._manifest.adapter_inputs
-        if inputs is None:
-            raise ServingError(
-                f"{self._directory} takes no adapters: it was exported with adapters='merged'; export the model with "
-                "adapters='swappable'"
-            )
-        if inputs.mode == BATCHED:
-            raise ServingError(
-                f"the rows of {self._directory} have an adapter each; give them in a call, adapter=[...], or export "
-                "the model with adapters='swappable'"
-            )
-        return inputs
+    def _add(self, adapter: LoadedAdapter, *, exist_ok: bool = False) -> LoadedAdapter:
+        name = adapter.name
+        with self._lock:
+            if name in self._loaded and exist_ok:
+                return self._loaded[name]
+            if name in self._loaded:
+                raise ServingError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
+            self._stack.add(name, adapter.tensors)
+            self._loaded = {**self._loaded, name: adapter}
+        return adapter
+
+    @property
+    def _stack(self) -> AdapterStack:
+        self.inputs()  # an export that takes none says so
+        assert self._by_row is not None
+        return self._by_row
+
+    def inputs(self) -> AdapterInputs:
+        """The inputs of the export for adapters.
+
+        Raises:
+            ServingError: It takes none.
+        """
+        return check_takes_adapters(self._manifest, self._directory, ServingError)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of a whole number
+        return False

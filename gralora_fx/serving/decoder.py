@@ -1,48 +1,198 @@
-"""What `generate` and schedulers ask of a decoder, however its cache is kept."""
+"""A decoder as rows that open, read tokens in steps and close: what `generate`, schedulers and trials drive."""
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.serving.decoder_limits import DecoderLimits
-from gralora_fx.serving.token_choice import Choice, TokenChooser
+
+Source = Mapping[str, NDArray[Any]]
 
 
-class DecoderRows(Protocol):
-    """Prompts that run as one batch, a row each."""
+class Decoder(ABC):
+    """A decoder with room for some rows.
 
-    def step(self, choosers: Mapping[int, TokenChooser]) -> dict[int, Choice]:
-        """Choose the next token of some rows.
+    A caller opens a row for each prompt, lets rows read tokens in steps that they share, and closes the row. In one
+    step some rows may read a chunk of a prompt while others read the token that was chosen last; rows that are not
+    given tokens keep their cache. Every row has an adapter or none. What a row gives does not depend on the others.
+
+    Steps of several threads run one after the other.
+
+    Attributes:
+        limits: What a row can take.
+        rows: How many rows there are.
+        chunk: The most tokens that a row may read in a step.
+        gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
+    """
+
+    def __init__(
+        self, limits: DecoderLimits, *, rows: int, capacity: int | None, chunk: int, gives_all: bool = False
+    ) -> None:
+        """Make room for rows.
 
         Args:
-            choosers: Of each row that goes on, what chooses its tokens. A row that is left out is over.
+            limits: What the model can take.
+            rows: How many rows to have room for.
+            capacity: How many tokens of each, prompt and answer; None for the model's context.
+            chunk: The most tokens that a row may read in a step.
+            gives_all: Whether a step gives the logits after each token.
 
         Raises:
-            ServingError: The runtime fails.
+            ServingError: A size is not a count, or the capacity is above the model's context.
         """
-        ...
-
-
-class Decoder(Protocol):
-    """A decoder of prompts."""
+        if capacity is not None:
+            limits = limits.within(_count("capacity", capacity), "capacity")
+        self.limits, self.rows = limits, _count("rows", rows)
+        self.chunk = min(_count("chunk", chunk), limits.context)  # a row has room for no more
+        self.gives_all = gives_all
+        self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
+        self._lock = threading.Lock()
 
     @property
-    def limits(self) -> DecoderLimits:
-        """What it can take."""
-        ...
+    def capacity(self) -> int:
+        """How many tokens a row has room for."""
+        return self.limits.context
 
-    def rows(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, adapter: str | Sequence[str | None] | None
-    ) -> DecoderRows:
-        """Read prompts as one batch.
+    @property
+    def free(self) -> int:
+        """How many rows are free."""
+        return self.rows - len(self._lengths)
+
+    def length(self, row: int) -> int:
+        """How many tokens a row has read.
 
         Args:
-            prompts: Token ids of each, within the limits.
-            new_tokens: The most tokens that a row may add.
-            adapter: The adapter to run with, None for the base; of a batched export also one for each row.
+            row: Its number, as `open` gave it.
 
         Raises:
-            ServingError: There is no such adapter, or the runtime fails.
+            ServingError: The row is not open.
         """
-        ...
+        self._check_open(row)
+        return self._lengths[row]
+
+    def open(self, adapter: str | None = None, source: Source | None = None) -> int:
+        """Take a free row.
+
+        Args:
+            adapter: Its adapter; None for the base.
+            source: What an encoder-decoder's encoder reads, by name; None for a decoder.
+
+        Returns:
+            The row's number.
+
+        Raises:
+            ServingError: No row is free, there is no such adapter, or the source is not what the model takes.
+        """
+        with self._lock:
+            if not self.free:
+                raise ServingError(f"all {self.rows} rows are in use; close one first, or make more with rows=")
+            number = next(number for number in range(self.rows) if number not in self._lengths)
+            self._begin(number, adapter, source)
+            self._lengths[number] = 0
+            return number
+
+    def close(self, row: int) -> None:
+        """Free a row.
+
+        Args:
+            row: Its number, as `open` gave it.
+
+        Raises:
+            ServingError: The row is not open.
+        """
+        with self._lock:
+            self._check_open(row)
+            del self._lengths[row]
+            self._end(row)
+
+    def step(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens.
+
+        Args:
+            tokens: The tokens of each row that reads: a chunk of its prompt, or one that was chosen. All other rows
+                are idle.
+
+        Returns:
+            For each of these rows the logits after its last token, `[vocabulary]`; of an export with `logits="all"`
+            those after each, `[tokens, vocabulary]`.
+
+        Raises:
+            ServingError: A row is not open, its tokens are none, more than `chunk`, more than it has room for, or
+                outside the vocabulary, or ONNX Runtime fails; no row has read anything then.
+        """
+        with self._lock:
+            if not isinstance(tokens, Mapping):
+                raise ServingError(f"tokens must be a list of ids for each row that reads, but got {shown(tokens)}")
+            read = {number: self._tokens(number, given) for number, given in tokens.items()}
+            if not read:
+                return {}
+            try:
+                logits = self._run(read, {number: self._lengths[number] for number in read})
+            except ServingError:
+                raise
+            except Exception as failure:  # ONNX Runtime raises types of its own
+                sizes = [len(array) for array in read.values()]
+                raise ServingError(f"ONNX Runtime fails on rows of {sizes} tokens: {first_line(failure)}") from failure
+            for number, array in read.items():
+                self._lengths[number] += len(array)
+        return logits
+
+    @abstractmethod
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
+        """Get ready for a row that is opened."""
+
+    @abstractmethod
+    def _end(self, row: int) -> None:
+        """Let go what a row had."""
+
+    @abstractmethod
+    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens after as many as they have read, and give their logits as `step` does."""
+
+    def _tokens(self, number: int, given: Sequence[int]) -> NDArray[np.int64]:
+        self._check_open(number)
+        length = self._lengths[number]
+        try:
+            array = np.asarray(given)
+        except ValueError:
+            array = np.empty((0, 0))
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise ServingError(f"the tokens of row {number} are {shown(given)}; give a list of token ids")
+        if not 0 < len(array) <= self.chunk:
+            raise ServingError(
+                f"row {number} is given {len(array)} tokens, and reads 1 to {self.chunk} in a step; split them, or "
+                "leave an idle row out"
+            )
+        if length + len(array) > self.capacity:
+            raise ServingError(
+                f"row {number} has read {length} tokens and is given {len(array)}, more than its capacity of "
+                f"{self.capacity}; close it, or make room with capacity="
+            )
+        if (wrong := self.limits.outside(array.tolist())) is not None:
+            raise ServingError(
+                f"row {number} is given token {wrong}, outside the vocabulary of {self.limits.vocabulary} tokens"
+            )
+        return array.astype(np.int64)
+
+    def _check_open(self, number: object) -> None:
+        if not isinstance(number, int) or number not in self._lengths:
+            raise ServingError(f"row {shown(number)} is not open; give the number of one that is")
+
+
+def gives_all(session: Any) -> bool:
+    """Whether a graph gives the logits of every position, not of the last alone."""
+    logits = next(value for value in session.get_outputs() if value.name == "logits")
+    return bool(logits.shape[1] != 1)
+
+
+def _count(name: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ServingError(f"{name}={shown(value)} is not a count; give a whole number of at least 1")
+    return value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.sources.model_files import read_json_object
+from gralora_fx.sources.model_files import GENERATION_CONFIG, read_json_object
 
 _FIELD = "eos_token_id"
 
@@ -25,7 +25,7 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
     Raises:
         ServingError: The field is not an id or a list of ids.
     """
-    path = directory / "generation_config.json"
+    path = directory / GENERATION_CONFIG
     found = read_json_object(path, ServingError).get(_FIELD) if path.is_file() else None
     if found is None:
         text = config.get("text_config")

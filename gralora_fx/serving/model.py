@@ -11,13 +11,16 @@ import onnxruntime
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.tokenizers import load_tokenizer
-from gralora_fx.runtime.adapter_inputs import BATCHED, is_adapter_input
+from gralora_fx.runtime.adapter_inputs import is_adapter_input
+from gralora_fx.runtime.adapter_session import with_adapter
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
+from gralora_fx.runtime.export_adapters import own_adapters
 from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.links import check_own_file
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.names import QUERY_SEQLENS
+from gralora_fx.runtime.names import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.placement import (
     Placement,
@@ -27,18 +30,21 @@ from gralora_fx.runtime.placement import (
     warn_of_idle,
 )
 from gralora_fx.runtime.requirements import check_requirements
-from gralora_fx.runtime.session import Runtime, open_session, quiet_run
+from gralora_fx.runtime.session import CPU, Runtime, open_session, quiet_run
 from gralora_fx.serving.adapters import Adapters
 from gralora_fx.serving.answers import Answers
-from gralora_fx.serving.batched_generation import BatchedPrompts
 from gralora_fx.serving.decoder import Decoder
+from gralora_fx.serving.decoder_limits import DecoderLimits
+from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.feed import Feed
-from gralora_fx.serving.generation import Generator
-from gralora_fx.serving.opening import check_outside_files, check_unchanged, directory_of, read_config
+from gralora_fx.serving.flavours.reading import OpenExport
+from gralora_fx.serving.flavours.registry import reading_of
+from gralora_fx.serving.generation import Generation
+from gralora_fx.serving.opening import check_unchanged, directory_of, read_config
 from gralora_fx.serving.outputs import Outputs
-from gralora_fx.serving.prompts import given_prompts, stop_strings
-from gralora_fx.serving.row_adapters import RowAdapters, rows_feed
+from gralora_fx.serving.prompts import stop_strings
 from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.source_prompts import SourceOptions
 
 
 def load(
@@ -85,8 +91,6 @@ class OrtModel:
         directory: The export directory.
         manifest: What `gralora_export.json` says, typed.
         config: The model's `config.json`; empty if there is none.
-        input_names: Inputs of the graph.
-        output_names: Outputs of the graph.
     """
 
     def __init__(
@@ -97,37 +101,81 @@ class OrtModel:
         threads: int | None = None,
         check: bool = False,
         max_rank: int | None = None,
+        by_row: bool = False,
     ) -> None:
-        """Open an export; use `load`."""
+        """Open an export; use `load`, or `by_row` where every call of a model without a cache names rows' adapters."""
         self.directory = directory_of(export_dir)
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
         check_requirements(self.directory, self.manifest, ServingError)
-        check_outside_files(self.directory)
+        own_adapters(self.directory, ServingError)  # none of them is a link
+        check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
         self.config = read_config(self.directory)
         self._runtime, self._threads = runtime or Runtime(), threads
-        self.session = open_session(self.directory, self._runtime, error=ServingError)
-        self._rows = RowAdapters(self.directory, self.manifest, max_rank) if self._is_batched else None
-        self._adapters = Adapters(self.directory, self.manifest, self.session, max_rank)
-        taken = self._adapters.base_session.get_inputs()
-        inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
-        is_pair = isinstance(self.session, EncoderDecoderSession)
-        self._feed = Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
-        self.input_names = tuple(inputs)
-        self.output_names = tuple(value.name for value in self.session.get_outputs())
+        self._adapters = Adapters(self.directory, self.manifest, max_rank)
+        self._reading = reading_of(self.manifest.flavour, self.directory)
+        is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
+        self._is_rows = self.manifest.has_rows and self._reading.opens_rows(is_on_cpu, by_row)
+        self._first = self._open(ROWS_NAME if self._is_rows else MODEL_NAME)  # what is wrong with it is said now
         warn_of_idle(self._runtime, self.placement)
+
+    @cached_property
+    def session(self) -> Any:
+        """The `onnxruntime.InferenceSession` of `model.onnx`, or an `EncoderDecoderSession`, that calls run.
+
+        That of a decoder which has `model_rows.onnx` too is opened when it is first asked for: `generate` needs none.
+        """
+        return self._opened_later(MODEL_NAME) if self._is_rows else self._first
+
+    @cached_property
+    def rows_session(self) -> Any:
+        """The session of `model_rows.onnx`, in which the rows of a batch differ; None where there is none.
+
+        Of a model without a cache it is opened when rows first have an adapter each.
+        """
+        if self._is_rows:
+            return self._first
+        return self._opened_later(ROWS_NAME) if self._reading.calls_rows and self.manifest.has_rows else None
+
+    def _opened_later(self, name: str) -> Any:
+        check_unchanged(self.directory, self.manifest)
+        return self._open(name)
+
+    def _open(self, name: str) -> Any:
+        return open_session(self.directory, self._runtime, name=name, error=ServingError)
+
+    @cached_property
+    def input_names(self) -> tuple[str, ...]:
+        """Inputs of the graph that calls run, without those for adapters."""
+        return tuple(self._feed.inputs)
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """Outputs of the graph that calls run."""
+        return tuple(value.name for value in self._called.get_outputs())
+
+    @property
+    def _called(self) -> Any:
+        """A session whose inputs and outputs are those of calls, adapters aside."""
+        return self._first if self._reading.calls_rows else self.session
+
+    @cached_property
+    def _feed(self) -> Feed:
+        inputs = {value.name: value for value in self._called.get_inputs() if not is_adapter_input(value.name)}
+        is_pair = isinstance(self._called, EncoderDecoderSession)
+        return Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
 
     @cached_property
     def placement(self) -> Placement | None:
         """How many nodes of each operator every provider runs; None where the CPU is alone (see `placement_of`)."""
-        return placement_of(self.session)
+        return placement_of(self._first)
 
     def describe(self) -> str:
         """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
         kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
         lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
         lines += [
-            f"runs on {text}" for text in describe_providers(self._runtime, self.session, is_quantized=bool(kinds))
+            f"runs on {text}" for text in describe_providers(self._runtime, self._first, is_quantized=bool(kinds))
         ]
         lines += [] if self._threads is None else [f"threads: {self._threads}"]
         lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
@@ -163,7 +211,7 @@ class OrtModel:
             ServingError: The export takes no adapters, the name is taken, or the file is damaged, incomplete, or of
                 another base, rank or gralora_k than the export takes; nothing changes then.
         """
-        self._known.load(name, path)
+        self._adapters.load(name, path)
 
     def mix_adapters(self, name: str, weights: Mapping[str, float]) -> None:
         """Load the weighted sum of adapters as one more, exactly: its rank is the sum of theirs.
@@ -173,21 +221,20 @@ class OrtModel:
             weights: A weight for each adapter, by name: `{"summaries": 0.7, "german": 0.3}`.
 
         Raises:
-            ServingError: The name is taken, there is no such adapter, a weight is not a finite number, or rows of the
-                export have an adapter each.
+            ServingError: The name is taken, there is no such adapter, or a weight is not a finite number.
         """
         self._adapters.mix(name, weights)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; calls that run with it end undisturbed.
 
+        Args:
+            name: Its name.
+
         Raises:
             ServingError: It is not loaded.
         """
-        unloaded = self._known.unload(name)
-        decoder = vars(self).get("decoder")
-        if unloaded is not None and isinstance(decoder, Generator):  # onnxruntime-genai may have a copy of its own
-            decoder.copies.forget(unloaded.record.file_sha256)
+        self._adapters.unload(name)
 
     def bind_adapter(self, binding: Any, adapter: str | None) -> None:
         """Bind an adapter's tensors in an `onnxruntime.IOBinding` of `session`, for the runs that use the binding.
@@ -205,24 +252,17 @@ class OrtModel:
             binding.bind_ortvalue_input(name, value)
 
     @property
-    def adapters(self) -> Adapters | RowAdapters:
+    def adapters(self) -> Adapters:
         """The adapters that are loaded, by name."""
-        return self._known
-
-    @property
-    def _known(self) -> Adapters | RowAdapters:
-        return self._adapters if self._rows is None else self._rows
-
-    @property
-    def _is_batched(self) -> bool:
-        return self.manifest.adapters_mode == BATCHED
+        return self._adapters
 
     def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **inputs: Any) -> Outputs:
         """Run the model once.
 
         Args:
             *args: Not accepted: inputs are given by name.
-            adapter: Name of the adapter to run with, None for the base; of a batched export also one for each row.
+            adapter: Name of the adapter to run with, None for the base; or one for each row, of a model without a cache
+                whose export has `model_rows.onnx`.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
                 a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
                 Integers and floats are cast to the graph's dtypes.
@@ -234,7 +274,6 @@ class OrtModel:
             ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
                 of range.
         """
-        self._check_has_no_rows()
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
         parts = self._feed.parts({name: value for name, value in inputs.items() if value is not None})
@@ -251,9 +290,23 @@ class OrtModel:
 
     def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         """The session that runs a call with an adapter, or one for each row, and what to feed it besides."""
-        if self._rows is None:
-            return self._adapters.session(adapter), {}
-        return self.session, rows_feed(self._rows, adapter, feed)
+        if not (adapter is None or isinstance(adapter, str)):
+            return self._rows_for(adapter), self._adapters.rows(adapter, feed)
+        return with_adapter(self.session, self._adapters.tensors_for(adapter, self.session)), {}
+
+    def _rows_for(self, adapter: object) -> Any:
+        """The session of a call whose rows have an adapter each.
+
+        Raises:
+            ServingError: There is none: the export takes no adapters, or one in a call.
+        """
+        self._adapters.inputs()  # one that takes none says so
+        if self._reading.calls_rows and self.manifest.has_rows:
+            return self.rows_session
+        why = "" if self.manifest.rows is None or self.manifest.has_rows else f" ({self.manifest.rows})"
+        raise ServingError(
+            f"adapter must be one name or None, but got {shown(adapter)}: one adapter runs in a call{why}"
+        )
 
     def generate(
         self,
@@ -261,82 +314,102 @@ class OrtModel:
         *,
         input_ids: Any = None,
         attention_mask: Any = None,
+        input_features: Any = None,
+        language: str | None = None,
+        task: str | None = None,
+        forced_bos_token_id: int | None = None,
         stop: str | Sequence[str] = (),
         stream: bool = False,
         adapter: str | Sequence[str | None] | None = None,
         **sampling: Any,
     ) -> Any:
-        """Answer prompts; onnxruntime-genai keeps the cache, of a batched export this package.
+        """Answer prompts, each as if it were alone.
+
+        An encoder-decoder answers what its encoder reads, by the rules of `generation_config.json` (forced, suppressed
+        and repeated tokens, lengths) where no option takes their place.
 
         Args:
             prompts: A text, a chat as a list of messages (`{"role": ..., "content": ...}`, by the tokenizer's
-                template), a list of token ids, or a list of any of them, which run together.
+                template), a list of token ids, or a list of any of them, which run together. Of a model of speech a
+                recording: samples of one channel at the feature extractor's rate, or
+                `{"array": samples, "sampling_rate": rate}`.
             input_ids: Instead of prompts, a tokenizer's result: `generate(**tokenizer(texts, padding=True))`.
             attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
+            input_features: Instead of prompts, a feature extractor's result.
+            language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or that which
+                it hears.
+            task: `"transcribe"`, or `"translate"` into English; None for the model's default.
+            forced_bos_token_id: The token that an encoder-decoder's answer to a text begins with, such as that of the
+                language to translate into; None for the model's.
             stop: Strings that end an answer; they are not part of it.
             stream: Whether to return an iterator over pieces of text (of token ids, for prompts of ids).
-            adapter: Name of the adapter to answer with, None for the base; of a batched export also one for each.
+            adapter: Name of the adapter to answer with, None for the base; or a list of one for each prompt.
             **sampling: The fields of `Sampling`: `max_new_tokens`, `do_sample` and, to draw, `top_k`, `top_p`, `min_p`,
                 `temperature`, `seed`; `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
                 `min_new_tokens`, `eos_token_id` and `logprobs`.
 
         Returns:
-            The answer to one prompt, a list for a list of prompts: texts, or the new token ids for prompts of ids. With
-            `stream` an iterator over pieces, of lists of pieces for a list of prompts. With `logprobs` each answer or
-            piece is a `Scored`: the content, and the scores of its tokens.
+            The answer to one prompt, a list for a list of prompts: texts, or the new token ids for ids and features.
+            With `stream` an iterator over pieces, of lists of pieces for a list of prompts. With `logprobs` each answer
+            or piece is a `Scored`: the content, and the scores of its tokens.
 
         Raises:
-            ServingError: The export has no cache, onnxruntime-genai is not installed, a prompt is empty, too long or
-                holds ids out of range, or an option is unknown, invalid or without effect.
+            ServingError: The export has no cache, a prompt is empty, too long, not what the model reads or holds ids
+                out of range, or an option is unknown, invalid or without effect.
         """
-        self._check_generates()  # first: of an export that does not, no option is of use
+        generation = self._generation  # first: of an export that does not generate, no option is of use
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
         tokenizer = self._tokenizer_or_none
         stops = stop_strings(stop, tokenizer)
-        parsed = given_prompts(prompts, input_ids, attention_mask, tokenizer)
-        answers = Answers(self.decoder, parsed, tokenizer, chosen, stops, adapter)
+        options = SourceOptions(input_features, language, task, forced_bos_token_id)
+        parsed = generation.prompts(prompts, input_ids, attention_mask, options, adapter, tokenizer)
+        limits, open_decoder = generation.limits, generation.open_decoder
+        answers = Answers(open_decoder, limits, parsed, tokenizer, chosen, stops, adapter)
         return answers if stream else answers.result()
 
+    def decoder(self, *, rows: int = 8, capacity: int | None = None, chunk: int = 64) -> Decoder:
+        """The model as rows that open, step and close, which a scheduler drives.
+
+        On the CPU all rows run at once where the export has a graph for it (`model_rows.onnx`), else, and on other
+        execution providers, one after the other. A row of an encoder-decoder is opened with its source.
+
+        Args:
+            rows: How many rows to have room for.
+            capacity: How many tokens of each, prompt and answer; None for the model's context.
+            chunk: The most tokens that a row may read in a step.
+
+        Raises:
+            ServingError: The export has no cache, a size is not a count, or the capacity is above the model's context.
+        """
+        return self._generation.open_decoder(rows=rows, capacity=capacity, chunk=chunk)
+
+    @property
+    def limits(self) -> DecoderLimits:
+        """What a decoder can take: its vocabulary, context and end tokens.
+
+        Raises:
+            ServingError: The export has no cache, or its end tokens are not ids.
+        """
+        return self._generation.limits
+
+    @property
+    def encoder_inputs(self) -> EncoderInputs | None:
+        """Reads what the encoder of an encoder-decoder takes; None for a decoder.
+
+        Raises:
+            ServingError: The export has no cache, or its `generation_config.json` cannot be followed.
+        """
+        return self._generation.encoder_inputs
+
     @cached_property
-    def decoder(self) -> Decoder:
-        """The model as a decoder of prompts, which `generate` and schedulers drive.
-
-        Raises:
-            ServingError: It has no cache, onnxruntime-genai is needed and cannot load it, or the configuration names no
-                context.
-        """
-        self._check_generates()
+    def _generation(self) -> Generation:
         check_unchanged(self.directory, self.manifest)
-        if self._rows is not None:
-            return BatchedPrompts(self.session, self._rows, self.directory, self.config, self.manifest.position_offset)
-        assert isinstance(self._adapters, Adapters)
-        return Generator(self.directory, self._runtime, self._adapters, self._threads)
-
-    def _check_has_no_rows(self) -> None:
-        """Check that the export is not a batched decoder, whose caches are buffers and whose rows have lengths.
-
-        Raises:
-            ServingError: It is one.
-        """
-        if QUERY_SEQLENS in self.input_names:
-            raise ServingError(
-                f"{self.directory} is a batched decoder, whose rows have caches that single calls do not keep; call "
-                "generate, or open it as gralora_fx.serving.BatchedDecoder"
-            )
-
-    def _check_generates(self) -> None:
-        if not any(name.startswith("past_key_values.") for name in self.input_names):
-            raise ServingError(
-                f"this export (task {self.task!r}) has no cache, so it cannot generate; "
-                "export the model for a task with one, such as text-generation-with-past"
-            )
-        if isinstance(self.session, EncoderDecoderSession):
-            raise ServingError(
-                "onnxruntime-genai does not run an encoder-decoder in this layout; generate with optimum's "
-                "ORTModelForSeq2SeqLM or ORTModelForSpeechSeq2Seq, or with transformers.js: they read this directory"
-            )
+        export = OpenExport(
+            self.directory, self.manifest, self.config, self._adapters, self._first, has_rows=self._is_rows
+        )
+        return self._reading.generation(export)
 
     @cached_property
     def _tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:

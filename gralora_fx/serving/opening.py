@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.errors import ServingError, first_line
-from gralora_fx.runtime.genai_schema import CONFIG_NAME, read_genai_config
+from gralora_fx.errors import ServingError
 from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.serving.adapter_folder import own_adapters
 from gralora_fx.sources.model_files import read_json_object
+from gralora_fx.sources.paths import usable_path
 
 
 def directory_of(export_dir: str | Path) -> Path:
@@ -18,12 +17,7 @@ def directory_of(export_dir: str | Path) -> Path:
     Raises:
         ServingError: It is not a path.
     """
-    try:
-        path = Path(export_dir).absolute()
-        path.is_dir()  # so that an invalid path raises here
-    except (TypeError, ValueError, OSError) as error:
-        raise ServingError(f"{export_dir!r:.80} is not the path of a directory ({first_line(error)})") from error
-    return path
+    return usable_path(export_dir, ServingError, remedy="give the directory of an export").absolute()
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -34,18 +28,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     return read_json_object(path, ServingError) if path.is_file() else {}
-
-
-def check_outside_files(directory: Path) -> None:
-    """Check that nothing in a directory leads out of it, as far as it is read later than the model.
-
-    Raises:
-        ServingError: An adapter's file is a link, or `genai_config.json` has what no export writes, such as a library
-            to load.
-    """
-    own_adapters(directory)
-    if (directory / CONFIG_NAME).exists():
-        read_genai_config(directory, ServingError)
 
 
 def check_unchanged(directory: Path, manifest: Manifest) -> None:

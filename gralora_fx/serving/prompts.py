@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
+from gralora_fx.serving.decoder import Source
+from gralora_fx.serving.encoder_inputs import EncoderInput
+from gralora_fx.serving.sampling import Sampling
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -22,14 +25,29 @@ class Prompts:
     """Prompts as token ids.
 
     Attributes:
-        rows: The ids of each, without padding.
+        rows: The ids of each, without padding: what the decoder reads before it answers.
         is_single: Whether one prompt was given, rather than a list.
         gives_text: Whether the answers are texts, rather than ids.
+        sources: Of an encoder-decoder what the encoder reads of each; none of a decoder.
     """
 
     rows: list[list[int]]
     is_single: bool
     gives_text: bool
+    sources: Sequence[EncoderInput] = ()
+
+    @property
+    def new_tokens(self) -> list[int | None]:
+        """The most tokens that the model says for each answer, if it does; none of a decoder."""
+        return [source.rules.new_tokens(len(self.rows[index])) for index, source in enumerate(self.sources)]
+
+    def arrays(self, index: int) -> Source | None:
+        """What the encoder reads of a prompt, by name; None of a decoder."""
+        return self.sources[index].arrays if self.sources else None
+
+    def rules(self, index: int, sampling: Sampling, new_tokens: int) -> list[Any]:
+        """What the model's own rules change of the logits of an answer (see `EncoderInput.processors`)."""
+        return self.sources[index].processors(sampling, self.rows[index], new_tokens) if self.sources else []
 
 
 def given_prompts(

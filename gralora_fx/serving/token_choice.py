@@ -43,17 +43,20 @@ class TokenChooser:
         takes_likeliest: Whether the likeliest token is taken as it is, so that a runtime may do so itself.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], ends: frozenset[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], ends: frozenset[int], rules: Sequence[Any] = ()
+    ) -> None:
         """Prepare the processors, in the order of transformers' `generate`.
 
         Args:
             sampling: How tokens are chosen.
             prompt: The tokens before the answer.
             ends: Ids of the tokens that end the answer.
+            rules: The processors of the model itself, which come after those of the options.
         """
         self._ids = list(prompt)
         self._top = sampling.logprobs
-        self._processors = LogitsProcessorList([*_penalties(sampling, len(prompt), ends)])
+        self._processors = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
         self._reads_ids = bool(self._processors)
         self._generator: torch.Generator | None = None
         if sampling.do_sample:

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from gralora_fx.errors import GraloraError, shown
+from gralora_fx.errors import GraloraError
+from gralora_fx.sources.paths import usable_directory
 
 _COMMIT = ".gralora-commit"
 _STAGE = ".gralora-stage-"
@@ -53,10 +54,10 @@ def save_together(
     """
     if not folders:
         return
+    path = usable_directory(directory, error, remedy="give another directory", writes=True).absolute()
     created: list[Path] = []
     happened = False
     try:
-        path = _checked(directory)
         _make_folder(path, created)
         if _of_one_owner(path.parent / _COMMIT, path):
             _settle(path.parent)
@@ -75,7 +76,7 @@ def save_together(
                 "there, and the next save moves them"
             ) from failure
         _remove_empty(created)
-        raise error(f"cannot write {_name(directory)} ({reason}); give another directory") from failure
+        raise error(f"cannot write {path} ({reason}); give another directory") from failure
 
 
 def read_together(directory: Path, names: Sequence[str], read: Callable[..., T]) -> T:
@@ -131,14 +132,6 @@ def _version(path: Path) -> tuple[Path, tuple[int, ...] | None]:
     except OSError:
         return path, None
     return path, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
-
-
-def _checked(directory: str | Path) -> Path:
-    if directory == "":
-        raise ValueError("it is empty")
-    path = Path(directory).absolute()
-    path.exists()  # raises for a zero byte, or a name that is too long
-    return path
 
 
 def _make_folder(path: Path, created: list[Path]) -> None:
@@ -255,8 +248,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _name(directory: object) -> str:
-    text = str(directory)
-    return text if text.isprintable() and len(text) < 300 else shown(directory)

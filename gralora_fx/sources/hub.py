@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gralora_fx.errors import GraloraError, shown
+from gralora_fx.sources.paths import usable_path
 
 
 def resolve_directory(
@@ -26,18 +27,14 @@ def resolve_directory(
     Raises:
         GraloraError: Of the given type, when neither such a directory nor a reachable repository exists.
     """
-    try:
-        path, name = Path(name_or_path), str(name_or_path)
-        if path.is_dir() and name:
-            return path
-        is_file = path.is_file()
-    except (OSError, ValueError, TypeError) as failure:  # too long, with a zero byte, or not a path at all
-        reason = getattr(failure, "strerror", None) or str(failure)
-        raise error(f"{shown(name_or_path)} is not a usable path ({reason}); give a directory or a hub id") from failure
-    if is_file:
+    remedy = "give a directory or a hub id"
+    path, name = usable_path(name_or_path, error, remedy=remedy), str(name_or_path)
+    if path.is_dir():
+        return path
+    if path.is_file():
         raise error(f"{path} is a file; give the directory that holds it")
-    if not name or not name.isprintable():
-        raise error(f"{shown(name_or_path)} is not a usable path; give a directory or a hub id")
+    if not name.isprintable():
+        raise error(f"{shown(name_or_path)} is not a usable path; {remedy}")
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise error(f"no directory {path}; give an existing directory or a hub id")
     from huggingface_hub import snapshot_download  # the hub client is slow to import and seldom needed

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import GraloraError
+from gralora_fx.sources.directory_kind import EXPORT_FILE, MODEL_FILE, described
+from gralora_fx.sources.paths import usable_path
 
-_CONFIG_FILES = ("config.json", "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+_CONFIG_FILES = (MODEL_FILE, GENERATION_CONFIG)
 
 
 def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
@@ -42,27 +44,21 @@ def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
     Raises:
         GraloraError: Of the given type: the name is a file, or not a valid path.
     """
-    path = Path(name)
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or failure
-        raise error(
-            f"{str(name)[:80]!r} is not a valid path ({reason}); give a local directory or a hub id"
-        ) from failure
-    if not stat.S_ISDIR(mode):
+    path = usable_path(name, error, remedy="give a local directory or a hub id")
+    if path.is_dir():
+        return path
+    if path.exists():
         raise error(f"{path} is not a directory; give the directory that holds it")
-    return path
+    return None
 
 
-def check_model_files(name: str | Path, error: type[GraloraError]) -> Path | None:
+def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: str | None = None) -> Path | None:
     """Check that a local directory is a saved model, before anything is loaded.
 
     Args:
         name: Local directory or hub id.
         error: The error type to raise.
+        named_by: The adapter whose configuration names this model, where nobody gave it otherwise.
 
     Returns:
         The local directory; None for a hub id, which is not checked.
@@ -71,6 +67,14 @@ def check_model_files(name: str | Path, error: type[GraloraError]) -> Path | Non
         GraloraError: Of the given type: the directory does not exist, has no `config.json`, or a configuration file is
             damaged.
     """
+    if named_by is not None:
+        try:
+            return check_model_files(name, error)
+        except error as problem:
+            reason = str(problem).partition("; give ")[0]
+            raise error(
+                f"{reason}; it is the base that {named_by} names, so give where it is as model=..."
+            ) from problem
     directory = local_directory(name, error)
     if directory is None:
         if Path(name).is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
@@ -79,7 +83,11 @@ def check_model_files(name: str | Path, error: type[GraloraError]) -> Path | Non
             )
         return None
     if not (directory / _CONFIG_FILES[0]).is_file():
-        raise error(f"no {_CONFIG_FILES[0]} in {directory}; give the directory of a saved model")
+        raise error(
+            f"no {_CONFIG_FILES[0]} in {directory}, which {described(directory)}; give the directory of a saved model"
+        )
+    if (directory / EXPORT_FILE).is_file():
+        raise error(f"{directory} is an export, not a model; give the directory of the model that it was made from")
     check_json_objects(directory, _CONFIG_FILES, error)
     return directory
 

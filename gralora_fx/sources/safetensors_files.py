@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from gralora_fx.compat.transformers_loading import (
@@ -23,32 +19,7 @@ from gralora_fx.compat.transformers_loading import (
 )
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.sources.lazy_tensors import with_source
-
-SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file; calling it reads it. The file is open only while it is read."""
-
-    file: Path
-    key: str
-
-    def __call__(self) -> Tensor:
-        """The values, mapped from the file.
-
-        Raises:
-            CheckpointError: The file cannot be read.
-        """
-        with _opened(self.file) as file:
-            tensor: Tensor = file.get_tensor(self.key)
-        return tensor
-
-    def facts(self) -> tuple[list[int], str]:
-        """Shape and dtype from the file's header."""
-        with _opened(self.file) as file:
-            part = file.get_slice(self.key)
-            return list(part.get_shape()), str(part.get_dtype())
+from gralora_fx.sources.stored_tensors import StoredTensor, stored_tensors
 
 
 def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -105,45 +76,6 @@ def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = 
     return model
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a saved model by their keys, from a single file or several with an index.
-
-    Raises:
-        CheckpointError: There are none, the index is damaged, or it names a file outside the directory.
-    """
-    file, index = directory / SINGLE_NAME, directory / INDEX_NAME
-    if file.is_file():  # which transformers prefers too
-        with _opened(file) as opened:
-            return {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118  # it is not a mapping
-    if not index.is_file():
-        raise CheckpointError(
-            f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
-            "save the model with transformers, as safetensors"
-        )
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {key: directory / name for key, name in weight_map.items() if Path(name).name == name}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error}); copy or save the model again") from error
-    if len(files) != len(weight_map):
-        outside = sorted({str(name) for name in weight_map.values() if Path(name).name != name})
-        raise CheckpointError(
-            f"{index} names {', '.join(outside)}, outside its directory; do not trust it, or save it again"
-        )
-    return {key: StoredTensor(file, key) for key, file in files.items()}
-
-
-def check_readable(directory: Path) -> None:
-    """Check that the safetensors files of a directory have readable headers and are complete.
-
-    Raises:
-        CheckpointError: A file does not; it is named.
-    """
-    for file in sorted(directory.glob("*.safetensors")):
-        with _opened(file):
-            pass
-
-
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
     """The model's names for the keys of its files, as transformers renames them when it loads the model.
 
@@ -191,15 +123,6 @@ def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str
     if dtype not in ("F64", "F32", "F16", "BF16"):
         return [f"{name} is {dtype} in {stored.file.name}, not a float tensor; it may be quantized"]
     return []
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); copy or save the model again") from error
 
 
 @contextmanager

@@ -11,17 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from gralora_fx.errors import CheckpointError
 
 _LENGTH = 8  # bytes at the beginning of a file: the length of its header
 _METADATA = "__metadata__"
 _BLOCK = 2**19  # values that are checked at a time
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+FLOATS: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_EXPONENTS = {FLOATS["F16"]: np.uint16(0x7C00), FLOATS["BF16"]: np.uint16(0x7F80)}  # all set: infinite or no number
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def read_layout(file: Path) -> Layout:
         CheckpointError: It cannot be read, is cut short, or is not a safetensors file.
     """
     try:
-        with safe_open(file, framework="pt"):  # which checks the header and the size of the file
+        with safe_open(file, framework="np"):  # which checks the header and the size of the file
             pass
         with file.open("rb") as opened:
             data = _LENGTH + int.from_bytes(opened.read(_LENGTH), "little")
@@ -126,18 +132,23 @@ def opened_for_reading(file: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def read_into(handle: int, values: Tensor, offset: int) -> None:
-    """Fill a contiguous tensor with bytes of a file.
+def bytes_of(values: NDArray[Any]) -> memoryview:
+    """The bytes of an array whose values follow each other, for reading and writing; of bfloat16 too."""
+    return memoryview(values.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # arrays are buffers
+
+
+def read_into(handle: int, values: NDArray[Any], offset: int) -> None:
+    """Fill a contiguous array with bytes of a file.
 
     Args:
         handle: Descriptor of the file.
-        values: Tensor to fill.
+        values: Array to fill.
         offset: Offset of its first byte.
 
     Raises:
         CheckpointError: The file has become shorter.
     """
-    view = memoryview(values.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+    view = bytes_of(values)
     while view:
         count = os.preadv(handle, [view], offset)
         if not count:
@@ -145,7 +156,7 @@ def read_into(handle: int, values: Tensor, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def read_tensor(handle: int, extent: Extent) -> Tensor:
+def read_tensor(handle: int, extent: Extent) -> NDArray[Any]:
     """The values of a float tensor, in memory of their own.
 
     Args:
@@ -155,7 +166,7 @@ def read_tensor(handle: int, extent: Extent) -> Tensor:
     Raises:
         CheckpointError: The file has become shorter.
     """
-    values = torch.empty(extent.shape, dtype=FLOATS[extent.dtype])
+    values = np.empty(extent.shape, FLOATS[extent.dtype])
     read_into(handle, values, extent.begin)
     return values
 
@@ -163,7 +174,7 @@ def read_tensor(handle: int, extent: Extent) -> Tensor:
 def all_finite(handle: int, extent: Extent) -> bool:
     """Whether all values of a float tensor are finite, which are read some at a time."""
     dtype = FLOATS[extent.dtype]
-    part = torch.empty(min(extent.numel, _BLOCK), dtype=dtype)
+    part = np.empty(min(extent.numel, _BLOCK), dtype)
     for first in range(0, extent.numel, _BLOCK):
         values = part[: min(_BLOCK, extent.numel - first)]
         read_into(handle, values, extent.begin + first * dtype.itemsize)
@@ -172,9 +183,14 @@ def all_finite(handle: int, extent: Extent) -> bool:
     return True
 
 
-def extremes_are_finite(values: Tensor) -> bool:
+def extremes_are_finite(values: NDArray[Any]) -> bool:
     """Whether all values are finite: the extremes are not where any value is not, and cost less than each."""
-    return not values.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
+    if not values.size:
+        return True
+    if values.dtype.itemsize < 4:  # of half precision, whose extremes numpy finds slowly: by the bits of the exponent
+        exponent = _EXPONENTS[values.dtype]
+        return not bool(((values.view(np.uint16) & exponent) == exponent).any())
+    return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 def element_rows(extent: Extent, most: int) -> Iterator[tuple[int, int]]:

@@ -37,7 +37,7 @@ _OTHER_MODELS = (
 )
 _TOKENIZING = ("processing_kwargs", "query_length", "document_length")
 _ACTIVATIONS = "torch.nn.modules."
-_REMEDY = "take --task feature-extraction (task='feature-extraction') to export the transformer alone"
+_REMEDY = "take task='feature-extraction' to export the transformer alone"
 
 
 @dataclass(frozen=True)

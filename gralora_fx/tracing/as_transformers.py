@@ -172,7 +172,11 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return {}
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The labels shifted right, for collators that feed an encoder-decoder's decoder."""
+        """The labels shifted right, for collators that feed an encoder-decoder's decoder.
+
+        Args:
+            labels: Token ids `[batch, length]`, -100 where the loss leaves one out.
+        """
         return decoder_inputs(labels, self.config, self.traced.shift_labels)
 
     def _check_positions(self, mask: Tensor | None) -> None:

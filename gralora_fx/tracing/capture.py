@@ -77,9 +77,10 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
 def _operators(model: PreTrainedModel) -> Iterator[None]:
     """Let a decoder call single operators for attention and for functions recognised by their code.
 
-    The nodes get no stack traces, which take a tenth of the time; each still records its module.
+    The nodes get no stack traces, which take a tenth of the time; each still records its module. torch 2.11 has no such
+    switch, and collects them.
     """
-    without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True)
+    without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
     with fused_attention(model), llama_functions_as_operators(model), shape_only_ops(), without_stacks:
         yield
 

@@ -29,7 +29,8 @@ _REASONS = (
         "tensors of two devices meet; put the model and the example inputs on one",
     ),
 )
-_UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+)'> in output, which is not a known type")
+# of torch 2.11 for a set, which alone gets so far
+_UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+)'> in output, which is not a known type|unhashable type: '(set)'")
 _OWN = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
 _STDLIB, _SITE = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
@@ -44,7 +45,7 @@ def reason(error: BaseException) -> str:
     text = str(error)
     unknown = _UNKNOWN_OUTPUT.search(text)
     if unknown is not None:
-        name = unknown[1].rsplit(".", 1)[-1]
+        name = (unknown[1] or unknown[2]).rsplit(".", 1)[-1]
         return (
             f"the forward returns a {name}, which a graph cannot make; return tensors, or a tuple, list, dict or "
             "dataclass of them"

@@ -45,7 +45,7 @@ def at_image_size(model: nn.Module, inputs: Inputs, constants: Inputs, image_siz
         return inputs, constants
     if not _takes_images(inputs):
         raise TraceError(
-            f"image_size is for models that take images, {IMAGES} of [batch, channels, height, width], and "
+            f"image_size=... is for models that take images, {IMAGES} of [batch, channels, height, width], and "
             f"{type(model).__name__} takes {', '.join(inputs)}; leave it out"
         )
     if isinstance(image_size, (tuple, list)):

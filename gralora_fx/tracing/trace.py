@@ -94,7 +94,9 @@ def trace(
     arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
     sentence = sentence_modules_of(model, task, sentence_modules)
     if image_size is not None and isinstance(model, (torch.export.ExportedProgram, fx.GraphModule)):
-        raise TraceError("image_size is for live models; this one is traced already, for the sizes that it takes")
+        raise TraceError(
+            "image_size has no effect on a graph, which was traced for the sizes that it takes; leave it out"
+        )
     if isinstance(model, torch.export.ExportedProgram):
         return trace_program(model, arguments, task)
     if isinstance(model, fx.GraphModule):

@@ -117,6 +117,9 @@ class TracedModel:
     def site(self, path: str) -> LinearSite:
         """The linear layer at a module path.
 
+        Args:
+            path: The path, as in `sites`.
+
         Raises:
             TargetError: There is none.
         """
@@ -196,6 +199,10 @@ class TracedModel:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one call by name, with the source model's defaults.
 
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+
         Raises:
             TraceError: An input is missing, given twice, of another structure than the example's, was not part of the
                 trace, or a mask does not cover all positions; or an argument that is part of the graph has another
@@ -216,7 +223,11 @@ class TracedModel:
         return inputs
 
     def train(self, mode: bool = True) -> TracedModel:
-        """Switch dropout, attention dropout and batch statistics as the source model's `train()` does."""
+        """Switch dropout, attention dropout and batch statistics as the source model's `train()` does.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
         self.graph_module.train(mode)
         if set_mode(self.graph_module.graph, mode):
             self.graph_module.recompile()
@@ -228,7 +239,12 @@ class TracedModel:
         return self.train(False)
 
     def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
-        """The same model with another graph, such as one with folded weights."""
+        """The same model with another graph, such as one with folded weights.
+
+        Args:
+            graph_module: The graph.
+            tree: The modules that hold its parameters.
+        """
         return TracedModel(
             graph_module,
             tree=tree,

@@ -128,6 +128,7 @@ def test_a_trained_head_of_ours_loads_in_peft(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.quick
 def test_keys_are_pefts() -> None:
     model = rewrite(traced("bert"), GraloraConfig(r=8, hybrid_r=4, target_modules={"layer.0.attention.self.query"}))
     path = "base_model.model.bert.encoder.layer.0.attention.self.query"

@@ -1,4 +1,4 @@
-"""One decoder from a tiny random model to greedy tokens of its export, beside transformers' own generation."""
+"""One decoder from a tiny random model to the answers of its export, beside transformers' own generation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.decoder_steps import DecoderSteps, greedy_tokens
 from gralora_fx.runtime.session import open_session
+from gralora_fx.serving import load
+from gralora_fx.serving.answers import Scored
 
 NEW_TOKENS = 8
+LENGTHS, ANSWER = (
+    (15, 4, 7),
+    12,
+)  # windows of tiny models are smaller than differences between prompts, and than answers
+TOLERANCE = 1e-3  # of a log-probability
 K = 2
 TASK = "text-generation-with-past"
 
@@ -29,12 +36,20 @@ class Checked:
         plain: The others, each with the reason.
         equal: Whether every prompt's greedy tokens are the model's.
         sites: Linear layers with adapters.
+        answers: How the answers of `generate` to prompts of unequal length differ, given together or alone, from
+            transformers'; empty if they do not.
     """
 
     fused: int
     plain: dict[str, str]
     equal: bool
     sites: int
+    answers: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether all tokens are the model's."""
+        return self.equal and not self.answers
 
 
 def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
@@ -72,7 +87,57 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
         for ids, mask in prompts(model)
     )
     assert report.attention is not None
-    return Checked(report.attention.fused, dict(report.attention.plain), equal, len(traced.sites))
+    plain = dict(report.attention.plain)
+    return Checked(report.attention.fused, plain, equal, len(traced.sites), differing_answers(model, directory))
+
+
+def differing_answers(model: PreTrainedModel, directory: Path) -> str:
+    """How answers of an export differ from transformers', which reads each prompt alone; empty if they do not.
+
+    Args:
+        model: The model, with the export's weights.
+        directory: The export.
+    """
+    served = load(directory, threads=1)
+    ends = served.limits.ends
+    size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(3, size - 1, (length,), generator=generator).tolist() for length in LENGTHS]
+    texts.append([*texts[1][:-1], size - 1])  # the token that pads rows
+    expected = [alone(model, text, ends) for text in texts]
+    together = served.generate(texts, max_new_tokens=ANSWER, logprobs=0)
+    singly = [served.generate(text, max_new_tokens=ANSWER, logprobs=0) for text in texts]
+    problems = []
+    for how, answers in (("together", together), ("alone", singly)):
+        for text, answer, reference in zip(texts, answers, expected, strict=True):
+            if problem := _difference(answer, reference):
+                problems.append(f"{len(text)} tokens {how}: {problem}")
+    return "; ".join(problems)
+
+
+def alone(model: PreTrainedModel, text: list[int], ends: frozenset[int]) -> tuple[list[int], list[float]]:
+    """Tokens by transformers up to one that ends an answer, and the log-probability of each."""
+    _end_nowhere(model)
+    ids = torch.tensor([text])
+    result = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = result.sequences[0, len(text) :].tolist()
+    tokens = tokens[: next((place for place, token in enumerate(tokens) if token in ends), None)]
+    return tokens, [float(row[0].log_softmax(-1)[token]) for row, token in zip(result.logits, tokens, strict=False)]
+
+
+def _difference(answer: Scored, reference: tuple[list[int], list[float]]) -> str:
+    tokens, scores = reference
+    if answer.content != tokens:
+        return f"{answer.content} instead of {tokens}"
+    gap = max((abs(score.logprob - other) for score, other in zip(answer.scores, scores, strict=True)), default=0.0)
+    return f"a log-probability differs by {gap:.1e}" if gap > TOLERANCE else ""
 
 
 def prompts(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,8 +154,13 @@ def prompts(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
 
 def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """`[batch, NEW_TOKENS]` by transformers."""
+    _end_nowhere(model)
+    result = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return result[:, ids.shape[1] :]
+
+
+def _end_nowhere(model: PreTrainedModel) -> None:
+    """Let transformers go on after tokens that would end an answer."""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     model.generation_config.forced_eos_token_id = None
-    result = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return result[:, ids.shape[1] :]

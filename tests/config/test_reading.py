@@ -171,7 +171,7 @@ def test_what_is_not_a_path_is_one_clear_error(path: Any) -> None:
 
 def test_links_in_a_circle_and_folders_in_place_of_files(tmp_path: Path) -> None:
     os.symlink("loop", tmp_path / "loop")
-    with pytest.raises(ConfigError, match=r"no directory .*loop"):
+    with pytest.raises(ConfigError, match=r"loop is not a usable path \(Too many levels of symbolic links\)"):
         GraloraConfig.from_pretrained(tmp_path / "loop")
     os.symlink(NAME, tmp_path / NAME)
     with pytest.raises(ConfigError, match=f"no {NAME} in"):

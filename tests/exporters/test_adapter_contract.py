@@ -22,7 +22,8 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.onnx_passes import insert_adapters
 from gralora_fx.runtime.adapter_file import read_tensors, record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterSite
-from gralora_fx.runtime.adapter_record import read_record, record_path
+from gralora_fx.runtime.adapter_name import record_path
+from gralora_fx.runtime.adapter_record import read_record
 from gralora_fx.runtime.manifest import read_manifest
 
 CACHED = "text-generation-with-past"
@@ -38,7 +39,7 @@ def decoder(targets: Any, **options: Any) -> GraloraModel:
 # -- the tensors -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "mode"), [("llama", "swappable"), ("bert", "swappable"), ("llama", "inputs")])
+@pytest.mark.parametrize(("name", "mode"), [("llama", "data"), ("bert", "data"), ("llama", "inputs")])
 def test_tensors_have_the_names_and_shapes_of_the_contract(exports: Exports, name: str, mode: str) -> None:
     served = exports.adapted(name, 2, mode)
     session, inputs = served.session, served.manifest.adapter_inputs
@@ -58,7 +59,7 @@ def test_tensors_have_the_names_and_shapes_of_the_contract(exports: Exports, nam
     assert {value.type for value in taken if value.name in shapes} == {"tensor(float)"}
 
 
-def test_defaults_of_swappable_tensors_have_rank_0(exports: Exports) -> None:
+def test_defaults_of_overridable_tensors_have_rank_0(exports: Exports) -> None:
     served = exports.adapted("llama", 2)
     graph = onnx.load(served.directory / "model.onnx", load_external_data=False).graph
     defaults = {tensor.name: list(tensor.dims) for tensor in graph.initializer if ".gralora_" in tensor.name}
@@ -163,7 +164,7 @@ def _left_out(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 # -- precision and quantization ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["swappable", "inputs"])
+@pytest.mark.parametrize("mode", ["data", "inputs"])
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
@@ -198,7 +199,7 @@ def test_other_precisions_are_near_peft(exports: Exports, options: dict[str, Any
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory: pytest.TempPathFactory) -> tuple[GraloraModel, Path]:
     model, path = decoder(["q_proj", "k_proj", "o_proj"]), tmp_path_factory.mktemp("verified") / "onnx"
-    assert export_onnx(model, path, adapters="swappable").verification.passed  # type: ignore[union-attr]
+    assert export_onnx(model, path, adapters="data").verification.passed  # type: ignore[union-attr]
     return model, path
 
 
@@ -257,7 +258,7 @@ def test_an_export_with_adapters_at_the_wrong_place_is_not_written(
 
     monkeypatch.setattr(insert_adapters._Insertion, "_tensors", of_the_other_layer)
     with pytest.raises(ExportError, match="differ"):
-        export_onnx(decoder(["q_proj", "o_proj"]), tmp_path / "onnx", adapters="swappable")
+        export_onnx(decoder(["q_proj", "o_proj"]), tmp_path / "onnx", adapters="data")
     assert not (tmp_path / "onnx").exists()
 
 
@@ -267,7 +268,9 @@ def test_an_adapter_that_the_export_lacks_is_named(verified: tuple[GraloraModel,
     model.add_adapter("another", GraloraConfig(r=2, target_modules=["q_proj"], init_weights=False))
     model.set_adapter("another")
     try:
-        with pytest.raises(ExportError, match=r"'another' is not in .*, which has default; add it with export_adapter"):
+        with pytest.raises(
+            ExportError, match=r"'another' is not in .*, which has default; .*add it with export_adapter"
+        ):
             verify_onnx(path, model, "quick")
     finally:
         model.set_adapter("default")

@@ -42,7 +42,7 @@ def compare(exports: Exports, name: str, adapter: str, k: int, mode: str, tmp_pa
     [(name, k, adapter) for name in KINDS for k in (2, 4) for adapter in ADAPTERS if ADAPTERS[adapter]["r"] % k == 0],
 )
 def test_one_export_takes_any_adapter(exports: Exports, name: str, k: int, adapter: str, tmp_path: Path) -> None:
-    compare(exports, name, adapter, k, "swappable", tmp_path)
+    compare(exports, name, adapter, k, "data", tmp_path)
 
 
 @pytest.mark.parametrize("adapter", ["gralora-8-4", "lora-4"])
@@ -51,9 +51,7 @@ def test_so_do_required_inputs(exports: Exports, name: str, adapter: str, tmp_pa
     compare(exports, name, adapter, 2, "inputs", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [*((name, "swappable") for name in KINDS), ("llama", "inputs"), ("t5", "inputs")]
-)
+@pytest.mark.parametrize(("name", "mode"), [*((name, "data") for name in KINDS), ("llama", "inputs"), ("t5", "inputs")])
 def test_without_an_adapter_it_is_the_base_bit_for_bit(exports: Exports, name: str, mode: str) -> None:
     kind, served, base = KINDS[name], exports.adapted(name, 2, mode), exports.base(name)
     inputs = arrays(kind.batch())
@@ -92,7 +90,7 @@ def test_rows_of_a_packed_parameter_take_one_adapter(tmp_path: Path) -> None:
     config = GraloraConfig(r=4, hybrid_r=2, target_modules=["attn", "out"], init_weights=False)
     adapted = rewrite(trace(model, sample), config)
     assert len(adapted.sites[0].calls) == 2
-    report = export_onnx(adapted, tmp_path / "onnx", adapters="swappable")
+    report = export_onnx(adapted, tmp_path / "onnx", adapters="data")
     assert report.verification is not None
     assert report.verification.passed
     inputs = {"x": torch.randn(3, 6, 32), "memory": torch.randn(3, 4, 32)}

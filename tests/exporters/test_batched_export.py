@@ -10,19 +10,21 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-import transformers
 from peft_oracle import peft_model
 from tiny_models import text_batch, tiny_model
 from torch import nn
 from traces import fresh_trace
+from wrong_rows import ShiftedSteps
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.verification import adapter_variants
-from gralora_fx.exporters.verification.mixed_rows import MixedRows, MixedSteps
-from gralora_fx.runtime.adapter_stack import AdapterStack
+from gralora_fx.exporters.verification.mixed_rows import MixedRows
+from gralora_fx.runtime.adapter_stack import Stack
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.serving import load
+from gralora_fx.serving.adapters import Adapters
 
 CACHED = "text-generation-with-past"
 CONFIGS = {
@@ -51,21 +53,16 @@ def adapted(
     return model.eval(), oracles
 
 
-def stack_of(path: Path) -> AdapterStack:
-    manifest = read_manifest(path)
-    assert manifest.adapter_inputs is not None
-    stack = AdapterStack(manifest.adapter_inputs, manifest.base_fingerprint)
-    for name in ("two", "one"):  # ids 1 and 2, not in the order of the export
-        stack.load_adapter(name, path / "adapters" / f"{name}.onnx_adapter")
-    return stack
+def stack_of(path: Path) -> Stack:
+    return Adapters(path, read_manifest(path)).stack(["two", "one"])  # ids 1 and 2, not in the order of the export
 
 
 def run_rows(path: Path, inputs: dict[str, torch.Tensor], ids: list[int]) -> list[np.ndarray[Any, Any]]:
     """A plain session on stacked tensors and ids."""
-    session = onnxruntime.InferenceSession(str(path / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(path / "model_rows.onnx"))
     names = {value.name for value in session.get_inputs()}
     feed = {name: value.numpy() for name, value in inputs.items() if name in names}
-    stack = stack_of(path).current()
+    stack = stack_of(path)
     results: list[np.ndarray[Any, Any]] = session.run(
         None, {**feed, **stack.values, "adapter_ids": np.array(ids, dtype=np.int64)}
     )
@@ -76,7 +73,7 @@ def run_rows(path: Path, inputs: dict[str, torch.Tensor], ids: list[int]) -> lis
 def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraloraModel, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("bert")
     model, oracles = adapted("bert", folder)
-    export_onnx(model, folder / "onnx", adapters="batched")
+    export_onnx(model, folder / "onnx", adapters="data")
     return folder / "onnx", model, oracles
 
 
@@ -114,7 +111,7 @@ def test_rows_without_an_adapter_are_the_base_bit_for_bit(
 
 def test_names_and_shapes_are_the_contracts(bert: tuple[Path, GraloraModel, dict[str, Any]]) -> None:
     path, _, _ = bert
-    session = onnxruntime.InferenceSession(str(path / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(path / "model_rows.onnx"))
     shapes = {value.name: value.shape for value in session.get_inputs()}
     query = "bert.encoder.layer.0.attention.self.query"
     assert shapes["adapter_ids"] == ["batch_size"]
@@ -123,14 +120,15 @@ def test_names_and_shapes_are_the_contracts(bert: tuple[Path, GraloraModel, dict
     assert shapes[f"{query}.gralora_A_general"][:2] == ["adapters", 32]
     assert shapes[f"{query}.gralora_B_general"][::2] == ["adapters", 32]
     manifest = read_manifest(path)
-    assert manifest.adapters_mode == "batched"
-    assert manifest.requires is None
+    assert manifest.adapters_mode == "data"
+    assert manifest.rows is not None
+    assert manifest.rows.file == "model_rows.onnx"
 
 
 @pytest.mark.parametrize("name", ["vit", "distilbert", "roberta"])
 def test_encoders_are_verified_with_every_adapter_in_one_batch(name: str, tmp_path: Path) -> None:
     model, _ = adapted(name, tmp_path)
-    report = export_onnx(model, tmp_path / "onnx", adapters="batched")
+    report = export_onnx(model, tmp_path / "onnx", adapters="data")
     assert report.verification is not None
     assert list(report.verification.adapters) == ["one", "two"]
     assert report.verification.max_abs_error <= 1e-4
@@ -154,10 +152,10 @@ def test_a_wrong_row_fails_verification(
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_adapters_stay_float_over_quantized_bases(quantize: Any, tmp_path: Path) -> None:
     model, _ = adapted("bert", tmp_path)
-    report = export_onnx(model, tmp_path / "onnx", adapters="batched", quantize=quantize, block_size=16)
+    report = export_onnx(model, tmp_path / "onnx", adapters="data", quantize=quantize, block_size=16)
     assert report.verification is not None
     assert report.verification.passed
-    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model_rows.onnx"))
     types = {value.type for value in session.get_inputs() if ".gralora_" in value.name}
     assert types == {"tensor(float)"}
 
@@ -167,45 +165,38 @@ def test_adapters_stay_float_over_quantized_bases(quantize: Any, tmp_path: Path)
 )
 def test_decoders_are_verified_in_chunks_and_steps(name: str, logits: Any, tmp_path: Path) -> None:
     model, _ = adapted(name, tmp_path, task=CACHED)
-    report = export_onnx(model, tmp_path / "onnx", adapters="batched", logits=logits)
+    report = export_onnx(model, tmp_path / "onnx", adapters="data", logits=logits)
     verification = report.verification
     assert verification is not None
     assert verification.max_abs_error <= 1e-4
     for part in (verification, *verification.adapters.values()):
-        assert part.tokens is not None
-        assert part.tokens.equal == part.tokens.compared > 0
-    assert read_manifest(tmp_path / "onnx").requires == {"onnxruntime": "1.32"}
-    assert not (tmp_path / "onnx" / "genai_config.json").exists()
+        for tokens in (part.tokens, part.rows):
+            assert tokens is not None
+            assert tokens.equal == tokens.compared > 0
 
 
 def test_a_window_of_positions(tmp_path: Path) -> None:
     model, _ = adapted("mistral", tmp_path, task=CACHED, sliding_window=5)
-    report = export_onnx(model, tmp_path / "onnx", adapters="batched", verify="full")
+    report = export_onnx(model, tmp_path / "onnx", adapters="data", verify="full")
     assert report.verification is not None
     assert report.verification.max_abs_error <= 1e-4
 
 
 def test_a_wrong_row_of_a_decoder_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = adapted("llama", tmp_path, task=CACHED)
-
-    class Shifted(MixedSteps):
-        def ids(self, rows: int) -> np.ndarray[Any, Any]:
-            right = super().ids(rows)
-            return np.where(np.arange(len(right)) == 2, (right + 1) % self.count, right)
-
-    monkeypatch.setattr(adapter_variants, "MixedSteps", Shifted)
+    monkeypatch.setattr(adapter_variants, "MixedSteps", ShiftedSteps)
     with pytest.raises(ExportError, match="results differ from the model's"):
-        export_onnx(model, tmp_path / "onnx", adapters="batched")
+        export_onnx(model, tmp_path / "onnx", adapters="data")
 
 
 def test_a_decoder_in_half_precision(tmp_path: Path) -> None:
     model, _ = adapted("llama", tmp_path, task=CACHED)
-    report = export_onnx(model, tmp_path / "onnx", adapters="batched", precision="fp16", quantize="int4", block_size=16)
+    report = export_onnx(model, tmp_path / "onnx", adapters="data", precision="fp16", quantize="int4", block_size=16)
     assert report.verification is not None
     assert report.verification.passed
 
 
-@pytest.mark.parametrize("mode", ["swappable", "inputs", "batched"])
+@pytest.mark.parametrize("mode", ["data", "inputs"])
 @pytest.mark.parametrize(("name", "task"), [("bert", None), ("llama", CACHED)])
 def test_ranks_may_differ_from_layer_to_layer(mode: Any, name: str, task: str | None, tmp_path: Path) -> None:
     """ONNX Runtime plans memory by the names of axes: one name for all ranks would make it fail."""
@@ -241,42 +232,57 @@ class Turned(nn.Module):
 
 
 @pytest.mark.parametrize("module", [Tiled, Turned])
-def test_layers_whose_first_axis_is_not_the_batch_are_refused_by_name(module: type[nn.Module], tmp_path: Path) -> None:
+def test_layers_whose_input_is_not_made_of_rows_have_no_graph_of_rows(module: type[nn.Module], tmp_path: Path) -> None:
     traced = trace(module(), (torch.randn(2, 3, 8),))
     model = rewrite(traced, GraloraConfig(r=2, gralora_k=2, target_modules=["linear"], init_weights=False))
-    with pytest.raises(ExportError, match=r"by row at linear: the first axis of its input \[.*\] is not the batch"):
-        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
-    assert not (tmp_path / "onnx").exists()
+    report = export_onnx(model, tmp_path / "onnx", adapters="data")
+    assert report.rows is not None
+    reason = str(report.rows.reason)
+    assert "no adapter can be chosen by row at linear: the first axis of its input [" in reason
+    assert report.rows == read_manifest(tmp_path / "onnx").rows
+    assert not (tmp_path / "onnx" / "model_rows.onnx").exists()
+    with pytest.raises(ServingError, match=r"one adapter runs in a call \(no model_rows\.onnx: no adapter can be"):
+        load(tmp_path / "onnx")(x=np.zeros((2, 3, 8), np.float32), adapter=["default", None])
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+def test_an_output_without_rows_has_no_graph_of_rows(tmp_path: Path) -> None:
+    class Pooled(nn.Module):
+        """A layer whose outputs are those of each row, and their sum over the batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.linear(x)
+            return y, y.sum(0)
+
+    config = GraloraConfig(r=2, gralora_k=2, target_modules=["linear"], init_weights=False)
+    model = rewrite(trace(Pooled(), (torch.randn(2, 3, 8),)), config)
+    report = export_onnx(model, tmp_path / "onnx", adapters="data")
+    assert report.rows is not None
+    assert "the first axis of the output output_1 is not the batch" in str(report.rows)
+
+
+def test_an_encoder_decoder_says_why_it_has_none(tmp_path: Path) -> None:
     traced = trace(tiny_model("t5"), task="text2text-generation-with-past")
     model = rewrite(traced, GraloraConfig(r=2, gralora_k=2, target_modules=["q"], init_weights=False))
-    with pytest.raises(ExportError, match="adapters='swappable' or 'inputs'"):
-        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+    report = export_onnx(model, tmp_path / "onnx", adapters="data", verify=False)
+    assert "no model_rows.onnx: rows of an encoder-decoder run one after the other" in str(report)
 
 
-def test_layers_that_the_operator_does_not_support_are_refused_by_name(tmp_path: Path) -> None:
-    model, _ = adapted("llama", tmp_path, task=CACHED, hidden_size=48, head_dim=12)
-    with pytest.raises(ExportError, match=r"layers\.0\.self_attn \(its head size is 12"):
-        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
-
-
-def test_positions_biased_in_attention_are_refused(tmp_path: Path) -> None:
-    config = transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=101)
-    traced = trace(transformers.BloomForCausalLM(config).eval(), task=CACHED)
-    model = rewrite(traced, GraloraConfig(r=2, gralora_k=2, target_modules=["query_key_value"], init_weights=False))
-    with pytest.raises(ExportError, match=r"does not fit every layer \(it computes attention itself"):
-        export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
-
-
-def test_the_manifest_names_an_older_runtime_as_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gralora_fx.errors import ServingError
-    from gralora_fx.serving import BatchedDecoder
-
-    model, _ = adapted("llama", tmp_path, task=CACHED)
-    export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
-    assert json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["requires"] == {"onnxruntime": "1.32"}
-    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
-    with pytest.raises(ServingError, match=r"needs onnxruntime 1\.32 or newer, and 1\.31\.0 is installed"):
-        BatchedDecoder(tmp_path / "onnx")
+@pytest.mark.parametrize("earlier", ["swappable", "batched"])
+def test_earlier_names_mean_data(earlier: Any, tmp_path: Path) -> None:
+    model, _ = adapted("bert", tmp_path)
+    export_onnx(model, tmp_path / "onnx", adapters=earlier, verify=False)
+    manifest = read_manifest(tmp_path / "onnx")
+    assert (manifest.adapters_mode, manifest.flavour) == ("data", "plain")
+    path = tmp_path / "onnx" / "gralora_export.json"
+    told = json.loads(path.read_text())
+    told["adapters_mode"] = told["adapter_inputs"]["mode"] = earlier
+    path.write_text(json.dumps(told))
+    if earlier == "swappable":
+        assert read_manifest(tmp_path / "onnx").adapters_mode == "data"
+    else:
+        with pytest.raises(ExportError, match=r"which is a part of adapters='data' now; make it anew with gralora-fx"):
+            read_manifest(tmp_path / "onnx")

@@ -20,7 +20,7 @@ from torch import nn
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.artifact.staging import check_output, require_space, staged
+from gralora_fx.exporters.artifact.staging import check_file, check_folder, check_output, require_space, staged
 
 
 def write(folder: Path, text: str) -> None:
@@ -144,10 +144,10 @@ def test_an_export_of_another_model_is_replaced_only_when_asked(tmp_path: Path) 
     export_onnx(small, path, verify=False)
     export_onnx(small, path, verify=False, precision="fp16")  # the same base and task
     before = (path / "gralora_export.json").read_bytes()
-    with pytest.raises(ExportError, match=r"holds an export of another base; give --overwrite \(overwrite=True\) to"):
+    with pytest.raises(ExportError, match=r"holds an export of another base; give overwrite=True to"):
         export_onnx(big(4), path, verify=False)
     small.task = "feature-extraction"
-    with pytest.raises(ExportError, match="holds an export for the task None, not feature-extraction; give --over"):
+    with pytest.raises(ExportError, match="holds an export for the task None, not feature-extraction; give over"):
         export_onnx(small, path, verify=False)
     assert (path / "gralora_export.json").read_bytes() == before
     export_onnx(big(4), path, verify=False, overwrite=True)
@@ -192,7 +192,9 @@ def test_an_interrupted_export_leaves_nothing_half_written(
         process.send_signal(number)
         assert process.wait(30) != 0
         assert process.stderr is not None
-        lines = [line for line in process.stderr.read().splitlines() if not line.endswith(" s")]  # but the stages
+        lines = [
+            line for line in process.stderr.read().splitlines() if not line.endswith((" s", " s so far"))
+        ]  # but the stages
         ends = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
         assert lines == ([f"{ends[number]}; nothing was left half written"] if number in ends else [])
     assert (output / "model.onnx").read_text() == "earlier"
@@ -223,3 +225,18 @@ def test_what_another_run_or_the_user_has_beside_it_is_left(output: Path) -> Non
         assert (one / "model.onnx").read_text() == "one"
     assert {path.name for path in output.parent.iterdir()} == {"onnx", ".onnx.backup"}
     assert (output / "model.onnx").read_text() == "one"
+
+
+def test_what_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").touch()
+    for check, path, message in (
+        (check_folder, 5, "cannot write 5 (.*); give a directory"),
+        (check_folder, "", "cannot write '' .it is empty.; give a directory"),
+        (check_folder, tmp_path / "file", "cannot write .*file .it is a file, not a directory.; give a directory"),
+        (check_file, None, "cannot write None (.*); give the path of a file"),
+        (check_file, tmp_path, "cannot write .* .Is a directory.; give the path of a file"),
+        (check_output, tmp_path / "link", "link is a link, which cannot be replaced; give another output directory"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            check(path)  # type: ignore[operator]

@@ -352,16 +352,16 @@ def test_features_are_compared_by_their_direction(encoder: TracedModel, kind: An
     [
         (
             {"block_size": 32},
-            "block_size has no effect with quantize='int8-dynamic', which has a scale for each column",
+            "block_size=32 has no effect with quantize='int8-dynamic', which has a scale for each column",
         ),
-        ({"accuracy_level": 4}, "accuracy_level has no effect with quantize='int8-dynamic'"),
+        ({"accuracy_level": 4}, "accuracy_level=4 has no effect with quantize='int8-dynamic'"),
         ({"precision": "fp16"}, "rounds float32 activations, so it does not go with precision='fp16'"),
         ({"texts": "one"}, "texts must be a sequence of texts, but got 'one'"),
         ({"texts": [1]}, "texts must be a sequence of texts"),
         ({"texts": []}, "texts is empty; give at least one text"),
-        ({"texts": TEXTS}, "texts needs a tokenizer; give tokenizer= too"),
-        ({"texts": TEXTS, "quantize": None}, "texts has no effect without quantize"),
-        ({"texts": TEXTS, "tokenizer": ".", "verify": False}, "texts has no effect with verify=False"),
+        ({"texts": TEXTS}, r"texts=\.\.\. needs tokenizer=\.\.\.; give it too"),
+        ({"texts": TEXTS, "quantize": None}, r"texts=\.\.\. has no effect without quantize=\.\.\."),
+        ({"texts": TEXTS, "tokenizer": ".", "verify": False}, r"texts=\.\.\. has no effect with verify=False"),
         ({"texts": TEXTS, "tokenizer": "."}, "the model takes input, but the tokenizer gives no input for a text"),
     ],
 )

@@ -23,13 +23,15 @@ from torch import Tensor
 from traces import fresh, fresh_trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperProcessor
 
-from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite
-from gralora_fx.errors import ExportError, ServingError
+from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
+from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.runtime.decoder_steps import EncoderDecoderSteps, greedy_tokens
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past, empty_past
 from gralora_fx.runtime.session import open_session
 from gralora_fx.serving import load
+
+pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 
 NAMES = ("t5", "bart", "whisper", "marian", "pegasus", "m2m_100", "blenderbot")
 SPECIAL: dict[str, Any] = {
@@ -247,12 +249,6 @@ def test_the_manifest_tells_the_two_graphs_apart(bart: Exported) -> None:
     assert len(manifest["sites"]) == len(bart.model.sites)
 
 
-@pytest.mark.parametrize("inputs", [{"prompts": [5, 6, 7]}, {"input_features": [[0.5]]}])
-def test_serving_says_what_generates(inputs: dict[str, Any], bart: Exported) -> None:
-    with pytest.raises(ServingError, match=r"onnxruntime-genai does not run an encoder-decoder .*optimum's"):
-        load(bart.path).generate(**inputs)
-
-
 def test_a_decoder_that_reads_the_encoders_layers_cannot_be_split(tmp_path: Path) -> None:
     model = base("bart")
 
@@ -291,3 +287,21 @@ def test_sessions_are_onnx_runtimes(bart: Exported) -> None:
     session = open_session(bart.path)
     assert isinstance(session.encoder, onnxruntime.InferenceSession)
     assert [value.name for value in session.get_inputs()][:3] == ["input_ids", "attention_mask", "decoder_input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8", "texts": ["a"], "tokenizer": "none"}, "is an encoder-decoder's with one"),
+    ],
+)
+def test_a_trace_of_its_own_inputs_whose_task_tells_no_cache_is_refused_by_the_cache(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    model, cached = fresh("t5", task="text2text-generation-with-past")
+    traced = trace(model, dict(cached.example_inputs))
+    assert traced.task == "text2text-generation"
+    adapted = rewrite(traced, GraloraConfig(r=4, gralora_k=2, target_modules=["q"]))
+    with pytest.raises(ExportError, match=message):
+        export_onnx(adapted, tmp_path / "onnx", **options)
+    assert not (tmp_path / "onnx").exists()

@@ -16,7 +16,10 @@ from gralora_fx.exporters.options import ExportOptions, Quantization
         ({"adapters": "loose"}, "adapters='loose' is not available; take 'merged'"),
         ({"precision": "fp8"}, "precision='fp8' is not available; take 'fp32' or 'fp16' or 'bf16'"),
         ({"precision": None}, "precision=None is not available"),
-        ({"quantize": "int3"}, "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic' or None"),
+        (
+            {"quantize": "int3"},
+            "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic', or leave it out",
+        ),
         ({"block_size": 24}, "block_size=24 is not a block size; take a power of two, 16 or more"),
         ({"accuracy_level": 2.0}, "accuracy_level=2.0 is not an accuracy level; take 0"),
         ({"logits": "first"}, "logits='first' is not available; take 'last' or 'all'"),

@@ -14,6 +14,7 @@ from torch import nn
 from traces import fresh_trace
 
 from gralora_fx import TracedModel, trace
+from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.flavours import decoder, encoder_decoder, plain, registry
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
@@ -21,6 +22,8 @@ from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
+from gralora_fx.serving import load
+from gralora_fx.serving.flavours import registry as readings
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 
 CACHED = "text-generation-with-past"
@@ -98,6 +101,11 @@ def test_a_flavour_is_a_line_of_the_registry(tmp_path: Path, monkeypatch: pytest
     assert "note.json" in report.files
     assert "note.json" in json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["files"]
     assert registry.flavour_of(fresh_trace("bert")) is plain.PLAIN
+    with pytest.raises(ServingError, match="of the kind 'doubling', and this version reads plain, decoder, encod"):
+        load(tmp_path / "onnx")
+    reading = dataclasses.replace(readings.PLAIN, name=DOUBLING.name)
+    monkeypatch.setitem(readings.READINGS, reading.name, reading)
+    assert load(tmp_path / "onnx")(x=torch.ones(2, 3))["output"].tolist() == [[2.0] * 3] * 2
 
 
 def test_a_flavours_own_inputs_are_those_that_verification_runs(

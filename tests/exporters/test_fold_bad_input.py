@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fold_cases import (
     edited_adapter,
     gralora,
 )
+from numpy.typing import NDArray
 from tiny_models import tiny_model
 from traces import fresh_trace
 
@@ -101,14 +103,35 @@ def test_an_earlier_adapter_of_another_base(small: Case, tmp_path: Path) -> None
         config["base_model_name_or_path"] = base
         (case.adapter / "adapter_config.json").write_text(json.dumps(config))
 
-    name_base("hub/one")
+    for name, model_type in (("one", "llama"), ("other", "mistral")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+    name_base(str(tmp_path / "one"))
     case.fold()
-    name_base("hub/other")
+    name_base(str(tmp_path / "other"))
     with pytest.raises(
-        MergeError, match=r"an adapter of hub/other, but the export has the adapter 'default' of hub/one"
+        MergeError,
+        match=r"an adapter of .*other, but the export has the adapter 'default' of .*one, another base: model_type",
     ):
         fold_onnx(case.out, case.adapter, tmp_path / "second")
-    fold_onnx(case.out, case.adapter, tmp_path / "second", force=True)
+    with pytest.warns(UserWarning, match="another base"):
+        fold_onnx(case.out, case.adapter, tmp_path / "second", force=True)
+
+
+def test_an_earlier_adapter_whose_base_has_another_name(small: Case, tmp_path: Path) -> None:
+    """Two names alone do not show that they are of two models, as `gpt2` and `openai-community/gpt2` are not."""
+    case = copied(small, tmp_path)
+    config = json.loads((case.adapter / "adapter_config.json").read_text())
+    manifest_file = case.out / "gralora_export.json"
+    for name in ("gpt2", "hub/other"):
+        (case.adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        if name == "gpt2":
+            case.fold()
+            manifest = json.loads(manifest_file.read_text())
+            manifest["adapters"]["default"]["sha256"] = "0" * 64
+            manifest_file.write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match=r"adapter of hub/other, but .* 'default' of gpt2, which may be another base"):
+        fold_onnx(case.out, case.adapter, tmp_path / "second")
 
 
 def test_an_output_that_may_not_be_written(small: Case, tmp_path: Path) -> None:
@@ -133,7 +156,7 @@ def test_an_output_that_may_not_be_written(small: Case, tmp_path: Path) -> None:
 
 
 def test_damaged_exports(small: Case, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"holds no ONNX model \(\*.onnx\); give the directory of an export"):
+    with pytest.raises(ExportError, match=r"is an adapter, not an export; give the directory of an export"):
         fold_onnx(small.adapter, small.adapter, tmp_path / "out")
     case = copied(small, tmp_path)
     data = case.base / "model.onnx_data"
@@ -179,8 +202,8 @@ def test_a_copy_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
     content = os.urandom(20_000_000)
     (tmp_path / "one").write_bytes(content)
 
-    def invert(part: torch.Tensor, first: int) -> None:
-        part.bitwise_not_()
+    def invert(part: NDArray[np.uint8], first: int) -> None:
+        np.invert(part, out=part)
 
     digest = copy_changed(
         tmp_path / "one",

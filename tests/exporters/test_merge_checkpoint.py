@@ -116,6 +116,7 @@ def test_tensors_are_those_of_pefts_merge(name: str, fields: dict[str, Any], tmp
     assert (tmp_path / "merged" / INDEX).read_bytes() == (base / INDEX).read_bytes()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("shards", [None, "20KB"])
 def test_the_result_computes_what_the_adapted_model_computes(name: str, shards: str | None, tmp_path: Path) -> None:
@@ -388,7 +389,7 @@ def test_dora_is_refused_by_name(tmp_path: Path) -> None:
 def test_only_an_earlier_model_is_replaced_and_only_when_asked(tmp_path: Path) -> None:
     base, directory, output = saved("llama", tmp_path), _plain(tmp_path), tmp_path / "merged"
     merge_checkpoint(base, directory, output)
-    with pytest.raises(ExportError, match="--overwrite"):
+    with pytest.raises(ExportError, match="overwrite=True"):
         merge_checkpoint(base, directory, output)
     (output / "old.txt").write_text("")
     merge_checkpoint(base, directory, output, overwrite=True)

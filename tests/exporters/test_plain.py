@@ -76,6 +76,7 @@ def test_attention_is_one_operator(tmp_path: Path) -> None:
     assert set(counted) - known == {"MultiHeadAttention"}  # the one operator of ONNX Runtime's own
 
 
+@pytest.mark.filterwarnings("ignore:Norms was traced in evaluation mode")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batch_normalisation_is_one_operator(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)

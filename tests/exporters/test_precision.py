@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from damaged_exports import shift_weight
+from genai_client import genai_tokens
 from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 from traces import fresh_trace
@@ -160,7 +161,7 @@ def test_weights_of_several_precisions_are_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"quantize": "int4"}, {"quantize": "int8"}])
-def test_onnxruntime_genai_generates_from_it(options: dict[str, Any], tmp_path: Path) -> None:
+def test_every_runtime_generates_from_it(options: dict[str, Any], tmp_path: Path) -> None:
     export_onnx(adapted("llama"), tmp_path / "onnx", verify=False, **options)
     model = load(tmp_path / "onnx")
     prompt, expected = [5, 17, 42], []
@@ -175,3 +176,4 @@ def test_onnxruntime_genai_generates_from_it(options: dict[str, Any], tmp_path: 
         outputs = model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=positions, **cache)
         expected.append(int(outputs["logits"][0, -1].argmax()))
     assert model.generate(prompt, max_new_tokens=4) == expected
+    assert genai_tokens(tmp_path / "onnx", prompt, 4) == expected

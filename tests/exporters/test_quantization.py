@@ -55,6 +55,7 @@ def test_verification_sees_wrong_blocks(tmp_path: Path) -> None:
     assert not verify_onnx(tmp_path / "onnx", model).passed
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_are_those_of_onnxruntimes_quantizer(bits: int, tmp_path: Path) -> None:
     module = nn.Linear(96, 40, bias=False)
@@ -162,7 +163,10 @@ def test_a_constant_matrix_that_is_not_a_linear_layer_cannot_be_compared(tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int3"}, "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic' or None"),
+        (
+            {"quantize": "int3"},
+            "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic', or leave it out",
+        ),
         ({"quantize": "int4", "block_size": 24}, "block_size=24 is not a block size; take a power of two, 16 or more"),
         ({"quantize": "int4", "block_size": 8}, "block_size=8 is not a block size"),
         ({"quantize": "int8", "block_size": True}, "block_size=True is not a block size"),

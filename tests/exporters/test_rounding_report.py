@@ -108,20 +108,19 @@ def test_a_damaged_export_shows(tmp_path: Path) -> None:
     assert damaged.argmax_agreement < figures(report).argmax_agreement
 
 
-@pytest.mark.parametrize(
-    ("mode", "form"), [("swappable", None), ("swappable", "gralora"), ("inputs", None), ("inputs", "gralora")]
-)
+@pytest.mark.parametrize("mode", ["data", "inputs"])
+@pytest.mark.parametrize("has_blocks", [False, True])
 @torch.no_grad()
 def test_a_float_adapter_over_a_quantized_base_is_measured_with_the_adapter(
-    mode: Any, form: Any, tmp_path: Path
+    mode: Any, has_blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In LoRA's form, which is what it has unless told otherwise, and in GraLoRA's."""
+    """In LoRA's form and in GraLoRA's, whichever the export would take."""
+    monkeypatch.setattr("gralora_fx.exporters.adapters_as_data.takes_blocks", lambda *_, **__: has_blocks)
     model, tokenizer = adapted(), tiny_tokenizer()
     report = export_onnx(
         model,
         tmp_path / "onnx",
         adapters=mode,
-        adapter_form=form,
         quantize="int4",
         logits="all",
         tokenizer=tokenizer,
@@ -129,7 +128,7 @@ def test_a_float_adapter_over_a_quantized_base_is_measured_with_the_adapter(
     )
     inputs = read_manifest(tmp_path / "onnx").adapter_inputs
     assert inputs is not None
-    assert inputs.k == (2 if form == "gralora" else 0)
+    assert inputs.k == (2 if has_blocks else 0)
     assert report.quality is not None
     base, with_adapter = report.quality.tokens
     assert (base.adapter, with_adapter.adapter) == (None, "default")
@@ -164,7 +163,9 @@ def test_a_text_longer_than_the_context_is_cut(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured_is_refused_or_left_out(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="texts is for decoders and models without a cache, and this is an encoder-"):
+    with pytest.raises(
+        ExportError, match=r"texts=\.\.\. is for decoders and models without a cache, and the task .*is an encoder-"
+    ):
         export_onnx(
             fresh_trace("t5", task="text2text-generation-with-past"),
             tmp_path / "onnx",

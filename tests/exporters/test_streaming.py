@@ -155,7 +155,7 @@ def test_trained_biases_of_a_streamed_model_begin_as_the_files_have_them(tmp_pat
 def test_a_streamed_model_cannot_be_compared(tmp_path: Path) -> None:
     base, adapter = saved("llama", tmp_path)
     model = load_traced(base, adapter, CACHED, stream=True)
-    with pytest.raises(ExportError, match=r"has no values in memory.*verify=False.*gralora-fx verify"):
+    with pytest.raises(ExportError, match=r"has no values in memory.*verify=False.*verify_onnx"):
         export_onnx(model, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 

@@ -25,7 +25,8 @@ from gralora_fx import GraloraModel, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx, to_lora, verify_onnx
 from gralora_fx.runtime.adapter_file import read_tensors, record_of, write_tensors
-from gralora_fx.runtime.adapter_record import read_record, record_path
+from gralora_fx.runtime.adapter_name import record_path
+from gralora_fx.runtime.adapter_record import read_record
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import OrtModel, load
 
@@ -102,10 +103,10 @@ def base_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ten
 @pytest.mark.parametrize(
     ("case", "mode"),
     [
-        *(("bert", mode) for mode in ("swappable", "inputs", "batched")),
-        *(("bert-all-biases", mode) for mode in ("swappable", "batched")),
-        ("roberta", "batched"),
-        ("vit", "swappable"),
+        *(("bert", mode) for mode in ("data", "inputs")),
+        ("bert-all-biases", "data"),
+        ("roberta", "data"),
+        ("vit", "data"),
     ],
 )
 def test_heads_and_biases_are_pefts(case: str, mode: Any, tmp_path: Path, base_logits: Callable[[str], Tensor]) -> None:
@@ -124,7 +125,7 @@ def test_heads_and_biases_are_pefts(case: str, mode: Any, tmp_path: Path, base_l
     for adapter, logits in expected.items():
         assert relative_error(served_logits(served, adapter, inputs), logits) < 1e-5
     assert np.array_equal(served_logits(served, None, inputs), expected[None])
-    if mode == "batched":
+    if mode == "data":
         rows = ["b", None, "a", "b"]
         found = served_logits(served, rows, inputs)
         whole = torch.stack([expected[adapter][row] for row, adapter in enumerate(rows)])
@@ -142,20 +143,20 @@ def sequence_classifier() -> Any:
 def test_a_decoders_score_layer(tmp_path: Path) -> None:
     fields = {**LORA, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
     wrapped = trained(sequence_classifier, tmp_path / "a", **fields)
-    exported(sequence_classifier, tmp_path, "text-classification", adapters="batched", verify=False)
+    exported(sequence_classifier, tmp_path, "text-classification", adapters="data", verify=False)
     assert relative_error(served_logits(load(tmp_path / "onnx"), "a", TEXTS), logits_of(wrapped, TEXTS)) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "fields"),
+    ("name", "fields"),
     [
-        ("llama", "batched", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}),
-        ("gpt2", "batched", {"target_modules": ["c_attn"], "modules_to_save": ["mlp"], "bias": "all"}),
+        ("llama", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}),
+        ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["mlp"], "bias": "all"}),
     ],
 )
-def test_decoders_are_verified_with_them(name: str, mode: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_decoders_are_verified_with_them(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     trained(lambda: tiny_model(name), tmp_path / "a", **{**GRALORA, **fields})
-    exported(lambda: tiny_model(name), tmp_path, CACHED, adapters=mode)  # which compares each row's logits and tokens
+    exported(lambda: tiny_model(name), tmp_path, CACHED, adapters="data")  # which compares each row's logits and tokens
     sites = read_record(tmp_path / "onnx" / "adapters" / "a.onnx_adapter").sites
     assert any(site.endswith(("lm_head", "mlp.c_fc")) for site in sites)
 
@@ -164,16 +165,14 @@ def test_layers_of_an_encoder_decoder(tmp_path: Path) -> None:
     """The paths of BART's layers look like those of its cache."""
     fields = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["fc1"], "bias": "gralora_only"}
     trained(lambda: tiny_model("bart"), tmp_path / "a", **{**GRALORA, **fields})
-    exported(lambda: tiny_model("bart"), tmp_path, "text2text-generation-with-past", adapters="swappable")
+    exported(lambda: tiny_model("bart"), tmp_path, "text2text-generation-with-past", adapters="data")
     assert (tmp_path / "onnx" / "adapters" / "a.onnx_adapter").is_file()
 
 
-@pytest.mark.parametrize(
-    ("mode", "options"), [("swappable", {"quantize": "int4", "block_size": 16}), ("batched", {"precision": "fp16"})]
-)
-def test_other_precisions_pass_verification(mode: Any, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"quantize": "int4", "block_size": 16}, {"precision": "fp16"}])
+def test_other_precisions_pass_verification(options: dict[str, Any], tmp_path: Path) -> None:
     trained(classifier("bert"), tmp_path / "a", **fields_of("bert-all-biases", GRALORA))
-    exported(classifier("bert"), tmp_path, adapters=mode, **options)
+    exported(classifier("bert"), tmp_path, adapters="data", **options)
 
 
 # -- one export, looked at ---------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraloraModel, 
     fields = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "gralora_only"}
     trained(classifier("bert"), folder / "a", **GRALORA, **fields)
     trained(classifier("bert"), folder / "b", 2, **LORA, **{**fields, "bias": "lora_only"})
-    model = exported(classifier("bert"), folder, adapters="swappable", verify=False)
+    model = exported(classifier("bert"), folder, adapters="data", verify=False)
     export_adapter(folder / "b", folder / "onnx", "b")
     return folder, model, load(folder / "onnx")
 
@@ -322,7 +321,7 @@ def test_other_parameters_are_refused_by_name(name: str, fields: dict[str, Any],
     targets = ["q_proj"] if name == "vit" else ["query"]
     trained(classifier(name), tmp_path / "a", target_modules=targets, **GRALORA, **fields)
     with pytest.raises(ExportError, match=message):
-        exported(classifier(name), tmp_path, adapters="swappable")
+        exported(classifier(name), tmp_path, adapters="data")
     assert not (tmp_path / "onnx").exists()
 
 

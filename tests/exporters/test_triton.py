@@ -24,7 +24,7 @@ from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.exporters import export_onnx, export_triton
 from gralora_fx.serving import load
 
-MODES = ("merged", "swappable", "inputs", "batched")
+MODES = ("merged", "data", "inputs")
 SIZES: dict[str, Any] = {"num_labels": 3, "id2label": {0: "sport", 1: "fine art", 2: "law"}, "pad_token_id": 0}
 BATCH = 5
 
@@ -111,6 +111,7 @@ def reference(oracle: Any) -> Any:
         return oracle(**text_batch(BATCH, 7)).logits.numpy()
 
 
+@pytest.mark.quick
 def test_a_merged_export(repository: Path, exported: tuple[Path, dict[str | None, Any]]) -> None:
     triton = Triton(repository / "merged")
     assert triton.config.max_batch_size == 8
@@ -121,33 +122,45 @@ def test_a_merged_export(repository: Path, exported: tuple[Path, dict[str | None
 
 def test_rows_choose_adapters_by_id(repository: Path, exported: tuple[Path, dict[str | None, Any]]) -> None:
     folder, oracles = exported
-    triton = Triton(repository / "batched")
+    triton = Triton(repository / "data")
     assert [entry.name for entry in triton.config.input][-1] == "adapter_ids"
     assert len(triton.config.input) == 4
-    ids = json.loads((repository / "batched" / "adapters.json").read_text())
+    ids = json.loads((repository / "data" / "adapters.json").read_text())
     assert ids == json.loads(triton.config.parameters["adapters"].string_value) == {"small": 1, "wide": 2}
     rows = [None, "wide", "small", "wide", None]
     column = np.array([[0 if name is None else ids[name]] for name in rows])
     found = triton.infer(**request_of(triton), adapter_ids=column)["logits"]
-    assert np.array_equal(found, load(folder / "batched")(**numpy_batch(), adapter=rows)["logits"])
+    assert np.array_equal(found, load(folder / "data")(**numpy_batch(), adapter=rows)["logits"])
     for index, name in enumerate(rows):
         assert np.abs(found[index] - reference(oracles[name])[index]).max() <= 1e-4
 
 
-def test_adapters_are_optional_inputs_of_a_swappable_export(
-    repository: Path, exported: tuple[Path, dict[str | None, Any]]
+def test_adapters_are_optional_inputs_of_an_export_whose_rows_cannot_differ(
+    exported: tuple[Path, dict[str | None, Any]], tmp_path: Path
 ) -> None:
     folder, oracles = exported
-    triton = Triton(repository / "swappable")
+    shutil.copytree(folder / "data", tmp_path / "data")
+    manifest = json.loads((tmp_path / "data" / "gralora_export.json").read_text())
+    manifest["rows"] = {"file": None, "reason": "of this test"}
+    (tmp_path / "data" / "model_rows.onnx").unlink()
+    del manifest["files"]["model_rows.onnx"]
+    (tmp_path / "data" / "gralora_export.json").write_text(json.dumps(manifest))
+    report = export_triton(tmp_path / "data", tmp_path / "repository")
+    assert "no requests run together, and each gives its adapter's tensors" in str(report)
+    assert "no model_rows.onnx: of this test" in str(report)
+    given = folder / "data" / "adapters" / "small.onnx_adapter"
+    with pytest.raises(ExportError, match=r"no adapter can become a part of .*: it has no model_rows\.onnx: of this"):
+        export_triton(tmp_path / "data", tmp_path / "repository", adapters={"more": given})
+    triton = Triton(tmp_path / "repository" / "data")
     assert not triton.config.HasField("dynamic_batching")
     for name, oracle in oracles.items():
         tensors = {}
         if name is not None:
-            file = folder / "swappable" / "adapters" / f"{name}.onnx_adapter"
+            file = folder / "data" / "adapters" / f"{name}.onnx_adapter"
             values = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
             tensors = {key: value.numpy() for key, value in values.items()}
         found = triton.infer(**request_of(triton), **tensors)["logits"]
-        assert np.array_equal(found, load(folder / "swappable")(**numpy_batch(), adapter=name)["logits"])
+        assert np.array_equal(found, load(folder / "data")(**numpy_batch(), adapter=name)["logits"])
         assert np.abs(found - reference(oracle)).max() <= 1e-4
 
 
@@ -175,8 +188,8 @@ def test_the_files(repository: Path) -> None:
 
 def test_the_command(exported: tuple[Path, dict[str | None, Any]], tmp_path: Path) -> None:
     folder, oracles = exported
-    again = folder / "batched" / "adapters" / "wide.onnx_adapter"
-    arguments = ["export-triton", str(folder / "batched"), "--output", str(tmp_path), "--name", "news"]
+    again = folder / "data" / "adapters" / "wide.onnx_adapter"
+    arguments = ["export-triton", str(folder / "data"), "--output", str(tmp_path), "--name", "news"]
     arguments += ["--adapter", f"again={again}", "--max-batch", "5", "--threads", "2"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
@@ -189,7 +202,7 @@ def test_the_command(exported: tuple[Path, dict[str | None, Any]], tmp_path: Pat
     assert np.abs(found - reference(oracles["wide"])).max() <= 1e-4
     refused = CliRunner().invoke(app, arguments).exception
     assert isinstance(refused, ExportError)
-    assert "--overwrite" in str(refused)
+    assert "overwrite=True" in str(refused)
     assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
 
 
@@ -214,31 +227,31 @@ def test_bad_input(exported: tuple[Path, dict[str | None, Any]], tmp_path: Path)
         assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
         return str(found.value)
 
-    own = folder / "batched" / "adapters" / "wide.onnx_adapter"
+    own = folder / "data" / "adapters" / "wide.onnx_adapter"
     assert "gralora_export.json" in error("none")
-    assert "'a/b' is not a name for a model (--name)" in error("merged", name="a/b")
+    assert "'a/b' is not a name for a model: take" in error("merged", name="a/b")
     assert "'..' is not a name" in error("merged", name="..")
     assert "max_batch must be a whole number of at least 1, but got 0" in error("merged", max_batch=0)
     assert "threads must be" in error("merged", threads=True)
     assert "exported with adapters='merged'" in error("merged", adapters={"a": own})
-    assert "exported with adapters='swappable'" in error("swappable", adapters={"a": own})
-    assert "has an adapter 'wide' of its own" in error("batched", adapters={"wide": own})
-    assert "is not a name for an adapter" in error("batched", adapters={"a/b": own})
-    assert "is not an .onnx_adapter file" in error("batched", adapters={"a": tmp_path})
-    assert "no none.json beside" in error("batched", adapters={"a": tmp_path / "none.onnx_adapter"})
+    assert "exported with adapters='inputs'" in error("inputs", adapters={"a": own})
+    assert "has an adapter 'wide' of its own" in error("data", adapters={"wide": own})
+    assert "is not a name for an adapter" in error("data", adapters={"a/b": own})
+    assert "is not an .onnx_adapter file" in error("data", adapters={"a": tmp_path})
+    assert "no none.json beside" in error("data", adapters={"a": tmp_path / "none.onnx_adapter"})
     assert "is the input" in error("merged", output=folder)
     other = tmp_path / "other"
-    shutil.copytree(folder / "batched", other)
+    shutil.copytree(folder / "data", other)
     (other / "model.onnx_data").write_bytes(b"")
     assert "is not what was exported" in error(str(other))
 
 
 def test_adapters_of_another_base(exported: tuple[Path, dict[str | None, Any]], tmp_path: Path) -> None:
     model, _ = adapted("bert", tmp_path, targets=["query"], num_labels=3, pad_token_id=0, hidden_size=16)
-    export_onnx(model, tmp_path / "other", adapters="batched", verify=False)
+    export_onnx(model, tmp_path / "other", adapters="data", verify=False)
     file = tmp_path / "other" / "adapters" / "small.onnx_adapter"
     with pytest.raises(ExportError, match="does not fit this export"):
-        export_triton(exported[0] / "batched", tmp_path / "out", adapters={"other": file})
+        export_triton(exported[0] / "data", tmp_path / "out", adapters={"other": file})
 
 
 def test_a_model_with_a_cache(tmp_path: Path) -> None:

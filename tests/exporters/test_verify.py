@@ -20,11 +20,15 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
+from gralora_fx.exporters.verification import same_model
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.greedy_tokens import compare_greedy
 from gralora_fx.exporters.verification.prompts import pad_prompts, random_prompts
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value, tolerance_of
+from gralora_fx.model.merge import merge_lazily
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.session import open_session
 
 SIZES: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -219,6 +223,7 @@ def test_other_levels_are_refused(export: Path, model: GraloraModel, level: Any)
         verify_onnx(export, model, level=level)
 
 
+@pytest.mark.quick
 def test_a_wrong_weight_is_seen(export: Path, model: GraloraModel, tmp_path: Path) -> None:
     def damage(graph: ir.Model) -> None:
         value = graph.graph.initializers["model.layers.1.input_layernorm.weight"]
@@ -346,6 +351,34 @@ def test_an_export_after_a_merge_is_verified_with_its_base_and_adapter(model: Gr
         assert verify_onnx(tmp_path / "onnx", same, "quick").passed
     with pytest.raises(ExportError, match="was exported from another base"):
         verify_onnx(tmp_path / "onnx", model.traced)
+
+
+def test_a_model_is_fingerprinted_once_for_each_adapter_that_an_export_of_a_merge_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones of the manifest are merged in it; those that were folded into the export afterwards follow."""
+    several = adapted()
+    names = ["zeta", "alpha", "beta", "eta"]
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        several.add_adapter(name, GraloraConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    several.set_adapter(names)
+    export_onnx(merge(several, names[:2]), tmp_path / "onnx", verify=False)
+    manifest = read_manifest(tmp_path / "onnx")
+    assert list(manifest.adapters) == names[:2]
+    folded = dataclasses.replace(manifest, adapters=describe_adapters(several))
+    (tmp_path / "onnx" / "gralora_export.json").write_text(folded.to_json())
+    assert list(read_manifest(tmp_path / "onnx").adapters) == names
+    counted: list[Any] = []
+    monkeypatch.setattr(same_model, "merge_lazily", lambda *a: counted.append(a[1]) or merge_lazily(*a))
+    several.set_adapter(names[::-1])
+    same_model.check_same_model(tmp_path / "onnx", read_manifest(tmp_path / "onnx"), several)
+    assert counted == [names, names[:3], names[:2]]
+    counted.clear()
+    other = dataclasses.replace(folded, base_fingerprint="0" * 64)
+    with pytest.raises(ExportError, match="was exported from another base"):
+        same_model.check_same_model(tmp_path / "onnx", other, several)
+    assert len(counted) == len(names)
 
 
 def test_a_fresh_head_that_an_adapter_replaces_is_not_another_base(tmp_path: Path) -> None:

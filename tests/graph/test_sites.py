@@ -105,6 +105,15 @@ def test_a_layer_that_the_forward_never_calls_is_a_site_without_calls() -> None:
     )
 
 
+def test_sites_are_equal_if_their_tensors_are_the_same_objects() -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    first, again, other = (trace(one, (torch.ones(2, 4),)).sites[0] for one in (model, model, copy.deepcopy(model)))
+    assert first == again
+    assert hash(first) == hash(again)
+    assert first != other
+    assert {first, again, other} == {first, other}
+
+
 class Attention(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -114,6 +123,7 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+@pytest.mark.quick
 def test_multihead_attention_has_a_packed_and_an_output_site() -> None:
     model = Attention()
     sites = by_path(trace(model, (torch.ones(2, 3, 8),)))
@@ -198,6 +208,7 @@ class NotSites(nn.Module):
         return self.conv(y.transpose(1, 2))
 
 
+@pytest.mark.quick
 def test_what_is_not_a_linear_layer_is_not_a_site() -> None:
     assert trace(NotSites(), (torch.ones(2, 4, 4),)).sites == ()
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from gralora_fx.cli import app
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
-from gralora_fx.loading.models import base_name, load_base, load_model, load_streamed, load_traced
+from gralora_fx.loading.adapter_facts import base_name
+from gralora_fx.loading.models import load_base, load_model, load_streamed, load_traced
 
 CLASSIFIER = "text-classification"
 
@@ -55,7 +56,7 @@ def test_the_export_of_a_random_head_has_to_be_asked_for(folder: Path, tmp_path:
     arguments = ["--model", str(folder / "encoder"), "--task", CLASSIFIER, "--output", str(tmp_path / "onnx")]
     refused = CliRunner().invoke(app, ["export", *arguments])
     assert isinstance(refused.exception, CheckpointError)
-    assert "or --allow-random-head" in str(refused.exception)
+    assert "or allow_random_head=True" in str(refused.exception)
     assert not (tmp_path / "onnx").exists()
     allowed = CliRunner().invoke(app, ["export", *arguments, "--allow-random-head", "--no-verify"])
     assert allowed.exit_code == 0, allowed.output
@@ -64,6 +65,7 @@ def test_the_export_of_a_random_head_has_to_be_asked_for(folder: Path, tmp_path:
     assert verified.exit_code == 0, verified.output  # the same random values in every run
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_adapter_brings_the_head(folder: Path, stream: bool) -> None:
     for base in ("encoder", "classifier"):
@@ -131,7 +133,7 @@ def test_inspect_shows_how_the_checkpoint_fits(folder: Path) -> None:
 
 @pytest.mark.parametrize("task", ["token-classification", "feature-extraction", "text-generation"])
 def test_an_adapter_of_another_task_is_refused(folder: Path, task: str) -> None:
-    message = f"was trained for task_type SEQ_CLS, which is --task text-classification, not {task}; give --task text"
+    message = f"was trained for task_type SEQ_CLS, which is task='text-classification', not {task}; give task='text"
     with pytest.raises(ConfigError, match=message):
         load_base(str(folder / "classifier"), str(folder / "adapter"), task)
 
@@ -140,6 +142,7 @@ def test_an_adapter_without_a_task_type_takes_any(folder: Path) -> None:
     assert load_base(str(folder / "classifier"), str(folder / "headless"), CLASSIFIER).task == CLASSIFIER
 
 
+@pytest.mark.filterwarnings("ignore:.* was made for owner/own-base, and is used with")
 def test_the_base_that_an_adapter_was_made_for_is_named(folder: Path, tmp_path: Path) -> None:
     tiny_model("bert", num_labels=3, hidden_size=64).save_pretrained(tmp_path / "wider")
     config = json.loads((folder / "headless" / "adapter_config.json").read_text())
@@ -152,24 +155,39 @@ def test_the_base_that_an_adapter_was_made_for_is_named(folder: Path, tmp_path: 
     with pytest.raises(CheckpointError) as error:
         load_traced(str(tmp_path / "wider"), str(adapter), CLASSIFIER)
     headline, *problems = str(error.value).splitlines()
-    assert "it was made for owner/own-base, so give that base with --model" in headline
+    assert "it was made for owner/own-base, so give that base as model=..." in headline
     assert len(problems) == 4
     assert all(problem.startswith("- base_model.model.bert.encoder.layer.") for problem in problems)
 
 
+def test_an_adapter_whose_configuration_is_not_that_of_its_tensors_does_not_blame_its_base(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "headless", tmp_path / "adapter")
+    config = json.loads((folder / "headless" / "adapter_config.json").read_text())
+    config |= {"r": 2 * config["r"], "base_model_name_or_path": str(folder / "classifier")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        load_traced(str(folder / "classifier"), str(tmp_path / "adapter"), CLASSIFIER)
+    headline, *problems = str(error.value).splitlines()
+    assert "its adapter_config.json and its tensors do not agree" in headline
+    assert "model=" not in headline
+    assert problems
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_base_whose_head_is_of_another_task_is_named(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stream: bool
+    folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder, stream: bool
 ) -> None:
     base = str(folder / "classifier")
     load_base(base, None, CLASSIFIER, stream=stream)
     config = peft.GraloraConfig(r=8, target_modules=["query"], task_type="TOKEN_CLS", init_weights=False)
     peft.get_peft_model(tiny_model("bert", num_labels=3), config).save_pretrained(tmp_path)
     load_base(base, str(tmp_path), None, stream=stream)  # has a head of its own
-    assert "head was trained" not in caplog.text
+    assert not [warning for warning in recwarn if "head was trained" in str(warning.message)]
     load_base(base, None, "token-classification", stream=stream)
     message = "was saved as BertForSequenceClassification: its head was trained for text-classification, not for token-"
-    assert message in caplog.text
+    assert message in str(recwarn.pop(UserWarning).message)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +260,8 @@ def test_a_truncated_shard_is_named(folder: Path, tmp_path: Path) -> None:
     [
         ("{folder}/classifier/config.json", "is not a directory; give the directory"),
         ("{folder}", "no config.json in"),
-        ("a\0b", "is not a valid path"),
-        ("a" * 5000, "is not a valid path"),
+        ("a\0b", r"is not a usable path \(it holds a zero byte\)"),
+        ("a" * 5000, r"is not a usable path \(File name too long\)"),
         ("/no/such/model", "no model can be loaded from /no/such/model"),
     ],
 )

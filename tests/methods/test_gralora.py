@@ -18,6 +18,8 @@ from gralora_fx.methods.low_rank import accumulate
 from gralora_fx.methods.method import AdapterDims, Update
 from gralora_fx.methods.registry import GRALORA
 
+pytestmark = pytest.mark.quick
+
 IN, OUT = 24, 48
 RANKS = [
     AdapterDims(4, 1),

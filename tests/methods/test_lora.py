@@ -22,6 +22,8 @@ from gralora_fx.methods import config_from_peft, method_of, read_config
 from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
 
+pytestmark = pytest.mark.quick
+
 BOTH = ["q_proj", "v_proj"]
 
 

@@ -112,7 +112,7 @@ def test_bad_adapter_names(name: Any) -> None:
 def test_a_peft_object_is_not_a_configuration_here() -> None:
     import peft
 
-    with pytest.raises(ConfigError, match="but got a GraloraConfig; convert a live PEFT configuration with"):
+    with pytest.raises(ConfigError, match=r"not peft's GraloraConfig .*; convert it with GraloraConfig\.from_peft"):
         rewrite(traced("bert"), peft.GraloraConfig(**QUERY))  # type: ignore[arg-type]
 
 
@@ -133,6 +133,7 @@ def fail_at_the_last_site(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
     monkeypatch.setattr(gralora_fx.passes.insert_adapter, "_insert_at", failing)
 
 
+@pytest.mark.quick
 def test_an_error_at_the_last_site_leaves_the_trace_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     source, base = fresh("bert")
     source.bert.embeddings.word_embeddings.weight.requires_grad_(False)
@@ -196,6 +197,7 @@ def test_a_failed_first_or_second_adapter_leaves_the_model(monkeypatch: pytest.M
 # -- training -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "fields",
     [

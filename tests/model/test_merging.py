@@ -40,6 +40,7 @@ def test_merged_equals_unmerged_in_exactly_the_bases_graph(name: str) -> None:
     assert relative_error(run(traced(name), inputs), expected) > 1e-3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_merged_weights_are_pefts(name: str, tmp_path: Any) -> None:
     theirs = saved_by_peft(name, tmp_path, target_modules="all-linear", r=8, hybrid_r=4, alpha=24)

@@ -146,6 +146,7 @@ def schema_names(target: Any) -> list[str]:
     return [argument.name for argument in target._schema.arguments]
 
 
+@pytest.mark.quick
 def test_every_operator_has_a_case() -> None:
     assert {case.operator for case in CASES.values()} == set(OPERATORS)
     assert {operator.target for operator in OPERATORS} >= set(TRANSLATIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,4 +238,9 @@ GROUPS = {
 
 def cases_of(group: str) -> list[Any]:
     """The cases of a group as parameters of a test."""
-    return [pytest.param(case, id=str(case)) for case in GRID if case.architecture in GROUPS[group]]
+    return as_parameters([case for case in GRID if case.architecture in GROUPS[group]])
+
+
+def as_parameters(cases: Sequence[Case], *of_the_first: pytest.MarkDecorator) -> list[Any]:
+    """Cases as parameters of a test, the first with marks of its own."""
+    return [pytest.param(case, id=str(case), marks=of_the_first if case is cases[0] else ()) for case in cases]

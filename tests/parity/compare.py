@@ -129,7 +129,7 @@ def gradients(pair: Pair) -> str:
         # scaled, as in mixed-precision training, so that float16 gradients do not vanish
         loss = (output if output.dtype == torch.float64 else output.float()).square().mean()
         (LOSS_SCALE * loss).backward()
-    mine, theirs = _our_parameters(pair), _peft_parameters(pair)
+    mine, theirs = _our_parameters(pair), peft_parameters(pair)
     pair.theirs.eval()
     pair.ours.eval()
     absent = {key for key, p in theirs.items() if p.grad is None} ^ {key for key, p in mine.items() if p.grad is None}
@@ -144,7 +144,7 @@ def gradients(pair: Pair) -> str:
 
 def step(pair: Pair) -> str:
     """One step of the optimizer moves every tensor alike; the tensors are put back afterwards."""
-    mine, theirs = _our_parameters(pair), _peft_parameters(pair)
+    mine, theirs = _our_parameters(pair), peft_parameters(pair)
     before = [{key: p.detach().clone() for key, p in parameters.items()} for parameters in (mine, theirs)]
     for parameters in (mine, theirs):
         trained = list({id(p): p for p in parameters.values()}.values())
@@ -211,11 +211,13 @@ ASPECTS: dict[str, Callable[[Pair], str]] = {
 
 def compare(case: Case, directory: Path) -> dict[str, str]:
     """What differs from PEFT in each aspect of a case, an empty string where nothing does."""
-    try:
-        pair = Pair.of(case, directory)
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        return dict.fromkeys(ASPECTS, f"{type(error).__name__}: {error}")
-    return {name: _outcome(aspect, pair) for name, aspect in ASPECTS.items()}
+    with warnings.catch_warnings():  # of names and keys that PEFT ignores in silence
+        warnings.filterwarnings("ignore", ".* (finds no numbered layers|counts for no)", UserWarning)
+        try:
+            pair = Pair.of(case, directory)
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            return dict.fromkeys(ASPECTS, f"{type(error).__name__}: {error}")
+        return {name: _outcome(aspect, pair) for name, aspect in ASPECTS.items()}
 
 
 def _outcome(aspect: Callable[[Pair], str], pair: Pair) -> str:
@@ -272,7 +274,7 @@ def _perturb_biases(theirs: peft.PeftModel) -> None:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def _peft_parameters(pair: Pair) -> dict[str, nn.Parameter]:
+def peft_parameters(pair: Pair) -> dict[str, nn.Parameter]:
     """PEFT's trained parameters by the keys of its checkpoint."""
     by_storage = {p.data_ptr(): p for p in pair.theirs.parameters() if p.requires_grad}
     state = peft.get_peft_model_state_dict(pair.theirs)

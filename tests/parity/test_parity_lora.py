@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from architectures import ARCHITECTURES
-from cases import LORA_GRID, Case
+from cases import LORA_GRID, Case, as_parameters
 from compare import compare
 from parity_table import PROPERTY
 
@@ -17,7 +17,7 @@ def test_the_grid_has_more_than_150_cases_at_every_architecture() -> None:
     assert {case.architecture for case in LORA_GRID} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("case", LORA_GRID, ids=str)
+@pytest.mark.parametrize("case", as_parameters(LORA_GRID, pytest.mark.quick))
 def test_the_same_as_in_peft(case: Case, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     outcomes = compare(case, tmp_path)
     for aspect, problem in outcomes.items():

@@ -95,6 +95,7 @@ def adapted(base: TracedModel, **fields: Any) -> GraloraModel:
 # -- insert and remove --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_graph_before_and_after(base: TracedModel) -> None:
     assert str(base.graph_module.graph) == BASE
     model = adapted(base)
@@ -186,7 +187,9 @@ def test_owned_parameters_are_read(base: TracedModel) -> None:
     assert redirection(graph_module).changed == 0
 
 
-@pytest.mark.parametrize("module", pkgutil.iter_modules(gralora_fx.passes.__path__), ids=lambda module: module.name)
+@pytest.mark.parametrize(
+    "module", list(pkgutil.iter_modules(gralora_fx.passes.__path__)), ids=lambda module: module.name
+)
 def test_every_module_holds_a_pass_of_its_name(module: pkgutil.ModuleInfo) -> None:
     contents = vars(importlib.import_module(f"gralora_fx.passes.{module.name}"))
     graph_pass = contents.get(module.name) or contents[module.name.title().replace("_", "")]

@@ -68,7 +68,13 @@ def test_a_page_of_a_trained_model() -> None:
     assert by_path["bert.encoder.layer.0.attention.self.query"][7] == "0"
     assert by_path["bert.pooler.dense"][1] == "rejected"
     assert by_path["classifier"][6] == "trains whole, as a copy of default"
-    assert by_path["default"][:5] == ["default", "active", "8", "4", "0"]
+    assert by_path["default"][:4] == [
+        "default",
+        "active",
+        "GraLoRA",
+        "r=8 hybrid_r=0 alpha=64 gralora_k=4 scale=8 gralora_dropout=0",
+    ]
+    assert by_path["default"][4:] == ["query", "classifier", "none", f"{model.plans['default'].trainable_parameters:,}"]
     trainable, total = model.get_nb_trainable_parameters()
     assert f"{trainable:,} of {total:,} parameters train" in reader.text
 

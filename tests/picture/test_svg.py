@@ -40,12 +40,13 @@ def test_every_site_of_a_small_model_is_drawn(name: str) -> None:
         assert f"{site.in_features} → {site.out_features}" in words(drawn[site.path])
 
 
+@pytest.mark.quick
 def test_adapted_rejected_and_saved_sites_differ() -> None:
     drawn = boxes(svg_of(bert()))
     query, key, head = drawn[QUERY], drawn[QUERY.replace("query", "key")], drawn["classifier"]
     assert "default: r=8 k=2 scale=2" in words(query)
     assert "target_modules does not name it" in words(key)
-    assert "no adapter: target_modules does not name it" in tooltip(key)
+    assert "rejected: target_modules does not name it" in tooltip(key)
     assert "trains whole: default" in words(head)
     classes = [group.get("class", "").split()[-1] for group in (query, key, head)]
     assert classes == ["active", "rejected", "saved"]
@@ -167,7 +168,7 @@ def test_a_picture_is_described_and_explained() -> None:
     assert "BertForSequenceClassification" in title
     assert "4 of 14 sites adapted" in description
     head = words(next(group for group in root if group.get("class") == "head"))
-    assert all(meaning in head for meaning in ("adapter active", "no adapter", "trains whole"))
+    assert all(meaning in head for meaning in ("adapter active", "rejected", "trains whole"))
     assert "adapter merged" not in head
 
 

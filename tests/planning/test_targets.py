@@ -110,6 +110,7 @@ def test_layers_without_a_pattern(name: str, layers: Any) -> None:
     assert selected(name, **fields) == pefts(name, **fields)
 
 
+@pytest.mark.filterwarnings("ignore:layers_pattern 'nowhere' finds no numbered layers")
 @pytest.mark.parametrize("as_list", [True, False])
 @pytest.mark.parametrize("name", [name for name in TINY if name != "albert"])
 def test_layers_with_a_pattern(name: str, as_list: bool) -> None:

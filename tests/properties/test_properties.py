@@ -89,6 +89,7 @@ def test_the_plan_takes_what_the_names_say(data: st.DataObject, case: Case) -> N
         assert (planned.r, planned.k, planned.scale) == (r, k, alpha / (r + config.hybrid_r))
 
 
+@pytest.mark.quick
 @examples(40)
 @given(st.data(), cases())
 def test_merged_is_unmerged(data: st.DataObject, case: Case) -> None:
@@ -149,6 +150,7 @@ def test_unloading_gives_the_base_back(data: st.DataObject, case: Case) -> None:
         assert parameter.requires_grad == trainable.get(id(parameter), True), name
 
 
+@pytest.mark.filterwarnings("ignore:adapter 'default' has .*, which PEFT's GraLoRA does not read")
 @examples(35)
 @given(st.data(), cases((torch.float32, torch.float64, torch.bfloat16)), st.booleans())
 def test_a_saved_adapter_loads_with_every_bit_and_the_same_meaning(

@@ -10,8 +10,9 @@ import pytest
 from tiny_models import tiny_model
 
 from gralora_fx import trace
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.runtime.export_adapters import own_adapters
 from gralora_fx.serving import load
 
 
@@ -67,3 +68,14 @@ def test_blobs_that_are_a_link_are_refused(exported: Path, tmp_path: Path) -> No
     (tmp_path / "models--a--b" / "blobs").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ServingError, match="is a link"):
         load(folder)
+
+
+def test_own_adapters_are_not_links(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "adapters" / f"{name}.onnx_adapter").touch()
+    assert list(own_adapters(tmp_path, ExportError)) == ["a", "b"]
+    (tmp_path / "adapters" / "c.onnx_adapter").symlink_to("a.onnx_adapter")
+    for error in (ExportError, ServingError):
+        with pytest.raises(error, match=r"c.onnx_adapter is a link; copy the file itself"):
+            own_adapters(tmp_path, error)

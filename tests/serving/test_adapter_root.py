@@ -13,22 +13,22 @@ from served_exports import decoders
 
 from gralora_fx.errors import ConfigError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter
-from gralora_fx.runtime.adapter_record import record_path
+from gralora_fx.runtime.adapter_name import record_path
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError, AdapterRoot
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with PEFT's `wide` and the export `swappable`."""
+    """A directory with PEFT's `wide` and the export `data`."""
     folder = tmp_path_factory.mktemp("root")
-    decoders(folder, "swappable")
+    decoders(folder, "data")
     return folder
 
 
 @pytest.fixture
 def root(made: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "root"
-    shutil.copytree(made / "swappable" / "adapters", folder)
+    shutil.copytree(made / "data" / "adapters", folder)
     shutil.copytree(made / "wide", folder / "peft")
     return folder
 
@@ -37,7 +37,7 @@ def copied(root: Path, text: str, made: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    return AdapterRoot.of(root).copy(text, "name", made / "swappable", folder)
+    return AdapterRoot.of(root).copy(text, "name", made / "data", folder)
 
 
 @pytest.mark.parametrize("spell", [str, lambda text: f"./{text}"])
@@ -56,7 +56,7 @@ def test_a_root_behind_a_link_is_the_operators_choice(root: Path, made: Path, tm
 
 def test_a_peft_directory_is_converted_as_by_export_adapter(root: Path, made: Path, tmp_path: Path) -> None:
     file = copied(root, "peft", made, tmp_path)
-    export = Path(shutil.copytree(made / "swappable", tmp_path / "export"))
+    export = Path(shutil.copytree(made / "data", tmp_path / "export"))
     reference = export_adapter(root / "peft", export, "name")
     assert file.read_bytes() == reference.read_bytes()
     assert record_path(file).read_bytes() == record_path(reference).read_bytes()
@@ -146,6 +146,9 @@ def test_what_is_no_adapter_is_named(root: Path, made: Path, tmp_path: Path) -> 
 def test_a_root_is_a_directory(root: Path, tmp_path: Path) -> None:
     for path in (root / "wide.json", tmp_path / "missing"):
         with pytest.raises(ConfigError, match="the adapter root"):
+            AdapterRoot.of(path)
+    for path in (tmp_path / "a\0b", tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError, match=r"is not a usable path .*; give the directory of adapters"):
             AdapterRoot.of(path)
 
 

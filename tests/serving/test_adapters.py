@@ -153,7 +153,7 @@ def test_required_inputs_need_no_adapter(exports: Exports, mode: str, name: str)
 # -- I/O binding -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["swappable", "inputs"])
+@pytest.mark.parametrize("mode", ["data", "inputs"])
 def test_an_adapter_is_bound(exports: Exports, two: Two, mode: str) -> None:
     model = exports.adapted("llama", 2, mode)
     inputs = model._feed.arrays(arrays(KIND.batch()))
@@ -197,19 +197,19 @@ def test_generated_tokens_are_those_of_a_merged_export(two: Two, served: OrtMode
     ]
 
 
-def test_generation_names_what_is_wrong_with_an_adapter(two: Two, tmp_path: Path) -> None:
+def test_answers_are_those_of_the_file_that_was_loaded(two: Two, tmp_path: Path) -> None:
     model = load(two.export)
     for path in two.folder.glob("formal.*"):
         shutil.copy(path, tmp_path)
     model.load_adapter("formal", tmp_path / "formal.onnx_adapter")
     with pytest.raises(ServingError, match="no adapter 'other'"):
         model.generate(PROMPT, adapter="other")
+    whole = model.generate(PROMPT, adapter="formal", max_new_tokens=2)
     data = bytearray((tmp_path / "formal.onnx_adapter").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "formal.onnx_adapter").write_bytes(data)
-    with pytest.raises(ServingError, match=r"not what formal\.json describes: it was changed or cut short"):
-        model.generate(PROMPT, adapter="formal", max_new_tokens=2)
-    assert_is(model, two, "formal", "formal")  # calls run with what was loaded
+    assert model.generate(PROMPT, adapter="formal", max_new_tokens=2) == whole
+    assert_is(model, two, "formal", "formal")
 
 
 def test_texts_are_answered_with_an_adapter(two: Two, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_one_of_many_threads_that_load_a_name_gets_it(two: Two) -> None:
 # -- OpenVINO's plug-in, where it is installed and has a device --------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["swappable", "inputs"])
+@pytest.mark.parametrize("mode", ["data", "inputs"])
 def test_adapters_run_on_openvino(exports: Exports, two: Two, openvino: Any, mode: str) -> None:
     exact = {"load_config": {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}}
     model = load(exports.adapted("llama", 2, mode).directory, ("OpenVINOExecutionProvider", exact))

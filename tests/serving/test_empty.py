@@ -25,7 +25,8 @@ SIZES = {"batch_size": 1, "sequence_length": 3, "decoder_sequence_length": 2}
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
     name, task = KINDS[request.param]
     path = tmp_path_factory.mktemp(name) / "onnx"
-    export_onnx(fresh_trace(name, task=task), path, verify=False)
+    sizes = {"decoder_start_token_id": 0} if name == "t5" else {}
+    export_onnx(fresh_trace(name, task=task, **sizes), path, verify=False)
     return load(path)
 
 
@@ -72,5 +73,5 @@ def test_an_empty_past_is_a_first_step(served: OrtModel) -> None:
 
 @pytest.mark.parametrize("prompts", [[], (), [[]], [[5], []], np.zeros((0, 3), int), np.zeros((1, 0), int)])
 def test_generation_from_nothing_is_refused(served: OrtModel, prompts: Any) -> None:
-    with pytest.raises(ServingError, match=r"no prompt; give at least one|prompt \d is empty|has no cache|optimum"):
+    with pytest.raises(ServingError, match=r"no prompt; give at least one|is empty; give at least one|has no cache"):
         served.generate(prompts)

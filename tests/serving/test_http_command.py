@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +23,7 @@ import pytest
 from served_exports import chat_tokenizer, decoders, greedy
 from typer.testing import CliRunner
 
+import gralora_fx.serving
 from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, ServingError
 
@@ -29,18 +33,21 @@ class Server:
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "gralora_fx.cli", "serve", str(path), "--port", "0", "--threads", "1"]
-        command += ["--adapter-root", str(path.parent)]
+        command += ["--adapter-root", str(path.parent), "--access-log", "--adapter", f"peft={path.parent / 'wide'}"]
         environment = {**os.environ, "GRALORA_FX_API_KEY": "secret"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.access_log = path.parent / "access.log"
+        with self.access_log.open("w") as stdout:
+            self.process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
         ports: queue.Queue[str | None] = queue.Queue()
 
         def read() -> None:
             assert self.process.stderr is not None
-            for line in self.process.stderr:
-                self.lines.append(line)
-                if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
-                    ports.put(found[1])
+            with self.process.stderr as lines:
+                for line in lines:
+                    self.lines.append(line)
+                    if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                        ports.put(found[1])
             ports.put(None)
 
         self.reader = threading.Thread(target=read, daemon=True)
@@ -56,8 +63,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
-    paths, oracles = decoders(tmp_path_factory.mktemp("command"), "batched")
-    return paths["batched"], oracles
+    paths, oracles = decoders(tmp_path_factory.mktemp("command"), "data")
+    return paths["data"], oracles
 
 
 @pytest.fixture
@@ -76,10 +83,10 @@ def expected(oracle: Any, prompt: str, count: int) -> str:
 def test_openais_client(server: Server, exported: tuple[Path, dict[str | None, Any]]) -> None:
     oracles = exported[1]
     client = server.client()
-    assert [model.id for model in client.models.list()] == ["batched", "small", "wide"]
+    assert [model.id for model in client.models.list()] == ["data", "peft", "small", "wide"]
 
     def answer(adapter: str | None) -> str:
-        found = client.completions.create(model=adapter or "batched", prompt="Hello", temperature=0, max_tokens=10)
+        found = client.completions.create(model=adapter or "data", prompt="Hello", temperature=0, max_tokens=10)
         assert found.usage is not None
         assert found.usage.prompt_tokens == 5
         return found.choices[0].text
@@ -87,6 +94,7 @@ def test_openais_client(server: Server, exported: tuple[Path, dict[str | None, A
     with ThreadPoolExecutor(9) as pool:
         texts = list(pool.map(answer, [*oracles] * 3))
     assert texts == [expected(oracles[adapter], "Hello", 10) for adapter in oracles] * 3
+    assert answer("peft") == expected(oracles["wide"], "Hello", 10)
     messages: Any = [{"role": "user", "content": "hi"}]
     options: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 10, "model": "wide"}
     reference = expected(oracles["wide"], "user: hi assistant: ", 10)
@@ -101,6 +109,19 @@ def test_openais_client(server: Server, exported: tuple[Path, dict[str | None, A
         client.completions.create(model="wide", prompt="a", suffix="b")
     with pytest.raises(openai.AuthenticationError, match="API key"):
         server.client("wrong").models.list()
+    deadline = time.monotonic() + 20
+    while len(lines := server.access_log.read_text().splitlines()) < 16:
+        assert time.monotonic() < deadline  # a line is written when its answer has gone
+    asked = Counter((line.split('"')[1].removesuffix(" HTTP/1.1"), line.split()[-3]) for line in lines)
+    assert asked == {
+        ("GET /v1/models", "200"): 1,
+        ("GET /v1/models", "401"): 1,
+        ("POST /v1/completions", "200"): 10,
+        ("POST /v1/completions", "400"): 1,
+        ("POST /v1/completions", "404"): 1,
+        ("POST /v1/chat/completions", "200"): 2,
+    }
+    assert not any(word in line for line in lines for word in ("Hello", "secret", "Bearer", "wrong"))
 
 
 def test_adapters_are_loaded_by_requests(server: Server, exported: tuple[Path, dict[str | None, Any]]) -> None:
@@ -109,7 +130,7 @@ def test_adapters_are_loaded_by_requests(server: Server, exported: tuple[Path, d
     assert "added successfully" in client.post("/load_lora_adapter", body=fields, cast_to=str)
     found = client.completions.create(model="new", prompt="Hello", temperature=0, max_tokens=10)
     assert found.choices[0].text == expected(exported[1]["wide"], "Hello", 10)
-    assert [model.id for model in client.models.list()] == ["batched", "new", "small", "wide"]
+    assert [model.id for model in client.models.list()] == ["data", "new", "peft", "small", "wide"]
     with pytest.raises(openai.BadRequestError, match="is loaded already"):
         client.post("/load_lora_adapter", body=fields, cast_to=str)
     with pytest.raises(openai.NotFoundError, match="there is no adapter at 'none'"):
@@ -142,8 +163,11 @@ def test_errors_before_serving(tmp_path: Path) -> None:
 
     assert isinstance(error(str(tmp_path / "none")), ServingError)
     assert isinstance(error(str(tmp_path), "--adapter", "x"), ConfigError)
+    manifest = {"schema_version": 1, "task": None, "precision": "fp32", "sites": []}
+    (tmp_path / "gralora_export.json").write_text(json.dumps(manifest))
     assert isinstance(error(str(tmp_path), "--adapter-root", str(tmp_path / "none")), ConfigError)
-    with patch.dict(sys.modules, {"fastapi": None}):
+    # the package keeps the modules that it has: what is imported here is of this block alone
+    with patch.dict(sys.modules, {"fastapi": None}), patch.object(gralora_fx.serving, "http", create=True):
         for name in [name for name in sys.modules if name.startswith("gralora_fx.serving.http")]:
             del sys.modules[name]
         found = error(str(tmp_path))

@@ -54,8 +54,8 @@ def test_an_unknown_field_is_refused_beside_those_without_effect() -> None:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    exports, _ = decoders(tmp_path_factory.mktemp("large"), "batched")
-    with TestClient(create_app(ServiceSettings(exports["batched"]))) as client:
+    exports, _ = decoders(tmp_path_factory.mktemp("large"), "data")
+    with TestClient(create_app(ServiceSettings(exports["data"]))) as client:
         yield client
 
 
@@ -63,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("large")
     model, _ = adapted("bert", folder, targets=["query"], num_labels=3, pad_token_id=0)
-    export_onnx(model, folder / "base", adapters="batched", verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, folder / "base", adapters="data", verify=False, tokenizer=chat_tokenizer())
     with TestClient(create_app(ServiceSettings(folder / "base"))) as client:
         yield client
 
@@ -83,7 +83,7 @@ def test_what_there_is_no_room_for_is_not_read(
 
     monkeypatch.setattr(text_answers, "prompt_ids", read)
     monkeypatch.setattr(TextReader, "texts", read)
-    body = {"model": "batched", "prompt": ["a"] * 100, "n": 100}
+    body = {"model": "data", "prompt": ["a"] * 100, "n": 100}
     assert refused(text, "/v1/completions", body).startswith(
         "10000 answers are asked for, n to each prompt, and there is"
     )
@@ -91,7 +91,7 @@ def test_what_there_is_no_room_for_is_not_read(
 
 
 def test_options_name_few_tokens(text: TestClient) -> None:
-    body: dict[str, Any] = {"model": "batched", "prompt": "a", "max_tokens": 1}
+    body: dict[str, Any] = {"model": "data", "prompt": "a", "max_tokens": 1}
     for field, given in (("logit_bias", dict.fromkeys(map(str, range(1025)), 1)), ("stop_token_ids", [5] * 1025)):
         message = f"{field}: there are 1025 tokens, more than 1024; name fewer"
         assert refused(text, "/v1/completions", {**body, field: given}) == message

@@ -179,4 +179,4 @@ def test_a_second_sigterm_ends_at_once(export: Path) -> None:
         assert "SIGTERM again: ended at once" in process.stderr.read()
     finally:
         process.kill()
-        process.wait(20)
+        process.communicate(timeout=20)

@@ -16,7 +16,6 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
 
-MODES: tuple[Any, ...] = ("batched", "swappable")
 PROMPT = "Hello there"
 
 
@@ -24,17 +23,15 @@ PROMPT = "Hello there"
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
     folder = tmp_path_factory.mktemp("logprobs")
     model, oracles = adapted("llama", folder, CACHED, eos_token_id=END, bos_token_id=1, pad_token_id=0)
-    for mode in MODES:
-        export_onnx(model, folder / mode, adapters=mode, verify=False, tokenizer=chat_tokenizer(), logits="all")
-    return folder, oracles
+    export_onnx(model, folder / "base", adapters="data", verify=False, tokenizer=chat_tokenizer(), logits="all")
+    return folder / "base", oracles
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=[{"chunk": 4}, {}])
 def service(
     request: pytest.FixtureRequest, exported: tuple[Path, dict[str | None, Any]]
 ) -> Iterator[tuple[TestClient, dict[str | None, Any]]]:
-    chunk = {"chunk": 4} if request.param == "batched" else {}
-    with TestClient(create_app(ServiceSettings(exported[0] / request.param, **chunk))) as client:
+    with TestClient(create_app(ServiceSettings(exported[0], **request.param))) as client:
         yield client, exported[1]
 
 

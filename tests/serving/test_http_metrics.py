@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from tiny_models import tiny_model
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving.decoder import Decoder
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.rejections import REASONS
@@ -31,7 +32,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return decoders(tmp_path_factory.mktemp("metrics"), "batched")[0]["batched"]
+    return decoders(tmp_path_factory.mktemp("metrics"), "data")[0]["data"]
 
 
 @pytest.fixture
@@ -60,9 +61,18 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def rejections(samples: Samples) -> dict[str, float]:
-    """Counts by reason, without those that are zero."""
-    found = {dict(labels)["reason"]: count for (name, labels), count in samples.items() if "rejections_total" in name}
+    """Counts by reason, without those that are zero; for each method they are of the requests that are counted."""
+    found: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    for (name, labels), count in samples.items():
+        fields = dict(labels)
+        if name == "gralora_fx_rejections_total":
+            found[fields["reason"]] += int(count)
+            rejected[fields["method"]] += int(count)
+        if name == "gralora_fx_requests_total" and (fields["code"][0] == "4" or fields["code"] in ("503", "504")):
+            rejected[fields["method"]] -= int(count)
     assert set(found) == set(REASONS)
+    assert not any(rejected.values())
     return {reason: count for reason, count in found.items() if count}
 
 
@@ -71,14 +81,14 @@ class HeldSteps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.may_go = threading.Event(), threading.Event()
-        step = BatchedDecoder.step
+        step = Decoder.step
 
-        def held(decoder: BatchedDecoder, tokens: Any) -> Any:
+        def held(decoder: Decoder, tokens: Any) -> Any:
             self.begun.set()
             assert self.may_go.wait(20)
             return step(decoder, tokens)
 
-        monkeypatch.setattr(BatchedDecoder, "step", held)
+        monkeypatch.setattr(Decoder, "step", held)
 
 
 def test_the_model_and_the_process(decoder: Path, services: Any) -> None:
@@ -87,9 +97,9 @@ def test_the_model_and_the_process(decoder: Path, services: Any) -> None:
     facts = dict(labels)
     assert facts.pop("version")
     assert facts == {
-        "base": "batched",
+        "base": "data",
         "task": "text-generation-with-past",
-        "adapters_mode": "batched",
+        "adapters_mode": "data",
         "precision": "fp32",
         "quantization": "none",
     }
@@ -143,7 +153,7 @@ def test_runs_that_fail(decoder: Path, services: Any, monkeypatch: pytest.Monkey
     client = services(decoder)
     body = {"model": "small", "prompt": "ab", "temperature": 0, "max_tokens": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(BatchedDecoder, "step", lambda *_: 1 / 0)
+        patch.setattr(Decoder, "step", lambda *_: 1 / 0)
         assert [client.post("/v1/completions", json=body).status_code for _ in range(2)] == [500, 500]
     assert client.post("/v1/completions", json=body).status_code == 200
     samples = scrape(client)
@@ -180,6 +190,25 @@ def test_rows_of_an_encoder(tmp_path: Path, services: Any, monkeypatch: pytest.M
     assert rejections(samples) == {"queue_full": 1, "too_large": 2}
     assert value(samples, "gralora_fx_run_failures_total") == 1
     assert value(samples, "gralora_fx_queue_length") == 0
+
+
+def test_tokens_are_measured_where_there_are_some(tmp_path: Path, decoder: Path, services: Any) -> None:
+    """A model without tokens has no figures of them; one that reads texts has none of what is generated."""
+    linear = trace(torch.nn.Linear(4, 2), (torch.randn(2, 4),))
+    export_onnx(linear, tmp_path / "linear", verify=False)
+    model = trace(tiny_model("bert", num_labels=2, pad_token_id=0))
+    export_onnx(model, tmp_path / "texts", verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, tmp_path / "tensors", verify=False)
+
+    def figures(path: Path) -> set[str]:
+        client = services(path)
+        client.post("/classify", json={"input": "a"})
+        return {f"{name} {dict(labels).get('kind')}" for name, labels in scrape(client) if "token" in name}
+
+    assert figures(tmp_path / "linear") == figures(tmp_path / "tensors") == set()
+    assert figures(tmp_path / "texts") == {f"gralora_fx_tokens_{part} prompt" for part in ("total", "created")}
+    names = {name.partition(" ")[0] for name in figures(decoder)}
+    assert {"gralora_fx_tokens_total", "gralora_fx_time_to_first_token_seconds_count"} <= names
 
 
 def test_methods_that_http_has_not_are_one_label() -> None:

@@ -24,36 +24,31 @@ from running_service import serving
 from served_exports import ADAPTERS, CACHED, adapted, chat_tokenizer
 
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.batched_steps import BatchedSteps
-from gralora_fx.serving import load
-from gralora_fx.serving.generation import GenaiRows
+from gralora_fx.serving import Decoder, load
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.text_jobs import Piece, TextRequest
 
-MODES: tuple[Any, ...] = ("batched", "swappable")
+BASE = "data"
 ENDS = list(range(90, 101))  # a random model chooses one soon
 ALL_OPTIONS = {"temperature": 0, "max_tokens": 6}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Exports with room for a conversation in letters, by how they hold adapters."""
+    """A folder with an export that has room for a conversation in letters."""
     folder = tmp_path_factory.mktemp("openai")
     sizes = {"eos_token_id": ENDS, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
     model, _ = adapted("llama", folder, CACHED, **sizes)
-    for mode in MODES:
-        export_onnx(model, folder / mode, adapters=mode, verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, folder / BASE, adapters="data", verify=False, tokenizer=chat_tokenizer())
     return folder
 
 
-@pytest.fixture(scope="module", params=MODES)
-def service(request: pytest.FixtureRequest, exported: Path) -> Iterator[tuple[str, int, Any]]:
+@pytest.fixture(scope="module")
+def service(exported: Path) -> Iterator[tuple[str, int, Any]]:
     """The base's name, the port and the app."""
-    app = create_app(ServiceSettings(exported / request.param, max_batch=4, max_queue=4, api_key="secret"))
+    app = create_app(ServiceSettings(exported / BASE, max_batch=4, max_queue=4, api_key="secret"))
     with serving(app) as (_, port):
-        yield request.param, port, app
+        yield BASE, port, app
 
 
 def options_of(port: int) -> dict[str, Any]:
@@ -67,9 +62,8 @@ def client(service: tuple[str, int, Any]) -> openai.OpenAI:
 
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let every step of a decoder take so long."""
-    for kind, name in ((BatchedSteps, "__call__"), (GenaiRows, "step")):
-        step: Callable[..., Any] = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda *given, _step=step: (time.sleep(seconds), _step(*given))[1])
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *given: (time.sleep(seconds), step(*given))[1])
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -158,11 +152,7 @@ def test_vllms_fields(client: openai.OpenAI, service: tuple[str, int, Any], expo
     assert answer(logit_bias={"40": 100}) == expected(logit_bias={40: 100.0})
     more = sorted({*ENDS, *range(40, 60)})
     assert answer(stop_token_ids=list(range(40, 60))) == expected(eos_token_id=more)
-    if service[0] == "batched":
-        assert answer(ignore_eos=True) == expected(eos_token_id=[])
-    else:
-        with pytest.raises(openai.BadRequestError, match="at which onnxruntime-genai ends every answer"):
-            answer(ignore_eos=True)
+    assert answer(ignore_eos=True) == expected(eos_token_id=[])
 
 
 def test_the_async_client_and_raw_responses(service: tuple[str, int, Any]) -> None:
@@ -267,41 +257,3 @@ def test_a_client_gone_midstream_frees_its_row_within_a_second(
         until(lambda: queue.in_flight == 1, 1)
         assert answering.result().choices[0].text == expected
     until(lambda: queue.in_flight == 0)
-
-
-def test_requests_with_one_adapter_run_as_a_batch(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest decides whose turn it is; each row has its own options and its own end."""
-    app = create_app(ServiceSettings(exported / "swappable", max_batch=3, max_queue=20))
-    queue, model = app.state.engine.queue, load(exported / "swappable")
-    batches: list[tuple[str | None, int]] = []
-    rows = queue._model.decoder.rows
-
-    def record(prompts: Any, most: int, adapter: str | None) -> Any:
-        batches.append((adapter, len(prompts)))
-        return rows(prompts, most, adapter)
-
-    monkeypatch.setattr(queue._model.decoder, "rows", record)
-    asked = [("wide", 5), ("small", 9), ("wide", 2), (None, 4), ("wide", 12), ("wide", 3), ("small", 700)]
-    prompts = [[5 + index, 7] * (index + 1) for index in range(len(asked))]
-    texts = [Piece("", 0)] * len(asked)
-
-    def sink(index: int) -> Callable[[Any], None]:
-        def take(piece: Any) -> None:
-            texts[index] += piece
-
-        return take
-
-    requests = [
-        TextRequest(tuple(prompt), count, Sampling(min_new_tokens=2, presence_penalty=float(index % 2)), (), adapter)
-        for index, (prompt, (adapter, count)) in enumerate(zip(prompts, asked, strict=True))
-    ]
-    queue.submit([(request, sink(index)) for index, request in enumerate(requests)])
-    queue.start()
-    queue.stop()
-    assert batches == [("wide", 3), ("small", 2), (None, 1), ("wide", 1)]
-    for request, found in zip(requests, texts, strict=True):
-        options = {"min_new_tokens": 2, "presence_penalty": request.sampling.presence_penalty}
-        most = request.max_new_tokens
-        ids = model.generate(list(request.prompt), adapter=request.adapter, max_new_tokens=most, **options)
-        assert found.text == model.tokenizer.decode(ids, skip_special_tokens=True)
-        assert found.ending == ("length" if len(ids) == most else "stop")

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -25,13 +27,15 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from sentence_encoders import save_encoder
 from served_exports import chat_tokenizer, decoders
 from tiny_models import tiny_model
+from tiny_speech import processor, sound, tiny_whisper, wav
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.models import load_traced
-from gralora_fx.runtime import adapter_record
-from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.runtime import adapter_name
+from gralora_fx.serving import Decoder, load
 from gralora_fx.serving.http.settings import ServiceSettings
+from gralora_fx.serving.speech.audio_files import read_audio
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -60,7 +64,7 @@ class Page:
         for kind in ("browser", "performance"):
             self.driver.get_log(kind)  # what other tests left
         self.driver.get(url)
-        self.wait(lambda: self.shown("#service") or self.shown("#key"))
+        self.wait(lambda: self.shown("#service") or self.shown("#key") or self.shown("#api"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
         waiting = WebDriverWait(self.driver, 15, 0.05, ignored_exceptions=[StaleElementReferenceException])
@@ -114,6 +118,11 @@ class Page:
             (name.text, float(text.text), self.driver.execute_script(fraction, fill)) for name, text, _, fill in parts
         ]
 
+    def tile(self, title: str) -> float:
+        """The number of a tile."""
+        tiles = {tile.find_element(By.TAG_NAME, "h3").text: tile for tile in self.all(".tile")}
+        return float(tiles[title].find_element(By.TAG_NAME, "strong").text.replace(",", ""))
+
     def requests(self) -> list[str]:
         """The addresses that the page has asked for."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
@@ -161,14 +170,14 @@ def services() -> Iterator[Callable[[ServiceSettings], tuple[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def decoder(folder: Path) -> Path:
-    return decoders(folder, "batched")[0]["batched"]
+    return decoders(folder, "data")[0]["data"]
 
 
 @pytest.fixture(scope="module")
 def text_service(decoder: Path, services: Any) -> tuple[str, Any]:
     hostile = {HOSTILE: decoder / "adapters" / "wide.onnx_adapter"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter_record, "_NAME", re.compile(".+"))  # the service itself takes plain names alone
+        patch.setattr(adapter_name, "_NAME", re.compile(".+"))  # the service itself takes plain names alone
         return services(ServiceSettings(decoder, max_batch=1, adapters=hostile))  # type: ignore[no-any-return]
 
 
@@ -180,14 +189,14 @@ def by_api(url: str, model: str, prompt: str, count: int = 12) -> str:
 
 def test_the_page_shows_the_model_and_asks_nobody_else(page: Page, text_service: tuple[str, Any]) -> None:
     page.open(text_service[0])
-    assert page.one("h1").text == "batched"
+    assert page.one("h1").text == "data"
     page.wait(lambda: page.one("#status").text == "Ready")
     facts = dict(zip([e.text for e in page.all("#facts dt")], [e.text for e in page.all("#facts dd")], strict=True))
     assert facts["Task"] == "text-generation-with-past"
     assert facts["Context"] == "64 tokens"
-    assert facts["Adapters"] == "3, batched"
+    assert facts["Adapters"] == "3, data"
     assert [option.text for option in Select(page.one("#adapter select")).options] == [
-        "batched (no adapter)",
+        "data (no adapter)",
         HOSTILE,
         "small",
         "wide",
@@ -204,7 +213,7 @@ def test_a_streamed_answer_is_the_apis(page: Page, text_service: tuple[str, Any]
     page.open(url)
     page.mode("Complete")
     answers = []
-    for model in ("batched", "wide", HOSTILE):
+    for model in ("data", "wide", HOSTILE):
         page.choose(model)
         answers.append(page.complete("Hello there"))
         assert answers[-1] == by_api(url, model, "Hello there")
@@ -212,7 +221,7 @@ def test_a_streamed_answer_is_the_apis(page: Page, text_service: tuple[str, Any]
         assert note.startswith(f"{model} · 12 tokens · ")
     assert answers[0] != answers[1]
     assert answers[1] == answers[2]  # the same adapter under a name that is markup
-    assert page.driver.title == "batched · gralora-fx"
+    assert page.driver.title == "data · gralora-fx"
     assert not page.driver.find_elements(By.CSS_SELECTOR, "main img")
     assert page.problems() == []
 
@@ -252,13 +261,13 @@ def test_errors_are_shown(page: Page, text_service: tuple[str, Any]) -> None:
 def test_stop_frees_the_row(page: Page, text_service: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     url, app = text_service
     permits = threading.Semaphore(3)
-    step = BatchedDecoder.step
+    step = Decoder.step
 
-    def held(decoder: BatchedDecoder, tokens: Any) -> Any:
+    def held(decoder: Decoder, tokens: Any) -> Any:
         assert permits.acquire(timeout=30)
         return step(decoder, tokens)
 
-    monkeypatch.setattr(BatchedDecoder, "step", held)
+    monkeypatch.setattr(Decoder, "step", held)
     page.open(url)
     page.fill("textarea[name=prompt]", "Hello")
     page.fill("input[name=max_tokens]", "30")
@@ -273,21 +282,43 @@ def test_stop_frees_the_row(page: Page, text_service: tuple[str, Any], monkeypat
     assert not page.shown(".panel .error")
     permits.release(100)
     page.mode("Complete")
-    assert page.complete("Hello", 4) == by_api(url, "batched", "Hello", 4)
+    assert page.complete("Hello", 4) == by_api(url, "data", "Hello", 4)
 
 
 def test_metrics_are_live(page: Page, text_service: tuple[str, Any]) -> None:
     url = text_service[0]
     page.open(url)
 
-    def requests() -> float:
-        tiles = {tile.find_element(By.TAG_NAME, "h3").text: tile for tile in page.all(".tile")}
-        return float(tiles["Requests"].find_element(By.TAG_NAME, "strong").text.replace(",", ""))
-
     page.wait(lambda: page.one("#status").text == "Ready")
-    before = requests()
+    before = page.tile("Requests")
     by_api(url, "small", "Hello")
-    page.wait(lambda: requests() == before + 1)
+    page.wait(lambda: page.tile("Requests") == before + 1)
+
+
+def test_what_is_rejected_is_of_the_requests(page: Page, text_service: tuple[str, Any]) -> None:
+    url = text_service[0]
+    page.open(url)
+    page.wait(lambda: page.one("#status").text == "Ready")
+    before = [page.tile(title) for title in ("Requests", "Rejected")]
+    for path, body in (("nothing", None), ("v1/models/nothing", None), ("v1/completions", {}), ("nothing", {})):
+        data = None if body is None else json.dumps(body).encode()
+        with pytest.raises(HTTPError):
+            urlopen(Request(url + path, data, {"Content-Type": "application/json"}), timeout=30)
+    page.wait(lambda: [page.tile(title) for title in ("Requests", "Rejected")] == [count + 2 for count in before])
+
+
+def test_max_tokens_have_a_bound(page: Page, text_service: tuple[str, Any]) -> None:
+    page.open(text_service[0])
+    for mode in ("Chat", "Complete"):
+        page.mode(mode)
+        field = page.one("input[name=max_tokens]")
+        assert field.find_element(By.XPATH, "..").text.startswith("Max tokens")
+        assert [field.get_property(name) for name in ("min", "max", "value")] == ["1", "63", "32"]
+        page.fill("textarea[name=prompt]", "a")
+        page.fill("input[name=max_tokens]", "64")
+        page.one("button[name=send]").click()
+        assert page.driver.execute_script("return arguments[0].validity.rangeOverflow", field)
+        assert page.shown(".empty")
 
 
 def test_a_key_is_asked_for(page: Page, decoder: Path, services: Any) -> None:
@@ -313,7 +344,10 @@ def encoders(folder: Path, services: Any) -> dict[str, str]:
     export_onnx(load_traced(str(encoder), None, None), folder / "sentences", tokenizer=str(encoder), verify=False)
     network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
     export_onnx(trace(network, (torch.randn(2, 4),)), folder / "net", verify=False)
-    return {name: services(ServiceSettings(folder / name))[0] for name in ("news", "sentences", "net")}
+    convolution = torch.nn.Conv2d(3, 4, 3, stride=8)
+    fixed = trace(convolution, (torch.randn(1, 3, 224, 224),), dynamic=False)
+    export_onnx(fixed, folder / "image", verify=False)
+    return {name: services(ServiceSettings(folder / name))[0] for name in ("news", "sentences", "net", "image")}
 
 
 def test_bars_of_labels(page: Page, encoders: dict[str, str]) -> None:
@@ -349,6 +383,68 @@ def test_bars_of_similarities(page: Page, encoders: dict[str, str]) -> None:
     assert [name for name, _, _ in bars] == [text for text, _ in expected]
     assert [value for _, value, _ in bars] == pytest.approx([cosine for _, cosine in expected], abs=1e-3)
     assert bars[0][1] == 1
+
+
+def operate(page: Page, path: str) -> None:
+    """Try GET of a path in Swagger UI."""
+    selector = f".opblock-get:has(.opblock-summary-path[data-path='{path}'])"
+    page.wait(lambda: page.shown(selector))
+    page.one(f"{selector} .opblock-summary-control").click()
+    page.wait(lambda: page.shown(f"{selector} .try-out__btn"))
+    page.one(f"{selector} .try-out__btn").click()
+    page.wait(lambda: page.shown(f"{selector} .execute"))
+    page.one(f"{selector} .execute").click()
+    page.wait(lambda: page.shown(f"{selector} .live-responses-table"))
+    status = page.all(f"{selector} .live-responses-table tr.response td.response-col_status")
+    assert status[0].text.startswith("200")
+
+
+def test_docs(page: Page, encoders: dict[str, str]) -> None:
+    page.open(f"{encoders['news']}docs")
+    operate(page, "/info")
+    described = {found.get_attribute("data-path") for found in page.all(".opblock-post .opblock-summary-path")}
+    assert {"/classify", "/v2/models/{name}/infer"} <= described
+    hosts = {urlsplit(url).netloc for url in page.requests() if not url.startswith("data:")}
+    assert hosts == {urlsplit(page.url).netloc}
+    assert page.problems() == []
+    page.open(f"{encoders['news']}docs", width=360)
+    page.wait(lambda: page.shown(".opblock"))
+    assert not page.is_too_wide()
+
+
+def test_docs_ask_for_a_key(page: Page, decoder: Path, services: Any) -> None:
+    page.open(f"{services(ServiceSettings(decoder, api_key='secret'))[0]}docs")
+    assert not page.shown("#api .opblock")
+    page.fill("input[name=key]", "wrong")
+    page.one("#key button").click()
+    page.wait(lambda: "the service does not take this key" in page.one("#key .error").text)
+    page.fill("input[name=key]", "secret")
+    page.one("#key button").click()
+    operate(page, "/v1/models")
+    assert not page.shown("#key")
+    kept = "return localStorage.length + sessionStorage.length + document.cookie.length"
+    assert page.driver.execute_script(kept) == 0
+
+
+@pytest.mark.parametrize("name", ["news", "sentences", "net", "image"])
+def test_the_request_that_is_there_runs(page: Page, encoders: dict[str, str], name: str) -> None:
+    page.open(encoders[name])
+    if page.shown("#modes"):
+        page.mode("Tensors")
+    request = str(page.one("textarea[name=request]").get_property("value"))
+    answer = urlopen(
+        Request(f"{page.url}v2/models/{name}/infer", request.encode(), {"Content-Type": "application/json"}), timeout=30
+    )
+    outputs = json.load(answer)["outputs"]
+    page.one(".panel button.primary").click()
+    page.wait(lambda: page.shown(".output"))
+    assert [output.text.partition(" ")[0] for output in page.all(".output")] == [output["name"] for output in outputs]
+    assert page.shown(".panel .note") == (name == "image")
+    page.wait(lambda: page.one("#status").text == "Ready")
+    titles = [tile.text for tile in page.all(".tile h3")]
+    assert ("Tokens/s" in titles) == (name in ("news", "sentences"))
+    assert ("Context" in [fact.text for fact in page.all("#facts dt")]) == ("Tokens/s" in titles)
+    assert page.problems() == []
 
 
 def test_tensors_and_their_command(page: Page, encoders: dict[str, str]) -> None:
@@ -396,3 +492,26 @@ def test_bars_of_relevance(page: Page, folder: Path, services: Any) -> None:
     shown = [(documents[result["index"]], round(result["relevance_score"], 3)) for result in results]
     assert len(shown) == 3
     page.wait(lambda: [bar[:2] for bar in page.bars()] == shown)
+
+
+@pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
+def test_a_recording_is_written_down(page: Page, folder: Path, services: Any) -> None:
+    traced = trace(tiny_whisper(), task="automatic-speech-recognition-with-past")
+    export_onnx(traced, folder / "whisper", tokenizer=processor(), verify=False)
+    (folder / "a.wav").write_bytes(wav(sound()))
+    (folder / "long.wav").write_bytes(wav(sound(seconds=1.5)))
+    url, _ = services(ServiceSettings(folder / "whisper"))
+    page.open(url)
+    assert page.one("#panels form").text.startswith("Recording")
+    page.one("input[name=file]").send_keys(str(folder / "long.wav"))
+    page.one("#panels .primary").click()
+    page.wait(lambda: "1.5 seconds long, and the model reads 1" in page.one("#panels .error").text)
+    page.one("input[name=file]").send_keys(str(folder / "a.wav"))
+    page.fill("input[name=language]", "de")
+    page.one("#panels .primary").click()
+    expected = load(folder / "whisper").generate(read_audio(wav(sound()), 1).samples, language="de", task="transcribe")
+    said = page.wait(lambda: page.one("#panels .result p:not(.empty)"))
+    assert said.get_property("textContent") == expected.strip()
+    assert not page.shown("#panels .error")
+    assert not page.is_too_wide()
+    assert all("400" in problem for problem in page.problems())

@@ -22,7 +22,7 @@ CHAT: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    path = decoders(tmp_path_factory.mktemp("decoder"), "batched")[0]["batched"]
+    path = decoders(tmp_path_factory.mktemp("decoder"), "data")[0]["data"]
     with TestClient(create_app(ServiceSettings(path, api_key="Secret"))) as client:
         client.headers["Authorization"] = "Bearer Secret"
         yield client

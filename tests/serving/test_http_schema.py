@@ -15,7 +15,9 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 from sentence_encoders import save_encoder
 from served_exports import adapted, chat_tokenizer, decoders
+from tiny_speech import processor, tiny_whisper
 
+from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.models import load_traced
 from gralora_fx.serving.http.app import create_app
@@ -27,12 +29,12 @@ ACCEPTANCE = CHECKS.get_one("positive_data_acceptance")
 
 
 def text(folder: Path) -> Path:
-    return decoders(folder, "batched")[0]["batched"]
+    return decoders(folder, "data")[0]["data"]
 
 
 def classifier(folder: Path) -> Path:
     model, _ = adapted("bert", folder, targets=["query"], num_labels=3, pad_token_id=0)
-    export_onnx(model, folder / "classifier", adapters="batched", verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, folder / "classifier", adapters="data", verify=False, tokenizer=chat_tokenizer())
     return folder / "classifier"
 
 
@@ -42,7 +44,13 @@ def sentences(folder: Path) -> Path:
     return folder / "onnx"
 
 
-@pytest.fixture(scope="module", params=[text, classifier, sentences], ids=lambda make: make.__name__)
+def speech(folder: Path) -> Path:
+    traced = trace(tiny_whisper(), task="automatic-speech-recognition-with-past")
+    export_onnx(traced, folder / "speech", tokenizer=processor(), verify=False)
+    return folder / "speech"
+
+
+@pytest.fixture(scope="module", params=[text, classifier, sentences, speech], ids=lambda make: make.__name__)
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     app = create_app(ServiceSettings(request.param(tmp_path_factory.mktemp("schema"))))
     with serving(app) as (host, port):

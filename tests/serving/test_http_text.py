@@ -15,33 +15,33 @@ import pytest
 from served_exports import chat_tokenizer, decoders, greedy
 from starlette.testclient import TestClient
 
+from gralora_fx.cli.options import read_adapters
 from gralora_fx.errors import ConfigError, ServingError
-from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving.decoder import Decoder
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.settings import ServiceSettings, read_adapters
+from gralora_fx.serving.http.settings import ServiceSettings
 
 PROMPTS = ["Hello there", "a", "The capital of France is a town", "x y z"]
-MODES = ("batched", "swappable")
+MODE = "data"
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str | None, Any]]:
-    return decoders(tmp_path_factory.mktemp("http"), *MODES)
-
-
-@pytest.fixture(scope="module", params=MODES)
-def service(
-    request: pytest.FixtureRequest, exported: tuple[dict[str, Path], dict[str | None, Any]]
-) -> Iterator[tuple[TestClient, str, dict[str | None, Any]]]:
-    """A client, the base's name and the oracles."""
-    path = exported[0][request.param]
-    with TestClient(create_app(ServiceSettings(path, max_batch=3))) as client:
-        yield client, request.param, exported[1]
+    return decoders(tmp_path_factory.mktemp("http"), MODE)
 
 
 @pytest.fixture(scope="module")
-def batched(exported: tuple[dict[str, Path], dict[str | None, Any]]) -> Iterator[TestClient]:
-    with TestClient(create_app(ServiceSettings(exported[0]["batched"]))) as client:
+def service(
+    exported: tuple[dict[str, Path], dict[str | None, Any]],
+) -> Iterator[tuple[TestClient, str, dict[str | None, Any]]]:
+    """A client, the base's name and the oracles."""
+    with TestClient(create_app(ServiceSettings(exported[0][MODE], max_batch=3))) as client:
+        yield client, MODE, exported[1]
+
+
+@pytest.fixture(scope="module")
+def one_service(exported: tuple[dict[str, Path], dict[str | None, Any]]) -> Iterator[TestClient]:
+    with TestClient(create_app(ServiceSettings(exported[0]["data"]))) as client:
         yield client
 
 
@@ -91,6 +91,7 @@ def test_a_stream_is_the_whole_answer(service: tuple[TestClient, str, dict[str |
     assert found[-1]["usage"]["prompt_tokens"] == sum(map(len, PROMPTS[:2]))
 
 
+@pytest.mark.quick
 def test_chats_go_through_the_template(service: tuple[TestClient, str, dict[str | None, Any]]) -> None:
     client, _, oracles = service
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
@@ -139,7 +140,7 @@ def test_models_are_listed(service: tuple[TestClient, str, dict[str | None, Any]
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        ({"model": "other"}, 404, "no model 'other'; there is batched, small, wide"),
+        ({"model": "other"}, 404, "no model 'other'; there is data, small, wide"),
         ({"model": "\ud800"}, 404, "no model"),
         ({"model": 5}, 400, "model: "),
         ({"prompt": ""}, 400, "the prompt has no tokens"),
@@ -175,9 +176,9 @@ def test_models_are_listed(service: tuple[TestClient, str, dict[str | None, Any]
         ({"store": True}, 400, "store is not supported; leave it out"),
     ],
 )
-def test_bad_requests(batched: TestClient, change: dict[str, Any], status: int, message: str) -> None:
+def test_bad_requests(one_service: TestClient, change: dict[str, Any], status: int, message: str) -> None:
     body = json.dumps({"model": "small", "prompt": "a", "max_tokens": 1, **change})
-    found = batched.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    found = one_service.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert found.status_code == status
     error = found.json()["error"]
     assert message in error["message"]
@@ -185,27 +186,27 @@ def test_bad_requests(batched: TestClient, change: dict[str, Any], status: int, 
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": "a"}', b"[" * 100_000, b'{"n": NaN}'])
-def test_bad_bodies(batched: TestClient, body: bytes) -> None:
+def test_bad_bodies(one_service: TestClient, body: bytes) -> None:
     for path in ("/v1/completions", "/v1/chat/completions"):
-        found = batched.post(path, content=body, headers={"Content-Type": "application/json"})
+        found = one_service.post(path, content=body, headers={"Content-Type": "application/json"})
         assert found.status_code == 400
         assert found.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_part_of_a_message_that_is_not_text_is_named(batched: TestClient) -> None:
+def test_a_part_of_a_message_that_is_not_text_is_named(one_service: TestClient) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:,"}}
     body = {"model": "small", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, image]}]}
-    error = batched.post("/v1/chat/completions", json=body).json()["error"]
+    error = one_service.post("/v1/chat/completions", json=body).json()["error"]
     assert error["param"] == "messages.0.content.1.type"
     assert "should be 'text'" in error["message"]
 
 
-def test_paths_and_methods_that_are_not_there(batched: TestClient) -> None:
-    error = batched.get("/other").json()["error"]
+def test_paths_and_methods_that_are_not_there(one_service: TestClient) -> None:
+    error = one_service.get("/other").json()["error"]
     assert (error["code"], error["message"].split(";")[0]) == (404, "there is no '/other' here")
-    assert batched.get("/health").json() == {"ready": True}
-    assert batched.get("/v1/completions").json()["error"]["code"] == 405
-    assert batched.post("/v1/embeddings", json={}).status_code == 404  # of a decoder
+    assert one_service.get("/health").json() == {"ready": True}
+    assert one_service.get("/v1/completions").json()["error"]["code"] == 405
+    assert one_service.post("/v1/embeddings", json={}).status_code == 404  # of a decoder
 
 
 class SlowSteps:
@@ -214,14 +215,14 @@ class SlowSteps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.permits = threading.Semaphore(0)
         self.count = 0
-        step = BatchedDecoder.step
+        step = Decoder.step
 
-        def wait(decoder: BatchedDecoder, tokens: Any) -> Any:
+        def wait(decoder: Decoder, tokens: Any) -> Any:
             assert self.permits.acquire(timeout=20)
             self.count += 1
             return step(decoder, tokens)
 
-        monkeypatch.setattr(BatchedDecoder, "step", wait)
+        monkeypatch.setattr(Decoder, "step", wait)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -233,7 +234,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def slow_app(exported: tuple[dict[str, Path], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, SlowSteps]:
     """An app with one row and one place in the queue, and its steps."""
-    app = create_app(ServiceSettings(exported[0]["batched"], max_batch=1, max_queue=1))
+    app = create_app(ServiceSettings(exported[0]["data"], max_batch=1, max_queue=1))
     return app, SlowSteps(monkeypatch)
 
 
@@ -295,11 +296,11 @@ def test_a_client_that_goes_away_frees_its_row(
 def test_a_step_that_fails_is_answered_and_the_service_goes_on(
     exported: tuple[dict[str, Path], dict[str | None, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = create_app(ServiceSettings(exported[0]["batched"]))
+    app = create_app(ServiceSettings(exported[0]["data"]))
     body = {"model": "small", "prompt": "ab", "temperature": 0, "max_tokens": 2}
     with TestClient(app) as client:
         with monkeypatch.context() as patch:
-            patch.setattr(BatchedDecoder, "step", lambda *_: (_ for _ in ()).throw(ValueError("secret")))
+            patch.setattr(Decoder, "step", lambda *_: (_ for _ in ()).throw(ValueError("secret")))
             failed = client.post("/v1/completions", json=body)
             streamed = client.post("/v1/completions", json={**body, "stream": True})
         assert failed.status_code == 500
@@ -309,7 +310,7 @@ def test_a_step_that_fails_is_answered_and_the_service_goes_on(
 
 
 def test_adapters_of_the_command_line(exported: tuple[dict[str, Path], dict[str | None, Any]], tmp_path: Path) -> None:
-    path = exported[0]["batched"]
+    path = exported[0]["data"]
     more = read_adapters([f"again={path / 'adapters' / 'wide.onnx_adapter'}"])
     with TestClient(create_app(ServiceSettings(path, adapters=more))) as client:
         body = {"prompt": "Hello there", "temperature": 0, "max_tokens": 8}
@@ -318,19 +319,15 @@ def test_adapters_of_the_command_line(exported: tuple[dict[str, Path], dict[str 
             for name in ("again", "wide")
         ]
         assert texts[0] == texts[1]
-    with pytest.raises(ServingError, match=r"is not an \.onnx_adapter file"):
-        create_app(ServiceSettings(path, adapters={"x": tmp_path}))
-    with pytest.raises(ServingError, match="is called 'batched' as the export's directory"):
-        create_app(ServiceSettings(path, adapters={"batched": more["again"]}))
-    for wrong, message in ((["a"], "takes name=path"), (["a=b", "a=c"], "given twice")):
+    with pytest.raises(ServingError, match="adapter 'data': 'data' is the name of the base; take another"):
+        create_app(ServiceSettings(path, adapters={"data": more["again"]}))
+    for wrong, message in ((["a"], "takes a name and a path as NAME=PATH"), (["a=b", "a=c"], "given twice")):
         with pytest.raises(ConfigError, match=message):
             read_adapters(wrong)
 
 
-def test_options_without_effect(exported: tuple[dict[str, Path], dict[str | None, Any]]) -> None:
-    path = exported[0]["swappable"]
-    with pytest.raises(ServingError, match="chunk=2 has no effect"):
-        create_app(ServiceSettings(path, chunk=2))
+def test_a_shorter_context(exported: tuple[dict[str, Path], dict[str | None, Any]]) -> None:
+    path = exported[0]["data"]
     with pytest.raises(ServingError, match="max_context=65 is above the model's context of 64"):
         create_app(ServiceSettings(path, max_context=65))
     with TestClient(create_app(ServiceSettings(path, max_context=10))) as client:

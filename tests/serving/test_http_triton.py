@@ -20,7 +20,7 @@ from tiny_models import text_batch
 from tritonclient.utils import InferenceServerException
 
 from gralora_fx import trace
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, shown
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
 from gralora_fx.serving.http.app import create_app
@@ -34,7 +34,7 @@ LENGTH = "Inference-Header-Content-Length"
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton")
     model, _ = adapted("bert", folder, targets=["query", "value", "dense"], num_labels=3, pad_token_id=0)
-    export_onnx(model, folder / "base", adapters="batched", verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, folder / "base", adapters="data", verify=False, tokenizer=chat_tokenizer())
     return folder / "base"
 
 
@@ -72,7 +72,8 @@ def test_answers_are_those_of_the_model(client: triton.InferenceServerClient, en
     model = load(encoder)
     inputs = {name: value.numpy() for name, value in text_batch(3, 7).items()}
     for adapter in (None, "small", "wide"):
-        expected = model(**inputs, adapter=adapter)["logits"]
+        expected = model(**inputs, adapter=[adapter] * 3)["logits"]
+        assert np.allclose(model(**inputs, adapter=adapter)["logits"], expected, atol=1e-6)  # of model.onnx
         for binary_in in (True, False):
             for binary_out in (True, False, None):
                 outputs = None if binary_out is None else [triton.InferRequestedOutput("logits", binary_out)]
@@ -188,25 +189,76 @@ def test_binary_tensors_may_be_infinite_and_json_may_not(tmp_path: Path) -> None
         assert "not finite for these inputs; ask for it as binary data" in refused.json()["error"]
 
 
+def announces(size: int, left: int = 12) -> str:
+    return f"announces {shown(size)} bytes by binary_data_size, and {left} are there for it"
+
+
+def no_count(size: object) -> str:
+    return f"is {shown(size)}; it is a whole number of bytes, and 12 are there for it"
+
+
 @pytest.mark.parametrize(
     ("fields", "tail", "length", "message"),
     [
-        ({"parameters": {"binary_data_size": 12}}, bytes(11), None, "has 11 bytes, not those of FP32 in shape [1, 3]"),
+        ({"parameters": {"binary_data_size": 11}}, bytes(11), None, "has 11 bytes, not those of FP32 in shape [1, 3]"),
         (
             {"parameters": {"binary_data_size": 12}},
             bytes(13),
             None,
-            "1 bytes behind the JSON object belong to no input",
+            "13 bytes follow the JSON object, and 1 of them belong to no input",
         ),
-        ({"parameters": {"binary_data_size": -1}}, bytes(12), None, "greater than or equal to 0"),
-        ({"parameters": {"binary_data_size": "12"}}, bytes(12), None, "valid integer"),
+        *[
+            ({"parameters": {"binary_data_size": size}}, bytes(12), None, announces(size))
+            for size in (13, 10**12, 2**63, 2**64 - 4, 2**64 + 12, 2**70, 10**400)
+        ],
+        (
+            {"parameters": {"binary_data_size": 12}},
+            b"",
+            None,
+            "announces 12 bytes by binary_data_size, and 0 are there",
+        ),
+        (
+            {"parameters": {"binary_data_size": 8}},
+            bytes(12),
+            None,
+            "has 8 bytes, not those of FP32 in shape [1, 3], which are 12",
+        ),
+        (
+            {"parameters": {"binary_data_size": 12}, "shape": [1, -3]},
+            bytes(12),
+            None,
+            "in shape [1, -3], which no tensor has",
+        ),
+        *[
+            ({"parameters": {"binary_data_size": size}}, bytes(12), None, no_count(size))
+            for size in (-1, -(2**70), 12.0, 11.5, 1e400, "12", True, [12], {"size": 12})
+        ],
+        ({"parameters": {"binary_data_size": None}}, bytes(12), None, "either data or binary_data_size"),
+        (
+            {"datatype": "BYTES", "parameters": {"binary_data_size": 12}},
+            b"\xff" * 12,
+            None,
+            "'BYTES', but the model takes",
+        ),
         ({"parameters": {"binary_data_size": 12}, "data": [1]}, bytes(12), None, "either data or binary_data_size"),
         ({}, b"", None, "either data or binary_data_size"),
         ({"parameters": {"binary_data_size": 0}, "shape": [0, 3]}, b"", None, "is empty"),
         ({"parameters": {"binary_data_size": 0}, "shape": [0, 10**30]}, b"", None, "cannot have shape"),
         ({"data": [1], "shape": [1] * 100}, b"", None, "cannot have shape"),
         ({"data": [1], "shape": []}, b"", None, "but the model takes"),
-        ({"parameters": {"binary_data_size": 12}}, bytes(12), "1", "the body is not JSON"),
+        (
+            {"parameters": {"binary_data_size": 12}},
+            bytes(12),
+            "0",
+            "the first 0 bytes of the body are not a JSON object",
+        ),
+        (
+            {"parameters": {"binary_data_size": 12}},
+            bytes(12),
+            "1",
+            "the first 1 bytes of the body are not a JSON object",
+        ),
+        ({"parameters": {"binary_data_size": 12}}, bytes(12), "110", "the first 110 bytes of the body are not a JSON"),
         ({"parameters": {"binary_data_size": 12}}, bytes(12), "99999", "length of the JSON object"),
         ({"parameters": {"binary_data_size": 12}}, bytes(12), "-1", "length of the JSON object"),
         ({"parameters": {"binary_data_size": 12}}, bytes(12), "9" * 5000, "length of the JSON object"),
@@ -224,6 +276,65 @@ def test_bad_binary_tensors(
     found = post(plain, {"inputs": [{"name": name, "shape": [1, 3], "datatype": "FP32", **fields}]}, tail, length)
     assert found.status_code == 400
     assert message in found.json()["error"]
+    if "there for it" in message:
+        assert repr(name) in found.json()["error"]
+
+
+class Pair(torch.nn.Module):
+    """A sum of two inputs, and a difference."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + y, x - y
+
+
+def test_bytes_of_two_tensors(tmp_path: Path) -> None:
+    """Each input has what it announces, and no input the bytes of another or fewer than it announces."""
+    export_onnx(trace(Pair(), (torch.ones(2, 3), torch.ones(2, 3))), tmp_path / "net", verify=False)
+    values = np.arange(6, dtype=np.float32).reshape(2, 1, 3)
+    with TestClient(create_app(ServiceSettings(tmp_path / "net"))) as client:
+        described = client.get("/v2/models/net").json()
+        x, y = (value["name"] for value in described["inputs"])
+        names = [value["name"] for value in described["outputs"]]
+
+        def ask(*sizes: Any, **more: Any) -> Any:
+            inputs = []
+            for name, size, array in zip((x, y), sizes, values, strict=True):
+                given = {"data": array.tolist()} if size is None else {"parameters": {"binary_data_size": size}}
+                inputs.append({"name": name, "shape": [1, 3], "datatype": "FP32", **given})
+            tail = b"".join(array.tobytes() for array, size in zip(values, sizes, strict=True) if size is not None)
+            return post(client, {"inputs": inputs, **more}, tail)
+
+        for sizes in ((12, 12), (None, 12), (12, None)):
+            first = ask(*sizes).raise_for_status().json()["outputs"][0]
+            assert first["data"] == (values[0] + values[1]).ravel().tolist()
+        for sizes, place, problem in (
+            ((12, 16), y, announces(16)),
+            ((12, 2**70), y, announces(2**70)),
+            ((2**70, 12), x, announces(2**70, 24)),
+            ((24, 12), x, "has 24 bytes, not those of FP32 in shape [1, 3], which are 12"),
+            ((8, 16), x, "has 8 bytes, not those of FP32 in shape [1, 3], which are 12"),
+            ((None, 16), y, announces(16)),
+            ((12, -1), y, no_count(-1)),
+        ):
+            found = ask(*sizes)
+            assert found.status_code == 400
+            assert repr(place) in found.json()["error"]
+            assert problem in found.json()["error"]
+
+        def forms(**more: Any) -> dict[str, bool]:
+            answer = ask(12, 12, **more).raise_for_status()
+            head = json.loads(answer.content[: int(answer.headers.get(LENGTH, len(answer.content)))])
+            return {output["name"]: "data" not in output for output in head["outputs"]}
+
+        asked = {"outputs": [{"name": names[0]}, {"name": names[1], "parameters": {"binary_data": False}}]}
+        assert forms(**asked) == {names[0]: False, names[1]: False}
+        everything = {"parameters": {"binary_data_output": True}}
+        assert forms(**everything) == {names[0]: True, names[1]: True}
+        assert forms(**asked, **everything) == {names[0]: True, names[1]: False}  # an output's own word counts
+        for parameters in ({"binary_data_size": 12}, {"binary_data": "yes"}, {"binary_data": 1}):
+            found = ask(12, 12, outputs=[{"name": names[0], "parameters": parameters}])
+            assert found.status_code == 400
+            assert next(iter(parameters)) in found.json()["error"]
 
 
 @pytest.fixture(scope="module")

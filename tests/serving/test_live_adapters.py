@@ -29,7 +29,7 @@ from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scheduling.text_jobs import TextJob
 
-MODES = ("batched", "swappable", "inputs")
+MODES = ("data", "inputs")
 PROMPT = "Hello there"
 
 
@@ -61,13 +61,13 @@ def service(request: pytest.FixtureRequest, made: Made) -> Iterator[TestClient]:
 
 
 @pytest.fixture(scope="module")
-def batched(made: Made) -> Iterator[TestClient]:
-    with made.service("batched") as client:
+def data_service(made: Made) -> Iterator[TestClient]:
+    with made.service("data") as client:
         yield client
 
 
 def test_what_is_loaded_answers_as_in_peft(service: TestClient, made: Made) -> None:
-    for path, oracle in (("wide", "wide"), ("lora", "lora"), ("swappable/adapters/small.onnx_adapter", "small")):
+    for path, oracle in (("wide", "wide"), ("lora", "lora"), ("data/adapters/small.onnx_adapter", "small")):
         loaded(service, "new", path)
         assert "new" in [model["id"] for model in service.get("/v1/models").json()["data"]]
         assert service.get("/v1/models/new").status_code == 200
@@ -151,23 +151,20 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient) -> None:
     loaded(service, "live", "small")
     complete(service, "live", PROMPT)
     key = versions.key("live")
-    is_batched = model.manifest.adapters_mode == "batched"
-    old = weakref.ref(model.adapters.stack([key]) if is_batched else model.adapters[key])
-    held = 0 if is_batched else len(model.decoder.copies)
+    old = weakref.ref(model.adapters[key])
     loaded(service, "live", "wide", load_inplace=True)
     complete(service, "live", PROMPT)
     wait_for(lambda: len(versions) == len(versions.names))
     settle(service)
     gc.collect()
     assert old() is None
-    assert is_batched or len(model.decoder.copies) <= held
     assert len(model.adapters) == len(versions.names)
     unload(service, "live")
 
 
 @pytest.mark.parametrize("place", [(AdapterRoot, "copy"), (AdapterTrial, "__call__"), (AdapterStack, "_stacked")])
 def test_requests_are_answered_while_an_adapter_is_loaded(
-    batched: TestClient, made: Made, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str]
+    data_service: TestClient, made: Made, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str]
 ) -> None:
     reached, opened, work = threading.Event(), threading.Event(), getattr(*place)
 
@@ -177,19 +174,19 @@ def test_requests_are_answered_while_an_adapter_is_loaded(
             assert opened.wait(30)
         return work(*arguments)
 
-    complete(batched, "small", PROMPT)
+    complete(data_service, "small", PROMPT)
     monkeypatch.setattr(*place, slow)
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(loaded, batched, "slow", "lora")
+        loading = pool.submit(loaded, data_service, "slow", "lora")
         assert reached.wait(30)
         for name in ("small", "wide"):
-            assert complete(batched, name, PROMPT) == expected(made.oracles[name], PROMPT)
-        assert batched.get("/v1/models/slow").status_code == 404
+            assert complete(data_service, name, PROMPT) == expected(made.oracles[name], PROMPT)
+        assert data_service.get("/v1/models/slow").status_code == 404
         opened.set()
         loading.result(30)
-    assert complete(batched, "slow", PROMPT) == expected(made.oracles["lora"], PROMPT)
-    assert unload(batched, "slow").status_code == 200
-    settle(batched)
+    assert complete(data_service, "slow", PROMPT) == expected(made.oracles["lora"], PROMPT)
+    assert unload(data_service, "slow").status_code == 200
+    settle(data_service)
 
 
 def test_an_adapter_whose_outputs_are_not_finite_is_refused(service: TestClient, made: Made, tmp_path: Path) -> None:
@@ -214,26 +211,26 @@ def test_an_adapter_whose_outputs_are_not_finite_is_refused(service: TestClient,
         ({"lora_name": "x", "lora_path": "wide", "is_3d_lora_weight": True}, 400, "is_3d_lora_weight is not supported"),
         ({"lora_name": "a/b", "lora_path": "wide"}, 400, "is not a name for an adapter"),
         ({"lora_name": "\0", "lora_path": "wide"}, 400, "is not a name for an adapter"),
-        ({"lora_name": "batched", "lora_path": "wide"}, 400, "is the name of the base"),
+        ({"lora_name": "data", "lora_path": "wide"}, 400, "is the name of the base"),
         ({"lora_name": "small", "lora_path": "wide"}, 400, "is loaded already"),
         ({"lora_name": "x", "lora_path": "../x"}, 400, "without '..'"),
         ({"lora_name": "x", "lora_path": "/etc/passwd"}, 400, "outside the adapter root"),
         ({"lora_name": "x", "lora_path": "none"}, 404, "there is no adapter at 'none'"),
     ],
 )
-def test_bad_loads(batched: TestClient, fields: dict[str, Any], status: int, message: str) -> None:
-    response = batched.post("/v1/load_lora_adapter", json=fields)
+def test_bad_loads(data_service: TestClient, fields: dict[str, Any], status: int, message: str) -> None:
+    response = data_service.post("/v1/load_lora_adapter", json=fields)
     assert response.status_code == status
     error = response.json()["error"]
     assert message in error["message"]
     assert error["code"] == status
     assert "/tmp" not in error["message"]
-    assert batched.post("/v1/unload_lora_adapter", json={}).status_code == 400
-    assert metric(batched, "gralora_fx_adapters_loaded") == 2
+    assert data_service.post("/v1/unload_lora_adapter", json={}).status_code == 400
+    assert metric(data_service, "gralora_fx_adapters_loaded") == 2
 
 
 def test_adapters_stay_unless_a_root_is_given(made: Made) -> None:
-    with made.service("batched", adapter_root=None) as client:
+    with made.service("data", adapter_root=None) as client:
         for response in (load(client, "new", "wide"), unload(client, "small")):
             assert response.status_code == 404
             assert "without --adapter-root" in response.json()["error"]["message"]
@@ -249,7 +246,7 @@ def test_a_merged_export_takes_none(made: Made) -> None:
 
 
 def test_loads_are_counted(made: Made) -> None:
-    with made.service("batched") as client:
+    with made.service("data") as client:
         loaded(client, "new", "wide")
         load(client, "new", "wide")
         load(client, "other", "none")
@@ -261,9 +258,7 @@ def test_loads_are_counted(made: Made) -> None:
 SIZES: dict[str, Any] = {"num_labels": 3, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize(
-    ("mode", "has_tokenizer"), [("batched", True), ("batched", False), ("swappable", False), ("inputs", True)]
-)
+@pytest.mark.parametrize(("mode", "has_tokenizer"), [("data", True), ("data", False), ("inputs", True)])
 def test_encoders_of_every_kind(tmp_path: Path, mode: str, has_tokenizer: bool) -> None:
     model, oracles = adapted("bert", tmp_path, targets=["query", "value", "dense"], **SIZES)
     more: dict[str, Any] = {"tokenizer": chat_tokenizer()} if has_tokenizer else {}
@@ -293,7 +288,7 @@ def test_encoders_of_every_kind(tmp_path: Path, mode: str, has_tokenizer: bool) 
 
 def test_a_model_of_images(tmp_path: Path) -> None:
     model, _ = adapted("vit", tmp_path, targets=["q_proj", "v_proj"])
-    export_onnx(model, tmp_path / "onnx", adapters="batched", verify=False)
+    export_onnx(model, tmp_path / "onnx", adapters="data", verify=False)
     with TestClient(create_app(ServiceSettings(tmp_path / "onnx", adapter_root=tmp_path))) as client:
         loaded(client, "new", "wide")
         assert client.get("/v2/models/new/ready").status_code == 200

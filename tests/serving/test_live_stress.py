@@ -28,7 +28,7 @@ from tiny_models import tiny_model
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx, fold_onnx
 from gralora_fx.exporters.adapter import convert_adapter
-from gralora_fx.runtime.adapter_record import record_path
+from gralora_fx.runtime.adapter_name import record_path
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.serving import load as load_export
@@ -43,7 +43,7 @@ PROMPTS = ("Hello there", "a", "The capital of France is", "x y z")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A folder with exports and PEFT's adapters, and PEFT's models."""
     folder = tmp_path_factory.mktemp("stress")
-    return folder, decoders(folder, "batched", "swappable")[1]
+    return folder, decoders(folder, "data")[1]
 
 
 @contextmanager
@@ -73,13 +73,12 @@ def traffic(count: int, ask: Callable[[int], None]) -> Iterator[None]:
         assert all(worker.result(60) for worker in workers)
 
 
-@pytest.mark.parametrize("mode", ["batched", "swappable"])
-def test_every_answer_is_wholly_of_one_version(made: Made, mode: str) -> None:
+def test_every_answer_is_wholly_of_one_version(made: Made) -> None:
     folder, oracles = made
     answers = {prompt: [expected(oracles[name], prompt) for name in ("small", "wide")] for prompt in PROMPTS}
     seen: set[tuple[int, int]] = set()
 
-    with service(folder, mode) as client:
+    with service(folder, "data") as client:
         loaded(client, "live", "small")
 
         def ask(index: int) -> None:
@@ -89,7 +88,7 @@ def test_every_answer_is_wholly_of_one_version(made: Made, mode: str) -> None:
         with traffic(4, ask):
             end = time.monotonic() + 3
             while time.monotonic() < end:
-                for path in ("wide", "small", "swappable/adapters/wide.onnx_adapter", "small"):
+                for path in ("wide", "small", "data/adapters/wide.onnx_adapter", "small"):
                     loaded(client, "live", path, load_inplace=True)
         wait_for(lambda: metric(client, "gralora_fx_adapter_versions") == 3)
         settle(client)
@@ -101,7 +100,7 @@ def test_every_answer_is_wholly_of_one_version(made: Made, mode: str) -> None:
 def bad_loads(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """What is wrong with each, and the request."""
     rng = random.Random(0)
-    sound = folder / "batched" / "adapters" / "wide.onnx_adapter"
+    sound = folder / "data" / "adapters" / "wide.onnx_adapter"
     place = folder / "bad"
     place.mkdir()
 
@@ -157,7 +156,7 @@ def bad_loads(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     yield file("symlink", linked(os.symlink, ""))
     yield file("hardlink", linked(os.link, ""))
     yield file("pipe", lambda path: (path.unlink(), os.mkfifo(path)))
-    other = dataclasses.replace(read_manifest(folder / "batched"), base_fingerprint="0" * 64)
+    other = dataclasses.replace(read_manifest(folder / "data"), base_fingerprint="0" * 64)
     (place / MANIFEST_NAME).write_text(other.to_json())
     convert_adapter(folder / "wide", place, place, "other")
     yield "another base", {"lora_path": "bad/adapters/other.onnx_adapter"}
@@ -190,7 +189,7 @@ def bad_loads(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
         "x" * 5000,
     )
     yield from (("path", {"lora_path": path}) for path in paths)
-    yield from (("name", {"lora_name": name, "lora_path": "wide"}) for name in ("", "../a", "a/b", "a\0", "batched"))
+    yield from (("name", {"lora_name": name, "lora_path": "wide"}) for name in ("", "../a", "a/b", "a\0", "data"))
 
 
 def test_fifty_bad_loads_leave_good_traffic_untouched(
@@ -200,11 +199,11 @@ def test_fifty_bad_loads_leave_good_traffic_untouched(
     folder, oracles = made
     asked = [("small", PROMPTS[0]), ("wide", PROMPTS[1]), (None, PROMPTS[2])]
     answers = [expected(oracles[name], prompt) for name, prompt in asked]
-    with service(folder, "batched") as client:
+    with service(folder, "data") as client:
 
         def ask(index: int) -> None:
             name, prompt = asked[index]
-            assert complete(client, name or "batched", prompt) == answers[index]
+            assert complete(client, name or "data", prompt) == answers[index]
 
         loads = list(bad_loads(folder))
         assert len(loads) >= 50
@@ -236,7 +235,7 @@ def test_eight_adapters_mix_as_in_their_own_merged_exports(made: Made, tmp_path:
             lora(seed=10 + index).save_pretrained(str(folder / name))
         else:
             peft_model(tiny_model("llama", **LLAMA), 10 + index, **fields).save_pretrained(str(folder / name))
-    with service(folder, "batched") as client:
+    with service(folder, "data") as client:
         for name in names:
             loaded(client, name, name)
         asked = [(name, prompt) for prompt in PROMPTS for name in names]

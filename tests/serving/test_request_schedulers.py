@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving import Decoder, load
 from gralora_fx.serving.end_tokens import end_tokens
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
@@ -80,12 +80,12 @@ class Caller:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    paths, oracles = decoders(tmp_path_factory.mktemp("scheduled"), "batched")
-    return paths["batched"], oracles
+    paths, oracles = decoders(tmp_path_factory.mktemp("scheduled"), "data")
+    return paths["data"], oracles
 
 
-def scheduler_of(path: Path, *, rows: int = 2, chunk: int = 4, max_queue: int = 8) -> tuple[Any, BatchedDecoder, Any]:
-    decoder, recorder = BatchedDecoder(path, rows=rows, chunk=chunk), Recorder()
+def scheduler_of(path: Path, *, rows: int = 2, chunk: int = 4, max_queue: int = 8) -> tuple[Any, Decoder, Any]:
+    decoder, recorder = load(path).decoder(rows=rows, chunk=chunk), Recorder()
     scheduler = ContinuousScheduler(decoder, chat_tokenizer(), recorder, max_queue=max_queue)
     return scheduler, decoder, recorder
 

@@ -1,15 +1,13 @@
-"""Options of `generate` on both kinds of decoders: greedy with penalties as transformers; the same draws on both."""
+"""Options of `generate`, rows side by side and one after the other: greedy as transformers, and the same draws."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from served_exports import END, chat_tokenizer, decoders
+from served_exports import END, decoders
 
 from gralora_fx.errors import ServingError
 from gralora_fx.serving import load
@@ -18,17 +16,21 @@ from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.token_choice import TokenChooser
 
-MODES: tuple[Any, ...] = ("batched", "swappable")
+PROVIDERS: dict[str, Any] = {  # for the second no graph of rows is known to run
+    "side by side": None,
+    "one after the other": ["AzureExecutionProvider", "CPUExecutionProvider"],
+}
+pytestmark = pytest.mark.filterwarnings("ignore:AzureExecutionProvider takes no node of this model")
 PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, OrtModel], dict[str | None, Any]]:
-    paths, oracles = decoders(tmp_path_factory.mktemp("sampling"), *MODES)
-    return {mode: load(path) for mode, path in paths.items()}, oracles
+    paths, oracles = decoders(tmp_path_factory.mktemp("sampling"), "data")
+    return {name: load(paths["data"], providers) for name, providers in PROVIDERS.items()}, oracles
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=PROVIDERS)
 def model(request: pytest.FixtureRequest, models: tuple[dict[str, OrtModel], Any]) -> OrtModel:
     return models[0][request.param]
 
@@ -64,44 +66,44 @@ def test_greedy_answers_are_transformers(
 
 
 def test_both_decoders_draw_the_same(models: tuple[dict[str, OrtModel], Any]) -> None:
-    batched, swappable = models[0].values()
+    by_rows, one_by_one = models[0].values()
     options = {"do_sample": True, "temperature": 1.4, "min_p": 0.01, "top_p": 0.95, "frequency_penalty": 0.5}
     options |= {"adapter": "wide", "max_new_tokens": 12}
-    together = batched.generate(PROMPTS, seed=3, **options)
-    assert swappable.generate(PROMPTS, seed=3, **options) == together
+    together = by_rows.generate(PROMPTS, seed=3, **options)
+    assert one_by_one.generate(PROMPTS, seed=3, **options) == together
     for index, prompt in enumerate(PROMPTS):  # each draws by a seed of its own, whatever runs beside it
-        assert batched.generate(prompt, seed=3 + index, **options) == together[index]
+        assert by_rows.generate(prompt, seed=3 + index, **options) == together[index]
 
 
-def test_every_prompt_of_a_batched_decoder_has_its_adapter(models: tuple[dict[str, OrtModel], dict[Any, Any]]) -> None:
-    (batched, swappable), names = models[0].values(), [None, "small", "wide"]
+def test_every_prompt_has_its_adapter(models: tuple[dict[str, OrtModel], dict[Any, Any]]) -> None:
+    names = [None, "small", "wide"]
     pairs = zip(names, PROMPTS, strict=True)
     expected = [generated(models[1][name], prompt, max_new_tokens=20) for name, prompt in pairs]
-    assert batched.generate(PROMPTS, max_new_tokens=20, adapter=names) == expected
-    with pytest.raises(ServingError, match="adapter has 2 names for 3 rows"):
-        batched.generate(PROMPTS, adapter=["wide", "small"])
-    with pytest.raises(ServingError, match="rows of this export have no adapter each"):
-        swappable.generate(PROMPTS, adapter=names)
+    for model in models[0].values():
+        assert model.generate(PROMPTS, max_new_tokens=20, adapter=names) == expected
+        with pytest.raises(ServingError, match="adapter has 2 names for 3 rows"):
+            model.generate(PROMPTS, adapter=["wide", "small"])
 
 
-def test_a_batched_decoder_reads_long_prompts_in_chunks(
+def test_long_prompts_are_read_in_chunks(
     models: tuple[dict[str, OrtModel], dict[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gralora_fx.serving.batched_generation._CHUNK", 4)
+    monkeypatch.setattr("gralora_fx.serving.answers._CHUNK_OF_MANY", 4)
     prompts = [[5 + index % 7 for index in range(17)], [9, 8, 7], [30] * 8]
     expected = [generated(models[1]["small"], prompt, max_new_tokens=6) for prompt in prompts]
-    assert models[0]["batched"].generate(prompts, adapter="small", max_new_tokens=6) == expected
+    for model in models[0].values():
+        assert model.generate(prompts, adapter="small", max_new_tokens=6) == expected
 
 
-def test_texts_streams_and_stop_strings_of_a_batched_decoder(models: tuple[dict[str, OrtModel], Any]) -> None:
-    batched, swappable = models[0].values()
+def test_texts_streams_and_stop_strings(models: tuple[dict[str, OrtModel], Any]) -> None:
+    by_rows, one_by_one = models[0].values()
     options: dict[str, Any] = {"max_new_tokens": 12, "adapter": "wide"}
     texts = ["Hello", "The capital"]
-    whole = batched.generate(texts, **options)
-    assert whole == swappable.generate(texts, **options)
-    pieces = list(batched.generate(texts, stream=True, **options))
+    whole = by_rows.generate(texts, **options)
+    assert whole == one_by_one.generate(texts, **options)
+    pieces = list(by_rows.generate(texts, stream=True, **options))
     assert ["".join(piece[row] for piece in pieces) for row in (0, 1)] == whole
-    assert batched.generate("Hello", stop=whole[0][3:5], **options) == whole[0][: whole[0].index(whole[0][3:5])]
+    assert by_rows.generate("Hello", stop=whole[0][3:5], **options) == whole[0][: whole[0].index(whole[0][3:5])]
 
 
 def test_scores_are_the_models_own(model: OrtModel, models: tuple[Any, dict[str | None, Any]]) -> None:
@@ -159,18 +161,7 @@ def test_bad_options(model: OrtModel, options: dict[str, Any], message: str) -> 
         model.generate([5], **options)
 
 
-def test_end_tokens_that_a_runtime_does_not_let_go(models: tuple[dict[str, OrtModel], dict[str | None, Any]]) -> None:
-    batched, swappable = models[0].values()
-    long = [[1, 2, END, 5], [8], [9, 9]]
-    free = batched.generate(long, eos_token_id=[], max_new_tokens=30)
-    assert [len(answer) for answer in free] == [30] * 3
-    with pytest.raises(ServingError, match="leave out 2, at which onnxruntime-genai ends every answer; add it, or"):
-        swappable.generate(long, eos_token_id=[])
-
-
-def test_without_onnxruntime_genai_a_batched_decoder_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths, oracles = decoders(tmp_path, "batched")
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    text = load(paths["batched"]).generate("Hello", max_new_tokens=5)
-    ids = generated(oracles[None], chat_tokenizer()("Hello")["input_ids"], max_new_tokens=5)
-    assert text == chat_tokenizer().decode(ids, skip_special_tokens=True)
+def test_no_end_tokens(models: tuple[dict[str, OrtModel], dict[str | None, Any]]) -> None:
+    for model in models[0].values():
+        free = model.generate([[1, 2, END, 5], [8], [9, 9]], eos_token_id=[], max_new_tokens=30)
+        assert [len(answer) for answer in free] == [30] * 3

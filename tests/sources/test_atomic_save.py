@@ -26,7 +26,7 @@ from torch import nn
 from traces import traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.adapters import checkpoint as checkpoint_module
+from gralora_fx.adapters import adapter_files as adapter_files_module
 from gralora_fx.adapters.checkpoint import WEIGHTS_NAME, read_adapter
 from gralora_fx.config import CONFIG_NAME
 from gralora_fx.errors import CheckpointError, ConfigError, GraloraError
@@ -197,6 +197,7 @@ def test_random_kills_leave_one_save(tmp_path: Path) -> None:
     assert files_in(directory) == WHOLE
 
 
+@pytest.mark.quick
 def test_a_configuration_alone_is_replaced_at_once(tmp_path: Path) -> None:
     step = 0
     while True:
@@ -242,8 +243,8 @@ def no_space_for_the_second(calls: Iterator[int], original: Callable[..., None])
 def test_a_full_disk_leaves_the_earlier_adapters_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version(1).save_pretrained(tmp_path)
     before = files_in(tmp_path)
-    save_file = no_space_for_the_second(iter(range(9)), checkpoint_module.save_file)
-    monkeypatch.setattr(checkpoint_module, "save_file", save_file)
+    save_file = no_space_for_the_second(iter(range(9)), adapter_files_module.save_file)
+    monkeypatch.setattr(adapter_files_module, "save_file", save_file)
     with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device.*; give another directory"):
         version(2).save_pretrained(tmp_path)
     assert files_in(tmp_path) == before
@@ -251,7 +252,7 @@ def test_a_full_disk_leaves_the_earlier_adapters_whole(tmp_path: Path, monkeypat
 
 
 def test_a_full_disk_leaves_no_new_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    monkeypatch.setattr(adapter_files_module, "save_file", no_space)
     with pytest.raises(CheckpointError, match="No space left on device"):
         version(2).save_pretrained(tmp_path / "new" / "folder")
     assert files_in(tmp_path) == set()

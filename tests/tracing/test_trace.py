@@ -86,6 +86,7 @@ def test_the_mask_is_an_input_that_matters(name: str) -> None:
     assert "attention_mask" in used
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("length", [1, 2, 8])
 def test_a_single_text_as_sample_leaves_batch_and_length_free(length: int) -> None:
     model = tiny_model("bert")
@@ -219,6 +220,7 @@ def test_static_shapes_on_request() -> None:
 # -- plain modules ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "sample", [(torch.ones(1, 8),), {"x": torch.ones(1, 8)}, (torch.ones(4, 8),)], ids=["tuple", "dict", "rows"]
 )
@@ -446,6 +448,7 @@ def test_flags_of_the_eager_call_are_let_through() -> None:
 # -- warnings -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_gradient_checkpointing_is_said_to_vanish() -> None:
     model = tiny_model("bert")
     model.gradient_checkpointing_enable()

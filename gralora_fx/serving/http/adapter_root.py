@@ -15,7 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown
-from gralora_fx.runtime.adapter_record import SUFFIX, record_path
+from gralora_fx.runtime.adapter_name import record_path
+from gralora_fx.runtime.export_adapters import check_adapter_kind
+from gralora_fx.serving.adapter_folder import as_data
+from gralora_fx.sources.paths import usable_path
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _MOST_BYTES = 8 << 30  # of a file
@@ -42,10 +45,11 @@ class AdapterRoot:
         """The root at a directory.
 
         Raises:
-            ConfigError: It is not a directory, or the system cannot keep a path within one.
+            ConfigError: It is not a path or not a directory, or the system cannot keep a path within one.
         """
         if os.open not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
             raise ConfigError("--adapter-root needs a system that opens files without following links, such as Linux")
+        directory = usable_path(directory, ConfigError, remedy="give the directory of adapters as --adapter-root")
         try:
             path = directory.resolve(strict=True)
         except (OSError, RuntimeError) as error:
@@ -74,22 +78,16 @@ class AdapterRoot:
         path = self._within(text)
         try:
             is_directory = self._resolved(path, text).is_dir()
-            if not is_directory and path.suffix != SUFFIX:
-                raise ServingError(
-                    f"{shown(text)} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to"
-                )
-            if not is_directory:
-                file = folder / path.name
-                self._copy_all([path, record_path(path)], [file, record_path(file)])
-                return file
+            check_adapter_kind(path, is_directory, shown(text), ServingError)
             copy = folder / path.name
-            copy.mkdir()
-            self._copy_all([path / file for file in _PEFT], [copy / file for file in _PEFT])
+            if is_directory:
+                copy.mkdir()
+                self._copy_all([path / file for file in _PEFT], [copy / file for file in _PEFT])
+            else:
+                self._copy_all([path, record_path(path)], [copy, record_path(copy)])
         except OSError as error:
             raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
-        from gralora_fx.exporters.adapter import convert_adapter  # serving needs no exporter otherwise
-
-        return convert_adapter(copy, onnx_dir, copy, name)
+        return as_data(copy, onnx_dir, copy, name)
 
     def _within(self, text: str) -> Path:
         """A path below the root by its letters alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from fastapi import APIRouter
 from fastapi.exceptions import HTTPException
 from fastapi.responses import PlainTextResponse
 
-from gralora_fx.errors import GraloraError, ServingError, shown
+from gralora_fx.errors import GraloraError
 from gralora_fx.serving.adapter_versions import AdapterVersions
+from gralora_fx.serving.http.adapter_loads import load_adapter
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import EncoderEngine, TextEngine
 from gralora_fx.serving.http.metrics import Metrics
@@ -49,8 +49,14 @@ def adapter_routes(
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
     async def load(asked: LoadRequest) -> PlainTextResponse:
         place = _needed(root)
+
+        def copied(folder: Path) -> Path:
+            return place.copy(asked.lora_path, asked.lora_name, onnx_dir, folder)
+
         try:
-            await _changed(versions, lambda: _load(engine, onnx_dir, place, asked))
+            await _changed(
+                versions, lambda: load_adapter(engine, asked.lora_name, copied, may_replace=asked.load_inplace)
+            )
         except GraloraError:
             metrics.adapter_load("refused")
             raise
@@ -75,25 +81,3 @@ def _needed(root: AdapterRoot | None) -> AdapterRoot:
 async def _changed(versions: AdapterVersions, work: Callable[[], None]) -> None:
     """Wait for a change of adapters, which goes on if the client goes away."""
     await asyncio.shield(asyncio.wrap_future(versions.change(work)))
-
-
-def _load(engine: TextEngine | EncoderEngine, onnx_dir: Path, root: AdapterRoot, asked: LoadRequest) -> None:
-    """Copy, check and try an adapter, and let its name stand for it."""
-    names = engine.names
-    if engine.manifest.adapter_inputs is None:
-        raise ServingError(
-            f"{names.base} takes no adapters: it was exported with adapters='merged'; export the model with "
-            "adapters='batched' or 'swappable'"
-        )
-    if asked.lora_name == names.base:
-        raise ServingError(f"{shown(asked.lora_name)} is the name of the base; take another")
-    names.versions.check_new(asked.lora_name, replace=asked.load_inplace)
-    folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
-    try:
-        path = root.copy(asked.lora_path, asked.lora_name, onnx_dir, Path(folder.name))
-        names.versions.load(asked.lora_name, path, engine.trial, replace=asked.load_inplace, dispose=folder.cleanup)
-    except BaseException as error:
-        folder.cleanup()
-        if not isinstance(error, GraloraError):
-            raise
-        raise type(error)(str(error).replace(f"{folder.name}/", "")) from error  # the copy's place means nothing

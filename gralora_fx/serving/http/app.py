@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from gralora_fx.serving.http.adapter_loads import load_given
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.adapter_routes import adapter_routes
 from gralora_fx.serving.http.bodies import BodyMiddleware
@@ -21,6 +22,7 @@ from gralora_fx.serving.http.inference import inference_routes, server_routes
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
 from gralora_fx.serving.http.openai_models import model_routes
+from gralora_fx.serving.http.openai_speech import speech_routes
 from gralora_fx.serving.http.openai_text import text_routes
 from gralora_fx.serving.http.openapi import DescribedApp
 from gralora_fx.serving.http.page_routes import page_routes
@@ -38,11 +40,23 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
     Raises:
         ServingError: The export or an adapter cannot be opened.
+        GraloraError: An adapter that PEFT saved cannot be converted (see `export_adapter`).
         ConfigError: The adapter root is not a directory.
     """
     metrics = Metrics()
     root = None if settings.adapter_root is None else AdapterRoot.of(settings.adapter_root)
     engine = open_engine(settings, metrics)
+    with ExitStack() as stack:
+        stack.callback(engine.names.versions.close)
+        app = _app(settings, engine, metrics, root)
+        stack.pop_all()  # the end of the app's lifespan closes them
+    return app
+
+
+def _app(
+    settings: ServiceSettings, engine: TextEngine | EncoderEngine, metrics: Metrics, root: AdapterRoot | None
+) -> FastAPI:
+    load_given(engine, settings)
     names = engine.names
     metrics.watch_adapters(lambda: len(names.adapters), lambda: len(names.versions))
     info = service_info(settings, engine)
@@ -59,6 +73,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
     app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.timeout = engine, settings.timeout
+    app.state.asks_for_key = settings.api_key is not None
     add_handlers(app)
     app.add_middleware(BodyMiddleware, max_body=settings.max_body)
     if settings.api_key is not None:
@@ -83,8 +98,12 @@ def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metri
 
     app.include_router(model_routes(engine.names))
     app.include_router(server_routes(engine.names))
-    if isinstance(engine, TextEngine):
-        app.include_router(text_routes(engine))
-        return
-    app.include_router(encoder_text_routes(engine))
-    app.include_router(inference_routes(engine))
+    if isinstance(engine, EncoderEngine):
+        texts = encoder_text_routes(engine)
+    else:
+        texts = text_routes(engine) if engine.takes_text else speech_routes(engine)
+    app.include_router(texts)
+    if texts.routes:
+        metrics.measure_tokens(generated=isinstance(engine, TextEngine))
+    if isinstance(engine, EncoderEngine):
+        app.include_router(inference_routes(engine))

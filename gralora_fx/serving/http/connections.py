@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gralora_fx.serving.http.failures import error_response
@@ -30,18 +31,23 @@ class ConnectionLimits:
     read_timeout: float = 30.0
 
 
-def limited(limits: ConnectionLimits) -> type[asyncio.Protocol]:
+def limited(limits: ConnectionLimits, log: Callable[[ASGIApp], ASGIApp] | None = None) -> type[asyncio.Protocol]:
     """A protocol for uvicorn that keeps to limits.
 
     Args:
         limits: The limits.
+        log: Wraps an app so that its requests are logged, as the service's own is wrapped; None for no log.
     """
 
     class Limited(_LimitedProtocol):
         pass
 
-    Limited.limits = limits
+    Limited.limits, Limited.log = limits, staticmethod(log or _unlogged)
     return Limited
+
+
+def _unlogged(app: ASGIApp) -> ASGIApp:
+    return app
 
 
 class _LimitedProtocol(HttpToolsProtocol):
@@ -52,6 +58,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     """
 
     limits = ConnectionLimits()
+    log: Callable[[ASGIApp], ASGIApp] = staticmethod(_unlogged)
     _timer: asyncio.TimerHandle | None = None
     _head = 0  # bytes so far of a head that is not complete; -1 once it is
     _is_closed = False
@@ -90,9 +97,9 @@ class _LimitedProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         self.app = self._served_app
         if size > _MAX_HEAD:
-            self.app = _Refusal(431, f"the head of the request has more than the {_MAX_HEAD} bytes that are taken")
+            self._refuse(431, f"the head of the request has more than the {_MAX_HEAD} bytes that are taken")
         elif len(self.connections) > self.limits.connections:
-            self.app = _Refusal(503, f"there are more than the {self.limits.connections} connections that are served")
+            self._refuse(503, f"there are more than the {self.limits.connections} connections that are served")
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -108,6 +115,11 @@ class _LimitedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP."""
         self._close(400, "the request is not valid HTTP")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer a request, whose head is complete, with an error."""
+        _logger.info("%s: %d, %s", self.client, status, message)
+        self.app = self.log(_Refusal(status, message))
 
     def _start_clock(self) -> None:
         self._timer = self.loop.call_later(self.limits.read_timeout, self._time_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.adapter_inputs import BATCHED
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.http.text_reader import TextReader, Tokens
 from gralora_fx.serving.model import OrtModel
@@ -20,7 +20,11 @@ from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
 
 SENTENCE = "sentence_embedding"
-_TEXTS = "texts"
+_TEXTS, _MASK = "texts", "attention_mask"
+# how much of its largest value a text's outputs may change beside a longer one: by rounding, and no more
+_ROUNDING, _COARSE_ROUNDING = 1e-4, 2e-2
+_WIDTH = 24  # tokens of that longer one
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ class _Tensors:
 class Encoder:
     """An exported model that is run once for each request, in batches.
 
-    Texts run together with those nearest in length, padded to the longest. Tensors of several requests run together if
-    they agree in all axes but the first, and the model has the batch as the first axis of every input and output. On a
-    batched export each row has its adapter; on others a batch has one.
+    Texts run together with those nearest in length, padded to the longest; where padding changes what a text gives,
+    only texts of one length run together. Tensors of several requests run together if they agree in all axes but the
+    first, and the model has the batch as the first axis of every input and output. Where the export has
+    `model_rows.onnx`, each row has its adapter; else a batch has one.
 
     Attributes:
         model: The model.
@@ -76,13 +81,15 @@ class Encoder:
         """
         self.model = model
         self._observer, self._versions = observer, versions
-        self._rows_have_adapters = model.manifest.adapters_mode == BATCHED
-        self.inputs = {value.name: value for value in model.session.get_inputs() if value.name in model.input_names}
-        self.outputs = {value.name: value for value in model.session.get_outputs()}
+        self._rows_have_adapters = model.manifest.has_rows
+        session = model.rows_session if self._rows_have_adapters else model.session
+        self.inputs = {value.name: value for value in session.get_inputs() if value.name in model.input_names}
+        self.outputs = {value.name: value for value in session.get_outputs()}
         self._reader = None
         if tokenizer is not None:
             self._reader = TextReader(tokenizer, model.config, model.manifest.position_offset, self.inputs)
         first = {(list(value.shape) or [None])[0] for value in (*self.inputs.values(), *self.outputs.values())}
+        self._takes_padding = False  # until it is tried
         self._is_batchable = len(first) == 1 and isinstance(next(iter(first)), str)
         self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue)
 
@@ -98,21 +105,45 @@ class Encoder:
         return self._reader
 
     def warm_up(self) -> None:
-        """Run a text, where the model takes texts.
+        """Run texts, where the model takes them, and find out whether padding changes what a text gives.
 
         Raises:
             ServingError: The model cannot be run.
         """
-        if self.takes_texts:
-            self.run_text("a", None)
+        if not self.takes_texts:
+            return
+        if _MASK not in self.inputs:
+            reason = "%s takes no attention_mask, which says what is padding"
+        elif self._ignores_padding():
+            self._takes_padding = True
+            return
+        elif self.reader.pads:
+            reason = "padding changes what %s gives for a text"
+        else:
+            reason = "the tokenizer of %s has no token for padding"
+        _logger.warning(f"{reason}, so only texts of one length run together", self.model.directory)
 
-    def run_text(self, text: str, adapter: str | None) -> dict[str, NDArray[Any]]:
-        """Run a text at once, beside the queue; the outputs of its row.
-
-        Raises:
-            ServingError: The model cannot be run.
-        """
-        return self._run([_Text(self.reader.texts([text])[0], adapter)])[0]
+    def _ignores_padding(self) -> bool:
+        """Whether a text gives beside a longer one what it gives alone."""
+        short = self.reader.texts(["a"])[0].ids
+        fill = short[1:-1] or short
+        room = max(min(_WIDTH, self.reader.limit) - len(short), 0)
+        long = [*short[:-1], *(list(fill) * room)[:room], *short[-1:]]
+        texts = [_Text(Tokens(ids), None) for ids in (short, long)]
+        alone = [self._run([text])[0] for text in texts]
+        quantization = self.model.manifest.quantization
+        if quantization is not None and quantization.kind == "int8-dynamic":
+            return self.reader.pads  # its rounding depends on the batch, of whatever lengths
+        if not self.reader.pads:
+            return False
+        is_exact = quantization is None and self.model.manifest.precision == "fp32"
+        most = _ROUNDING if is_exact else _COARSE_ROUNDING
+        return all(
+            _gap(array, other) <= most
+            for pair in zip(self._run(texts), alone, strict=True)
+            for array, other in zip(pair[0].values(), pair[1].values(), strict=True)
+            if array.shape == other.shape  # outputs of single tokens have rows of padding
+        )
 
     async def texts(self, rows: Sequence[Tokens], adapter: str | None) -> list[dict[str, NDArray[Any]]]:
         """Run texts, each by itself in whatever batch has room.
@@ -128,9 +159,8 @@ class Encoder:
             ServingError: There is no room, or a run fails.
         """
         shared = None if self._rows_have_adapters else adapter
-        masked = "attention_mask" in self.inputs  # else only texts of one length run together
         jobs = [
-            RowJob((_TEXTS, shared, 0 if masked else len(row.ids)), 1, _Text(row, adapter), len(row.ids))
+            RowJob((_TEXTS, shared, 0 if self._takes_padding else len(row.ids)), 1, _Text(row, adapter), len(row.ids))
             for row in rows
         ]
         results: list[dict[str, NDArray[Any]]] = await self._wait(jobs)
@@ -199,3 +229,9 @@ class Encoder:
 
 def _is_finite(array: NDArray[Any]) -> bool:
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def _gap(array: NDArray[Any], other: NDArray[Any]) -> float:
+    """The largest difference, as a share of the largest value."""
+    array, other = array.astype(np.float64), other.astype(np.float64)
+    return float(np.abs(array - other).max() / max(np.abs(other).max(), np.finfo(np.float64).tiny))

@@ -6,28 +6,29 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.runtime.adapter_inputs import BATCHED
-from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.names import PLAIN_KIND
+from gralora_fx.runtime.options import runtime_of
 from gralora_fx.serving.adapter_versions import AdapterVersions
-from gralora_fx.serving.batched_decoder import BatchedDecoder
-from gralora_fx.serving.http.adapter_trial import AdapterTrial, try_decoder, try_encoder, try_rows
+from gralora_fx.serving.encoder_inputs import EncoderInputs
+from gralora_fx.serving.http.adapter_trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.model_names import ModelNames
 from gralora_fx.serving.http.settings import ServiceSettings
-from gralora_fx.serving.model import OrtModel, load
+from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.observer import Observer
-from gralora_fx.serving.scheduling.static_batches import StaticBatchScheduler
 from gralora_fx.serving.scheduling.text_queue import TextQueue
 
-_TEXT = "text-generation-with-past"
+_GENERATES = ("text-generation-with-past", *ENCODER_DECODERS)
 
 
 @dataclass(frozen=True)
 class TextEngine:
-    """A decoder that answers prompts.
+    """A decoder that answers prompts, or an encoder-decoder that answers texts or recordings.
 
     Attributes:
         names: The models that requests may name.
@@ -35,6 +36,7 @@ class TextEngine:
         trial: Tries an adapter that is loaded.
         tokenizer: The tokenizer beside the model.
         queue: Takes requests.
+        inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
     """
 
     names: ModelNames
@@ -42,6 +44,12 @@ class TextEngine:
     trial: AdapterTrial
     tokenizer: PreTrainedTokenizerBase
     queue: TextQueue
+    inputs: EncoderInputs | None = None
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether it answers texts, rather than recordings."""
+        return self.inputs is None or self.inputs.takes_text
 
     @property
     def waiting(self) -> int:
@@ -90,23 +98,22 @@ class EncoderEngine:
 
 
 def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | EncoderEngine:
-    """Open the export and its adapters, and run it once so that the first request finds it warm.
+    """Open the export and its own adapters, and run it once so that the first request finds it warm.
 
     Args:
         settings: What to serve.
         observer: Is told what runs.
 
     Raises:
-        ServingError: The export or an adapter cannot be opened, the export has no tokenizer that its texts need, or its
-            task is not served.
+        ServingError: The export or an adapter of it cannot be opened, the export has no tokenizer that its texts need,
+            or its task is not served.
     """
-    manifest = read_manifest(settings.directory, ServingError)
-    if manifest.task == _TEXT and manifest.adapters_mode == BATCHED:
-        return _continuous(settings, observer)
-    model = load(settings.directory, threads=settings.threads)
-    if manifest.task == _TEXT:
-        return _static(settings, model, observer)
-    if any(name.startswith("past_key_values.") for name in model.input_names):
+    runtime, threads = runtime_of(None, None, None, settings.threads)
+    model = OrtModel(settings.directory, runtime, threads=threads, by_row=True)
+    manifest = model.manifest
+    if manifest.task in _GENERATES:
+        return _text_engine(settings, model, observer)
+    if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
     for name in ("max_context", "chunk"):
         if getattr(settings, name) is not None:
@@ -121,56 +128,25 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | E
     return EncoderEngine(names, manifest, try_encoder(encoder), encoder)
 
 
-def _continuous(settings: ServiceSettings, observer: Observer) -> TextEngine:
-    decoder = BatchedDecoder(
-        settings.directory,
-        rows=settings.rows,
-        capacity=settings.max_context,
-        chunk=settings.prompt_tokens,
-        threads=settings.threads,
-    )
-    model = decoder.model
-    names = _open_adapters(settings, model)
-    row = decoder.open()
-    decoder.step({row: [0]})
+def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
+    if settings.max_context is not None:
+        model.limits.within(settings.max_context, "max_context")
+    decoder = model.decoder(rows=settings.rows, capacity=settings.max_context, chunk=settings.prompt_tokens)
+    names, tokenizer = _open_adapters(settings, model), model.tokenizer
+    if model.encoder_inputs is not None and settings.chunk is not None:
+        raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")
+    token, source = example_prompt(model)
+    row = decoder.open(None, source)
+    decoder.step({row: [token]})
     decoder.close(row)
-    queue = ContinuousScheduler(
-        decoder, model.tokenizer, observer, max_queue=settings.max_queue, versions=names.versions
-    )
-    return _text_engine(names, model, try_rows(decoder), queue)
-
-
-def _static(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
-    if settings.chunk is not None:
-        raise ServingError(
-            f"chunk={settings.chunk} has no effect: onnxruntime-genai reads a prompt at once; leave --chunk out, or "
-            "export the model with adapters='batched'"
-        )
-    names = _open_adapters(settings, model)
-    model.generate([0], max_new_tokens=1)
-    queue = StaticBatchScheduler(
-        model,
-        model.tokenizer,
-        observer,
-        max_batch=settings.rows,
-        max_queue=settings.max_queue,
-        max_context=settings.max_context,
-        versions=names.versions,
-    )
-    return _text_engine(names, model, try_decoder(model), queue)
-
-
-def _text_engine(names: ModelNames, model: OrtModel, trial: AdapterTrial, queue: TextQueue) -> TextEngine:
-    tokenizer = model.tokenizer
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
-    return TextEngine(names, model.manifest, trial, tokenizer, queue)
+    queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, versions=names.versions)
+    return TextEngine(names, model.manifest, try_decoder(model), tokenizer, queue, model.encoder_inputs)
 
 
 def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ModelNames:
-    """Load the adapters that are given and the export's own, so that requests find them in memory."""
+    """Load the export's own adapters, so that requests find them in memory."""
     adapters = model.adapters
-    for name, path in settings.adapters.items():
-        adapters.load(name, path)
     names = tuple(adapters.available())
     for name in names:
         adapters[name]

@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -16,7 +17,8 @@ from gralora_fx.errors import shown
 from gralora_fx.serving.http.disconnects import unless_disconnected
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.engines import EncoderEngine
-from gralora_fx.serving.http.inference_requests import HEADER_LENGTH, Call, read_call
+from gralora_fx.serving.http.example_inputs import example_inputs
+from gralora_fx.serving.http.inference_requests import HEADER_LENGTH, Call, InferRequest, read_call
 from gralora_fx.serving.http.model_names import ModelNames, UnknownModelError
 from gralora_fx.serving.http.tensors import datatype_of, described, to_bytes, to_numbers
 
@@ -122,7 +124,20 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
         with names.held(name) as adapter:
             return await unless_disconnected(request, _infer(encoder, name, adapter, call))
 
+    async def example(name: str, version: str = _VERSION) -> Response:
+        """A request that `infer` takes as it is."""
+        _check_model(names, name, version)
+        arrays = await run_in_threadpool(example_inputs, encoder)
+        tensors = [
+            {**described(encoder.inputs[name]), "shape": list(array.shape), "data": np.ascontiguousarray(array).ravel()}
+            for name, array in arrays.items()
+        ]
+        return Response(
+            orjson.dumps({"inputs": tensors}, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json"
+        )
+
     _add(router.get, "", metadata, ModelMetadata)
+    _add(router.get, "/example", example, InferRequest)
     _add(router.post, "/infer", infer, InferResponse)
     return router
 

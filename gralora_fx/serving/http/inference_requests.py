@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.serving.http.strict_model import ListOf
@@ -27,7 +27,11 @@ class _Object(BaseModel):
 class InputParameters(_Object):
     """Parameters of an input."""
 
-    binary_data_size: Annotated[int | None, Field(ge=0, description="Its bytes behind the JSON object.")] = None
+    binary_data_size: Annotated[
+        Any,  # `_announced` checks it, since its error names the input and counts the bytes
+        WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]}),
+        Field(description="Its bytes behind the JSON object."),
+    ] = None
 
 
 class InputTensor(_Object):
@@ -43,7 +47,10 @@ class InputTensor(_Object):
 class OutputParameters(_Object):
     """Parameters of an output that is asked for."""
 
-    binary_data: Annotated[bool, Field(description="Whether to give it as bytes behind the JSON object.")] = False
+    binary_data: Annotated[
+        bool | None,
+        Field(description="Whether to give it as bytes behind the JSON object; by default as binary_data_output says."),
+    ] = None
 
 
 class RequestedOutput(_Object):
@@ -56,7 +63,9 @@ class RequestedOutput(_Object):
 class InferParameters(_Object):
     """Parameters of a request."""
 
-    binary_data_output: Annotated[bool, Field(description="Whether outputs are binary where none is named.")] = False
+    binary_data_output: Annotated[
+        bool, Field(description="Whether outputs are binary that do not say so themselves.")
+    ] = False
 
 
 class InferRequest(_Object):
@@ -97,14 +106,7 @@ def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any],
         ServingError: An input or output is unknown or given twice, or the data of one is wrong.
     """
     length = len(body) if header_length is None else _length(header_length, len(body))
-    try:
-        request = InferRequest.model_validate_json(memoryview(body)[:length].tobytes())
-    except ValidationError as error:
-        if (count := error.error_count()) > _PROBLEMS:  # of millions, the descriptions would fill the memory
-            raise ServingError(
-                f"{count} fields of the request are wrong or not supported; correct them, or leave them out"
-            ) from None
-        raise RequestValidationError(error.errors(include_url=False, include_input=False)) from error
+    request = _parsed(memoryview(body)[:length].tobytes(), header_length)
     binary = memoryview(body)[length:]
     arrays: dict[str, NDArray[Any]] = {}
     for tensor in request.inputs:
@@ -117,11 +119,61 @@ def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any],
         if tensor.data is not None:
             arrays[tensor.name] = from_json(tensor.name, tensor.data, tensor.shape, datatype)
             continue
-        arrays[tensor.name] = from_bytes(tensor.name, binary[:size], tensor.shape, datatype)
-        binary = binary[size:]
+        data, binary = _announced(tensor.name, size, binary)
+        arrays[tensor.name] = from_bytes(tensor.name, data, tensor.shape, datatype)
     if binary:
-        raise ServingError(f"{len(binary)} bytes behind the JSON object belong to no input")
+        raise ServingError(
+            f"{len(body) - length} bytes follow the JSON object, and {len(binary)} of them belong to no input; give "
+            "each input its binary_data_size"
+        )
     return Call(arrays, _wanted(request, outputs), request.id)
+
+
+def _parsed(head: bytes, header_length: str | None) -> InferRequest:
+    """The JSON object of a request.
+
+    Raises:
+        RequestValidationError: It is damaged, or a field is unknown, missing or of another type.
+        ServingError: It does not end where it should, or a great many fields are wrong.
+    """
+    try:
+        return InferRequest.model_validate_json(head)
+    except ValidationError as error:
+        if (count := error.error_count()) > _PROBLEMS:  # of millions, the descriptions would fill the memory
+            raise ServingError(
+                f"{count} fields of the request are wrong or not supported; correct them, or leave them out"
+            ) from None
+        problems = error.errors(include_url=False, include_input=False)
+        if problems[0]["type"] == "json_invalid" and header_length is not None:
+            raise ServingError(
+                f"the first {len(head)} bytes of the body are not a JSON object ({problems[0]['ctx']['error']}), and "
+                f"{HEADER_LENGTH} says that they are; it is the length of that object alone"
+            ) from error
+        raise RequestValidationError(problems) from error
+
+
+def _announced(name: str, size: Any, binary: memoryview) -> tuple[memoryview, memoryview]:
+    """The bytes of an input, and those that are left for others.
+
+    Args:
+        name: The input.
+        size: What the request says of how many they are.
+        binary: The bytes behind the JSON object that belong to no input before.
+
+    Raises:
+        ServingError: It is not a number of bytes, or there are not as many.
+    """
+    if type(size) is not int or size < 0:
+        raise ServingError(
+            f"the binary_data_size of input {name!r} is {shown(size)}; it is a whole number of bytes, and "
+            f"{len(binary)} are there for it"
+        )
+    if size > len(binary):
+        raise ServingError(
+            f"input {name!r} announces {shown(size)} bytes by binary_data_size, and {len(binary)} are there for it "
+            f"behind the JSON object, whose length {HEADER_LENGTH} says"
+        )
+    return binary[:size], binary[size:]
 
 
 def _length(given: str, size: int) -> int:
@@ -145,9 +197,11 @@ def _taken(tensor: InputTensor, inputs: Mapping[str, Any]) -> Datatype:
 
 def _wanted(request: InferRequest, outputs: Mapping[str, Any]) -> dict[str, bool]:
     """The outputs that are asked for, and whether each is binary; all of them where none is named."""
+    is_binary = request.parameters.binary_data_output
     if not request.outputs:
-        return dict.fromkeys(outputs, request.parameters.binary_data_output)
-    wanted = {output.name: output.parameters.binary_data for output in request.outputs}
+        return dict.fromkeys(outputs, is_binary)
+    asked = {output.name: output.parameters.binary_data for output in request.outputs}
+    wanted = {name: is_binary if own is None else own for name, own in asked.items()}
     if unknown := [name for name in wanted if name not in outputs]:
         raise ServingError(f"no output {shown(unknown[0])}; there is {listed(outputs)}")
     if len(wanted) < len(request.outputs):

@@ -63,25 +63,18 @@ class Metrics:
         self._in_flight = 0
         self._now.watch("requests_in_flight", "Requests that are being answered.", lambda: self._in_flight)
         self._rejections = Counter(
-            "gralora_fx_rejections", "Requests that were rejected.", ("reason",), registry=registry
+            "gralora_fx_rejections", "Requests that were rejected.", ("method", "reason"), registry=registry
         )
         for reason in REASONS:
-            self._rejections.labels(reason)
+            self._rejections.labels("POST", reason)
         self._queue = Histogram(
             "gralora_fx_queue_seconds", "From a request to its first run.", buckets=_SECONDS, registry=registry
-        )
-        self._first = Histogram(
-            "gralora_fx_time_to_first_token_seconds",
-            "From a request to the first token of its answer.",
-            buckets=_SECONDS,
-            registry=registry,
         )
         self._run = Histogram("gralora_fx_run_seconds", "Runs of a batch.", buckets=_SECONDS, registry=registry)
         self._failures = Counter("gralora_fx_run_failures", "Runs that failed.", registry=registry)
         self._rows = Histogram("gralora_fx_batch_size", "Rows of a batch.", buckets=_ROWS, registry=registry)
-        self._tokens = Counter("gralora_fx_tokens", "Tokens, by kind.", ("kind",), registry=registry)
-        for kind in ("prompt", "generated"):
-            self._tokens.labels(kind)
+        self._tokens: Counter | None = None
+        self._first: Histogram | None = None
         self._loads = Counter(
             "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
         )
@@ -107,6 +100,23 @@ class Metrics:
         self._now.model = dict(model)
         self._now.watch("queue_length", "Requests, or rows of them, that wait.", queue_length)
 
+    def measure_tokens(self, *, generated: bool) -> None:
+        """Measure tokens, too, for a model that reads them.
+
+        Args:
+            generated: Whether it also generates some.
+        """
+        self._tokens = Counter("gralora_fx_tokens", "Tokens, by kind.", ("kind",), registry=self.registry)
+        for kind in ("prompt", "generated") if generated else ("prompt",):
+            self._tokens.labels(kind)
+        if generated:
+            self._first = Histogram(
+                "gralora_fx_time_to_first_token_seconds",
+                "From a request to the first token of its answer.",
+                buckets=_SECONDS,
+                registry=self.registry,
+            )
+
     @contextmanager
     def in_flight(self) -> Iterator[None]:
         """Counts a request while it is being answered; in the event loop's thread."""
@@ -118,15 +128,16 @@ class Metrics:
 
     def answered(self, route: str, method: str, code: int) -> None:
         """A request was answered; all methods that HTTP does not have count as one, so that labels are bounded."""
-        self._requests.labels(route, method if method in _METHODS else "other", str(code)).inc()
+        self._requests.labels(route, _label(method), str(code)).inc()
 
-    def rejected(self, reason: str) -> None:
-        """A request was rejected.
+    def rejected(self, reason: str, method: str) -> None:
+        """A request, which counts as answered too, was rejected.
 
         Args:
             reason: One of `REASONS`.
+            method: Its method.
         """
-        self._rejections.labels(reason).inc()
+        self._rejections.labels(_label(method), reason).inc()
 
     def waited(self, seconds: float) -> None:
         """A request, or a row of one, waited before the first of its tokens was read."""
@@ -134,7 +145,8 @@ class Metrics:
 
     def began(self, seconds: float, waited: float) -> None:
         """The first token of an answer was chosen, so long after its request, which waited so much of that."""
-        self._first.observe(seconds)
+        if self._first is not None:
+            self._first.observe(seconds)
 
     def ran(self, seconds: float, rows: int) -> None:
         """A batch ran."""
@@ -147,8 +159,16 @@ class Metrics:
 
     def read(self, tokens: int) -> None:
         """Tokens of prompts or texts were read."""
-        self._tokens.labels("prompt").inc(tokens)
+        self._count("prompt", tokens)
 
     def generated(self, tokens: int) -> None:
         """New tokens were chosen."""
-        self._tokens.labels("generated").inc(tokens)
+        self._count("generated", tokens)
+
+    def _count(self, kind: str, tokens: int) -> None:
+        if self._tokens is not None:
+            self._tokens.labels(kind).inc(tokens)
+
+
+def _label(method: str) -> str:
+    return method if method in _METHODS else "other"

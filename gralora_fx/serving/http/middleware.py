@@ -14,8 +14,14 @@ from gralora_fx.serving.http.page_routes import PAGE_PATHS
 from gralora_fx.serving.http.rejections import rejection
 
 # for probes, which have no key, and for the page, which asks for it
-_OPEN = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
+OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
 _METRICS = "/metrics"
+_COUNTED = "gralora_fx.counted"
+
+
+def mark_counted(scope: Scope) -> None:
+    """Say that a request was counted by another process, which answered it."""
+    scope[_COUNTED] = True
 
 
 class ApiKeyMiddleware:
@@ -32,7 +38,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             scheme, space, key = given.partition(b" ")  # the scheme's letters may be of either case, the key's not
             if not secrets.compare_digest(scheme.lower() + space + key, self._expected):
@@ -64,10 +70,12 @@ class CountingMiddleware:
         status: int | None = None
 
         def count(code: int) -> None:
+            if _COUNTED in scope:
+                return
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.answered(route, scope["method"], code)
             if (reason := rejection(scope, code)) is not None:
-                self._metrics.rejected(reason)
+                self._metrics.rejected(reason, scope["method"])
 
         async def counted(message: Message) -> None:
             nonlocal status

@@ -15,7 +15,7 @@ from gralora_fx.serving.sampling import Sampling
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
 _TOKENS = 1024  # the most that an option names, since each is looked at in every step
-_Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]
+Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]
 _Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
 _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -29,14 +29,14 @@ def _few(given: Any) -> Any:
     return given
 
 
-class _Request(StrictModel):
+class OpenAIRequest(StrictModel):
     """A request whose fields are all known, and of their own types; a field that is null is as if it were left out.
 
     Attributes:
         without_effect: Fields beside them that are accepted, since they change no answer; of some only these values.
     """
 
-    without_effect: ClassVar[_Idle] = {}
+    without_effect: ClassVar[Idle] = {}
 
     @classmethod
     def _effective(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -49,18 +49,18 @@ class _Request(StrictModel):
         return values is None or any(type(value) is type(other) and value == other for other in values)
 
 
-class StreamOptions(_Request):
+class StreamOptions(OpenAIRequest):
     """What a stream holds beside text."""
 
-    without_effect: ClassVar[_Idle] = {"include_obfuscation": (False,)}
+    without_effect: ClassVar[Idle] = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
 
 
-class _TextFields(_Request):
+class _TextFields(OpenAIRequest):
     """What completions and chats share: OpenAI's fields, and beside them vLLM's."""
 
-    without_effect: ClassVar[_Idle] = {
+    without_effect: ClassVar[Idle] = {
         "user": None,
         "metadata": None,
         "safety_identifier": None,
@@ -184,17 +184,17 @@ class CompletionRequest(_TextFields):
         return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
 
 
-class TextPart(_Request):
+class TextPart(OpenAIRequest):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Request):
+class ChatMessage(OpenAIRequest):
     """A message of a chat."""
 
-    without_effect: ClassVar[_Idle] = {
+    without_effect: ClassVar[Idle] = {
         "annotations": ([],),
         "tool_calls": ([],),
     }  # as answers hold them, which clients send back

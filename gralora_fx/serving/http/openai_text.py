@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse, Response
 
 from gralora_fx.serving.http.deadlines import timeout_of
 from gralora_fx.serving.http.disconnects import unless_disconnected
 from gralora_fx.serving.http.engines import TextEngine
+from gralora_fx.serving.http.event_stream import END, EventStream, event
 from gralora_fx.serving.http.failures import error_body, status_of
 from gralora_fx.serving.http.openai_forms import Choice, Form
 from gralora_fx.serving.http.openai_requests import ChatRequest, CompletionRequest
@@ -50,25 +48,11 @@ async def _answer(
         for index, (question, echo) in enumerate(zip(questions.requests, questions.echoes, strict=True))
     ]
     if asked.stream:
-        return _Stream(answers, _events(answers, form, choices, includes_usage=asked.includes_usage))
+        return EventStream(answers, _events(answers, form, choices, includes_usage=asked.includes_usage))
     try:
         return await unless_disconnected(request, _whole(answers, form, choices))
     finally:
         answers.cancel()
-
-
-class _Stream(StreamingResponse):
-    """Server-sent events; the answers are given up when the client goes away, even before the first event."""
-
-    def __init__(self, answers: TextAnswers, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._answers = answers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answers.cancel()
 
 
 async def _whole(answers: TextAnswers, form: Form, choices: Sequence[Choice]) -> Response:
@@ -86,17 +70,12 @@ async def _events(
     more = {"usage": None} if includes_usage else {}
     try:
         for choice in choices if form.is_chat else ():
-            yield _event(form.body([choice.first()], is_chunk=True, **more))
+            yield event(form.body([choice.first()], is_chunk=True, **more))
         async for index, piece in answers.pieces():
-            yield _event(form.body([choices[index].part(piece)], is_chunk=True, **more))
+            yield event(form.body([choices[index].part(piece)], is_chunk=True, **more))
         if includes_usage:
-            yield _event(form.body([], is_chunk=True, usage=answers.usage.fields()))
+            yield event(form.body([], is_chunk=True, usage=answers.usage.fields()))
     except (RunError, DeadlineError) as error:
         answers.cancel()
-        yield _event(error_body(status_of(error), str(error)))
-    yield "data: [DONE]\n\n"
-
-
-def _event(body: dict[str, Any]) -> str:
-    # ASCII, since some clients split lines at other letters too, such as U+2028
-    return f"data: {json.dumps(body)}\n\n"
+        yield event(error_body(status_of(error), str(error)))
+    yield END

@@ -11,9 +11,11 @@ from pydantic.json_schema import models_json_schema
 
 from gralora_fx.serving.http.failures import is_inference
 from gralora_fx.serving.http.inference_requests import HEADER_LENGTH, InferRequest
+from gralora_fx.serving.http.middleware import OPEN_PATHS
 
 _SCHEMAS = "#/components/schemas/"
 _JSON, _BYTES, _EVENTS = "application/json", "application/octet-stream", "text/event-stream"
+_KEY = "key"
 _ALWAYS = {
     401: "The API key is missing or wrong.",
     408: "The request did not arrive in time.",
@@ -66,6 +68,10 @@ class DescribedApp(FastAPI):
             for path, method, operation in _operations(description):
                 _add_errors(path, method, operation)
                 _add_bodies(path, method, operation)
+            if self.state.asks_for_key:
+                description["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+                for path, _, operation in _operations(description):
+                    operation["security"] = [] if path in OPEN_PATHS else [{_KEY: []}]
         return self.openapi_schema or {}
 
 

@@ -8,13 +8,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
+from typing import TextIO
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from gralora_fx.errors import ServingError, first_line
+from gralora_fx.serving.http.access_log import AccessLogMiddleware
 from gralora_fx.serving.http.connections import ConnectionLimits, limited
 
 _SWITCH = 0.0005  # seconds that a thread may hold the interpreter while another waits, a tenth of the default
@@ -53,7 +56,9 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def run(app: FastAPI, sockets: Sequence[socket.socket], limits: ConnectionLimits) -> None:
+def run(
+    app: ASGIApp, sockets: Sequence[socket.socket], limits: ConnectionLimits, access_log: TextIO | None = None
+) -> None:
     """Serve until the process is told to end.
 
     The first SIGTERM or SIGINT lets the requests that run end, and takes no more; a second one ends the process at
@@ -63,10 +68,15 @@ def run(app: FastAPI, sockets: Sequence[socket.socket], limits: ConnectionLimits
         app: The service.
         sockets: Where to listen, from `bind`.
         limits: Limits of connections.
+        access_log: Where requests are logged; None for nowhere.
     """
     # the thread that runs batches must not wait for the one that reads requests, or processors would idle
     sys.setswitchinterval(_SWITCH)
-    config = uvicorn.Config(app, http=limited(limits), ws="none", log_level="info", access_log=False)
+    log: Callable[[ASGIApp], ASGIApp] | None = None
+    if access_log is not None:
+        log = partial(AccessLogMiddleware, file=access_log)
+        app = log(app)
+    config = uvicorn.Config(app, http=limited(limits, log), ws="none", log_level="info", access_log=False)
     _Server(config, sockets).run(sockets=list(sockets))
 
 

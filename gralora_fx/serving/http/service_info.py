@@ -25,8 +25,9 @@ class ServiceInfo:
         precision: Precision of the weights that are not quantized.
         quantization: How matrices are quantized; None if they are not.
         adapters_mode: How the export holds adapters.
-        context_length: Tokens of a text, or of a prompt and its answer; None for no limit, or if it takes no texts.
-        chat_template: Whether it takes chats: it is a decoder whose tokenizer has a template for them.
+        context_length: Tokens of a text that an encoder reads, or of a decoder's prompt and its answer; None for no
+            limit, or if it takes no texts.
+        chat_template: Whether it takes chats: it answers texts, and its tokenizer has a template for them.
         max_queue: The most requests, or rows, that wait.
         version: The version of gralora-fx.
     """
@@ -61,9 +62,10 @@ def service_info(settings: ServiceSettings, engine: TextEngine | EncoderEngine) 
         engine: What it opened.
     """
     manifest = read_manifest(settings.directory, ServingError)
+    context: int | None
     if isinstance(engine, TextEngine):
-        context: int | None = engine.queue.limits.context
-        has_template = bool(getattr(engine.tokenizer, "chat_template", None))
+        context = engine.queue.limits.context if engine.inputs is None else engine.inputs.limit
+        has_template = engine.takes_text and bool(getattr(engine.tokenizer, "chat_template", None))
     else:
         context = engine.encoder.reader.limit if engine.encoder.takes_texts else None
         has_template = False

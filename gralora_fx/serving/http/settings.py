@@ -18,11 +18,12 @@ class ServiceSettings:
 
     Attributes:
         directory: The export directory; its name is the base's name.
-        adapters: `.onnx_adapter` files by the names of their adapters, beside the export's own.
+        adapters: `.onnx_adapter` files, or directories that PEFT saved an adapter to, by the adapters' names; they are
+            served beside the export's own, and instead of one of the same name.
         max_batch: The most rows of a batch, for a decoder requests that it answers together; None for 8.
         max_queue: The most requests, or rows of an encoder, that may wait.
         max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
-        chunk: Of a batched decoder, the most tokens of prompts that a step reads; None for 64.
+        chunk: Of a decoder, the most tokens of prompts that a step reads; None for 64.
         timeout: Seconds after which a request is given up, unless it names fewer; None for no limit.
         threads: Threads of an operator; None for one on each core that the process may use.
         adapter_root: The directory that requests may load adapters from; None if they may load none.
@@ -71,20 +72,3 @@ class ServiceSettings:
     def base_name(self) -> str:
         """The name of the model without an adapter."""
         return self.directory.absolute().name
-
-
-def read_adapters(pairs: list[str] | None) -> dict[str, Path]:
-    """The adapters of `--adapter name=path`, by name.
-
-    Raises:
-        ConfigError: One is not `name=path`, or a name is given twice.
-    """
-    found: dict[str, Path] = {}
-    for pair in pairs or ():
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise ConfigError(f"--adapter takes name=path, but got {shown(pair)}")
-        if name in found:
-            raise ConfigError(f"--adapter {name} is given twice; give it once")
-        found[name] = Path(path)
-    return found

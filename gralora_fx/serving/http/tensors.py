@@ -117,10 +117,12 @@ def from_bytes(name: str, data: memoryview, shape: list[int], datatype: Datatype
     Raises:
         ServingError: They are not as many as the shape says, or a truth value is neither 0 nor 1.
     """
-    size = _count(name, shape) * datatype.dtype.itemsize
+    count = _count(name, shape)
+    size = count * datatype.dtype.itemsize
     if len(data) != size:
+        needed = "which no tensor has" if count < 0 else f"which are {shown(size)}"
         raise ServingError(
-            f"input {name!r} has {len(data)} bytes, not those of {datatype.name} in shape {shown(shape)}"
+            f"input {name!r} has {len(data)} bytes, not those of {datatype.name} in shape {shown(shape)}, {needed}"
         )
     if datatype.dtype.kind == "b" and np.any(np.frombuffer(data, np.uint8) > 1):
         raise ServingError(f"input {name!r} holds bytes other than 0 and 1, which {datatype.name} does not have")

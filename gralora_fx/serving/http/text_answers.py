@@ -120,6 +120,10 @@ async def read_request(engine: TextEngine, asked: CompletionRequest | ChatReques
     if asked.stream_options is not None and not asked.stream:
         raise ServingError("stream_options has no effect without stream; give stream too, or leave it out")
     queue.check_count(len(asked.prompts) * asked.n)
+    if engine.inputs is not None:
+        engine.inputs.check_texts(asked.prompts)
+        if asked.echo:
+            raise ServingError("echo has no effect: an encoder-decoder does not go on from its prompt; leave it out")
     scores_prompt = asked.echo and asked.top_scores is not None
     if scores_prompt and not queue.scores_prompts:
         raise ServingError(
@@ -131,12 +135,14 @@ async def read_request(engine: TextEngine, asked: CompletionRequest | ChatReques
     rows: list[list[int]] = await run_in_threadpool(_read_prompts, engine, asked.prompts)
     requests: list[TextRequest] = []
     for ids in rows:
-        most = asked.most_tokens(queue.limits.context - len(ids))
+        source = None if engine.inputs is None else engine.inputs.of_ids(ids)
+        prompt = tuple(ids) if source is None else (source.rules.start,)
+        most = asked.most_tokens(queue.limits.context - len(prompt))
         if sampling.min_new_tokens > most:
             raise ServingError(f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for")
         for _ in range(asked.n):
             own = seeded(sampling, len(requests))
-            requests.append(TextRequest(tuple(ids), most, own, stop, adapter, scores_prompt))
+            requests.append(TextRequest(prompt, most, own, stop, adapter, scores_prompt, source))
     echoes = [""] * len(requests)
     if asked.echo:
         texts = await run_in_threadpool(_prompt_texts, engine, asked.prompts)

@@ -59,6 +59,11 @@ class TextReader:
         self.limit = most if context is None else min(most, context - position_offset)
         self._vocabulary = config.get("vocab_size")
 
+    @property
+    def pads(self) -> bool:
+        """Whether the tokenizer has a token for padding."""
+        return self._tokenizer.pad_token_id is not None
+
     def texts(self, texts: Sequence[str | Sequence[int]]) -> list[Tokens]:
         """Token ids of texts; ids that are given stay as they are.
 
@@ -84,16 +89,12 @@ class TextReader:
     def padded(self, rows: Sequence[Tokens]) -> dict[str, NDArray[Any]]:
         """The model's inputs for rows, padded to the longest on the tokenizer's side.
 
-        Raises:
-            ServingError: They are of different lengths, and the tokenizer has no token for padding.
+        Args:
+            rows: The rows, of one length if the tokenizer has no token for padding.
         """
         lengths = [len(row.ids) for row in rows]
         width = max(lengths)
-        padding = self._tokenizer.pad_token_id
-        if padding is None:
-            if min(lengths) < width:
-                raise ServingError("the tokenizer has no token for padding; give texts of one length")
-            padding = 0
+        padding = self._tokenizer.pad_token_id if self.pads else 0
         ids = np.full((len(rows), width), padding, np.int64)
         types = np.full((len(rows), width), self._tokenizer.pad_token_type_id, np.int64)
         mask = np.zeros((len(rows), width), np.int64)

@@ -18,19 +18,23 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from gralora_fx.serving.http.access_log import AccessLogMiddleware
 from gralora_fx.serving.http.bodies import BodyMiddleware
 from gralora_fx.serving.http.failures import add_handlers, error_body, error_response
 from gralora_fx.serving.http.health import health_routes
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.middleware import ApiKeyMiddleware
+from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware, mark_counted
+from gralora_fx.serving.http.page_routes import page_routes
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scale.asgi_request import read
 
 APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray
+_EVENTS = "text/event-stream"
 _logger = logging.getLogger(__name__)
 
 
@@ -38,7 +42,12 @@ class Frontend:
     """Takes requests from Ray's proxy, and hands each to a replica that Ray chooses, by the adapter that it names."""
 
     def __init__(
-        self, replicas: Any, settings: ServiceSettings, adapters: tuple[str, ...], metrics_folder: Path
+        self,
+        replicas: Any,
+        settings: ServiceSettings,
+        adapters: tuple[str, ...],
+        metrics_folder: Path,
+        access_log: Path | None,
     ) -> None:
         """Make the app.
 
@@ -47,14 +56,18 @@ class Frontend:
             settings: What is served.
             adapters: The adapters that requests may name.
             metrics_folder: Where the processes of the service keep their metrics.
+            access_log: The file that requests are logged in; None for no log.
         """
         app = self._app = FastAPI(openapi_url=None)  # the replicas have the app's description
         add_handlers(app)
         app.add_middleware(BodyMiddleware, max_body=settings.max_body)
         if settings.api_key is not None:
             app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
+        app.add_middleware(CountingMiddleware, metrics=Metrics())
+        if access_log is not None:
+            app.add_middleware(AccessLogMiddleware, file=access_log.open("a", encoding="utf-8"))
         _add_own_routes(app, metrics_folder)
-        app.router.routes.append(Route("/{path:path}", _Forwarding(replicas, adapters)))
+        app.router.routes.append(Route("/{path:path}", Forwarding(replicas, adapters)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The app, for Ray."""
@@ -69,6 +82,7 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
         return any(state == "RUNNING" and count for state, count in states.items())
 
     app.include_router(health_routes(is_ready))
+    app.include_router(page_routes())
 
     @app.get("/metrics")
     def measured() -> Response:
@@ -77,54 +91,77 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-class _Forwarding:
-    """Answers requests by a replica."""
+class Forwarding:
+    """Answers requests by a replica: whole, or with an error in the protocol's form if the replica ends before."""
 
     def __init__(self, replicas: Any, adapters: tuple[str, ...]) -> None:
+        """Take the replicas.
+
+        Args:
+            replicas: Ray's handle of them.
+            adapters: The adapters that requests may name.
+        """
         self._replicas, self._adapters = replicas.options(stream=True), frozenset(adapters)
-        self._metrics = Metrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
         request = await read(Request(scope, receive))
         replicas = self._replicas
         if (model := request.model) in self._adapters:
             replicas = replicas.options(multiplexed_model_id=model)
-        sender = _Sender(send)
+        sender = _Sender(scope, send)
         try:
             async for message in replicas.answer.remote(request):
                 await sender.pass_on(message)
         except (RayError, RayServeException) as error:
-            status, text = _described(error)
-            self._metrics.answered("other", scope["method"], status)
-            if sender.has_begun:
-                await sender.end_with(status, text)
-            else:
-                await error_response(request.path, status, text)(scope, receive, send)
+            if sender.is_complete:  # the replica ended after its last word, and before Ray heard that it was the last
+                return
+            problem = _described(error)
+        else:
+            if sender.is_complete:
+                return
+            _logger.error("a replica's answer to %s %s has no end", scope["method"], request.path)
+            problem = 500, "the request failed; the server's log says why"
+        scope.pop("route", None)  # that of everything says nothing
+        if sender.has_begun:
+            await sender.end_with(*problem)
+        else:
+            await error_response(request.path, *problem)(scope, receive, send)
 
 
 class _Sender:
-    """Passes an answer on. Its first message is kept until the next, so that an error can still take its place.
+    """Passes an answer on: a stream of events as it comes, any other answer once it is whole.
+
+    So that an error can still take the place of what has not begun.
 
     Attributes:
         has_begun: Whether something was sent.
+        is_complete: Whether all was sent.
     """
 
-    def __init__(self, send: Send) -> None:
-        self.has_begun = False
-        self._send = send
-        self._first: Message = {}
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.has_begun = self.is_complete = False
+        self._scope, self._send = scope, send
+        self._held: list[Message] = []
+        self._is_stream = False
 
     async def pass_on(self, message: Message) -> None:
+        """Take the next message of the answer."""
+        self._held.append(message)
         if message["type"] == "http.response.start":
-            self._first = message
+            self._is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith(_EVENTS)
             return
-        if not self.has_begun:
-            self.has_begun = True
-            await self._send(self._first)
-        await self._send(message)
+        is_last = not message.get("more_body", False)
+        if not (is_last or self._is_stream):
+            return
+        mark_counted(self._scope)  # by the replica
+        held, self._held = self._held, []
+        self.has_begun, self.is_complete = True, is_last  # also if the client has gone
+        for part in held:
+            await self._send(part)
 
     async def end_with(self, status: int, text: str) -> None:
-        """End a stream of events with an error; every other answer is one message."""
+        """End a stream of events with an error."""
         event = f"data: {json.dumps(error_body(status, text))}\n\ndata: [DONE]\n\n"
         await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
 

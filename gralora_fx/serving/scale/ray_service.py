@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ from starlette.types import Message
 
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.runtime.cores import available_threads
+from gralora_fx.serving.http.adapter_loads import load_given
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.engines import EncoderEngine, open_engine
 from gralora_fx.serving.http.metrics import Metrics
@@ -71,14 +72,23 @@ def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
         and for an encoder, whose batches are short, the next one too. Others wait for whichever replica is free first.
 
     Raises:
-        ServingError: The export or an adapter cannot be opened.
+        ServingError: The export or an adapter cannot be opened, or the model does not run with one.
     """
     engine = open_engine(settings, Metrics())
+    with closing(engine.names.versions):
+        load_given(engine, settings)
     return engine.names.adapters, (2 if isinstance(engine, EncoderEngine) else 1) * settings.rows
 
 
 def run_replicas(
-    settings: ServiceSettings, adapters: tuple[str, ...], at_a_time: int, *, replicas: int, host: str, port: int
+    settings: ServiceSettings,
+    adapters: tuple[str, ...],
+    at_a_time: int,
+    *,
+    replicas: int,
+    host: str,
+    port: int,
+    has_access_log: bool = False,
 ) -> NoReturn:
     """Serve until the process is told to end; no more requests are taken then, and those that run are answered.
 
@@ -89,6 +99,7 @@ def run_replicas(
         replicas: How many processes have the model.
         host: The address to listen on.
         port: The port; 0 for a free one.
+        has_access_log: Whether requests are logged, in a file beside Ray's logs.
 
     Raises:
         ServingError: Ray cannot listen there, or a replica does not start.
@@ -106,14 +117,16 @@ def run_replicas(
         try:
             try:
                 handle = serve.run(model.bind(settings), name=APPLICATION, route_prefix=None)
-                serve.run(frontend.bind(handle, settings, adapters, Path(metrics)), name=_FRONTEND)
+                access_log = Path(logs, "access.log") if has_access_log else None
+                serve.run(frontend.bind(handle, settings, adapters, Path(metrics), access_log), name=_FRONTEND)
             except RuntimeError as error:
                 raise ServingError(
                     f"the replicas do not start ({first_line(error)}); the logs in {logs} say why"
                 ) from error
             each = f"{settings.threads} thread{'s' if settings.threads != 1 else ''} each"
+            requests = "" if access_log is None else f", those of requests in {access_log.name}"
             print(
-                f"{replicas} replicas with {each} are running on http://{host}:{port}; logs are in {logs}",
+                f"{replicas} replicas with {each} are running on http://{host}:{port}; logs are in {logs}{requests}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -164,20 +177,37 @@ def _ray(settings: ServiceSettings, replicas: int) -> Iterator[str]:
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        context: Any = ray.init(
+        context = _started(replicas * (settings.threads or 1))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
+        yield f"{context.address_info['session_dir']}/logs/serve"
+    finally:
+        ray.shutdown()
+
+
+def _started(threads: int) -> Any:
+    """Ray's description of itself, once it runs.
+
+    Args:
+        threads: Of all replicas together.
+
+    Raises:
+        ServingError: It does not start.
+    """
+    try:
+        return ray.init(
             address="local",
-            num_cpus=max(available_threads(), replicas * (settings.threads or 1)),
+            num_cpus=max(available_threads(), threads),
             object_store_memory=_OBJECT_STORE,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _end)
-        yield f"{context.address_info['session_dir']}/logs/serve"
-    finally:
-        ray.shutdown()
+    except Exception as error:  # Ray has no type of its own for it
+        raise ServingError(
+            f"Ray does not start ({first_line(error)}); the machine may be too busy, try again"
+        ) from error
 
 
 def _end(number: int, _: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave a batched decoder between its steps."""
+"""Continuous batching: requests join and leave a decoder between its steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.serving.adapter_versions import AdapterVersions
-from gralora_fx.serving.batched_decoder import BatchedDecoder
+from gralora_fx.serving.decoder import Decoder
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import TextJob
 from gralora_fx.serving.scheduling.text_queue import TextQueue, failure
@@ -38,7 +38,7 @@ class _Running:
     last: int | None = None
 
     def __post_init__(self) -> None:
-        self.choose = TokenChooser(self.job.request.sampling, self.job.request.prompt, self.job.ends)
+        self.choose = self.job.request.chooser(self.job.ends)
 
     @property
     def unread(self) -> int:
@@ -68,7 +68,7 @@ class _Running:
 
 
 class ContinuousScheduler(TextQueue):
-    """Runs requests in the rows of a batched decoder, each with its adapter.
+    """Runs requests in the rows of a decoder, each with its adapter.
 
     Before each step rows of requests that have ended or were given up are freed, and requests that wait take them. In a
     step every row that decodes reads a token, and prompts share a budget of tokens, the earliest first, so that a long
@@ -78,7 +78,7 @@ class ContinuousScheduler(TextQueue):
 
     def __init__(
         self,
-        decoder: BatchedDecoder,
+        decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
         observer: Observer,
         *,
@@ -94,9 +94,14 @@ class ContinuousScheduler(TextQueue):
             max_queue: The most requests that may wait for a row.
             versions: As of `TextQueue`.
         """
-        gives_all = decoder.model.manifest.logits == "all"
-        room = decoder.rows + max_queue
-        super().__init__(tokenizer, decoder.limits, observer, room=room, scores_prompts=gives_all, versions=versions)
+        super().__init__(
+            tokenizer,
+            decoder.limits,
+            observer,
+            room=decoder.rows + max_queue,
+            scores_prompts=decoder.gives_all,
+            versions=versions,
+        )
         self._decoder = decoder
         self._rows: dict[int, _Running] = {}
 
@@ -122,15 +127,20 @@ class ContinuousScheduler(TextQueue):
     def _admit(self) -> None:
         """Give free rows to requests that wait."""
         while self._decoder.free and (job := self._next()) is not None:
+            source = job.request.source
             try:
-                row = self._decoder.open(job.request.adapter)
+                running = _Running(job)  # before a row is taken: a model's own rules may not go with the request
+                row = self._decoder.open(job.request.adapter, None if source is None else source.arrays)
             except Exception as error:
                 _logger.exception("a request cannot be run")
                 self._observer.failed()
                 job.fail(failure(error))
                 self._left(job)
                 continue
-            self._rows[row] = _Running(job)
+            self._rows[row] = running
+            if source is not None:
+                self._observer.read(len(source.ids or ()))
+                return  # an encoder has run, which the rows that decode have waited for; the next runs after their step
 
     def _step(self) -> None:
         tokens = self._tokens()
@@ -143,8 +153,8 @@ class ContinuousScheduler(TextQueue):
         except Exception as error:
             _logger.exception("a step of %d rows failed", len(tokens))
             self._observer.failed()
-            for running in self._rows.values():
-                running.job.fail(failure(error))
+            for row in tokens:  # the others have read nothing, and go on
+                self._rows[row].job.fail(failure(error))
             return
         self._observer.ran(time.perf_counter() - started, len(tokens))
         self._observer.read(sum(len(tokens[row]) for row in tokens if self._rows[row].last is None))

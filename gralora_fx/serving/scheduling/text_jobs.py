@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.decoder_limits import DecoderLimits
+from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.failures import RunError
-from gralora_fx.serving.token_choice import Choice
+from gralora_fx.serving.token_choice import Choice, TokenChooser
 from gralora_fx.serving.token_scores import TokenScore, token_scores
 from gralora_fx.serving.too_large import TooLargeError
 
@@ -34,6 +35,7 @@ class TextRequest:
         adapter: The adapter to answer with; None for the base.
         scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
             `sampling.logprobs` says; the answer may then have no tokens.
+        source: What an encoder-decoder's encoder reads; None of a decoder.
     """
 
     prompt: tuple[int, ...]
@@ -42,6 +44,16 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     adapter: str | None = None
     scores_prompt: bool = False
+    source: EncoderInput | None = None
+
+    def chooser(self, ends: frozenset[int]) -> TokenChooser:
+        """What chooses its tokens.
+
+        Args:
+            ends: Ids of the tokens that end the answer.
+        """
+        rules = [] if self.source is None else self.source.processors(self.sampling, self.prompt, self.max_new_tokens)
+        return TokenChooser(self.sampling, self.prompt, ends, rules)
 
     def check(self, limits: DecoderLimits) -> None:
         """Check that a decoder can run it.

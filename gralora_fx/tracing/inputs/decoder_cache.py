@@ -76,7 +76,7 @@ def cached_inputs(
     first = {name: value[:, :cached] for name, value in inputs.items()}
     try:
         with torch.no_grad(), quiet():
-            cache = model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values
+            cache: Any = returned_cache(model(**first, past_key_values=DynamicCache(), use_cache=True))
         layers = [(layer.keys, layer.values) for layer in cache.layers]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
@@ -92,6 +92,12 @@ def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
     for index, (key, value) in enumerate(layers):
         cache.update(key, value, index)
     return cache
+
+
+def returned_cache(outputs: Any) -> Cache | None:
+    """The cache among a model's outputs, whose name there differs between versions of transformers; None if none is."""
+    values = outputs.values() if isinstance(outputs, Mapping) else ()
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def decoder_cache(layers: Iterable[Sequence[Tensor]]) -> EncoderDecoderCache:

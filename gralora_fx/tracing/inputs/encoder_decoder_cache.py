@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx.errors import TraceError, first_line
-from gralora_fx.tracing.inputs.decoder_cache import PAST, decoder_cache, pairs_of
+from gralora_fx.tracing.inputs.decoder_cache import PAST, decoder_cache, pairs_of, returned_cache
 
 _PAST, _LENGTH = 6, 3
 
@@ -42,7 +42,7 @@ def decoder_step(
     ids = torch.randint(min(3, size - 1), size, (batch, cached + length), generator=generator)
     try:
         with torch.no_grad():
-            cache = model(**source, decoder_input_ids=ids[:, :cached], use_cache=True)[PAST]
+            cache = returned_cache(model(**source, decoder_input_ids=ids[:, :cached], use_cache=True))
         layers = pairs_of(cache)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error

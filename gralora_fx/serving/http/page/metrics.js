@@ -5,6 +5,8 @@ import { getText } from "./service.js";
 
 const PERIOD = 2000;
 const KEPT = 60;
+const REJECTED = "gralora_fx_rejections_total:post"; // of the requests that are counted
+const MEMORY = "process_resident_memory_bytes";
 const [WIDTH, HEIGHT] = [120, 28];
 
 // Sums of each metric's samples, by name; `<name>:post` of those for POST, which are the model's work.
@@ -22,19 +24,19 @@ function parse(text) {
   return sums;
 }
 
-// A tile's number now, its line below, and a remark; `now` and `before` are what `parse` gives.
+// A tile's title, the metric that it needs, and how it is read: its number now, its line below, and a remark.
 function tiles(info, generates) {
   const kind = generates ? "generated" : "prompt";
   const tokens = `gralora_fx_tokens_total:${kind}`;
   const requests = "gralora_fx_requests_total:post";
-  const wait = "gralora_fx_queue_seconds";
+  const [flight, queue, wait] = ["gralora_fx_requests_in_flight", "gralora_fx_queue_length", "gralora_fx_queue_seconds"];
   return [
-    ["Requests", (at) => [at.value(requests), at.rate(requests), `${number(at.rate(requests))} per second`]],
-    ["Tokens/s", (at) => [at.rate(tokens), at.rate(tokens), `${number(at.value(tokens), 0)} in all`]],
-    ["In flight", (at) => both(at.value("gralora_fx_requests_in_flight"), "being answered")],
-    ["Queue", (at) => both(at.value("gralora_fx_queue_length"), `of ${info.max_queue} · ${waited(at, wait)}`)],
-    ["Rejected", (at) => rejected(at)],
-    ["Memory", (at) => memory(at)],
+    ["Requests", null, (at) => [at.value(requests), at.rate(requests), `${number(at.rate(requests))} per second`]],
+    ["Tokens/s", tokens, (at) => [at.rate(tokens), at.rate(tokens), `${number(at.value(tokens), 0)} in all`]],
+    ["In flight", flight, (at) => both(at.value(flight), "being answered")],
+    ["Queue", queue, (at) => both(at.value(queue), `of ${info.max_queue} · ${waited(at, wait)}`)],
+    ["Rejected", REJECTED, rejected],
+    ["Memory", MEMORY, memory],
   ];
 }
 
@@ -49,12 +51,11 @@ function waited(at, name) {
 
 function rejected(at) {
   const failed = at.value("gralora_fx_run_failures_total");
-  const total = "gralora_fx_rejections_total";
-  return [at.value(total), at.rate(total), failed ? `${number(failed, 0)} runs failed` : "no run failed"];
+  return [at.value(REJECTED), at.rate(REJECTED), failed ? `${number(failed, 0)} runs failed` : "no run failed"];
 }
 
 function memory(at) {
-  const bytes = at.value("process_resident_memory_bytes");
+  const bytes = at.value(MEMORY);
   const load = at.rate("process_cpu_seconds_total");
   return [bytes / 2 ** 20, load, `MiB · CPU ${number(100 * load, 0)} %`];
 }
@@ -78,8 +79,8 @@ class Change {
 }
 
 class Tile {
-  constructor(title, read) {
-    this.read = read;
+  constructor(title, needs, read) {
+    Object.assign(this, { needs, read });
     this.past = [];
     this.number = element("strong", {}, "0");
     this.remark = element("span", { class: "quiet" });
@@ -91,6 +92,8 @@ class Tile {
   }
 
   show(at) {
+    this.item.hidden = this.needs !== null && !at.now.has(this.needs); // a model has no tokens, a replica no process
+    if (this.item.hidden) return;
     const [value, drawn, remark] = this.read(at);
     this.number.textContent = number(value, value < 100 ? 1 : 0);
     this.remark.textContent = remark;
@@ -107,7 +110,7 @@ class Tile {
 
 // Shows metrics in a place for as long as the page is looked at; `tell(error)` hears how each look went.
 export function watchMetrics(place, info, generates, tell) {
-  const shown = tiles(info, generates).map(([title, read]) => new Tile(title, read));
+  const shown = tiles(info, generates).map((tile) => new Tile(...tile));
   place.replaceChildren(...shown.map((tile) => tile.item));
   let [before, at] = [null, 0];
 

@@ -4,10 +4,12 @@ import { element, find, number, showError } from "./dom.js";
 import { classifyPanel, comparePanel, rankPanel } from "./encoders.js";
 import { watchMetrics } from "./metrics.js";
 import { get, onRefusedKey, useKey } from "./service.js";
+import { speechPanel } from "./speech.js";
 import { tensorsPanel } from "./tensors.js";
 import { textPanel } from "./text.js";
 
 const MODELS_PERIOD = 10_000;
+const SPEECH = "/v1/audio/transcriptions";
 const select = find("#adapter select");
 const keyPanel = find("#key");
 let asksForKey = false;
@@ -26,7 +28,7 @@ async function start() {
   find("#service").hidden = false;
   if (started) return;
   started = true;
-  const generates = "/v1/completions" in paths;
+  const generates = "/v1/completions" in paths || SPEECH in paths;
   watchMetrics(find("#metrics"), info, generates, (error) => setStatus(error ? "lost" : "ready"));
   setInterval(() => document.hidden || showModels(info).catch(() => setStatus("lost")), MODELS_PERIOD);
 }
@@ -44,7 +46,7 @@ function showFacts(info) {
     Task: info.task ?? "tensors",
     Adapters: element("span", { id: "count" }),
     Precision: info.quantization ? `${info.quantization}, else ${info.precision}` : info.precision,
-    Context: info.context_length ? `${number(info.context_length, 0)} tokens` : "–",
+    ...(info.context_length ? { Context: `${number(info.context_length, 0)} tokens` } : {}),
     Version: `gralora-fx ${info.version}`,
   };
   const rows = Object.entries(facts).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
@@ -73,6 +75,7 @@ async function showPanels(info, paths) {
   const made = [];
   if (info.chat_template && "/v1/chat/completions" in paths) made.push(["Chat", textPanel("chat", info, model)]);
   if ("/v1/completions" in paths) made.push(["Complete", textPanel("complete", info, model)]);
+  if (SPEECH in paths) made.push(["Transcribe", speechPanel(model)]);
   if ("/v1/rerank" in paths) made.push(["Rank", rankPanel(model)]);
   if ("/classify" in paths) made.push(["Classify", classifyPanel(model)]);
   if ("/v1/embeddings" in paths) made.push(["Compare", comparePanel(model)]);

@@ -21,13 +21,14 @@ export function onRefusedKey(listener) {
 async function send(path, body, signal) {
   const headers = {};
   if (key !== null) headers.Authorization = `Bearer ${key}`;
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const isWhole = typeof body === "string" || body === undefined || body instanceof FormData; // a form says what it is
+  if (body !== undefined && !(body instanceof FormData)) headers["Content-Type"] = "application/json";
   let response;
   try {
     response = await fetch(path, {
       method: body === undefined ? "GET" : "POST",
       headers,
-      body: typeof body === "string" || body === undefined ? body : JSON.stringify(body),
+      body: isWhole ? body : JSON.stringify(body),
       signal,
       cache: "no-store",
     });

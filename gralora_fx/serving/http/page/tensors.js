@@ -1,10 +1,9 @@
 // A model of tensors: what it takes and gives, a request to edit and run, and the same as a command.
 
-import { element, find, fromTemplate, number, onSubmit } from "./dom.js";
+import { element, find, fromTemplate, number, onSubmit, showError } from "./dom.js";
 import { get, post } from "./service.js";
 
-const FREE = 4; // a length for axes that may have any
-const MOST_VALUES = 256; // of an example
+const MOST_COMMAND = 100_000; // bytes of a request in a command; systems take few more
 const SHOWN = 8; // values of an output
 
 export async function tensorsPanel(base, model, asksForKey) {
@@ -12,10 +11,12 @@ export async function tensorsPanel(base, model, asksForKey) {
   const field = panel.elements.request;
   const { inputs, outputs } = await get(`v2/models/${encodeURIComponent(base)}`);
   find(".tables", panel).append(table("Inputs", inputs), table("Outputs", outputs));
-  field.value = example(inputs);
+  await fill(panel, field, base);
 
   function writeCommand() {
-    find("pre", panel).textContent = command(path(), field.value, asksForKey);
+    const isLong = field.value.length > MOST_COMMAND;
+    find(".note", panel).hidden = !isLong;
+    find("pre", panel).textContent = command(path(), isLong ? "@request.json" : field.value, asksForKey);
   }
 
   function path() {
@@ -47,16 +48,16 @@ function written(shape) {
   return `[${shape.map((size) => (size < 0 ? "any" : size)).join(", ")}]`;
 }
 
-// A request with small numbers; of a great many values the first are there, and the rest are the user's to fill in.
-function example(inputs) {
-  const tensors = inputs.map(({ name, datatype, shape }) => {
-    const sizes = shape.map((size, axis) => (size > 0 ? size : axis ? FREE : 1));
-    const count = sizes.reduce((product, size) => product * size, 1);
-    const value = datatype === "BOOL" ? true : datatype.startsWith("FP") ? 0.5 : 1;
-    const data = Array(Math.min(count, MOST_VALUES)).fill(value);
-    return JSON.stringify({ name, shape: sizes, datatype, data });
-  });
-  return `{"inputs": [\n${tensors.join(",\n")}\n]}`;
+// A request that the model takes as it is, which the service knows.
+async function fill(panel, field, base) {
+  try {
+    const { inputs } = await get(`v2/models/${encodeURIComponent(base)}/example`);
+    field.value = `{"inputs": [\n${inputs.map((tensor) => JSON.stringify(tensor)).join(",\n")}\n]}`;
+    field.setSelectionRange(0, 0); // its beginning is shown
+  } catch (error) {
+    if (error.status === 401 || error.status === 0) throw error;
+    showError(panel, error); // no example is known: the tables say what to give
+  }
 }
 
 function command(path, body, asksForKey) {

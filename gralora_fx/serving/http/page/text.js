@@ -3,6 +3,7 @@
 import { element, find, fromTemplate, number, showError } from "./dom.js";
 import { events } from "./service.js";
 
+const USUAL_TOKENS = 256;
 const FORMS = {
   chat: {
     path: "v1/chat/completions",
@@ -39,7 +40,9 @@ export function textPanel(kind, info, model) {
   panel.classList.add(kind);
   find(".caption", panel).append(form.caption, element("span", { class: "quiet" }, form.keys));
   empty.textContent = form.empty;
-  fields.max_tokens.value = Math.max(1, Math.min(256, Math.floor((info.context_length ?? 512) / 2)));
+  const most = info.context_length ?? 2 * USUAL_TOKENS;
+  fields.max_tokens.value = Math.max(1, Math.min(USUAL_TOKENS, Math.floor(most / 2)));
+  if (info.context_length) fields.max_tokens.max = Math.max(1, info.context_length - 1); // a prompt has one, too
 
   function clear() {
     abort?.abort();

@@ -1,0 +1,194 @@
+"""`gralora-fx generate`: one answer to one prompt, written to stdout as it comes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.cli import options as opt
+from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.errors import ConfigError, ServingError, listed
+from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.timing import timed
+from gralora_fx.runtime.adapter_name import check_name
+from gralora_fx.runtime.export_adapters import check_takes_adapters, given_adapter, own_adapters
+from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.sources.paths import usable_path
+
+_STDIN = "-"
+_SPEECH = "automatic-speech-recognition-with-past"
+
+
+def generate(
+    prompt: opt.Prompt = None,
+    audio: opt.Audio = None,
+    language: opt.Language = None,
+    onnx: opt.OnnxToRun = None,
+    directory: opt.Directory = None,
+    adapter: opt.Chosen = None,
+    chat: opt.Chat = False,
+    max_new_tokens: opt.MaxNewTokens = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    seed: opt.DrawSeed = None,
+    threads: opt.RunThreads = None,
+) -> None:
+    """Answer one prompt with an export that generates, and write the answer to stdout as it comes.
+
+    A decoder goes on from the prompt, an encoder-decoder answers it, and a model of speech writes --audio down. The
+    likeliest token is taken, unless --temperature, --top-p or --seed asks for draws. Only the answer goes to stdout.
+    """
+    path = opt.export_directory(onnx, directory)
+    manifest = read_manifest(path, ServingError)
+    _check_generates(path, manifest)
+    _check_input(path, manifest, prompt, audio, language, chat=chat)
+    name, source = _read_adapter(path, manifest, adapter)
+    sampling = _sampling(temperature, top_p, seed)
+    data = _read_file(audio) if audio is not None else None
+    text = _read_stdin() if prompt == _STDIN else str(opt.utf8(prompt or ""))
+    if data is None and not text:
+        raise ConfigError("the prompt is empty; give --prompt TEXT, or --prompt - to read it from stdin")
+    with ExitStack() as stack:
+        with StageProgress():
+            with timed("import"):
+                from gralora_fx.serving import load
+                from gralora_fx.serving.adapter_folder import as_data
+            with timed("open"):
+                model = load(path, threads=threads)
+                has_template = getattr(model.tokenizer, "chat_template", None) is not None
+                if chat and not has_template:
+                    raise ConfigError(f"the tokenizer of {path} has no chat template; leave --chat out")
+                if name is not None and source is not None:
+                    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gralora-fx-"))
+                    model.load_adapter(name, as_data(source, path, Path(folder), name))
+            given: Any = [{"role": "user", "content": text}] if chat else text
+            with timed("read the prompt"):
+                if data is not None:
+                    given, sampling["language"] = _recording(model, data), language
+                pieces = model.generate(given, stream=True, adapter=name, max_new_tokens=max_new_tokens, **sampling)
+        if has_template and not chat and data is None:
+            print(
+                "the tokenizer has a chat template, which --chat uses; the prompt is continued as it is",
+                file=sys.stderr,
+            )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def _check_generates(directory: Path, manifest: Manifest) -> None:
+    """Check that an export generates text from text.
+
+    Raises:
+        ServingError: It does not; the message says what it does, and how to call it.
+    """
+    if manifest.task in ("text-generation-with-past", *ENCODER_DECODERS):
+        return
+    if manifest.task in ("text-generation", "text2text-generation", "automatic-speech-recognition"):
+        how = f"it gives logits and has no cache; export the model with task='{manifest.task}-with-past'"
+    else:
+        how = f"serve it: gralora-fx serve --onnx {shlex.quote(str(directory))}"
+    raise ServingError(f"{directory} was exported for the task {manifest.task}, which does not go on from text: {how}")
+
+
+def _check_input(
+    directory: Path, manifest: Manifest, prompt: str | None, audio: str | None, language: str | None, *, chat: bool
+) -> None:
+    """Check that an export is given what it answers: a model of speech a recording, others a text.
+
+    Raises:
+        ConfigError: It is given something else, both or neither.
+    """
+    takes_audio = manifest.task == _SPEECH
+    wanted, given = ("--audio FILE", prompt) if takes_audio else ("--prompt TEXT", audio)
+    if given is not None or (chat and takes_audio):
+        other = "--prompt" if takes_audio else "--audio"
+        raise ConfigError(
+            f"{directory} was exported for the task {manifest.task}; give {wanted} and leave "
+            f"{other if given is not None else '--chat'} out"
+        )
+    if (audio if takes_audio else prompt) is None:
+        raise ConfigError(f"there is nothing to answer; give {wanted}")
+    if language is not None and not takes_audio:
+        raise ConfigError("--language is of --audio, and has no effect; leave it out")
+
+
+def _read_file(path: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        return usable_path(path, ConfigError).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of an audio file") from error
+
+
+def _recording(model: Any, data: bytes) -> dict[str, Any]:
+    """A recording as `generate` takes it."""
+    from gralora_fx.serving.speech.audio_files import read_audio
+
+    audio = read_audio(data, model.encoder_inputs.speech.most_seconds)
+    return {"array": audio.samples, "sampling_rate": audio.rate}
+
+
+def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tuple[str | None, Path | None]:
+    """The adapter to answer with, and where it is to be loaded from; None for one of the export's own.
+
+    Raises:
+        ConfigError: It is empty, or not the name of an adapter.
+        ServingError: The export takes no adapters, or there is no adapter at the path.
+    """
+    if given is None:
+        return None, None
+    name, path = opt.read_adapter(given, may_be_bare=True)
+    check_name(name, ConfigError)
+    check_takes_adapters(
+        manifest,
+        directory,
+        ServingError,
+        remedy="leave adapter=... out, or export the model with adapters='data'",
+    )
+    if path is None:
+        there = own_adapters(directory, ServingError)
+        if name not in there:
+            raise ServingError(f"no adapter {name!r}; there is {listed(there) or 'none'}: load it with load_adapter()")
+        return name, None
+    return name, given_adapter(path, ServingError)
+
+
+def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
+    """The options of `generate` that draw; none where the likeliest token is taken.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise ConfigError(f"--temperature takes a number from 0 on, but got {temperature}; 0 takes the likeliest token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p takes a number above 0, at most 1, but got {top_p}")
+    if temperature == 0:
+        idle = [option for option, value in (("--top-p", top_p), ("--seed", seed)) if value is not None]
+        if idle:
+            raise ConfigError(f"{idle[0]} has no effect with --temperature 0, which takes the likeliest token")
+        return {}
+    given = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    chosen = {option: value for option, value in given.items() if value is not None}
+    return {"do_sample": True, **chosen} if chosen else {}
+
+
+def _read_stdin() -> str:
+    """The prompt from stdin, without the newline at its end.
+
+    Raises:
+        ConfigError: It is not UTF-8.
+    """
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not UTF-8 text ({error.reason}); give text in UTF-8") from error

@@ -1,0 +1,150 @@
+"""What a command reads and where it writes, looked at before anything slow is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from gralora_fx.config.adapter_config import config_fields
+from gralora_fx.config.adapter_tasks import check_adapter_task, requested_task
+from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.errors import ConfigError, ExportError, TraceError
+from gralora_fx.exporters.artifact.staging import (
+    check_base_replaced,
+    check_file,
+    check_folder,
+    check_output,
+    check_replaced,
+)
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.loading.adapter_facts import base_name
+from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.sources.model_files import check_model_files, local_directory, read_json_object
+from gralora_fx.sources.same_base import BaseSource
+from gralora_fx.tracing.inputs.image_sizes import ImageSize
+
+_IMAGES = "image-classification"
+
+
+def check_request(
+    options: ExportOptions,
+    output: Path,
+    *,
+    model: str | None,
+    adapter: str | None,
+    adapter_name: str | None,
+    task: str | None,
+    image_size: ImageSize,
+    overwrite: bool,
+    dump: Path | None,
+) -> str:
+    """Check what is exported and where it is written, as far as their files tell.
+
+    Args:
+        options: The options of the export.
+        output: The export directory.
+        model: Local directory or hub id of the base, or None.
+        adapter: PEFT-format adapter, or None.
+        adapter_name: Its name in the export, or None.
+        task: Task, or None.
+        image_size: The size of images, or None.
+        overwrite: Whether an earlier export of another base or task, or with more adapters, may be replaced.
+        dump: The directory for the graph after each pass, or None.
+
+    Returns:
+        The name of the base.
+
+    Raises:
+        GraloraError: Something is missing, or does not go with the rest; nothing was written.
+    """
+    check_output(output)
+    if dump is not None:
+        check_folder(dump)
+    if adapter_name is not None and adapter is None:
+        raise ConfigError(f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out")
+    if adapter is None:
+        options.check_model(peft_types=(), task=task)
+    fields = None if adapter is None else config_fields(adapter)[0]  # once: of a hub id, each time is a look-up
+    known = requested_task((fields or {}).get("task_type"), task, with_cache=True)
+    if known is not None and not overwrite:
+        check_replaced(output, task=known)
+    base = _check_model(model, adapter, task, fields)
+    if not overwrite:
+        check_base_replaced(output, BaseSource(base))
+    peft_type = () if fields is None else (str(fields.get("peft_type")),)
+    options.check_model(peft_types=peft_type, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))
+    if image_size is not None and known not in (None, _IMAGES):
+        raise ConfigError(f"--image-size is for {_IMAGES}, and the task is {known}; leave it out")
+    _check_apart(output, (base, adapter))
+    return base
+
+
+def check_inspection(model: str | None, adapter: str | None, task: str | None, pictures: Iterable[Path | None]) -> None:
+    """Check what is inspected and where pictures are written, as far as their files tell.
+
+    Raises:
+        GraloraError: Something is missing, or does not go with the rest; nothing was written.
+    """
+    _check_model(model, adapter, task, None if adapter is None else config_fields(adapter)[0])
+    for path in filter(None, pictures):
+        check_file(path)
+
+
+def exported_name(directory: Path, manifest: Manifest, name: str | None) -> str | None:
+    """The name in an export of the adapter that it is compared with.
+
+    Args:
+        directory: The export.
+        manifest: Its manifest.
+        name: The name that was given, if any.
+
+    Returns:
+        That, or of the only adapter there, or `default`; None where the export holds no adapters as data.
+
+    Raises:
+        ExportError: One is given, and the export holds no adapters as data.
+    """
+    if manifest.adapter_inputs is None:
+        if name is not None:
+            raise ExportError(f"{directory} holds no adapters as data; leave --adapter-name {name} out")
+        return None
+    there = own_adapters(directory, ExportError)
+    return name or (next(iter(there)) if len(there) == 1 else "default")
+
+
+def _check_model(model: str | None, adapter: str | None, task: str | None, fields: Mapping[str, object] | None) -> str:
+    """The name of the base.
+
+    Raises:
+        GraloraError: Neither names a base, one of both is not there, or the adapter is for another task.
+    """
+    if adapter is not None and fields is not None:
+        check_adapter_task(str(fields.get("task_type")), task, adapter)
+    base = base_name(model, adapter, fields)
+    check_model_files(base, TraceError, named_by=None if model else adapter)
+    return base
+
+
+def _is_pair(base: str) -> bool:
+    """Whether a base is an encoder-decoder that is exported with its cache where no task is named."""
+    directory = local_directory(base, TraceError)
+    if directory is None:
+        return False
+    fields = read_json_object(directory / "config.json", TraceError)
+    return bool(fields.get("is_encoder_decoder")) and "ForConditionalGeneration" in str(fields.get("architectures"))
+
+
+def _check_apart(output: Path, sources: Iterable[str | None]) -> None:
+    """Check that what is read does not lie where the output is replaced.
+
+    Raises:
+        ExportError: It does.
+    """
+    target = output.resolve()
+    for source in filter(None, sources):
+        directory = local_directory(source, ExportError)
+        if directory is not None and (found := directory.resolve()) and (found == target or target in found.parents):
+            raise ExportError(
+                f"{source} lies within the output {output}, which is replaced whole; give another output directory"
+            )

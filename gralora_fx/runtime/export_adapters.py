@@ -1,0 +1,77 @@
+"""Adapters as data of an export: whether it takes any, its own in its directory, and those at given paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gralora_fx.errors import GraloraError
+from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.adapter_name import SUFFIX, record_path
+from gralora_fx.runtime.links import check_own_file
+from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.names import ADAPTERS
+from gralora_fx.sources.paths import shown_path, usable_path
+
+
+def check_takes_adapters(
+    manifest: Manifest,
+    name: object,
+    error: type[GraloraError],
+    *,
+    remedy: str = "export the model with adapters='data'",
+) -> AdapterInputs:
+    """The inputs of an export that takes adapters as data.
+
+    Args:
+        manifest: The export's manifest.
+        name: Its name or directory, for the message.
+        error: The error type to raise.
+        remedy: What to do about it.
+
+    Raises:
+        GraloraError: Of the given type: it takes none.
+    """
+    if manifest.adapter_inputs is None:
+        merged = f" and has {', '.join(manifest.adapters)} merged into its weights" if manifest.adapters else ""
+        raise error(f"{name} takes no adapters: it was exported with adapters='merged'{merged}; {remedy}")
+    return manifest.adapter_inputs
+
+
+def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
+    """The adapter files in an export's directory, by name.
+
+    Raises:
+        GraloraError: Of the given type: one of them, or its record, is a link out of the directory.
+    """
+    folder = directory / ADAPTERS
+    if folder.is_symlink():
+        raise error(f"{folder} is a link; copy the directory itself into the export directory")
+    found = {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    for path in found.values():
+        check_own_file(path, error)
+        check_own_file(record_path(path), error)
+    return found
+
+
+def given_adapter(value: object, error: type[GraloraError]) -> Path:
+    """The path of an adapter that a user gave: an `.onnx_adapter` file, or a directory that PEFT saved.
+
+    Raises:
+        GraloraError: Of the given type: it is not a path, or there is nothing, or neither of the two.
+    """
+    remedy = f"give an {SUFFIX} file or a directory that PEFT saved"
+    path = usable_path(value, error, remedy=remedy)
+    if not path.exists():
+        raise error(f"there is no adapter at {shown_path(path)}; {remedy}")
+    check_adapter_kind(path, path.is_dir(), shown_path(path), error)
+    return path
+
+
+def check_adapter_kind(path: Path, is_directory: bool, name: str, error: type[GraloraError]) -> None:
+    """Check that what is at a path is a directory, or named as an adapter file is.
+
+    Raises:
+        GraloraError: Of the given type: it is neither.
+    """
+    if not is_directory and path.suffix != SUFFIX:
+        raise error(f"{name} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to")

@@ -1,0 +1,157 @@
+"""An encoder-decoder as rows: each reads its source when it is opened, and then decodes step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.runtime.adapter_inputs import is_adapter_input
+from gralora_fx.runtime.adapter_session import with_adapter
+from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past
+from gralora_fx.runtime.names import FLAG
+from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
+from gralora_fx.serving.adapters import Adapters
+from gralora_fx.serving.decoder import Decoder, Source
+from gralora_fx.serving.decoder_limits import DecoderLimits
+from gralora_fx.serving.encodings import Encodings
+from gralora_fx.serving.feed import as_array
+
+_OF_SOURCE = ".encoder."  # in the names of the keys and values of the source
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row that is open, as a step finds it.
+
+    Attributes:
+        decoder: The session of the decoder, with the row's adapter.
+        fixed: What every step reads of the source: the encoder's output, its mask, and after the first step its keys
+            and values.
+        cache: The keys and values of the decoder's own positions, and before the first step empty ones of the source.
+        outputs: What a step is asked for.
+    """
+
+    decoder: Any
+    fixed: Mapping[str, Any]
+    cache: Mapping[str, Any]
+    outputs: Sequence[str]
+
+
+class EncoderDecoder(Decoder):
+    """`encoder_model.onnx`, run once for a row, and `decoder_model_merged.onnx`, run for one row after the other.
+
+    The keys and values of a source are computed in a row's first step and stay where they are.
+    """
+
+    def __init__(
+        self,
+        session: EncoderDecoderSession,
+        adapters: Adapters,
+        limits: DecoderLimits,
+        encodings: Encodings,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        chunk: int = 64,
+    ) -> None:
+        """Begin without rows.
+
+        Args:
+            session: The sessions over the two models.
+            adapters: The adapters that rows choose among.
+            limits: As of `Decoder`; the context counts the decoder's positions.
+            encodings: What the encoder gave lately.
+            rows: As of `Decoder`.
+            capacity: As of `Decoder`.
+            chunk: As of `Decoder`.
+
+        Raises:
+            ServingError: As of `Decoder`.
+        """
+        super().__init__(limits, rows=rows, capacity=capacity, chunk=chunk)
+        self._session, self._adapters, self._encodings = session, adapters, encodings
+        self._open: dict[int, _Row] = {}
+
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
+        if not source:
+            raise ServingError("an encoder-decoder answers what its encoder reads, and there is no source; give one")
+        source = _checked(source, self._session)
+        loaded = None if adapter is None else self._adapters[adapter]
+        session = with_adapter(self._session, self._adapters.tensors_for(adapter, self._session))
+        hidden = self._encodings.get(source, adapter, loaded, lambda: _encoded(session.encoder, source))
+        fixed = {"encoder_hidden_states": hidden}
+        if "attention_mask" in source:
+            fixed["encoder_attention_mask"] = torch.tensor(source["attention_mask"])
+        outputs = [value.name for value in session.decoder.get_outputs()]
+        cache = empty_values(session.decoder, 1)
+        self._open[row] = _Row(session.decoder, _taken(session.decoder, fixed), cache, outputs)
+
+    def _end(self, row: int) -> None:
+        del self._open[row]
+
+    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        stepped = {row: _step(self._open[row], tokens, past[row]) for row, tokens in read.items()}
+        self._open |= {row: after for row, (after, _) in stepped.items()}
+        return {row: logits for row, (_, logits) in stepped.items()}
+
+
+def _checked(source: Source, session: EncoderDecoderSession) -> Source:
+    """A source as arrays of one row each.
+
+    Raises:
+        ServingError: It is not what the encoder reads.
+    """
+    if not isinstance(source, Mapping):
+        raise ServingError(f"a source is what the encoder reads by name, but got {shown(source)}")
+    inputs = {value.name: value for value in session.encoder.get_inputs() if not is_adapter_input(value.name)}
+    if missing := [name for name in inputs if name not in source]:
+        raise ServingError(f"the source lacks {', '.join(missing)}, which the encoder reads")
+    arrays = {name: as_array(name, value, inputs[name]) if name in inputs else value for name, value in source.items()}
+    if wrong := [name for name in inputs if arrays[name].shape[0] != 1]:
+        raise ServingError(f"the source's {wrong[0]} has {arrays[wrong[0]].shape[0]} rows; give one for each row")
+    return arrays
+
+
+def _encoded(encoder: Any, source: Source) -> Any:
+    inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in source.items()}
+    return _run_session(encoder, _taken(encoder, inputs), ["last_hidden_state"], "the encoder")["last_hidden_state"]
+
+
+def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArray[Any]]:
+    """The row after it has read tokens, and the logits `[vocabulary]` after the last."""
+    own = {"input_ids": torch.from_numpy(tokens[None]), FLAG: torch.tensor([past > 0])}
+    feed = {**row.fixed, **row.cache, **_taken(row.decoder, own)}
+    results = _run_session(row.decoder, feed, row.outputs, f"the decoder, for {len(tokens)} tokens")
+    cache = as_past(results)
+    of_source = {name: value for name, value in cache.items() if _OF_SOURCE in name}
+    after = _Row(
+        row.decoder,
+        {**row.fixed, **of_source},
+        {name: value for name, value in cache.items() if name not in of_source},
+        [name for name in row.outputs if _OF_SOURCE not in name],
+    )
+    logits: NDArray[Any] = as_tensor(results["logits"])[0, -1].float().numpy().copy()
+    return after, logits
+
+
+def _taken(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a feed what a session takes, as its values."""
+    kinds = {value.name: value.type for value in session.get_inputs()}
+    return {
+        name: as_value(value, kinds[name]) if isinstance(value, torch.Tensor) else value
+        for name, value in feed.items()
+        if name in kinds
+    }
+
+
+def _run_session(session: Any, feed: Mapping[str, Any], names: Sequence[str], part: str) -> dict[str, Any]:
+    try:
+        return dict(zip(names, session.run_with_ort_values(names, feed), strict=True))
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise ServingError(f"ONNX Runtime fails on {part} ({first_line(error)})") from error

@@ -1,0 +1,102 @@
+"""One way for an adapter into a service, at its start and by requests: converted, checked, tried, and then named."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from gralora_fx.errors import GraloraError, ServingError, shown, warn_caller
+from gralora_fx.runtime.adapter_name import check_name
+from gralora_fx.runtime.export_adapters import check_takes_adapters, given_adapter
+from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.serving.adapter_folder import as_data
+from gralora_fx.serving.http.engines import EncoderEngine, TextEngine
+from gralora_fx.serving.http.settings import ServiceSettings
+
+Engine = TextEngine | EncoderEngine
+
+
+def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, may_replace: bool) -> None:
+    """Load an adapter, and let its name stand for it.
+
+    Args:
+        engine: What runs it; no other change of its adapters may run meanwhile.
+        name: The adapter's name.
+        file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with. The folder
+            lasts as long as the adapter.
+        may_replace: Whether the name may stand for another adapter before.
+
+    Raises:
+        GraloraError: The name is taken or is not one, the export takes no adapters, the file may not be used, or the
+            model does not run with it; nothing changes then.
+    """
+    names = engine.names
+    check_takes_adapters(engine.manifest, names.base, ServingError)
+    if name == names.base:
+        raise ServingError(f"{shown(name)} is the name of the base; take another")
+    names.versions.check_new(name, replace=may_replace)
+    folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
+    try:
+        path = file_in(Path(folder.name))
+        names.versions.load(name, path, engine.trial, replace=may_replace, dispose=folder.cleanup)
+    except BaseException as error:
+        folder.cleanup()
+        if not isinstance(error, GraloraError):
+            raise
+        raise type(error)(str(error).replace(f"{folder.name}/", "")) from error  # the copy's place means nothing
+
+
+def load_given(engine: Engine, settings: ServiceSettings) -> None:
+    """Load the adapters that a service is started with; they stand before those of the export itself.
+
+    Raises:
+        GraloraError: One cannot be loaded (see `load_adapter`); the message begins with its name.
+    """
+    for name, path in settings.adapters.items():
+        if name in engine.names.adapters:
+            warn_caller(f"{path} is served as {name!r}, and the export's own adapter of that name is not")
+        with _named(name):
+            load_adapter(engine, name, partial(_file, name, path, settings), may_replace=True)
+
+
+@contextmanager
+def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
+    """Settings whose adapters are all `.onnx_adapter` files, for several processes that serve the same.
+
+    Raises:
+        GraloraError: One cannot be converted; the message begins with its name.
+    """
+    with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
+        adapters: dict[str, Path] = {}
+        for name, path in settings.adapters.items():
+            with _named(name):
+                adapters[name] = _file(name, path, settings, Path(folder))
+        yield replace(settings, adapters=adapters)
+
+
+def _file(name: str, path: Path, settings: ServiceSettings, folder: Path) -> Path:
+    """An adapter as data of the export: as it is, or converted from what PEFT saved, in a folder.
+
+    Raises:
+        ServingError: There is nothing at the path, or neither of the two, or the export takes no adapters.
+        GraloraError: It cannot be converted (see `export_adapter`).
+    """
+    check_name(name, ServingError)
+    check_takes_adapters(read_manifest(settings.directory, ServingError), settings.base_name, ServingError)
+    return as_data(given_adapter(path, ServingError), settings.directory, folder, name)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Begin the message of an error with the adapter that it is about."""
+    try:
+        yield
+    except GraloraError as error:
+        start = f"adapter {shown(name)}"
+        if str(error).startswith(start):
+            raise
+        raise type(error)(f"{start}: {error}") from error

@@ -1,0 +1,116 @@
+"""Inputs that a model certainly takes: the first that it runs with, of those that may fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError
+from gralora_fx.serving.http.encoder import Encoder
+from gralora_fx.serving.http.tensors import datatype_of
+from gralora_fx.tracing.inputs.image_sizes import IMAGES
+from gralora_fx.tracing.inputs.signature import default_input
+
+_TEXTS = ("An example", "a")  # the second for the shortest of contexts
+_SIZES = (4, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)  # of axes that may have any, in this order
+_MOST_VALUES = 2**22  # of an input with such axes
+_RAMP = 10  # different floats: equal ones may make a matrix that has no inverse
+_FILLS: tuple[float | None, ...] = (None, 1, 0, 0.5)  # None for different ones
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def example_inputs(encoder: Encoder) -> Arrays:
+    """Inputs of one row that the base takes, and that give finite outputs; every one of the model's is there.
+
+    Args:
+        encoder: The model.
+
+    Raises:
+        ServingError: It takes none of those that were tried.
+    """
+    problem: ServingError | None = None
+    for inputs in _candidates(encoder):
+        try:
+            outputs = encoder.model(**inputs, adapter=None)
+        except ServingError as error:
+            problem = problem or error
+            continue
+        if all(output.dtype.kind != "f" or np.isfinite(output).all() for output in outputs.values()):
+            return inputs
+    raise ServingError(f"no inputs are known that the model could be tried with ({problem or 'no output is finite'})")
+
+
+def _candidates(encoder: Encoder) -> Iterator[Arrays]:
+    if encoder.takes_texts:
+        for text in _TEXTS:
+            try:
+                tokens = encoder.reader.texts([text])
+            except ServingError:  # it is too long, or has a letter that the tokenizer does not know
+                continue
+            yield _filled(encoder, encoder.reader.padded(tokens), 4, None)
+    for size in _SIZES:
+        axes = _axes(encoder, size)
+        free = [value for value in encoder.inputs.values() if not all(isinstance(axis, int) for axis in value.shape)]
+        if any(prod(_shape(value, axes, size)) > _MOST_VALUES for value in free):
+            return
+        for fill in _FILLS:
+            yield _filled(encoder, {}, size, fill)
+
+
+def _filled(encoder: Encoder, given: Mapping[str, Any], size: int, fill: float | None) -> Arrays:
+    """Inputs that are given, those that have a default, and for the others values of a size.
+
+    Args:
+        encoder: The model.
+        given: What is given.
+        size: The size of axes that may have any, apart from the first.
+        fill: The values; None for different ones.
+    """
+    axes = _axes(encoder, size)
+    arrays: Arrays = {}
+    # ids come first: what has a default has it from them
+    for name, value in sorted(encoder.inputs.items(), key=lambda pair: not pair[0].endswith("input_ids")):
+        dtype = datatype_of(value).dtype
+        tensors = {other: torch.from_numpy(array) for other, array in arrays.items() if other.endswith("input_ids")}
+        default = default_input(name, tensors)
+        if name in given:
+            array = given[name]
+        elif default is not None:
+            array = default.contiguous().numpy()
+        else:
+            array = _values(name, _shape(value, axes, size), dtype, fill)
+        arrays[name] = array.astype(dtype)
+    return {name: arrays[name] for name in encoder.inputs}
+
+
+def _axes(encoder: Encoder, size: int) -> dict[str, int]:
+    """Sizes of axes by their names: equal names are of equal size, whichever axes they are of."""
+    axes: dict[str, int] = {}
+    images = encoder.model.manifest.image_sizes
+    for name, value in encoder.inputs.items():
+        sizes = [1, *[size] * (len(value.shape) - 1)]
+        if name == IMAGES and images is not None:
+            sizes[2:] = images.fitting((1, 1))
+        axes |= {axis: wanted for axis, wanted in zip(value.shape, sizes, strict=False) if isinstance(axis, str)}
+    first = {value.shape[0] for value in encoder.inputs.values() if value.shape}
+    return axes | {axis: 1 for axis in first if isinstance(axis, str)}
+
+
+def _shape(value: Any, axes: Mapping[str, int], size: int) -> list[int]:
+    return [axis if isinstance(axis, int) else axes.get(axis, size) for axis in value.shape]
+
+
+def _values(name: str, shape: list[int], dtype: np.dtype[Any], fill: float | None) -> NDArray[Any]:
+    if "mask" in name or dtype.kind == "b":
+        return np.ones(shape, dtype)
+    if fill is not None:
+        return np.full(shape, fill, dtype)
+    if dtype.kind != "f":
+        return np.ones(shape, dtype)
+    return ((np.arange(prod(shape)) % _RAMP) / _RAMP).reshape(shape).astype(dtype)

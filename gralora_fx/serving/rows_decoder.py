@@ -1,0 +1,97 @@
+"""A decoder whose graph has rows of their own lengths: all of them in one run, each with its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
+from gralora_fx.runtime.adapter_stack import BASE, Stack
+from gralora_fx.runtime.buffered_steps import BufferedSteps
+from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.serving.adapters import Adapters, LoadedAdapter
+from gralora_fx.serving.decoder import Decoder, Source, gives_all
+from gralora_fx.serving.decoder_limits import DecoderLimits
+
+
+class RowsDecoder(Decoder):
+    """The rows' graph with caches in shared buffers; an idle row costs nothing."""
+
+    def __init__(
+        self,
+        session: Any,
+        adapters: Adapters,
+        limits: DecoderLimits,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        chunk: int = 64,
+    ) -> None:
+        """Make the caches of the rows.
+
+        Args:
+            session: A session over a rows' graph.
+            adapters: The adapters that rows choose among.
+            limits: As of `Decoder`.
+            rows: As of `Decoder`.
+            capacity: As of `Decoder`.
+            chunk: As of `Decoder`. A step is as wide as its longest chunk.
+
+        Raises:
+            ServingError: As of `Decoder`.
+        """
+        super().__init__(limits, rows=rows, capacity=capacity, chunk=chunk, gives_all=gives_all(session))
+        self._adapters = adapters
+        self._takes_adapters = any(value.name == ADAPTER_IDS for value in session.get_inputs())
+        self._given: dict[int, LoadedAdapter | None] = {}
+        self._stack: Stack | None = None
+        widest = min(self.chunk, self.capacity)  # the operator writes a chunk as long as the longest, wherever a row is
+        try:
+            self._steps = BufferedSteps(session, rows=self.rows, length=self.capacity + widest)
+        except (MemoryError, OverflowError, ValueError) as failure:
+            raise ServingError(
+                f"there is no memory for the caches of {self.rows} rows of {self.capacity} tokens; give fewer rows, or "
+                "a smaller capacity"
+            ) from failure
+
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
+        if source is not None:
+            raise ServingError("a decoder has no encoder to read a source; leave it out")
+        self._given[row] = None if adapter is None else self._adapters[adapter]
+
+    def _end(self, row: int) -> None:
+        del self._given[row]
+        if not self._given:  # frees the memory of adapters that are gone
+            self._stack = None
+            self._steps.forget_adapters()
+
+    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        ids = np.zeros((self.rows, max(map(len, read.values()))), dtype=np.int64)
+        query, before = (np.zeros(self.rows, dtype=np.int32) for _ in range(2))
+        for row, array in read.items():
+            ids[row, : len(array)], query[row] = array, len(array)
+        for row, length in self._lengths.items():
+            before[row] = length
+        feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
+        numbers, values = self._of_adapters()
+        if numbers is not None:
+            feed[ADAPTER_IDS] = numbers
+        logits: NDArray[Any] = self._steps(feed, values).float().numpy()
+        return {row: logits[row, slice(len(array)) if self.gives_all else 0] for row, array in read.items()}
+
+    def _of_adapters(self) -> tuple[NDArray[np.int64] | None, Mapping[str, Any]]:
+        """The id of each row's adapter, and the stacked tensors; neither for a graph without adapters."""
+        if not self._takes_adapters:
+            return None, {}
+        used = list({id(adapter): adapter for adapter in self._given.values() if adapter is not None}.values())
+        if self._stack is None or not all(self._stack.has(adapter.tensors) for adapter in used):
+            self._stack = self._adapters.stack_of(used)
+        numbers = np.full(self.rows, BASE, dtype=np.int64)
+        for row, adapter in self._given.items():
+            if adapter is not None:
+                numbers[row] = self._stack.id_of(adapter.tensors)
+        return numbers, self._stack.values

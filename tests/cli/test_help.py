@@ -1,0 +1,107 @@
+"""Help: what is required first, a placeholder for each value, one name for one thing in every command."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from running import run
+from typer.main import get_command
+
+from gralora_fx.cli import app
+
+COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+every_command = pytest.mark.parametrize("command", COMMANDS)
+
+
+@pytest.mark.quick
+@every_command
+def test_required_options_are_in_the_usage_and_come_first(command: str) -> None:
+    text = run(command, "--help").stdout
+    required = [param for param in COMMANDS[command].params if param.required]
+    usage, _, rest = text.partition("\n")
+    assert all(f"{param.opts[0]} {param.metavar}" in usage for param in required)
+    sections = re.findall(r"^(\w[\w ]*):$", rest, re.MULTILINE)
+    assert not required or sections[0] == "Required"
+    assert len(set(sections)) == len(sections)
+
+
+@every_command
+def test_no_type_of_the_parser_is_shown(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert not re.search(r"\b(INTEGER|FLOAT|BOOLEAN)\b|<\w|\brange\b|x>=", text)
+    shown = [param for param in COMMANDS[command].params if param.param_type_name == "option" and not param.is_flag]
+    assert [param.opts[0] for param in shown if not param.metavar] == []
+
+
+@every_command
+def test_a_thing_has_one_name(command: str) -> None:
+    """What reads an export takes --onnx, what writes takes --output; older names are options still."""
+    params = {param.opts[0]: param for param in COMMANDS[command].params}
+    assert ("--onnx" in params) == (
+        command in ("export-adapter", "fold", "verify", "serve", "generate", "export-triton")
+    )
+    writes = ("export", "fold", "to-lora", "merge", "export-triton", "demo")
+    assert ("--output" in params) == (command in writes)
+    assert not {"--base", "--name", "--directory"} & set(params) or command == "export-triton"
+    text = run(command, "--help").stdout
+    older = {name for param in params.values() for name in param.opts[1:]}
+    assert not [name for name in older if re.search(rf"{name}\b(?!-)", text) and name not in params]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "--output", "{empty}"), "no gralora_export.json in {empty}, which is empty"),
+        (("serve", "{empty}"), "no gralora_export.json in {empty}, which is empty"),
+        (("export-triton", "{empty}", "--output", "{new}"), "no gralora_export.json in {empty}, which is empty"),
+        (("generate", "{empty}", "--prompt", "x"), "no gralora_export.json in {empty}, which is empty"),
+    ],
+)
+def test_older_names_go_on_working(tmp_path: Any, arguments: tuple[str, ...], message: str) -> None:
+    places = {"empty": tmp_path / "empty", "new": tmp_path / "new"}
+    places["empty"].mkdir()
+    printed = run(*(argument.format(**places) for argument in arguments))
+    assert printed.status == 1
+    assert printed.stderr.splitlines()[-1].startswith(f"error: {message.format(**places)}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify",), "missing --onnx DIR; gralora-fx verify --help lists the options"),
+        (("serve",), "missing --onnx DIR, the directory of an export; gralora-fx serve --help lists the options"),
+        (("serve", "a", "--onnx", "b"), "give --onnx b or a; gralora-fx serve --help lists the options"),
+        (("serve", "a", "b"), "Got unexpected extra argument"),
+        (("export", "--modle", "x"), "did you mean --model?; gralora-fx export --help lists"),
+        (("serve", "a", "--port", "x"), "--port: "),
+        (("serve", "a", "--port", "70000"), "--port: "),
+        (("serve", "a", "--port"), "Option '--port' requires an argument"),
+        (("exprot",), "No such command 'exprot'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    printed = run(*arguments)
+    assert printed.status == 2
+    assert message in printed.error
+
+
+def test_the_program_alone_lists_its_commands() -> None:
+    assert all(f"  {command} " in run().stdout for command in COMMANDS)
+
+
+SINGLE = [
+    (command, param)
+    for command in COMMANDS
+    for param in COMMANDS[command].params
+    if param.param_type_name == "option" and not (param.multiple or param.is_flag)
+]
+
+
+@pytest.mark.parametrize(("command", "param"), SINGLE, ids=[f"{command} {param.opts[0]}" for command, param in SINGLE])
+def test_an_option_of_one_value_is_given_once(command: str, param: Any) -> None:
+    """The last of several values would count in silence, although `verify` takes several adapters."""
+    found = run(command, param.opts[0], "1", param.opts[-1], "2")
+    assert found.status == 2
+    assert found.error.startswith(f"{param.opts[0]}: it is given twice, and {command} takes one; gralora-fx {command}")
