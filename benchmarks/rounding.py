@@ -27,11 +27,11 @@ from gralora_fx.demo.news import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions, Quantization
+from gralora_fx.exporters.verification.decoder_steps import DecoderSteps
 from gralora_fx.exporters.verification.model_steps import ModelSteps
 from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.token_quality import kl_divergence
 from gralora_fx.exporters.verification.token_texts import given_texts
-from gralora_fx.runtime.decoder_steps import DecoderSteps
 from gralora_fx.runtime.session import Runtime, open_session, quiet_options
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/rounding")

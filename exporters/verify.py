@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.folded_model import base_trace
@@ -104,9 +105,8 @@ def verify_onnx(
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
     drawn = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
     given = [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
-    comparison = _Comparison(
-        manifest, verification, cases, [*drawn, *given], quick, arithmetic, runtime, tolerance, adapter_name
-    )
+    compared = (manifest, verification, cases, [*drawn, *given], quick, arithmetic, runtime, tolerance, adapter_name)
+    comparison = _Comparison(Adapters(Path(output_dir), manifest), *compared)
     report: VerifyReport | None = None
     for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows):
         with variant.active(), evaluating(model, variant.reference()):
@@ -122,6 +122,7 @@ def verify_onnx(
 class _Comparison:
     """What is compared of an export, with each adapter or the one that is folded into it."""
 
+    adapters: Adapters
     manifest: Manifest
     verification: Verification
     cases: Sequence[Case]
@@ -141,7 +142,7 @@ class _Comparison:
             session: The export.
             model: The model that was exported.
             reference: The model with the export's weights, in evaluation mode.
-            rows: The export's graph whose rows have lengths of their own; None where that is not compared.
+            rows: What runs the export's graph by rows (see `Variant`); None where that is not compared.
         """
         is_rough = self.runtime is not None and self.arithmetic != "fp32"
         explained = tolerance_of(self.manifest.precision, self.arithmetic if is_rough else "fp32")
@@ -153,7 +154,7 @@ class _Comparison:
         )
         outputs = OutputComparison(session, reference, self.verification, self.manifest.logits, check)
         tensors, passed = outputs.run(self.cases)
-        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick, rows)
+        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick, self.adapters, rows)
         tokens = self.verification.compare_tokens(run)
         return VerifyReport(
             passed and tokens.passed,

@@ -35,6 +35,7 @@ ORDER = [
     "model",
     "loading",
     "runtime",
+    "engine",
     "exporters.options",
     "exporters.reports",
     "exporters.pipeline",

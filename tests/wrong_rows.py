@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-from gralora_fx.exporters.verification.mixed_rows import MixedSteps
+from gralora_fx.exporters.verification.decoder_rows import ExportedRows, RowSteps
 
 
-class ShiftedSteps(MixedSteps):
+class ShiftedSteps(RowSteps):
     """Gives the third row the next adapter."""
 
-    def ids(self, rows: int) -> np.ndarray[Any, Any]:
-        right = super().ids(rows)
-        return np.where(np.arange(len(right)) == 2, (right + 1) % self.count, right)
+    @staticmethod
+    def adapters(export: ExportedRows, rows: int) -> list[str | None]:
+        names = RowSteps.adapters(export, rows)
+        there = [export.name, *export.others]
+        names[2] = there[(there.index(names[2]) + 1) % len(there)]
+        return names

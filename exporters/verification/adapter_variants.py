@@ -19,8 +19,9 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.active_adapters import installed_changes
 from gralora_fx.exporters.artifact.adapter_files import adapter_tensors
 from gralora_fx.exporters.artifact.trained_parameters import BaseParameters
+from gralora_fx.exporters.verification.decoder_rows import AdaptersAsTaken, ExportedRows
 from gralora_fx.exporters.verification.dequantized_model import reference_model
-from gralora_fx.exporters.verification.mixed_rows import MixedRows, MixedSteps
+from gralora_fx.exporters.verification.mixed_rows import MixedRows
 from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.methods import AdapterTensors, Update
@@ -49,7 +50,8 @@ class Variant:
 
     Attributes:
         session: The export's session in that state.
-        rows: That of its graph whose rows have lengths of their own; None where that is not compared.
+        rows: Its graph whose rows have adapters, and those of a decoder lengths, of their own: an `ExportedRows` of a
+            decoder, else a session; None where that is not compared.
         model: The model that was exported.
         manifest: The export's manifest.
         name: The adapter; None for the base, or for an export whose adapters are folded.
@@ -111,13 +113,15 @@ def variants(
     if adapter_name is not None:
         _check_named(adapter_name, model, inputs, directory)
     if inputs is None:
-        yield Variant(session, None if rows is None else MixedSteps(rows, None, {}, None), model, manifest, None, {})
+        yield Variant(session, _rows_with(rows, directory, manifest, None, {}), model, manifest, None, {})
         return
     names = model.active_adapters if isinstance(model, GraloraModel) else []
     adapters = {name: _tensors_of(name, adapter_name or name, model, manifest, directory) for name in names}
+    exported = {adapter_name or name: tensors for name, tensors in adapters.items()}
     for name in (None, *names):
         tensors: Arrays = {} if name is None else adapters[name]
-        by_row = None if rows is None else _rows_with(rows, inputs.by_row(), name, adapters)
+        there = None if name is None else adapter_name or name
+        by_row = _rows_with(rows, directory, manifest, there, exported)
         yield Variant(_session_with(session, inputs, tensors), by_row, model, manifest, name, tensors)
 
 
@@ -128,10 +132,17 @@ def _session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
     return with_adapter(session, adapter_values(values, taken, session))
 
 
-def _rows_with(session: Any, inputs: AdapterInputs, name: str | None, adapters: Mapping[str, Arrays]) -> MixedRows:
-    """A session over `model_rows.onnx` with an adapter, beside rows with the others."""
-    has_cache = any(value.name == PAST_SEQLENS for value in session.get_inputs())
-    return (MixedSteps if has_cache else MixedRows)(session, inputs, adapters, name)
+def _rows_with(
+    session: Any, directory: Path, manifest: Manifest, name: str | None, adapters: Mapping[str, Arrays]
+) -> ExportedRows | MixedRows | None:
+    """What runs `model_rows.onnx` with an adapter, beside rows with the others."""
+    if session is None:
+        return None
+    if any(value.name == PAST_SEQLENS for value in session.get_inputs()):
+        others = [other for other in (None, *adapters) if other != name] or [name]
+        return ExportedRows(session, AdaptersAsTaken(directory, manifest, session), name, others)
+    assert manifest.adapter_inputs is not None  # without a cache, it is there for adapters alone
+    return MixedRows(session, manifest.adapter_inputs.by_row(), adapters, name)
 
 
 def _check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInputs | None, directory: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gralora_fx.engine.adapters import Adapters
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.prompts import Prompts
@@ -29,7 +30,8 @@ class TokenRun:
         prompts: Prompts to begin with.
         tolerance_check: Decides which differences of the logits are acceptable.
         quick: Whether few tokens are enough.
-        rows: Its graph whose rows have lengths of their own, which reads the same prompts; None for none.
+        adapters: The export's adapters.
+        rows: Its graph whose rows have adapters, and those of a decoder lengths, of their own; None for none.
     """
 
     session: Any
@@ -38,6 +40,7 @@ class TokenRun:
     prompts: Sequence[Prompts]
     tolerance_check: ToleranceCheck
     quick: bool
+    adapters: Adapters
     rows: Any = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor
 
 from gralora_fx.exporters.reports import TokenCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
+from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, Step
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.model_steps import ModelSteps
 from gralora_fx.exporters.verification.prompts import Prompts
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.decoder_steps import DecoderSteps, Step
 from gralora_fx.tracing.traced_model import TracedModel
+
+_Opener = Callable[[Prompts], Step]  # from prompts to what reads them
 
 
 def compare_tokens(run: TokenRun) -> TokenResult:
@@ -31,7 +33,8 @@ def compare_tokens(run: TokenRun) -> TokenResult:
     if run.rows is None:
         tokens = compare_greedy(run.session, run.model, run.prompts, run.tolerance_check)
         return TokenResult(tokens.passed, tokens)
-    tokens, rows = _compare({"": run.session, "rows: ": run.rows}, run.model, run.prompts, run.tolerance_check)
+    opened = {"": _opener(run.session), "rows: ": run.rows.steps}
+    tokens, rows = _compare(opened, run.model, run.prompts, run.tolerance_check)
     return TokenResult(tokens.passed and rows.passed, tokens, rows=rows)
 
 
@@ -49,26 +52,31 @@ def compare_greedy(
     Raises:
         ExportError: The model or the export cannot run.
     """
-    (tokens,) = _compare({"": session}, model, cases, tolerance_check)
+    (tokens,) = _compare({"": _opener(session)}, model, cases, tolerance_check)
     return tokens
 
 
+def _opener(session: Any) -> _Opener:
+    """How a session over `model.onnx` begins to read prompts."""
+    return lambda prompts: DecoderSteps(session, prompts.ids.shape[0], prompts.description)
+
+
 def _compare(
-    sessions: Mapping[str, Any],
+    openers: Mapping[str, _Opener],
     model: TracedModel | GraloraModel,
     cases: Iterable[Prompts],
     tolerance_check: ToleranceCheck,
 ) -> list[TokenCheck]:
-    """Compare several sessions with one run of the model; what each is called in a report is its key.
+    """Compare several graphs with one run of the model; what each is called in a report is its key.
 
     The first one alone reads prompts with padding before what follows: rows of their own lengths have none.
     """
-    tallies = {label: _Tally(label) for label in sessions}
+    tallies = {label: _Tally(label) for label in openers}
     for prompts in cases:
-        labels = list(sessions) if prompts.mask[:, -1].all() else list(sessions)[:1]
+        labels = list(openers) if prompts.mask[:, -1].all() else list(openers)[:1]
         for label in labels:
             tallies[label].cases.append(prompts.description)
-        for index, step in enumerate(_steps([sessions[label] for label in labels], model, prompts)):
+        for index, step in enumerate(_steps([openers[label] for label in labels], model, prompts)):
             for label, actual in zip(labels, step.actual, strict=True):
                 tallies[label].add(index, step, actual, tolerance_check, prompts.description)
     return [tally.result() for tally in tallies.values()]
@@ -79,7 +87,7 @@ class _Step(NamedTuple):
 
     Attributes:
         expected: Logits of the model, `[batch, vocabulary]`.
-        actual: Those of each session.
+        actual: Those of each graph.
         ids: `[batch, length]`, from the prompt's first token on.
         mask: As `ids`.
     """
@@ -90,11 +98,11 @@ class _Step(NamedTuple):
     mask: Tensor
 
 
-def _steps(sessions: Sequence[Any], model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
+def _steps(openers: Sequence[_Opener], model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
     """The last position's logits of model and export, step by step."""
     ids, mask, history = prompts.ids, prompts.mask, prompts.ids
     own = ModelSteps(model, ids.shape[0], prompts.description)
-    steps: list[Step] = [own, *(DecoderSteps(session, ids.shape[0], prompts.description) for session in sessions)]
+    steps: list[Step] = [own, *(opener(prompts) for opener in openers)]
     for _ in range(prompts.steps):
         expected, *actual = (
             logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)
@@ -107,7 +115,7 @@ def _steps(sessions: Sequence[Any], model: TracedModel | GraloraModel, prompts: 
 
 
 class _Tally:
-    """The results of all steps of a session, accumulated."""
+    """The results of all steps of a graph, accumulated."""
 
     def __init__(self, label: str) -> None:
         self._label = label

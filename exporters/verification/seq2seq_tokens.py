@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from gralora_fx.engine.encoder_decoder import EncoderDecoder
+from gralora_fx.engine.encodings import Encodings
+from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
-from gralora_fx.runtime.decoder_steps import EncoderDecoderSteps, greedy_tokens
 from gralora_fx.tracing.inputs.decoder_cache import PAST, returned_cache
 
 _STEPS, _QUICK_STEPS = 8, 3
@@ -23,7 +28,8 @@ def compare_tokens(run: TokenRun) -> TokenResult:
 def equal_share(run: TokenRun) -> float:
     """The share of greedy tokens equal to PyTorch's, for the largest batch that starts with an empty cache.
 
-    Both decode step by step with their caches, as in generation; PyTorch is fed ONNX Runtime's tokens.
+    Both decode step by step with their caches, the export in the engine that `generate` and the service drive; PyTorch
+    is fed the export's tokens.
     """
     steps = _QUICK_STEPS if run.quick else _STEPS
     empty = [case for _, case in run.cases if PAST in case and not case[PAST].get_seq_length()]
@@ -31,7 +37,7 @@ def equal_share(run: TokenRun) -> float:
     source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
     tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
     start = case["decoder_input_ids"][:, :1]
-    found = greedy_tokens(EncoderDecoderSteps(run.session, tensors), start, steps)
+    found = _greedy_tokens(run, tensors, start, steps)
     read = torch.cat([start, found], dim=1)
     cache, equal = None, []
     for place in range(steps):
@@ -40,3 +46,20 @@ def equal_share(run: TokenRun) -> float:
         cache = returned_cache(result)
         equal.append(result.logits[:, -1].argmax(-1) == found[:, place])
     return float(torch.cat(equal).float().mean())
+
+
+def _greedy_tokens(run: TokenRun, source: Mapping[str, Tensor], start: Tensor, steps: int) -> Tensor:
+    """The export's tokens after `start`, `[batch, 1]`, for what its encoder reads: `[batch, steps]`."""
+    limits = DecoderLimits(None, steps, frozenset())
+    decoder = EncoderDecoder(run.session, run.adapters, limits, Encodings(), rows=len(start))
+    sources = ({name: value[row : row + 1].numpy() for name, value in source.items()} for row in range(len(start)))
+    last = {decoder.open(source=own): [int(token)] for own, token in zip(sources, start, strict=True)}
+    found: dict[int, list[int]] = {row: [] for row in last}
+    try:
+        for _ in range(steps):
+            last = {row: [int(logits.argmax())] for row, logits in decoder.step(last).items()}
+            for row, tokens in last.items():
+                found[row] += tokens
+    except ServingError as error:
+        raise ExportError(str(error)) from error
+    return torch.tensor([found[row] for row in sorted(found)])

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, Step
 from gralora_fx.exporters.verification.finite import check_finite
 from gralora_fx.exporters.verification.model_steps import ModelSteps
 from gralora_fx.exporters.verification.token_texts import TokenTexts
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.decoder_steps import DecoderSteps, Step
 from gralora_fx.runtime.quality import TokenQuality
 from gralora_fx.tracing.traced_model import TracedModel
 

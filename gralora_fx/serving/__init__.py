@@ -1,6 +1,6 @@
 """ONNX Runtime sessions over an export directory."""
 
-from gralora_fx.serving.decoder import Decoder
+from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.model import OrtModel, load
 from gralora_fx.serving.outputs import Outputs
 

@@ -1,24 +1,8 @@
-"""Adapter files that callers give: as they are, or made of what PEFT saved."""
+"""Adapters that callers give, as data of an export."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from gralora_fx.errors import ServingError
-from gralora_fx.runtime.adapter_name import SUFFIX
-from gralora_fx.sources.paths import usable_path
-
-
-def adapter_path(path: str | Path) -> Path:
-    """The absolute path of an adapter file; that it is there is for its reader to find.
-
-    Raises:
-        ServingError: It is not a path, a directory, or a file of another kind.
-    """
-    file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
-    if file.is_dir() or file.suffix != SUFFIX:
-        raise ServingError(f"{file} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")
-    return file
 
 
 def as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Path:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.decoder import Decoder
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.serving.answer import Answer
-from gralora_fx.serving.decoder import Decoder
-from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.token_choice import TokenChooser
@@ -67,7 +67,7 @@ class Answers(Iterator[Any]):
         Raises:
             ServingError: The decoder does not take a prompt, an option or the adapter, or it fails.
         """
-        self._most, self._steps = limits.new_tokens(prompts.rows, sampling, prompts.new_tokens), 0
+        self._most, self._steps = sampling.new_tokens(prompts.rows, limits, prompts.new_tokens), 0
         self._prompts = prompts
         self._gives_scores = sampling.logprobs is not None
         reader = tokenizer if prompts.gives_text or stop else None

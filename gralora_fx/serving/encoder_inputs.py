@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.context_length import context_length
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
-from gralora_fx.serving.decoder import Source
-from gralora_fx.serving.decoder_limits import DecoderLimits
-from gralora_fx.serving.feed import as_array
+from gralora_fx.runtime.input_arrays import as_array
 from gralora_fx.serving.generation_rules import GenerationRules
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.speech.audio_files import Audio

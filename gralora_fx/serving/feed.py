@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,28 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.errors import ServingError
 from gralora_fx.runtime.context_length import context_length
 from gralora_fx.runtime.encoder_decoder_session import empty_past
+from gralora_fx.runtime.input_arrays import as_array, plain_array
 from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.signature import default_input
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(double)": np.dtype(np.float64),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int8)": np.dtype(np.int8),
-    "tensor(int16)": np.dtype(np.int16),
-    "tensor(int32)": np.dtype(np.int32),
-    "tensor(uint8)": np.dtype(np.uint8),
-    "tensor(uint16)": np.dtype(np.uint16),
-    "tensor(uint32)": np.dtype(np.uint32),
-    "tensor(uint64)": np.dtype(np.uint64),
-    "tensor(bool)": np.dtype(np.bool_),
-}
-_KINDS = {"i": "iu", "u": "iu", "f": "iuf", "b": "biu"}  # array kinds that are cast to an input kind
 _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
 
 
@@ -103,7 +89,7 @@ class Feed:
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         if name == IMAGES and self.image_sizes is not None:
             channels = self.inputs[name].shape[1]
-            shape = _plain_array(name, value).shape
+            shape = plain_array(name, value).shape
             problem = self.image_sizes.problem(shape, channels if isinstance(channels, int) else None)
             if problem is not None and 0 not in shape:  # an empty one is named below
                 raise ServingError(f"input {name!r} {problem}")
@@ -178,49 +164,6 @@ class Feed:
                     f"input {name!r} has {length - cached} positions{after}, more than the context of {limit}; shorten "
                     "it, as a tokenizer does with truncation=True and max_length"
                 )
-
-
-def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
-    """An input as an array of the type and shape that a session takes.
-
-    Args:
-        name: The input.
-        value: An array, a tensor on any device or a nested list.
-        expected: The session's description of the input.
-
-    Raises:
-        ServingError: It is empty, or of another dtype or shape.
-    """
-    array = _plain_array(name, value)
-    dtype = _DTYPES.get(expected.type, array.dtype)
-    shape = list(expected.shape)
-    fixed = [(axis, size) for axis, size in enumerate(shape) if isinstance(size, int)]
-    if array.dtype.kind not in "biuf":
-        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
-    if array.ndim != len(shape) or any(array.shape[axis] != size for axis, size in fixed):
-        raise ServingError(f"input {name!r} has shape {list(array.shape)}, but the model takes {shape}")
-    if any(size == 0 and not str(axis).startswith("past_") for axis, size in zip(shape, array.shape, strict=True)):
-        raise ServingError(f"input {name!r} is empty, of shape {list(array.shape)}; give at least one of {shape}")
-    allowed = _KINDS.get(dtype.kind, dtype.kind) + ("b" if name.endswith("mask") else "")
-    if array.dtype.kind not in allowed:
-        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
-    if dtype.kind in "iu" and array.size and not np.can_cast(array.dtype, dtype):
-        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
-        if int(array.min()) < least or int(array.max()) > most:
-            wrong = array.min() if int(array.min()) < least else array.max()
-            raise ServingError(f"input {name!r} holds {wrong}, which {dtype} does not hold")
-    return np.asarray(array, dtype=dtype, order="C")
-
-
-def _plain_array(name: str, value: Any) -> NDArray[Any]:
-    try:
-        if not isinstance(value, torch.Tensor):
-            return np.asarray(value)
-        tensor = value.detach().cpu()
-        return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor).numpy()
-    except Exception as error:  # array-likes and tensors without values raise what they like
-        hint = "pad its rows to one length" if isinstance(value, Sequence) else "give an array, a tensor or a list"
-        raise ServingError(f"input {name!r} is not an array ({first_line(error)}); {hint}") from error
 
 
 def _text_field(config: Mapping[str, Any], name: str) -> Any:

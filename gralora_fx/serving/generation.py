@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.serving.answers import OpenDecoder
-from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.prompts import Prompts, given_prompts
 from gralora_fx.serving.source_prompts import Adapter, SourceOptions, SourcePrompts

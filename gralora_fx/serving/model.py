@@ -11,6 +11,9 @@ import onnxruntime
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.adapters import Adapters
+from gralora_fx.engine.decoder import Decoder
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
@@ -31,10 +34,7 @@ from gralora_fx.runtime.placement import (
 )
 from gralora_fx.runtime.requirements import check_requirements
 from gralora_fx.runtime.session import CPU, Runtime, open_session, quiet_run
-from gralora_fx.serving.adapters import Adapters
 from gralora_fx.serving.answers import Answers
-from gralora_fx.serving.decoder import Decoder
-from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.feed import Feed
 from gralora_fx.serving.flavours.reading import OpenExport

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.decoder import Source
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
-from gralora_fx.serving.decoder import Source
 from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.sampling import Sampling
 

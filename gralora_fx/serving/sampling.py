@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError
 
+_NEW_TOKENS = 64
 _LARGEST = 2**31 - 1  # ids and seeds that runtimes accept
 _DRAWS = ("top_k", "top_p", "min_p", "temperature", "seed")  # of no effect where the likeliest token is taken
 
@@ -90,6 +92,53 @@ class Sampling:
     def tokens(self) -> tuple[int, ...]:
         """Every token id that an option names."""
         return (*(self.logit_bias or ()), *(self.ends or ()))
+
+    def new_tokens(
+        self, prompts: Sequence[Sequence[int]], limits: DecoderLimits, defaults: Sequence[int | None] = ()
+    ) -> list[int]:
+        """The most tokens that the answer to each prompt has, after a check that a decoder can take them.
+
+        Args:
+            prompts: Their token ids.
+            limits: What the decoder can take.
+            defaults: What the model says of each, where the options do not; none, or None, for 64.
+
+        Raises:
+            ServingError: There is no prompt, one is empty, too long or holds ids out of range, or an option names
+                tokens that there are not.
+        """
+        if not prompts:
+            raise ServingError("there is no prompt; give at least one")
+        for index, row in enumerate(prompts):
+            if len(row) == 0:
+                raise ServingError(f"prompt {index} is empty; give at least one token")
+            if (wrong := limits.outside(row)) is not None:
+                raise ServingError(
+                    f"prompt {index} holds token {wrong}, outside the vocabulary of {limits.vocabulary} tokens"
+                )
+        self.check_tokens(limits)
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        length, new = len(prompts[longest]), self.max_new_tokens
+        if length + (new or 1) > limits.context:
+            request = "" if new is None else f" and max_new_tokens={new}"
+            room = limits.context - length
+            remedy = "shorten it" if new is None or room < 1 else f"give max_new_tokens={room} or less, or shorten it"
+            raise ServingError(
+                f"prompt {longest} has {length} tokens{request}, more than the context of {limits.context}; {remedy}"
+            )
+        if new is not None:
+            return [int(new)] * len(prompts)
+        given = defaults or [None] * len(prompts)
+        return [min(most or _NEW_TOKENS, limits.context - len(row)) for row, most in zip(prompts, given, strict=True)]
+
+    def check_tokens(self, limits: DecoderLimits) -> None:
+        """Check the tokens that options name.
+
+        Raises:
+            ServingError: One is not in a decoder's vocabulary.
+        """
+        if (wrong := limits.outside(self.tokens)) is not None:
+            raise ServingError(f"an option names token {wrong}, outside the vocabulary of {limits.vocabulary} tokens")
 
     def _check_numbers(self) -> None:
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):

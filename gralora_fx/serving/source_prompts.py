@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.decoder import Decoder
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.serving.decoder import Decoder
-from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.prompts import Prompts, given_prompts
 from gralora_fx.serving.speech.speech_prompt import SpeechPrompt

@@ -17,14 +17,14 @@ from traces import fresh_trace
 from wrong_rows import ShiftedSteps
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification import adapter_variants
+from gralora_fx.exporters.verification import adapter_variants, decoder_rows
 from gralora_fx.exporters.verification.mixed_rows import MixedRows
 from gralora_fx.runtime.adapter_stack import Stack
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
-from gralora_fx.serving.adapters import Adapters
 
 CACHED = "text-generation-with-past"
 CONFIGS = {
@@ -184,7 +184,7 @@ def test_a_window_of_positions(tmp_path: Path) -> None:
 
 def test_a_wrong_row_of_a_decoder_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = adapted("llama", tmp_path, task=CACHED)
-    monkeypatch.setattr(adapter_variants, "MixedSteps", ShiftedSteps)
+    monkeypatch.setattr(decoder_rows, "RowSteps", ShiftedSteps)
     with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(model, tmp_path / "onnx", adapters="data")
 

@@ -21,15 +21,16 @@ from traces import fresh, fresh_trace
 from wrong_rows import ShiftedSteps
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.engine.adapters import Adapters
+from gralora_fx.engine.rows_decoder import RowsDecoder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
-from gralora_fx.exporters.verification import adapter_variants
+from gralora_fx.exporters.verification import decoder_rows
 from gralora_fx.loading.models import load_traced
 from gralora_fx.runtime.adapter_stack import row_ids
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.names import ROWS_NAME
 from gralora_fx.serving import load
-from gralora_fx.serving.adapters import Adapters
 
 CACHED = "text-generation-with-past"
 PROMPTS = ([5, 9, 33, 71, 8, 12, 40], [17], [3, 88, 61])
@@ -344,9 +345,25 @@ def test_an_export_with_a_missing_or_another_graph_is_told(tmp_path: Path) -> No
 def test_a_wrong_adapter_of_a_row_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False)
     model = rewrite(fresh_trace("llama", task=CACHED), config)
-    monkeypatch.setattr(adapter_variants, "MixedSteps", ShiftedSteps)
+    monkeypatch.setattr(decoder_rows, "RowSteps", ShiftedSteps)
     with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(model, tmp_path / "onnx", adapters="data")
+
+
+def test_a_changed_cache_of_an_idle_row_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = fresh_trace("llama", task=CACHED)
+    export_onnx(traced, tmp_path / "onnx", verify=False)
+    step = RowsDecoder.step
+
+    def careless(decoder: RowsDecoder, tokens: Any) -> Any:
+        idle = next((row for row in range(decoder.rows) if row not in tokens), None)
+        if idle is not None:
+            next(iter(decoder.cached(idle).values()))[:, 0] += 1
+        return step(decoder, tokens)
+
+    monkeypatch.setattr(RowsDecoder, "step", careless)
+    with pytest.raises(ExportError, match=r"a step changes past_key_values\.0\.key of a row that reads nothing"):
+        verify_onnx(tmp_path / "onnx", traced, "quick")
 
 
 @pytest.mark.parametrize("quantize", [None, "int4"])

@@ -21,10 +21,10 @@ from traces import fresh
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, LoraConfig, rewrite
+from gralora_fx.engine.decoder import Decoder, Source
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
-from gralora_fx.serving.decoder import Decoder, Source
 from gralora_fx.serving.generation_rules import GenerationRules
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.sampling import Sampling

@@ -19,8 +19,8 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
 from gralora_fx import trace
+from gralora_fx.engine.decoder import Decoder
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.decoder import Decoder
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.rejections import REASONS

@@ -20,9 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from gralora_fx.engine.limits import end_tokens
 from gralora_fx.errors import ServingError
 from gralora_fx.serving import Decoder, load
-from gralora_fx.serving.end_tokens import end_tokens
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError

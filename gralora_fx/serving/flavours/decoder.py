@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.rows_decoder import RowsDecoder
+from gralora_fx.engine.sequential_decoder import SequentialDecoder, takes_buffers
 from gralora_fx.runtime.names import DECODER_KIND, MODEL_NAME
-from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.flavours.reading import OpenExport, Reading
 from gralora_fx.serving.generation import Generation
-from gralora_fx.serving.rows_decoder import RowsDecoder
-from gralora_fx.serving.sequential_decoder import SequentialDecoder, takes_buffers
 
 
 def _generation(export: OpenExport) -> Generation:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gralora_fx.engine.adapters import Adapters
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.serving.adapters import Adapters
 from gralora_fx.serving.generation import Generation
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.engine.decoder import Source
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import prompt_ids
-from gralora_fx.serving.decoder import Source
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.example_inputs import Arrays, example_inputs
 from gralora_fx.serving.model import OrtModel

@@ -11,8 +11,8 @@ from typing import Any
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.adapter_versions import AdapterVersions
-from gralora_fx.serving.decoder import Decoder
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import TextJob
 from gralora_fx.serving.scheduling.text_queue import TextQueue, failure

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer import Answer
-from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.failures import RunError
@@ -68,7 +68,7 @@ class TextRequest:
             raise ServingError(
                 f"the prompt holds token {shown(wrong)}, outside the vocabulary of {limits.vocabulary} tokens"
             )
-        limits.check_options(self.sampling)
+        self.sampling.check_tokens(limits)
         if length + self.max_new_tokens > limits.context:
             raise TooLargeError(
                 f"the prompt has {length} tokens and {shown(self.max_new_tokens)} more are asked for, beyond the "

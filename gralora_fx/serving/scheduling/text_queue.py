@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.answer import Answer
-from gralora_fx.serving.decoder_limits import DecoderLimits
 from gralora_fx.serving.scheduling.failures import QueueFullError, RunError
 from gralora_fx.serving.scheduling.observer import Observer
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest

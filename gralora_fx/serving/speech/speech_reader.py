@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.feature_extractors import CONFIG, load_feature_extractor
 from gralora_fx.progress.silence import quiet
-from gralora_fx.serving.feed import as_array
+from gralora_fx.runtime.input_arrays import as_array
 from gralora_fx.serving.speech.audio_files import Audio, check_length
 
 SAMPLES, RATE = "array", "sampling_rate"  # fields of a recording, as the datasets package names them

@@ -18,13 +18,13 @@ from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value
 from gralora_fx.runtime.adapter_file import read_tensors, record_in_memory
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.runtime.adapter_mix import mixed
-from gralora_fx.runtime.adapter_name import check_name
+from gralora_fx.runtime.adapter_name import SUFFIX, check_name
 from gralora_fx.runtime.adapter_record import AdapterRecord, check_rank, read_record
 from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter
 from gralora_fx.runtime.adapter_stack import AdapterStack, Stack, row_ids
 from gralora_fx.runtime.export_adapters import check_takes_adapters, own_adapters
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.serving.adapter_folder import adapter_path
+from gralora_fx.sources.paths import usable_path
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """
         inputs = self.inputs()
         check_name(name, ServingError)
-        file = adapter_path(path)
+        file = _file(path)
         record = read_record(file, ServingError)
         check_rank(file, record, self._max_rank, ServingError)
         tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
@@ -251,3 +251,15 @@ def _is_number(value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # of a whole number
         return False
+
+
+def _file(path: str | Path) -> Path:
+    """The absolute path of an adapter file; that it is there is for its reader to find.
+
+    Raises:
+        ServingError: It is not a path, a directory, or a file of another kind.
+    """
+    file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
+    if file.is_dir() or file.suffix != SUFFIX:
+        raise ServingError(f"{file} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")
+    return file

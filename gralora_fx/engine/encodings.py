@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gralora_fx.serving.decoder import Source
+from gralora_fx.engine.decoder import Source
 
 _MOST = 8  # sources
 

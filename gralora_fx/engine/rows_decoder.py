@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from gralora_fx.engine.adapters import Adapters, LoadedAdapter
+from gralora_fx.engine.buffered_steps import BufferedSteps
+from gralora_fx.engine.decoder import Decoder, Source, gives_all
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.adapter_stack import BASE, Stack
-from gralora_fx.runtime.buffered_steps import BufferedSteps
 from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
-from gralora_fx.serving.adapters import Adapters, LoadedAdapter
-from gralora_fx.serving.decoder import Decoder, Source, gives_all
-from gralora_fx.serving.decoder_limits import DecoderLimits
+from gralora_fx.runtime.ort_values import as_tensor
 
 
 class RowsDecoder(Decoder):
@@ -57,6 +59,14 @@ class RowsDecoder(Decoder):
                 f"there is no memory for the caches of {self.rows} rows of {self.capacity} tokens; give fewer rows, or "
                 "a smaller capacity"
             ) from failure
+
+    def cached(self, row: int) -> dict[str, Tensor]:
+        """The keys and values of a row, `[heads, positions, size]` by the names of the inputs, in the row's own memory.
+
+        Args:
+            row: Its number, as `open` gave it; positions that it has not read yet hold anything.
+        """
+        return {name: as_tensor(value)[row] for name, value in self._steps.caches.items()}
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
         if source is not None:

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gralora_fx.engine.adapters import Adapters
+from gralora_fx.engine.decoder import Decoder, Source
+from gralora_fx.engine.encodings import Encodings
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.adapter_session import with_adapter
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past
+from gralora_fx.runtime.input_arrays import as_array
 from gralora_fx.runtime.names import FLAG
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
-from gralora_fx.serving.adapters import Adapters
-from gralora_fx.serving.decoder import Decoder, Source
-from gralora_fx.serving.decoder_limits import DecoderLimits
-from gralora_fx.serving.encodings import Encodings
-from gralora_fx.serving.feed import as_array
 
 _OF_SOURCE = ".encoder."  # in the names of the keys and values of the source
 

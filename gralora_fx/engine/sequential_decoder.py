@@ -12,14 +12,14 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from gralora_fx.engine.adapters import Adapters
+from gralora_fx.engine.buffered_steps import BufferedSteps
+from gralora_fx.engine.decoder import Decoder, Source, gives_all
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.buffered_steps import BufferedSteps
 from gralora_fx.runtime.encoder_decoder_session import PAST, as_past
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
 from gralora_fx.runtime.session import quiet_run
-from gralora_fx.serving.adapters import Adapters
-from gralora_fx.serving.decoder import Decoder, Source, gives_all
-from gralora_fx.serving.decoder_limits import DecoderLimits
 
 _READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.serving.decoder_limits import DecoderLimits
 
 Source = Mapping[str, NDArray[Any]]
 

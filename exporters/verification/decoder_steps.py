@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past
+from gralora_fx.runtime.encoder_decoder_session import as_past
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.tracing.inputs.decoder_cache import positions
 
@@ -48,36 +48,6 @@ class DecoderSteps:
         results = run_values(self._session, {**feed, **self._cache}, self._description)
         self._cache = as_past(results)
         return as_tensor(results["logits"])
-
-
-class EncoderDecoderSteps:
-    """An encoder-decoder that has read its source, with the cache of the decoder's steps."""
-
-    def __init__(self, session: EncoderDecoderSession, source: Mapping[str, Tensor]) -> None:
-        """Run the encoder, and begin with an empty cache.
-
-        Args:
-            session: The export.
-            source: What the encoder reads, by name.
-        """
-        feed = {name: value.numpy() for name, value in source.items()}
-        self._session, self._mask = session, feed.get("attention_mask")
-        self._hidden = session.encode(feed)
-        self._past: dict[str, Any] | None = None
-
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read new tokens.
-
-        Args:
-            ids: `[batch, new]`.
-            mask: Not read: the decoder's own positions are not padded.
-
-        Returns:
-            Logits `[batch, new, vocabulary]`.
-        """
-        results = self._session.step(ids.numpy(), self._hidden, self._mask, self._past)
-        self._past = as_past(results)
-        return torch.from_numpy(results["logits"])
 
 
 def greedy_tokens(step: Step, ids: Tensor, steps: int, mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,93 @@
+"""What a decoder can take, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.errors import ServingError, shown
+from gralora_fx.runtime.context_length import UNLIMITED, context_length
+from gralora_fx.sources.model_files import GENERATION_CONFIG, read_json_object
+
+_ENDS = "eos_token_id"
+
+
+@dataclass(frozen=True)
+class DecoderLimits:
+    """What a decoder can take.
+
+    Attributes:
+        vocabulary: How many tokens there are; None if that is not known.
+        context: Positions of a prompt and its answer together.
+        ends: Ids of the tokens that end an answer, unless a request names others.
+    """
+
+    vocabulary: int | None
+    context: int
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
+        """The limits of an export.
+
+        Args:
+            directory: The export directory.
+            config: Fields of the model's `config.json`.
+            position_offset: By how many positions the model has fewer than that says.
+
+        Raises:
+            ServingError: Its end tokens are not ids.
+        """
+        text = config.get("text_config") or config
+        is_pair = bool(config.get("is_encoder_decoder"))
+        vocabulary = text.get("decoder_vocab_size") if is_pair else None
+        context = context_length(config, "decoder_input_ids" if is_pair else "input_ids") or UNLIMITED
+        ends = end_tokens(directory, config)
+        return cls(text.get("vocab_size") if vocabulary is None else vocabulary, context - position_offset, ends)
+
+    def within(self, context: int, name: str) -> DecoderLimits:
+        """Limits with a shorter context.
+
+        Args:
+            context: Its tokens.
+            name: The option that gives it, for the message.
+
+        Raises:
+            ServingError: It is longer than the model's.
+        """
+        if context > self.context:
+            raise ServingError(f"{name}={context} is above the model's context of {self.context} tokens; give less")
+        return replace(self, context=context)
+
+    def outside(self, tokens: Sequence[int]) -> int | None:
+        """The first of some tokens that is not in the vocabulary, or None."""
+        most = self.vocabulary
+        return next((token for token in tokens if token < 0 or (most is not None and token >= most)), None)
+
+
+def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """Ids of the tokens that end an answer: those of `generation_config.json`, else those of `config.json`.
+
+    Args:
+        directory: The export directory.
+        config: Fields of the model's `config.json`.
+
+    Returns:
+        The ids; none for a model that answers until it is stopped.
+
+    Raises:
+        ServingError: The field is not an id or a list of ids.
+    """
+    path = directory / GENERATION_CONFIG
+    found = read_json_object(path, ServingError).get(_ENDS) if path.is_file() else None
+    if found is None:
+        text = config.get("text_config")
+        found = config.get(_ENDS, text.get(_ENDS) if isinstance(text, Mapping) else None)
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if wrong := [end for end in ends if type(end) is not int or end < 0]:
+        raise ServingError(
+            f"{_ENDS} of {directory} has {shown(wrong[0])}, not an id of a token; export the model again"
+        )
+    return frozenset(ends)
