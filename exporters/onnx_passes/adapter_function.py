@@ -76,7 +76,9 @@ def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
     return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
 
 
-def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, opset: int) -> ir.OperatorIdentifier:
+def batched_adapter_function(
+    model: ir.Model, site: AdapterSite, k: int, opset: int, *, chooses: bool
+) -> ir.OperatorIdentifier:
     """The function that gives the outputs of several adapters, each for a group of tokens, added if it is missing.
 
     `output = BatchedAdapter(x, ids, A, B, A_general, B_general, bias)` with
@@ -85,35 +87,39 @@ def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, opset: 
         A_general [adapters, in, hybrid_r], B_general [adapters, hybrid_r, out], bias [adapters, out]
         output [groups, length, out]
 
-    Of the tensors it takes those that the layer has.
+    Of the tensors it takes those that the layer has. Where groups do not choose, there are as many as adapters, in
+    their order, and `ids` is left out.
 
-    The tensors of each group's adapter are copied: a product with those of all adapters, masked, took 1.6 to 2.2 times
-    as long for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
+    The tensors of each group's adapter are copied where it chooses: a product with those of all adapters, masked, took
+    1.6 to 2.2 times as long for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
 
     Args:
         model: The model.
         site: The layer.
         k: Blocks in each direction in this export.
         opset: Version of ONNX's operators.
+        chooses: Whether each group chooses its adapter.
 
     Returns:
         What nodes call the function by.
     """
     k = site.blocks(k)
     form = f"k{k}" if k else "lora" if site.form != BIAS else "no_factors"
-    name = f"Batched{NAME}_{form}{'_bias' if site.has_bias else ''}"
+    name = f"Batched{NAME}_{form}{'_bias' if site.has_bias else ''}{'' if chooses else '_in_order'}"
     identifier = (FUNCTIONS, name, "")
     if identifier not in model.functions:
-        model.functions[identifier] = _batched_function(name, site, k, opset)
+        model.functions[identifier] = _batched_function(name, site, k, opset, chooses)
     return identifier
 
 
-def _batched_function(name: str, site: AdapterSite, k: int, opset: int) -> ir.Function:
+def _batched_function(name: str, site: AdapterSite, k: int, opset: int, chooses: bool) -> ir.Function:
     tensors = [tensor.rpartition(".gralora_")[2] for tensor in site.names(k)]
-    x, ids, *stacked = inputs = [ir.Value(name=n) for n in ("x", "ids", *tensors)]
+    x, *others = inputs = [ir.Value(name=n) for n in ("x", *(["ids"] if chooses else []), *tensors)]
     graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
     build = Builder(graph)
-    own = {tensor: build("Gather", value, ids, axis=0) for tensor, value in zip(tensors, stacked, strict=True)}
+    own = dict(zip(tensors, others[-len(tensors) :], strict=True))
+    if chooses:
+        own = {tensor: build("Gather", value, others[0], axis=0) for tensor, value in own.items()}
     parts = []
     if k:
         parts.append(_blocks_of_groups(build, x, own["A"], own["B"], k))

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
-from gralora_fx.exporters.onnx_passes.row_tokens import NUM_TOKENS, RowTiles, row_tiles
+from gralora_fx.exporters.onnx_passes.row_tokens import NUM_TOKENS, TokenGroups, token_tiles, tokens_of_adapters
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.names import QUERY_SEQLENS
 
@@ -18,12 +18,12 @@ class Groups(NamedTuple):
     """The input of a layer in groups.
 
     Attributes:
-        ids: `[groups]`, the adapter of each.
+        ids: `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order.
         x: `[groups, length, features]`.
         restored: Gives an output `[groups, length, width]` the axes of the layer's output.
     """
 
-    ids: ir.Value
+    ids: ir.Value | None
     x: ir.Value
     restored: Callable[[Builder, ir.Value], ir.Value]
 
@@ -55,11 +55,13 @@ class Grouping:
         model: The model.
         branches: Whether adapters of rows with lengths of their own are in branches.
         is_any: Whether any row that reads has an adapter, a scalar; None without branches.
+        is_short: Whether groups by adapter are the better ones in a step, a scalar; None without branches.
     """
 
     model: ir.Model
     branches: bool
     is_any: ir.Value | None = field(default=None, init=False)
+    is_short: ir.Value | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Add the input that says which adapter each row has, unless the model has it."""
@@ -68,18 +70,33 @@ class Grouping:
         self.batch = next((value.shape[0] for value in graph.inputs if value.shape), None)
         found = next((value for value in graph.inputs if value.name == ADAPTER_IDS), None)
         self.ids = found or add_input(graph, ADAPTER_IDS, ir.DataType.INT64, [self.batch or 1])
-        self._tiles: RowTiles | None = None
-        self._tile_ids = self.ids
+        self._tiles: TokenGroups | None = None
+        self._of_adapters: TokenGroups | None = None
         inputs = {str(value.name): value for value in graph.inputs}
         if QUERY_SEQLENS in inputs:
             build = Builder(graph)
-            self._tiles = row_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS])
-            self._tile_ids = build("Gather", self.ids, self._tiles.rows)
+            self._tiles = token_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids)
             if self.branches:
                 reads = build("Min", build("Cast", inputs[QUERY_SEQLENS], to=ir.DataType.INT64), build.scalar(1))
                 highest = build("ReduceMax", build("Mul", self.ids, reads), keepdims=0)
                 self.is_any = build("Greater", highest, build.scalar(0))
             build.insert_before(graph[0])
+
+    def count(self, stacked: ir.Value) -> None:
+        """Say what the stack's number of adapters is that of; the first time counts.
+
+        Args:
+            stacked: A tensor of all adapters.
+        """
+        if self.is_any is None or self._of_adapters is not None:
+            return
+        graph = self.model.graph
+        inputs = {str(value.name): value for value in graph.inputs}
+        build = Builder(graph)
+        adapters = build("Squeeze", build("Shape", stacked, start=0, end=1), build.ints(0))
+        given = (inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids, adapters)
+        self._of_adapters, self.is_short = tokens_of_adapters(build, *given)
+        build.insert_before(graph[0])
 
     def of(self, x: ir.Value) -> Groups | str:
         """An input in groups, or why its rows cannot be told apart; made once, after the input.
@@ -93,20 +110,22 @@ class Grouping:
             build.insert_after(x)
         return self._found[x]
 
-    def within(self, build: Builder, x: ir.Value) -> Groups | str:
+    def within(self, build: Builder, x: ir.Value, *, by_adapter: bool = False) -> Groups | str:
         """The same, made where it is needed.
 
         Args:
             build: Makes the nodes.
             x: The input of a linear layer.
+            by_adapter: Whether each adapter of the stack has one group, of rows with lengths of their own.
         """
         if x.shape is None:
             return "the shape of its input is not known"
         if not isinstance(self.batch, ir.SymbolicDim):
             return f"the batch has a fixed size of {self.batch}; trace the model with dynamic=True"
         flat: FlatTokens | None = self.model.meta.get(FlatTokens.META, {}).get(_text(x.shape[0]))
-        if self._tiles is not None and _is_tokens(x):
-            return _groups_of_tiles(build, x, self._tiles, self._tile_ids)
+        tokens = self._of_adapters if by_adapter else self._tiles
+        if tokens is not None and _is_tokens(x):
+            return _groups_of_tokens(build, x, tokens)
         if flat is not None:
             return _rows_of_matrix(build, x, flat, self.ids)
         if _text(x.shape[0]) == _text(self.batch):
@@ -121,15 +140,15 @@ def _is_tokens(x: ir.Value) -> bool:
     return lead in (["1", NUM_TOKENS], [NUM_TOKENS])
 
 
-def _groups_of_tiles(build: Builder, x: ir.Value, tiles: RowTiles, ids: ir.Value) -> Groups:
+def _groups_of_tokens(build: Builder, x: ir.Value, groups: TokenGroups) -> Groups:
     assert x.shape is not None
     is_matrix = len(x.shape) == 2
 
     def restored(build: Builder, output: ir.Value) -> ir.Value:
-        whole = tiles.of_tiles(build, output)
+        whole = groups.restored(build, output)
         return build("Squeeze", whole, build.ints(0)) if is_matrix else whole
 
-    return Groups(ids, tiles.to_tiles(build, x), restored)
+    return Groups(groups.ids, groups.grouped(build, x), restored)
 
 
 def _rows_of_matrix(build: Builder, x: ir.Value, flat: FlatTokens, ids: ir.Value) -> Groups | str:

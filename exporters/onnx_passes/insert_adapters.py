@@ -37,9 +37,10 @@ class InsertAdapters:
     after it, the sum is: what ONNX Runtime fuses stays what it fuses without adapters.
 
     Stacked ones get the input in groups that share an adapter each (see `adapter_groups`). Where rows have lengths of
-    their own, all of it is in a branch, which is taken in a step in which a row with an adapter reads:
+    their own, all of it is in a branch, which is taken in a step in which a row with an adapter reads; in that, one
+    branch multiplies by the whole stack, where rows read few tokens each, and one by copies of the adapters of tiles:
 
-    After:  `y = If(is_any, Sum(MatMul(x, W), adapters), MatMul(x, W))`
+    After:  `y = If(is_any, If(is_short, Sum(MatMul(x, W), stack), Sum(MatMul(x, W), copies)), MatMul(x, W))`
 
     Attributes:
         inputs: The adapter tensors.
@@ -82,6 +83,7 @@ class _Insertion:
         # of half precision no branches: the CPU computes it in float32 and would round what goes through one
         self.grouping = Grouping(model, inputs.dtype == "float32") if inputs.mode == STACKED else None
         self._groups: dict[ir.Value, Groups | str] = {}  # of the branch that is made
+        self._by_adapter = False  # in that branch
         self.problems: list[str] = []  # layers where rows cannot be told apart, each with the reason
 
     def add_to(self, value: ir.Value) -> None:
@@ -92,18 +94,44 @@ class _Insertion:
         x, width = _input_of(value), static_dim(value, -1)
         value.meta.pop(SITES)
         value, factors = _place(value, self.quantized)
-        build = Builder(self.model.graph)
         spans = list(_spans(marks, width))
+        grouping = self.grouping
+        if grouping is None or grouping.is_any is None:
+            nodes, result = self._adapted(value, x, spans, factors)
+        else:
+            grouping.count(self._tensors(self.sites[marks[0].path])[0])
+            assert grouping.is_short is not None
+            build, name = Builder(self.model.graph), f"{value.name}.adapted"
+            stack = self._adapted(value, x, spans, factors, by_adapter=True)
+            tiles = self._adapted(value, x, spans, factors)
+            inner = _choice(grouping.is_short, (f"{name}.stack", *stack), (f"{name}.tiles", *tiles), value)
+            base = build("Identity", value)
+            without = (f"{value.name}.base", build.take(), base)
+            outer = _choice(grouping.is_any, (name, [inner], inner.outputs[0]), without, value)
+            nodes, result = [outer], outer.outputs[0]
+        self.count += len(marks)
+        self.reached |= {mark.path for mark in marks}
+        _replace(value, result, nodes)
+
+    def _adapted(
+        self,
+        value: ir.Value,
+        x: ir.Value,
+        spans: Sequence[tuple[int, int, SiteOutput | None]],
+        factors: Sequence[ir.Node],
+        *,
+        by_adapter: bool = False,
+    ) -> tuple[list[ir.Node], ir.Value]:
+        """The nodes that add adapters to a value, and what they give."""
+        self._groups.clear()
+        self._by_adapter = by_adapter
+        build = Builder(self.model.graph)
         whole = [mark for _, _, mark in spans if mark is not None]
         if len(whole) == len(spans) and len({self._tensor_kinds(mark) for mark in whole}) == 1:
             result = build("Sum", value, *_scaled(build, self._outputs(build, x, whole), factors))
         else:
             result = self._by_parts(build, value, x, spans, factors)
-        self.count += len(marks)
-        self.reached |= {mark.path for mark in marks}
-        nodes = build.take()
-        _replace(value, result, nodes, None if self.grouping is None else self.grouping.is_any)
-        self._groups.clear()
+        return build.take(), result
 
     def _tensor_kinds(self, mark: SiteOutput) -> tuple[str, bool]:
         site = self.sites[mark.path]
@@ -140,7 +168,7 @@ class _Insertion:
         if self.grouping is None or self.grouping.is_any is None:
             return None if self.grouping is None else self.grouping.of(x)
         if x not in self._groups:
-            self._groups[x] = self.grouping.within(build, x)
+            self._groups[x] = self.grouping.within(build, x, by_adapter=self._by_adapter)
         return self._groups[x]
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
@@ -149,8 +177,9 @@ class _Insertion:
         tensors = self._tensors(site)
         outputs: Sequence[ir.Value]
         if groups is not None:
-            domain, name, _ = batched_adapter_function(self.model, site, self.inputs.k, opset)
-            outputs = [build(name, groups.x, groups.ids, *tensors, domain=domain)]
+            chosen = [] if groups.ids is None else [groups.ids]
+            domain, name, _ = batched_adapter_function(self.model, site, self.inputs.k, opset, chooses=bool(chosen))
+            outputs = [build(name, groups.x, *chosen, *tensors, domain=domain)]
         else:
             outputs = self._outputs_of_all(build, x, site, tensors)
         if mark.rows is None:
@@ -298,40 +327,58 @@ def _branch(nodes: Sequence[ir.Node], output: ir.Value, name: str) -> ir.Graph:
     return ir.Graph([], [output], nodes=nodes, name=name)
 
 
-def _replace(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node], condition: ir.Value | None = None) -> None:
+def _choice(
+    condition: ir.Value,
+    then: tuple[str, Sequence[ir.Node], ir.Value],
+    otherwise: tuple[str, Sequence[ir.Node], ir.Value],
+    like: ir.Value,
+) -> ir.Node:
+    """A choice between two branches: of each a name, what it computes, and what it gives.
+
+    Args:
+        condition: Whether the first one is taken, a scalar.
+        then: The first.
+        otherwise: The second.
+        like: A value of the result's shape and type.
+    """
+    for _, _, output in (then, otherwise):
+        output.shape, output.type = like.shape, like.type
+    branches = {
+        key: _branch(nodes, output, name)
+        for key, (name, nodes, output) in (("then_branch", then), ("else_branch", otherwise))
+    }
+    node = ir.node("If", [condition], attributes=branches)
+    node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
+    return node
+
+
+def _replace(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
     """Insert nodes that compute a value from another one, and let the other's readers read it.
 
     Args:
         old: The value.
         new: What is computed from it.
         nodes: What computes it.
-        condition: Whether that is done, a scalar; else the value stays what it is. None for always.
     """
     producer = old.producer()
     assert producer is not None
     graph = producer.graph
     assert isinstance(graph, ir.Graph)
     new.shape, new.type = old.shape, old.type
-    added = set(nodes)
-    if condition is not None:
-        kept = ir.node("Identity", [old])
-        kept.outputs[0].shape, kept.outputs[0].type = old.shape, old.type
-        choice = ir.node(
-            "If",
-            [condition],
-            attributes={
-                "then_branch": _branch(nodes, new, f"{old.name}.adapted"),
-                "else_branch": _branch([kept], kept.outputs[0], f"{old.name}.base"),
-            },
-        )
-        nodes, new = [choice], choice.outputs[0]
-        new.shape, new.type = old.shape, old.type
-        added |= {kept, choice}
+    readers = list(old.uses())
     graph.insert_after(producer, nodes)
-    for usage in list(old.uses()):
+    added = {node for top in nodes for node in (top, *_inner(top))}
+    for usage in readers:
         if usage.node not in added:
             usage.node.replace_input_with(usage.idx, new)
     for index, output in enumerate(graph.outputs):
         if output is old:
             new.name, old.name = old.name, f"{old.name}.base"
             graph.outputs[index] = new
+
+
+def _inner(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes of a node's branches."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()
