@@ -40,7 +40,7 @@ from gralora_fx.runtime.adapter_name import SUFFIX
 from gralora_fx.runtime.names import ADAPTERS
 
 RUNS = Path("runs/service")
-REQUESTS, ROWS, PROMPT, NEW, THREADS, PIECE = 16, 8, 67, 64, 2, 256  # prompts of about 50 words
+REQUESTS, ROWS, PROMPT, NEW, THREADS, PIECE = 16, 16, 67, 64, 2, 256  # prompts of about 50 words
 LONG = 800  # tokens of the prompt of one client alone
 NAMES = [f"adapter_{index}" for index in range(8)]
 SERVICE, ONE_BY_ONE, LLAMA = (
@@ -49,7 +49,7 @@ SERVICE, ONE_BY_ONE, LLAMA = (
     "16 at once, llama.cpp, Q4_1",
 )
 MOST = 1.5  # times the time to the first token
-BESIDE = 6  # requests that are asked beside seven
+BESIDE, OTHERS = 6, 7  # requests that are asked beside so many others
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _measure_beside(report: Report, kind: Kind, url: str, names: Sequence[str], 
     for prompt in prompts[:BESIDE]:
         ((first,),) = asyncio.run(_ask(url, prompt[None], names, new=1))
         alone.append(first)
-        beside.append(asyncio.run(_first_beside(url, prompts[-ROWS + 1 :], prompt, names)))
+        beside.append(asyncio.run(_first_beside(url, prompts[-OTHERS:], prompt, names)))
     rows = [{"": name, "ms": 1e3 * statistics.median(times)} for name, times in (("alone", alone), ("beside", beside))]
     report.tables.append(Table(f"{kind.name}: the first token of a prompt of {PROMPT} tokens", rows))
     ratio = Ratio.between(beside, alone).median_of_pairs
@@ -176,7 +176,7 @@ async def _first_beside(url: str, others: Any, prompt: Any, names: Sequence[str]
         ]
         await asyncio.gather(*(event.wait() for event in begun[:-1]))
         started = time.perf_counter()
-        await stream(ROWS - 1, prompt, 1, begun[-1])
+        await stream(OTHERS, prompt, 1, begun[-1])
         taken = time.perf_counter() - started
         for task in running:
             task.cancel()
@@ -194,7 +194,7 @@ def _measure_alone(report: Report, kind: Kind, urls: Mapping[str, str], name: st
             ((first, *gaps),) = asyncio.run(_ask(url, prompt[None], [name]))
             if index:  # the first warms both up
                 firsts[side].append(first)
-                tokens[side].append(statistics.median(gaps))
+                tokens[side].append(sum(gaps) / (NEW - 1))  # two may come together, or one have no text yet
     shown = {"first token": firsts, "a token": tokens}
     rows = [{"": side, **{what: 1e3 * statistics.median(shown[what][side]) for what in shown}} for side in urls]
     report.tables.append(Table(f"{kind.name}: one client, ms, a prompt of {LONG} tokens", rows))

@@ -45,7 +45,9 @@ AdapterRoot = Annotated[
 ]
 Host = Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.", callback=utf8)]
 Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 for a free one.")]
-MaxBatch = Annotated[int | None, typer.Option(metavar="N", min=1, help="Most rows that run together.  [default: 8]")]
+MaxBatch = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Most rows that run together.  [default: 16; 8 for an encoder]")
+]
 MaxQueue = Annotated[
     int, typer.Option(metavar="N", min=1, help="Most requests that wait; others are answered with 429.")
 ]

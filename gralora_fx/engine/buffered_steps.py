@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.runtime.encoder_decoder_session import PAST, PRESENT
-from gralora_fx.runtime.ort_values import as_tensor, empty_values
+from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
 from gralora_fx.runtime.session import CPU, quiet_run
 
 
@@ -30,43 +31,72 @@ class BufferedSteps:
             rows: How many rows there are.
             length: How many positions a row has room for.
         """
-        self._session = session
+        self._session, self._rows = session, rows
         self.caches: dict[str, Any] = empty_values(session, rows, length)
+        self._kinds = {value.name: value.type for value in session.get_inputs()}
         self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
-        self._binding = session.io_binding()
-        for name, value in self.caches.items():
-            self._binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)
-        self._bind(self.caches)
-        self._adapters: Mapping[str, Any] = {}  # that are bound
+        self._windows: dict[range, _Window] = {}
+        self._adapters: Mapping[str, Any] = {}  # that windows have
 
-    def __call__(self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any]) -> Tensor:
-        """Take a step.
+    def __call__(
+        self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any], rows: range | None = None
+    ) -> Tensor:
+        """Take a step of some rows.
 
         Args:
-            arrays: What the step reads, by the names of the inputs.
+            arrays: What the step reads, of these rows, by the names of the inputs.
             adapters: The adapters' tensors by name, as `OrtValue`s; the very same mapping is bound once.
+            rows: The rows, which follow each other; None for all.
 
         Returns:
-            The logits.
+            The logits of these rows.
         """
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         if adapters is not self._adapters:
-            values |= adapters
+            self.forget_adapters()
             self._adapters = adapters
-        if self._copies:
-            values |= self.caches
-        self._bind(values)
-        self._binding.bind_output("logits")
-        self._session.run_with_iobinding(self._binding, quiet_run())
-        return as_tensor(self._binding.get_outputs()[-1])  # the last that was bound
+        rows = range(self._rows) if rows is None else rows
+        if rows not in self._windows:
+            self._windows[rows] = self._window(rows)
+        window = self._windows[rows]
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+        _bind(window.binding, {**values, **window.caches} if self._copies else values)
+        window.binding.bind_output("logits")
+        self._session.run_with_iobinding(window.binding, quiet_run())
+        return as_tensor(window.binding.get_outputs()[-1])  # the last that was bound
 
     def forget_adapters(self) -> None:
         """Let the adapters go that are bound."""
         if self._adapters:
             self._adapters = {}
-            self._binding.clear_binding_inputs()
-            self._bind(self.caches)
+            self._windows.clear()
 
-    def _bind(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            self._binding.bind_ortvalue_input(name, value)
+    def _window(self, rows: range) -> _Window:
+        """Some rows, with the adapters."""
+        caches = dict(self.caches)
+        if len(rows) < self._rows:
+            for name, value in self.caches.items():
+                caches[name] = as_value(as_tensor(value)[rows.start : rows.stop], self._kinds[name])
+        binding = self._session.io_binding()
+        for name, value in caches.items():
+            binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)
+        _bind(binding, caches)
+        _bind(binding, self._adapters)
+        return _Window(binding, caches)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Rows that follow each other.
+
+    Attributes:
+        binding: What is bound for their steps.
+        caches: Their part of the buffers, by the names of the inputs.
+    """
+
+    binding: Any
+    caches: Mapping[str, Any]
+
+
+def _bind(binding: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)

@@ -93,7 +93,7 @@ class Decoder(ABC):
         with self._lock:
             if not self.free:
                 raise ServingError(f"all {self.rows} rows are in use; close one first, or make more with rows=")
-            number = next(number for number in range(self.rows) if number not in self._lengths)
+            number = self._nearest()
             self._begin(number, adapter, source)
             self._lengths[number] = 0
             return number
@@ -143,6 +143,12 @@ class Decoder(ABC):
             for number, array in read.items():
                 self._lengths[number] += len(array)
         return logits
+
+    def _nearest(self) -> int:
+        """The free row that keeps those in use closest together, so that steps run few rows between them."""
+        used = self._lengths or {0: 0}
+        free = (number for number in range(self.rows) if number not in self._lengths)
+        return min(free, key=lambda number: (max(number, *used) - min(number, *used), number))
 
     @abstractmethod
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:

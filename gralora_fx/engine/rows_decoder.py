@@ -21,7 +21,7 @@ from gralora_fx.runtime.ort_values import as_tensor
 
 
 class RowsDecoder(Decoder):
-    """The rows' graph with caches in shared buffers; an idle row costs nothing."""
+    """The rows' graph with caches in shared buffers; a step runs the rows from the first to the last that read."""
 
     def __init__(
         self,
@@ -80,18 +80,20 @@ class RowsDecoder(Decoder):
             self._steps.forget_adapters()
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        ids = np.zeros((self.rows, max(map(len, read.values()))), dtype=np.int64)
-        query, before = (np.zeros(self.rows, dtype=np.int32) for _ in range(2))
+        rows = range(min(read), max(read) + 1)  # the others take no time at all
+        ids = np.zeros((len(rows), max(map(len, read.values()))), dtype=np.int64)
+        query = np.zeros(len(rows), dtype=np.int32)
         for row, array in read.items():
-            ids[row, : len(array)], query[row] = array, len(array)
-        for row, length in self._lengths.items():
-            before[row] = length
+            ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
+        before = np.array([self._lengths.get(row, 0) for row in rows], dtype=np.int32)
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
         numbers, values = self._of_adapters()
         if numbers is not None:
-            feed[ADAPTER_IDS] = numbers
-        logits: NDArray[Any] = self._steps(feed, values).float().numpy()
-        return {row: logits[row, slice(len(array)) if self.gives_all else 0] for row, array in read.items()}
+            feed[ADAPTER_IDS] = numbers[rows.start : rows.stop]
+        logits: NDArray[Any] = self._steps(feed, values, rows).float().numpy()
+        return {
+            row: logits[row - rows.start, slice(len(array)) if self.gives_all else 0] for row, array in read.items()
+        }
 
     def _of_adapters(self) -> tuple[NDArray[np.int64] | None, Mapping[str, Any]]:
         """The id of each row's adapter, and the stacked tensors; neither for a graph without adapters."""

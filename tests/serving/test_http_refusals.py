@@ -93,7 +93,7 @@ def test_a_null_that_is_needed_is_said_to_be_missing(decoder: TestClient) -> Non
 
 def test_answers_are_counted_not_prompts(decoder: TestClient) -> None:
     _, message = refusal(decoder, "/v1/completions", json={"model": "small", "prompt": "a", "n": 100, "max_tokens": 1})
-    assert message.startswith("100 answers are asked for, n to each prompt, and there is room for 72")
+    assert message.startswith("100 answers are asked for, n to each prompt, and there is room for 80")
 
 
 def test_fields_without_effect_are_taken(decoder: TestClient, ranker: TestClient) -> None:

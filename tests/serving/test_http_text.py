@@ -151,7 +151,7 @@ def test_models_are_listed(service: tuple[TestClient, str, dict[str | None, Any]
         ({"prompt": "\ud800"}, 400, "the tokenizer does not take the prompt"),
         ({"prompt": "a" * 64}, 400, "beyond the context of 64 tokens"),
         ({"prompt": "a", "max_tokens": 64}, 400, "beyond the context of 64 tokens"),
-        ({"prompt": ["a"] * 100}, 400, "there is room for 72"),
+        ({"prompt": ["a"] * 100}, 400, "there is room for 80"),
         ({"max_tokens": 0}, 400, "max_tokens is 0, which leaves nothing to answer"),
         ({"max_tokens": -1}, 400, "max_tokens"),
         ({"temperature": -1}, 400, "temperature"),

@@ -131,7 +131,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | E
 def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
     if settings.max_context is not None:
         model.limits.within(settings.max_context, "max_context")
-    decoder = model.decoder(rows=settings.rows, capacity=settings.max_context, chunk=settings.prompt_tokens)
+    decoder = model.decoder(rows=settings.decoder_rows, capacity=settings.max_context, chunk=settings.prompt_tokens)
     names, tokenizer = _open_adapters(settings, model), model.tokenizer
     if model.encoder_inputs is not None and settings.chunk is not None:
         raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gralora_fx.errors import ConfigError, shown
 
-_ROWS, _CHUNK = 8, 64
+_ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ServiceSettings:
         directory: The export directory; its name is the base's name.
         adapters: `.onnx_adapter` files, or directories that PEFT saved an adapter to, by the adapters' names; they are
             served beside the export's own, and instead of one of the same name.
-        max_batch: The most rows of a batch, for a decoder requests that it answers together; None for 8.
+        max_batch: The most rows of a batch, None for 8; for a decoder requests that it answers together, None for 16.
         max_queue: The most requests, or rows of an encoder, that may wait.
         max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
         chunk: Of a decoder, the most tokens of prompts that a step reads; None for 64.
@@ -62,6 +62,11 @@ class ServiceSettings:
     def rows(self) -> int:
         """The most rows of a batch, where there are batches."""
         return self.max_batch or _ROWS
+
+    @property
+    def decoder_rows(self) -> int:
+        """The most requests that a decoder answers together."""
+        return self.max_batch or _ROWS_OF_DECODER
 
     @property
     def prompt_tokens(self) -> int:

@@ -77,7 +77,7 @@ def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
     engine = open_engine(settings, Metrics())
     with closing(engine.names.versions):
         load_given(engine, settings)
-    return engine.names.adapters, (2 if isinstance(engine, EncoderEngine) else 1) * settings.rows
+    return engine.names.adapters, 2 * settings.rows if isinstance(engine, EncoderEngine) else settings.decoder_rows
 
 
 def run_replicas(
