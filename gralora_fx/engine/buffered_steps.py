@@ -62,7 +62,8 @@ class BufferedSteps:
         _bind(window.binding, {**values, **window.caches} if self._copies else values)
         window.binding.bind_output("logits")
         self._session.run_with_iobinding(window.binding, quiet_run())
-        return as_tensor(window.binding.get_outputs()[-1])  # the last that was bound
+        outputs = window.binding.get_outputs_as_ortvaluevector()  # `get_outputs` would wrap every cache
+        return as_tensor(outputs[len(outputs) - 1])  # the last that was bound
 
     def forget_adapters(self) -> None:
         """Let the adapters go that are bound."""

@@ -22,11 +22,13 @@ class DecoderLimits:
         vocabulary: How many tokens there are; None if that is not known.
         context: Positions of a prompt and its answer together.
         ends: Ids of the tokens that end an answer, unless a request names others.
+        is_assumed: Whether the configuration names no context, so that it is that of a cache of some size.
     """
 
     vocabulary: int | None
     context: int
     ends: frozenset[int]
+    is_assumed: bool = False
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
@@ -43,12 +45,13 @@ class DecoderLimits:
         text = config.get("text_config") or config
         is_pair = bool(config.get("is_encoder_decoder"))
         vocabulary = text.get("decoder_vocab_size") if is_pair else None
-        context = context_length(config, "decoder_input_ids" if is_pair else "input_ids") or UNLIMITED
-        ends = end_tokens(directory, config)
-        return cls(text.get("vocab_size") if vocabulary is None else vocabulary, context - position_offset, ends)
+        vocabulary = text.get("vocab_size") if vocabulary is None else vocabulary
+        named = context_length(config, "decoder_input_ids" if is_pair else "input_ids")
+        context, ends = (named or UNLIMITED) - position_offset, end_tokens(directory, config)
+        return cls(vocabulary, context, ends, is_assumed=named is None)
 
     def within(self, context: int, name: str) -> DecoderLimits:
-        """Limits with a shorter context.
+        """Limits with a shorter context, or any where the configuration names none.
 
         Args:
             context: Its tokens.
@@ -57,9 +60,14 @@ class DecoderLimits:
         Raises:
             ServingError: It is longer than the model's.
         """
-        if context > self.context:
+        if context > self.context and not self.is_assumed:
             raise ServingError(f"{name}={context} is above the model's context of {self.context} tokens; give less")
-        return replace(self, context=context)
+        return replace(self, context=context, is_assumed=False)
+
+    @property
+    def note(self) -> str:
+        """What to say after the context: nothing, or that it is assumed."""
+        return ", which is assumed since config.json names none (max_position_embeddings)" if self.is_assumed else ""
 
     def outside(self, tokens: Sequence[int]) -> int | None:
         """The first of some tokens that is not in the vocabulary, or None."""

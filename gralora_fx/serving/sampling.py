@@ -124,7 +124,8 @@ class Sampling:
             room = limits.context - length
             remedy = "shorten it" if new is None or room < 1 else f"give max_new_tokens={room} or less, or shorten it"
             raise ServingError(
-                f"prompt {longest} has {length} tokens{request}, more than the context of {limits.context}; {remedy}"
+                f"prompt {longest} has {length} tokens{request}, more than the context of "
+                f"{limits.context}{limits.note}; {remedy}"
             )
         if new is not None:
             return [int(new)] * len(prompts)

@@ -156,6 +156,54 @@ def test_a_row_reads_while_another_decodes_and_a_third_is_idle(decoder: tuple[Pa
             assert gap(logits[row], expected(oracles[names[row]], texts[row])) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    "reads",
+    [
+        pytest.param([("small", 12), ("small", 3), ("small", 1)], id="one adapter"),
+        pytest.param([(None, 12), (None, 1)], id="none"),
+        pytest.param([("small", 1), ("wide", 1), (None, 1), ("small", 1), ("wide", 2)], id="few tokens each"),
+        pytest.param([("wide", 20), ("small", 1), (None, 1), (None, 9)], id="chunks"),
+        pytest.param([("wide", 8)] * 2 + [("small", 8)] * 2, id="as many as a tile"),
+        pytest.param([("small", 1)], id="one token"),
+        pytest.param([(None, 11), ("wide", 1)], id="the base beside one"),
+    ],
+)
+@pytest.mark.parametrize("resting", [0, 2])
+def test_rows_of_every_kind_of_step_are_those_of_their_adapter(
+    decoder: tuple[Path, dict[str | None, Any]], reads: list[tuple[str | None, int]], resting: int
+) -> None:
+    """Some rows rest between the others."""
+    path, oracles = decoder
+    served = load(path)
+    for name in ("small", "wide"):
+        served.load_adapter(name, path / "adapters" / f"{name}.onnx_adapter")
+    model = served.decoder(rows=16, capacity=32, chunk=20)
+    generator = np.random.default_rng(0)
+    texts: dict[int, list[int]] = {}
+    for name, _ in reads:
+        row = model.open(name)
+        for _ in range(resting):
+            model.step({model.open("wide"): [7, 8]})
+        texts[row] = generator.integers(3, 100, 3).tolist()
+    first = dict(zip(texts, reads, strict=True))
+    model.step(texts)
+    tokens = {row: generator.integers(3, 100, count).tolist() for row, (_, count) in first.items()}
+    logits = model.step(tokens)
+    for row, (name, _) in first.items():
+        assert gap(logits[row], expected(oracles[name], [*texts[row], *tokens[row]])) <= 1e-4
+
+
+def test_rows_are_opened_close_together(decoder: tuple[Path, dict[str | None, Any]]) -> None:
+    model = load(decoder[0]).decoder(rows=6, capacity=8, chunk=4)
+    rows = [model.open() for _ in range(6)]
+    assert rows == [0, 1, 2, 3, 4, 5]
+    for row in (0, 1, 2, 4, 5):
+        model.close(row)
+    assert [model.open(), model.open(), model.open()] == [2, 1, 0]
+    model.close(1)
+    assert model.open() == 1
+
+
 def test_rows_and_adapters_are_used_again(decoder: tuple[Path, dict[str | None, Any]]) -> None:
     """A row keeps the adapter that it was opened with, whatever is loaded and unloaded meanwhile."""
     path, oracles = decoder

@@ -25,6 +25,7 @@ from gralora_fx.runtime.cores import available_threads
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import answers, load
 from gralora_fx.serving.model import OrtModel
+from tests.architectures.tiny_decoders import tiny_decoder
 
 PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
@@ -400,3 +401,15 @@ IDS = torch.tensor([[5, 9]])
 def test_bad_steps_are_named(llama: OrtModel, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ServingError, match=message):
         llama(**inputs)
+
+
+def test_a_context_that_no_file_names_is_assumed_aloud(tmp_path: Path) -> None:
+    export_onnx(
+        trace(tiny_decoder("BloomForCausalLM"), task="text-generation-with-past"), tmp_path / "onnx", verify=False
+    )
+    model = load(tmp_path / "onnx")
+    with pytest.raises(ServingError, match=r"more than the context of 2048, which is assumed since config\.json names"):
+        model.generate(input_ids=[[5] * 2048], max_new_tokens=1)
+    decoder = model.decoder(rows=1, capacity=2100, chunk=2090)
+    row = decoder.open()
+    assert decoder.step({row: [5] * 2090})[row].shape == (decoder.limits.vocabulary,)

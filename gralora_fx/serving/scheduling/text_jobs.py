@@ -72,7 +72,7 @@ class TextRequest:
         if length + self.max_new_tokens > limits.context:
             raise TooLargeError(
                 f"the prompt has {length} tokens and {shown(self.max_new_tokens)} more are asked for, beyond the "
-                f"context of {limits.context} tokens; shorten the prompt, or ask for fewer"
+                f"context of {limits.context} tokens{limits.note}; shorten the prompt, or ask for fewer"
             )
 
     def score_prompt(self, start: int, logits: NDArray[Any]) -> list[TokenScore]:
