@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,22 @@ class AdapterStack:
         }
 
 
+def names_of_rows(adapter: object, batch: int) -> list[Any]:
+    """What is given as the name of each row's adapter.
+
+    Args:
+        adapter: A name or None for all rows, or a list of one for each.
+        batch: How many rows there are.
+
+    Raises:
+        ServingError: There are not as many names as rows.
+    """
+    names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
+    if len(names) != batch:
+        raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
+    return names
+
+
 def row_ids(stack: Stack, adapter: object, batch: int) -> NDArray[np.int64]:
     """The ids of a batch's rows.
 
@@ -127,9 +143,7 @@ def row_ids(stack: Stack, adapter: object, batch: int) -> NDArray[np.int64]:
     Raises:
         ServingError: An adapter is not loaded, or there are not as many names as rows.
     """
-    names: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter] * batch
-    if len(names) != batch:
-        raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
+    names = names_of_rows(adapter, batch)
     ids = stack.ids
     unknown = [name for name in names if name is not None and not (isinstance(name, str) and name in ids)]
     if unknown:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line
+from gralora_fx.runtime.adapter_stack import names_of_rows
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
@@ -137,11 +138,7 @@ class _Rows:
     ) -> None:
         tokens = prompts.rows
         count, longest = len(tokens), max(map(len, tokens))
-        names: list[Any] = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * count
-        if len(names) != count:
-            raise ServingError(
-                f"adapter has {len(names)} names for {count} rows; give one for each row, or one for all"
-            )
+        names = names_of_rows(adapter, count)
         capacity = max(len(prompt) + new for prompt, new in zip(tokens, new_tokens, strict=True))
         chunk = min(longest, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = open_decoder(rows=count, capacity=capacity, chunk=chunk)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.runtime.adapter_stack import names_of_rows
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.prompts import Prompts, given_prompts
 from gralora_fx.serving.speech.speech_prompt import SpeechPrompt
@@ -145,15 +146,15 @@ class SourcePrompts:
 
     def _heard(self, speech: SpeechPrompt, sources: Sequence[EncoderInput], adapter: Adapter) -> list[int]:
         """The language of each recording: the likeliest token after the start token."""
-        names: list[Any] = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * len(sources)
+        names = names_of_rows(adapter, len(sources))
         decoder = self._open(rows=1, capacity=1, chunk=1)
         heard = []
-        for source, name in zip(sources, names, strict=False):  # their number is checked where they are answered
+        for source, name in zip(sources, names, strict=True):
             row = decoder.open(name, source.arrays)
             logits = decoder.step({row: [self._inputs.rules.start]})[row]
             decoder.close(row)
             heard.append(max(speech.languages, key=lambda token: float(logits[token])))
-        return heard + heard[-1:] * (len(sources) - len(heard))
+        return heard
 
 
 def _rows(prompts: Any) -> list[Any]:

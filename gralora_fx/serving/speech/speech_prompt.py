@@ -45,6 +45,8 @@ class SpeechPrompt:
             value = getattr(self, name)
             if value is None:
                 continue
+            if not isinstance(value, str):
+                raise ServingError(f"{name} must be a text, but got {shown(value)}")
             if self._field("is_multilingual") is False:
                 raise ServingError(f"{name}={shown(value)} has no effect: the model knows English alone; leave it out")
             if not self._ids(known):
