@@ -1,4 +1,4 @@
-"""One-way flow: no module imports one of a later stage, inside `exporters/` too, and every module has its stage."""
+"""One-way flow: no module imports one of a later stage, inside `exporters/` too, and no modules import each other."""
 
 from __future__ import annotations
 
@@ -80,10 +80,12 @@ def stage(name: str) -> int:
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Every module of the package that a file imports, inside functions too."""
+    """Every module of the package that a file imports: inside functions, for types alone and by a text as well."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            modules = [node.value]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute"
             modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -98,6 +100,30 @@ def test_no_module_imports_a_later_one(name: str) -> None:
     own = stage(name)
     later = [other for other in imported(NAMES[name]) if stage(other) > own]
     assert not later, f"{name} imports {', '.join(later)}, which comes later"
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules each of which imports all the others, directly or not."""
+    reached: dict[str, set[str]] = {}
+    for name in imports:
+        found, waiting = set(), [name]
+        while waiting:
+            new = imports[waiting.pop()] - found
+            found |= new
+            waiting += new
+        reached[name] = found
+    groups = {
+        tuple(sorted(o for o in reached[name] if name in reached[o])) for name in imports if name in reached[name]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles({name: set(imported(file)) - {name} for name, file in NAMES.items()}) == []
+
+
+def test_circles_are_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d"}}) == [["b", "c"], ["d"]]
 
 
 def test_every_stage_exists() -> None:

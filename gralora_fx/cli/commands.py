@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from gralora_fx.cli import options as opt
+import gralora_fx.cli.options as opt
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.help import Command
 from gralora_fx.cli.request import check_inspection, check_request, exported_name

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.cli import options as opt
+import gralora_fx.cli.options as opt
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.progress.console import StageProgress

@@ -5,22 +5,37 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.tracing.generation import check_generation
 from gralora_fx.tracing.inputs.decoder_cache import PAST, own_cache
 from gralora_fx.tracing.losses import counts_items, decoder_inputs, label_names
 from gralora_fx.tracing.normalize.embeddings import module_at
 
-if TYPE_CHECKING:
-    from gralora_fx.tracing.traced_model import TracedModel
+
+class Traced(Protocol):
+    """What a view reads of a traced model; each is described there (`TracedModel`)."""
+
+    generation_config: GenerationConfig | None
+    config: PreTrainedConfig | None
+    loss_function: Callable[..., Tensor] | None
+    shift_labels: Callable[[Tensor], Tensor] | None
+    tree: ModuleTree
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of the graph."""
+
+    def can_generate(self) -> bool:
+        """Whether the model generates."""
 
 
 class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types
@@ -37,7 +52,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     _is_stateful = False
     input_modalities = ("text",)
 
-    def __init__(self, traced: TracedModel, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, traced: Traced, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter]) -> None:
         """View a traced model; use `view_of`."""
         super().__init__()
         self.traced = traced
@@ -204,7 +219,7 @@ class _Source(nn.Module):
 
 
 def view_of(
-    traced: TracedModel, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter], *, labels: bool
+    traced: Traced, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter], *, labels: bool
 ) -> TransformersView:
     """A traced model as a transformers model.
 
@@ -248,19 +263,19 @@ def with_signature(function: Callable[..., Any], inputs: Iterable[str], labels: 
     return forward
 
 
-def class_name(traced: TracedModel) -> str:
+def class_name(traced: Traced) -> str:
     """Name of the class of the source model."""
     return traced.tree.types.get("", "Module").rpartition(".")[2]
 
 
-def source_class(traced: TracedModel) -> type[Any] | None:
+def source_class(traced: Traced) -> type[Any] | None:
     """The class of the source model, if it is imported under its name."""
     module, _, name = traced.tree.types.get("", "").rpartition(".")
     cls = getattr(sys.modules.get(module), name, None)
     return cls if isinstance(cls, type) else None
 
 
-def main_input(traced: TracedModel) -> str:
+def main_input(traced: Traced) -> str:
     """Name of a model's main input: token ids, pixels, or sound."""
     name = getattr(source_class(traced), "main_input_name", None)
     return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")

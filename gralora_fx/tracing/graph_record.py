@@ -22,6 +22,7 @@ from gralora_fx.compat.calling_convention import convention_of, set_convention
 from gralora_fx.compat.operators import HigherOrderOperator, OpOverload, OpOverloadPacket
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.operators import registry  # noqa: F401  # a record may name any operator, in a process that traced nothing
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot be pickled
@@ -240,7 +241,6 @@ def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
 
 
 def _operator_at(operator: _Operator) -> Any:
-    importlib.import_module("gralora_fx.tracing.trace")  # it registers every operator of this project
     target: Any = torch.ops
     try:
         for part in operator.path:
