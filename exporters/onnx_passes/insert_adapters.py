@@ -11,6 +11,7 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
+from gralora_fx.exporters.onnx_passes.branches import choice, replace_readers
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, static_dim
 from gralora_fx.exporters.onnx_passes.mark_sites import MARKED, SITES, SiteOutput, sites_in
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
@@ -104,14 +105,14 @@ class _Insertion:
             build, name = Builder(self.model.graph), f"{value.name}.adapted"
             stack = self._adapted(value, x, spans, factors, by_adapter=True)
             tiles = self._adapted(value, x, spans, factors)
-            inner = _choice(grouping.is_short, (f"{name}.stack", *stack), (f"{name}.tiles", *tiles), value)
+            inner = choice(grouping.is_short, (f"{name}.stack", *stack), (f"{name}.tiles", *tiles), value)
             base = build("Identity", value)
             without = (f"{value.name}.base", build.take(), base)
-            outer = _choice(grouping.is_any, (name, [inner], inner.outputs[0]), without, value)
+            outer = choice(grouping.is_any, (name, [inner], inner.outputs[0]), without, value)
             nodes, result = [outer], outer.outputs[0]
         self.count += len(marks)
         self.reached |= {mark.path for mark in marks}
-        _replace(value, result, nodes)
+        replace_readers(value, result, nodes)
 
     def _adapted(
         self,
@@ -316,69 +317,3 @@ def _input_of(value: ir.Value) -> ir.Value:
             "be data there; leave the layer out (exclude_modules), or export with adapters='merged'"
         )
     return node.inputs[0]
-
-
-def _branch(nodes: Sequence[ir.Node], output: ir.Value, name: str) -> ir.Graph:
-    """A branch of a graph; its values have names that none outside it has."""
-    for index, node in enumerate(nodes):
-        node.name = f"{name}.{index}"
-        for place, value in enumerate(node.outputs):
-            value.name = f"{name}.{index}.{place}"
-    return ir.Graph([], [output], nodes=nodes, name=name)
-
-
-def _choice(
-    condition: ir.Value,
-    then: tuple[str, Sequence[ir.Node], ir.Value],
-    otherwise: tuple[str, Sequence[ir.Node], ir.Value],
-    like: ir.Value,
-) -> ir.Node:
-    """A choice between two branches: of each a name, what it computes, and what it gives.
-
-    Args:
-        condition: Whether the first one is taken, a scalar.
-        then: The first.
-        otherwise: The second.
-        like: A value of the result's shape and type.
-    """
-    for _, _, output in (then, otherwise):
-        output.shape, output.type = like.shape, like.type
-    branches = {
-        key: _branch(nodes, output, name)
-        for key, (name, nodes, output) in (("then_branch", then), ("else_branch", otherwise))
-    }
-    node = ir.node("If", [condition], attributes=branches)
-    node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
-    return node
-
-
-def _replace(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Insert nodes that compute a value from another one, and let the other's readers read it.
-
-    Args:
-        old: The value.
-        new: What is computed from it.
-        nodes: What computes it.
-    """
-    producer = old.producer()
-    assert producer is not None
-    graph = producer.graph
-    assert isinstance(graph, ir.Graph)
-    new.shape, new.type = old.shape, old.type
-    readers = list(old.uses())
-    graph.insert_after(producer, nodes)
-    added = {node for top in nodes for node in (top, *_inner(top))}
-    for usage in readers:
-        if usage.node not in added:
-            usage.node.replace_input_with(usage.idx, new)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            new.name, old.name = old.name, f"{old.name}.base"
-            graph.outputs[index] = new
-
-
-def _inner(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes of a node's branches."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from attribute.as_graph().all_nodes()
