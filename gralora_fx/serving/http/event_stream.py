@@ -6,18 +6,19 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import orjson
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gralora_fx.serving.http.text_answers import TextAnswers
 
-END = "data: [DONE]\n\n"
+END = b"data: [DONE]\n\n"
 
 
 class EventStream(StreamingResponse):
     """Server-sent events; the answers are given up when the client goes away, even before the first event."""
 
-    def __init__(self, answers: TextAnswers, events: AsyncIterator[str]) -> None:
+    def __init__(self, answers: TextAnswers, events: AsyncIterator[bytes]) -> None:
         """Begin a stream.
 
         Args:
@@ -35,6 +36,7 @@ class EventStream(StreamingResponse):
             self._answers.cancel()
 
 
-def event(body: dict[str, Any]) -> str:
+def event(body: dict[str, Any]) -> bytes:
     """An event with an object; as ASCII, since some clients split lines at other letters too, such as U+2028."""
-    return f"data: {json.dumps(body)}\n\n"
+    text = orjson.dumps(body)
+    return b"data: " + (text if text.isascii() else json.dumps(body).encode()) + b"\n\n"

@@ -147,7 +147,7 @@ async def _whole(answers: TextAnswers, asked: TranslationRequest, audio: Audio) 
     return JSONResponse({"text": text, "usage": _usage(audio)})
 
 
-async def _events(answers: TextAnswers, audio: Audio) -> AsyncIterator[str]:
+async def _events(answers: TextAnswers, audio: Audio) -> AsyncIterator[bytes]:
     """Server-sent events; a stream that failed midway, or took too long, ends with an error."""
     text = ""
     try:

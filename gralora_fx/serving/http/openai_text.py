@@ -65,7 +65,7 @@ async def _whole(answers: TextAnswers, form: Form, choices: Sequence[Choice]) ->
 
 async def _events(
     answers: TextAnswers, form: Form, choices: Sequence[Choice], *, includes_usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncIterator[bytes]:
     """Server-sent events; one that failed midway, or took too long, ends with an error."""
     more = {"usage": None} if includes_usage else {}
     try:

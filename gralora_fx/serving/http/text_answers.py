@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ class TextAnswers:
         """
         while self._left:
             try:
-                async with asyncio.timeout_at(self._end):
+                async with nullcontext() if self._end is None else asyncio.timeout_at(self._end):
                     index, event = await self._events.get()
             except TimeoutError as error:
                 raise too_late(self._seconds) from error
