@@ -33,7 +33,7 @@ State = TypeVar("State")
 console = Console(width=None if Console().is_terminal else 140)
 
 _SETTLING = 4.0  # seconds
-_SETTLE = 0.02  # seconds in which the last case's threads stop to wait for more work, which takes a whole core
+_PAUSE = 0.02  # seconds in which the last case's threads stop to wait for more work, which takes a whole core
 _PACKAGES = ("gralora-fx", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-ep-openvino", "numpy")
 
 
@@ -288,7 +288,7 @@ def progress(text: str) -> None:
 def _timed(run: Callable[[Any], object], state: Any) -> float:
     was_enabled = gc.isenabled()
     gc.disable()
-    time.sleep(_SETTLE)
+    time.sleep(_PAUSE)
     try:
         start = time.perf_counter()
         result = run(state)

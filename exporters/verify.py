@@ -22,12 +22,12 @@ from gralora_fx.exporters.verification.float32_copy import Comparable, open_comp
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
 from gralora_fx.exporters.verification.integer_products import compare_products
-from gralora_fx.exporters.verification.mixed_rows import is_row_input
 from gralora_fx.exporters.verification.outputs import OutputComparison
 from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
@@ -101,7 +101,7 @@ def verify_onnx(
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
-    check_inputs([value.name for value in session.get_inputs() if not is_row_input(value.name)], cases[0][1])
+    check_inputs([value.name for value in session.get_inputs() if not is_adapter_input(value.name)], cases[0][1])
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
     drawn = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
     given = [] if prompts is None else [_given(verification, prompts, output_dir, traced)]

@@ -9,7 +9,13 @@ from typing import ClassVar, NamedTuple
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
-from gralora_fx.exporters.onnx_passes.row_tokens import NUM_TOKENS, TokenGroups, token_tiles, tokens_of_adapters
+from gralora_fx.exporters.onnx_passes.row_tokens import (
+    NUM_TOKENS,
+    TokenGroups,
+    highest_id,
+    token_tiles,
+    tokens_of_adapters,
+)
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.names import QUERY_SEQLENS
 
@@ -77,8 +83,7 @@ class Grouping:
             build = Builder(graph)
             self._tiles = token_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids)
             if self.branches:
-                reads = build("Min", build("Cast", inputs[QUERY_SEQLENS], to=ir.DataType.INT64), build.scalar(1))
-                highest = build("ReduceMax", build("Mul", self.ids, reads), keepdims=0)
+                highest = build("Squeeze", highest_id(build, inputs[QUERY_SEQLENS], self.ids), build.ints(0))
                 self.is_any = build("Greater", highest, build.scalar(0))
             build.insert_before(graph[0])
 

@@ -62,7 +62,8 @@ class InsertAdapters:
         for value in marked:
             insertion.add_to(value)
         if insertion.problems:
-            raise RowsError(f"no adapter can be chosen by row at {listed(insertion.problems, 4)}")
+            layers = [f"{path}: {reason}" for path, reason in insertion.problems.items()]
+            raise RowsError(f"no adapter can be chosen by row at {listed(layers, 4)}")
         lost = model.meta.get(MARKED, frozenset()) & insertion.sites.keys() - insertion.reached
         if lost:
             raise ExportError(
@@ -83,9 +84,7 @@ class _Insertion:
         self.reached: set[str] = set()  # layers with an adapter
         # of half precision no branches: the CPU computes it in float32 and would round what goes through one
         self.grouping = Grouping(model, inputs.dtype == "float32") if inputs.mode == STACKED else None
-        self._groups: dict[ir.Value, Groups | str] = {}  # of the branch that is made
-        self._by_adapter = False  # in that branch
-        self.problems: list[str] = []  # layers where rows cannot be told apart, each with the reason
+        self.problems: dict[str, str] = {}  # the reasons why rows cannot be told apart, by layer
 
     def add_to(self, value: ir.Value) -> None:
         """Add adapters to a value; a part of it that no adapter has stays as it is."""
@@ -123,54 +122,46 @@ class _Insertion:
         *,
         by_adapter: bool = False,
     ) -> tuple[list[ir.Node], ir.Value]:
-        """The nodes that add adapters to a value, and what they give."""
-        self._groups.clear()
-        self._by_adapter = by_adapter
+        """The nodes that add adapters to a value, and what they give; the value itself where that is not possible."""
         build = Builder(self.model.graph)
-        whole = [mark for _, _, mark in spans if mark is not None]
-        if len(whole) == len(spans) and len({self._tensor_kinds(mark) for mark in whole}) == 1:
-            result = build("Sum", value, *_scaled(build, self._outputs(build, x, whole), factors))
+        marks = [mark for _, _, mark in spans if mark is not None]
+        groups = self._groups_of(build, x, by_adapter=by_adapter)
+        if isinstance(groups, str):
+            self.problems |= {mark.path: groups for mark in marks}
+            return [], value
+
+        def added(part: ir.Value, marks: Sequence[SiteOutput]) -> ir.Value:
+            return build("Sum", part, *_scaled(build, self._outputs(build, x, marks, groups), factors))
+
+        if len(marks) == len(spans) and len({self._tensor_kinds(mark) for mark in marks}) == 1:
+            result = added(value, marks)
         else:
-            result = self._by_parts(build, value, x, spans, factors)
+            sizes = build.ints(*(stop - start for start, stop, _ in spans))
+            split = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1)
+            pairs = zip(split.outputs, spans, strict=True)
+            parts = [part if mark is None else added(part, [mark]) for part, (_, _, mark) in pairs]
+            result = build("Concat", *parts, axis=-1)
         return build.take(), result
 
     def _tensor_kinds(self, mark: SiteOutput) -> tuple[str, bool]:
         site = self.sites[mark.path]
         return site.form, site.has_bias
 
-    def _by_parts(
-        self,
-        build: Builder,
-        value: ir.Value,
-        x: ir.Value,
-        spans: Sequence[tuple[int, int, SiteOutput | None]],
-        factors: Sequence[ir.Node],
-    ) -> ir.Value:
-        sizes = build.ints(*(stop - start for start, stop, _ in spans))
-        split = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1)
-        parts = [
-            part if mark is None else build("Sum", part, *_scaled(build, self._outputs(build, x, [mark]), factors))
-            for part, (_, _, mark) in zip(split.outputs, spans, strict=True)
-        ]
-        return build("Concat", *parts, axis=-1)
+    def _groups_of(self, build: Builder, x: ir.Value, *, by_adapter: bool) -> Groups | str | None:
+        """An input in groups: within a branch, or made once for all that read it; None where it has none."""
+        if self.grouping is None:
+            return None
+        if self.grouping.is_any is None:
+            return self.grouping.of(x)
+        return self.grouping.within(build, x, by_adapter=by_adapter)
 
-    def _outputs(self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput]) -> list[ir.Value]:
+    def _outputs(
+        self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput], groups: Groups | None
+    ) -> list[ir.Value]:
         """The adapters' outputs at sites with one input, one after the other, each kind by itself."""
-        groups = self._groups_of(build, x)
-        if isinstance(groups, str):
-            self.problems += [f"{mark.path}: {groups}" for mark in marks]
-            return [x]
         by_site = [self._outputs_at(build, x, mark, groups) for mark in marks]
         outputs = [_concat(build, parts) for parts in zip(*by_site, strict=True)]
         return outputs if groups is None else [groups.restored(build, output) for output in outputs]
-
-    def _groups_of(self, build: Builder, x: ir.Value) -> Groups | str | None:
-        """An input in groups, made once: within a branch, or for all that read it."""
-        if self.grouping is None or self.grouping.is_any is None:
-            return None if self.grouping is None else self.grouping.of(x)
-        if x not in self._groups:
-            self._groups[x] = self.grouping.within(build, x, by_adapter=self._by_adapter)
-        return self._groups[x]
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
         """The adapter's outputs at a site: of blocks, of LoRA, and its bias, those it has; of groups, the sum."""

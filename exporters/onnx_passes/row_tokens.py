@@ -131,6 +131,18 @@ def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
     return build("Unsqueeze", last, build.ints(1))
 
 
+def highest_id(build: Builder, query: ir.Value, ids: ir.Value) -> ir.Value:
+    """`[1]`: the highest id of an adapter among the rows that read.
+
+    Args:
+        build: Makes the nodes.
+        query: `[batch]` int32, how many tokens of each row count.
+        ids: `[batch]`, the adapter of each row.
+    """
+    reads = build("Min", build("Cast", query, to=ir.DataType.INT64), build.scalar(1))
+    return build("ReduceMax", build("Mul", ids, reads), keepdims=1)
+
+
 def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value) -> TokenGroups:
     """The tokens of rows that are padded on the right, in tiles: each some tokens of one row.
 
@@ -150,7 +162,7 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
         return build("Unsqueeze", value, build.ints(1))
 
     reads = build("Greater", lengths.counts, zero)
-    highest = build("ReduceMax", build("Where", reads, ids, zero), keepdims=1)
+    highest = highest_id(build, query, ids)
     is_same = build("Or", build("Equal", ids, highest), build("Not", reads))
     is_one = build("Equal", build("ReduceMin", build("Cast", is_same, to=ir.DataType.INT64), keepdims=0), one)
     total = build("ReduceSum", lengths.counts, keepdims=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,16 +112,16 @@ def variants(
     inputs = manifest.adapter_inputs
     if adapter_name is not None:
         _check_named(adapter_name, model, inputs, directory)
+    taken = None if rows is None else AdaptersAsTaken(directory, manifest, rows)
     if inputs is None:
-        yield Variant(session, _rows_with(rows, directory, manifest, None, {}), model, manifest, None, {})
+        yield Variant(session, _rows_with(rows, taken, None, ()), model, manifest, None, {})
         return
     names = model.active_adapters if isinstance(model, GraloraModel) else []
     adapters = {name: _tensors_of(name, adapter_name or name, model, manifest, directory) for name in names}
-    exported = {adapter_name or name: tensors for name, tensors in adapters.items()}
+    there = {name: adapter_name or name for name in names}
     for name in (None, *names):
         tensors: Arrays = {} if name is None else adapters[name]
-        there = None if name is None else adapter_name or name
-        by_row = _rows_with(rows, directory, manifest, there, exported)
+        by_row = _rows_with(rows, taken, None if name is None else there[name], list(there.values()))
         yield Variant(_session_with(session, inputs, tensors), by_row, model, manifest, name, tensors)
 
 
@@ -133,16 +133,15 @@ def _session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
 
 
 def _rows_with(
-    session: Any, directory: Path, manifest: Manifest, name: str | None, adapters: Mapping[str, Arrays]
+    session: Any, adapters: AdaptersAsTaken | None, name: str | None, names: Sequence[str]
 ) -> ExportedRows | MixedRows | None:
-    """What runs `model_rows.onnx` with an adapter, beside rows with the others."""
-    if session is None:
+    """What runs `model_rows.onnx` with an adapter or none, beside rows with the others of some."""
+    if adapters is None:
         return None
     if any(value.name == PAST_SEQLENS for value in session.get_inputs()):
-        others = [other for other in (None, *adapters) if other != name] or [name]
-        return ExportedRows(session, AdaptersAsTaken(directory, manifest, session), name, others)
-    assert manifest.adapter_inputs is not None  # without a cache, it is there for adapters alone
-    return MixedRows(session, manifest.adapter_inputs.by_row(), adapters, name)
+        others = [other for other in (None, *names) if other != name] or [name]
+        return ExportedRows(session, adapters, name, others)
+    return MixedRows(session, adapters, name, names)
 
 
 def _check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInputs | None, directory: Path) -> None:

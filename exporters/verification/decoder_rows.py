@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,22 @@ from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.ort_values import as_tensor, as_value
 
 _BYSTANDER = (0, 0, 0)  # what the row reads that is idle from then on; every vocabulary has this token
+
+
+@contextmanager
+def engine_errors(case: str) -> Iterator[None]:
+    """The engine's errors as those of a verification.
+
+    Args:
+        case: What is compared.
+
+    Raises:
+        ExportError: The engine fails.
+    """
+    try:
+        yield
+    except ServingError as error:
+        raise ExportError(f"{error} ({case})") from error
 
 
 class AdaptersAsTaken(Adapters):
@@ -78,15 +95,22 @@ class RowSteps:
         Args:
             export: The graph, and which adapters rows have.
             prompts: What will be read first.
+
+        Raises:
+            ExportError: ONNX Runtime fails, or there is no memory for the caches.
         """
         rows, length = prompts.ids.shape[0], prompts.ids.shape[1] + prompts.steps
         limits = DecoderLimits(None, max(length, len(_BYSTANDER)), frozenset())
-        given = (export.session, export.adapters, limits)
-        self._decoder = RowsDecoder(*given, rows=2 * rows + 1, chunk=limits.context)
         self._description = prompts.description
-        self._rows = [self._decoder.open(name) for name in self.adapters(export, rows)]
-        self._idle = self._decoder.open(export.name)
-        self._decoder.step({self._idle: _BYSTANDER})
+        with engine_errors(self._description):
+            self._decoder = RowsDecoder(
+                export.session, export.adapters, limits, rows=2 * rows + 1, chunk=limits.context
+            )
+            names = self.adapters(export, rows)
+            # the one that rests is between others, since a step gives the graph the rows from the first to the last
+            first, self._idle, *others = [self._decoder.open(name) for name in (names[0], export.name, *names[1:])]
+            self._rows = [first, *others]
+            self._decoder.step({self._idle: _BYSTANDER})
 
     @staticmethod
     def adapters(export: ExportedRows, rows: int) -> list[str | None]:
@@ -117,10 +141,8 @@ class RowSteps:
     def _step(self, tokens: dict[int, list[int]]) -> dict[int, Any]:
         idle = [row for row in (*self._rows, self._idle) if row not in tokens]
         before = [{name: value.clone() for name, value in self._decoder.cached(row).items()} for row in idle]
-        try:
+        with engine_errors(self._description):
             logits = self._decoder.step(tokens)
-        except ServingError as error:
-            raise ExportError(f"{error} ({self._description})") from error
         for row, own in zip(idle, before, strict=True):
             now = self._decoder.cached(row)
             if changed := [name for name, value in own.items() if not torch.equal(now[name], value)]:

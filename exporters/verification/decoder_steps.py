@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gralora_fx.runtime.encoder_decoder_session import as_past
@@ -48,24 +47,3 @@ class DecoderSteps:
         results = run_values(self._session, {**feed, **self._cache}, self._description)
         self._cache = as_past(results)
         return as_tensor(results["logits"])
-
-
-def greedy_tokens(step: Step, ids: Tensor, steps: int, mask: Tensor | None = None) -> Tensor:
-    """Decode greedily.
-
-    Args:
-        step: What reads tokens, nothing read so far.
-        ids: `[batch, length]`, the tokens to begin with.
-        steps: How many to add.
-        mask: As `ids`, 0 where a position is padding on the left; None where none is.
-
-    Returns:
-        The new tokens, `[batch, steps]`.
-    """
-    mask = torch.ones_like(ids) if mask is None else mask
-    outputs: list[Tensor] = []
-    for _ in range(steps):
-        ids = step(ids, mask)[:, -1:].argmax(-1)
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        outputs.append(ids)
-    return torch.cat(outputs, dim=1)

@@ -13,48 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
+from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError
-from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, is_adapter_input
 from gralora_fx.runtime.adapter_session import SessionView
-from gralora_fx.runtime.adapter_stack import BASE, AdapterStack
-from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.runtime.adapter_stack import BASE
 from gralora_fx.runtime.ort_values import as_tensor, as_value, own_value
-
-_ROW_INPUTS = (ADAPTER_IDS, QUERY_SEQLENS, PAST_SEQLENS)
-
-Arrays = Mapping[str, NDArray[Any]]
-
-
-def is_row_input(name: str) -> bool:
-    """Whether an input of `model_rows.onnx` says something of its rows that the model's own inputs do not."""
-    return name in _ROW_INPUTS or is_adapter_tensor(name)
 
 
 class MixedRows(SessionView):
     """A session over `model_rows.onnx` with the interface of one whose rows all have one adapter."""
 
-    def __init__(self, session: Any, inputs: AdapterInputs, adapters: Mapping[str, Arrays], name: str | None) -> None:
+    def __init__(self, session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> None:
         """Stack the adapters.
 
         Args:
             session: The session.
-            inputs: The adapter tensors of the export.
-            adapters: The tensors of each adapter, by its name.
+            adapters: Those of the export, as the session takes them.
             name: The adapter of the rows that are given; None for the base.
+            names: The adapters that rows and their copies have.
         """
         super().__init__(session)
-        self.count = 1 + len(adapters)
-        types = {value.name: value.type for value in session.get_inputs()}
-        stack = AdapterStack(inputs)
-        for adapter, tensors in adapters.items():
-            stack.add(adapter, tensors)
-        self._stack = stack.current()  # kept: its arrays are the memory of the values
-        self.number = BASE if name is None else self._stack.ids[name]
-        self.tensors = {key: as_value(as_tensor(value), types[key]) for key, value in self._stack.values.items()}
+        stack = adapters.stack_of([adapters[other] for other in names])
+        self.count, self.tensors = 1 + len(names), stack.values
+        self.number = BASE if name is None else stack.ids[name]
 
     def get_inputs(self) -> list[Any]:
         """The inputs of the model."""
-        return [value for value in self.session.get_inputs() if not is_row_input(value.name)]
+        return [value for value in self.session.get_inputs() if not is_adapter_input(value.name)]
 
     def ids(self, rows: int) -> NDArray[np.int64]:
         """`[2 * rows]`: the adapter of every row and, after it, of its copy: the others in turn."""

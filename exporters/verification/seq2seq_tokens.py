@@ -10,9 +10,9 @@ from torch import Tensor
 from gralora_fx.engine.encoder_decoder import EncoderDecoder
 from gralora_fx.engine.encodings import Encodings
 from gralora_fx.engine.limits import DecoderLimits
-from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
+from gralora_fx.exporters.verification.decoder_rows import engine_errors
 from gralora_fx.tracing.inputs.decoder_cache import PAST, returned_cache
 
 _STEPS, _QUICK_STEPS = 8, 3
@@ -51,15 +51,15 @@ def equal_share(run: TokenRun) -> float:
 def _greedy_tokens(run: TokenRun, source: Mapping[str, Tensor], start: Tensor, steps: int) -> Tensor:
     """The export's tokens after `start`, `[batch, 1]`, for what its encoder reads: `[batch, steps]`."""
     limits = DecoderLimits(None, steps, frozenset())
-    decoder = EncoderDecoder(run.session, run.adapters, limits, Encodings(), rows=len(start))
-    sources = ({name: value[row : row + 1].numpy() for name, value in source.items()} for row in range(len(start)))
-    last = {decoder.open(source=own): [int(token)] for own, token in zip(sources, start, strict=True)}
-    found: dict[int, list[int]] = {row: [] for row in last}
-    try:
+    found: dict[int, list[int]] = {}
+    with engine_errors("greedy tokens"):
+        decoder = EncoderDecoder(run.session, run.adapters, limits, Encodings(), rows=len(start))
+        last: dict[int, list[int]] = {}
+        for row, token in enumerate(start):
+            source_of_row = {name: value[row : row + 1].numpy() for name, value in source.items()}
+            last[decoder.open(source=source_of_row)] = [int(token)]
         for _ in range(steps):
             last = {row: [int(logits.argmax())] for row, logits in decoder.step(last).items()}
             for row, tokens in last.items():
-                found[row] += tokens
-    except ServingError as error:
-        raise ExportError(str(error)) from error
+                found.setdefault(row, []).extend(tokens)
     return torch.tensor([found[row] for row in sorted(found)])

@@ -41,10 +41,14 @@ def within_file(folder: Path) -> Path:
     return file(folder) / "x"
 
 
+def link(path: Path, target: Path) -> Path:
+    if not os.path.lexists(path):
+        path.symlink_to(target)
+    return path
+
+
 def loop(folder: Path) -> Path:
-    if not os.path.lexists(folder / "loop"):
-        (folder / "loop").symlink_to(folder / "loop")
-    return folder / "loop"
+    return link(folder / "loop", folder / "loop")
 
 
 def within_loop(folder: Path) -> Path:
@@ -52,9 +56,7 @@ def within_loop(folder: Path) -> Path:
 
 
 def dangling(folder: Path) -> Path:
-    if not os.path.lexists(folder / "dangling"):
-        (folder / "dangling").symlink_to(folder / "gone")
-    return folder / "dangling"
+    return link(folder / "dangling", folder / "gone")
 
 
 def long_name(folder: Path) -> Path:

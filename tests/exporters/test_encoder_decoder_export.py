@@ -24,7 +24,8 @@ from traces import fresh, fresh_trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperProcessor
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
-from gralora_fx.errors import ExportError
+from gralora_fx.engine.encoder_decoder import EncoderDecoder
+from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past, empty_past
 from gralora_fx.runtime.session import open_session
@@ -165,6 +166,18 @@ def test_a_processor_is_saved_in_the_files_that_transformers_js_reads(tmp_path: 
     report = export_onnx(base("whisper"), tmp_path / "onnx", tokenizer=processor, verify=False)
     assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= set(report.files)
     assert json.loads((tmp_path / "onnx" / "preprocessor_config.json").read_text())["feature_size"] == 8
+
+
+def test_what_the_engine_refuses_is_an_error_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = fresh_trace("t5", task="text2text-generation-with-past")
+    export_onnx(traced, tmp_path / "onnx", verify=False)
+
+    def full(*_: Any, **__: Any) -> int:
+        raise ServingError("all rows are in use")
+
+    monkeypatch.setattr(EncoderDecoder, "open", full)
+    with pytest.raises(ExportError, match=r"all rows are in use \(greedy tokens\)"):
+        verify_onnx(tmp_path / "onnx", traced, "quick")
 
 
 def test_files_and_names_are_optimums(bart: Exported) -> None:

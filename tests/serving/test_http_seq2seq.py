@@ -45,17 +45,6 @@ def service(export: Path) -> Iterator[tuple[str, Any]]:
         yield served
 
 
-@pytest.fixture
-def http(service: tuple[str, Any]) -> TestClient:
-    return TestClient(service[1])
-
-
-@pytest.fixture
-def client(service: tuple[str, Any]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service[0]}v1", api_key="none", max_retries=0, timeout=60) as made:
-        yield made
-
-
 def expected(text: str, count: int) -> str:
     """What transformers' `generate` gives, by the model's own rules."""
     source = fresh("bart", task=TASK, **SPECIAL, **WIDE["bart"])[0]

@@ -48,17 +48,6 @@ def service(export: Path) -> Iterator[tuple[str, Any]]:
         yield served
 
 
-@pytest.fixture
-def http(service: tuple[str, Any]) -> TestClient:
-    return TestClient(service[1])
-
-
-@pytest.fixture
-def client(service: tuple[str, Any]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service[0]}v1", api_key="none", max_retries=0, timeout=60) as made:
-        yield made
-
-
 def heard(seed: int) -> Any:
     """A recording as a file holds it, rounded to 16 bits."""
     return read_audio(wav(sound(seed)), 30).samples
