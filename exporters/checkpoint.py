@@ -21,7 +21,7 @@ from gralora_fx.exporters.merged_files.companions import (
 from gralora_fx.exporters.merged_files.names_in_files import names_in_files
 from gralora_fx.exporters.merged_files.write_shards import new_shards, write_shards
 from gralora_fx.loading.adapter_facts import head_classes
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.stages import timed
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases

@@ -35,7 +35,7 @@ from gralora_fx.exporters.folding.products import ProductWeight, product_weights
 from gralora_fx.exporters.folding.report import FoldedSite, FoldReport
 from gralora_fx.exporters.folding.requantize import QuantizedEdit, Survival, check_survival
 from gralora_fx.exporters.folding.rewriting import Rewriting
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_base import base_of_export, layers_of_export
 from gralora_fx.runtime.export_files import check_files, describe_files
 from gralora_fx.runtime.manifest import AdapterEntry, FileEntry, Manifest

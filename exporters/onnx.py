@@ -36,8 +36,7 @@ from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.progress.gc_pause import gc_pause
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
 from gralora_fx.runtime.manifest import Manifest, RowsEntry
 from gralora_fx.runtime.quality import Quality

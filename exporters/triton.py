@@ -18,7 +18,7 @@ from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, require_space, staged
 from gralora_fx.exporters.onnx_passes.constant_adapters import ConstantAdapters
 from gralora_fx.exporters.triton_files.config import TritonConfig, tensors_of
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.adapter_arrays import as_arrays
 from gralora_fx.runtime.adapter_file import read_tensors
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor

@@ -12,7 +12,7 @@ import pytest
 from gralora_fx.demo import news as news_module
 from gralora_fx.demo import run as run_demo
 from gralora_fx.demo.news import load_news
-from gralora_fx.progress import heartbeat
+from gralora_fx.progress import console
 from gralora_fx.serving import load
 
 
@@ -34,7 +34,7 @@ def test_demo_writes_adapter_export_and_report(
     news = load_news(0)
     small = dataclasses.replace(news, train=news.train[:32], test=news.test[:16])
     monkeypatch.setattr(run_module, "load_news", lambda _: small)
-    monkeypatch.setattr(heartbeat, "SILENCE", 0.1)
+    monkeypatch.setattr(console, "SILENCE", 0.1)
     run_demo(tmp_path / "demo", epochs=1, seed=0)
     output = capsys.readouterr().out
     assert "37 of 38 sites adapted" in output

@@ -15,7 +15,7 @@ from gralora_fx.operators.dot_product_attention import DotProductAttention
 from gralora_fx.operators.mask import Mask
 from gralora_fx.operators.rms_norm import RmsNorm
 from gralora_fx.operators.rotary import Rotary
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 
 _aten = torch.ops.aten
 # operators that take tensors of several dtypes as they are, or whose result has another by its meaning

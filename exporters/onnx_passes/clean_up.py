@@ -11,7 +11,7 @@ from onnxscript import optimizer
 
 from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.weights import LazyTensor
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 
 _SMALL = 1024  # values
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"

@@ -38,7 +38,7 @@ from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_a
 from gralora_fx.exporters.translation.weights import weight_tensor
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11

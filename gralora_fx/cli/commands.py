@@ -19,10 +19,8 @@ from gralora_fx.cli.serve import serve
 from gralora_fx.config.checks import check_integer
 from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
-from gralora_fx.progress.console import StageProgress
-from gralora_fx.progress.gc_pause import gc_pause
-from gralora_fx.progress.heartbeat import Heartbeat
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.console import Heartbeat, StageProgress
+from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.manifest import read_manifest
 
 app = typer.Typer(

@@ -13,7 +13,7 @@ import gralora_fx.cli.options as opt
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.progress.console import StageProgress
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.adapter_name import check_name
 from gralora_fx.runtime.export_adapters import check_takes_adapters, given_adapter, own_adapters
 from gralora_fx.runtime.manifest import Manifest, read_manifest

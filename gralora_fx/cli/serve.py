@@ -13,7 +13,7 @@ import typer
 from gralora_fx.cli.options import Directory, OnnxToRun, export_directory, read_adapters, utf8
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:

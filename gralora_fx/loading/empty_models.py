@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from gralora_fx.errors import GraloraError, TraceError, first_line
 from gralora_fx.loading.model_classes import class_for
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 from gralora_fx.sources.safetensors_files import empty_model
 
 

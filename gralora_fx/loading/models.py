@@ -29,8 +29,7 @@ from gralora_fx.loading.load_report import LoadReport
 from gralora_fx.loading.model_classes import class_for, warn_of_another_head
 from gralora_fx.loading.sentence_task import sentence_source, unread_names, without_unread
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.progress.silence import quiet
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress.stages import quiet, timed
 from gralora_fx.sources.cross_encoder import score_function
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files

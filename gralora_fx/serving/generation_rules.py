@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from gralora_fx.errors import ServingError, first_line, warn_caller
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.sources.model_files import GENERATION_CONFIG, read_json_object
 

@@ -15,7 +15,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.attention import fused_attention

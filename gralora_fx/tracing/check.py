@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import TraceError, first_line
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.failures import where, where_defined
 from gralora_fx.tracing.inputs.decoder_cache import PAST, other_cached_sizes
 from gralora_fx.tracing.inputs.encoder_decoder_cache import other_step_sizes

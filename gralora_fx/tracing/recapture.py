@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.compat.operators import HigherOrderOperator, OpOverload
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.capture import Axes, dynamic_axes
 from gralora_fx.tracing.normalize.clean import without_guards
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gralora_fx.progress import heartbeat as module
-from gralora_fx.progress.console import StageProgress
-from gralora_fx.progress.heartbeat import SILENCE, Heartbeat
-from gralora_fx.progress.silence import quiet
-from gralora_fx.progress.timing import timed
+from gralora_fx.progress import console as module
+from gralora_fx.progress.console import SILENCE, Heartbeat, StageProgress
+from gralora_fx.progress.stages import quiet, timed
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.feature_extractors import CONFIG, load_feature_extractor
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 from gralora_fx.runtime.input_arrays import as_array
 from gralora_fx.serving.speech.audio_files import Audio, check_length
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from gralora_fx.errors import TraceError, first_line
-from gralora_fx.progress.silence import quiet
+from gralora_fx.progress.stages import quiet
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
