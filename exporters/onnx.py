@@ -29,12 +29,13 @@ from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.fx_passes.exportable import check_exportable, graph_to_translate
 from gralora_fx.exporters.onnx_passes.mark_sites import MarkedSites
 from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
+from gralora_fx.exporters.onnx_pipeline import export_log
 from gralora_fx.exporters.options import DYNAMIC, ExportOptions
-from gralora_fx.exporters.pipeline import PassLog
 from gralora_fx.exporters.reports import AttentionReport, AttentionSummary, ExportReport, VerifyReport
 from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
+from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
@@ -129,7 +130,7 @@ def export_onnx(
     if isinstance(model, (TracedModel, GraloraModel)):
         types = [config.peft_type for config in model.configs.values()] if isinstance(model, GraloraModel) else []
         options.check_model(peft_types=types, task=base_trace(model).task)
-    log = PassLog.asked_for(options.dump)
+    log = export_log(options.dump)
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
         traced = trace_to_export(model, options.adapters)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gralora_fx.graph.graph_pass import Skip
+from gralora_fx.graph.pipeline import PassReport
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.runtime.names import ROWS_NAME
@@ -210,28 +210,6 @@ def _layers_as_one(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
         )
         merged[name] = TensorCheck(name, absolute, relative, check.argmax_agreement)
     return list(merged.values())
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What one pass of an export did.
-
-    Attributes:
-        pipeline: The pipeline it belongs to.
-        name: Its name.
-        changed: How many places it changed.
-        skipped: Places that it left unchanged, each with the reason.
-    """
-
-    pipeline: str
-    name: str
-    changed: int
-    skipped: tuple[Skip, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, as `gralora_export.json` holds it."""
-        skipped = {"skipped": [skip._asdict() for skip in self.skipped]} if self.skipped else {}
-        return {"pipeline": self.pipeline, "name": self.name, "changed": self.changed, **skipped}
 
 
 class AttentionSummary(NamedTuple):

@@ -38,7 +38,7 @@ ORDER = [
     "engine",
     "exporters.options",
     "exporters.reports",
-    "exporters.pipeline",
+    "exporters.onnx_pipeline",
     "exporters.folded_model",
     "exporters.adapters_as_data",
     "exporters.fx_passes",

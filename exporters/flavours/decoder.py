@@ -28,8 +28,8 @@ from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.options import DYNAMIC, ExportOptions
-from gralora_fx.exporters.pipeline import Pass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
@@ -38,6 +38,7 @@ from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.decoder_inputs import decoder_inputs, drop_padding
 from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
 from gralora_fx.exporters.verification.prompts import random_prompts
+from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.names import DECODER_KIND, MODEL
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
 from gralora_fx.tracing.traced_model import TracedModel
@@ -114,14 +115,14 @@ def _rows_model(
     return decoder_pipeline("rows", by_rows, options, data).run(model, log)
 
 
-def attention_pipeline(tables: RotaryTables, data: DataSites | None = None) -> Pipeline[ir.Model]:
+def attention_pipeline(tables: RotaryTables, data: DataSites | None = None) -> OnnxPipeline:
     """The passes over a translated decoder, before it becomes a graph of one length or one of rows.
 
     Args:
         tables: The tables of rotary embeddings in its graph.
         data: The layers whose adapters are data of the models; None for none.
     """
-    return Pipeline(
+    return OnnxPipeline(
         "decoder",
         (
             *marking_passes(data),  # first: weights have their own names
@@ -136,7 +137,7 @@ def attention_pipeline(tables: RotaryTables, data: DataSites | None = None) -> P
 
 def decoder_pipeline(
     name: str, positions: Sequence[Pass[ir.Model]], options: ExportOptions, data: DataSites | None = None
-) -> Pipeline[ir.Model]:
+) -> OnnxPipeline:
     """The passes over a decoder with fused attention.
 
     Args:
@@ -145,7 +146,7 @@ def decoder_pipeline(
         options: The options of the export.
         data: The layers whose adapters are data of the model; None for none.
     """
-    return Pipeline(
+    return OnnxPipeline(
         name,
         (
             *positions,  # before norms, which fused they could not cut

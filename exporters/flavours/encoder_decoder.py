@@ -17,8 +17,8 @@ from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.quantize import tables_of_heads
+from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import Pipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
@@ -71,7 +71,7 @@ def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, reques
     return translated_pipeline(name, request.options, request.data).run(model, request.log)
 
 
-def translated_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> Pipeline[ir.Model]:
+def translated_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> OnnxPipeline:
     """What either part goes through as it was translated.
 
     Args:
@@ -79,7 +79,7 @@ def translated_pipeline(name: str, options: ExportOptions, data: DataSites | Non
         options: The options of the export.
         data: The layers whose adapters are data of the models; None for none.
     """
-    return Pipeline(
+    return OnnxPipeline(
         name,
         (
             *translated_passes(options, data, unless_weight),
@@ -90,7 +90,7 @@ def translated_pipeline(name: str, options: ExportOptions, data: DataSites | Non
 
 def named_pipeline(
     name: str, options: ExportOptions, tables: frozenset[str], data: DataSites | None = None
-) -> Pipeline[ir.Model]:
+) -> OnnxPipeline:
     """What a part goes through once its inputs and outputs have their names.
 
     Args:
@@ -99,7 +99,7 @@ def named_pipeline(
         tables: Names of embeddings that are a head's weight in either part.
         data: The layers whose adapters are data of the models; None for none.
     """
-    return Pipeline(
+    return OnnxPipeline(
         name,
         (
             name_axes,

@@ -12,9 +12,8 @@ from torch import fx
 from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import PassLog, PassResult
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.graph.graph_pass import Skip
+from gralora_fx.graph.pipeline import PassLog, PassResult, Skip
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.runtime.names import MODEL, ROWS, ROWS_NAME
 from gralora_fx.tracing.traced_model import TracedModel

@@ -34,14 +34,15 @@ from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.onnx_pipeline import OnnxIrPass, OnnxPipeline
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import OnnxIrPass, PassLog, PassResult, Pipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.adapters_by_row import compare_rows
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
+from gralora_fx.graph.pipeline import PassLog, PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.runtime.names import MODEL, PLAIN_KIND
@@ -84,7 +85,7 @@ def plain_models(
 
 def plain_pipeline(
     inputs: list[str], outputs: list[str], options: ExportOptions, data: DataSites | None = None
-) -> Pipeline[ir.Model]:
+) -> OnnxPipeline:
     """The passes over a translated graph without a cache.
 
     Args:
@@ -93,7 +94,7 @@ def plain_pipeline(
         options: The options of the export.
         data: The layers whose adapters are data of the model; None for none.
     """
-    return Pipeline(
+    return OnnxPipeline(
         "plain",
         (
             *translated_passes(options, data, _may_fold),
@@ -112,7 +113,7 @@ def plain_pipeline(
     )
 
 
-def finishing_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> Pipeline[ir.Model]:
+def finishing_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> OnnxPipeline:
     """The passes over a graph that is what it is but for adapters and quantized weights.
 
     Args:
@@ -120,7 +121,7 @@ def finishing_pipeline(name: str, options: ExportOptions, data: DataSites | None
         options: The options of the export.
         data: The layers whose adapters are data of the model; None for none.
     """
-    return Pipeline(
+    return OnnxPipeline(
         name,
         (
             *insertion_passes(data, quantized=options.quantization is not None),  # what was fused stays fused

@@ -14,7 +14,7 @@ from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import Pass
+from gralora_fx.graph.pipeline import Pass
 
 
 def translated_passes(

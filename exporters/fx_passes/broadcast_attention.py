@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import aten, number, shape
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.operators.attention import Attention
 
 _SDPA = aten.scaled_dot_product_attention.default

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from gralora_fx.compat.operators import OpOverload, base_name
 from gralora_fx.compat.pytree import tree_map
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.graph.parameters import map_parameters
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor

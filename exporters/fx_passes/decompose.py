@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from gralora_fx.compat.operators import OpOverload, is_mutable
 from gralora_fx.exporters.fx_passes.matching import expression
 from gralora_fx.exporters.fx_passes.retrace import retrace
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 
 Table = Mapping[Any, Callable[..., Any]]
 

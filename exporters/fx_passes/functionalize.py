@@ -8,7 +8,7 @@ from torch import fx
 
 from gralora_fx.compat.operators import OpOverload, is_mutable, schema_of
 from gralora_fx.exporters.fx_passes.retrace import retrace
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 
 
 def functionalize(graph: fx.Graph) -> PassResult[fx.Graph]:

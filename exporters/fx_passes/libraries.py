@@ -8,7 +8,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from gralora_fx.compat import torch_onnx
 from gralora_fx.compat.transformers_exporters import fix_for_onnx
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.operators.attention import Attention
 from gralora_fx.operators.constant_sizes import Reshape, Slice
 from gralora_fx.operators.dot_product_attention import DotProductAttention

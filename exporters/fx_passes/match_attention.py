@@ -22,10 +22,9 @@ from gralora_fx.exporters.fx_passes.matching import (
     shape,
 )
 from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, selection_of, split_mask
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionSummary
-from gralora_fx.graph.graph_pass import Skip
 from gralora_fx.graph.module_tree import innermost_path
+from gralora_fx.graph.pipeline import PassResult, Skip
 from gralora_fx.operators.call import named_arguments
 from gralora_fx.operators.dot_product_attention import DotProductAttention
 

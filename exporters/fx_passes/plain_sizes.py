@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import aten, expression, is_call, shape
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 
 _ARITHMETIC = (aten.div.Tensor, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.pow.Tensor_Scalar)
 

@@ -19,7 +19,7 @@ from gralora_fx.exporters.fx_passes.matching import (
     same_size,
     shape,
 )
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.operators.constant_sizes import Reshape
 from gralora_fx.operators.drop_path import DropPath
 

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
 
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.weights import LazyTensor
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.progress.stages import quiet
 
 _SMALL = 1024  # values

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 
 
 @dataclass(frozen=True)

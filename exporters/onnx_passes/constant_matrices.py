@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.graph.graph_pass import Skip
+from gralora_fx.graph.pipeline import Skip
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _KEPT = {  # operators that multiply by weights or by activations, and keep their precision

@@ -24,8 +24,8 @@ from gralora_fx.exporters.onnx_passes.row_tokens import (
     row_tokens,
     take_tokens,
 )
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.names import layer_of
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
 
 GQA = "GroupQueryAttention"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import add_initializer
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.names import FLAG
 
 _EVERYTHING = 2**63 - 1

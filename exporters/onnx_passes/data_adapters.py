@@ -7,7 +7,7 @@ import onnx_ir as ir
 from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.onnx_passes.insert_adapters import InsertAdapters
 from gralora_fx.exporters.onnx_passes.mark_sites import MarkSites
-from gralora_fx.exporters.pipeline import Pass
+from gralora_fx.graph.pipeline import Pass
 
 
 def marking_passes(data: DataSites | None) -> tuple[Pass[ir.Model], ...]:

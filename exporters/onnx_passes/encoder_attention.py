@@ -10,11 +10,10 @@ import onnx_ir as ir
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionSummary
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode, DotProductAttentionNode
-from gralora_fx.graph.graph_pass import Skip
+from gralora_fx.graph.pipeline import PassResult, Skip
 
 PADDING = "gralora.padding"  # metadata of attention: the padding mask that hides keys
 ATTENTION = frozenset({"Attention", "MultiHeadAttention"})

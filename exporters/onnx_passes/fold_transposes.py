@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.weights import transposed_tensor
+from gralora_fx.graph.pipeline import PassResult
 
 
 def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:

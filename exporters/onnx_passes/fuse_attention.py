@@ -17,11 +17,10 @@ from gralora_fx.exporters.onnx_passes.builder import (
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.onnx_passes.pack_qkv import merge_heads, pack_qkv
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode
-from gralora_fx.graph.graph_pass import Skip
+from gralora_fx.graph.pipeline import PassResult, Skip
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention supports only multiples of it as head size
 

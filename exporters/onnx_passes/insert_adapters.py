@@ -15,7 +15,7 @@ from gralora_fx.exporters.onnx_passes.branches import choice, replace_readers
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, static_dim
 from gralora_fx.exporters.onnx_passes.mark_sites import MARKED, SITES, SiteOutput, sites_in
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite
 
 _NORMS = ("LayerNormalization", "SkipLayerNormalization")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.fx_passes.matching import END
 from gralora_fx.exporters.onnx_passes.builder import Builder
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 
 # operators that may follow the last projection, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}

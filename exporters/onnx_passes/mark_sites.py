@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import const_ints, static_dim
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 
 SITES = "gralora_sites"  # key of the marks in a value's metadata
 MARKED = "gralora_marked"  # key of the paths of all layers with marks, in a model's

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 
 
 def merge_matmuls(model: ir.Model) -> PassResult[ir.Model]:

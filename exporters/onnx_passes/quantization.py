@@ -8,7 +8,7 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import Counts
 from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_dynamically
 from gralora_fx.exporters.options import DynamicQuantization, Quantization
-from gralora_fx.exporters.pipeline import Pass, PassLog
+from gralora_fx.graph.pipeline import Pass, PassLog
 from gralora_fx.runtime.manifest import QuantizedWeights
 
 

@@ -23,8 +23,8 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     unquantized,
 )
 from gralora_fx.exporters.options import Quantization
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.weights import LazyTensor, derived, parts_of
+from gralora_fx.graph.pipeline import PassResult
 
 _COLUMNS = 4096  # quantized at once
 

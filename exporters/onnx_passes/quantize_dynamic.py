@@ -20,8 +20,8 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     replace_product,
     unquantized,
 )
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.weights import LazyTensor, derived, parts_of
+from gralora_fx.graph.pipeline import PassResult
 
 # Largest absolute value of a weight: 7 bits, `reduce_range` of onnxruntime's quantizer. x86 processors without VNNI
 # add two products of uint8 and int8 in int16, which saturates at 32,767: 2 * 255 * 64 = 32,640 fits, 2 * 255 * 127 not.

@@ -24,8 +24,8 @@ from gralora_fx.exporters.fx_passes.matching import (
     shape,
 )
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.operators import RotaryNode
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.operators.constant_sizes import Reshape
 from gralora_fx.operators.rotary import Rotary, Rotate
 

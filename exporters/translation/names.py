@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.names import PAST_SEQLENS
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 

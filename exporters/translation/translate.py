@@ -31,11 +31,11 @@ from gralora_fx.exporters.fx_passes.libraries import eliminate_common_subexpress
 from gralora_fx.exporters.fx_passes.plain_sizes import plain_sizes
 from gralora_fx.exporters.fx_passes.retrace import note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
-from gralora_fx.exporters.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.exporters.translation.newer_forms import update_forms
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn, histc
 from gralora_fx.exporters.translation.weights import weight_tensor
+from gralora_fx.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.progress.stages import quiet
@@ -78,7 +78,7 @@ def translate(
     log = PassLog() if log is None else log
     if first:
         copied = fx.GraphModule(graph_module, copy_graph(graph_module))
-        graph = Pipeline(f"{name}-fx", tuple(first)).run(copied.graph, log)
+        graph = Pipeline(f"{name}-fx", tuple(first), error=ExportError).run(copied.graph, log)
         assert graph.owning_module is not None
         graph_module = graph.owning_module
     weights = _translate_into(model.graph, graph_module, model, registry, log, f"{name}-fx", passes)
@@ -118,7 +118,7 @@ def _translate_into(
     values = {path: _placeholder_tensor(tensor) for path, (_, tensor) in weights.items()}
     graph = fx.GraphModule(values | parts, graph).graph
     known = operators_in(registry)
-    graph = Pipeline(
+    graph = Pipeline[fx.Graph](
         name,
         (
             functionalize,  # first: in-place writes must be resolved before any node is moved
@@ -135,6 +135,7 @@ def _translate_into(
             constant_slices,
             promote_types,  # last: it runs the whole graph
         ),
+        error=ExportError,
     ).run(graph, log)
     try:
         with quiet():

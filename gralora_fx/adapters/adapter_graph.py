@@ -22,8 +22,8 @@ from gralora_fx.adapters.folded_weights import (
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.running import RunningGraph
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
+from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.graph.shared_memory import overlapping
-from gralora_fx.graph.user_pass import GraphPass
 from gralora_fx.methods import AdapterTensors
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.sources.same_base import BaseComparison

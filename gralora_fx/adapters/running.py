@@ -19,10 +19,9 @@ from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.readers import Readers
 from gralora_fx.adapters.state import GraphState, Running, Source
 from gralora_fx.errors import RewriteError, first_line
-from gralora_fx.graph.graph_pass import Pass
 from gralora_fx.graph.overlay import overlay, share_adapters
+from gralora_fx.graph.pipeline import GraphPass, Pass, run_pass
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.graph.user_pass import GraphPass, run_pass
 from gralora_fx.methods import first_tensor
 from gralora_fx.passes.protect_outputs import protect_outputs
 from gralora_fx.passes.set_weights import SetWeights

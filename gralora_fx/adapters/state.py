@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.errors import MergeError
-from gralora_fx.graph.user_pass import GraphPass
+from gralora_fx.graph.pipeline import GraphPass
 
 
 @dataclass(frozen=True)

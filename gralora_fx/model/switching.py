@@ -12,7 +12,7 @@ from gralora_fx.adapters.adapter_paths import check_adapter_name
 from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
-from gralora_fx.graph.user_pass import GraphPass
+from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.methods import not_a_config
 from gralora_fx.planning import RewritePlan, plan
 from gralora_fx.planning.targets import exact_targets

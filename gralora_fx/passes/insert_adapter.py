@@ -12,7 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.annotations import annotate
-from gralora_fx.graph.graph_pass import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.sites import LinearCall, LinearSite, calls_at
 from gralora_fx.graph.subgraph_calls import replace_operand
 from gralora_fx.methods import AdapterDims, AdapterMethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from gralora_fx.graph.annotations import annotation_of
-from gralora_fx.graph.graph_pass import PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.methods.low_rank import accumulate
 
 

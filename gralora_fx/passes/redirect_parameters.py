@@ -9,8 +9,8 @@ from torch import fx
 
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.annotations import annotate
-from gralora_fx.graph.graph_pass import PassResult
 from gralora_fx.graph.module_tree import ModuleTree, module_stack
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.weight_views import tensor_at
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from gralora_fx.graph.graph_pass import PassResult
 from gralora_fx.graph.overlay import replace_parameters
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.sites import LinearSite, calls_at
 
 

@@ -9,8 +9,8 @@ from torch import fx
 
 from gralora_fx.errors import MergeError
 from gralora_fx.graph.annotations import annotate
-from gralora_fx.graph.graph_pass import PassResult
 from gralora_fx.graph.overlay import replace_parameters
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.sites import LinearSite, calls_at
 from gralora_fx.graph.weight_views import is_view, readers
 

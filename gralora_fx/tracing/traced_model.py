@@ -14,10 +14,10 @@ from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTraine
 from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.out_of_reach import why_out_of_reach
+from gralora_fx.graph.pipeline import GraphPass, run_pass
 from gralora_fx.graph.sites import LinearSite, find_sites
 from gralora_fx.graph.subgraph_calls import layers_in_subgraphs
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.graph.user_pass import GraphPass, run_pass
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
 from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of

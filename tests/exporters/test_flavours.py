@@ -18,10 +18,10 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.flavours import decoder, encoder_decoder, plain, registry
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
-from gralora_fx.exporters.pipeline import PassResult
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.serving import load
 from gralora_fx.serving.flavours import registry as readings
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout

@@ -31,9 +31,10 @@ from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters.flavours.decoder import decoder_models
 from gralora_fx.exporters.fx_passes.simplify import simplify
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
+from gralora_fx.exporters.onnx_pipeline import import_domains
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import PassLog, import_domains
 from gralora_fx.exporters.translation.translate import translate
+from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.operators.rms_norm import rms_norm
 from gralora_fx.operators.rotary import rotary

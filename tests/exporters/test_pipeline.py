@@ -19,9 +19,9 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import attention_pipeline, decoder_pipeline
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
+from gralora_fx.exporters.onnx_pipeline import DUMP, OnnxPipeline, export_log, import_domains
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.pipeline import DUMP, PassLog, PassResult, Pipeline, import_domains, name_of
-from gralora_fx.graph.graph_pass import Skip
+from gralora_fx.graph.pipeline import PassLog, PassResult, Pipeline, Skip, name_of
 
 CACHED = "text-generation-with-past"
 
@@ -88,7 +88,7 @@ def test_passes_run_in_order_and_are_counted_with_what_they_skipped() -> None:
 )
 def test_a_pass_that_goes_wrong_is_named(broken: Any, message: str) -> None:
     with pytest.raises(ExportError, match=message):
-        Pipeline("some", (do_nothing, broken, copied)).run(graph(), PassLog())
+        Pipeline("some", (do_nothing, broken, copied), error=ExportError).run(graph(), PassLog())
 
 
 def onnx_model(*domains: str) -> ir.Model:
@@ -113,22 +113,22 @@ def test_a_node_of_a_model_before_what_it_reads_is_found() -> None:
         return PassResult(1)
 
     with pytest.raises(ExportError, match="the pass reverse of some left a graph that does not lint"):
-        Pipeline("some", (reverse,)).run(onnx_model("", ""), PassLog())
+        OnnxPipeline("some", (reverse,)).run(onnx_model("", ""), PassLog())
 
 
 def test_graphs_are_written_after_each_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Pipeline("some", (do_nothing, copied)).run(graph(), PassLog.asked_for(tmp_path / "given"))
+    Pipeline("some", (do_nothing, copied)).run(graph(), export_log(tmp_path / "given"))
     assert [path.name for path in sorted((tmp_path / "given").iterdir())] == [
         "01-some-do_nothing.txt",
         "02-some-copied.txt",
     ]
     assert "relu" in (tmp_path / "given" / "02-some-copied.txt").read_text()
-    assert PassLog.asked_for(None).dump is None
+    assert export_log(None).dump is None
     monkeypatch.setenv(DUMP, str(tmp_path / "environment"))
-    assert PassLog.asked_for(None).dump == tmp_path / "environment"
+    assert export_log(None).dump == tmp_path / "environment"
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="graphs cannot be written to"):
-        PassLog.asked_for(tmp_path / "file" / "dump")
+        export_log(tmp_path / "file" / "dump")
 
 
 def test_report_and_manifest_of_a_decoder_say_what_every_pass_did(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from traces import inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph import graph_pass
+from gralora_fx.graph import pipeline
 
 QUERY = GraloraConfig(r=8, target_modules=["query"], init_weights=False)
 
@@ -238,11 +238,11 @@ def test_a_pass_that_goes_wrong_is_shown_with_what_it_had_changed() -> None:
 def test_a_pass_of_the_packages_own_protocol_is_taken(model: GraloraModel) -> None:
     expected = model.graph_module.code
 
-    def changes_nothing(graph_module: fx.GraphModule) -> graph_pass.PassResult[fx.GraphModule]:
-        return graph_pass.PassResult(0)
+    def changes_nothing(graph_module: fx.GraphModule) -> pipeline.PassResult[fx.GraphModule]:
+        return pipeline.PassResult(0)
 
-    def returns_another(graph_module: fx.GraphModule) -> graph_pass.PassResult[fx.GraphModule]:
-        return graph_pass.PassResult(1, graph=fx.GraphModule(graph_module, graph_module.graph))
+    def returns_another(graph_module: fx.GraphModule) -> pipeline.PassResult[fx.GraphModule]:
+        return pipeline.PassResult(1, graph=fx.GraphModule(graph_module, graph_module.graph))
 
     model.add_pass(changes_nothing)
     assert model.graph_module.code == expected
