@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx.demo.news import load_news
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import OrtModel, load
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.text_reader import TextReader, Tokens

@@ -23,7 +23,7 @@ from benchmarks.harness import Claim, Report, Table, progress
 from benchmarks.http_clients import Load, ask, served
 from gralora_fx.demo.news import load_news
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 
 CLIENTS, BATCH, THREADS, WORDS = 64, 8, 2, 80
 ROUNDS = 5

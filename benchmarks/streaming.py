@@ -138,7 +138,7 @@ def measure_export(root: Path, task: str, options: dict[str, Any]) -> dict[str, 
 def export() -> None:
     """What the other process runs: a streamed export, then its peak memory in bytes."""
     from gralora_fx.exporters import export_onnx
-    from gralora_fx.loading.models import load_traced
+    from gralora_fx.loading.bases import load_traced
 
     base, adapter, output, task, options = sys.argv[1:]
     imports = peak_memory()

@@ -16,7 +16,7 @@ from benchmarks import smollm2
 from benchmarks.generation import RUNS
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime.cores import available_threads
 from gralora_fx.serving import load
 

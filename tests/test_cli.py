@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 from gralora_fx.cli import app, main
 from gralora_fx.config.tasks import TASKS
 from gralora_fx.errors import CheckpointError, ExportError, GraloraError, TraceError
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import load
 
 

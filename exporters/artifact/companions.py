@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.loading.feature_extractors import load_feature_extractor
-from gralora_fx.loading.sentence_task import with_sentence_settings
-from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
 from gralora_fx.tracing.inputs.decoder_cache import PAST
 from gralora_fx.tracing.traced_model import TracedModel

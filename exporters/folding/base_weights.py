@@ -73,7 +73,7 @@ class BaseWeights:
     @cached_property
     def _renamed(self) -> Mapping[str, str]:
         """The keys by the names that transformers gives the tensors when it loads the model; parts are left out."""
-        from gralora_fx.loading.empty_models import make_empty  # it imports transformers
+        from gralora_fx.loading.models import make_empty  # it imports transformers
         from gralora_fx.sources.safetensors_files import parameter_names
 
         try:

@@ -151,7 +151,7 @@ def names_of(base: BaseFiles, needed: Iterable[str], task: str | None, num_label
     Raises:
         CheckpointError: No model can be made, or none has these parameters; they are named.
     """
-    from gralora_fx.loading.empty_models import make_empty  # they import torch and transformers
+    from gralora_fx.loading.models import make_empty  # they import torch and transformers
     from gralora_fx.sources.safetensors_files import parameter_names
 
     needed = list(needed)

@@ -58,7 +58,7 @@ def inspect(
     """Trace a model and print its linear call sites, or what an adapter does at each of them."""
     check_inspection(model, adapter, task, (html, svg))
     from gralora_fx.graph.site_table import site_table
-    from gralora_fx.loading.models import load_base, trace_base
+    from gralora_fx.loading.bases import load_base, trace_base
     from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
 
@@ -143,7 +143,7 @@ def export(
         with timed("import"):
             from gralora_fx.adapters.adapter_paths import check_adapter_name
             from gralora_fx.exporters import export_onnx
-            from gralora_fx.loading.models import load_traced
+            from gralora_fx.loading.bases import load_traced
             from gralora_fx.loading.tokenizers import load_tokenizer
             from gralora_fx.model.model_class import without_trainer
         gc.freeze()  # imported objects stay alive and need not be scanned again
@@ -237,7 +237,7 @@ def verify(
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
             from gralora_fx.exporters.verification.manifest_adapters import check_given_adapters
-            from gralora_fx.loading.models import load_traced
+            from gralora_fx.loading.bases import load_traced
             from gralora_fx.model.model_class import without_trainer
             from gralora_fx.runtime.export_files import check_files
         exported = manifest.task

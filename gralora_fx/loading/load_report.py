@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from gralora_fx.errors import CheckpointError, bulleted
+
+_log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
@@ -62,20 +65,36 @@ class LoadReport:
             if key not in supplied
         ]
 
-    def check(self, supplied: Collection[str] = (), *, advice: str) -> None:
-        """Check that no tensor has random values.
+    def check(
+        self,
+        supplied: Set[str] = frozenset(),
+        num_labels: int | None = None,
+        made_for: str | None = None,
+        *,
+        allow_random_head: bool = False,
+    ) -> None:
+        """Check that no tensor has random values; with `allow_random_head`, warn about each.
 
         Args:
             supplied: Names of tensors supplied elsewhere.
-            advice: The remedy to put into the message.
+            num_labels: Number of classes of the model's head, which may be another than the checkpoint's.
+            made_for: The base that the model's adapter was made for, for the message.
+            allow_random_head: Whether tensors may be missing, and have another shape as those of a head have.
 
         Raises:
             CheckpointError: A tensor has random values; each is named.
         """
-        if problems := self.problems(supplied):
+        heads = {key for key, (_, shape) in self.mismatched.items() if shape[:1] == (num_labels,)}
+        problems = self.problems(supplied)
+        if allow_random_head and self.mismatched.keys() <= heads | set(supplied):
+            for problem in problems:
+                _log.warning("%s: %s, so it has random values", self.name, problem)
+        elif problems:
+            base = f"the base that the adapter was made for ({made_for})" if made_for else "a checkpoint that has them"
             raise CheckpointError(
-                f"{self.name} does not hold all of {self.class_name}, so that it would have random values; {advice}:\n"
-                f"{bulleted(problems)}"
+                f"{self.name} does not hold all of {self.class_name}, so that it would have random values; give "
+                f"{base}, task=... as it was saved for, an adapter that brings them (modules_to_save), "
+                f"or allow_random_head=True for a head that is still to be trained:\n{bulleted(problems)}"
             )
 
     def describe(self, supplied: Collection[str] = ()) -> str:

@@ -1,48 +1,24 @@
-"""Base models and adapters by name, as the command line takes them."""
+"""Base models by name, whole, streamed from their files or without values."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from gralora_fx.adapters.base_of_adapter import settled_base
-from gralora_fx.adapters.checkpoint import base_names, read_adapter
-from gralora_fx.config import AdapterConfig
-from gralora_fx.config.adapter_tasks import task_of, with_past
-from gralora_fx.errors import (
-    CheckpointError,
-    GraloraError,
-    TargetError,
-    TraceError,
-    bulleted,
-    first_line,
-    warn_caller,
-)
-from gralora_fx.loading.adapter_facts import base_name, head_classes
+from gralora_fx.errors import GraloraError, TraceError, first_line
 from gralora_fx.loading.load_report import LoadReport
 from gralora_fx.loading.model_classes import class_for, warn_of_another_head
-from gralora_fx.loading.sentence_task import sentence_source, unread_names, without_unread
-from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.progress.stages import quiet, timed
-from gralora_fx.sources.cross_encoder import score_function
+from gralora_fx.progress.stages import quiet
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.safetensors_files import attach_shards, empty_model
-from gralora_fx.sources.same_base import SAME, BaseSource, compare_bases
 from gralora_fx.sources.stored_tensors import check_readable
-from gralora_fx.tracing.inputs.image_sizes import ImageSize
-from gralora_fx.tracing.inputs.samples import infer_task
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
-from gralora_fx.tracing.trace import trace
-from gralora_fx.tracing.traced_model import TracedModel
-
-_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -68,7 +44,7 @@ def load_model(
         CheckpointError: Tensors are missing in the checkpoint or have other shapes; each is named.
     """
     model, report = load_with_report(name, task, num_labels=num_labels)
-    _check_values(report, supplied, allow_random_head, num_labels)
+    report.check(supplied, num_labels, allow_random_head=allow_random_head)
     if not report.problems() and supplied.isdisjoint(model.state_dict()):
         warn_of_another_head(model, name)
     return model
@@ -98,26 +74,7 @@ def load_with_report(
             check_readable(directory)
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
     report = LoadReport.of(str(name), model, info)
-    return model.eval(), without_unread(model, report) if task == SENTENCE_TASK else report
-
-
-def _check_values(
-    report: LoadReport, supplied: Set[str], allow_random_head: bool, num_labels: int | None, made_for: str | None = None
-) -> None:
-    """Check that no tensor has random values; with `allow_random_head`, warn about each."""
-    heads = {
-        key for key, (_, shape) in report.mismatched.items() if shape[:1] == (num_labels,)
-    }  # with another number of classes
-    if allow_random_head and report.mismatched.keys() <= heads | set(supplied):
-        for problem in report.problems(supplied):
-            _log.warning("%s: %s, so it has random values", report.name, problem)
-        return
-    base = f"the base that the adapter was made for ({made_for})" if made_for else "a checkpoint that has them"
-    advice = (
-        f"give {base}, task=... as it was saved for, an adapter that brings them (modules_to_save), or "
-        "allow_random_head=True for a head that is still to be trained"
-    )
-    report.check(supplied, advice=advice)
+    return model.eval(), _without_unread(model, report) if task == SENTENCE_TASK else report
 
 
 def load_streamed(
@@ -139,253 +96,57 @@ def load_streamed(
     """
     check_model_files(name, TraceError)
     directory = resolve_directory(name, TraceError)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-            config.dtype = torch.float32  # as `load_model`
-            if num_labels is not None:
-                config.num_labels = num_labels
-            model_class = class_for(config, task)
-            make = model_class.from_config if hasattr(model_class, "from_config") else model_class
-            model = empty_model(lambda: make(config))
-    except GraloraError:
-        raise
-    except Exception as error:  # transformers raises types of its own
-        raise TraceError(f"no model can be made of {name} ({first_line(error)})") from error
-    unread = unread_names(model) if task == SENTENCE_TASK else set()
+    model = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
+    unread = _unread_names(model) if task == SENTENCE_TASK else set()
     return attach_shards(model, directory, supplied | unread)
 
 
-def load_traced(
-    model: str | None,
-    adapter: str | None,
+def make_empty(
+    directory: Path,
     task: str | None,
     *,
-    with_cache: bool = False,
-    stream: bool = False,
-    allow_random_head: bool = False,
-    image_size: ImageSize = None,
-    adapter_name: str = "default",
-    strict_base: bool = False,
-    others: Sequence[str] = (),
-) -> TracedModel | GraloraModel:
-    """A traced model, rewritten with an adapter if one is given.
+    num_labels: int | None = None,
+    dtype: torch.dtype | None = None,
+    name: str | Path | None = None,
+) -> PreTrainedModel:
+    """A model of a directory's configuration without values: names and shapes, on the meta device.
 
     Args:
-        model: Local directory or hub id of the base; None for the one that the adapter names.
-        adapter: PEFT-format adapter, or None.
-        task: Task name; None for the adapter's or the model's own.
-        with_cache: Whether a task that is not given defaults to the one with a cache, if there is one.
-        stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
-        allow_random_head: Whether the base may lack tensors that the adapter does not supply, such as a head; they get
-            random values, the same in every run.
-        image_size: As of `trace`.
-        adapter_name: Name to give the adapter.
-        strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
-        others: More PEFT-format adapters, which are active beside the first.
+        directory: The model's directory.
+        task: One of optimum's task names; None for the class that the configuration names.
+        num_labels: Number of classes of a head; None for the configuration's.
+        dtype: Of the parameters; None for the configuration's.
+        name: What to call the model in messages; None for its directory.
 
     Raises:
-        ConfigError: Neither names a base model, or the adapter is for another task.
-        TraceError: The base cannot be loaded or traced.
-        TargetError: The adapter's configuration does not fit the base.
-        CheckpointError: Tensors of the base are missing, or the adapter's do not fit it.
+        TraceError: The configuration names no class that transformers has, or it cannot be made.
     """
-    base = load_base(model, adapter, task, stream=stream, strict_base=strict_base, others=others)
-    base.check(allow_random_head=allow_random_head)
-    loaded = trace_base(base, with_cache=with_cache, image_size=image_size, adapter_name=adapter_name)
-    if others and isinstance(loaded, GraloraModel):
-        names = [f"adapter_{index}" for index in range(2, len(others) + 2)]
-        for name, other in zip(names, others, strict=True):
-            loaded.load_adapter(other, name, strict_base=strict_base)
-        loaded.set_adapter([adapter_name, *names])
-    return loaded
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            if dtype is not None:
+                config.dtype = dtype
+            if num_labels is not None and num_labels != config.num_labels:
+                config.num_labels = num_labels
+            model_class = class_for(config, task)
+            make = model_class.from_config if hasattr(model_class, "from_config") else model_class
+            return empty_model(lambda: make(config))
+    except GraloraError:
+        raise
+    except Exception as error:  # transformers raises types of its own
+        raise TraceError(f"no model can be made of {name or directory} ({first_line(error)})") from error
 
 
-@dataclass(frozen=True)
-class Base:
-    """A loaded base model, with its task and adapter.
-
-    Attributes:
-        name: Local directory or hub id.
-        model: The model.
-        task: The requested task, or the adapter's; None for the model's own.
-        is_asked: Whether the task was given explicitly.
-        adapter: Directory or hub id of the adapter, or None.
-        config: The adapter's configuration, or None.
-        supplied: Names of the parameters that the adapter supplies.
-        modules: Directory whose `modules.json` says what follows the transformer of a sentence encoder, or None.
-        num_labels: Number of classes of the adapter's head, or None.
-        report: How the checkpoint fits the model; None if the weights are streamed, which checks it already.
-        strict_base: Whether an adapter that is not known to be of this base is refused when it is installed.
-    """
-
-    name: str
-    model: PreTrainedModel
-    task: str | None
-    is_asked: bool
-    adapter: str | None
-    config: AdapterConfig | None
-    supplied: Set[str]
-    modules: Path | None
-    num_labels: int | None
-    report: LoadReport | None
-    strict_base: bool = False
-
-    @property
-    def made_for(self) -> str | None:
-        """The base model named in the adapter's configuration."""
-        return self.config.base_model_name_or_path if self.config else None
-
-    def check(self, *, allow_random_head: bool = False) -> None:
-        """Check that the base has no random values, except those that the adapter replaces.
-
-        Raises:
-            CheckpointError: It has; each tensor is named.
-        """
-        if self.report is not None:
-            _check_values(self.report, self.supplied, allow_random_head, self.num_labels, self.made_for)
+def _unread_names(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of a pooler, which a sentence encoder does not read; a checkpoint may lack them."""
+    return {name for name, _ in model.named_parameters() if name.startswith("pooler.")}
 
 
-def load_base(
-    model: str | None,
-    adapter: str | None,
-    task: str | None,
-    *,
-    stream: bool = False,
-    strict_base: bool = False,
-    others: Sequence[str] = (),
-) -> Base:
-    """Load the base model for a task and an adapter, with random values for missing tensors.
-
-    The random values are the same in every run.
-
-    Args:
-        model: Local directory or hub id of the base; None for the one that the adapter names.
-        adapter: PEFT-format adapter, or None.
-        task: Task name; None for the adapter's or the model's own.
-        stream: Whether to leave the weights in their files (see `load_streamed`).
-        strict_base: As of `load_traced`.
-        others: More adapters, which may bring parameters that the base's files lack, and are checked as the first.
-
-    Raises:
-        ConfigError: Neither names a base model, or the adapter is for another task.
-        TraceError: The base cannot be loaded.
-        CheckpointError: The adapter cannot be read or is of another base, or files to stream lack tensors.
-    """
-    config: AdapterConfig | None = None
-    configs: dict[str, AdapterConfig] = {}
-    num_labels: int | None = None
-    supplied: set[str] = set()
-    is_asked = task is not None
-    with timed("load"):
-        if adapter is not None:
-            config, tensors = read_adapter(adapter)
-            task = task_of(config, task, adapter)
-            num_labels = head_classes({key: tensor.shape for key, tensor in tensors.items()})
-            supplied = base_names(tensors)
-            configs[adapter] = config
-            for other in others:
-                configs[other], tensors = read_adapter(other)
-                task = task_of(configs[other], task, other)
-                num_labels = num_labels or head_classes({key: tensor.shape for key, tensor in tensors.items()})
-                supplied |= base_names(tensors)
-            del tensors  # they are read again when the adapter is installed
-        name, report = base_name(model, adapter), None
-        check_model_files(name, TraceError, named_by=None if model else adapter)
-        if strict_base:
-            _check_bases(name, configs)
-        task, modules = sentence_source(task, (adapter, name), is_asked=is_asked)
-        if stream:
-            loaded = load_streamed(name, task, num_labels=num_labels, supplied=supplied)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # so that an export with a random head can be verified later
-                loaded, report = load_with_report(name, task, num_labels=num_labels)
-    if getattr(loaded.config, "num_labels", None) == 1 and (function := score_function(name, TraceError)) is not None:
-        loaded.config.sentence_transformers = {"activation_fn": function}  # where sentence-transformers reads it, too
-    if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
-        warn_of_another_head(loaded, name)
-    return Base(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report, strict_base)
-
-
-def _check_bases(name: str, configs: Mapping[str, AdapterConfig]) -> None:
-    """Refuse adapters of another base before anything is loaded.
-
-    A hub id may not have been downloaded yet, or may have moved: of it, only what is proven is refused here, and the
-    rest when the adapter is installed in what was loaded.
-
-    Args:
-        name: Local directory or hub id of the base.
-        configs: Configurations by the names of the adapters.
-
-    Raises:
-        CheckpointError: One is of another base, or is not known to be of this one.
-    """
-    used = BaseSource(name)
-    for adapter, config in configs.items():
-        compared = compare_bases(BaseSource(config.base_model_name_or_path, config.revision), used)
-        if compared.is_proven_different or Path(name).is_dir():
-            compared.settle(adapter, strict=True, error=CheckpointError)
-
-
-def trace_base(
-    base: Base, *, with_cache: bool = False, image_size: ImageSize = None, adapter_name: str = "default"
-) -> TracedModel | GraloraModel:
-    """Trace a base, and rewrite it with its adapter if it has one.
-
-    Args:
-        base: The result of `load_base`.
-        with_cache: Whether a task that was not given defaults to the one with a cache, if there is one.
-        image_size: As of `trace`.
-        adapter_name: Name to give the adapter.
-
-    Raises:
-        TraceError: The base cannot be traced.
-        TargetError: The adapter's configuration does not fit the base.
-        CheckpointError: The adapter's tensors do not fit the base, or strictly, it is not known to be of this base.
-    """
-    task = base.task or infer_task(base.model)
-    if with_cache and not base.is_asked:
-        task = with_past(task)
-    with timed("trace"):
-        try:
-            traced = trace(base.model, task=task, sentence_modules=base.modules, image_size=image_size)
-        except TraceError as error:
-            if not base.is_asked and task.endswith("-with-past"):
-                without = task.removesuffix("-with-past")
-                raise TraceError(f"{error}; take task={without!r} for an export without a cache") from error
-            raise
-    traced.tokenizer_source = traced.tokenizer_source or base.name
-    if base.adapter is None:
-        return traced
-    if base.strict_base and base.config is not None:
-        settled_base(base.config, traced, base.adapter, strict=True)
-    with timed("rewrite"):
-        try:
-            rewritten = GraloraModel.from_pretrained(traced, base.adapter, adapter_name=adapter_name)
-        except (TargetError, CheckpointError) as error:
-            raise type(error)(_misfit(error, base)) from error
-    if all(rewritten.installed(name).is_zero for name in rewritten.configs):
-        warn_caller(
-            f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"
-        )
-    return rewritten
-
-
-def _misfit(error: GraloraError, base: Base) -> str:
-    """The message for an adapter that does not fit its base: a headline, then a line for each problem."""
-    lines = str(error).splitlines()
-    problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
-    if base.config is not None and base.made_for:
-        made = BaseSource(base.made_for, base.config.revision)
-        if compare_bases(made, BaseSource(base.name)).outcome == SAME:
-            return (
-                f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}), the base that it "
-                "was made for: its adapter_config.json and its tensors do not agree, or not with this model; save it "
-                "again, or give another as adapter=...:\n" + bulleted(problems)
-            )
-    hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"
-    return (
-        f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
-        "so give that base as model=..., or another as adapter=...:\n" + bulleted(problems)
-    )
+def _without_unread(model: PreTrainedModel, report: LoadReport) -> LoadReport:
+    """A loading report without the parameters that a sentence encoder does not read; those missing become zero."""
+    unread = _unread_names(model) & report.missing.keys()
+    with torch.no_grad():
+        for name in unread:
+            model.get_parameter(name).zero_()
+    missing = {name: shape for name, shape in report.missing.items() if name not in unread}
+    return dataclasses.replace(report, missing=missing)

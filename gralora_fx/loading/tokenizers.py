@@ -1,27 +1,35 @@
-"""Loading of tokenizers, and token ids of prompts."""
+"""Tokenizers and feature extractors by name, the settings of sentence encoders in them, and token ids of prompts."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gralora_fx.errors import CheckpointError, GraloraError, first_line
-from gralora_fx.loading.pretrained import load_pretrained
+from gralora_fx.progress.stages import quiet
+from gralora_fx.sources.model_files import check_json_objects, local_directory
+from gralora_fx.sources.sentence_modules import SentenceModules
 
+PREPROCESSOR = "preprocessor_config.json"
+_EXTRACTOR_FILES = (PREPROCESSOR, "processor_config.json")
 _JSON = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *_EXTRACTOR_FILES,
 )
-_FILES = (
+_TOKENIZER_FILES = (
     *_JSON[:2],
     "tokenizer.model",
     "spiece.model",
@@ -45,15 +53,125 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
     Raises:
         GraloraError: Of the given type: the tokenizer's files are damaged or cannot be loaded.
     """
-    return load_pretrained(
+    return _load_pretrained(
         AutoTokenizer.from_pretrained,
         name,
         error,
         what="tokenizer",
-        files=_FILES,
+        files=_TOKENIZER_FILES,
         configs=_CONFIGS,
         remedy="repair these files, or leave the tokenizer out",
     )
+
+
+def load_feature_extractor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
+    """The feature extractor of a local directory or a hub id, or None if it has none.
+
+    Args:
+        name: Local directory or hub id.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: its file is damaged or cannot be loaded.
+    """
+    return _load_pretrained(
+        AutoFeatureExtractor.from_pretrained,
+        name,
+        error,
+        what="feature extractor",
+        files=_EXTRACTOR_FILES,
+        configs=_EXTRACTOR_FILES,
+        remedy="repair these files",
+    )
+
+
+def _load_pretrained(
+    load: Callable[..., Any],
+    name: str | Path,
+    error: type[GraloraError],
+    *,
+    what: str,
+    files: Sequence[str],
+    configs: Sequence[str],
+    remedy: str,
+) -> Any | None:
+    """What a local directory or a hub id holds of a kind, or None if it has none of its files.
+
+    Args:
+        load: A class's `from_pretrained`.
+        name: Local directory or hub id.
+        error: The error type to raise.
+        what: What is loaded, for messages.
+        files: The files that it may be in.
+        configs: The JSON files that determine how it is read.
+        remedy: What to do about files that cannot be loaded.
+
+    Raises:
+        GraloraError: Of the given type: a file is damaged or cannot be loaded.
+    """
+    directory = local_directory(name, error)
+    if directory is not None:
+        present = [file for file in files if (directory / file).is_file()]
+        if not present:
+            return None
+        check_json_objects(directory, configs, error)
+        if empty := [file for file in present if not (directory / file).stat().st_size]:
+            raise error(f"{directory / empty[0]} is empty; copy it again")
+    try:
+        with quiet():
+            return load(name, trust_remote_code=False)
+    except Exception as failure:  # transformers and tokenizers raise types of their own
+        if directory is None:
+            present = _downloaded(str(name), files)
+        if not present:
+            return None
+        raise error(
+            f"the {what} of {name} cannot be loaded from {', '.join(present)} ({first_line(failure)}); {remedy}"
+        ) from failure
+
+
+def _downloaded(name: str, files: Sequence[str]) -> list[str]:
+    """Those of some files of a hub repository that are in the cache, after an attempt to load them."""
+    try:
+        return [file for file in files if isinstance(try_to_load_from_cache(name, file), str)]
+    except HFValidationError:  # neither a directory nor a hub id
+        return []
+
+
+def with_sentence_settings(
+    tokenizer: PreTrainedTokenizerBase, modules: SentenceModules, config: PreTrainedConfig | None
+) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer that truncates and lowercases as sentence-transformers does.
+
+    Args:
+        tokenizer: The tokenizer.
+        modules: What the sentence encoder's directory says.
+        config: The transformer's configuration, whose positions limit a text if the directory names no length.
+
+    Raises:
+        CheckpointError: Texts are to be lowercased, but the tokenizer has no Rust implementation to set that in.
+    """
+    changed: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
+    positions = getattr(config, "max_position_embeddings", None)
+    if modules.max_seq_length is not None:
+        changed.model_max_length = modules.max_seq_length
+    elif isinstance(positions, int) and positions > 0:
+        changed.model_max_length = min(changed.model_max_length, positions)
+    if modules.lowercases:
+        backend = getattr(changed, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise CheckpointError(
+                f"{modules.source} has do_lower_case, which {type(tokenizer).__name__} cannot be told; export without "
+                "the tokenizer, and lowercase texts yourself"
+            )
+        if backend.normalizer is None or "Lowercase(" not in repr(backend.normalizer):
+            parts = (
+                [normalizers.Lowercase()]
+                if backend.normalizer is None
+                else [normalizers.Lowercase(), backend.normalizer]
+            )
+            backend.normalizer = normalizers.Sequence(parts)
+    return changed
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: type[GraloraError]) -> list[int]:

@@ -21,7 +21,7 @@ from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, TracedModel, rew
 from gralora_fx.adapters.stored import open_adapter
 from gralora_fx.errors import CheckpointError, GraloraError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, to_lora
-from gralora_fx.loading.models import load_base
+from gralora_fx.loading.bases import load_base
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from gralora_fx.demo.news import package_folder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import LARGEST, dequantize_columns, quantize_columns
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from gralora_fx import serving, trace
 from gralora_fx.cli import app
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.sources.sentence_modules import POOLING_MODES
 
 TASK = "sentence-similarity"

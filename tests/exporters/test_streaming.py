@@ -17,7 +17,8 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.loading.models import load_model, load_streamed, load_traced
+from gralora_fx.loading.bases import load_traced
+from gralora_fx.loading.models import load_model, load_streamed
 from gralora_fx.sources import safetensors_files as shards
 from gralora_fx.sources.lazy_tensors import lazy_parameter, values_of
 

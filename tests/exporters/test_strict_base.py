@@ -20,8 +20,8 @@ from gralora_fx.cli.commands import app
 from gralora_fx.errors import CheckpointError, ExportError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, verify_onnx
 from gralora_fx.exporters.artifact.staging import check_base_replaced
-from gralora_fx.loading import models
-from gralora_fx.loading.models import load_base, load_traced, trace_base
+from gralora_fx.loading import bases as loading
+from gralora_fx.loading.bases import load_base, load_traced, trace_base
 from gralora_fx.runtime.adapter_record import read_record
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.sources.same_base import BaseSource
@@ -199,9 +199,9 @@ def test_strictly_a_base_that_is_downloaded_only_then_is_checked_when_it_is_load
 ) -> None:
     """Whether the hub's cache holds it already makes no difference."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(models, "check_model_files", lambda *_, **__: None)
+    monkeypatch.setattr(loading, "check_model_files", lambda *_, **__: None)
     snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("a" * 40)
-    load = models.load_with_report
+    load = loading.load_with_report
 
     def downloaded(source: Path) -> Callable[..., Any]:
         def load_with_report(name: str, *args: Any, **options: Any) -> Any:
@@ -215,7 +215,7 @@ def test_strictly_a_base_that_is_downloaded_only_then_is_checked_when_it_is_load
     adapter = str(bases.root / "lora")
     for source, is_same in ((bases.own, True), (bases.other, False)):
         shutil.rmtree(tmp_path / "hub", ignore_errors=True)
-        monkeypatch.setattr(models, "load_with_report", downloaded(source))
+        monkeypatch.setattr(loading, "load_with_report", downloaded(source))
         base = load_base("org/model", adapter, "text-generation", strict_base=True)
         if is_same:
             assert isinstance(trace_base(base), GraloraModel)
@@ -233,6 +233,6 @@ def test_strictly_every_adapter_is_checked_before_anything_is_loaded(
     shutil.copytree(bases.root / "lora", own)
     config = json.loads((own / "adapter_config.json").read_text())
     (own / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(bases.other)}))
-    monkeypatch.setattr(models, "load_with_report", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading, "load_with_report", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(CheckpointError, match=r"gralora was made for .*, another base"):
         load_base(str(bases.other), str(own), None, strict_base=True, others=[str(bases.root / "gralora")])

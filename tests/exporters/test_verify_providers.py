@@ -135,7 +135,7 @@ def test_options_of_the_command_reach_verification(monkeypatch: pytest.MonkeyPat
         raise ExportError("recorded")
 
     monkeypatch.setattr("gralora_fx.exporters.verify_onnx", record, raising=False)
-    monkeypatch.setattr("gralora_fx.loading.models.load_traced", lambda *_, **__: None)
+    monkeypatch.setattr("gralora_fx.loading.bases.load_traced", lambda *_, **__: None)
     provider = ["--provider", AZURE, "--provider-option", "a=b=c", "--provider-option", "d="]
     result = CliRunner().invoke(app, ["verify", "--model", "/no/model", "--output", str(export), *provider])
     assert str(result.exception) == "recorded"

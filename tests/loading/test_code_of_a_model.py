@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import GraloraError
-from gralora_fx.loading.empty_models import make_empty
-from gralora_fx.loading.models import load_model, load_streamed
+from gralora_fx.loading.models import load_model, load_streamed, make_empty
 from gralora_fx.loading.tokenizers import load_tokenizer
 
 CODE = """

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from gralora_fx.cli import app
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.loading.adapter_facts import base_name
-from gralora_fx.loading.models import load_base, load_model, load_streamed, load_traced
+from gralora_fx.loading.bases import load_base, load_traced
+from gralora_fx.loading.models import load_model, load_streamed
 
 CLASSIFIER = "text-classification"
 

@@ -11,8 +11,9 @@ from tiny_tokenizers import tiny_tokenizer
 from transformers import BertConfig
 
 from gralora_fx.errors import CheckpointError, TraceError
+from gralora_fx.loading.bases import sentence_source
 from gralora_fx.loading.models import load_model
-from gralora_fx.loading.sentence_task import sentence_source, with_sentence_settings
+from gralora_fx.loading.tokenizers import with_sentence_settings
 from gralora_fx.sources.sentence_modules import SentenceModules
 
 TASK = "sentence-similarity"

@@ -23,7 +23,7 @@ from transformers import pipeline
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.scores import scores_of
 from gralora_fx.serving.http.settings import ServiceSettings

@@ -31,7 +31,7 @@ from tiny_speech import processor, sound, tiny_whisper, wav
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime import adapter_name
 from gralora_fx.serving import Decoder, load
 from gralora_fx.serving.http.settings import ServiceSettings

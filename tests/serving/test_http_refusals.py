@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
 

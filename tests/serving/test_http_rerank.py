@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.scores import relevance_of
 from gralora_fx.serving.http.settings import ServiceSettings

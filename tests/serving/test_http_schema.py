@@ -19,7 +19,7 @@ from tiny_speech import processor, tiny_whisper
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_traced
+from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.loading.feature_extractors import CONFIG, load_feature_extractor
+from gralora_fx.loading.tokenizers import PREPROCESSOR, load_feature_extractor
 from gralora_fx.progress.stages import quiet
 from gralora_fx.runtime.input_arrays import as_array
 from gralora_fx.serving.speech.audio_files import Audio, check_length
@@ -40,11 +40,13 @@ class SpeechReader:
         extractor = load_feature_extractor(directory, ServingError)
         if extractor is None:
             raise ServingError(
-                f"{directory} holds no {CONFIG}, which says how audio becomes what the model reads; export with "
+                f"{directory} holds no {PREPROCESSOR}, which says how audio becomes what the model reads; export with "
                 "tokenizer=..., the model's processor, or give input_features"
             )
         if type(getattr(extractor, "sampling_rate", None)) is not int:
-            raise ServingError(f"{CONFIG} of {directory} names no sampling_rate; export with the model's own processor")
+            raise ServingError(
+                f"{PREPROCESSOR} of {directory} names no sampling_rate; export with the model's own processor"
+            )
         self._extractor, self.rate = extractor, extractor.sampling_rate
         self._inputs = inputs
         self._more = {"return_attention_mask": True} if "attention_mask" in inputs else {}
