@@ -37,9 +37,9 @@ from gralora_fx.exporters.folding.requantize import QuantizedEdit, Survival, che
 from gralora_fx.exporters.folding.rewriting import Rewriting
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_base import base_of_export, layers_of_export
+from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.export_files import check_files, describe_files
 from gralora_fx.runtime.manifest import AdapterEntry, FileEntry, Manifest
-from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
 
 

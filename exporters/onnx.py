@@ -40,7 +40,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
 from gralora_fx.runtime.manifest import Manifest, RowsEntry
-from gralora_fx.runtime.quality import Quality
+from gralora_fx.runtime.quantized_weights import Quality
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from gralora_fx.graph.pipeline import PassReport
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
-from gralora_fx.runtime.names import ROWS_NAME
 from gralora_fx.runtime.placement import describe_placement
-from gralora_fx.runtime.quality import Quality
+from gralora_fx.runtime.quantized_weights import Quality
 
 
 @dataclass(frozen=True)

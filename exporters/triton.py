@@ -26,9 +26,9 @@ from gralora_fx.runtime.adapter_name import SUFFIX, check_name
 from gralora_fx.runtime.adapter_record import read_record
 from gralora_fx.runtime.adapter_stack import AdapterStack
 from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.runtime.names import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.session import check_external_data, open_session
 from gralora_fx.sources.paths import usable_directory, usable_path
 

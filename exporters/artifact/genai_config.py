@@ -10,7 +10,7 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from gralora_fx.runtime.context_length import UNLIMITED, context_length
-from gralora_fx.runtime.names import GENAI_CONFIG, MODEL_NAME
+from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
 
 
 def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Model) -> None:

@@ -17,16 +17,9 @@ from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.folding.record import weight_entries
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.manifest import (
-    SCHEMA_VERSION,
-    AdapterEntry,
-    BaseEntry,
-    Manifest,
-    QuantizedWeights,
-    RowsEntry,
-    SiteEntry,
-)
-from gralora_fx.runtime.names import MANIFEST_NAME, PLAIN_KIND, ROWS
+from gralora_fx.runtime.export_directory import MANIFEST_NAME, PLAIN_KIND, ROWS
+from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
+from gralora_fx.runtime.quantized_weights import QuantizedWeights
 from gralora_fx.tracing.traced_model import TracedModel
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")

@@ -39,7 +39,7 @@ from gralora_fx.exporters.verification.decoder_inputs import decoder_inputs, dro
 from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
 from gralora_fx.exporters.verification.prompts import random_prompts
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
-from gralora_fx.runtime.names import DECODER_KIND, MODEL
+from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 

@@ -25,8 +25,8 @@ from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.encoder_decoder_inputs import drop_padding, encoder_decoder_inputs
 from gralora_fx.exporters.verification.seq2seq_tokens import compare_tokens
+from gralora_fx.runtime.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND
 from gralora_fx.runtime.manifest import RowsEntry
-from gralora_fx.runtime.names import DECODER, ENCODER, ENCODER_DECODER_KIND
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 
 

@@ -14,8 +14,8 @@ from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.graph.pipeline import PassLog, PassResult, Skip
+from gralora_fx.runtime.export_directory import MODEL, ROWS, ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
-from gralora_fx.runtime.names import MODEL, ROWS, ROWS_NAME
 from gralora_fx.tracing.traced_model import TracedModel
 
 Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix

@@ -45,7 +45,7 @@ from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_i
 from gralora_fx.graph.pipeline import PassLog, PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, DATA
-from gralora_fx.runtime.names import MODEL, PLAIN_KIND
+from gralora_fx.runtime.export_directory import MODEL, PLAIN_KIND
 
 
 def plain_models(

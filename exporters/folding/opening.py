@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.folding.stored import check_ranges
+from gralora_fx.runtime.export_directory import MANIFEST_NAME, not_an_export
 from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.manifest import Manifest, not_an_export, read_manifest
-from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data
 from gralora_fx.sources.directory_kind import described
 from gralora_fx.sources.paths import usable_path

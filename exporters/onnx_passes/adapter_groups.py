@@ -17,7 +17,7 @@ from gralora_fx.exporters.onnx_passes.row_tokens import (
     tokens_of_adapters,
 )
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
-from gralora_fx.runtime.names import QUERY_SEQLENS
+from gralora_fx.runtime.export_directory import QUERY_SEQLENS
 
 
 class Groups(NamedTuple):

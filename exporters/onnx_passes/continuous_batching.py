@@ -26,7 +26,7 @@ from gralora_fx.exporters.onnx_passes.row_tokens import (
 )
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.runtime.names import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 
 GQA = "GroupQueryAttention"
 # positions of its inputs

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import add_initializer
 from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.runtime.names import FLAG
+from gralora_fx.runtime.export_directory import FLAG
 
 _EVERYTHING = 2**63 - 1
 

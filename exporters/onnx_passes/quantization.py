@@ -9,7 +9,7 @@ from gralora_fx.exporters.onnx_passes.quantize import QuantizeWeights
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_dynamically
 from gralora_fx.exporters.options import DynamicQuantization, Quantization
 from gralora_fx.graph.pipeline import Pass, PassLog
-from gralora_fx.runtime.manifest import QuantizedWeights
+from gralora_fx.runtime.quantized_weights import QuantizedWeights
 
 
 def quantization_passes(

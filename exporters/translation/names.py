@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.runtime.names import PAST_SEQLENS
+from gralora_fx.runtime.export_directory import PAST_SEQLENS
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 
 _TEXT = ("batch_size", "sequence_length")

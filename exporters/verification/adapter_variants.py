@@ -37,8 +37,8 @@ from gralora_fx.runtime.adapter_name import check_name
 from gralora_fx.runtime.adapter_record import read_record
 from gralora_fx.runtime.adapter_session import adapter_dtype, adapter_values, with_adapter
 from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.export_directory import PAST_SEQLENS
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import PAST_SEQLENS
 from gralora_fx.tracing.traced_model import TracedModel
 
 Arrays = Mapping[str, NDArray[Any]]

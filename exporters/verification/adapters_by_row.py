@@ -7,7 +7,7 @@ import dataclasses
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun, Verification
 from gralora_fx.exporters.verification.outputs import OutputComparison
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
-from gralora_fx.runtime.names import ROWS_NAME
+from gralora_fx.runtime.export_directory import ROWS_NAME
 
 
 def compare_rows(run: TokenRun) -> TokenResult:

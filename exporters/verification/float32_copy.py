@@ -14,8 +14,8 @@ from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_va
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
+from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import ROWS_NAME
 from gralora_fx.runtime.session import CPU, Runtime, check_external_data, open_session
 
 _IN_FLOAT32 = 1  # the accuracy level

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
 from gralora_fx.exporters.reports import TensorCheck
-from gralora_fx.runtime.names import MODEL_NAME, ROWS_NAME
+from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.ort_values import as_tensor, run_values
 from gralora_fx.runtime.session import check_external_data, open_session
 

@@ -14,7 +14,7 @@ from gralora_fx.exporters.verification.finite import check_finite
 from gralora_fx.exporters.verification.model_steps import ModelSteps
 from gralora_fx.exporters.verification.token_texts import TokenTexts
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.quality import TokenQuality
+from gralora_fx.runtime.quantized_weights import TokenQuality
 from gralora_fx.tracing.traced_model import TracedModel
 
 _BATCH = 16  # texts at a time

@@ -27,7 +27,7 @@ from gralora_fx.model.merge import merge
 from gralora_fx.model.rewrite import rewrite
 from gralora_fx.planning import plan
 from gralora_fx.progress.console import Heartbeat
-from gralora_fx.runtime.names import MANIFEST_NAME
+from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.serving import load
 from gralora_fx.tracing.trace import trace
 

@@ -18,8 +18,8 @@ from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.adapter_session import with_adapter
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past
+from gralora_fx.runtime.export_directory import FLAG
 from gralora_fx.runtime.input_arrays import as_array
-from gralora_fx.runtime.names import FLAG
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
 
 _OF_SOURCE = ".encoder."  # in the names of the keys and values of the source

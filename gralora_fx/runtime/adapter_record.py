@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from gralora_fx.errors import ExportError, GraloraError, first_line, listed
 from gralora_fx.runtime.adapter_arrays import DTYPES
 from gralora_fx.runtime.adapter_name import record_path
+from gralora_fx.runtime.json_records import Count, read_object, wrong_fields
 
 SCHEMA_VERSION = 1
 _OWN_DIGEST = "record_sha256"
@@ -45,16 +46,16 @@ class AdapterRecord:
     schema_version: int
     name: str
     config: Mapping[str, Any]
-    k: int
-    r: int
-    hybrid_r: int
-    dtype: str
+    k: Count
+    r: Count
+    hybrid_r: Count
+    dtype: Annotated[str, DTYPES]
     sites: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[Count, ...]]
     base_fingerprint: str | None
     sha256: str
     file_sha256: str
-    size: int
+    size: Count
     base: Mapping[str, Any] | None = None
 
     @property
@@ -96,14 +97,12 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
     if found["schema_version"] < SCHEMA_VERSION or _OWN_DIGEST not in found:
         raise error(f"{place} was written by an older gralora-fx; {remedy}")
     own = found.pop(_OWN_DIGEST)
-    problems = [name for name, is_right in _CHECKS.items() if not is_right(found.get(name))]
-    if problems or {*found, "base"} != {field.name for field in dataclasses.fields(AdapterRecord)}:
-        unknown = sorted(set(found) - {field.name for field in dataclasses.fields(AdapterRecord)})
-        raise error(f"{place} is damaged: {listed([*problems, *unknown]) or 'fields are missing'}; {remedy}")
+    unknown = sorted(set(found) - {field.name for field in dataclasses.fields(AdapterRecord)})
+    if problems := [*wrong_fields(AdapterRecord, found), *unknown]:
+        raise error(f"{place} is damaged: {listed(problems)}; {remedy}")
     if own != _fields_sha256(found):
         raise error(f"{place} was changed: its fields have another SHA-256 than {_OWN_DIGEST} says; {remedy}")
-    shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
-    return AdapterRecord(**{**found, "sites": tuple(found["sites"]), "shapes": shapes})
+    return read_object(AdapterRecord, found)
 
 
 def check_rank(place: Path | str, record: AdapterRecord, most: int | None, error: type[GraloraError]) -> None:
@@ -120,31 +119,3 @@ def check_rank(place: Path | str, record: AdapterRecord, most: int | None, error
 def _fields_sha256(fields: Mapping[str, Any]) -> str:
     """SHA-256 of a record's fields, whatever the layout of their text."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-_CHECKS: Mapping[str, Callable[[Any], bool]] = {
-    "name": _is_text,
-    "config": lambda value: isinstance(value, dict),
-    "k": _is_count,
-    "r": _is_count,
-    "hybrid_r": _is_count,
-    "dtype": lambda value: _is_text(value) and value in DTYPES,
-    "sites": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "shapes": lambda value: (
-        isinstance(value, dict)
-        and all(isinstance(shape, list) and all(map(_is_count, shape)) for shape in value.values())
-    ),
-    "base_fingerprint": lambda value: value is None or _is_text(value),
-    "sha256": _is_text,
-    "file_sha256": _is_text,
-    "size": _is_count,
-    "base": lambda value: value is None or isinstance(value, dict),
-}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
-from gralora_fx.runtime.names import FLAG
+from gralora_fx.runtime.export_directory import FLAG
 
 Arrays = Mapping[str, NDArray[Any]]
 PAST, PRESENT = "past_key_values.", "present."

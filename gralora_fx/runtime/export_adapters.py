@@ -7,9 +7,8 @@ from pathlib import Path
 from gralora_fx.errors import GraloraError
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.adapter_name import SUFFIX, record_path
-from gralora_fx.runtime.links import check_own_file
+from gralora_fx.runtime.export_directory import ADAPTERS, check_own_file
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import ADAPTERS
 from gralora_fx.sources.paths import shown_path, usable_path
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from gralora_fx.errors import ExportError, GraloraError
+from gralora_fx.runtime.export_directory import ADAPTERS, MANIFEST_NAME
 from gralora_fx.runtime.manifest import FileEntry, Manifest
-from gralora_fx.runtime.names import ADAPTERS, MANIFEST_NAME
 
 # files that serving or a tokenizer reads when they are there, by the names that libraries look for
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx_data", "vocab.txt", "merges.txt")

@@ -6,9 +6,9 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.adapter_inputs import (
@@ -18,47 +18,22 @@ from gralora_fx.runtime.adapter_inputs import (
     EARLIER_MODES,
     WHOLE,
     AdapterInputs,
-    AdapterSite,
 )
-from gralora_fx.runtime.json_fields import TEXT_OR_NONE, JsonFields
-from gralora_fx.runtime.names import (
+from gralora_fx.runtime.export_directory import (
     DECODER,
     DECODER_KIND,
     ENCODER_DECODER_KIND,
     MANIFEST_NAME,
     PLAIN_KIND,
     ROWS_NAME,
+    not_an_export,
 )
-from gralora_fx.runtime.quality import OutputQuality, Quality, TokenQuality
-from gralora_fx.sources.directory_kind import described
+from gralora_fx.runtime.json_records import MISSING, FieldError, read_object, wrong_fields
+from gralora_fx.runtime.quantized_weights import Quality, QuantizedWeights
 from gralora_fx.sources.paths import usable_path
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize, ImageSizes
 
 SCHEMA_VERSION = 1
-_PRECISIONS = ("fp32", "fp16", "bf16")
-
-
-@dataclass(frozen=True)
-class QuantizedWeights:
-    """How an export's matrices are quantized, and how much of it is.
-
-    Attributes:
-        kind: `"int4"`, `"int8"` or `"int8-dynamic"`.
-        block_size: Values of a matrix's input axis that share a scale; None where those of a whole column do.
-        accuracy_level: How ONNX Runtime multiplies with blocks; None where there are none.
-        zero_points: Whether blocks have a zero point each; None where there are none.
-        multiplications: Nodes that multiply with quantized values.
-        lookups: Nodes that look up rows of blocks.
-        values: Values of the matrices that are multiplied with.
-    """
-
-    kind: str
-    block_size: int | None
-    accuracy_level: int | None
-    zero_points: bool | None
-    multiplications: int
-    lookups: int
-    values: int
 
 
 @dataclass(frozen=True)
@@ -183,17 +158,17 @@ class Manifest:
 
     schema_version: int
     task: str | None
-    precision: str
-    quantization: QuantizedWeights | None
-    adapters_mode: str
-    logits: str
-    position_offset: int
-    adapters: Mapping[str, AdapterEntry]
-    base_fingerprint: str | None
-    sites: tuple[SiteEntry, ...]
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
-    packages: Mapping[str, str]
+    precision: Annotated[str, ("fp32", "fp16", "bf16")]
+    quantization: QuantizedWeights | None = None
+    adapters_mode: str = "merged"
+    logits: str = "all"
+    position_offset: int = 0
+    adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
+    base_fingerprint: str | None = None
+    sites: tuple[SiteEntry, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    packages: Mapping[str, Any] = field(default_factory=dict)
     attention: Mapping[str, Any] | None = None
     passes: tuple[Mapping[str, Any], ...] = ()
     verification: Mapping[str, Any] | None = None
@@ -271,13 +246,78 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
     if version < SCHEMA_VERSION:
         remedy = f"make it anew with {_command(found, path.parent)}"
         raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; {remedy}")
-    return _Reader(found, path, error).manifest()
+    if "batched" in (found.get("adapters_mode"), _object(found, "adapter_inputs").get("mode")):
+        raise error(
+            f"{path} is of an export with adapters='batched', which is a part of adapters='data' now; make it anew "
+            f"with {_command(found, path.parent)}"
+        )
+    fields = _in_todays_form(found)
+    if (name := _undescribed_file(fields)) is not MISSING:
+        raise error(f"{path} does not describe its files as an export does ({name!r:.80}); export the model again")
+    try:
+        manifest = read_object(Manifest, fields)
+        _check_values(manifest, fields)
+    except FieldError as failure:
+        raise error(f"{path}: {failure}; export the model again") from failure
+    return manifest
+
+
+def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object in a manifest; empty where it holds none."""
+    found = fields.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _in_todays_form(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest as they are written today: an older one has other words, and says less."""
+    fields = dict(found)
+    if fields.get("adapters_mode") == "swappable":
+        fields["adapters_mode"] = EARLIER_MODES["swappable"]
+    if (inputs := _object(fields, "adapter_inputs")).get("mode") == "swappable":
+        fields["adapter_inputs"] = {**inputs, "mode": EARLIER_MODES["swappable"]}
+    if quantization := _object(fields, "quantization"):
+        zero_points = None if quantization.get("block_size") is None else False  # blocks had none
+        fields["quantization"] = {"zero_points": zero_points, **quantization}
+    if fields.get("flavour") is None:
+        names = _object(fields, "inputs")
+        is_cached = any(str(name).startswith("past_key_values.") for name in names)
+        fields["flavour"] = ENCODER_DECODER_KIND if DECODER in names else DECODER_KIND if is_cached else PLAIN_KIND
+    return fields
+
+
+def _check_values(manifest: Manifest, fields: Mapping[str, Any]) -> None:
+    """Check what types do not say.
+
+    Raises:
+        FieldError: A value is none that an export writes.
+    """
+    rows, sizes, inputs = manifest.rows, manifest.image_sizes, manifest.adapter_inputs
+    if rows is not None and (rows.file not in (None, ROWS_NAME) or (rows.file is None) == (rows.reason is None)):
+        raise FieldError("rows", fields["rows"])
+    for name in ("fixed", "least") if sizes is not None else ():
+        if any(size < 1 for size in getattr(sizes, name) or ()):
+            raise FieldError(f"image_sizes.{name}", fields["image_sizes"][name])
+    if inputs is not None and (inputs.mode not in AS_DATA or inputs.k < 0):
+        raise FieldError("adapter_inputs", fields["adapter_inputs"])
+    for site in () if inputs is None else inputs.sites:
+        if site.form not in (BLOCKS, WHOLE, BIAS):
+            raise FieldError("adapter_inputs.sites", dataclasses.asdict(site))
+
+
+def _undescribed_file(fields: Mapping[str, Any]) -> Any:
+    """The first name in `files` that is not a path within the directory, or whose file is not described."""
+    files = fields.get("files", {})
+    for name, facts in files.items() if isinstance(files, dict) else [(None, None)]:
+        path = PurePosixPath(name if isinstance(name, str) else "")
+        is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+        if not (is_within and isinstance(facts, dict)) or any(wrong_fields(FileEntry, facts)):
+            return name
+    return MISSING
 
 
 def _command(found: Mapping[str, Any], directory: Path) -> str:
     """The command that makes an export anew, with the options that a manifest of another schema still tells."""
-    quantization, base, mode = found.get("quantization"), found.get("base"), found.get("adapters_mode")
-    model = base.get("name") if isinstance(base, dict) else None
+    model, mode = _object(found, "base").get("name"), found.get("adapters_mode")
     has_adapter = bool(found.get("adapters")) or mode not in (None, "merged")
     options = {
         "--model": model if isinstance(model, str) else "MODEL",
@@ -285,187 +325,8 @@ def _command(found: Mapping[str, Any], directory: Path) -> str:
         "--task": found.get("task"),
         "--adapters": EARLIER_MODES.get(str(mode), mode) if mode != "merged" else None,
         "--precision": found.get("precision"),
-        "--quantize": quantization.get("kind") if isinstance(quantization, dict) else None,
+        "--quantize": _object(found, "quantization").get("kind"),
         "--output": str(directory),
     }
     told = [word for option, value in options.items() if isinstance(value, str) for word in (option, value)]
     return shlex.join(["gralora-fx", "export", *told, "--overwrite"])
-
-
-def not_an_export(directory: Path) -> str:
-    """Why a directory is not an export, and what to do."""
-    found = described(directory)
-    if found == "is a file":
-        return f"{directory} {found}; give the directory of the export, {directory.parent}"
-    if is_export(directory.parent):
-        return f"{directory} is a part of an export; give the directory of the export, {directory.parent}"
-    if found == "is a model":
-        call = f"export_onnx(trace(AutoModel.from_pretrained({str(directory)!r})), output_dir)"
-        return f"{directory} {found}, not an export; export it first: {call}"
-    if found == "is an adapter":
-        return f"{directory} {found}, not an export; give the directory of an export, and this one as adapter=..."
-    return f"no {MANIFEST_NAME} in {directory}, which {found}; give the directory of an export"
-
-
-def is_export(directory: Path) -> bool:
-    """Whether a directory holds a manifest, of whatever schema."""
-    try:
-        found = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "schema_version" in found
-
-
-class _Reader(JsonFields):
-    """Reads the fields of the manifest, each of the type that an export writes."""
-
-    def manifest(self) -> Manifest:
-        return Manifest(
-            schema_version=self.take("schema_version", int),
-            task=self.take("task", *TEXT_OR_NONE),
-            precision=self._precision(),
-            quantization=self._quantization(),
-            adapters_mode=self._mode(self, "adapters_mode"),
-            logits=self.take("logits", str, default="all"),
-            position_offset=self.take("position_offset", int, default=0),
-            adapters=self._adapters(),
-            base_fingerprint=self.take("base_fingerprint", *TEXT_OR_NONE, default=None),
-            sites=self.records("sites", SiteEntry),
-            inputs=self.take("inputs", dict, default={}),
-            outputs=self.take("outputs", dict, default={}),
-            packages=self.take("packages", dict, default={}),
-            attention=self.take("attention", dict, type(None), default=None),
-            passes=tuple(self.objects("passes")),
-            verification=self.take("verification", dict, type(None), default=None),
-            quality=self._quality(),
-            image_sizes=self._image_sizes(),
-            adapter_inputs=self._adapter_inputs(),
-            requires=self.take("requires", dict, type(None), default=None),
-            files=self._files(),
-            weights=self._weights(),
-            base=None if "base" not in self.fields else self.within("base").record(BaseEntry),
-            rows=self._rows(),
-            flavour=self._flavour(),
-        )
-
-    def _mode(self, entry: _Reader, name: str) -> str:
-        """How adapters are held, as a field says it, in today's words."""
-        found: str = entry.take(name, str, default="merged")
-        if found == "batched":
-            raise self.error(
-                f"{self.path} is of an export with adapters='batched', which is a part of adapters='data' now; make it "
-                f"anew with {_command(self.fields, self.path.parent)}"
-            )
-        return EARLIER_MODES.get(found, found)
-
-    def _flavour(self) -> str:
-        """The kind of export; an older one does not say, and is told by its inputs."""
-        told: str | None = self.take("flavour", str, type(None), default=None)
-        if told is not None:
-            return told
-        inputs: dict[str, Any] = self.take("inputs", dict, default={})
-        if DECODER in inputs:
-            return ENCODER_DECODER_KIND
-        return DECODER_KIND if any(name.startswith("past_key_values.") for name in inputs) else PLAIN_KIND
-
-    def _precision(self) -> str:
-        found: str = self.take("precision", str)
-        if found not in _PRECISIONS:
-            self.refuse("precision", found)
-        return found
-
-    def _quantization(self) -> QuantizedWeights | None:
-        """How weights are quantized; blocks of an older export, which does not say, have no zero points."""
-        if self.take("quantization", dict, type(None), default=None) is None:
-            return None
-        entry = self.within("quantization")
-        zero_points = None if entry.fields.get("block_size") is None else False
-        fields = {"zero_points": zero_points, **entry.fields}
-        return dataclasses.replace(entry, fields=fields).record(QuantizedWeights)
-
-    def _adapters(self) -> dict[str, AdapterEntry]:
-        names = self.take("adapters", dict, default={})
-        entries = {name: self.within("adapters").within(name) for name in names}
-        return {
-            name: AdapterEntry(
-                entry.take("config", dict),
-                entry.take("sha256", *TEXT_OR_NONE),
-                entry.take("base", dict, type(None), default=None),
-            )
-            for name, entry in entries.items()
-        }
-
-    def _weights(self) -> dict[str, tuple[WeightEntry, ...]] | None:
-        if "weights" not in self.fields:
-            return None
-        weights = self.within("weights")
-        return {path: weights.records(path, WeightEntry) for path in weights.fields}
-
-    def _quality(self) -> Quality | None:
-        if self.take("quality", dict, type(None), default=None) is None:
-            return None
-        entry = self.within("quality")
-        outputs, tokens = entry.records("outputs", OutputQuality), entry.records("tokens", TokenQuality)
-        return Quality(entry.take("inputs", str), outputs, tokens)
-
-    def _image_sizes(self) -> ImageSizes | None:
-        if self.take("image_sizes", dict, type(None), default=None) is None:
-            return None
-        entry = self.within("image_sizes")
-        fixed = entry.take("fixed", list, type(None))
-        return ImageSizes(
-            None if fixed is None else entry._height_and_width("fixed"),
-            entry.take("reason", *TEXT_OR_NONE),
-            entry._height_and_width("least"),
-            entry.take("multiple_of", int),
-        )
-
-    def _adapter_inputs(self) -> AdapterInputs | None:
-        if self.take("adapter_inputs", dict, type(None), default=None) is None:
-            return None
-        entry = self.within("adapter_inputs")
-        uncalled: list[Any] = entry.take("uncalled", list)
-        mode = self._mode(entry, "mode")
-        if mode not in AS_DATA or entry.take("k", int) < 0:
-            self.refuse("adapter_inputs", dict(entry.fields))
-        sites = entry.records("sites", AdapterSite)
-        for site in sites:
-            if site.form not in (BLOCKS, WHOLE, BIAS):
-                entry.refuse("sites", dataclasses.asdict(site))
-        return AdapterInputs(
-            mode,
-            entry.take("k", int),
-            entry.take("dtype", str),
-            sites,
-            tuple(str(path) for path in uncalled),
-        )
-
-    def _rows(self) -> RowsEntry | None:
-        if "rows" not in self.fields:
-            return None
-        found = self.within("rows").record(RowsEntry)
-        if found.file not in (None, ROWS_NAME) or (found.file is None) == (found.reason is None):
-            self.refuse("rows", self.fields["rows"])
-        return found
-
-    def _height_and_width(self, name: str) -> tuple[int, int]:
-        found: list[Any] = self.take(name, list)
-        if len(found) != 2 or any(type(size) is not int or size < 1 for size in found):
-            self.refuse(name, found)
-        return found[0], found[1]
-
-    def _files(self) -> dict[str, FileEntry] | None:
-        """The files, if every name is a path within the directory and every fact of its type."""
-        if "files" not in self.fields:
-            return None
-        found = self.fields["files"]
-        entries: list[tuple[Any, Any]] = list(found.items()) if isinstance(found, dict) else [(None, None)]
-        for name, facts in entries:
-            parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-            is_within = bool(parts) and not name.startswith("/") and ".." not in parts
-            is_described = isinstance(facts, dict) and {"size", "sha256"} <= facts.keys()
-            if not (is_within and is_described and type(facts["size"]) is int and isinstance(facts["sha256"], str)):
-                raise self.error(
-                    f"{self.path} does not describe its files as an export does ({name!r:.80}); export the model again"
-                )
-        return {name: FileEntry(facts["size"], facts["sha256"]) for name, facts in entries}

@@ -13,8 +13,7 @@ import onnxruntime
 from gralora_fx.compat.onnxruntime import NoKernel
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
-from gralora_fx.runtime.links import check_own_file
-from gralora_fx.runtime.names import DECODER, ENCODER, MODEL_NAME
+from gralora_fx.runtime.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
 from gralora_fx.runtime.plugins import Device
 from gralora_fx.sources.paths import usable_path
 

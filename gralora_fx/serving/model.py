@@ -20,10 +20,9 @@ from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.adapter_session import with_adapter
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME, check_own_file
 from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.links import check_own_file
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.names import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.placement import (
     Placement,

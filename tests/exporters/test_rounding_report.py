@@ -20,7 +20,7 @@ from gralora_fx.exporters.flavours.decoder import DECODER
 from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.tensor_names import flat
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.quality import TokenQuality
+from gralora_fx.runtime.quantized_weights import TokenQuality
 from gralora_fx.serving import load
 from gralora_fx.tracing.inputs.decoder_cache import empty_cache
 

@@ -29,8 +29,8 @@ from gralora_fx import trace
 from gralora_fx.exporters import export_onnx, fold_onnx
 from gralora_fx.exporters.adapter import convert_adapter
 from gralora_fx.runtime.adapter_name import record_path
+from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.names import MANIFEST_NAME
 from gralora_fx.serving import load as load_export
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings

@@ -7,7 +7,7 @@ from functools import partial
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.engine.rows_decoder import RowsDecoder
 from gralora_fx.engine.sequential_decoder import SequentialDecoder, takes_buffers
-from gralora_fx.runtime.names import DECODER_KIND, MODEL_NAME
+from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL_NAME
 from gralora_fx.serving.flavours.reading import OpenExport, Reading
 from gralora_fx.serving.generation import Generation
 

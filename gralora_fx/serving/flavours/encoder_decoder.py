@@ -7,7 +7,7 @@ from functools import partial
 from gralora_fx.engine.encoder_decoder import EncoderDecoder
 from gralora_fx.engine.encodings import Encodings
 from gralora_fx.engine.limits import DecoderLimits
-from gralora_fx.runtime.names import ENCODER_DECODER_KIND
+from gralora_fx.runtime.export_directory import ENCODER_DECODER_KIND
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.flavours.reading import OpenExport, Reading
 from gralora_fx.serving.generation import Generation

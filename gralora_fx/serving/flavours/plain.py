@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.names import PLAIN_KIND
+from gralora_fx.runtime.export_directory import PLAIN_KIND
 from gralora_fx.serving.flavours.reading import OpenExport, Reading
 from gralora_fx.serving.generation import Generation
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.runtime.export_directory import PLAIN_KIND
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.names import PLAIN_KIND
 from gralora_fx.runtime.options import runtime_of
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.encoder_inputs import EncoderInputs

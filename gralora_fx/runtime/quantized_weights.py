@@ -1,8 +1,31 @@
-"""What quantization changes: an export as it is run, compared with the float32 model."""
+"""Quantized weights of an export: how they are held, and what they change, compared with the float32 model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """How an export's matrices are quantized, and how much of it is.
+
+    Attributes:
+        kind: `"int4"`, `"int8"` or `"int8-dynamic"`.
+        block_size: Values of a matrix's input axis that share a scale; None where those of a whole column do.
+        accuracy_level: How ONNX Runtime multiplies with blocks; None where there are none.
+        zero_points: Whether blocks have a zero point each; None where there are none.
+        multiplications: Nodes that multiply with quantized values.
+        lookups: Nodes that look up rows of blocks.
+        values: Values of the matrices that are multiplied with.
+    """
+
+    kind: str
+    block_size: int | None
+    accuracy_level: int | None
+    zero_points: bool | None
+    multiplications: int
+    lookups: int
+    values: int
 
 
 @dataclass(frozen=True)

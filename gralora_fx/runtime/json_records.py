@@ -1,0 +1,108 @@
+"""Objects of a JSON file as dataclasses, whose annotations say what each field holds; an error names the place.
+
+A field is a text, a number, a flag, another such dataclass, a `Mapping` by name, a `tuple` or `Any`; or one of them or
+None. `Annotated[str, ("a", "b")]` allows some values alone. A field with a default may be missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+
+_Record = TypeVar("_Record")
+MISSING = dataclasses.MISSING
+Count: TypeAlias = Annotated[int, range(2**63)]  # not below 0
+
+
+class FieldError(Exception):
+    """A field is missing, or has a value that no writer gives it.
+
+    Attributes:
+        place: Where it is in the file, such as `quality.outputs.0.name`.
+        value: What it has; `MISSING` for none.
+    """
+
+    def __init__(self, place: str, value: object) -> None:
+        """Say where it is, and what it has."""
+        problem = "is missing" if value is MISSING else f"is {value!r:.80}, which no export writes"
+        super().__init__(f"{place} {problem}")
+        self.place, self.value = place, value
+
+
+def read_object(kind: type[_Record], fields: Mapping[str, Any], place: str = "") -> _Record:
+    """An object as a dataclass; fields that the dataclass lacks are left out.
+
+    Args:
+        kind: The dataclass.
+        fields: The fields of the object.
+        place: Where the object is in its file; empty for the whole.
+
+    Raises:
+        FieldError: A field is missing, or of another type.
+    """
+    return kind(**{field.name: _taken(field, hint, fields, place) for field, hint in _declared(kind)})  # type: ignore[arg-type]
+
+
+def wrong_fields(kind: type[Any], fields: Mapping[str, Any]) -> Iterator[str]:
+    """Names of all fields of an object that `read_object` would refuse."""
+    for field, hint in _declared(kind):  # type: ignore[arg-type]
+        try:
+            _taken(field, hint, fields, "")
+        except FieldError:
+            yield field.name
+
+
+def _taken(field: dataclasses.Field[Any], hint: Any, fields: Mapping[str, Any], place: str) -> Any:
+    if field.name not in fields:
+        if field.default is not MISSING:
+            return field.default
+        if field.default_factory is not MISSING:
+            return field.default_factory()
+    return _converted(hint, fields.get(field.name, MISSING), f"{place}.{field.name}" if place else field.name)
+
+
+def _converted(hint: Any, value: Any, place: str) -> Any:
+    """A value of a file as one of a field's type."""
+    if not _fits(hint, value):
+        raise FieldError(place, value)
+    if dataclasses.is_dataclass(hint):
+        return read_object(hint, value, place)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        (other,) = (arg for arg in args if arg is not NoneType)
+        return None if value is None else _converted(other, value, place)
+    if origin is Mapping:
+        return {name: _converted(args[1], item, f"{place}.{name}") for name, item in value.items()}
+    if origin is tuple:
+        kinds = [args[0]] * len(value) if args[1:] == (...,) else args
+        if wrong := [item for item, kind in zip(value, kinds, strict=True) if not _fits(kind, item)]:
+            raise FieldError(place, wrong[0])
+        return tuple(
+            _converted(kind, item, f"{place}.{index}")
+            for index, (item, kind) in enumerate(zip(value, kinds, strict=True))
+        )
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type, whatever it holds."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value is not MISSING
+    if origin is Annotated:
+        return _fits(args[0], value) and value in args[1]
+    if origin in (Union, UnionType):
+        return any(_fits(arg, value) for arg in args)
+    if origin is tuple:
+        return type(value) is list and (args[1:] == (...,) or len(value) == len(args))
+    return type(value) is (dict if origin is Mapping or dataclasses.is_dataclass(hint) else hint)
+
+
+@cache
+def _declared(kind: type[Any]) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
+    """The fields of a dataclass, each with its type."""
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple((field, hints[field.name]) for field in dataclasses.fields(kind))
