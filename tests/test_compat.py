@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from gralora_fx.compat import calling_convention, operators, torch_onnx
+from gralora_fx.compat import torch_graphs, torch_onnx
 
 pytestmark = pytest.mark.quick
 
@@ -77,12 +77,12 @@ def test_tables_of_transformers_are_of_the_form_that_is_read() -> None:
 def test_the_code_generator_of_a_graph() -> None:
     exported = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)).module()
     assert isinstance(exported, fx.GraphModule)
-    assert list(calling_convention.tree_info(exported.graph).orig_args) == ["input"]
-    assert calling_convention.tree_info(fx.symbolic_trace(nn.Linear(2, 2)).graph) is None
-    assert calling_convention.code_transformer(exported.graph) is None
-    assert operators.is_mutable(torch.ops.aten.add_.Tensor)
-    assert not operators.is_mutable(torch.ops.aten.add.Tensor)
-    assert operators.base_name(torch.ops.aten.add_.Tensor) == "add_"
+    assert list(torch_graphs.tree_info(exported.graph).orig_args) == ["input"]
+    assert torch_graphs.tree_info(fx.symbolic_trace(nn.Linear(2, 2)).graph) is None
+    assert torch_graphs.code_transformer(exported.graph) is None
+    assert torch_graphs.is_mutable(torch.ops.aten.add_.Tensor)
+    assert not torch_graphs.is_mutable(torch.ops.aten.add.Tensor)
+    assert torch_graphs.base_name(torch.ops.aten.add_.Tensor) == "add_"
 
 
 def test_the_registry_knows_operators() -> None:

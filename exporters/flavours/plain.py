@@ -17,7 +17,7 @@ from onnx_ir.passes.common import (
 from torch import Tensor, fx
 
 from gralora_fx.compat import pytree
-from gralora_fx.compat.calling_convention import tree_info
+from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.errors import listed
 from gralora_fx.exporters.adapters_as_data import DataSites, by_row

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gralora_fx.compat.operators import OpOverload, is_mutable
+from gralora_fx.compat.torch_graphs import OpOverload, is_mutable
 from gralora_fx.exporters.fx_passes.matching import expression
 from gralora_fx.exporters.fx_passes.retrace import retrace
 from gralora_fx.graph.pipeline import PassResult

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from gralora_fx.compat.operators import OpOverload, is_mutable, schema_of
+from gralora_fx.compat.torch_graphs import OpOverload, is_mutable, schema_of
 from gralora_fx.exporters.fx_passes.retrace import retrace
 from gralora_fx.graph.pipeline import PassResult
 

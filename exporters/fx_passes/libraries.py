@@ -9,12 +9,8 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from gralora_fx.compat import torch_onnx
 from gralora_fx.compat.transformers_exporters import fix_for_onnx
 from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.operators.attention import Attention
-from gralora_fx.operators.constant_sizes import Reshape, Slice
-from gralora_fx.operators.dot_product_attention import DotProductAttention
-from gralora_fx.operators.mask import Mask
-from gralora_fx.operators.rms_norm import RmsNorm
-from gralora_fx.operators.rotary import Rotary
+from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
+from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.progress.stages import quiet
 
 _aten = torch.ops.aten

@@ -25,8 +25,8 @@ from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, 
 from gralora_fx.exporters.reports import AttentionSummary
 from gralora_fx.graph.module_tree import innermost_path
 from gralora_fx.graph.pipeline import PassResult, Skip
+from gralora_fx.operators.attention import DotProductAttention
 from gralora_fx.operators.call import named_arguments
-from gralora_fx.operators.dot_product_attention import DotProductAttention
 
 _SDPA = aten.scaled_dot_product_attention.default
 _PRODUCT = (aten.matmul.default, aten.bmm.default)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gralora_fx.operators.constant_sizes import Reshape, Slice
+from gralora_fx.operators.layers import Reshape, Slice
 
 aten = torch.ops.aten
 MUL = (aten.mul.Tensor, aten.mul.Scalar, operator.mul)

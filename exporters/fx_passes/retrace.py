@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gralora_fx.compat.operators import FakeTensor, detect_fake_mode
+from gralora_fx.compat.torch_graphs import FakeTensor, detect_fake_mode
 from gralora_fx.graph.pipeline import PassResult
 
 Function = Callable[..., Any]

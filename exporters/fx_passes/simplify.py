@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from gralora_fx.compat.operators import base_name, is_mutable
+from gralora_fx.compat.torch_graphs import base_name, is_mutable
 from gralora_fx.exporters.fx_passes.matching import (
     MUL,
     aten,
@@ -20,8 +20,7 @@ from gralora_fx.exporters.fx_passes.matching import (
     shape,
 )
 from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.operators.constant_sizes import Reshape
-from gralora_fx.operators.drop_path import DropPath
+from gralora_fx.operators.layers import DropPath, Reshape
 
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 _COPIES = {aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default}

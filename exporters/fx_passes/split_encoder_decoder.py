@@ -11,7 +11,7 @@ from torch import fx
 from transformers import EncoderDecoderCache
 
 from gralora_fx.compat import pytree
-from gralora_fx.compat.calling_convention import tree_info
+from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.errors import ExportError
 from gralora_fx.tracing.inputs.decoder_cache import PAST, returned_cache
 

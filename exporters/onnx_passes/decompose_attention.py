@@ -76,8 +76,8 @@ def decompose_masks(graph: ir.Graph) -> int:
     count = 0
     for node, mask in MaskNode.all_in(graph):
         build = Builder(graph)
-        length = build("Reshape", mask.length, build.ints(1))
-        _replace(node, _causal(build, mask.padding, length, mask.window, ir.DataType(mask.dtype)), build)
+        length, dtype = build("Reshape", node.inputs[1], build.ints(1)), ir.DataType(node.attributes["dtype"].as_int())
+        _replace(node, _causal(build, mask.padding, length, mask.window, dtype), build)
         count += 1
     return count
 

@@ -184,7 +184,7 @@ def _decompose(build: Builder, node: ir.Node, attention: DotProductAttentionNode
     if bias is None and attention.is_causal:
         bias = _causal(build, query, key)
     plain = AttentionNode(
-        query, key, attention.value, bias, sinks=None, scale=attention.scale, window=0, softcap=0.0
+        query, key, attention.value, bias, sinks=None, scale=attention.scale, window=0, softcap=0.0, dropout=0.0
     ).node()
     build.nodes.append(plain)
     result, output = plain.outputs[0], node.outputs[0]

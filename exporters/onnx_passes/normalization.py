@@ -17,7 +17,7 @@ from gralora_fx.exporters.onnx_passes.mark_sites import SITES
 from gralora_fx.exporters.translation.operators import RmsNormNode
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.operators.call import named_arguments
-from gralora_fx.operators.rms_norm import RmsNorm
+from gralora_fx.operators.layers import RmsNorm
 
 
 def match_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
@@ -150,7 +150,7 @@ class LowerNorms:
             elif norm is not None:
                 build = Builder(model.graph)
                 weight = norm.weight or _ones(build, node, norm.x)
-                y = build("RMSNormalization", norm.x, weight, epsilon=norm.epsilon)
+                y = build("RMSNormalization", norm.x, weight, epsilon=norm.eps)
                 replace_value(y, node.outputs[0])
                 build.insert_before(node)
                 model.graph.remove(node, safe=True)
@@ -192,7 +192,7 @@ def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, norm: RmsNormNode |
     build = Builder(graph)
     terms, rest = list(addition.inputs), list[ir.Value | None]()
     if norm is not None:
-        op_type, weight, eps = "SkipSimplifiedLayerNormalization", norm.weight, norm.epsilon
+        op_type, weight, eps = "SkipSimplifiedLayerNormalization", norm.weight, norm.eps
     else:
         op_type, weight = "SkipLayerNormalization", node.inputs[1]
         eps = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5

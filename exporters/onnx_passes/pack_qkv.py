@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -192,7 +191,7 @@ def _projection(tensor: ir.Value | None) -> _Projection | None:
 
 def _alike(first: RotaryNode, second: RotaryNode) -> bool:
     """Whether two rotary operators use the same angles."""
-    return replace(first, x=second.x) == second
+    return (first.cos, first.sin, first.interleaved) == (second.cos, second.sin, second.interleaved)
 
 
 def _before_swap(tensor: ir.Value | None) -> ir.Value | None:

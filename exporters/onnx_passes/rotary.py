@@ -26,8 +26,7 @@ from gralora_fx.exporters.fx_passes.matching import (
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
 from gralora_fx.exporters.translation.operators import RotaryNode
 from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.operators.constant_sizes import Reshape
-from gralora_fx.operators.rotary import Rotary, Rotate
+from gralora_fx.operators.layers import Reshape, Rotary, Rotate
 
 
 def match_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
@@ -323,7 +322,7 @@ def rotated(build: Builder, rotary: RotaryNode, x: ir.Value, tables: RotaryTable
         tables: The tables of the graph.
     """
     heads, size, half = static_dim(rotary.x, 1), static_dim(rotary.x, 3), static_dim(rotary.cos, 2)
-    attributes = {"interleaved": rotary.interleaved}
+    attributes: dict[str, int] = {"interleaved": rotary.interleaved}
     if size is None or half is None or size != 2 * half:
         attributes |= {"rotary_embedding_dim": 2 * int(half or 0), "num_heads": int(heads or 0)}
     inputs = (x, tables.rows(rotary.cos), tables.table(rotary.cos), tables.table(rotary.sin))

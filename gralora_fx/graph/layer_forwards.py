@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from gralora_fx.compat.operators import OpOverload
+from gralora_fx.compat.torch_graphs import OpOverload
 from gralora_fx.graph.module_tree import ModuleTree, module_stack
 from gralora_fx.graph.sites import match_linear_call
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import fx
 
-from gralora_fx.compat.operators import HigherOrderOperator
+from gralora_fx.compat.torch_graphs import HigherOrderOperator
 from gralora_fx.graph.layer_forwards import why_more_than_products
 from gralora_fx.graph.module_tree import LINEAR_TYPES, ModuleTree, module_stack
 from gralora_fx.graph.sites import LinearSite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from gralora_fx.compat.calling_convention import convention_of, set_convention
+from gralora_fx.compat.torch_graphs import convention_of, set_convention
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.Graph:

@@ -1,1 +1,1 @@
-"""The operators of this project for `torch.fx` graphs: schema, reference, shape rule and calls of each in one place."""
+"""The operators of this project for `torch.fx` graphs, each one class: arguments, reference, shape rule and calls."""

@@ -1,41 +1,80 @@
-"""Calls of this project's operators in a graph, their arguments by name."""
+"""What an operator of this project is: one class, whose fields are the arguments of a call, spelled nowhere else.
+
+Schema, reference, shape rule, calls in a graph and nodes of an ONNX model all come from it. An argument is a tensor of
+a model, a node of its graph, or a value of an ONNX model.
+
+While a model is traced only shapes matter, and computing them by running operators on fake tensors takes most of the
+time. So a traced model calls operators of the namespace `gralora_shapes`, which return a tensor of the right shape and
+nothing else; `restore_aten` replaces them by the real operators in the finished graph. Which one is called depends on
+the tensors alone: during a trace, in this thread or another, tensors that have values are computed as usual.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, dataclass_transform, get_type_hints
 
+import torch
 from torch import Tensor, fx
 
-from gralora_fx.compat.operators import OpOverload, schema_of
-from gralora_fx.operators.namespace import operator_for
+from gralora_fx.compat.torch_graphs import FakeTensor, OpOverload, schema_of
+
+NAMESPACE = "gralora"
+_SHAPES = "gralora_shapes"
+
+if TYPE_CHECKING:  # Python 3.11's has no default
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    V = TypeVarWithDefault("V", default=fx.Node)
+else:
+    V = TypeVar("V")  # a node of a graph, a tensor of a model, or a value of an ONNX model
+_TYPES: dict[Any, str] = {  # types of arguments as PyTorch's schemas write them
+    V: "Tensor",
+    V | None: "Tensor?",
+    V | int: "SymInt",
+    bool: "bool",
+    float: "float",
+    int: "int",
+    Sequence[int]: "int[]",
+    torch.dtype: "ScalarType",
+}
+
+_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+_shapes: Any = torch.library.Library(_SHAPES, "DEF")  # type: ignore[no-untyped-call]
+_stands_for: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
+_shape_only: dict[Any, Any] = {}  # the other way round
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of an operator; each operator has a subclass, whose fields are its schema's arguments in their order.
+class Call(Generic[V]):
+    """A call of an operator; each operator has a subclass, made by `operator`. Its first argument is a tensor.
 
-    The first of them is a tensor.
+    A pass reads `Attention.of(node).mask`, and changes a node by `replace(call, mask=padding).write(node)`.
 
-    Only this knows which argument stands where: a pass reads `Attention.of(node).mask`, and changes a node by
-    `replace(call, mask=padding).write(node)`.
+    A subclass may have a method `shape_only`, which gives a tensor of the result's shape and dtype without values: for
+    an operator that a model calls while it is traced, and not for one that only passes put into a graph.
 
     Attributes:
-        target: The operator.
+        target: The operator, as the target of a graph's node.
+        tensors: The names of those arguments that are tensors or sizes, and so nodes of a graph; they come first.
     """
 
     target: ClassVar[Any]
+    tensors: ClassVar[tuple[str, ...]]
+
+    def result(self: Call[Tensor]) -> Tensor:
+        """What the operator computes, by PyTorch's own operators."""
+        raise NotImplementedError
 
     @classmethod
     def compute(cls, **arguments: Any) -> Tensor:
         """What the operator gives, of tensors; of those without values, as a model's that is traced, the shape alone.
 
         Args:
-            arguments: Every argument of its schema.
+            arguments: Every argument by name.
         """
-        tensor = arguments[fields(cls)[0].name]
-        result: Tensor = operator_for(cls.target, tensor)(**arguments)
+        call: Any = operator_for(cls.target, arguments[cls.names()[0]])
+        result: Tensor = call(**arguments)
         return result
 
     @classmethod
@@ -46,7 +85,7 @@ class Call:
         return cls(**named_arguments(node))
 
     @classmethod
-    def all_in(cls, graph: fx.Graph) -> Iterator[tuple[fx.Node, Self]]:
+    def all_in(cls, graph: Any) -> Iterator[tuple[Any, Self]]:
         """Every node of a graph that calls the operator, in the graph's order, with its call.
 
         The nodes are listed first, and each is read when its turn comes, so a pass may change the graph meanwhile.
@@ -55,13 +94,18 @@ class Call:
             yield node, cls(**named_arguments(node))
 
     @classmethod
+    def names(cls) -> list[str]:
+        """The names of the arguments, in their order."""
+        return [field.name for field in fields(cls)]  # type: ignore[arg-type]  # `operator` makes it a dataclass
+
+    @classmethod
     def position(cls, name: str) -> int:
-        """Where an argument stands.
+        """Which argument a name is.
 
         Raises:
             ValueError: The operator has no such argument.
         """
-        return [field.name for field in fields(cls)].index(name)
+        return cls.names().index(name)
 
     def insert(self, graph: fx.Graph) -> fx.Node:
         """A new node that makes the call, at the graph's insertion point; it has no metadata yet."""
@@ -72,7 +116,80 @@ class Call:
         node.target, node.args, node.kwargs = self.target, self._values(), {}
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple(getattr(self, name) for name in self.names())
+
+
+C = TypeVar("C", bound=Call[Any])
+
+
+@dataclass_transform(frozen_default=True)
+def operator(name: str, *, tags: tuple[torch.Tag, ...] = ()) -> Callable[[type[C]], type[C]]:
+    """Make a class of calls a frozen dataclass, and define its operator in the namespace `gralora`.
+
+    PyTorch takes the operator's gradients, its shape of fake tensors and its decomposition from the class's `result`.
+
+    Args:
+        name: The operator's name.
+        tags: PyTorch's tags, such as of operators that draw random numbers.
+    """
+
+    def define(kind: type[C]) -> type[C]:
+        call: Any = dataclass(frozen=True)(kind)
+        hints = get_type_hints(kind)
+        schema = f"{name}({', '.join(f'{_TYPES[hints[field]]} {field}' for field in call.names())}) -> Tensor"
+        _library.define(schema, tags=tags)
+        _library.impl(name, lambda *args, **named: call(*args, **named).result(), "CompositeImplicitAutograd")
+        call.target = getattr(getattr(torch.ops, NAMESPACE), name).default
+        call.tensors = tuple(field for field in call.names() if hints[field] in (V, V | None, V | int))
+        if hasattr(kind, "shape_only"):
+            define_shape_only(schema, lambda *args, **named: call(*args, **named).shape_only(), call.target)
+        return kind
+
+    return define
+
+
+def define_shape_only(schema: str, rule: Callable[..., Tensor], target: Any) -> Any:
+    """Define the shape-only counterpart of an operator, of this project or of PyTorch.
+
+    Args:
+        schema: Its schema, with the arguments of `target`.
+        rule: Takes fake tensors, and returns one with the shape and dtype of the result.
+        target: The overload that it replaces in a trace.
+
+    Returns:
+        The operator of the namespace `gralora_shapes`.
+    """
+    _shapes.define(schema)
+    name = schema.partition("(")[0]
+    _shapes.impl(name, rule, "CompositeImplicitAutograd")
+    shape_only = getattr(getattr(torch.ops, _SHAPES), name).default
+    _stands_for[shape_only] = target
+    _shape_only[target] = shape_only
+    return shape_only
+
+
+def is_shape_only(tensor: object) -> bool:
+    """Whether a tensor is fake, as those of a model that is being traced."""
+    return isinstance(tensor, FakeTensor)
+
+
+def operator_for(target: Any, tensor: Tensor) -> Any:
+    """What to call with a tensor: what stands for an operator if the tensor has no values, else the operator itself."""
+    return _shape_only.get(target, target) if is_shape_only(tensor) else target
+
+
+def restore_aten(graph: fx.Graph) -> None:
+    """Replace shape-only operators by the operators they stand for.
+
+    Before: `y = gralora_shapes.linear(x, weight, bias); z = gralora_shapes.attention(y, ...)`
+    After:  `y = aten.linear(x, weight, bias); z = gralora.attention(y, ...)`
+
+    Args:
+        graph: A fresh trace; it is changed in place.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _stands_for.get(node.target, node.target)
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:

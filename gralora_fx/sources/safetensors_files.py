@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gralora_fx.compat.transformers_loading import (
+from gralora_fx.compat.transformers_models import (
     WeightConverter,
     WeightRenaming,
     get_model_conversion_mapping,

@@ -18,11 +18,16 @@ from torch.fx.node import map_aggregate
 from transformers import Cache
 
 from gralora_fx.compat import pytree
-from gralora_fx.compat.calling_convention import convention_of, set_convention
-from gralora_fx.compat.operators import HigherOrderOperator, OpOverload, OpOverloadPacket
+from gralora_fx.compat.torch_graphs import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    convention_of,
+    set_convention,
+)
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators import registry  # noqa: F401  # a record may name any operator, in a process that traced nothing
+from gralora_fx.operators import attention, layers  # noqa: F401  # a record may name any operator, in a process that traced nothing
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot be pickled

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gralora_fx.compat.calling_convention import tree_info
+from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.tracing.check import check_example

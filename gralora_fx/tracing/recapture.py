@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.compat.operators import HigherOrderOperator, OpOverload
+from gralora_fx.compat.torch_graphs import HigherOrderOperator, OpOverload
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.capture import Axes, dynamic_axes
 from gralora_fx.tracing.normalize.clean import without_guards

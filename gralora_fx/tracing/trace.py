@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.operators.namespace import restore_aten
+from gralora_fx.operators.call import restore_aten
 from gralora_fx.progress.stages import gc_pause, quiet
 from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.capture import Axes, dynamic_axes, export_transformers_model

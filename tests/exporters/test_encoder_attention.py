@@ -32,7 +32,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.fx_passes.padding import split_mask
 from gralora_fx.exporters.fx_passes.simplify import simplify
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators.dot_product_attention import dot_product_attention
+from gralora_fx.operators.attention import DotProductAttention
 
 
 def t5_encoder() -> PreTrainedModel:
@@ -211,5 +211,5 @@ def test_the_operator_is_pytorchs_attention() -> None:
     keys = padding.bool()[:, None, None, :]
     for mask, whole in ((None, keys), (keys, keys), (bias, bias.masked_fill(~keys, SMALLEST))):
         expected = nn.functional.scaled_dot_product_attention(query, key, value, whole, scale=0.3, enable_gqa=True)
-        actual = dot_product_attention(query, key, value, mask, padding, scale=0.3, is_causal=False)
+        actual = DotProductAttention(query, key, value, mask, padding, scale=0.3, is_causal=False).result()
         torch.testing.assert_close(actual, expected)

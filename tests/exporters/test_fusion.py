@@ -36,8 +36,7 @@ from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators.rms_norm import rms_norm
-from gralora_fx.operators.rotary import rotary
+from gralora_fx.operators.layers import RmsNorm, Rotary
 
 
 class Norm(nn.Module):
@@ -85,14 +84,14 @@ def test_a_norm_over_another_axis_or_of_another_power_stays() -> None:
 
 def test_the_operators_compute_what_they_stand_for() -> None:
     x, weight = torch.randn(2, 3, 8), torch.randn(8)
-    assert torch.allclose(rms_norm(x, weight, 1e-6), nn.functional.rms_norm(x, (8,), weight, 1e-6))
+    assert torch.allclose(RmsNorm(x, weight, 1e-6).result(), nn.functional.rms_norm(x, (8,), weight, 1e-6))
     heads, angles = torch.randn(2, 4, 3, 8), torch.rand(2, 3, 3)
-    result = rotary(heads, angles.cos(), angles.sin(), False)
+    result = Rotary(heads, angles.cos(), angles.sin(), False).result()
     pairs = torch.complex(heads[..., :3], heads[..., 3:6]) * torch.polar(torch.ones(2, 1, 3, 3), angles[:, None])
     assert torch.allclose(result, torch.cat([pairs.real, pairs.imag, heads[..., 6:]], -1), atol=1e-6)
     pairs = torch.view_as_complex(heads[..., :6].reshape(2, 4, 3, 3, 2).contiguous())
     pairs = torch.view_as_real(pairs * torch.polar(torch.ones(2, 1, 3, 3), angles[:, None])).flatten(-2)
-    result = rotary(heads, angles.cos(), angles.sin(), True)
+    result = Rotary(heads, angles.cos(), angles.sin(), True).result()
     assert torch.allclose(result, torch.cat([pairs, heads[..., 6:]], -1), atol=1e-6)
 
 

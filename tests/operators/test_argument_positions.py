@@ -20,7 +20,7 @@ CALLS = {
     part.name
     for file in OPERATORS.glob("*.py")
     for part in ast.walk(ast.parse(file.read_text()))
-    if isinstance(part, ast.ClassDef) and "Call" in map(ast.unparse, part.bases)
+    if isinstance(part, ast.ClassDef) and any("operator(" in ast.unparse(mark) for mark in part.decorator_list)
 }
 _POSITIONAL = {"args", "update_arg", "insert_arg"}
 

@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 
 from gralora_fx import trace
-from gralora_fx.operators.namespace import restore_aten
+from gralora_fx.operators.call import restore_aten
 from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
 
 aten = torch.ops.aten

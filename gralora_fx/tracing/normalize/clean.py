@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from gralora_fx.compat.operators import is_mutable
+from gralora_fx.compat.torch_graphs import is_mutable
 from gralora_fx.graph.surgery import copy_graph, erase_unused
 from gralora_fx.tracing.normalize.inline import inline_subgraphs
 

@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from gralora_fx.graph.surgery import erase_unused
-from gralora_fx.operators.attention import Attention
-from gralora_fx.operators.mask import Mask, MaskOfBlocks
+from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
 
 _CASTS = (
     torch.ops.aten.to.dtype,

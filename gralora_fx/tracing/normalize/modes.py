@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from gralora_fx.operators.attention import Attention
-from gralora_fx.operators.drop_path import DropPath
+from gralora_fx.operators.layers import DropPath
 from gralora_fx.tracing.failures import line_of
 
 _KEY = "gralora_mode"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
-from gralora_fx.compat import autocast
-from gralora_fx.compat.calling_convention import code_transformer, convention_of
+from gralora_fx.compat import torch_graphs
 from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.compat.torch_graphs import code_transformer, convention_of
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.module_tree import innermost_path
 from gralora_fx.graph.weight_views import tensor_at
@@ -47,13 +47,13 @@ def enter_autocast(device_type: str, dtype: torch.dtype | None, enabled: bool, c
     Returns:
         The context, for `leave_autocast`.
     """
-    return autocast.enter_autocast(device_type, dtype, enabled, cache_enabled)
+    return torch_graphs.enter_autocast(device_type, dtype, enabled, cache_enabled)
 
 
 @has_side_effect
 def leave_autocast(context: Any) -> None:
     """Leave the context that `enter_autocast` entered."""
-    autocast.leave_autocast(context)
+    torch_graphs.leave_autocast(context)
 
 
 LEAVE: dict[Callable[..., Any], Callable[..., Any]] = {

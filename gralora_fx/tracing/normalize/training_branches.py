@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from gralora_fx.compat.operators import schema_of
+from gralora_fx.compat.torch_graphs import schema_of
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.tracing.normalize.modes import mode_argument
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from gralora_fx.compat.transformers_masks import AttentionMaskInterface
+from gralora_fx.compat.transformers_models import AttentionMaskInterface
 from gralora_fx.operators.attention import Attention
-from gralora_fx.operators.namespace import NAMESPACE
+from gralora_fx.operators.call import NAMESPACE
 from gralora_fx.tracing.patches.masks import make_mask
 
 

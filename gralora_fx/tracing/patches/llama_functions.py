@@ -17,8 +17,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from gralora_fx.operators.rms_norm import RmsNorm
-from gralora_fx.operators.rotary import Rotate
+from gralora_fx.operators.layers import RmsNorm, Rotate
 
 
 @contextmanager

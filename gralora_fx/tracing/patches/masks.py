@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_fx.compat.transformers_masks import (
+from gralora_fx.compat.transformers_models import (
     blockwise_overlay,
     causal_mask_function,
     eager_mask,
     or_masks,
     sliding_window_causal_mask_function,
 )
-from gralora_fx.operators.mask import Mask, MaskOfBlocks
+from gralora_fx.operators.attention import Mask, MaskOfBlocks
 
 
 def make_mask(

@@ -15,7 +15,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 
 from gralora_fx.errors import warn_caller
-from gralora_fx.operators.drop_path import DropPath
+from gralora_fx.operators.layers import DropPath
 from gralora_fx.tracing.patches.llama_functions import same_code
 
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")

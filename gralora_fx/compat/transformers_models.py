@@ -1,8 +1,10 @@
-"""The functions that transformers builds attention masks from."""
+"""What transformers' models are loaded and run with: names of checkpoint tensors, functions that make masks."""
 
 from gralora_fx.compat.versions import fenced
 
 with fenced("transformers"):
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.masking_utils import (
         AttentionMaskInterface,
         blockwise_overlay,
@@ -14,9 +16,13 @@ with fenced("transformers"):
 
 __all__ = [
     "AttentionMaskInterface",
+    "WeightConverter",
+    "WeightRenaming",
     "blockwise_overlay",
     "causal_mask_function",
     "eager_mask",
+    "get_model_conversion_mapping",
     "or_masks",
+    "rename_source_key",
     "sliding_window_causal_mask_function",
 ]
