@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import ParamSpec, Protocol
 
+from gralora_fx.config.option import by_keywords
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.adapters_as_data import DataSites, check_found, data_sites, trace_to_export
 from gralora_fx.exporters.artifact.active_adapters import write_active_adapters
@@ -44,23 +45,31 @@ from gralora_fx.runtime.quantized_weights import Quality
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
+Keywords = ParamSpec("Keywords")
 
-def export_onnx(
-    model: TracedModel | GraloraModel,
-    output_dir: str | Path,
-    *,
-    adapters: Literal["merged", "data", "inputs"] = "merged",
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
-    quantize: Literal["int8", "int4", "int8-dynamic"] | None = None,
-    block_size: int | None = None,
-    accuracy_level: int | None = None,
-    logits: Literal["last", "all"] = "last",
-    keep_padding: bool = False,
-    tokenizer: Any = None,
-    verify: bool | Literal["quick", "full"] = True,
-    overwrite: bool = False,
-    texts: Sequence[str] | None = None,
-    dump: str | Path | None = None,
+
+class _ExportOnnx(Protocol[Keywords]):
+    """`export_onnx` as its callers have it: the options are keywords."""
+
+    def __call__(
+        self,
+        model: TracedModel | GraloraModel,
+        output_dir: str | Path,
+        *args: Keywords.args,
+        **options: Keywords.kwargs,
+    ) -> ExportReport:
+        """Export a model."""
+
+
+def _by_keywords(
+    options: Callable[Keywords, ExportOptions],
+) -> Callable[[Callable[[TracedModel | GraloraModel, str | Path, ExportOptions], ExportReport]], _ExportOnnx[Keywords]]:
+    return by_keywords(ExportOptions)
+
+
+@_by_keywords(ExportOptions)
+def export_onnx(  # noqa: D417  # the options are documented by name
+    model: TracedModel | GraloraModel, output_dir: str | Path, options: ExportOptions
 ) -> ExportReport:
     """Export a model to `model.onnx` with its weights in `model.onnx_data`, and check it against PyTorch.
 
@@ -110,20 +119,6 @@ def export_onnx(
             the model's.
         MergeError: An adapter cannot be folded.
     """
-    options = ExportOptions(
-        adapters=adapters,
-        precision=precision,
-        quantize=quantize,
-        block_size=block_size,
-        accuracy_level=accuracy_level,
-        logits=logits,
-        keep_padding=keep_padding,
-        tokenizer=tokenizer,
-        verify=verify,
-        overwrite=overwrite,
-        texts=texts,
-        dump=dump,
-    )
     check_output(output_dir)
     if options.dump is not None:
         check_folder(options.dump)

@@ -1,25 +1,52 @@
-"""The options of an export, checked before anything is loaded."""
+"""The options of an export, each declared once and checked before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from gralora_fx.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ExportError
 from gralora_fx.runtime.adapter_inputs import AS_DATA, EARLIER_MODES
 
-PRECISIONS = ("fp32", "fp16", "bf16")
 DYNAMIC = "int8-dynamic"
-QUANTIZATIONS = ("int4", "int8", DYNAMIC)
-LOGITS = ("last", "all")
 LEVELS = ("quick", "full")
-ADAPTER_MODES = ("merged", *AS_DATA)
 _SMALLEST_BLOCK = 16
-_BLOCK_SIZE, _ACCURACY_LEVEL = 32, 4  # if none are given
 _BITS = {"int4": 4, "int8": 8}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _block_size_problem(value: Any) -> str | None:
+    if _is_int(value) and value >= _SMALLEST_BLOCK and not value & (value - 1):
+        return None
+    return f"block_size={value!r} is not a block size; take a power of two, 16 or more, such as 32"
+
+
+def _accuracy_level_problem(value: Any) -> str | None:
+    if _is_int(value) and 0 <= value <= 4:
+        return None
+    return (
+        f"accuracy_level={value!r} is not an accuracy level; take 0 (the runtime's choice), 1 (float32), 2 (float16), "
+        "3 (bfloat16) or 4 (int8)"
+    )
+
+
+def _tokenizer_problem(value: Any) -> str | None:
+    if isinstance(value, (str, Path, type(None))) or hasattr(value, "save_pretrained"):
+        return None
+    return f"{value!r:.80} is not a tokenizer; give one of transformers, or the directory of one"
+
+
+def _texts_problem(value: Any) -> str | None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
+        return f"texts must be a sequence of texts, but got {value!r:.80}"
+    return None if value else "texts is empty; give at least one text, or leave it out to compare on others"
 
 
 @dataclass(frozen=True)
@@ -34,8 +61,8 @@ class Quantization:
     """
 
     kind: str
-    block_size: int = _BLOCK_SIZE
-    accuracy_level: int = _ACCURACY_LEVEL
+    block_size: int = 32
+    accuracy_level: int = 4
     zero_points: bool = True
 
     def __post_init__(self) -> None:
@@ -47,7 +74,9 @@ class Quantization:
         if self.kind not in _BITS:
             choices = " or ".join(map(repr, _BITS))
             raise ExportError(f"quantize={self.kind!r} is not a kind of blocks; take {choices}")
-        _check_blocks(self.block_size, self.accuracy_level)
+        problem = _block_size_problem(self.block_size) or _accuracy_level_problem(self.accuracy_level)
+        if problem is not None:
+            raise ExportError(problem)
 
     @property
     def bits(self) -> int:
@@ -74,74 +103,80 @@ class DynamicQuantization:
         check_choice("quantize", self.kind, (DYNAMIC,))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """How a model is exported; `export_onnx` says what each option means.
+    """How a model is exported: the keywords of `export_onnx`, whose documentation says what each of them means."""
 
-    Attributes:
-        adapters: How adapters are held.
-        precision: Precision of weights, activations and the cache.
-        quantize: Kind of quantization; None for none.
-        block_size: Values that share a scale, of int4 and int8; None for 32.
-        accuracy_level: How ONNX Runtime multiplies with int4 and int8; None for 4.
-        logits: Whether a decoder with a cache gives the last position's logits or all.
-        keep_padding: Whether an encoder computes positions of padding too.
-        tokenizer: A tokenizer, a processor, or the directory of a tokenizer; None for none.
-        verify: Whether to compare the export with the model: a level, True for `"quick"`, or False.
-        overwrite: Whether an earlier export of another base or task may be replaced.
-        texts: Texts on which a quantized export is compared with the float32 model; None for texts that a decoder
-            draws, and for random inputs of other models.
-        dump: The directory to write the graph to after each pass; None for that of the environment, or none.
-    """
-
-    adapters: str = "merged"
-    precision: str = "fp32"
-    quantize: str | None = None
-    block_size: int | None = None
-    accuracy_level: int | None = None
-    logits: str = "last"
-    keep_padding: bool = False
-    tokenizer: Any = None
-    verify: bool | Literal["quick", "full"] = True
-    overwrite: bool = False
-    texts: Sequence[str] | None = None
-    dump: str | Path | None = None
+    adapters: Annotated[
+        Literal["merged", "data", "inputs"],
+        Option(
+            "Fold the adapter into the weights (merged), or keep adapters apart as data that every run chooses: "
+            "these need adapter=..., at whose layers the export then takes others too.",
+            ADAPTERS,
+        ),
+    ] = "merged"
+    precision: Annotated[Literal["fp32", "fp16", "bf16"], Option("Precision of weights and cache.", NUMBERS)] = "fp32"
+    quantize: Annotated[
+        Literal["int4", "int8", "int8-dynamic"] | None,
+        Option(
+            "Store matrices as blocks of small integers; int8-dynamic: multiply in int8, activations rounded too. "
+            "Left out: none.",
+            NUMBERS,
+        ),
+    ] = None
+    block_size: Annotated[
+        int | None,
+        Option(
+            "Values of int8 or int4 that share a scale: a power of two, 16 or more.",
+            NUMBERS,
+            metavar="N",
+            left_out="32",
+            problem=_block_size_problem,
+        ),
+    ] = None
+    accuracy_level: Annotated[
+        int | None,
+        Option(
+            "How int8 or int4 weights multiply: 0 the runtime's choice, 1 float32, 2 float16, 3 bfloat16, 4 int8, "
+            "the fastest.",
+            NUMBERS,
+            metavar="[0|1|2|3|4]",
+            left_out="4",
+            problem=_accuracy_level_problem,
+        ),
+    ] = None
+    logits: Annotated[
+        Literal["last", "all"], Option("Of a model with a cache: logits of the last position, or all.", NUMBERS)
+    ] = "last"
+    keep_padding: Annotated[
+        bool, Option("Of an encoder, compute positions of padding too; else they are zero.", NUMBERS)
+    ] = False
+    tokenizer: Annotated[Any, Option(problem=_tokenizer_problem)] = None
+    verify: Annotated[
+        bool | Literal["quick", "full"],
+        Option("How thoroughly to compare with PyTorch.", COMPARISON, left_out="quick"),
+    ] = True
+    overwrite: Annotated[
+        bool, Option("Replace an earlier export of another base or task, or with more adapters.", WRITTEN)
+    ] = False
+    texts: Annotated[Sequence[str] | None, Option(problem=_texts_problem)] = None
+    dump: Annotated[
+        str | Path | None, Option("Write the graph to this directory after each pass.", WRITTEN, metavar="DIR")
+    ] = None
 
     def __post_init__(self) -> None:
-        """Check every option.
+        """Check every option, by itself and beside the others.
 
         Raises:
-            ExportError: A value is not one that the option takes; the message says which there are.
+            ExportError: A value is not one that the option takes, or does not go with another one.
         """
         if isinstance(self.adapters, str):
             object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
-        check_choice("adapters", self.adapters, ADAPTER_MODES)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("logits", self.logits, LOGITS)
-        if not isinstance(self.verify, bool):
-            check_choice("verify", self.verify, LEVELS)
-        for name in ("overwrite", "keep_padding"):
-            if not isinstance(getattr(self, name), bool):
-                raise ExportError(f"{name} must be True or False, but got {getattr(self, name)!r:.80}")
-        if not (self.dump is None or isinstance(self.dump, (str, Path))):
-            raise ExportError(f"dump must be the path of a directory or None, but got {self.dump!r:.80}")
-        if not (isinstance(self.tokenizer, (str, Path, type(None))) or hasattr(self.tokenizer, "save_pretrained")):
-            raise ExportError(
-                f"{self.tokenizer!r:.80} is not a tokenizer; give one of transformers, or the directory of one"
-            )
-        _check_blocks(self._block_size, self._accuracy_level)
-        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
-            choices = " or ".join(map(repr, QUANTIZATIONS))
-            raise ExportError(f"quantize={self.quantize!r} is not available; take {choices}, or leave it out")
+        check_options(self, ExportError)
         if self.quantize == DYNAMIC:
             self._check_dynamic()
-            if self.adapters in AS_DATA:
-                raise ExportError(
-                    f"quantize={DYNAMIC!r} folds adapters first, so it does not go with adapters={self.adapters!r}; "
-                    "take quantize='int8' or 'int4', over which adapters stay float"
-                )
         if self.texts is not None:
-            self._check_texts(self.texts)
+            self._check_texts()
 
     def _check_dynamic(self) -> None:
         given = {"block_size": self.block_size, "accuracy_level": self.accuracy_level}
@@ -155,12 +190,13 @@ class ExportOptions:
                 f"quantize={DYNAMIC!r} rounds float32 activations, so it does not go with "
                 f"precision={self.precision!r}; take precision='fp32'"
             )
+        if self.adapters in AS_DATA:
+            raise ExportError(
+                f"quantize={DYNAMIC!r} folds adapters first, so it does not go with adapters={self.adapters!r}; "
+                "take quantize='int8' or 'int4', over which adapters stay float"
+            )
 
-    def _check_texts(self, texts: Any) -> None:
-        if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(t, str) for t in texts):
-            raise ExportError(f"texts must be a sequence of texts, but got {texts!r:.80}")
-        if not texts:
-            raise ExportError("texts is empty; give at least one text, or leave it out to compare on others")
+    def _check_texts(self) -> None:
         if self.quantize is None:
             raise ExportError(
                 "texts=... has no effect without quantize=...: they are what a quantized export is compared on; leave "
@@ -207,15 +243,9 @@ class ExportOptions:
             return None
         if self.quantize == DYNAMIC:
             return DynamicQuantization()
-        return Quantization(self.quantize, self._block_size, self._accuracy_level)
-
-    @property
-    def _block_size(self) -> int:
-        return _BLOCK_SIZE if self.block_size is None else self.block_size
-
-    @property
-    def _accuracy_level(self) -> int:
-        return _ACCURACY_LEVEL if self.accuracy_level is None else self.accuracy_level
+        block_size = Quantization.block_size if self.block_size is None else self.block_size
+        level = Quantization.accuracy_level if self.accuracy_level is None else self.accuracy_level
+        return Quantization(self.quantize, block_size, level)
 
     @property
     def level(self) -> Literal["quick", "full"] | None:
@@ -231,17 +261,3 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ExportError(f"{name}={value!r} is not available; take {' or '.join(map(repr, choices))}")
-
-
-def _check_blocks(block_size: Any, accuracy_level: Any) -> None:
-    if not _is_int(block_size) or block_size < _SMALLEST_BLOCK or block_size & (block_size - 1):
-        raise ExportError(f"block_size={block_size!r} is not a block size; take a power of two, 16 or more, such as 32")
-    if not _is_int(accuracy_level) or not 0 <= accuracy_level <= 4:
-        raise ExportError(
-            f"accuracy_level={accuracy_level!r} is not an accuracy level; take 0 (the runtime's choice), "
-            "1 (float32), 2 (float16), 3 (bfloat16) or 4 (int8)"
-        )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

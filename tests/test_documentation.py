@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ def test_every_option_of_an_export_is_described() -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     options = {option for parameter in get_command(app).commands["export"].params for option in parameter.opts}  # type: ignore[attr-defined]
     assert [option for option in sorted(options) if option not in page] == []
+
+
+def test_the_table_of_options_is_that_of_their_declarations() -> None:
+    table = runpy.run_path(str(ROOT / "docs" / "option_table.py"))
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    assert "| `--precision [fp32\\|fp16\\|bf16]` | `precision` | `fp32` |" in page
+    assert table["with_table"](page) == page
 
 
 def test_every_option_of_the_service_is_described() -> None:

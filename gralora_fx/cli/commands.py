@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,17 @@ import typer
 from rich.console import Console
 
 import gralora_fx.cli.options as opt
+from gralora_fx.cli.export import export
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.help import Command
-from gralora_fx.cli.request import check_inspection, check_request, exported_name
+from gralora_fx.cli.request import check_inspection
 from gralora_fx.cli.serve import serve
+from gralora_fx.cli.values import export_directory, read_adapters
+from gralora_fx.cli.verify import verify
+from gralora_fx.cli.wording import notes
 from gralora_fx.config.checks import check_integer
-from gralora_fx.errors import ConfigError, ExportError
-from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.progress.console import Heartbeat, StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
-from gralora_fx.runtime.manifest import read_manifest
 
 app = typer.Typer(
     name="gralora-fx",
@@ -31,8 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
-
 
 command = partial(app.command, cls=Command)
 
@@ -81,86 +79,7 @@ def inspect(
     print(f"{len(traced.sites)} sites; parameters: {traced.tree.parameter_count:,}")
 
 
-@command()
-def export(
-    output: opt.Output,
-    model: opt.Model = None,
-    adapter: opt.Adapter = None,
-    task: opt.Task = None,
-    adapters: opt.AdaptersMode = "merged",
-    adapter_name: opt.ExportedName = None,
-    precision: opt.Precision = "fp32",
-    quantize: opt.Quantize = None,
-    block_size: opt.BlockSize = None,
-    accuracy_level: opt.AccuracyLevel = None,
-    logits: opt.Logits = "last",
-    keep_padding: opt.KeepPadding = False,
-    image_size: opt.ImageSizeText = None,
-    allow_random_head: opt.RandomHead = False,
-    no_tokenizer: opt.NoTokenizer = False,
-    stream: opt.Stream = False,
-    verify: opt.Verify = None,
-    no_verify: opt.NoVerify = False,
-    overwrite: opt.Overwrite = False,
-    texts: opt.Texts = None,
-    dump: opt.Dump = None,
-    strict_base: opt.StrictBase = False,
-) -> None:
-    """Export a model to ONNX, an adapter folded into it or as data beside it, and compare it with PyTorch.
-
-    A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
-    An export that holds adapters as data takes others later, with export-adapter: at the layers of --adapter, and
-    with its gralora_k where the export has GraLoRA's blocks, which is printed.
-    """
-    options = opt.export_options(
-        {
-            "adapters": adapters,
-            "precision": precision,
-            "quantize": quantize,
-            "logits": logits,
-            "keep_padding": keep_padding,
-            "verify": verify,
-        },
-        {"block_size": block_size, "accuracy_level": accuracy_level},
-        texts=texts,
-        no_tokenizer=no_tokenizer,
-        no_verify=no_verify,
-        stream=stream,
-    )
-    size = opt.read_image_size(image_size)
-    base = check_request(
-        opt.checked(options),
-        output,
-        model=model,
-        adapter=adapter,
-        adapter_name=adapter_name,
-        task=task,
-        image_size=size,
-        overwrite=overwrite,
-        dump=dump,
-    )
-    with StageProgress(), gc_pause():
-        with timed("import"):
-            from gralora_fx.adapters.adapter_paths import check_adapter_name
-            from gralora_fx.exporters import export_onnx
-            from gralora_fx.loading.bases import load_traced
-            from gralora_fx.loading.tokenizers import load_tokenizer
-            from gralora_fx.model.model_class import without_trainer
-        gc.freeze()  # imported objects stay alive and need not be scanned again
-        named = adapter_name or "default"
-        check_adapter_name(named)
-        tokenizer = None if no_tokenizer else load_tokenizer(base)
-        if texts is not None and tokenizer is None:
-            raise ExportError(f"--texts needs a tokenizer, and {base} has none; leave it out")
-        options_of_load: dict[str, Any] = {"with_cache": True, "stream": stream, "allow_random_head": allow_random_head}
-        options_of_load["strict_base"] = strict_base
-        with without_trainer():
-            loaded = load_traced(model, adapter, task, adapter_name=named, image_size=size, **options_of_load)
-        gc.freeze()
-        report = export_onnx(loaded, output, tokenizer=tokenizer, overwrite=overwrite, dump=dump, **options)
-    print(report)
-    if stream and not no_verify:
-        notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
+command()(export)
 
 
 @command("export-adapter")
@@ -202,89 +121,7 @@ def fold(
         notes.print(f"not compared with PyTorch, which needs the model; run gralora-fx verify{each}")
 
 
-@command()
-def verify(
-    onnx: opt.Verified,
-    model: opt.Model = None,
-    adapter: opt.FoldedAdapters = None,
-    adapter_name: opt.VerifiedName = None,
-    task: opt.Task = None,
-    allow_random_head: opt.ExportedHead = False,
-    level: opt.Level = None,
-    prompt: opt.Prompts = None,
-    provider: opt.Provider = None,
-    provider_option: opt.ProviderOption = None,
-    files: opt.Files = False,
-    strict_base: opt.StrictBase = False,
-) -> None:
-    """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
-
-    One that generates is compared by its greedy tokens too. --provider runs the export as it will be served.
-    """
-    check_choice("verify", level or "full", LEVELS)
-    of_provider = opt.provider_options(provider, provider_option)
-    if files:
-        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
-        others |= {"--provider": provider, "--adapter-name": adapter_name}
-        _verify_files(onnx, [name for name, value in others.items() if value])
-        return
-    if provider is not None:
-        from gralora_fx.runtime.options import runtime_of
-
-        runtime_of(provider, of_provider, None, None)
-    manifest = read_manifest(onnx)  # before anything slow is imported
-    with StageProgress(), gc_pause():
-        with timed("import"):
-            from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.verification.manifest_adapters import check_given_adapters
-            from gralora_fx.loading.bases import load_traced
-            from gralora_fx.model.model_class import without_trainer
-            from gralora_fx.runtime.export_files import check_files
-        exported = manifest.task
-        if exported is not None and task not in (None, exported):
-            raise ExportError(f"{onnx} was exported for the task {exported}, not {task}; leave --task out")
-        if prompt and exported != "text-generation-with-past":
-            raise ExportError(
-                f"{onnx} was exported for the task {exported}, which generates no text; leave --prompt out"
-            )
-        given = adapter or []
-        if adapter_name is not None and not given:
-            raise ConfigError(
-                f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out"
-            )
-        check_given_adapters(manifest, str(onnx), given)
-        named = exported_name(onnx, manifest, adapter_name)
-        if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
-            with timed("files"):
-                check_files(onnx, manifest, digests=True)
-        with without_trainer():
-            loaded = load_traced(
-                model,
-                given[0] if given else None,
-                exported or task,
-                allow_random_head=allow_random_head,
-                image_size=manifest.image_size,
-                strict_base=strict_base,
-                others=given[1:],
-            )
-        with timed("verify"):
-            options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
-            options |= {"providers": provider, "provider_options": of_provider}
-            options["adapter_name"] = named if given else None  # a base alone has no adapter to look for
-            report = verify_onnx(onnx, loaded, **options)
-    print(report)
-    if not report.passed:
-        raise typer.Exit(1)
-
-
-def _verify_files(output: Path, others: list[str]) -> None:
-    from gralora_fx.runtime.export_files import check_files
-
-    if others:
-        raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
-    with StageProgress(), timed("verify files"):
-        count = check_files(output, read_manifest(output), digests=True)
-    print(f"{count} files of {output} are what was exported")
+command()(verify)
 
 
 @command()
@@ -342,10 +179,10 @@ def export_triton(
         with timed("import"):
             from gralora_fx.exporters import export_triton as write
         report = write(
-            opt.export_directory(onnx, directory),
+            export_directory(onnx, directory),
             output,
             name=name,
-            adapters=opt.read_adapters(adapter),
+            adapters=read_adapters(adapter),
             max_batch=max_batch,
             threads=threads,
             overwrite=overwrite,

@@ -7,9 +7,12 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gralora_fx.cli.options as opt
+import typer
+
+from gralora_fx.cli.options import Directory, OnnxToRun
+from gralora_fx.cli.values import export_directory, read_adapter, utf8
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.progress.console import StageProgress
@@ -22,34 +25,88 @@ from gralora_fx.sources.paths import usable_path
 _STDIN = "-"
 _SPEECH = "automatic-speech-recognition-with-past"
 
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="The text to go on from, or to answer (--chat, encoder-decoders); - reads it from stdin.",
+    ),
+]
+Audio = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Of a model of speech, the recording to write down: a WAV file.", callback=utf8),
+]
+Language = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Language of --audio, as en or English.  [default: that which the model hears]",
+        callback=utf8,
+    ),
+]
+Chosen = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME[=PATH]",
+        help="Adapter to answer with: the name of one in the export, or a name and an .onnx_adapter file or a "
+        "directory that PEFT saved. Left out: the base, or what was merged into it.",
+        callback=utf8,
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Most tokens of the answer.  [default: 64, or fewer if the context ends]"),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="Draw tokens, from logits divided by this.  [default: the likeliest token is taken]"
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Draw from the likeliest tokens that have this share of the probability together."),
+]
+DrawSeed = Annotated[
+    int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of the draws.  [default: another in every run]")
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")]
+RunThreads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, metavar="N", help="Threads of an operator.  [default: one on each core that may be used]"
+    ),
+]
+
 
 def generate(
-    prompt: opt.Prompt = None,
-    audio: opt.Audio = None,
-    language: opt.Language = None,
-    onnx: opt.OnnxToRun = None,
-    directory: opt.Directory = None,
-    adapter: opt.Chosen = None,
-    chat: opt.Chat = False,
-    max_new_tokens: opt.MaxNewTokens = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    seed: opt.DrawSeed = None,
-    threads: opt.RunThreads = None,
+    prompt: Prompt = None,
+    audio: Audio = None,
+    language: Language = None,
+    onnx: OnnxToRun = None,
+    directory: Directory = None,
+    adapter: Chosen = None,
+    chat: Chat = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: DrawSeed = None,
+    threads: RunThreads = None,
 ) -> None:
     """Answer one prompt with an export that generates, and write the answer to stdout as it comes.
 
     A decoder goes on from the prompt, an encoder-decoder answers it, and a model of speech writes --audio down. The
     likeliest token is taken, unless --temperature, --top-p or --seed asks for draws. Only the answer goes to stdout.
     """
-    path = opt.export_directory(onnx, directory)
+    path = export_directory(onnx, directory)
     manifest = read_manifest(path, ServingError)
     _check_generates(path, manifest)
     _check_input(path, manifest, prompt, audio, language, chat=chat)
     name, source = _read_adapter(path, manifest, adapter)
     sampling = _sampling(temperature, top_p, seed)
     data = _read_file(audio) if audio is not None else None
-    text = _read_stdin() if prompt == _STDIN else str(opt.utf8(prompt or ""))
+    text = _read_stdin() if prompt == _STDIN else str(utf8(prompt or ""))
     if data is None and not text:
         raise ConfigError("the prompt is empty; give --prompt TEXT, or --prompt - to read it from stdin")
     with ExitStack() as stack:
@@ -146,7 +203,7 @@ def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tup
     """
     if given is None:
         return None, None
-    name, path = opt.read_adapter(given, may_be_bare=True)
+    name, path = read_adapter(given, may_be_bare=True)
     check_name(name, ConfigError)
     check_takes_adapters(
         manifest,

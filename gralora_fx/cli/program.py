@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import typer
 from typer.main import get_command
 
-from gralora_fx.cli.commands import app, notes
+from gralora_fx.cli.commands import app
 from gralora_fx.cli.help import name_of
-from gralora_fx.cli.wording import Wording
+from gralora_fx.cli.wording import Wording, notes
 from gralora_fx.errors import GraloraError
 
 _shown: set[str] = set()  # warnings shown already

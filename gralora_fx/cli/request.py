@@ -18,8 +18,6 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.loading.adapter_facts import base_name
-from gralora_fx.runtime.export_adapters import own_adapters
-from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.model_files import check_model_files, local_directory, read_json_object
 from gralora_fx.sources.same_base import BaseSource
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
@@ -36,8 +34,6 @@ def check_request(
     adapter_name: str | None,
     task: str | None,
     image_size: ImageSize,
-    overwrite: bool,
-    dump: Path | None,
 ) -> str:
     """Check what is exported and where it is written, as far as their files tell.
 
@@ -49,8 +45,6 @@ def check_request(
         adapter_name: Its name in the export, or None.
         task: Task, or None.
         image_size: The size of images, or None.
-        overwrite: Whether an earlier export of another base or task, or with more adapters, may be replaced.
-        dump: The directory for the graph after each pass, or None.
 
     Returns:
         The name of the base.
@@ -59,18 +53,18 @@ def check_request(
         GraloraError: Something is missing, or does not go with the rest; nothing was written.
     """
     check_output(output)
-    if dump is not None:
-        check_folder(dump)
+    if options.dump is not None:
+        check_folder(options.dump)
     if adapter_name is not None and adapter is None:
         raise ConfigError(f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out")
     if adapter is None:
         options.check_model(peft_types=(), task=task)
     fields = None if adapter is None else config_fields(adapter)[0]  # once: of a hub id, each time is a look-up
     known = requested_task((fields or {}).get("task_type"), task, with_cache=True)
-    if known is not None and not overwrite:
+    if known is not None and not options.overwrite:
         check_replaced(output, task=known)
     base = _check_model(model, adapter, task, fields)
-    if not overwrite:
+    if not options.overwrite:
         check_base_replaced(output, BaseSource(base))
     peft_type = () if fields is None else (str(fields.get("peft_type")),)
     options.check_model(peft_types=peft_type, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))
@@ -89,28 +83,6 @@ def check_inspection(model: str | None, adapter: str | None, task: str | None, p
     _check_model(model, adapter, task, None if adapter is None else config_fields(adapter)[0])
     for path in filter(None, pictures):
         check_file(path)
-
-
-def exported_name(directory: Path, manifest: Manifest, name: str | None) -> str | None:
-    """The name in an export of the adapter that it is compared with.
-
-    Args:
-        directory: The export.
-        manifest: Its manifest.
-        name: The name that was given, if any.
-
-    Returns:
-        That, or of the only adapter there, or `default`; None where the export holds no adapters as data.
-
-    Raises:
-        ExportError: One is given, and the export holds no adapters as data.
-    """
-    if manifest.adapter_inputs is None:
-        if name is not None:
-            raise ExportError(f"{directory} holds no adapters as data; leave --adapter-name {name} out")
-        return None
-    there = own_adapters(directory, ExportError)
-    return name or (next(iter(there)) if len(there) == 1 else "default")
 
 
 def _check_model(model: str | None, adapter: str | None, task: str | None, fields: Mapping[str, object] | None) -> str:

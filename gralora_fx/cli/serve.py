@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gralora_fx.cli.options import Directory, OnnxToRun, export_directory, read_adapters, utf8
+from gralora_fx.cli.options import Directory, OnnxToRun
+from gralora_fx.cli.values import export_directory, read_adapters, utf8
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import timed

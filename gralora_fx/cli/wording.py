@@ -13,6 +13,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich.console import Console
+
+notes = Console(stderr=True, highlight=False, soft_wrap=True)  # where what is not a result is printed
 _VALUES = r"""'[^']*'|"[^"]*"|True|False|None|\.{3}|-?\d[\d.]*|\([^()]*\)|\[[^\[\]]*\]"""
 # a keyword argument with the value to give it, or several; `...` stands for any
 _KEYWORD = re.compile(

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from gralora_fx import GraloraModel, trace
 from gralora_fx.cli import app
-from gralora_fx.cli.options import read_adapters
+from gralora_fx.cli.values import read_adapters
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.serving.http import runner

@@ -15,7 +15,7 @@ import pytest
 from served_exports import chat_tokenizer, decoders, greedy
 from starlette.testclient import TestClient
 
-from gralora_fx.cli.options import read_adapters
+from gralora_fx.cli.values import read_adapters
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.serving.http.app import create_app

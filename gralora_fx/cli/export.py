@@ -1,0 +1,175 @@
+"""`gralora-fx export`: a model, by name, to a directory that ONNX Runtime serves."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import gralora_fx.cli.options as opt
+from gralora_fx.cli.declared import Declared, takes
+from gralora_fx.cli.request import check_request
+from gralora_fx.cli.values import graph_name, read_image_size, read_texts, utf8
+from gralora_fx.cli.wording import notes
+from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
+from gralora_fx.errors import ConfigError, ExportError
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.stages import gc_pause, timed
+
+ExportedName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-name",
+        metavar="NAME",
+        help="Name of --adapter in the export.  [default: default]",
+        callback=graph_name,
+        rich_help_panel=ADAPTERS,
+    ),
+]
+ImageSizeText = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        metavar="[HxW|dynamic]",
+        help="Images of one size, or of any.  [default: of any where the model takes them as it is, else of its own]",
+        rich_help_panel=MODEL,
+    ),
+]
+RandomHead = Annotated[
+    bool,
+    typer.Option(
+        "--allow-random-head",
+        help="Export a head that the checkpoint lacks, with random values.",
+        rich_help_panel=MODEL,
+    ),
+]
+NoTokenizer = Annotated[
+    bool, typer.Option("--no-tokenizer", help="Leave the base's tokenizer out.", rich_help_panel=WRITTEN)
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="Read weights one by one while writing; nothing is compared.", rich_help_panel=WRITTEN
+    ),
+]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.", rich_help_panel=COMPARISON)
+]
+Texts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Compare a quantized export with the model on texts, one on each line.",
+        callback=utf8,
+        rich_help_panel=COMPARISON,
+    ),
+]
+
+
+@takes(ExportOptions)
+def export(
+    output: opt.Output,
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    task: opt.Task = None,
+    image_size: ImageSizeText = None,
+    allow_random_head: RandomHead = False,
+    strict_base: opt.StrictBase = False,
+    *,
+    adapter_name: ExportedName = None,
+    no_tokenizer: NoTokenizer = False,
+    stream: Stream = False,
+    overwrite: Declared = False,
+    dump: Declared = None,
+    verify: Declared = None,
+    no_verify: NoVerify = False,
+    texts: Texts = None,
+    **options: Any,
+) -> None:
+    """Export a model to ONNX, an adapter folded into it or as data beside it, and compare it with PyTorch.
+
+    A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
+    An export that holds adapters as data takes others later, with export-adapter: at the layers of --adapter, and
+    with its gralora_k where the export has GraLoRA's blocks, which is printed.
+    """
+    without = [name for name, is_given in (("--no-verify", no_verify), ("--stream", stream)) if is_given]
+    _check_together(options, verify, without, texts, no_tokenizer=no_tokenizer)
+    options |= {"overwrite": overwrite, "dump": dump, "verify": verify or not without}
+    if texts is not None:
+        options["texts"] = read_texts(texts)
+    size = read_image_size(image_size)
+    # texts are tokenized by the base's tokenizer, which is not loaded yet
+    checked = ExportOptions(**options, tokenizer=None if texts is None else Path())
+    base = check_request(
+        checked, output, model=model, adapter=adapter, adapter_name=adapter_name, task=task, image_size=size
+    )
+    with StageProgress(), gc_pause():
+        with timed("import"):
+            from gralora_fx.adapters.adapter_paths import check_adapter_name
+            from gralora_fx.exporters import export_onnx
+            from gralora_fx.loading.bases import load_traced
+            from gralora_fx.loading.tokenizers import load_tokenizer
+            from gralora_fx.model.model_class import without_trainer
+        gc.freeze()  # imported objects stay alive and need not be scanned again
+        named = adapter_name or "default"
+        check_adapter_name(named)
+        tokenizer = None if no_tokenizer else load_tokenizer(base)
+        if texts is not None and tokenizer is None:
+            raise ExportError(f"--texts needs a tokenizer, and {base} has none; leave it out")
+        with without_trainer():
+            loaded = load_traced(
+                model,
+                adapter,
+                task,
+                adapter_name=named,
+                image_size=size,
+                with_cache=True,
+                stream=stream,
+                allow_random_head=allow_random_head,
+                strict_base=strict_base,
+            )
+        gc.freeze()
+        report = export_onnx(loaded, output, tokenizer=tokenizer, **options)
+    print(report)
+    if stream and not no_verify:
+        notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
+
+
+def _check_together(
+    options: Mapping[str, Any],
+    verify: str | None,
+    without: Sequence[str],
+    texts: Path | None,
+    *,
+    no_tokenizer: bool,
+) -> None:
+    """Check that every option has an effect beside the others.
+
+    Args:
+        options: The options of the conversion.
+        verify: How thoroughly to compare with PyTorch; None for no answer.
+        without: Options that leave nothing to compare.
+        texts: A file of texts to compare on.
+        no_tokenizer: Whether the tokenizer is left out.
+
+    Raises:
+        ConfigError: One has none.
+    """
+    for name in ("block_size", "accuracy_level"):
+        if options[name] is not None and options["quantize"] is None:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} has no effect without --quantize; give --quantize too, or leave it out")
+    if texts is not None:
+        if options["quantize"] is None:
+            raise ConfigError("--texts has no effect without --quantize; give --quantize too, or leave it out")
+        if contradicting := ["--no-tokenizer"] * no_tokenizer + list(without):
+            raise ConfigError(
+                f"--texts contradicts {contradicting[0]}: texts are tokenized and compared; leave one out"
+            )
+    if verify is not None and without:
+        other = "--stream, which leaves nothing to compare with" if without[0] == "--stream" else without[0]
+        raise ConfigError(f"--verify {verify} contradicts {other}; leave one of them out")

@@ -1,0 +1,135 @@
+"""What the options of a command take, checked and read before anything slow is imported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from gralora_fx.config.adapter_names import check_adapter_letters
+from gralora_fx.config.tasks import check_task
+from gralora_fx.errors import ConfigError, first_line, shown
+from gralora_fx.runtime.adapter_name import check_name
+from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
+
+
+def utf8(value: Any) -> Any:
+    """Check that an option's value is valid UTF-8, which the operating system does not guarantee."""
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        try:
+            str(part).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{str(part)[:80]!a} is not valid UTF-8; give text in UTF-8") from error
+    return value
+
+
+def model_name(name: str | None) -> str | None:
+    """Check that a directory or hub id is not empty."""
+    if name is not None and not name.strip():
+        raise ConfigError("--model, --adapter and --base take a local directory or a hub id, but one of them is empty")
+    return utf8(name)  # type: ignore[no-any-return]
+
+
+def model_names(names: list[str] | None) -> list[str] | None:
+    """Check that no directory or hub id of several is empty."""
+    for name in names or ():
+        model_name(name)
+    return names
+
+
+def file_name(name: str | None) -> str | None:
+    """Check the name of an adapter in an export, which is also that of a file."""
+    return name if name is None else check_name(utf8(name), ConfigError)
+
+
+def graph_name(name: str | None) -> str | None:
+    """Check the name of an adapter, which is also that of a file and of a part of the graph."""
+    if file_name(name) is not None:
+        check_adapter_letters(name)
+    return name
+
+
+def task_name(task: str | None) -> str | None:
+    """Check a task's name before anything slow is imported."""
+    check_task(utf8(task))
+    return task
+
+
+def export_directory(onnx: Path | None, directory: Path | None) -> Path:
+    """The directory of an export, by its option or, as before there was one, without a name.
+
+    Raises:
+        typer.BadParameter: Neither or both are given.
+    """
+    if (onnx is None) == (directory is None):
+        raise typer.BadParameter(
+            "missing --onnx DIR, the directory of an export" if onnx is None else f"give --onnx {onnx} or {directory}"
+        )
+    return onnx or directory  # type: ignore[return-value]
+
+
+def read_adapter(text: str, *, may_be_bare: bool = False) -> tuple[str, Path | None]:
+    """The name and the path of an `--adapter NAME=PATH`.
+
+    Args:
+        text: What was given.
+        may_be_bare: Whether a name without a path will do, whose path is None.
+
+    Raises:
+        ConfigError: It is not of that form.
+    """
+    name, equals, path = text.partition("=")
+    if not name or (equals and not path) or not (equals or may_be_bare):
+        form = "a name, or a name and a path as NAME=PATH" if may_be_bare else "a name and a path as NAME=PATH"
+        raise ConfigError(f"--adapter takes {form}, but got {shown(text)}")
+    return name, Path(path) if equals else None
+
+
+def read_adapters(texts: list[str] | None) -> dict[str, Path]:
+    """The adapters of several `--adapter NAME=PATH`, by name.
+
+    Raises:
+        ConfigError: One is not of that form, or a name is given twice.
+    """
+    found: dict[str, Path] = {}
+    for name, path in map(read_adapter, texts or ()):
+        if name in found:
+            raise ConfigError(f"--adapter {name} is given twice; give it once")
+        assert path is not None
+        found[name] = path
+    return found
+
+
+def read_image_size(text: str | None) -> ImageSize:
+    """The image size of `--image-size`: `224x224` is a height and a width.
+
+    Raises:
+        ConfigError: It is neither that nor `dynamic`.
+    """
+    if text is None:
+        return None
+    if text == DYNAMIC:
+        return DYNAMIC
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ConfigError(f"--image-size takes a height and a width, such as 224x224, or dynamic, but got {text!r:.80}")
+    return int(match[1]), int(match[2])
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, one on each line; empty lines are left out.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no text.
+    """
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise ConfigError(f"--texts {path} does not exist; give a file with one text on each line") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--texts {path} cannot be read as UTF-8 text ({first_line(error)})") from error
+    if not texts:
+        raise ConfigError(f"--texts {path} holds no text; write one on each line")
+    return texts

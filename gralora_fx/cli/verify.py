@@ -1,0 +1,198 @@
+"""`gralora-fx verify`: an export compared with its digests, then with the PyTorch model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import gralora_fx.cli.options as opt
+from gralora_fx.cli.values import file_name, model_names, utf8
+from gralora_fx.config.option import MODEL
+from gralora_fx.errors import ConfigError, ExportError
+from gralora_fx.exporters.options import LEVELS, check_choice
+from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.stages import gc_pause, timed
+from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.manifest import Manifest, read_manifest
+
+FoldedAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR|ID",
+        help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id; repeated for each that is folded in.",
+        callback=model_names,
+        rich_help_panel=MODEL,
+    ),
+]
+Verified = Annotated[
+    Path, typer.Option("--onnx", "--output", metavar="DIR", help="The directory of the export.", callback=utf8)
+]
+VerifiedName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-name",
+        metavar="NAME",
+        help="Of an export that holds adapters as data, the name of --adapter there.  [default: that of the only "
+        "one, or default]",
+        callback=file_name,
+        rich_help_panel=MODEL,
+    ),
+]
+ExportedHead = Annotated[
+    bool, typer.Option("--allow-random-head", help="For an export that was made with it.", rich_help_panel=MODEL)
+]
+Level = Annotated[
+    str | None,
+    typer.Option("--verify", metavar=f"[{'|'.join(LEVELS)}]", help="How thoroughly to compare.  [default: full]"),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", help="A prompt of your own, for an export that generates; may be repeated.", callback=utf8
+    ),
+]
+Files = Annotated[
+    bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
+]
+Provider = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Execution provider to run on.  [default: the CPU provider]", callback=utf8),
+]
+ProviderOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="An option of the provider; may be repeated.", callback=utf8),
+]
+
+
+def verify(
+    onnx: Verified,
+    model: opt.Model = None,
+    adapter: FoldedAdapters = None,
+    adapter_name: VerifiedName = None,
+    task: opt.Task = None,
+    allow_random_head: ExportedHead = False,
+    level: Level = None,
+    prompt: Prompts = None,
+    provider: Provider = None,
+    provider_option: ProviderOption = None,
+    files: Files = False,
+    strict_base: opt.StrictBase = False,
+) -> None:
+    """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
+
+    One that generates is compared by its greedy tokens too. --provider runs the export as it will be served.
+    """
+    check_choice("verify", level or "full", LEVELS)
+    of_provider = _provider_options(provider, provider_option)
+    if files:
+        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
+        others |= {"--provider": provider, "--adapter-name": adapter_name}
+        _verify_files(onnx, [name for name, value in others.items() if value])
+        return
+    if provider is not None:
+        from gralora_fx.runtime.options import runtime_of
+
+        runtime_of(provider, of_provider, None, None)
+    manifest = read_manifest(onnx)  # before anything slow is imported
+    with StageProgress(), gc_pause():
+        with timed("import"):
+            from gralora_fx.exporters import verify_onnx
+            from gralora_fx.exporters.verification.manifest_adapters import check_given_adapters
+            from gralora_fx.loading.bases import load_traced
+            from gralora_fx.model.model_class import without_trainer
+            from gralora_fx.runtime.export_files import check_files
+        exported = manifest.task
+        if exported is not None and task not in (None, exported):
+            raise ExportError(f"{onnx} was exported for the task {exported}, not {task}; leave --task out")
+        if prompt and exported != "text-generation-with-past":
+            raise ExportError(
+                f"{onnx} was exported for the task {exported}, which generates no text; leave --prompt out"
+            )
+        given = adapter or []
+        if adapter_name is not None and not given:
+            raise ConfigError(
+                f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out"
+            )
+        check_given_adapters(manifest, str(onnx), given)
+        named = _exported_name(onnx, manifest, adapter_name)
+        if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
+            with timed("files"):
+                check_files(onnx, manifest, digests=True)
+        with without_trainer():
+            loaded = load_traced(
+                model,
+                given[0] if given else None,
+                exported or task,
+                allow_random_head=allow_random_head,
+                image_size=manifest.image_size,
+                strict_base=strict_base,
+                others=given[1:],
+            )
+        with timed("verify"):
+            options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
+            options |= {"providers": provider, "provider_options": of_provider}
+            options["adapter_name"] = named if given else None  # a base alone has no adapter to look for
+            report = verify_onnx(onnx, loaded, **options)
+    print(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _verify_files(output: Path, others: list[str]) -> None:
+    from gralora_fx.runtime.export_files import check_files
+
+    if others:
+        raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
+    with StageProgress(), timed("verify files"):
+        count = check_files(output, read_manifest(output), digests=True)
+    print(f"{count} files of {output} are what was exported")
+
+
+def _exported_name(directory: Path, manifest: Manifest, name: str | None) -> str | None:
+    """The name in an export of the adapter that it is compared with.
+
+    Args:
+        directory: The export.
+        manifest: Its manifest.
+        name: The name that was given, if any.
+
+    Returns:
+        That, or of the only adapter there, or `default`; None where the export holds no adapters as data.
+
+    Raises:
+        ExportError: One is given, and the export holds no adapters as data.
+    """
+    if manifest.adapter_inputs is None:
+        if name is not None:
+            raise ExportError(f"{directory} holds no adapters as data; leave --adapter-name {name} out")
+        return None
+    there = own_adapters(directory, ExportError)
+    return name or (next(iter(there)) if len(there) == 1 else "default")
+
+
+def _provider_options(provider: str | None, options: list[str] | None) -> dict[str, str] | None:
+    """The options of a provider by name; None if there are none.
+
+    Args:
+        provider: The provider, if one was given.
+        options: `KEY=VALUE` each.
+
+    Raises:
+        ConfigError: There is no provider that they are for, one is not `KEY=VALUE`, or a key is given twice.
+    """
+    if not options:
+        return None
+    if provider is None:
+        raise ConfigError(f"--provider-option {options[0]} needs --provider; name the provider that it is for")
+    found: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--provider-option takes KEY=VALUE, but got {option!r:.80}")
+        if key in found:
+            raise ConfigError(f"--provider-option {key} is given twice; give it once")
+        found[key] = value
+    return found

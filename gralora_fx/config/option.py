@@ -1,0 +1,179 @@
+"""An option, declared once as the field of a frozen record: its type, its default, its text and its check.
+
+    precision: Annotated[Literal["fp32", "fp16"], Option("Precision of weights and cache.")] = "fp32"
+
+The rest is derived from the declaration: the check of a value (`check_options`), the keyword of a function
+(`by_keywords`), the parameter of a command (`cli.declared`) and the row of a table in the documentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from gralora_fx.errors import GraloraError, shown
+
+# headings of the command line's help
+MODEL, ADAPTERS, NUMBERS, WRITTEN, COMPARISON = (
+    "Model",
+    "Adapters",
+    "Numbers",
+    "What is written",
+    "Comparison with PyTorch",
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option is, beside its type and its default.
+
+    Attributes:
+        help: What it means, for the command line and the documentation; empty for an option of Python alone.
+        group: The heading in a command's help under which it is listed; empty for that of all others.
+        flag: Its name on the command line, if that is not `--` and the field's name.
+        metavar: The placeholder of its value; empty for the choices that its type has.
+        left_out: What holds where it is left out, in words, if its default does not say so.
+        least: The least value of a number; None for no check.
+        environment: An environment variable that gives it on the command line; empty for none.
+        problem: What is wrong with a value, or None: the check of values for which the type does not say enough.
+    """
+
+    help: str = ""
+    group: str = ""
+    flag: str = ""
+    metavar: str = ""
+    left_out: str = ""
+    least: int | None = None
+    environment: str = ""
+    problem: Callable[[Any], str | None] = lambda value: None
+
+
+@dataclass(frozen=True)
+class DeclaredOption:
+    """An option as a record declares it.
+
+    Attributes:
+        name: Name of the field, which is that of the Python argument.
+        type: Its type.
+        default: Its default.
+        option: What else is declared.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    option: Option
+
+    @property
+    def types(self) -> tuple[Any, ...]:
+        """The types that a union joins, or the only one."""
+        is_union = typing.get_origin(self.type) in (Union, types.UnionType)
+        return typing.get_args(self.type) if is_union else (self.type,)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The texts that it takes, where it takes no others."""
+        return tuple(text for one in self.types if typing.get_origin(one) is Literal for text in typing.get_args(one))
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is either true or false."""
+        return self.types == (bool,)
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return self.option.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def metavar(self) -> str:
+        """The placeholder of its value on the command line."""
+        return self.option.metavar or f"[{'|'.join(self.choices)}]"
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, and what to give instead; None if nothing is."""
+        is_optional = types.NoneType in self.types
+        if (value is None and is_optional) or (isinstance(value, bool) and bool in self.types):
+            return None
+        if self.choices and value not in self.choices:
+            left_out = ", or leave it out" if is_optional else ""
+            return f"{self.name}={value!r} is not available; take {' or '.join(map(repr, self.choices))}{left_out}"
+        if self.is_flag:
+            return f"{self.name} must be True or False, but got {value!r:.80}"
+        if self.option.least is not None and (type(value) is not int or value < self.option.least):
+            return f"{self.name} must be a whole number of at least {self.option.least}, but got {shown(value)}"
+        if Path in self.types and not isinstance(value, (str, Path)):
+            return f"{self.name} must be the path of a directory or None, but got {value!r:.80}"
+        return self.option.problem(value)
+
+
+def declared_options(record: type) -> tuple[DeclaredOption, ...]:
+    """The options that a record declares, in the order of its fields.
+
+    Args:
+        record: A dataclass; fields without an `Option` are not options.
+    """
+    hints = typing.get_type_hints(record, include_extras=True)
+    found = []
+    for field in dataclasses.fields(record):
+        hint = hints[field.name]
+        if typing.get_origin(hint) is Annotated:
+            kind, *notes = typing.get_args(hint)
+            found += [DeclaredOption(field.name, kind, field.default, note) for note in notes if type(note) is Option]
+    return tuple(found)
+
+
+def check_options(record: Any, error: type[GraloraError]) -> None:
+    """Check every option of a record by itself.
+
+    Args:
+        record: An instance of a dataclass that declares options.
+        error: The type of error to raise.
+
+    Raises:
+        GraloraError: A value is not one that its option takes; the message says which there are.
+    """
+    for declared in declared_options(type(record)):
+        if problem := declared.problem(getattr(record, declared.name)):
+            raise error(problem)
+
+
+def by_keywords(record: type) -> Callable[[Callable[..., Any]], Any]:
+    """A function that takes the options of a record as keywords, made of one whose last parameter is the record.
+
+    Its signature has every keyword with its type and its default, for `help` and for editors.
+
+    Args:
+        record: The dataclass; each of its fields is an option.
+    """
+    keywords = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in declared_options(record)
+    ]
+
+    def with_keywords(function: Callable[..., Any]) -> Any:
+        own = inspect.signature(function)
+        signature = own.replace(parameters=[*list(own.parameters.values())[:-1], *keywords])
+
+        @functools.wraps(function)
+        def called(*args: Any, **given: Any) -> Any:
+            try:
+                arguments = signature.bind(*args, **given).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
+            options = {each.name: arguments.pop(each.name) for each in keywords if each.name in arguments}
+            return function(*arguments.values(), record(**options))
+
+        vars(called)["__signature__"] = signature
+        called.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+        called.__annotations__["return"] = own.return_annotation
+        return called
+
+    return with_keywords
