@@ -70,15 +70,15 @@ def _mixtures() -> dict[str, list[str]]:
 def _case(name: str, model: OrtModel, reader: TextReader, rows: Sequence[Tokens]) -> Case[None]:
     """Run all texts through a queue, which knows their lengths or does not."""
 
-    def run_batch(payloads: Sequence[Any]) -> Sequence[Any]:
-        inputs: dict[str, Any] = reader.padded(payloads)
+    def run_batch(jobs: Sequence[RowJob]) -> Sequence[Any]:
+        inputs: dict[str, Any] = reader.padded([job.payload for job in jobs])
         outputs = model(**inputs)
         return list(outputs["sentence_embedding"])
 
     def run_all() -> None:
         batches = RowBatches(run_batch, Metrics(), max_batch=BATCH, max_queue=WAITING)
         jobs = [RowJob("texts", 1, row, len(row.ids) if name == NEAREST else 0) for row in rows]
-        batches.submit(jobs)
+        batches.put(jobs)
         batches.start()
         batches.stop()
         for job in jobs:

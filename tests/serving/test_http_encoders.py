@@ -176,11 +176,11 @@ def test_a_deadline_ends_a_request_and_leaves_its_mates(service: Service, monkey
     started, held, run = threading.Event(), threading.Event(), batches._run
     runs: list[int] = []
 
-    def wait(payloads: Any) -> Any:
-        runs.append(len(payloads))
+    def wait(jobs: Any) -> Any:
+        runs.append(len(jobs))
         started.set()
         assert held.wait(20)
-        return run(payloads)
+        return run(jobs)
 
     monkeypatch.setattr(batches, "_run", wait)
     body, late = {"inputs": [ids(1, 4)]}, {"X-Request-Timeout": "0.1"}

@@ -25,7 +25,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.serving import Decoder, load
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.failures import QueueFullError, RunError, StoppedError
+from gralora_fx.serving.scheduling.queue import QueueFullError, RunError, StoppedError
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
 from gralora_fx.serving.scheduling.text_jobs import TextRequest
 from gralora_fx.serving.token_choice import TokenChooser
@@ -230,21 +230,22 @@ def test_end_tokens(tmp_path: Path, generation: Any, config: dict[str, Any], end
 def run_held(batches: RowBatches, started: threading.Event, jobs: list[RowJob]) -> None:
     """Submit a job that runs at once, and others that wait meanwhile."""
     batches.start()
-    batches.submit(jobs[:1])
+    batches.put(jobs[:1])
     assert started.wait(20)
     for job in jobs[1:]:
-        batches.submit([job])
+        batches.put([job])
 
 
 def test_rows_near_in_length_run_together_and_none_starves() -> None:
     started, held = threading.Event(), threading.Event()
     runs: list[list[Any]] = []
 
-    def run(payloads: Sequence[Any]) -> list[Any]:
-        runs.append(list(payloads))
+    def run(jobs: Sequence[RowJob]) -> list[Any]:
+        payloads = [job.payload for job in jobs]
+        runs.append(payloads)
         started.set()
         assert held.wait(20)
-        return list(payloads)
+        return payloads
 
     batches = RowBatches(run, Recorder(), max_batch=3, max_queue=20)
     lengths = [1, 90, 5, 80, 6, 100, 4, 5, 70]
@@ -260,8 +261,9 @@ def test_rows_of_one_key_run_together_and_a_wrong_one_fails_alone() -> None:
     started, held = threading.Event(), threading.Event()
     runs: list[list[Any]] = []
 
-    def run(payloads: Sequence[Any]) -> list[Any]:
-        runs.append(list(payloads))
+    def run(jobs: Sequence[RowJob]) -> list[Any]:
+        payloads = [job.payload for job in jobs]
+        runs.append(payloads)
         started.set()
         assert held.wait(20)
         if "wrong" in payloads:
@@ -277,9 +279,9 @@ def test_rows_of_one_key_run_together_and_a_wrong_one_fails_alone() -> None:
     run_held(batches, started, jobs)
     assert jobs[-1].result.cancel()
     with pytest.raises(QueueFullError, match="7 rows run or wait, and there is room for 12"):
-        batches.submit([RowJob("x", 6, "big")])
+        batches.put([RowJob("x", 6, "big")])
     with pytest.raises(ServingError, match="13 rows are given, and there is room for 12"):
-        batches.submit([RowJob("x", 13, "big")])
+        batches.put([RowJob("x", 13, "big")])
     held.set()
     batches.stop()
     assert runs == [
@@ -299,4 +301,4 @@ def test_rows_of_one_key_run_together_and_a_wrong_one_fails_alone() -> None:
     with pytest.raises(RunError, match="the server's log says why"):
         jobs[6].result.result()
     with pytest.raises(StoppedError):
-        batches.submit([RowJob("x", 1, "late")])
+        batches.put([RowJob("x", 1, "late")])

@@ -7,9 +7,12 @@ import math
 from fastapi import Request
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.serving.scheduling.failures import DeadlineError
 
 HEADER = "X-Request-Timeout"
+
+
+class DeadlineError(ServingError):
+    """A request was right, and took longer than it may."""
 
 
 def timeout_of(request: Request) -> float | None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.http.text_reader import TextReader, Tokens
 from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.scheduling.observer import Observer
+from gralora_fx.serving.scheduling.queue import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
 
 SENTENCE = "sentence_embedding"
@@ -25,23 +23,6 @@ _TEXTS, _MASK = "texts", "attention_mask"
 _ROUNDING, _COARSE_ROUNDING = 1e-4, 2e-2
 _WIDTH = 24  # tokens of that longer one
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A text to run."""
-
-    tokens: Tokens
-    adapter: str | None
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """Inputs to run, all with the batch as their first axis."""
-
-    arrays: Mapping[str, NDArray[Any]]
-    adapter: str | None
-    rows: int
 
 
 class Encoder:
@@ -80,7 +61,7 @@ class Encoder:
             versions: The adapters, each of which is held while rows with it wait or run.
         """
         self.model = model
-        self._observer, self._versions = observer, versions
+        self._observer = observer
         self._rows_have_adapters = model.manifest.has_rows
         session = model.rows_session if self._rows_have_adapters else model.session
         self.inputs = {value.name: value for value in session.get_inputs() if value.name in model.input_names}
@@ -91,7 +72,7 @@ class Encoder:
         first = {(list(value.shape) or [None])[0] for value in (*self.inputs.values(), *self.outputs.values())}
         self._takes_padding = False  # until it is tried
         self._is_batchable = len(first) == 1 and isinstance(next(iter(first)), str)
-        self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue)
+        self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue, versions=versions)
 
     @property
     def takes_texts(self) -> bool:
@@ -129,7 +110,7 @@ class Encoder:
         fill = short[1:-1] or short
         room = max(min(_WIDTH, self.reader.limit) - len(short), 0)
         long = [*short[:-1], *(list(fill) * room)[:room], *short[-1:]]
-        texts = [_Text(Tokens(ids), None) for ids in (short, long)]
+        texts = [RowJob(_TEXTS, 1, Tokens(ids)) for ids in (short, long)]
         alone = [self._run([text])[0] for text in texts]
         quantization = self.model.manifest.quantization
         if quantization is not None and quantization.kind == "int8-dynamic":
@@ -160,7 +141,7 @@ class Encoder:
         """
         shared = None if self._rows_have_adapters else adapter
         jobs = [
-            RowJob((_TEXTS, shared, 0 if self._takes_padding else len(row.ids)), 1, _Text(row, adapter), len(row.ids))
+            RowJob((_TEXTS, shared, 0 if self._takes_padding else len(row.ids)), 1, row, len(row.ids), adapter)
             for row in rows
         ]
         results: list[dict[str, NDArray[Any]]] = await self._wait(jobs)
@@ -186,44 +167,30 @@ class Encoder:
         key: Any = (shapes, None if self._rows_have_adapters else adapter)
         if not self._is_batchable or sizes != {rows} or not all(map(_is_finite, arrays.values())):
             key = object()  # runs alone: where activations are quantized, a batch shares their scale
-        (result,) = await self._wait([RowJob(key, rows, _Tensors(arrays, adapter, rows))])
+        (result,) = await self._wait([RowJob(key, rows, arrays, adapter=adapter)])
         return dict(result)
 
     async def _wait(self, jobs: list[RowJob]) -> list[Any]:
-        self._versions.hold(*(job.payload.adapter for job in jobs))
-        try:
-            self.batches.submit(jobs)
-        except ServingError:
-            self._release(jobs)
-            raise
-        for job in jobs:
-            job.result.add_done_callback(lambda _, job=job: self._release([job]))  # type: ignore[misc]
+        self.batches.put(jobs)
         return await asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
 
-    def _release(self, jobs: Sequence[RowJob]) -> None:
-        for job in jobs:
-            self._versions.release(job.payload.adapter)
+    def _run(self, jobs: Sequence[RowJob]) -> list[dict[str, NDArray[Any]]]:
+        """Run jobs of one key as a batch; the outputs of each."""
+        payloads = [job.payload for job in jobs]
+        if isinstance(payloads[0], Tokens):
+            outputs = self._call(self.reader.padded(payloads), jobs)
+            return [{name: array[row] for name, array in outputs.items()} for row in range(len(jobs))]
+        if len(jobs) == 1:
+            return [self._call(payloads[0], jobs)]
+        arrays = {name: np.concatenate([payload[name] for payload in payloads]) for name in payloads[0]}
+        cuts = np.cumsum([job.rows for job in jobs])[:-1]
+        parts = {name: np.split(array, cuts) for name, array in self._call(arrays, jobs).items()}
+        return [{name: split[index] for name, split in parts.items()} for index in range(len(jobs))]
 
-    def _run(self, payloads: Sequence[Any]) -> list[dict[str, NDArray[Any]]]:
-        """Run payloads of one kind as a batch; the outputs of each."""
-        if isinstance(payloads[0], _Text):
-            inputs = self.reader.padded([text.tokens for text in payloads])
-            outputs = self._call(inputs, payloads, [1] * len(payloads))
-            return [{name: array[row] for name, array in outputs.items()} for row in range(len(payloads))]
-        names = payloads[0].arrays
-        rows = [payload.rows for payload in payloads]
-        if len(payloads) == 1:
-            return [self._call(names, payloads, rows)]
-        arrays = {name: np.concatenate([payload.arrays[name] for payload in payloads]) for name in names}
-        outputs = self._call(arrays, payloads, rows)
-        cuts = np.cumsum(rows)[:-1]
-        parts = {name: np.split(array, cuts) for name, array in outputs.items()}
-        return [{name: split[index] for name, split in parts.items()} for index in range(len(payloads))]
-
-    def _call(self, arrays: Mapping[str, Any], payloads: Sequence[Any], rows: Sequence[int]) -> dict[str, NDArray[Any]]:
-        adapter: Any = payloads[0].adapter
+    def _call(self, arrays: Mapping[str, Any], jobs: Sequence[RowJob]) -> dict[str, NDArray[Any]]:
+        adapter: Any = jobs[0].adapter
         if self._rows_have_adapters:
-            adapter = [payload.adapter for payload, count in zip(payloads, rows, strict=True) for _ in range(count)]
+            adapter = [job.adapter for job in jobs for _ in range(job.rows)]
         return dict(self.model(**arrays, adapter=adapter))
 
 

@@ -20,8 +20,7 @@ from gralora_fx.serving.http.model_names import ModelNames
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.observer import Observer
-from gralora_fx.serving.scheduling.text_queue import TextQueue
+from gralora_fx.serving.scheduling.queue import Observer
 
 _GENERATES = ("text-generation-with-past", *ENCODER_DECODERS)
 
@@ -43,7 +42,7 @@ class TextEngine:
     manifest: Manifest
     trial: AdapterTrial
     tokenizer: PreTrainedTokenizerBase
-    queue: TextQueue
+    queue: ContinuousScheduler
     inputs: EncoderInputs | None = None
 
     @property

@@ -15,7 +15,7 @@ from transformers import PrefixConstrainedLogitsProcessor
 
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
-from gralora_fx.serving.http.deadlines import timeout_of
+from gralora_fx.serving.http.deadlines import DeadlineError, timeout_of
 from gralora_fx.serving.http.disconnects import unless_disconnected
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.event_stream import END, EventStream, event
@@ -28,7 +28,7 @@ from gralora_fx.serving.http.transcription_requests import (
     read_form,
 )
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.failures import DeadlineError, RunError
+from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.scheduling.text_jobs import TextRequest
 from gralora_fx.serving.speech.audio_files import Audio, read_audio
 from gralora_fx.serving.speech.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text

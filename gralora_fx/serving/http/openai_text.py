@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gralora_fx.serving.http.deadlines import timeout_of
+from gralora_fx.serving.http.deadlines import DeadlineError, timeout_of
 from gralora_fx.serving.http.disconnects import unless_disconnected
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.event_stream import END, EventStream, event
@@ -15,7 +15,7 @@ from gralora_fx.serving.http.failures import error_body, status_of
 from gralora_fx.serving.http.openai_forms import Choice, Form
 from gralora_fx.serving.http.openai_requests import ChatRequest, CompletionRequest
 from gralora_fx.serving.http.text_answers import TextAnswers, read_request
-from gralora_fx.serving.scheduling.failures import DeadlineError, RunError
+from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.scheduling.text_jobs import Piece
 from gralora_fx.serving.token_texts import TokenTexts
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from gralora_fx.serving.scheduling.failures import QueueFullError, StoppedError
+from gralora_fx.serving.scheduling.queue import QueueFullError, StoppedError
 from gralora_fx.serving.too_large import TooLargeError
 
 _KEY = "gralora_fx.rejection"

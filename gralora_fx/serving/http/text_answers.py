@@ -17,7 +17,7 @@ from gralora_fx.serving.http.deadlines import too_late
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai_requests import ChatRequest, CompletionRequest
 from gralora_fx.serving.prompts import stop_strings
-from gralora_fx.serving.scheduling.failures import RunError
+from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.scheduling.text_jobs import Piece, Sink, TextRequest
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -13,68 +12,28 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.adapter_versions import AdapterVersions
-from gralora_fx.serving.scheduling.observer import Observer
-from gralora_fx.serving.scheduling.text_jobs import TextJob
-from gralora_fx.serving.scheduling.text_queue import TextQueue, failure
-from gralora_fx.serving.token_choice import Choice, TokenChooser
+from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.scheduling.queue import JobQueue, Observer
+from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Running:
-    """A job in a row of the decoder.
-
-    Attributes:
-        job: The job.
-        choose: Chooses its tokens.
-        read: How many tokens of its prompt the row has read.
-        last: The token that was chosen last and not read yet.
-    """
-
-    job: TextJob
-    choose: TokenChooser = field(init=False)
-    read: int = 0
-    last: int | None = None
-
-    def __post_init__(self) -> None:
-        self.choose = self.job.request.chooser(self.job.ends)
-
-    @property
-    def unread(self) -> int:
-        """How many tokens of its prompt the row has not read."""
-        return len(self.job.request.prompt) - self.read
-
-    def next_tokens(self, most: int) -> list[int]:
-        """The tokens to read in the next step: at most some of the prompt, or the one that was chosen last."""
-        if self.last is not None:
-            return [self.last]
-        return list(self.job.request.prompt[self.read : self.read + most])
-
-    def advance(self, count: int, logits: NDArray[Any]) -> Choice | None:
-        """Take note of the tokens that were read; the next one, if the prompt has ended and the answer has tokens."""
-        if self.last is None:
-            if self.job.request.scores_prompt:
-                self.job.prompt_scores += self.job.request.score_prompt(self.read, logits)
-            self.read += count
-            if self.unread:
-                return None
-            if not self.job.request.max_new_tokens:
-                self.job.finish("length")
-                return None
-        choice = self.choose(logits if logits.ndim == 1 else logits[-1])
-        self.last = choice.token
-        return choice
-
-
-class ContinuousScheduler(TextQueue):
+class ContinuousScheduler(JobQueue[TextJob]):
     """Runs requests in the rows of a decoder, each with its adapter.
 
     Before each step rows of requests that have ended or were given up are freed, and requests that wait take them. In a
     step every row that decodes reads a token, and prompts share a budget of tokens, the earliest first, so that a long
     prompt does not hold up the answers beside it. What the earliest leaves of the budget goes to prompts that fit it as
     a whole: a prompt that has begun is the earliest, and has the budget to itself until it is read.
+
+    Attributes:
+        limits: What the model can take.
+        scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
     """
+
+    unit = "requests"
+    excess = "answers are asked for, n to each prompt", "ask for fewer"
 
     def __init__(
         self,
@@ -92,23 +51,38 @@ class ContinuousScheduler(TextQueue):
             tokenizer: Decodes answers.
             observer: Is told what runs.
             max_queue: The most requests that may wait for a row.
-            versions: As of `TextQueue`.
+            versions: As of `JobQueue`.
         """
-        super().__init__(
-            tokenizer,
-            decoder.limits,
-            observer,
-            room=decoder.rows + max_queue,
-            scores_prompts=decoder.gives_all,
-            versions=versions,
-        )
-        self._decoder = decoder
-        self._rows: dict[int, _Running] = {}
+        super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, versions=versions)
+        self.limits, self.scores_prompts = decoder.limits, decoder.gives_all
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self._rows: dict[int, TextJob] = {}
 
     @property
     def running(self) -> int:
         """How many rows are in use."""
         return len(self._rows)
+
+    def submit(self, requests: Sequence[tuple[TextRequest, Sink]]) -> list[TextJob]:
+        """Queue requests, all or none.
+
+        Args:
+            requests: Each with the function to call with its pieces, from the queue's thread.
+
+        Raises:
+            QueueFullError: There is no room for all of them now.
+            StoppedError: The queue is stopping.
+            ServingError: One of them cannot be run, or they are more than there is ever room for.
+        """
+        self.check_count(len(requests))
+        for request, _ in requests:
+            request.check(self.limits)
+        jobs = []
+        for request, sink in requests:
+            ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
+            jobs.append(TextJob(request, Answer(self._tokenizer, ends, request.stop), ends, sink))
+        self.put(jobs)
+        return jobs
 
     def _turn(self) -> None:
         self._free()
@@ -118,35 +92,47 @@ class ContinuousScheduler(TextQueue):
 
     def _free(self) -> None:
         """Close the rows of requests that have ended or were given up."""
-        for row, running in list(self._rows.items()):
-            if running.job.is_done or running.job.is_cancelled:
+        for row, job in list(self._rows.items()):
+            if job.is_done or job.is_cancelled:
                 self._decoder.close(row)
                 del self._rows[row]
-                self._left(running.job)
+                self._leave(job)
 
     def _admit(self) -> None:
         """Give free rows to requests that wait."""
         while self._decoder.free and (job := self._next()) is not None:
             source = job.request.source
             try:
-                running = _Running(job)  # before a row is taken: a model's own rules may not go with the request
-                row = self._decoder.open(job.request.adapter, None if source is None else source.arrays)
+                job.begin()  # before a row is taken
+                row = self._decoder.open(job.adapter, None if source is None else source.arrays)
             except Exception as error:
                 _logger.exception("a request cannot be run")
                 self._observer.failed()
-                job.fail(failure(error))
-                self._left(job)
+                job.fail(error)
+                self._leave(job)
                 continue
-            self._rows[row] = running
+            self._rows[row] = job
             if source is not None:
                 self._observer.read(len(source.ids or ()))
                 return  # an encoder has run, which the rows that decode have waited for; the next runs after their step
 
+    def _next(self) -> TextJob | None:
+        """The next request that waits for an answer; None if none does."""
+        with self._condition:
+            while self._waiting:
+                job = self._waiting.popleft()
+                if not job.is_cancelled:
+                    return job
+                self._leave(job)
+        return None
+
     def _step(self) -> None:
         tokens = self._tokens()
         for row in tokens:
-            if not self._rows[row].read:
-                self._read_first(self._rows[row].job)
+            job = self._rows[row]
+            if not job.read:
+                job.waited = job.age
+                self._observer.waited(job.waited)
         started = time.perf_counter()
         try:
             logits = self._decoder.step(tokens)
@@ -154,36 +140,41 @@ class ContinuousScheduler(TextQueue):
             _logger.exception("a step of %d rows failed", len(tokens))
             self._observer.failed()
             for row in tokens:  # the others have read nothing, and go on
-                self._rows[row].job.fail(failure(error))
+                self._rows[row].fail(error)
             return
         self._observer.ran(time.perf_counter() - started, len(tokens))
         self._observer.read(sum(len(tokens[row]) for row in tokens if self._rows[row].last is None))
         self._advance(tokens, logits)
-
-    def _advance(self, tokens: Mapping[int, list[int]], logits: Mapping[int, NDArray[Any]]) -> None:
-        """Choose the next token of every row that has read all of its prompt; a row that fails fails alone."""
-        for row, given in tokens.items():
-            running = self._rows[row]
-            try:
-                choice = running.advance(len(given), logits[row])
-                if choice is not None:
-                    self._take(running.job, choice)
-            except Exception as error:
-                _logger.exception("choosing a token failed")
-                self._observer.failed()
-                running.job.fail(failure(error))
 
     def _tokens(self) -> dict[int, list[int]]:
         """What each row reads in the next step; prompts that the budget does not reach rest."""
         tokens: dict[int, list[int]] = {}
         budget = self._decoder.chunk
         is_earliest = True
-        for row, running in self._rows.items():
-            if running.last is None:
-                if is_earliest or running.unread <= budget:
-                    tokens[row] = running.next_tokens(budget)
+        for row, job in self._rows.items():
+            if job.last is None:
+                if is_earliest or job.unread <= budget:
+                    tokens[row] = job.next_tokens(budget)
                     budget -= len(tokens[row])
                 is_earliest = False
             else:
-                tokens[row] = running.next_tokens(1)
+                tokens[row] = job.next_tokens(1)
         return tokens
+
+    def _advance(self, tokens: Mapping[int, list[int]], logits: Mapping[int, NDArray[Any]]) -> None:
+        """Choose the next token of every row that has read all of its prompt; a row that fails fails alone."""
+        for row, read in tokens.items():
+            job = self._rows[row]
+            before, is_first = len(job.answer.ids), job.last is None
+            try:
+                choice = job.advance(len(read), logits[row])
+                if choice is None:
+                    continue
+                if is_first:
+                    self._observer.began(job.age, job.waited)
+                job.take(choice)
+                self._observer.generated(len(job.answer.ids) - before)
+            except Exception as error:
+                _logger.exception("choosing a token failed")
+                self._observer.failed()
+                job.fail(error)

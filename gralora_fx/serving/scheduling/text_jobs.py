@@ -15,7 +15,7 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer import Answer
 from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.failures import RunError
+from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.token_choice import Choice, TokenChooser
 from gralora_fx.serving.token_scores import TokenScore, token_scores
 from gralora_fx.serving.too_large import TooLargeError
@@ -119,17 +119,18 @@ Sink: TypeAlias = Callable[[Piece | RunError], None]
 
 
 class TextJob:
-    """A request, the answer so far and its caller.
+    """A request, the answer so far and its caller; once it runs, also the row of the decoder.
 
     Attributes:
         request: The request.
         answer: The answer so far.
-        ends: Ids of the tokens that end the answer.
         waited: Seconds before the first of its tokens was read.
-        is_begun: Whether its first token was chosen.
         is_done: Whether its caller was told the end.
-        prompt_scores: Scores of the prompt's tokens, to be told with the first piece.
+        read: How many tokens of its prompt the row has read.
+        last: The token that was chosen last and not read yet.
     """
+
+    rows = 1
 
     def __init__(self, request: TextRequest, answer: Answer, ends: frozenset[int], sink: Sink) -> None:
         """Start a job.
@@ -140,13 +141,20 @@ class TextJob:
             ends: Ids of the tokens that end the answer.
             sink: Is called with each piece, the last of which has an ending, or with the error that ends the job.
         """
-        self.request, self.answer, self.ends = request, answer, ends
-        self.waited = 0.0
-        self.is_begun = self.is_done = False
-        self.prompt_scores: list[TokenScore] = []
+        self.request, self.answer = request, answer
+        self.waited, self.is_done = 0.0, False
+        self.read = 0
+        self.last: int | None = None
+        self._choose: TokenChooser | None = None
+        self._ends, self._sink, self._cancelled = ends, sink, threading.Event()
         self._scores: list[TokenScore] = []
-        self._sink, self._cancelled = sink, threading.Event()
+        self._prompt_scores: list[TokenScore] = []
         self._submitted = time.perf_counter()
+
+    @property
+    def adapter(self) -> str | None:
+        """The key of the adapter that it runs with; None for the base."""
+        return self.request.adapter
 
     @property
     def is_cancelled(self) -> bool:
@@ -158,9 +166,40 @@ class TextJob:
         """Seconds since it was submitted."""
         return time.perf_counter() - self._submitted
 
+    @property
+    def unread(self) -> int:
+        """How many tokens of its prompt the row has not read."""
+        return len(self.request.prompt) - self.read
+
     def cancel(self) -> None:
         """Give the job up; its row is free at the next step."""
         self._cancelled.set()
+
+    def begin(self) -> None:
+        """Get ready to choose tokens; a model's own rules may raise here that do not go with the request."""
+        self._choose = self.request.chooser(self._ends)
+
+    def next_tokens(self, most: int) -> list[int]:
+        """The tokens to read in the next step: at most some of the prompt, or the one that was chosen last."""
+        if self.last is not None:
+            return [self.last]
+        return list(self.request.prompt[self.read : self.read + most])
+
+    def advance(self, count: int, logits: NDArray[Any]) -> Choice | None:
+        """Take note of the tokens that were read; the next one, if the prompt has ended and the answer has tokens."""
+        if self.last is None:
+            if self.request.scores_prompt:
+                self._prompt_scores += self.request.score_prompt(self.read, logits)
+            self.read += count
+            if self.unread:
+                return None
+            if not self.request.max_new_tokens:
+                self._finish("length")
+                return None
+        assert self._choose is not None
+        choice = self._choose(logits if logits.ndim == 1 else logits[-1])
+        self.last = choice.token
+        return choice
 
     def take(self, choice: Choice) -> None:
         """Add a token to the answer, and tell the caller."""
@@ -168,30 +207,28 @@ class TextJob:
         text = self.answer.take(choice.token)
         if choice.score is not None and len(self.answer.ids) > before:
             self._scores.append(choice.score)
-        ending: Ending | None = "stop" if self.answer.has_ended else None
-        if ending is None and len(self.answer.ids) >= self.request.max_new_tokens:
-            self.finish("length", text)
-            return
-        self._tell(text, ending)
+        if not self.answer.has_ended and len(self.answer.ids) >= self.request.max_new_tokens:
+            self._finish("length", text)
+        else:
+            self._tell(text, "stop" if self.answer.has_ended else None)
 
-    def finish(self, ending: Ending, text: str = "") -> None:
+    def fail(self, error: Exception) -> None:
+        """Tell the caller that the job cannot be done."""
+        self.is_done = True
+        self._sink(RunError.of(error))
+
+    def _finish(self, ending: Ending, text: str = "") -> None:
         """End the answer, and tell the caller.
 
         Args:
             ending: Why it ends.
             text: New text before what is held back.
         """
-        rest = self.answer.finish()
-        self._tell(text + rest, ending)
-
-    def fail(self, error: RunError) -> None:
-        """Tell the caller that the job cannot be done."""
-        self.is_done = True
-        self._sink(error)
+        self._tell(text + self.answer.finish(), ending)
 
     def _tell(self, text: str, ending: Ending | None) -> None:
         self.is_done = ending is not None
         if text or self.is_done or self._scores:
-            scores, prompt_scores = tuple(self._scores), tuple(self.prompt_scores)
-            self._scores, self.prompt_scores = [], []
+            scores, prompt_scores = tuple(self._scores), tuple(self._prompt_scores)
+            self._scores, self._prompt_scores = [], []
             self._sink(Piece(text, len(self.answer.ids), ending, scores, prompt_scores))
