@@ -13,8 +13,7 @@ from urllib.request import Request, urlopen
 import uvicorn
 
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.connections import ConnectionLimits, limited
-from gralora_fx.serving.http.runner import bind
+from gralora_fx.serving.http.server import ConnectionLimits, bind, limited
 from gralora_fx.serving.http.settings import ServiceSettings
 
 

@@ -180,8 +180,7 @@ def serve(
         with StageProgress():
             with timed("import"), _named_packages():
                 from gralora_fx.serving.http.app import create_app
-                from gralora_fx.serving.http.connections import ConnectionLimits
-                from gralora_fx.serving.http.runner import bind, run
+                from gralora_fx.serving.http.server import ConnectionLimits, bind, run
             sockets = [stack.enter_context(bound) for bound in bind(host, port)]
             with timed("open and warm up"):
                 app = create_app(settings)
@@ -203,10 +202,10 @@ def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: i
     with ExitStack() as stack:
         with StageProgress():
             with timed("import"), _named_packages():
-                from gralora_fx.serving.scale.ray_environment import prepare
+                from gralora_fx.serving.scale import prepare
 
                 prepare()
-                from gralora_fx.serving.http.adapter_loads import converted
+                from gralora_fx.serving.http.adapters import converted
                 from gralora_fx.serving.scale.ray_service import check, run_replicas
             with timed("open and warm up"):
                 settings = stack.enter_context(converted(settings))

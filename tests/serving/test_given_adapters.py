@@ -25,8 +25,8 @@ from gralora_fx.cli import app
 from gralora_fx.cli.values import read_adapters
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
-from gralora_fx.serving.http import runner
-from gralora_fx.serving.http.adapter_loads import converted
+from gralora_fx.serving.http import server
+from gralora_fx.serving.http.adapters import converted
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
 
@@ -200,7 +200,7 @@ def test_names_stay_names(answering: tuple[Path, dict[str, Any]], name: str, tmp
 def test_nothing_stays_open_where_an_adapter_cannot_be_loaded(
     answering: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, unpatched = answering[0], runner.bind
+    folder, unpatched = answering[0], server.bind
     bound: list[socket.socket] = []
 
     def bind(host: str, port: int) -> list[socket.socket]:
@@ -211,7 +211,7 @@ def test_nothing_stays_open_where_an_adapter_cannot_be_loaded(
     adapters = {"a": folder / "lora", "b": folder / "missing"}
     options = [f"--adapter={name}={path}" for name, path in adapters.items()]
     with monkeypatch.context() as patched:
-        patched.setattr("gralora_fx.serving.http.runner.bind", bind)
+        patched.setattr("gralora_fx.serving.http.server.bind", bind)
         result = CliRunner().invoke(app, ["serve", str(folder / "data"), "--port", "0", *options])
     assert isinstance(result.exception, ServingError)
     assert "adapter 'b': there is no adapter at" in str(result.exception)

@@ -25,7 +25,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.scores import scores_of
+from gralora_fx.serving.http.openai.encoders import scores_of
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel
 

@@ -11,10 +11,15 @@ from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http import text_answers
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.encoder_requests import ClassifyRequest, EmbeddingRequest, RerankRequest
-from gralora_fx.serving.http.openai_requests import ChatRequest, CompletionRequest
+from gralora_fx.serving.http.openai import completions
+from gralora_fx.serving.http.openai.requests import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RerankRequest,
+)
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.http.text_reader import TextReader
 
@@ -81,7 +86,7 @@ def test_what_there_is_no_room_for_is_not_read(
     def read(*_: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(text_answers, "prompt_ids", read)
+    monkeypatch.setattr(completions, "prompt_ids", read)
     monkeypatch.setattr(TextReader, "texts", read)
     body = {"model": "data", "prompt": ["a"] * 100, "n": 100}
     assert refused(text, "/v1/completions", body).startswith(

@@ -24,8 +24,7 @@ from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.connections import ConnectionLimits
-from gralora_fx.serving.http.runner import bind
+from gralora_fx.serving.http.server import ConnectionLimits, bind
 from gralora_fx.serving.http.settings import ServiceSettings
 
 MAX_BODY = 20_000

@@ -22,8 +22,7 @@ from gralora_fx import trace
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.rejections import REASONS
+from gralora_fx.serving.http.metrics import REASONS, Metrics
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel
 

@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http import page_routes
 from gralora_fx.serving.http.app import create_app
+from gralora_fx.serving.http.page.routes import PAGE_PATHS
 from gralora_fx.serving.http.settings import ServiceSettings
 
 
@@ -48,7 +48,7 @@ def test_every_file_is_open_and_the_data_is_not(net: Path) -> None:
     with TestClient(create_app(ServiceSettings(net, api_key="secret"))) as client:
         pages = [References(client.get(path).text) for path in ("/", "/docs")]
         assert not any(references.inline for references in pages)
-        scripts = {path for path in page_routes.PAGE_PATHS if path.endswith(".js")}
+        scripts = {path for path in PAGE_PATHS if path.endswith(".js")}
         imported = {
             name
             for path in scripts
@@ -56,9 +56,9 @@ def test_every_file_is_open_and_the_data_is_not(net: Path) -> None:
             for name in re.findall(r'from "\./([\w.]+)"', client.get(path).raise_for_status().text)
         }
         loaded = {f"/{path}" for references in pages for path in references.loaded}
-        assert {f"/page/{name}" for name in imported} | loaded | {"/", "/docs"} == set(page_routes.PAGE_PATHS)
+        assert {f"/page/{name}" for name in imported} | loaded | {"/", "/docs"} == set(PAGE_PATHS)
         types = {"": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-        for path in page_routes.PAGE_PATHS:
+        for path in PAGE_PATHS:
             found = client.get(path)
             assert found.status_code == client.head(path).status_code == 200
             assert found.headers["content-type"].split(";")[0] == types[Path(path).suffix]

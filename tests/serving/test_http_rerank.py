@@ -19,7 +19,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.scores import relevance_of
+from gralora_fx.serving.http.openai.encoders import relevance_of
 from gralora_fx.serving.http.settings import ServiceSettings
 
 QUERY = "where is it"

@@ -175,6 +175,6 @@ def test_without_a_processor_nothing_is_served(tmp_path: Path) -> None:
 
 
 def test_what_reads_forms_is_asked_for_at_the_start(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gralora_fx.serving.http.openai_speech.find_spec", lambda name: None)
+    monkeypatch.setattr("gralora_fx.serving.http.openai.speech.find_spec", lambda name: None)
     with pytest.raises(ServingError, match=r"forms need the package python-multipart; pip install"):
         create_app(ServiceSettings(export))

@@ -24,9 +24,9 @@ from tiny_models import text_batch
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.adapter_stack import AdapterStack
 from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.adapter_trial import AdapterTrial
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
+from gralora_fx.serving.http.trial import AdapterTrial
 from gralora_fx.serving.scheduling.text_jobs import TextJob
 
 MODES = ("data", "inputs")

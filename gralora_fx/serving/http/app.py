@@ -10,23 +10,20 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from gralora_fx.serving.http.adapter_loads import load_given
 from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.adapter_routes import adapter_routes
-from gralora_fx.serving.http.bodies import BodyMiddleware
-from gralora_fx.serving.http.encoder_texts import encoder_text_routes
-from gralora_fx.serving.http.engines import EncoderEngine, TextEngine, open_engine
-from gralora_fx.serving.http.failures import add_handlers
-from gralora_fx.serving.http.health import health_routes
-from gralora_fx.serving.http.inference import inference_routes, server_routes
+from gralora_fx.serving.http.adapters import load_given
+from gralora_fx.serving.http.engines import EncoderEngine, Engine, TextEngine, open_engine
+from gralora_fx.serving.http.error_responses import add_handlers
+from gralora_fx.serving.http.inference.routes import inference_routes, server_routes
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware
-from gralora_fx.serving.http.openai_models import model_routes
-from gralora_fx.serving.http.openai_speech import speech_routes
-from gralora_fx.serving.http.openai_text import text_routes
+from gralora_fx.serving.http.middleware import add_middleware
+from gralora_fx.serving.http.openai.completions import text_routes
+from gralora_fx.serving.http.openai.encoders import encoder_routes
+from gralora_fx.serving.http.openai.models import adapter_routes, model_routes
+from gralora_fx.serving.http.openai.speech import speech_routes
 from gralora_fx.serving.http.openapi import DescribedApp
-from gralora_fx.serving.http.page_routes import page_routes
-from gralora_fx.serving.http.service_info import info_routes, service_info
+from gralora_fx.serving.http.page.routes import page_routes
+from gralora_fx.serving.http.service_info import health_routes, info_routes, service_info
 from gralora_fx.serving.http.settings import ServiceSettings
 
 
@@ -53,19 +50,17 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     return app
 
 
-def _app(
-    settings: ServiceSettings, engine: TextEngine | EncoderEngine, metrics: Metrics, root: AdapterRoot | None
-) -> FastAPI:
+def _app(settings: ServiceSettings, engine: Engine, metrics: Metrics, root: AdapterRoot | None) -> FastAPI:
     load_given(engine, settings)
     names = engine.names
     metrics.watch_adapters(lambda: len(names.adapters), lambda: len(names.versions))
     info = service_info(settings, engine)
-    metrics.describe(info.labels(), lambda: engine.waiting)
+    metrics.describe(info.labels(), lambda: engine.queue.waiting)
     state = {"is_ready": False}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        engine.queue.start()
         state["is_ready"] = True
         yield
         state["is_ready"] = False
@@ -75,10 +70,7 @@ def _app(
     app.state.engine, app.state.timeout = engine, settings.timeout
     app.state.asks_for_key = settings.api_key is not None
     add_handlers(app)
-    app.add_middleware(BodyMiddleware, max_body=settings.max_body)
-    if settings.api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
-    app.add_middleware(CountingMiddleware, metrics=metrics)
+    add_middleware(app, settings, metrics)
     _add_routes(app, engine, metrics, state)
     app.include_router(adapter_routes(engine, settings.directory, root, metrics))
     app.include_router(info_routes(info))
@@ -86,7 +78,7 @@ def _app(
     return app
 
 
-def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metrics, state: dict[str, bool]) -> None:
+def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics, state: dict[str, bool]) -> None:
     async def is_ready() -> bool:
         return state["is_ready"]
 
@@ -99,8 +91,9 @@ def _add_routes(app: FastAPI, engine: TextEngine | EncoderEngine, metrics: Metri
     app.include_router(model_routes(engine.names))
     app.include_router(server_routes(engine.names))
     if isinstance(engine, EncoderEngine):
-        texts = encoder_text_routes(engine)
+        texts = encoder_routes(engine)
     else:
+        assert isinstance(engine, TextEngine)
         texts = text_routes(engine) if engine.takes_text else speech_routes(engine)
     app.include_router(texts)
     if texts.routes:

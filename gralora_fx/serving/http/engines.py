@@ -1,63 +1,106 @@
-"""What runs behind the routes: a decoder with its scheduler, or an encoder with its batches."""
+"""What runs behind the routes: a decoder with its scheduler or an encoder with its batches, and the models served."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.config.tasks import ENCODER_DECODERS
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.options import runtime_of
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
-from gralora_fx.serving.http.adapter_trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 from gralora_fx.serving.http.encoder import Encoder
-from gralora_fx.serving.http.model_names import ModelNames
 from gralora_fx.serving.http.settings import ServiceSettings
+from gralora_fx.serving.http.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.queue import Observer
+from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 
 _GENERATES = ("text-generation-with-past", *ENCODER_DECODERS)
 
 
+class UnknownModelError(ServingError):
+    """A request names a model that is not served."""
+
+
 @dataclass(frozen=True)
-class TextEngine:
-    """A decoder that answers prompts, or an encoder-decoder that answers texts or recordings.
+class ModelNames:
+    """The models that requests may name.
+
+    Attributes:
+        base: The model without an adapter.
+        versions: The adapters, which come and go.
+    """
+
+    base: str
+    versions: AdapterVersions
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that are loaded now."""
+        return self.versions.names
+
+    def adapter(self, model: str) -> str | None:
+        """The key of the adapter that a model's name means now; None for the base. `held` keeps it for a while.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        with self.held(model) as key:
+            return key
+
+    @contextmanager
+    def held(self, model: str) -> Iterator[str | None]:
+        """Hold the adapter that a model's name means, and give its key; None for the base.
+
+        A queue holds it for the requests that it takes, so this is to last until they are queued.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        if model == self.base:
+            yield None
+            return
+        adapters = self.adapters
+        if model not in adapters:
+            raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *adapters))}")
+        with self.versions.held(model) as key:
+            yield key
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs requests.
 
     Attributes:
         names: The models that requests may name.
         manifest: The export's manifest.
         trial: Tries an adapter that is loaded.
-        tokenizer: The tokenizer beside the model.
-        queue: Takes requests.
-        inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+        queue: Takes requests, or rows of them.
     """
 
     names: ModelNames
     manifest: Manifest
     trial: AdapterTrial
-    tokenizer: PreTrainedTokenizerBase
-    queue: ContinuousScheduler
-    inputs: EncoderInputs | None = None
+    queue: JobQueue[Any]
 
     @property
-    def takes_text(self) -> bool:
-        """Whether it answers texts, rather than recordings."""
-        return self.inputs is None or self.inputs.takes_text
+    def context_length(self) -> int | None:
+        """The most tokens of a text, or of a prompt and its answer; None for no limit, or if it takes no texts."""
+        return None
 
     @property
-    def waiting(self) -> int:
-        """How many requests wait."""
-        return self.queue.waiting
-
-    def start(self) -> None:
-        """Begin to work."""
-        self.queue.start()
+    def takes_chats(self) -> bool:
+        """Whether it answers texts, and its tokenizer has a template for chats."""
+        return False
 
     def stop(self) -> None:
         """Answer what is there, and end."""
@@ -66,37 +109,51 @@ class TextEngine:
 
 
 @dataclass(frozen=True)
-class EncoderEngine:
+class TextEngine(Engine):
+    """A decoder that answers prompts, or an encoder-decoder that answers texts or recordings.
+
+    Attributes:
+        tokenizer: The tokenizer beside the model.
+        inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+    """
+
+    queue: ContinuousScheduler
+    tokenizer: PreTrainedTokenizerBase
+    inputs: EncoderInputs | None = None
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether it answers texts, rather than recordings."""
+        return self.inputs is None or self.inputs.takes_text
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a decoder's prompt and its answer, or of an encoder-decoder's source."""
+        return self.queue.limits.context if self.inputs is None else self.inputs.limit
+
+    @property
+    def takes_chats(self) -> bool:
+        """Whether it answers texts, and its tokenizer has a template for chats."""
+        return self.takes_text and bool(getattr(self.tokenizer, "chat_template", None))
+
+
+@dataclass(frozen=True)
+class EncoderEngine(Engine):
     """A model that is run once for each request.
 
     Attributes:
-        names: The models that requests may name.
-        manifest: The export's manifest.
-        trial: Tries an adapter that is loaded.
         encoder: Runs rows in batches.
     """
 
-    names: ModelNames
-    manifest: Manifest
-    trial: AdapterTrial
     encoder: Encoder
 
     @property
-    def waiting(self) -> int:
-        """How many rows wait."""
-        return self.encoder.batches.waiting
-
-    def start(self) -> None:
-        """Begin to work."""
-        self.encoder.batches.start()
-
-    def stop(self) -> None:
-        """Run what is there, and end."""
-        self.encoder.batches.stop()
-        self.names.versions.close()
+    def context_length(self) -> int | None:
+        """Tokens of a text; None if it takes none."""
+        return self.encoder.reader.limit if self.encoder.takes_texts else None
 
 
-def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | EncoderEngine:
+def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     """Open the export and its own adapters, and run it once so that the first request finds it warm.
 
     Args:
@@ -124,7 +181,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> TextEngine | E
         model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, versions=names.versions
     )
     encoder.warm_up()
-    return EncoderEngine(names, manifest, try_encoder(encoder), encoder)
+    return EncoderEngine(names, manifest, try_encoder(encoder), encoder.batches, encoder)
 
 
 def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
@@ -140,7 +197,7 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
     queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, versions=names.versions)
-    return TextEngine(names, model.manifest, try_decoder(model), tokenizer, queue, model.encoder_inputs)
+    return TextEngine(names, model.manifest, try_decoder(model), queue, tokenizer, model.encoder_inputs)
 
 
 def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ModelNames:

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
+from starlette.types import Scope
 
-from gralora_fx.serving.http.rejections import REASONS
+from gralora_fx.serving.too_large import TooLargeError
 
+_KEY = "gralora_fx.rejection"
+_BY_STATUS = {
+    401: "unauthorized",
+    404: "not_found",
+    405: "not_found",
+    408: "timeout",
+    413: "too_large",
+    429: "queue_full",
+    503: "stopping",
+    504: "timeout",
+}
+REASONS = ("invalid", *sorted(set(_BY_STATUS.values())))
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def note_rejection(scope: Any, error: Exception) -> None:
+    """Remember with a request why it is rejected, where its status says less than the error."""
+    if isinstance(error, TooLargeError):
+        scope[_KEY] = "too_large"
+
+
+def rejection(scope: Scope, status: int) -> str | None:
+    """Why a request was rejected; None if it was not.
+
+    Args:
+        scope: The request's scope.
+        status: The status that it was answered with.
+    """
+    if _KEY in scope:
+        return str(scope[_KEY])
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    return "invalid" if 400 <= status < 499 else None  # 499: its client went away
 
 
 class _Now(Collector):

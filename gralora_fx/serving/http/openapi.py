@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from gralora_fx.serving.http.failures import is_inference
-from gralora_fx.serving.http.inference_requests import HEADER_LENGTH, InferRequest
+from gralora_fx.serving.http.error_responses import is_inference
+from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, InferRequest
 from gralora_fx.serving.http.middleware import OPEN_PATHS
 
 _SCHEMAS = "#/components/schemas/"

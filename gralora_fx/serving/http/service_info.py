@@ -1,18 +1,42 @@
-"""`/info`: what is served, as a person or a dashboard asks for it."""
+"""What the service says of itself: that it lives, that it is ready, and what is served."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.serving.http.engines import EncoderEngine, TextEngine
+from gralora_fx.serving.http.engines import Engine
 from gralora_fx.serving.http.settings import ServiceSettings
 
 _NO_LIMIT = 2**31  # tokenizers without a limit say 10^30
+
+
+def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
+    """The routes, which need no key.
+
+    Args:
+        is_ready: Tells whether requests are answered now.
+    """
+    router = APIRouter()
+
+    @router.get("/v2/health/live")
+    async def live() -> dict[str, Any]:
+        return {"live": True}
+
+    @router.get("/health")
+    @router.get("/v2/health/ready")
+    async def ready() -> JSONResponse:
+        found = await is_ready()
+        return JSONResponse({"ready": found}, 200 if found else 503)
+
+    return router
 
 
 @dataclass(frozen=True)
@@ -54,21 +78,14 @@ class ServiceInfo:
         }
 
 
-def service_info(settings: ServiceSettings, engine: TextEngine | EncoderEngine) -> ServiceInfo:
+def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
     """What a service serves.
 
     Args:
         settings: Its settings.
         engine: What it opened.
     """
-    manifest = read_manifest(settings.directory, ServingError)
-    context: int | None
-    if isinstance(engine, TextEngine):
-        context = engine.queue.limits.context if engine.inputs is None else engine.inputs.limit
-        has_template = engine.takes_text and bool(getattr(engine.tokenizer, "chat_template", None))
-    else:
-        context = engine.encoder.reader.limit if engine.encoder.takes_texts else None
-        has_template = False
+    manifest, context = read_manifest(settings.directory, ServingError), engine.context_length
     return ServiceInfo(
         model=engine.names.base,
         task=manifest.task,
@@ -76,7 +93,7 @@ def service_info(settings: ServiceSettings, engine: TextEngine | EncoderEngine) 
         quantization=None if manifest.quantization is None else manifest.quantization.kind,
         adapters_mode=manifest.adapters_mode,
         context_length=context if context is not None and context < _NO_LIMIT else None,
-        chat_template=has_template,
+        chat_template=engine.takes_chats,
         max_queue=settings.max_queue,
         version=version("gralora-fx"),
     )

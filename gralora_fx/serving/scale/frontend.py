@@ -5,7 +5,6 @@ Ray's proxy cannot read a request's body, and does not know the form of the prot
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,12 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from gralora_fx.serving.http.access_log import AccessLogMiddleware
-from gralora_fx.serving.http.bodies import BodyMiddleware
-from gralora_fx.serving.http.failures import add_handlers, error_body, error_response
-from gralora_fx.serving.http.health import health_routes
+from gralora_fx.serving.http.error_responses import add_handlers, error_body, error_response
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.middleware import ApiKeyMiddleware, CountingMiddleware, mark_counted
-from gralora_fx.serving.http.page_routes import page_routes
+from gralora_fx.serving.http.middleware import AccessLogMiddleware, add_middleware, mark_counted
+from gralora_fx.serving.http.openai.streams import END, event
+from gralora_fx.serving.http.page.routes import page_routes
+from gralora_fx.serving.http.service_info import health_routes
 from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scale.asgi_request import read
 
@@ -60,10 +58,7 @@ class Frontend:
         """
         app = self._app = FastAPI(openapi_url=None)  # the replicas have the app's description
         add_handlers(app)
-        app.add_middleware(BodyMiddleware, max_body=settings.max_body)
-        if settings.api_key is not None:
-            app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
-        app.add_middleware(CountingMiddleware, metrics=Metrics())
+        add_middleware(app, settings, Metrics())
         if access_log is not None:
             app.add_middleware(AccessLogMiddleware, file=access_log.open("a", encoding="utf-8"))
         _add_own_routes(app, metrics_folder)
@@ -162,8 +157,8 @@ class _Sender:
 
     async def end_with(self, status: int, text: str) -> None:
         """End a stream of events with an error."""
-        event = f"data: {json.dumps(error_body(status, text))}\n\ndata: [DONE]\n\n"
-        await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+        body = event(error_body(status, text)) + END
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _described(error: Exception) -> tuple[int, str]:

@@ -1,10 +1,12 @@
-"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, in vLLM's form."""
+"""`/v1/models`, and `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` in vLLM's form."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.exceptions import HTTPException
@@ -12,11 +14,32 @@ from fastapi.responses import PlainTextResponse
 
 from gralora_fx.errors import GraloraError
 from gralora_fx.serving.adapter_versions import AdapterVersions
-from gralora_fx.serving.http.adapter_loads import load_adapter
 from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.engines import EncoderEngine, TextEngine
+from gralora_fx.serving.http.adapters import load_adapter
+from gralora_fx.serving.http.engines import Engine, ModelNames
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.strict_model import StrictModel
+from gralora_fx.serving.http.openai.requests import StrictModel
+
+
+def model_routes(names: ModelNames) -> APIRouter:
+    """The routes of the list of models."""
+    router = APIRouter()
+    created = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        parent = None if name == names.base else names.base
+        return {"id": name, "object": "model", "created": created, "owned_by": "gralora-fx", "parent": parent}
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [described(name) for name in (names.base, *names.adapters)]}
+
+    @router.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        names.adapter(name)
+        return described(name)
+
+    return router
 
 
 class LoadRequest(StrictModel):
@@ -33,9 +56,7 @@ class UnloadRequest(StrictModel):
     lora_name: str
 
 
-def adapter_routes(
-    engine: TextEngine | EncoderEngine, onnx_dir: Path, root: AdapterRoot | None, metrics: Metrics
-) -> APIRouter:
+def adapter_routes(engine: Engine, onnx_dir: Path, root: AdapterRoot | None, metrics: Metrics) -> APIRouter:
     """The routes that change adapters.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,12 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import shown
-from gralora_fx.serving.http.disconnects import unless_disconnected
+from gralora_fx.serving.http.deadlines import unless_disconnected
 from gralora_fx.serving.http.encoder import Encoder
-from gralora_fx.serving.http.engines import EncoderEngine
-from gralora_fx.serving.http.example_inputs import example_inputs
-from gralora_fx.serving.http.inference_requests import HEADER_LENGTH, Call, InferRequest, read_call
-from gralora_fx.serving.http.model_names import ModelNames, UnknownModelError
-from gralora_fx.serving.http.tensors import datatype_of, described, to_bytes, to_numbers
+from gralora_fx.serving.http.engines import EncoderEngine, ModelNames, UnknownModelError
+from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Call, InferRequest, read_call
+from gralora_fx.serving.http.inference.tensors import datatype_of, described, to_bytes, to_numbers
+from gralora_fx.serving.http.trial import example_inputs
 
 _VERSION = "1"
 _LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it
@@ -122,7 +122,7 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
         else:
             call = read_call(body, length, encoder.inputs, encoder.outputs)
         with names.held(name) as adapter:
-            return await unless_disconnected(request, _infer(encoder, name, adapter, call))
+            return await unless_disconnected(request, partial(_infer, encoder, name, adapter, call))
 
     async def example(name: str, version: str = _VERSION) -> Response:
         """A request that `infer` takes as it is."""

@@ -14,10 +14,8 @@ from gralora_fx.runtime.adapter_name import check_name
 from gralora_fx.runtime.export_adapters import check_takes_adapters, given_adapter
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.adapter_folder import as_data
-from gralora_fx.serving.http.engines import EncoderEngine, TextEngine
+from gralora_fx.serving.http.engines import Engine
 from gralora_fx.serving.http.settings import ServiceSettings
-
-Engine = TextEngine | EncoderEngine
 
 
 def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, may_replace: bool) -> None:

@@ -1,17 +1,19 @@
-"""Requests of OpenAI's protocol: the fields that are supported; any other that would change the answer is refused."""
+"""Requests as JSON: the fields that are supported; any other that would change the answer is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.serving.http.strict_model import ListOf, StrictModel
 from gralora_fx.serving.sampling import Sampling
 
+_Item = TypeVar("_Item")
+
+ListOf = Annotated[list[_Item], Field(fail_fast=True)]
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
 _TOKENS = 1024  # the most that an option names, since each is looked at in every step
@@ -23,25 +25,30 @@ _Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-def _few(given: Any) -> Any:
-    if isinstance(given, (dict, list)) and len(given) > _TOKENS:
-        raise PydanticCustomError("too_long", f"there are {len(given)} tokens, more than {_TOKENS}; name fewer")
-    return given
+class StrictModel(BaseModel):
+    """A request, or a part of one: fields are known and of their own types, and one that is null is as if left out.
 
-
-class OpenAIRequest(StrictModel):
-    """A request whose fields are all known, and of their own types; a field that is null is as if it were left out.
+    A wrong request costs no more than a right one. Pydantic describes every wrong item of a list and every unknown
+    field, which for a body of some megabytes are gigabytes: so lists of requests end at their first wrong item
+    (`fail_fast`), and of unknown fields one is looked at.
 
     Attributes:
         without_effect: Fields beside them that are accepted, since they change no answer; of some only these values.
     """
 
+    model_config = ConfigDict(extra="forbid", strict=True)
     without_effect: ClassVar[Idle] = {}
 
+    @model_validator(mode="before")
     @classmethod
-    def _effective(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The fields that are not null and have an effect."""
-        return {name: value for name, value in given.items() if value is not None and not cls._is_idle(name, value)}
+    def _read(cls, given: Any) -> Any:
+        """Leave out what has no effect, and all unknown fields but the first, by which the request is refused."""
+        if not isinstance(given, dict):
+            return given
+        fields = {name: value for name, value in given.items() if value is not None and not cls._is_idle(name, value)}
+        for name in [name for name in fields if name not in cls.model_fields][1:]:
+            del fields[name]
+        return fields
 
     @classmethod
     def _is_idle(cls, name: str, value: Any) -> bool:
@@ -49,7 +56,13 @@ class OpenAIRequest(StrictModel):
         return values is None or any(type(value) is type(other) and value == other for other in values)
 
 
-class StreamOptions(OpenAIRequest):
+def _few(given: Any) -> Any:
+    if isinstance(given, (dict, list)) and len(given) > _TOKENS:
+        raise PydanticCustomError("too_long", f"there are {len(given)} tokens, more than {_TOKENS}; name fewer")
+    return given
+
+
+class StreamOptions(StrictModel):
     """What a stream holds beside text."""
 
     without_effect: ClassVar[Idle] = {"include_obfuscation": (False,)}
@@ -57,7 +70,7 @@ class StreamOptions(OpenAIRequest):
     include_usage: bool = False
 
 
-class _TextFields(OpenAIRequest):
+class _TextFields(StrictModel):
     """What completions and chats share: OpenAI's fields, and beside them vLLM's."""
 
     without_effect: ClassVar[Idle] = {
@@ -184,14 +197,14 @@ class CompletionRequest(_TextFields):
         return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
 
 
-class TextPart(OpenAIRequest):
+class TextPart(StrictModel):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(OpenAIRequest):
+class ChatMessage(StrictModel):
     """A message of a chat."""
 
     without_effect: ClassVar[Idle] = {
@@ -253,3 +266,49 @@ class ChatRequest(_TextFields):
         """
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(left, 1) if given is None else given
+
+
+class _EncoderFields(StrictModel):
+    """What requests for texts through an encoder share.
+
+    Attributes:
+        user: Taken, and not used.
+    """
+
+    user: str | None = None
+
+
+class EmbeddingRequest(_EncoderFields):
+    """A request of `/v1/embeddings`."""
+
+    model: str
+    input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class ClassifyRequest(_EncoderFields):
+    """A request of `/classify`."""
+
+    model: str | None = None
+    input: str | ListOf[str]
+
+
+class Document(StrictModel):
+    """A document of a request of `/v1/rerank`."""
+
+    text: str
+
+
+class RerankRequest(_EncoderFields):
+    """A request of `/v1/rerank`, in the form of Cohere's and Jina's services."""
+
+    model: str | None = None
+    query: str
+    documents: Annotated[list[str | Document], Field(min_length=1, fail_fast=True)]
+    top_n: Annotated[int | None, Field(ge=1)] = None
+    return_documents: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]

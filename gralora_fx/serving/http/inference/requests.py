@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.serving.http.strict_model import ListOf
-from gralora_fx.serving.http.tensors import Datatype, datatype_of, from_bytes, from_json
+from gralora_fx.serving.http.inference.tensors import Datatype, datatype_of, from_bytes, from_json
+from gralora_fx.serving.http.openai.requests import ListOf
 
 _PROBLEMS = 1000  # that are described
 HEADER_LENGTH = "Inference-Header-Content-Length"

@@ -1,0 +1,192 @@
+"""`/v1/completions` and `/v1/chat/completions`: whole answers, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from gralora_fx.errors import ServingError
+from gralora_fx.loading.tokenizers import prompt_ids
+from gralora_fx.serving.answers import seeded
+from gralora_fx.serving.http.deadlines import timeout_of
+from gralora_fx.serving.http.engines import TextEngine
+from gralora_fx.serving.http.openai.logprobs import LogprobWriter
+from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
+from gralora_fx.serving.http.openai.streams import EventStream, TextAnswers
+from gralora_fx.serving.prompts import stop_strings
+from gralora_fx.serving.scheduling.text_jobs import Piece, TextRequest
+from gralora_fx.serving.token_texts import TokenTexts
+
+
+def text_routes(engine: TextEngine) -> APIRouter:
+    """The routes of a decoder."""
+    router, texts = APIRouter(), TokenTexts(engine.tokenizer)
+
+    @router.post("/v1/completions")
+    async def complete(asked: CompletionRequest, request: Request) -> Response:
+        return await _answer(engine, texts, asked, request)
+
+    @router.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        return await _answer(engine, texts, asked, request)
+
+    return router
+
+
+async def _answer(
+    engine: TextEngine, texts: TokenTexts, asked: CompletionRequest | ChatRequest, request: Request
+) -> Response:
+    is_chat, seconds = isinstance(asked, ChatRequest), timeout_of(request)
+    with engine.names.held(asked.model) as adapter:
+        requests, prompt_tokens = await _text_requests(engine, asked, adapter)
+        echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(requests)
+        answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds)
+    choices = [
+        ChoiceWriter(index, question, echo, texts, is_chat=is_chat)
+        for index, (question, echo) in enumerate(zip(requests, echoes, strict=True))
+    ]
+    kind = "text_completion"
+    if is_chat:
+        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+    name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+    head = {"id": name, "object": kind, "created": int(time.time()), "model": asked.model}
+    if asked.stream:
+        return EventStream(answers, _chunks(answers, head, choices, includes_usage=asked.includes_usage))
+    return await answers.respond(request, partial(_whole, answers, head, choices))
+
+
+async def _text_requests(
+    engine: TextEngine, asked: CompletionRequest | ChatRequest, adapter: str | None
+) -> tuple[list[TextRequest], int]:
+    """What a request asks for.
+
+    Args:
+        engine: The decoder.
+        asked: The request.
+        adapter: The key of the adapter that its model's name means; None for the base.
+
+    Returns:
+        What to answer, of each prompt as many as it has answers; and the tokens of the prompts, each counted once.
+
+    Raises:
+        ServingError: The prompts or options cannot be taken.
+    """
+    queue = engine.queue
+    if asked.stream_options is not None and not asked.stream:
+        raise ServingError("stream_options has no effect without stream; give stream too, or leave it out")
+    queue.check_count(len(asked.prompts) * asked.n)
+    if engine.inputs is not None:
+        engine.inputs.check_texts(asked.prompts)
+        if asked.echo:
+            raise ServingError("echo has no effect: an encoder-decoder does not go on from its prompt; leave it out")
+    scores_prompt = asked.echo and asked.top_scores is not None
+    if scores_prompt and not queue.scores_prompts:
+        raise ServingError(
+            "echo with logprobs needs the logits of every position, and the export gives those of the last; export the "
+            "model with logits='all', or leave one of them out"
+        )
+    stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
+    sampling = asked.sampling(queue.limits.ends)
+    rows: list[list[int]] = await run_in_threadpool(_prompt_rows, engine, asked)
+    requests: list[TextRequest] = []
+    for ids in rows:
+        source = None if engine.inputs is None else engine.inputs.of_ids(ids)
+        prompt = tuple(ids) if source is None else (source.rules.start,)
+        most = asked.most_tokens(queue.limits.context - len(prompt))
+        if sampling.min_new_tokens > most:
+            raise ServingError(f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for")
+        for _ in range(asked.n):
+            own = seeded(sampling, len(requests))
+            requests.append(TextRequest(prompt, most, own, stop, adapter, scores_prompt, source))
+    return requests, sum(map(len, rows))
+
+
+def _prompt_rows(engine: TextEngine, asked: CompletionRequest | ChatRequest) -> list[list[int]]:
+    return [prompt_ids(prompt, engine.tokenizer, ServingError) for prompt in asked.prompts]
+
+
+def _echoes(engine: TextEngine, asked: CompletionRequest | ChatRequest) -> list[str]:
+    """The text that each answer begins with: that of its prompt."""
+    decode = engine.tokenizer.decode
+    texts = [prompt if isinstance(prompt, str) else str(decode(prompt)) for prompt in asked.prompts]
+    return [text for text in texts for _ in range(asked.n)]
+
+
+async def _whole(answers: TextAnswers, head: dict[str, Any], choices: Sequence[ChoiceWriter]) -> Response:
+    wholes = [Piece("", 0)] * len(choices)
+    async for index, piece in answers.pieces():
+        wholes[index] += piece
+    written = [choice.whole(piece) for choice, piece in zip(choices, wholes, strict=True)]
+    return JSONResponse({**head, "choices": written, "usage": answers.usage()})
+
+
+async def _chunks(
+    answers: TextAnswers, head: dict[str, Any], choices: Sequence[ChoiceWriter], *, includes_usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a stream."""
+    more = {"usage": None} if includes_usage else {}
+    for choice in choices:
+        if (first := choice.first()) is not None:
+            yield {**head, "choices": [first], **more}
+    async for index, piece in answers.pieces():
+        yield {**head, "choices": [choices[index].part(piece)], **more}
+    if includes_usage:
+        yield {**head, "choices": [], "usage": answers.usage()}
+
+
+class ChoiceWriter:
+    """One answer, written piece by piece; the pieces of a stream together are the whole answer."""
+
+    def __init__(self, index: int, request: TextRequest, echo: str, texts: TokenTexts, *, is_chat: bool) -> None:
+        """Begin an answer.
+
+        Args:
+            index: Its number.
+            request: What it answers.
+            echo: The text that it begins with.
+            texts: Tokens as text.
+            is_chat: Whether it is a message.
+        """
+        self._index, self._request, self._echo, self._is_chat = index, request, echo, is_chat
+        self._writer = None
+        if request.sampling.logprobs is not None:
+            self._writer = LogprobWriter(texts, is_chat=is_chat)
+
+    def first(self) -> dict[str, Any] | None:
+        """What a streamed message begins with; None for a text."""
+        return self._fields({"delta": {"role": "assistant", "content": ""}}, None, None) if self._is_chat else None
+
+    def part(self, piece: Piece) -> dict[str, Any]:
+        """A piece of a streamed answer."""
+        text, self._echo = self._echo + piece.text, ""
+        logprobs = self._logprobs(piece)
+        content: dict[str, Any] = {"text": text}
+        if self._is_chat:
+            content = {"delta": {"content": text} if text or piece.scores else {}}
+        return self._fields(content, logprobs, piece.ending)
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """A whole answer, as a single piece."""
+        content: dict[str, Any] = {"text": self._echo + piece.text}
+        if self._is_chat:
+            content = {"message": {"role": "assistant", "content": piece.text, "refusal": None, "annotations": []}}
+        return self._fields(content, self._logprobs(piece), piece.ending)
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        """The scores of a piece; those of the prompt come with the first."""
+        if self._writer is None:
+            return None
+        first = self._request.prompt[0] if self._request.scores_prompt else None
+        if first is None or self._writer.is_begun:
+            return self._writer.write(piece.scores)
+        return self._writer.write((*piece.prompt_scores, *piece.scores), first)
+
+    def _fields(self, content: dict[str, Any], logprobs: dict[str, Any] | None, ending: str | None) -> dict[str, Any]:
+        return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": ending}

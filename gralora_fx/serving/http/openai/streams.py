@@ -1,0 +1,143 @@
+"""Answers as they come: the pieces of a scheduler, and server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import orjson
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from gralora_fx.serving.http.deadlines import DeadlineError, unless_disconnected
+from gralora_fx.serving.http.error_responses import error_body, status_of
+from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
+from gralora_fx.serving.scheduling.queue import RunError
+from gralora_fx.serving.scheduling.text_jobs import Piece, Sink, TextRequest
+
+END = b"data: [DONE]\n\n"
+
+
+class TextAnswers:
+    """The answers to the prompts of one request."""
+
+    def __init__(
+        self,
+        queue: ContinuousScheduler,
+        requests: Sequence[TextRequest],
+        prompt_tokens: int,
+        seconds: float | None = None,
+    ) -> None:
+        """Queue the prompts, all or none; from the event loop's thread.
+
+        Args:
+            queue: What answers them.
+            requests: What to answer.
+            prompt_tokens: Tokens of the prompts, each counted once.
+            seconds: How long it may take; None for no limit.
+
+        Raises:
+            ServingError: One cannot be run, or there is no room.
+        """
+        self._prompt_tokens, self._tokens = prompt_tokens, [0] * len(requests)
+        self._left = len(requests)
+        self._events: asyncio.Queue[tuple[int, Piece | RunError]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._seconds, self._end = seconds, None if seconds is None else loop.time() + seconds
+
+        def sink(index: int) -> Sink:
+            return lambda event: _put(loop, self._events, (index, event))
+
+        self._jobs = queue.submit([(request, sink(index)) for index, request in enumerate(requests)])
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come, each with the number of its answer.
+
+        Raises:
+            RunError: Running failed.
+            DeadlineError: It took too long.
+        """
+        while self._left:
+            try:
+                async with nullcontext() if self._end is None else asyncio.timeout_at(self._end):
+                    index, event = await self._events.get()
+            except TimeoutError as error:
+                raise DeadlineError(self._seconds) from error
+            if isinstance(event, RunError):
+                raise event
+            self._tokens[index] = event.tokens
+            self._left -= event.ending is not None
+            yield index, event
+
+    def cancel(self) -> None:
+        """Give up what has not ended."""
+        for job in self._jobs:
+            job.cancel()
+
+    def usage(self) -> dict[str, int]:
+        """The tokens so far, in OpenAI's form."""
+        prompt, new = self._prompt_tokens, sum(self._tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+    async def respond(self, request: Request, whole: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
+        """The response with whole answers, which are given up when the client goes away or its time is over.
+
+        Args:
+            request: The request, whose body was read.
+            whole: Makes the response.
+
+        Raises:
+            RunError: Running failed.
+            DeadlineError: It took too long.
+        """
+        try:
+            return await unless_disconnected(request, whole)
+        finally:
+            self.cancel()
+
+
+def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: Any) -> None:
+    """Hand an event over from a scheduler's thread; to nobody, if the loop was closed while it came."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; the answers are given up when the client goes away, even before the first event."""
+
+    def __init__(self, answers: TextAnswers, objects: AsyncIterator[dict[str, Any]]) -> None:
+        """Begin a stream.
+
+        Args:
+            answers: What is answered.
+            objects: What the events hold.
+        """
+        super().__init__(self._events(objects), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
+
+    async def _events(self, objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+        """The events; a stream that fails midway, or takes too long, ends with an error."""
+        try:
+            async for body in objects:
+                yield event(body)
+        except (RunError, DeadlineError) as error:
+            self._answers.cancel()
+            yield event(error_body(status_of(error), str(error)))
+        yield END
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """An event with an object; as ASCII, since some clients split lines at other letters too, such as U+2028."""
+    text = orjson.dumps(body)
+    return b"data: " + (text if text.isascii() else json.dumps(body).encode()) + b"\n\n"

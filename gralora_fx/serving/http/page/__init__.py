@@ -1,0 +1,1 @@
+"""The pages for browsers, and the files that they are made of."""
