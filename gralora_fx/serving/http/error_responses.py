@@ -15,10 +15,9 @@ from starlette.exceptions import HTTPException
 from gralora_fx.errors import GraloraError, shown
 from gralora_fx.serving.adapter_versions import TooManyChangesError, UnknownAdapterError
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
-from gralora_fx.serving.http.deadlines import DeadlineError
 from gralora_fx.serving.http.engines import UnknownModelError
 from gralora_fx.serving.http.metrics import note_rejection
-from gralora_fx.serving.scheduling.queue import QueueFullError, RunError, StoppedError
+from gralora_fx.serving.scheduling.queue import DeadlineError, QueueFullError, RunError, StoppedError
 
 RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long

@@ -25,7 +25,6 @@ from gralora_fx.serving.http.error_responses import error_response
 from gralora_fx.serving.http.middleware import AccessLogMiddleware
 
 _MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
-_logger = logging.getLogger("uvicorn.error")
 _SWITCH = 0.0005  # seconds that a thread may hold the interpreter while another waits, a tenth of the default
 _logger = logging.getLogger("uvicorn.error")
 

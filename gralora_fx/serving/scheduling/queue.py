@@ -30,6 +30,10 @@ class RunError(ServingError):
         return cls(str(error) if isinstance(error, ServingError) else "the request failed; the server's log says why")
 
 
+class DeadlineError(ServingError):
+    """A request was right, and took longer than it may."""
+
+
 class Observer(Protocol):
     """Is told what a scheduler does, for metrics; called from its thread."""
 

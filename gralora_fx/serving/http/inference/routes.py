@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import shown
-from gralora_fx.serving.http.deadlines import unless_disconnected
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.engines import EncoderEngine, ModelNames, UnknownModelError
 from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Call, InferRequest, read_call
 from gralora_fx.serving.http.inference.tensors import datatype_of, described, to_bytes, to_numbers
+from gralora_fx.serving.http.replies import unless_disconnected
 from gralora_fx.serving.http.trial import example_inputs
 
 _VERSION = "1"

@@ -15,11 +15,10 @@ from starlette.concurrency import run_in_threadpool
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import prompt_ids
 from gralora_fx.serving.answers import seeded
-from gralora_fx.serving.http.deadlines import timeout_of
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.logprobs import LogprobWriter
 from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
-from gralora_fx.serving.http.openai.streams import EventStream, TextAnswers
+from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.prompts import stop_strings
 from gralora_fx.serving.scheduling.text_jobs import Piece, TextRequest
 from gralora_fx.serving.token_texts import TokenTexts

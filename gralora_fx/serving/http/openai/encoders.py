@@ -19,7 +19,6 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.serving.http.deadlines import unless_disconnected
 from gralora_fx.serving.http.encoder import SENTENCE
 from gralora_fx.serving.http.engines import EncoderEngine
 from gralora_fx.serving.http.openai.requests import (
@@ -28,6 +27,7 @@ from gralora_fx.serving.http.openai.requests import (
     EmbeddingRequest,
     RerankRequest,
 )
+from gralora_fx.serving.http.replies import unless_disconnected
 from gralora_fx.serving.http.text_reader import Tokens
 
 _CLASSIFICATION = "text-classification"

@@ -45,15 +45,20 @@ class StrictModel(BaseModel):
         """Leave out what has no effect, and all unknown fields but the first, by which the request is refused."""
         if not isinstance(given, dict):
             return given
-        fields = {name: value for name, value in given.items() if value is not None and not cls._is_idle(name, value)}
-        for name in [name for name in fields if name not in cls.model_fields][1:]:
+        idle, known = cls.without_effect, cls.model_fields
+        fields = {
+            name: value
+            for name, value in given.items()
+            if value is not None and not (name in idle and _is_among(value, idle[name]))
+        }
+        for name in [name for name in fields if name not in known][1:]:
             del fields[name]
         return fields
 
-    @classmethod
-    def _is_idle(cls, name: str, value: Any) -> bool:
-        values = cls.without_effect.get(name, ())
-        return values is None or any(type(value) is type(other) and value == other for other in values)
+
+def _is_among(value: Any, values: tuple[Any, ...] | None) -> bool:
+    """Whether a field has one of some values, of the same type; None for any."""
+    return values is None or any(type(value) is type(other) and value == other for other in values)
 
 
 def _few(given: Any) -> Any:

@@ -19,10 +19,9 @@ from transformers import PrefixConstrainedLogitsProcessor
 
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
-from gralora_fx.serving.http.deadlines import timeout_of
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.requests import Idle, StrictModel
-from gralora_fx.serving.http.openai.streams import EventStream, TextAnswers
+from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.scheduling.text_jobs import TextRequest

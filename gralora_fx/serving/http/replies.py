@@ -1,9 +1,10 @@
-"""Answers as they come: the pieces of a scheduler, and server-sent events."""
+"""Answers to clients that may go away, or wait no longer than they say: whole, or as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,13 +14,74 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gralora_fx.serving.http.deadlines import DeadlineError, unless_disconnected
+from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.http.error_responses import error_body, status_of
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.queue import RunError
+from gralora_fx.serving.scheduling.queue import DeadlineError, RunError
 from gralora_fx.serving.scheduling.text_jobs import Piece, Sink, TextRequest
 
+HEADER = "X-Request-Timeout"
 END = b"data: [DONE]\n\n"
+_CLIENT_CLOSED = 499  # nginx's status; nobody reads it
+
+
+def timeout_of(request: Request) -> float | None:
+    """Seconds that a request may take: what its header says, or the service's own limit if that is less.
+
+    Args:
+        request: The request.
+
+    Raises:
+        ServingError: The header is not a number of seconds.
+    """
+    limit: float | None = request.app.state.timeout
+    given = request.headers.get(HEADER)
+    if given is None:
+        return limit
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ServingError(f"{HEADER} must be a number of seconds above 0, but got {shown(given)}")
+    return seconds if limit is None else min(seconds, limit)
+
+
+async def unless_disconnected(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
+    """The response of some work, which is cancelled if the client goes away first, or its time is over.
+
+    Args:
+        request: The request, whose body was read.
+        work: Makes the response.
+
+    Raises:
+        DeadlineError: Its time is over.
+        ServingError: It names a time that is not one.
+    """
+    seconds = timeout_of(request)
+    working, leaving = asyncio.ensure_future(work()), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((working, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if not leaving.done():
+            raise _too_late(seconds)
+        return Response(status_code=_CLIENT_CLOSED)
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_late(seconds: float | None) -> DeadlineError:
+    return DeadlineError(
+        f"the request was not answered within {seconds:g} s, and was given up; give it more time with {HEADER}, or ask "
+        "for fewer tokens"
+    )
 
 
 class TextAnswers:
@@ -66,7 +128,7 @@ class TextAnswers:
                 async with nullcontext() if self._end is None else asyncio.timeout_at(self._end):
                     index, event = await self._events.get()
             except TimeoutError as error:
-                raise DeadlineError(self._seconds) from error
+                raise _too_late(self._seconds) from error
             if isinstance(event, RunError):
                 raise event
             self._tokens[index] = event.tokens
