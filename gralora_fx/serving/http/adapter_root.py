@@ -34,11 +34,11 @@ class AdapterRoot:
 
     Attributes:
         path: The directory, absolute and without links.
-        given: The directory as it was given, absolute.
+        unresolved: The directory as it was named, absolute.
     """
 
     path: Path
-    given: Path
+    unresolved: Path
 
     @classmethod
     def of(cls, directory: Path) -> AdapterRoot:
@@ -94,8 +94,8 @@ class AdapterRoot:
         parts = PurePosixPath(text).parts
         if not text or "\0" in text or ".." in parts or not text.isprintable():
             raise ServingError(f"lora_path is {shown(text)}; give a path within the adapter root, without '..'")
-        given = Path(text)
-        path = self.path / (given.relative_to(self.given) if given.is_relative_to(self.given) else given)
+        named = Path(text)
+        path = self.path / (named.relative_to(self.unresolved) if named.is_relative_to(self.unresolved) else named)
         if not path.is_relative_to(self.path):
             raise ServingError(f"{shown(text)} is outside the adapter root; give a path within it")
         return path
@@ -103,15 +103,15 @@ class AdapterRoot:
     def _resolved(self, path: Path, text: str) -> Path:
         """A path without links, which may not lead out of the root."""
         try:
-            found = path.resolve(strict=True)
+            resolved = path.resolve(strict=True)
         except FileNotFoundError as error:
             missing = "" if path == self.path / text else f" ({path.name} is missing)"
             raise AdapterNotFoundError(f"there is no adapter at {shown(text)} in the adapter root{missing}") from error
         except RuntimeError as error:
             raise ServingError(f"{shown(text)} is a loop of links") from error
-        if not found.is_relative_to(self.path):
+        if not resolved.is_relative_to(self.path):
             raise ServingError(f"{shown(text)} is a link out of the adapter root; copy the file itself into it")
-        return found
+        return resolved
 
     def _copy_all(self, sources: Sequence[Path], targets: Sequence[Path]) -> None:
         """Copy files that belong together.

@@ -109,7 +109,7 @@ def _described(request: Request, error: HTTPException) -> str:
 
 def _first_problem(request: Request, error: RequestValidationError) -> tuple[str | None, str]:
     """The field of a problem and what is wrong with it: by the kind that fits best, where a field may be several."""
-    problem = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
+    problem = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     is_field = problem["type"] == "extra_forbidden"
     loc = [part for part in problem["loc"] if part != "body"]
     kept = loc[-1:] if is_field else []
@@ -131,7 +131,7 @@ def _body_problem(request: Request, problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return "the body is missing; give a JSON object"
     if isinstance(problem.get("input"), bytes):  # FastAPI reads no JSON then
-        given = request.headers.get("content-type")
-        kind = "is missing" if given is None else f"is {shown(given)}"
+        content_type = request.headers.get("content-type")
+        kind = "is missing" if content_type is None else f"is {shown(content_type)}"
         return f"the header Content-Type {kind}; send the body as application/json"
     return "the body is JSON, but not an object; give one"

@@ -35,15 +35,15 @@ def timeout_of(request: Request) -> float | None:
         ServingError: The header is not a number of seconds.
     """
     limit: float | None = request.app.state.timeout
-    given = request.headers.get(HEADER)
-    if given is None:
+    header = request.headers.get(HEADER)
+    if header is None:
         return limit
     try:
-        seconds = float(given)
+        seconds = float(header)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise ServingError(f"{HEADER} must be a number of seconds above 0, but got {shown(given)}")
+        raise ServingError(f"{HEADER} must be a number of seconds above 0, but got {shown(header)}")
     return seconds if limit is None else min(seconds, limit)
 
 

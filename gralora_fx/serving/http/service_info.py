@@ -33,8 +33,8 @@ def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
     @router.get("/health")
     @router.get("/v2/health/ready")
     async def ready() -> JSONResponse:
-        found = await is_ready()
-        return JSONResponse({"ready": found}, 200 if found else 503)
+        is_ready_now = await is_ready()
+        return JSONResponse({"ready": is_ready_now}, 200 if is_ready_now else 503)
 
     return router
 

@@ -100,9 +100,9 @@ class TextReader:
         mask = np.zeros((len(rows), width), np.int64)
         is_left = self._tokenizer.padding_side == "left"
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            place = slice(width - length, width) if is_left else slice(length)
-            ids[index, place], mask[index, place] = row.ids, 1
-            types[index, place] = 0 if row.types is None else row.types
+            columns = slice(width - length, width) if is_left else slice(length)
+            ids[index, columns], mask[index, columns] = row.ids, 1
+            types[index, columns] = 0 if row.types is None else row.types
         arrays = {_IDS: ids, _TYPES: types, _MASK: mask}
         return {name: array for name, array in arrays.items() if name in self._inputs}
 
@@ -115,11 +115,11 @@ class TextReader:
         for text in (*firsts[:1], *(seconds or firsts)):
             _check_text(text)
         try:
-            found = self._tokenizer(list(firsts), None if seconds is None else list(seconds))
+            encoding = self._tokenizer(list(firsts), None if seconds is None else list(seconds))
         except Exception as error:  # tokenizers raise types of their own
             raise ServingError(f"the tokenizer does not take the texts ({first_line(error)})") from error
-        types = found.get(_TYPES) or [None] * len(firsts)
-        return [self._checked(Tokens(*row)) for row in zip(found[_IDS], types, strict=True)]
+        types = encoding.get(_TYPES) or [None] * len(firsts)
+        return [self._checked(Tokens(*row)) for row in zip(encoding[_IDS], types, strict=True)]
 
     def _checked(self, tokens: Tokens) -> Tokens:
         ids = tokens.ids

@@ -138,12 +138,12 @@ def _candidates(encoder: Encoder) -> Iterator[Arrays]:
             yield _filled(encoder, {}, size, fill)
 
 
-def _filled(encoder: Encoder, given: Mapping[str, Any], size: int, fill: float | None) -> Arrays:
-    """Inputs that are given, those that have a default, and for the others values of a size.
+def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float | None) -> Arrays:
+    """Inputs that are known, those that have a default, and for the others values of a size.
 
     Args:
         encoder: The model.
-        given: What is given.
+        known: Those that are known.
         size: The size of axes that may have any, apart from the first.
         fill: The values; None for different ones.
     """
@@ -154,8 +154,8 @@ def _filled(encoder: Encoder, given: Mapping[str, Any], size: int, fill: float |
         dtype = datatype_of(value).dtype
         tensors = {other: torch.from_numpy(array) for other, array in arrays.items() if other.endswith("input_ids")}
         default = default_input(name, tensors)
-        if name in given:
-            array = given[name]
+        if name in known:
+            array = known[name]
         elif default is not None:
             array = default.contiguous().numpy()
         else:

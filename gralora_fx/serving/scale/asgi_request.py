@@ -38,10 +38,10 @@ class AsgiRequest:
         if self.path.startswith(_MODEL_PATHS):
             return self.path.removeprefix(_MODEL_PATHS).partition("/")[0]
         try:
-            found = json.loads(self.body)
+            body = json.loads(self.body)
         except (ValueError, RecursionError):  # whoever answers says what is wrong with it
             return None
-        model = found.get("model") if isinstance(found, dict) else None
+        model = body.get("model") if isinstance(body, dict) else None
         return model if isinstance(model, str) else None
 
 

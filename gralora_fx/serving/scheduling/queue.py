@@ -144,9 +144,9 @@ class JobQueue(ABC, Generic[_Job]):
             TooLargeError: There is not.
         """
         if rows > self.room:
-            given, remedy = self.excess
+            what, remedy = self.excess
             raise TooLargeError(
-                f"{rows} {given}, and there is room for {self.room}; {remedy} at a time, or let more wait (--max-queue)"
+                f"{rows} {what}, and there is room for {self.room}; {remedy} at a time, or let more wait (--max-queue)"
             )
 
     def put(self, jobs: Sequence[_Job]) -> None:

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, WithJsonSchema
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.serving.http.inference.tensors import Datatype, datatype_of, from_bytes, from_json
-from gralora_fx.serving.http.openai.requests import ListOf
 
 _PROBLEMS = 1000  # that are described
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -38,7 +37,7 @@ class InputTensor(_Object):
     """An input: with `data`, or with its bytes behind the JSON object."""
 
     name: str
-    shape: ListOf[int]
+    shape: Annotated[list[int], FailFast()]
     datatype: str
     parameters: InputParameters = InputParameters()
     data: list[Any] | None = None
@@ -73,12 +72,12 @@ class InferRequest(_Object):
 
     id: str | None = None
     parameters: InferParameters = InferParameters()
-    inputs: ListOf[InputTensor]
-    outputs: ListOf[RequestedOutput] | None = None
+    inputs: Annotated[list[InputTensor], FailFast()]
+    outputs: Annotated[list[RequestedOutput], FailFast()] | None = None
 
 
 @dataclass(frozen=True)
-class Call:
+class Inference:
     """What a request asks for.
 
     Attributes:
@@ -92,7 +91,9 @@ class Call:
     id: str | None
 
 
-def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+def read_inference(
+    body: bytes, header_length: str | None, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> Inference:
     """A request, checked.
 
     Args:
@@ -126,7 +127,7 @@ def read_call(body: bytes, header_length: str | None, inputs: Mapping[str, Any],
             f"{len(body) - length} bytes follow the JSON object, and {len(binary)} of them belong to no input; give "
             "each input its binary_data_size"
         )
-    return Call(arrays, _wanted(request, outputs), request.id)
+    return Inference(arrays, _wanted(request, outputs), request.id)
 
 
 def _parsed(head: bytes, header_length: str | None) -> InferRequest:
@@ -176,12 +177,12 @@ def _announced(name: str, size: Any, binary: memoryview) -> tuple[memoryview, me
     return binary[:size], binary[size:]
 
 
-def _length(given: str, size: int) -> int:
-    if not (given.isascii() and given.isdecimal() and len(given) < 20 and int(given) <= size):
+def _length(header: str, size: int) -> int:
+    if not (header.isascii() and header.isdecimal() and len(header) < 20 and int(header) <= size):
         raise ServingError(
-            f"{HEADER_LENGTH} is {shown(given)}; it is the length of the JSON object, at most {size} here"
+            f"{HEADER_LENGTH} is {shown(header)}; it is the length of the JSON object, at most {size} here"
         )
-    return int(given)
+    return int(header)
 
 
 def _taken(tensor: InputTensor, inputs: Mapping[str, Any]) -> Datatype:

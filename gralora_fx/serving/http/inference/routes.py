@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from gralora_fx.errors import shown
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.engines import EncoderEngine, ModelNames, UnknownModelError
-from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Call, InferRequest, read_call
+from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Inference, InferRequest, read_inference
 from gralora_fx.serving.http.inference.tensors import datatype_of, described, to_bytes, to_numbers
 from gralora_fx.serving.http.replies import unless_disconnected
 from gralora_fx.serving.http.trial import example_inputs
@@ -118,11 +118,11 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
         _check_model(names, name, version)
         body, length = await request.body(), request.headers.get(HEADER_LENGTH)
         if len(body) > _LARGE:
-            call = await run_in_threadpool(read_call, body, length, encoder.inputs, encoder.outputs)
+            asked = await run_in_threadpool(read_inference, body, length, encoder.inputs, encoder.outputs)
         else:
-            call = read_call(body, length, encoder.inputs, encoder.outputs)
+            asked = read_inference(body, length, encoder.inputs, encoder.outputs)
         with names.held(name) as adapter:
-            return await unless_disconnected(request, partial(_infer, encoder, name, adapter, call))
+            return await unless_disconnected(request, partial(_infer, encoder, name, adapter, asked))
 
     async def example(name: str, version: str = _VERSION) -> Response:
         """A request that `infer` takes as it is."""
@@ -159,10 +159,10 @@ def _check_model(names: ModelNames, name: str, version: str) -> None:
         raise UnknownModelError(f"no version {shown(version)} of model {name!r}; there is {_VERSION}")
 
 
-async def _infer(encoder: Encoder, name: str, adapter: str | None, call: Call) -> Response:
-    results = await encoder.tensors(call.arrays, adapter)
+async def _infer(encoder: Encoder, name: str, adapter: str | None, asked: Inference) -> Response:
+    results = await encoder.tensors(asked.arrays, adapter)
     outputs, binary = [], []
-    for output, is_binary in call.wanted.items():
+    for output, is_binary in asked.wanted.items():
         array, datatype = results[output], datatype_of(encoder.outputs[output])
         fields: dict[str, Any] = {"name": output, "datatype": datatype.name, "shape": list(array.shape)}
         if is_binary:
@@ -171,8 +171,8 @@ async def _infer(encoder: Encoder, name: str, adapter: str | None, call: Call) -
         else:
             fields["data"] = to_numbers(output, array)
         outputs.append(fields)
-    given = {} if call.id is None else {"id": call.id}
-    body = {"model_name": name, "model_version": _VERSION, **given, "outputs": outputs}
+    identity = {} if asked.id is None else {"id": asked.id}
+    body = {"model_name": name, "model_version": _VERSION, **identity, "outputs": outputs}
     head = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     if not binary:
         return Response(head, media_type="application/json")

@@ -57,10 +57,10 @@ def datatype_of(value: Any) -> Datatype:
     Raises:
         ServingError: The protocol or numpy has no such type.
     """
-    found = _DATATYPES.get(value.type)
-    if found is None:
+    datatype = _DATATYPES.get(value.type)
+    if datatype is None:
         raise ServingError(f"{value.name!r} is a {value.type}, which the Open Inference Protocol cannot be served with")
-    return found
+    return datatype
 
 
 def described(value: Any) -> dict[str, Any]:
@@ -86,18 +86,18 @@ def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) 
     if not _types_of(data) <= _TYPES[kind]:  # numpy would make room for the longest text at every place
         raise wrong
     try:
-        found = np.asarray(data)
+        values = np.asarray(data)
     except (ValueError, OverflowError, RecursionError) as error:
         raise ServingError(f"the data of {name!r} is not a tensor ({first_line(error)})") from error
-    if found.dtype.kind not in _KINDS[kind] and found.size:  # whole numbers that are too large
+    if values.dtype.kind not in _KINDS[kind] and values.size:  # whole numbers that are too large
         raise wrong
-    if found.size != _count(name, shape):
-        raise ServingError(f"input {name!r} has {found.size} values, not those of shape {shown(shape)}")
-    if found.ndim > 1 and list(found.shape) != shape:
-        raise ServingError(f"the data of {name!r} has shape {list(found.shape)}, not {shown(shape)}")
+    if values.size != _count(name, shape):
+        raise ServingError(f"input {name!r} has {values.size} values, not those of shape {shown(shape)}")
+    if values.ndim > 1 and list(values.shape) != shape:
+        raise ServingError(f"the data of {name!r} has shape {list(values.shape)}, not {shown(shape)}")
     with np.errstate(over="ignore"):
-        array = _shaped(name, found.astype(datatype.dtype), shape)
-    is_kept = np.isfinite(array).all() if array.dtype.kind == "f" else np.array_equal(array.ravel(), found.ravel())
+        array = _shaped(name, values.astype(datatype.dtype), shape)
+    is_kept = np.isfinite(array).all() if array.dtype.kind == "f" else np.array_equal(array.ravel(), values.ravel())
     if not is_kept:
         raise ServingError(
             f"the data of {name!r} has values that {datatype.name} does not hold, or that are not finite"
@@ -166,8 +166,8 @@ def _count(name: str, shape: list[int]) -> int:
 
 def _types_of(data: list[Any]) -> set[type]:
     """The types of the values in nested lists."""
-    found = set(map(type, data))
-    if list not in found:
-        return found
+    types = set(map(type, data))
+    if list not in types:
+        return types
     inner = (_types_of(value) for value in data if isinstance(value, list))
-    return found.difference((list,)).union(*inner)
+    return types.difference((list,)).union(*inner)

@@ -168,10 +168,10 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
         router.post(path, response_model=RerankResponse, response_model_exclude_none=True)(rerank)
 
 
-def _texts(given: str | Sequence[Any]) -> Sequence[Any]:
+def _texts(texts: str | Sequence[Any]) -> Sequence[Any]:
     """The texts of a request, each a string or token ids."""
-    is_single = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-    return [given] if is_single else given
+    is_single = isinstance(texts, str) or (bool(texts) and isinstance(texts[0], int))
+    return [texts] if is_single else texts
 
 
 async def _answer(

@@ -55,8 +55,8 @@ class LogprobWriter:
         return {**self._token(score.token, score.logprob), "top_logprobs": top}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        found = self._texts.bytes_of(token)
-        return {"token": found.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(found)}
+        utf8 = self._texts.bytes_of(token)
+        return {"token": utf8.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(utf8)}
 
     def _top(self, score: TokenScore) -> dict[str, float]:
         """The likeliest tokens by name, and the one that was chosen if it is not among them."""
@@ -65,11 +65,11 @@ class LogprobWriter:
 
     def _name(self, token: int) -> str:
         """A token as text; a part of a letter as its bytes."""
-        found = self._texts.bytes_of(token)
+        utf8 = self._texts.bytes_of(token)
         try:
-            return found.decode()
+            return utf8.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8)
 
     def _offset(self, token: int) -> int:
         """Where a token's text begins in the answer's."""

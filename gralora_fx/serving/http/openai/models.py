@@ -69,10 +69,10 @@ def adapter_routes(engine: Engine, onnx_dir: Path, root: AdapterRoot | None, met
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
     async def load(asked: LoadRequest) -> PlainTextResponse:
-        place = _needed(root)
+        adapters = _needed(root)
 
         def copied(folder: Path) -> Path:
-            return place.copy(asked.lora_path, asked.lora_name, onnx_dir, folder)
+            return adapters.copy(asked.lora_path, asked.lora_name, onnx_dir, folder)
 
         try:
             await _changed(

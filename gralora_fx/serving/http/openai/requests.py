@@ -41,14 +41,14 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read(cls, given: Any) -> Any:
+    def _read(cls, body: Any) -> Any:
         """Leave out what has no effect, and all unknown fields but the first, by which the request is refused."""
-        if not isinstance(given, dict):
-            return given
+        if not isinstance(body, dict):
+            return body
         idle, known = cls.without_effect, cls.model_fields
         fields = {
             name: value
-            for name, value in given.items()
+            for name, value in body.items()
             if value is not None and not (name in idle and _is_among(value, idle[name]))
         }
         for name in [name for name in fields if name not in known][1:]:
@@ -61,10 +61,10 @@ def _is_among(value: Any, values: tuple[Any, ...] | None) -> bool:
     return values is None or any(type(value) is type(other) and value == other for other in values)
 
 
-def _few(given: Any) -> Any:
-    if isinstance(given, (dict, list)) and len(given) > _TOKENS:
-        raise PydanticCustomError("too_long", f"there are {len(given)} tokens, more than {_TOKENS}; name fewer")
-    return given
+def _few(tokens: Any) -> Any:
+    if isinstance(tokens, (dict, list)) and len(tokens) > _TOKENS:
+        raise PydanticCustomError("too_long", f"there are {len(tokens)} tokens, more than {_TOKENS}; name fewer")
+    return tokens
 
 
 class StreamOptions(StrictModel):
@@ -178,10 +178,10 @@ class CompletionRequest(_TextFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one by one."""
-        given = self.prompt
-        if isinstance(given, str) or not given or isinstance(given[0], int):
-            return [given]  # type: ignore[list-item]
-        return list(given)
+        prompt = self.prompt
+        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+            return [prompt]  # type: ignore[list-item]
+        return list(prompt)
 
     @property
     def top_scores(self) -> int | None:
@@ -269,8 +269,8 @@ class ChatRequest(_TextFields):
         Args:
             left: For how many there is room after it.
         """
-        given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return max(left, 1) if given is None else given
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return max(left, 1) if most is None else most
 
 
 class _EncoderFields(StrictModel):

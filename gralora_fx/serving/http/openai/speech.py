@@ -110,9 +110,9 @@ async def read_form(request: Request, kind: type[TranslationRequest]) -> tuple[T
         ServingError: It is not such a form, has no file, or gives a field twice.
         RequestValidationError: A field is unknown, missing or wrong.
     """
-    given = request.headers.get("content-type")
-    if given is None or given.partition(";")[0].strip().lower() != FORM:
-        what = "is missing" if given is None else f"is {shown(given)}"
+    content_type = request.headers.get("content-type")
+    if content_type is None or content_type.partition(";")[0].strip().lower() != FORM:
+        what = "is missing" if content_type is None else f"is {shown(content_type)}"
         raise ServingError(f"the header Content-Type {what}; send the file and the fields beside it as {FORM}")
     async with request.form(max_files=2, max_fields=_FIELDS) as form:
         files = [value for name, value in form.multi_items() if name == _FILE]
