@@ -172,17 +172,16 @@ def test_bad_texts(service: Service, body: dict[str, Any], status: int) -> None:
 
 def test_a_deadline_ends_a_request_and_leaves_its_mates(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     client, base, _ = service
-    batches = client.app.state.engine.encoder.batches  # type: ignore[attr-defined]
-    started, held, run = threading.Event(), threading.Event(), batches._run
-    runs: list[int] = []
+    started, held, run = threading.Event(), threading.Event(), OrtModel.__call__
+    rows: list[int] = []
 
-    def wait(jobs: Any) -> Any:
-        runs.append(len(jobs))
+    def wait(model: OrtModel, *args: Any, **inputs: Any) -> Any:
+        rows.append(len(inputs["input_ids"]))
         started.set()
         assert held.wait(20)
-        return run(jobs)
+        return run(model, *args, **inputs)
 
-    monkeypatch.setattr(batches, "_run", wait)
+    monkeypatch.setattr(OrtModel, "__call__", wait)
     body, late = {"inputs": [ids(1, 4)]}, {"X-Request-Timeout": "0.1"}
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(client.post, f"/v2/models/{base}/infer", json=body)
@@ -194,7 +193,7 @@ def test_a_deadline_ends_a_request_and_leaves_its_mates(service: Service, monkey
         mate = pool.submit(client.post, f"/v2/models/{base}/infer", json=body)
         held.set()
         assert running.result().status_code == mate.result().status_code == 200
-    assert sum(runs) == 2  # those that were given up while they waited did not run
+    assert sum(rows) == 2  # those that were given up while they waited did not run
 
 
 def test_what_a_model_cannot_do_is_not_there(service: Service) -> None:

@@ -213,6 +213,6 @@ def test_tokens_are_measured_where_there_are_some(tmp_path: Path, decoder: Path,
 def test_methods_that_http_has_not_are_one_label() -> None:
     metrics = Metrics()
     for index in range(5):
-        metrics.answered("other", f"METHOD{index}", 429)
+        metrics.answered({"method": f"METHOD{index}"}, 429)
     labels = {"route": "other", "method": "other", "code": "429"}
     assert metrics.registry.get_sample_value("gralora_fx_requests_total", labels) == 5

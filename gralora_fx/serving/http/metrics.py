@@ -36,20 +36,6 @@ def note_rejection(scope: Any, error: Exception) -> None:
         scope[_KEY] = "too_large"
 
 
-def rejection(scope: Scope, status: int) -> str | None:
-    """Why a request was rejected; None if it was not.
-
-    Args:
-        scope: The request's scope.
-        status: The status that it was answered with.
-    """
-    if _KEY in scope:
-        return str(scope[_KEY])
-    if status in _BY_STATUS:
-        return _BY_STATUS[status]
-    return "invalid" if 400 <= status < 499 else None  # 499: its client went away
-
-
 class _Now(Collector):
     """What is measured when it is asked for: it is of this process alone, so several processes do not add it up.
 
@@ -159,18 +145,21 @@ class Metrics:
         finally:
             self._in_flight -= 1
 
-    def answered(self, route: str, method: str, code: int) -> None:
-        """A request was answered; all methods that HTTP does not have count as one, so that labels are bounded."""
-        self._requests.labels(route, _label(method), str(code)).inc()
-
-    def rejected(self, reason: str, method: str) -> None:
-        """A request, which counts as answered too, was rejected.
+    def answered(self, scope: Scope, code: int) -> None:
+        """A request was answered. Labels are bounded: all methods that HTTP does not have count as one.
 
         Args:
-            reason: One of `REASONS`.
-            method: Its method.
+            scope: The request's scope.
+            code: The status; of a request that was rejected, the reason is counted too.
         """
-        self._rejections.labels(_label(method), reason).inc()
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._requests.labels(route, method, str(code)).inc()
+        reason = scope.get(_KEY) or _BY_STATUS.get(code)
+        if reason is None and 400 <= code < 499:  # 499: its client went away
+            reason = "invalid"
+        if reason is not None:
+            self._rejections.labels(method, reason).inc()
 
     def waited(self, seconds: float) -> None:
         """A request, or a row of one, waited before the first of its tokens was read."""
@@ -201,7 +190,3 @@ class Metrics:
     def _count(self, kind: str, tokens: int) -> None:
         if self._tokens is not None:
             self._tokens.labels(kind).inc(tokens)
-
-
-def _label(method: str) -> str:
-    return method if method in _METHODS else "other"

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gralora_fx.errors import first_line, shown
 from gralora_fx.serving.http.error_responses import error_response
-from gralora_fx.serving.http.metrics import Metrics, rejection
+from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.page.routes import PAGE_PATHS
 from gralora_fx.serving.http.settings import ServiceSettings
 
@@ -153,12 +153,8 @@ class CountingMiddleware:
         status: int | None = None
 
         def count(code: int) -> None:
-            if _COUNTED in scope:
-                return
-            route = getattr(scope.get("route"), "path", "other")
-            self._metrics.answered(route, scope["method"], code)
-            if (reason := rejection(scope, code)) is not None:
-                self._metrics.rejected(reason, scope["method"])
+            if _COUNTED not in scope:
+                self._metrics.answered(scope, code)
 
         async def counted(message: Message) -> None:
             nonlocal status
