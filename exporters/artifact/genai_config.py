@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from gralora_fx.runtime.context_length import UNLIMITED, context_length
+from gralora_fx.engine.limits import UNLIMITED, context_length
 from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gralora_fx.runtime.context_length import context_length
+from gralora_fx.engine.limits import context_length
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.rows_decoder import RowsDecoder
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.verification.prompts import Prompts
@@ -104,7 +104,7 @@ class RowSteps:
         self._description = prompts.description
         with engine_errors(self._description):
             self._decoder = RowsDecoder(
-                export.session, export.adapters, limits, rows=2 * rows + 1, chunk=limits.context
+                export.session, export.adapters, limits, DecoderSize(2 * rows + 1, chunk=limits.context)
             )
             names = self.adapters(export, rows)
             # the one that rests is between others, since a step gives the graph the rows from the first to the last

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gralora_fx.engine.limits import context_length
 from gralora_fx.exporters.translation.names import AXES
-from gralora_fx.runtime.context_length import context_length
 from gralora_fx.tracing.traced_model import TracedModel
 
 LENGTHS = (1, 6, 11, 24)  # of texts

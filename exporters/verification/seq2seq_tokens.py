@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gralora_fx.engine.encoder_decoder import EncoderDecoder
-from gralora_fx.engine.encodings import Encodings
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
 from gralora_fx.exporters.verification.decoder_rows import engine_errors
@@ -53,7 +52,7 @@ def _greedy_tokens(run: TokenRun, source: Mapping[str, Tensor], start: Tensor, s
     limits = DecoderLimits(None, steps, frozenset())
     found: dict[int, list[int]] = {}
     with engine_errors("greedy tokens"):
-        decoder = EncoderDecoder(run.session, run.adapters, limits, Encodings(), rows=len(start))
+        decoder = EncoderDecoder(run.session, run.adapters, limits, DecoderSize(len(start)), Encodings())
         last: dict[int, list[int]] = {}
         for row, token in enumerate(start):
             source_of_row = {name: value[row : row + 1].numpy() for name, value in source.items()}

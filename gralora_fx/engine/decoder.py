@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
 
 Source = Mapping[str, NDArray[Any]]
@@ -32,25 +32,20 @@ class Decoder(ABC):
         gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
     """
 
-    def __init__(
-        self, limits: DecoderLimits, *, rows: int, capacity: int | None, chunk: int, gives_all: bool = False
-    ) -> None:
+    def __init__(self, limits: DecoderLimits, size: DecoderSize, *, gives_all: bool = False) -> None:
         """Make room for rows.
 
         Args:
             limits: What the model can take.
-            rows: How many rows to have room for.
-            capacity: How many tokens of each, prompt and answer; None for the model's context.
-            chunk: The most tokens that a row may read in a step.
+            size: How much room to make.
             gives_all: Whether a step gives the logits after each token.
 
         Raises:
-            ServingError: A size is not a count, or the capacity is above the model's context.
+            ServingError: The capacity is above the model's context.
         """
-        if capacity is not None:
-            limits = limits.within(_count("capacity", capacity), "capacity")
-        self.limits, self.rows = limits, _count("rows", rows)
-        self.chunk = min(_count("chunk", chunk), limits.context)  # a row has room for no more
+        self.limits = limits if size.capacity is None else limits.within(size.capacity, "capacity")
+        self.rows = size.rows
+        self.chunk = min(size.chunk, self.limits.context)  # a row has room for no more
         self.gives_all = gives_all
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
         self._lock = threading.Lock()
@@ -196,9 +191,3 @@ def gives_all(session: Any) -> bool:
     """Whether a graph gives the logits of every position, not of the last alone."""
     logits = next(value for value in session.get_outputs() if value.name == "logits")
     return bool(logits.shape[1] != 1)
-
-
-def _count(name: str, value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise ServingError(f"{name}={shown(value)} is not a count; give a whole number of at least 1")
-    return value

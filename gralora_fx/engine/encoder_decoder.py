@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +16,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.decoder import Decoder, Source
-from gralora_fx.engine.encodings import Encodings
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.adapter_session import with_adapter
@@ -22,7 +25,41 @@ from gralora_fx.runtime.export_directory import FLAG
 from gralora_fx.runtime.input_arrays import as_array
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
 
+_MOST_ENCODINGS = 8  # sources
 _OF_SOURCE = ".encoder."  # in the names of the keys and values of the source
+
+
+class Encodings:
+    """The encoder's outputs for some sources, each with an adapter, the last ones that were asked for.
+
+    A source is often read more than once: for several answers, or to hear its language first.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._known: OrderedDict[tuple[str | None, bytes], tuple[Any, Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, source: Source, name: str | None, adapter: Any, encode: Callable[[], Any]) -> Any:
+        """The encoder's output for a source.
+
+        Args:
+            source: What it reads, by name.
+            name: The adapter's name; None for the base.
+            adapter: The adapter itself, since another may get its name; None for the base.
+            encode: Runs the encoder.
+        """
+        key = name, _digest(source)
+        with self._lock:
+            ref, output = self._known.get(key, (None, None))
+        if output is None or (None if ref is None else ref()) is not adapter:
+            ref, output = None if adapter is None else weakref.ref(adapter), encode()
+        with self._lock:
+            self._known[key] = ref, output
+            self._known.move_to_end(key)
+            while len(self._known) > _MOST_ENCODINGS:
+                self._known.popitem(last=False)
+        return output
 
 
 @dataclass(frozen=True)
@@ -54,11 +91,8 @@ class EncoderDecoder(Decoder):
         session: EncoderDecoderSession,
         adapters: Adapters,
         limits: DecoderLimits,
+        size: DecoderSize,
         encodings: Encodings,
-        *,
-        rows: int = 8,
-        capacity: int | None = None,
-        chunk: int = 64,
     ) -> None:
         """Begin without rows.
 
@@ -66,15 +100,13 @@ class EncoderDecoder(Decoder):
             session: The sessions over the two models.
             adapters: The adapters that rows choose among.
             limits: As of `Decoder`; the context counts the decoder's positions.
+            size: As of `Decoder`.
             encodings: What the encoder gave lately.
-            rows: As of `Decoder`.
-            capacity: As of `Decoder`.
-            chunk: As of `Decoder`.
 
         Raises:
             ServingError: As of `Decoder`.
         """
-        super().__init__(limits, rows=rows, capacity=capacity, chunk=chunk)
+        super().__init__(limits, size)
         self._session, self._adapters, self._encodings = session, adapters, encodings
         self._open: dict[int, _Row] = {}
 
@@ -155,3 +187,12 @@ def _run_session(session: Any, feed: Mapping[str, Any], names: Sequence[str], pa
         return dict(zip(names, session.run_with_ort_values(names, feed), strict=True))
     except Exception as error:  # ONNX Runtime raises types of its own
         raise ServingError(f"ONNX Runtime fails on {part} ({first_line(error)})") from error
+
+
+def _digest(source: Source) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(source):
+        array = np.ascontiguousarray(source[name])
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.data)
+    return digest.digest()

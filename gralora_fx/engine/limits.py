@@ -1,4 +1,4 @@
-"""What a decoder can take, and the tokens that end an answer."""
+"""What a decoder can take: its vocabulary and context, how much room its rows have, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.runtime.context_length import UNLIMITED, context_length
 from gralora_fx.sources.model_files import GENERATION_CONFIG, read_json_object
 
 _ENDS = "eos_token_id"
+UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
+# fields of configurations for the number of positions
+CONTEXT_FIELDS = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+)
+_READ_BY = {  # an encoder-decoder's inputs, whose relative positions (T5's `n_positions`) set no limit
+    "input_ids": ("max_position_embeddings", "max_encoder_position_embeddings"),
+    "decoder_input_ids": ("max_position_embeddings", "max_decoder_position_embeddings", "max_target_positions"),
+}
+
+
+class TooLargeError(ServingError):
+    """A request has more tokens, prompts or rows than there is ever room for."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,45 @@ class DecoderLimits:
         """The first of some tokens that is not in the vocabulary, or None."""
         most = self.vocabulary
         return next((token for token in tokens if token < 0 or (most is not None and token >= most)), None)
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """How much a decoder has room for.
+
+    Attributes:
+        rows: How many rows.
+        capacity: How many tokens of each, prompt and answer; None for the model's context.
+        chunk: The most tokens that a row may read in a step.
+    """
+
+    rows: int = 8
+    capacity: int | None = None
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        """Check that each is a count.
+
+        Raises:
+            ServingError: One is not.
+        """
+        for name, value in vars(self).items():
+            if (type(value) is not int or value < 1) and not (name == "capacity" and value is None):
+                raise ServingError(f"{name}={shown(value)} is not a count; give a whole number of at least 1")
+
+
+def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | None:
+    """The number of positions in a configuration, or None if it names none.
+
+    Args:
+        config: A configuration's fields, as in `config.json`.
+        name: The input whose positions are counted; in an encoder-decoder each has its own.
+    """
+    text = config.get("text_config")
+    fields = text if isinstance(text, Mapping) else config
+    names = _READ_BY.get(name, ()) if config.get("is_encoder_decoder") else CONTEXT_FIELDS
+    sizes = [size for field in names if type(size := fields.get(field)) is int and size > 0]
+    return min(sizes, default=None)
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:

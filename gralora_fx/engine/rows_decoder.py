@@ -12,7 +12,7 @@ from torch import Tensor
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter
 from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.adapter_stack import BASE, Stack
@@ -28,10 +28,7 @@ class RowsDecoder(Decoder):
         session: Any,
         adapters: Adapters,
         limits: DecoderLimits,
-        *,
-        rows: int = 8,
-        capacity: int | None = None,
-        chunk: int = 64,
+        size: DecoderSize,
     ) -> None:
         """Make the caches of the rows.
 
@@ -39,14 +36,12 @@ class RowsDecoder(Decoder):
             session: A session over a rows' graph.
             adapters: The adapters that rows choose among.
             limits: As of `Decoder`.
-            rows: As of `Decoder`.
-            capacity: As of `Decoder`.
-            chunk: As of `Decoder`. A step is as wide as its longest chunk.
+            size: As of `Decoder`.
 
         Raises:
             ServingError: As of `Decoder`.
         """
-        super().__init__(limits, rows=rows, capacity=capacity, chunk=chunk, gives_all=gives_all(session))
+        super().__init__(limits, size, gives_all=gives_all(session))
         self._adapters = adapters
         self._takes_adapters = any(value.name == ADAPTER_IDS for value in session.get_inputs())
         self._given: dict[int, LoadedAdapter | None] = {}

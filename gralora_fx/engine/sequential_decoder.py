@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.encoder_decoder_session import PAST, as_past
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
@@ -63,11 +63,9 @@ class SequentialDecoder(Decoder):
         session: Any,
         adapters: Adapters,
         limits: DecoderLimits,
+        size: DecoderSize,
         *,
         takes_buffers: bool,
-        rows: int = 8,
-        capacity: int | None = None,
-        chunk: int = 64,
     ) -> None:
         """Begin without rows.
 
@@ -75,15 +73,13 @@ class SequentialDecoder(Decoder):
             session: A session over the model.
             adapters: The adapters that rows choose among.
             limits: As of `Decoder`.
+            size: As of `Decoder`.
             takes_buffers: Whether a cache may be longer than what it holds (see `takes_buffers`).
-            rows: As of `Decoder`.
-            capacity: As of `Decoder`.
-            chunk: As of `Decoder`.
 
         Raises:
             ServingError: As of `Decoder`.
         """
-        super().__init__(limits, rows=rows, capacity=capacity, chunk=chunk, gives_all=gives_all(session))
+        super().__init__(limits, size, gives_all=gives_all(session))
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]

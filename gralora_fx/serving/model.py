@@ -9,41 +9,22 @@ from typing import Any
 
 import onnxruntime
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.decoder import Decoder
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.adapter_session import with_adapter
 from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
-from gralora_fx.runtime.export_adapters import own_adapters
-from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME, check_own_file
-from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
-from gralora_fx.runtime.placement import (
-    Placement,
-    describe_placement,
-    describe_providers,
-    placement_of,
-    warn_of_idle,
-)
-from gralora_fx.runtime.requirements import check_requirements
-from gralora_fx.runtime.session import CPU, Runtime, open_session, quiet_run
-from gralora_fx.serving.answers import Answers
+from gralora_fx.runtime.session import quiet_run
+from gralora_fx.serving.call_arrays import CallInputs, Outputs
+from gralora_fx.serving.completion import Completions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
-from gralora_fx.serving.feed import Feed
-from gralora_fx.serving.flavours.reading import OpenExport
-from gralora_fx.serving.flavours.registry import reading_of
-from gralora_fx.serving.generation import Generation
-from gralora_fx.serving.opening import check_unchanged, directory_of, read_config
-from gralora_fx.serving.outputs import Outputs
-from gralora_fx.serving.prompts import stop_strings
+from gralora_fx.serving.flavours import READINGS
+from gralora_fx.serving.open_export import OpenExport
+from gralora_fx.serving.prompts import GenerateInputs, stop_strings
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.source_prompts import SourceOptions
 
 
 def load(
@@ -83,70 +64,15 @@ def load(
     return OrtModel(export_dir, runtime, threads=count, check=check, max_rank=max_rank)
 
 
-class OrtModel:
-    """An exported model, called with arrays or tensors by the names of the PyTorch model's inputs.
+class OrtModel(OpenExport):
+    """An exported model, called with arrays or tensors by the names of the PyTorch model's inputs."""
 
-    Attributes:
-        directory: The export directory.
-        manifest: What `gralora_export.json` says, typed.
-        config: The model's `config.json`; empty if there is none.
-    """
-
-    def __init__(
-        self,
-        export_dir: str | Path,
-        runtime: Runtime | None = None,
-        *,
-        threads: int | None = None,
-        check: bool = False,
-        max_rank: int | None = None,
-        by_row: bool = False,
-    ) -> None:
-        """Open an export; use `load`, or `by_row` where every call of a model without a cache names rows' adapters."""
-        self.directory = directory_of(export_dir)
-        self.manifest = read_manifest(self.directory, ServingError)
-        check_files(self.directory, self.manifest, digests=check, error=ServingError)
-        check_requirements(self.directory, self.manifest, ServingError)
-        own_adapters(self.directory, ServingError)  # none of them is a link
-        check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
-        self.config = read_config(self.directory)
-        self._runtime, self._threads = runtime or Runtime(), threads
-        self._adapters = Adapters(self.directory, self.manifest, max_rank)
-        self._reading = reading_of(self.manifest.flavour, self.directory)
-        is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
-        self._is_rows = self.manifest.has_rows and self._reading.opens_rows(is_on_cpu, by_row)
-        self._first = self._open(ROWS_NAME if self._is_rows else MODEL_NAME)  # what is wrong with it is said now
-        warn_of_idle(self._runtime, self.placement)
-
-    @cached_property
-    def session(self) -> Any:
-        """The `onnxruntime.InferenceSession` of `model.onnx`, or an `EncoderDecoderSession`, that calls run.
-
-        That of a decoder which has `model_rows.onnx` too is opened when it is first asked for: `generate` needs none.
-        """
-        return self._opened_later(MODEL_NAME) if self._is_rows else self._first
-
-    @cached_property
-    def rows_session(self) -> Any:
-        """The session of `model_rows.onnx`, in which the rows of a batch differ; None where there is none.
-
-        Of a model without a cache it is opened when rows first have an adapter each.
-        """
-        if self._is_rows:
-            return self._first
-        return self._opened_later(ROWS_NAME) if self._reading.calls_rows and self.manifest.has_rows else None
-
-    def _opened_later(self, name: str) -> Any:
-        check_unchanged(self.directory, self.manifest)
-        return self._open(name)
-
-    def _open(self, name: str) -> Any:
-        return open_session(self.directory, self._runtime, name=name, error=ServingError)
+    readings = READINGS
 
     @cached_property
     def input_names(self) -> tuple[str, ...]:
         """Inputs of the graph that calls run, without those for adapters."""
-        return tuple(self._feed.inputs)
+        return tuple(self._call_inputs.inputs)
 
     @cached_property
     def output_names(self) -> tuple[str, ...]:
@@ -156,46 +82,13 @@ class OrtModel:
     @property
     def _called(self) -> Any:
         """A session whose inputs and outputs are those of calls, adapters aside."""
-        return self._first if self._reading.calls_rows else self.session
+        return self.first_session if self.reading.calls_rows else self.session
 
     @cached_property
-    def _feed(self) -> Feed:
+    def _call_inputs(self) -> CallInputs:
         inputs = {value.name: value for value in self._called.get_inputs() if not is_adapter_input(value.name)}
         is_pair = isinstance(self._called, EncoderDecoderSession)
-        return Feed(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
-
-    @cached_property
-    def placement(self) -> Placement | None:
-        """How many nodes of each operator every provider runs; None where the CPU is alone (see `placement_of`)."""
-        return placement_of(self._first)
-
-    def describe(self) -> str:
-        """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
-        kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
-        lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
-        lines += [
-            f"runs on {text}" for text in describe_providers(self._runtime, self._first, is_quantized=bool(kinds))
-        ]
-        lines += [] if self._threads is None else [f"threads: {self._threads}"]
-        lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
-        return "\n".join(lines)
-
-    @property
-    def task(self) -> str | None:
-        """The task the model was exported for."""
-        return self.manifest.task
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer saved beside the model.
-
-        Raises:
-            ServingError: There is none.
-        """
-        tokenizer = self._tokenizer_or_none
-        if tokenizer is None:
-            raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
-        return tokenizer
+        return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Load an adapter, so that calls, or rows of them, can name it.
@@ -210,7 +103,7 @@ class OrtModel:
             ServingError: The export takes no adapters, the name is taken, or the file is damaged, incomplete, or of
                 another base, rank or gralora_k than the export takes; nothing changes then.
         """
-        self._adapters.load(name, path)
+        self.adapters.load(name, path)
 
     def mix_adapters(self, name: str, weights: Mapping[str, float]) -> None:
         """Load the weighted sum of adapters as one more, exactly: its rank is the sum of theirs.
@@ -222,7 +115,7 @@ class OrtModel:
         Raises:
             ServingError: The name is taken, there is no such adapter, or a weight is not a finite number.
         """
-        self._adapters.mix(name, weights)
+        self.adapters.mix(name, weights)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; calls that run with it end undisturbed.
@@ -233,7 +126,7 @@ class OrtModel:
         Raises:
             ServingError: It is not loaded.
         """
-        self._adapters.unload(name)
+        self.adapters.unload(name)
 
     def bind_adapter(self, binding: Any, adapter: str | None) -> None:
         """Bind an adapter's tensors in an `onnxruntime.IOBinding` of `session`, for the runs that use the binding.
@@ -247,13 +140,8 @@ class OrtModel:
         Raises:
             ServingError: There is no such adapter, or rows of the export have an adapter each.
         """
-        for name, value in self._adapters.to_bind(adapter).items():
+        for name, value in self.adapters.to_bind(adapter).items():
             binding.bind_ortvalue_input(name, value)
-
-    @property
-    def adapters(self) -> Adapters:
-        """The adapters that are loaded, by name."""
-        return self._adapters
 
     def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **inputs: Any) -> Outputs:
         """Run the model once.
@@ -275,9 +163,9 @@ class OrtModel:
         """
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
-        parts = self._feed.parts({name: value for name, value in inputs.items() if value is not None})
+        parts = self._call_inputs.parts({name: value for name, value in inputs.items() if value is not None})
         gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
-        feed = self._feed.arrays(parts)
+        feed = self._call_inputs.arrays(parts)
         session, values = self._with_adapter(adapter, feed)
         try:
             results = session.run(None, {**feed, **values}, quiet_run())
@@ -290,8 +178,8 @@ class OrtModel:
     def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         """The session that runs a call with an adapter, or one for each row, and what to feed it besides."""
         if not (adapter is None or isinstance(adapter, str)):
-            return self._rows_for(adapter), self._adapters.rows(adapter, feed)
-        return with_adapter(self.session, self._adapters.tensors_for(adapter, self.session)), {}
+            return self._rows_for(adapter), self.adapters.rows(adapter, feed)
+        return with_adapter(self.session, self.adapters.tensors_for(adapter, self.session)), {}
 
     def _rows_for(self, adapter: object) -> Any:
         """The session of a call whose rows have an adapter each.
@@ -299,8 +187,8 @@ class OrtModel:
         Raises:
             ServingError: There is none: the export takes no adapters, or one in a call.
         """
-        self._adapters.inputs()  # one that takes none says so
-        if self._reading.calls_rows and self.manifest.has_rows:
+        self.adapters.inputs()  # one that takes none says so
+        if self.reading.calls_rows and self.manifest.has_rows:
             return self.rows_session
         why = "" if self.manifest.rows is None or self.manifest.has_rows else f" ({self.manifest.rows})"
         raise ServingError(
@@ -356,17 +244,16 @@ class OrtModel:
             ServingError: The export has no cache, a prompt is empty, too long, not what the model reads or holds ids
                 out of range, or an option is unknown, invalid or without effect.
         """
-        generation = self._generation  # first: of an export that does not generate, no option is of use
+        generation = self.generation  # first: of an export that does not generate, no option is of use
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
-        tokenizer = self._tokenizer_or_none
+        tokenizer = self.tokenizer_or_none
         stops = stop_strings(stop, tokenizer)
-        options = SourceOptions(input_features, language, task, forced_bos_token_id)
-        parsed = generation.prompts(prompts, input_ids, attention_mask, options, adapter, tokenizer)
-        limits, open_decoder = generation.limits, generation.open_decoder
-        answers = Answers(open_decoder, limits, parsed, tokenizer, chosen, stops, adapter)
-        return answers if stream else answers.result()
+        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, language, task, forced_bos_token_id)
+        parsed = generation.read(inputs, adapter, tokenizer)
+        completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter)
+        return completions if stream else completions.result()
 
     def decoder(self, *, rows: int = 8, capacity: int | None = None, chunk: int = 64) -> Decoder:
         """The model as rows that open, step and close, which a scheduler drives.
@@ -382,7 +269,7 @@ class OrtModel:
         Raises:
             ServingError: The export has no cache, a size is not a count, or the capacity is above the model's context.
         """
-        return self._generation.open_decoder(rows=rows, capacity=capacity, chunk=chunk)
+        return self.generation.open_decoder(DecoderSize(rows, capacity, chunk))
 
     @property
     def limits(self) -> DecoderLimits:
@@ -391,7 +278,7 @@ class OrtModel:
         Raises:
             ServingError: The export has no cache, or its end tokens are not ids.
         """
-        return self._generation.limits
+        return self.generation.limits
 
     @property
     def encoder_inputs(self) -> EncoderInputs | None:
@@ -400,17 +287,4 @@ class OrtModel:
         Raises:
             ServingError: The export has no cache, or its `generation_config.json` cannot be followed.
         """
-        return self._generation.encoder_inputs
-
-    @cached_property
-    def _generation(self) -> Generation:
-        check_unchanged(self.directory, self.manifest)
-        export = OpenExport(
-            self.directory, self.manifest, self.config, self._adapters, self._first, has_rows=self._is_rows
-        )
-        return self._reading.generation(export)
-
-    @cached_property
-    def _tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
-        check_unchanged(self.directory, self.manifest)
-        return load_tokenizer(self.directory, ServingError)
+        return self.generation.encoder_inputs

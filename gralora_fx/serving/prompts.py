@@ -50,27 +50,57 @@ class Prompts:
         return self.sources[index].processors(sampling, self.rows[index], new_tokens) if self.sources else []
 
 
-def given_prompts(
-    prompts: Any, input_ids: Any, attention_mask: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> Prompts:
-    """Convert what `generate` is given, prompts or a tokenizer's result, to token ids.
+@dataclass(frozen=True)
+class GenerateInputs:
+    """What `generate` is given to answer.
 
-    Args:
-        prompts: One prompt, or several of them, or None.
-        input_ids: A tokenizer's result instead, or None.
-        attention_mask: Its mask, or None.
-        tokenizer: For texts and chats, or None.
-
-    Raises:
-        ServingError: Neither or both are given, or they are not prompts.
+    Attributes:
+        prompts: One prompt, or several of them.
+        input_ids: Instead of prompts, a tokenizer's result.
+        attention_mask: The mask of `input_ids` or of features.
+        input_features: Instead of prompts, a feature extractor's result, `[batch, ...]`.
+        language: The language of recordings.
+        task: What is done with recordings.
+        forced_bos_token_id: The token that an encoder-decoder's answer to a text begins with.
     """
-    if input_ids is None:
-        if prompts is None or attention_mask is not None:
-            raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
-        return read_prompts(prompts, tokenizer)
-    if prompts is not None:
-        raise ServingError("prompts and input_ids are both given; give one of them")
-    return read_tokenized(input_ids, attention_mask)
+
+    prompts: Any = None
+    input_ids: Any = None
+    attention_mask: Any = None
+    input_features: Any = None
+    language: str | None = None
+    task: str | None = None
+    forced_bos_token_id: int | None = None
+
+    def check_unused(self, reason: str, *names: str) -> None:
+        """Check that some options are not given.
+
+        Args:
+            reason: Why they have no effect.
+            names: The options.
+
+        Raises:
+            ServingError: One is given.
+        """
+        if given := [name for name in names if getattr(self, name) is not None]:
+            raise ServingError(f"{given[0]} has no effect: {reason}; leave it out")
+
+    def read(self, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
+        """Prompts, or a tokenizer's result, as token ids.
+
+        Args:
+            tokenizer: For texts and chats, or None.
+
+        Raises:
+            ServingError: Neither or both are given, or they are not prompts.
+        """
+        if self.input_ids is None:
+            if self.prompts is None or self.attention_mask is not None:
+                raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
+            return read_prompts(self.prompts, tokenizer)
+        if self.prompts is not None:
+            raise ServingError("prompts and input_ids are both given; give one of them")
+        return read_tokenized(self.input_ids, self.attention_mask)
 
 
 def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:

@@ -1,4 +1,4 @@
-"""The next token of a row, chosen from its logits by transformers' processors."""
+"""The next token of a row, chosen from its logits by transformers' processors, and log-probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,21 @@ from transformers import (
 )
 
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.token_scores import TokenScore, token_scores
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token's log-probability where it stands, by the model's own distribution.
+
+    Attributes:
+        token: The token's id.
+        logprob: Its log-probability.
+        top: Ids and log-probabilities of the likeliest tokens there, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,21 @@ class OccurrencePenalty:
         new = input_ids[:, self._start :]
         counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones(new.shape, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> list[TokenScore]:
+    """Scores of tokens.
+
+    Args:
+        logits: `[tokens, vocabulary]`, what the model gives for each place.
+        tokens: The tokens at these places.
+        top: How many of the likeliest tokens to score beside each.
+    """
+    scores = torch.from_numpy(logits).float().log_softmax(-1)
+    own = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    values, ids = scores.topk(min(top, scores.shape[1]))
+    pairs = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenScore(*fields) for fields in zip(tokens, own, pairs, strict=True)]
 
 
 def _penalties(sampling: Sampling, length: int, ends: frozenset[int]) -> list[Any]:

@@ -14,9 +14,9 @@ import scipy.signal
 from scipy.io import wavfile
 from tiny_speech import sound, wav
 
+from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.speech.audio_files import Audio, read_audio
-from gralora_fx.serving.too_large import TooLargeError
 
 RATE = 16_000
 

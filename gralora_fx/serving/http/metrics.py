@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
-from gralora_fx.serving.too_large import TooLargeError
+from gralora_fx.engine.limits import TooLargeError
 
 _KEY = "gralora_fx.rejection"
 _BY_STATUS = {

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.limits import TooLargeError, context_length
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.tokenizers import is_ids
-from gralora_fx.runtime.context_length import context_length
-from gralora_fx.serving.too_large import TooLargeError
 
 _IDS, _TYPES, _MASK = "input_ids", "token_type_ids", "attention_mask"
 

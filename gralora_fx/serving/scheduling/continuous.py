@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.adapter_versions import AdapterVersions
-from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.completion import Completion
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
 
@@ -80,7 +80,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         jobs = []
         for request, sink in requests:
             ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
-            jobs.append(TextJob(request, Answer(self._tokenizer, ends, request.stop), ends, sink))
+            jobs.append(TextJob(request, Completion(self._tokenizer, ends, request.stop), ends, sink))
         self.put(jobs)
         return jobs
 

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar, Generic, Protocol, TypeVar
 
+from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.adapter_versions import AdapterVersions
-from gralora_fx.serving.too_large import TooLargeError
 
 
 class QueueFullError(ServingError):

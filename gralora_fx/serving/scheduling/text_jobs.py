@@ -10,15 +10,13 @@ from typing import Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
-from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.limits import DecoderLimits, TooLargeError
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.serving.answer import Answer
+from gralora_fx.serving.completion import Completion
 from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.queue import RunError
-from gralora_fx.serving.token_choice import Choice, TokenChooser
-from gralora_fx.serving.token_scores import TokenScore, token_scores
-from gralora_fx.serving.too_large import TooLargeError
+from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore, token_scores
 
 Ending: TypeAlias = Literal["stop", "length"]
 
@@ -132,7 +130,7 @@ class TextJob:
 
     rows = 1
 
-    def __init__(self, request: TextRequest, answer: Answer, ends: frozenset[int], sink: Sink) -> None:
+    def __init__(self, request: TextRequest, answer: Completion, ends: frozenset[int], sink: Sink) -> None:
         """Start a job.
 
         Args:

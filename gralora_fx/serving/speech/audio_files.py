@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.serving.too_large import TooLargeError
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE  # format tags of WAV
 _SLOWEST, _FASTEST = 1_000, 768_000  # sampling rates, in Hz

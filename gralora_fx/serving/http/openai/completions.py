@@ -14,19 +14,19 @@ from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import prompt_ids
-from gralora_fx.serving.answers import seeded
+from gralora_fx.serving.completion import seeded
+from gralora_fx.serving.detokenizer import TokenBytes
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.logprobs import LogprobWriter
 from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.prompts import stop_strings
 from gralora_fx.serving.scheduling.text_jobs import Piece, TextRequest
-from gralora_fx.serving.token_texts import TokenTexts
 
 
 def text_routes(engine: TextEngine) -> APIRouter:
     """The routes of a decoder."""
-    router, texts = APIRouter(), TokenTexts(engine.tokenizer)
+    router, texts = APIRouter(), TokenBytes(engine.tokenizer)
 
     @router.post("/v1/completions")
     async def complete(asked: CompletionRequest, request: Request) -> Response:
@@ -40,7 +40,7 @@ def text_routes(engine: TextEngine) -> APIRouter:
 
 
 async def _answer(
-    engine: TextEngine, texts: TokenTexts, asked: CompletionRequest | ChatRequest, request: Request
+    engine: TextEngine, texts: TokenBytes, asked: CompletionRequest | ChatRequest, request: Request
 ) -> Response:
     is_chat, seconds = isinstance(asked, ChatRequest), timeout_of(request)
     with engine.names.held(asked.model) as adapter:
@@ -143,7 +143,7 @@ async def _chunks(
 class ChoiceWriter:
     """One answer, written piece by piece; the pieces of a stream together are the whole answer."""
 
-    def __init__(self, index: int, request: TextRequest, echo: str, texts: TokenTexts, *, is_chat: bool) -> None:
+    def __init__(self, index: int, request: TextRequest, echo: str, texts: TokenBytes, *, is_chat: bool) -> None:
         """Begin an answer.
 
         Args:

@@ -6,8 +6,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from gralora_fx.serving.token_scores import TokenScore
-from gralora_fx.serving.token_texts import TokenTexts
+from gralora_fx.serving.detokenizer import TokenBytes
+from gralora_fx.serving.token_choice import TokenScore
 
 _LEAST = -9999.0  # in the place of minus infinity, which JSON does not have
 
@@ -19,7 +19,7 @@ class LogprobWriter:
         is_begun: Whether a piece was written.
     """
 
-    def __init__(self, texts: TokenTexts, *, is_chat: bool) -> None:
+    def __init__(self, texts: TokenBytes, *, is_chat: bool) -> None:
         """Begin at the first letter.
 
         Args:

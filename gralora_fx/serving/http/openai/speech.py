@@ -27,7 +27,7 @@ from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.scheduling.text_jobs import TextRequest
 from gralora_fx.serving.speech.audio_files import Audio, read_audio
 from gralora_fx.serving.speech.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
-from gralora_fx.serving.token_scores import TokenScore
+from gralora_fx.serving.token_choice import TokenScore
 
 FORM = "multipart/form-data"
 _FILE = "file"

@@ -11,8 +11,8 @@ from tiny_tokenizers import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from gralora_fx.serving.answer import Answer
-from gralora_fx.serving.text_stream import TextStream
+from gralora_fx.serving.completion import Completion
+from gralora_fx.serving.detokenizer import TextStream
 
 NO_ENDS: frozenset[int] = frozenset()
 
@@ -91,7 +91,7 @@ def test_no_step_decodes_more_tokens_in_a_longer_answer(
 ) -> None:
     tokenizer, decode, sizes = make(), make().decode, []
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: [sizes.append(len(ids)), decode(ids, **options)][1])
-    answer = Answer(tokenizer, NO_ENDS, ["zz"])
+    answer = Completion(tokenizer, NO_ENDS, ["zz"])
     token = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     for _ in range(300):
         answer.take(token)
@@ -104,9 +104,9 @@ def test_characters_come_whole_and_as_soon_as_they_are() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer("a \u00e9 b")["input_ids"]
     assert len(ids) == 6  # the \u00e9 is two
-    answer = Answer(tokenizer, NO_ENDS, [])
+    answer = Completion(tokenizer, NO_ENDS, [])
     assert [answer.take(token) for token in ids] == ["a", " ", "", "\u00e9", " ", "b"]
-    cut = Answer(tokenizer, NO_ENDS, [])
+    cut = Completion(tokenizer, NO_ENDS, [])
     assert [cut.take(token) for token in ids[:3]] == ["a", " ", ""]
     assert (cut.finish(), cut.finish()) == ("\ufffd", "")
     assert cut.text == tokenizer.decode(ids[:3])
@@ -115,10 +115,10 @@ def test_characters_come_whole_and_as_soon_as_they_are() -> None:
 # -- stop strings ------------------------------------------------------------------------------------------------------
 
 
-def letters(text: str, stop: list[str]) -> Answer:
+def letters(text: str, stop: list[str]) -> Completion:
     """An answer that was given a text letter by letter."""
     tokenizer = tiny_tokenizer()
-    answer = Answer(tokenizer, NO_ENDS, stop)
+    answer = Completion(tokenizer, NO_ENDS, stop)
     for letter in text:
         answer.take(tokenizer.convert_tokens_to_ids(letter))
     return answer
@@ -126,7 +126,7 @@ def letters(text: str, stop: list[str]) -> Answer:
 
 def test_text_that_was_held_back_comes_with_the_next_letter_or_the_end() -> None:
     tokenizer = tiny_tokenizer()
-    answer = Answer(tokenizer, frozenset({2}), ["dex", "ey"])
+    answer = Completion(tokenizer, frozenset({2}), ["dex", "ey"])
     encode = tokenizer.convert_tokens_to_ids
     assert [answer.take(encode(letter)) for letter in "adeedb"] == ["a", "", "", "de", "e", "db"]
     assert [answer.take(encode(letter)) for letter in "de"] == ["", ""]
@@ -137,7 +137,7 @@ def test_text_that_was_held_back_comes_with_the_next_letter_or_the_end() -> None
 
 
 def test_tokens_alone_have_no_text() -> None:
-    ended = Answer(None, frozenset({25}), [])
+    ended = Completion(None, frozenset({25}), [])
     assert [ended.take(token) for token in (1, 25, 2)] == ["", "", ""]
     assert (ended.ids, ended.text) == ([1], "")
 

@@ -1,4 +1,4 @@
-"""The inputs of one call as arrays for ONNX Runtime, checked, with defaults filled in."""
+"""The arrays of a call: its inputs, checked and with defaults filled in, and its outputs by name and by index."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gralora_fx.engine.limits import context_length
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.context_length import context_length
 from gralora_fx.runtime.encoder_decoder_session import empty_past
 from gralora_fx.runtime.input_arrays import as_array, plain_array
 from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_of
@@ -23,7 +23,7 @@ _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence
 
 
 @dataclass(frozen=True)
-class Feed:
+class CallInputs:
     """Converts a call's inputs to those of a session.
 
     Attributes:
@@ -169,3 +169,30 @@ class Feed:
 def _text_field(config: Mapping[str, Any], name: str) -> Any:
     text = config.get("text_config")
     return text.get(name, config.get(name)) if isinstance(text, Mapping) else config.get(name)
+
+
+class Outputs(dict[str, Any]):
+    """Output arrays, accessible as in transformers' `ModelOutput`: `outputs["logits"]`, `outputs.logits`, `outputs[0]`.
+
+    Iteration yields names, as for every dict; use `outputs.to_tuple()` or `outputs[:]` for unpacking.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        """The output with a name or at an index, or a tuple for a slice.
+
+        Raises:
+            KeyError: No output has the name.
+            IndexError: The index is out of range.
+        """
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __getattr__(self, name: str) -> Any:
+        """The output called `name`."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}; there are {', '.join(self)}") from None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The outputs in the order of the graph."""
+        return tuple(self.values())

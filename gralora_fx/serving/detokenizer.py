@@ -1,12 +1,14 @@
-"""Incremental decoding: the text of `tokenizer.decode`, piece by piece as tokens come."""
+"""Tokens as text, piece by piece as they come, and as bytes, one by one."""
 
 from __future__ import annotations
 
 import re
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 _UNFINISHED = "\ufffd"
 _LEAST, _MOST = 8, 32  # tokens that are decoded again in a step, at least and at most
 
@@ -29,7 +31,7 @@ class TextStream:
 
     def step(self, token: int) -> str:
         """The text that a token adds."""
-        name = self._name_of(token)
+        name = _name_of(self._tokenizer, token)
         if token in self._skipped or name is None:
             return ""
         self._window.append(token)
@@ -55,7 +57,7 @@ class TextStream:
     def _shorten(self) -> None:
         """Drop tokens on which new text no longer depends; a run of byte tokens is not cut."""
         start = len(self._window) - _LEAST
-        while start > 0 and _BYTE.match(self._name_of(self._window[start]) or ""):
+        while start > 0 and _BYTE.match(_name_of(self._tokenizer, self._window[start]) or ""):
             start -= 1
         waiting = len(self._decode(self._window)) - self._given
         self._window = self._window[start:]
@@ -64,13 +66,56 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _name_of(self, token: int) -> str | None:
-        """A token of the vocabulary; None for an id outside of it, which decodes to nothing."""
-        try:
-            name = self._tokenizer.convert_ids_to_tokens(token)
-        except (IndexError, KeyError, OverflowError):
-            return None
-        return name if isinstance(name, str) else None
+
+class TokenBytes:
+    """What each token adds to a text; a token may be a part of a letter, whose bytes are then no text by themselves."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Read how the tokenizer writes bytes.
+
+        Args:
+            tokenizer: The tokenizer.
+        """
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+
+    def bytes_of(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token; none for an id outside the vocabulary."""
+        if token not in self._known:
+            self._known[token] = self._read(token)
+        return self._known[token]
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is left out of an answer's text."""
+        return token in self._special
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return frozenset(self._tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+
+    @cached_property
+    def _byte_letters(self) -> dict[str, int]:
+        """The letters that stand for bytes, where the tokenizer has such; else none."""
+        decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
+        if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():
+            return {}
+        return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+    def _read(self, token: int) -> bytes:
+        name = _name_of(self._tokenizer, token)
+        if name is None:
+            return b""
+        if self.is_special(token):
+            return name.encode()
+        if found := _BYTE.match(name):
+            return bytes([int(found[1], 16)])
+        if self._byte_letters:
+            letters = self._byte_letters
+            return bytes(letters[c] for c in name) if all(c in letters for c in name) else name.encode()
+        # the first token of a text may lose its space, so it is read after itself
+        once, twice = (self._tokenizer.decode([token] * count, clean_up_tokenization_spaces=False) for count in (1, 2))
+        return str(twice).removeprefix(str(once)).encode()
 
 
 class _Cleaner:
@@ -114,3 +159,12 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     if backend is None:
         return frozenset(getattr(tokenizer, "all_special_ids", ()))
     return frozenset(index for index, token in backend.get_added_tokens_decoder().items() if token.special)
+
+
+def _name_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
+    """A token of the vocabulary; None for an id outside of it, which decodes to nothing."""
+    try:
+        name = tokenizer.convert_ids_to_tokens(token)
+    except (IndexError, KeyError, OverflowError):
+        return None
+    return name if isinstance(name, str) else None

@@ -1,0 +1,256 @@
+"""The completions of prompts, token by token: those of `generate` run together, each until its own end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.engine.limits import DecoderSize
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.runtime.adapter_stack import names_of_rows
+from gralora_fx.serving.detokenizer import TextStream
+from gralora_fx.serving.generation import Generation
+from gralora_fx.serving.prompts import Prompts
+from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.token_choice import TokenChooser, TokenScore
+
+_CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
+
+
+class Scored(NamedTuple):
+    """An answer, or a piece of one, with the log-probabilities of its tokens.
+
+    Attributes:
+        content: The text, or the token ids.
+        scores: The score of each of its tokens.
+    """
+
+    content: Any
+    scores: list[TokenScore]
+
+
+class Completion:
+    """The tokens of one row and the text they make, cut before a stop string or an end token.
+
+    Text that may be the beginning of a stop string is held back until that is known. Of overlapping stop strings, the
+    one that is complete first ends the answer; of those complete at the same time, the longest.
+
+    Attributes:
+        ids: The new tokens.
+        text: The text so far; empty without a tokenizer.
+        has_ended: Whether the answer has ended.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int], stop: Sequence[str]) -> None:
+        """Start an empty completion.
+
+        Args:
+            tokenizer: Decodes tokens; None for tokens without text.
+            ends: Ids of the tokens that end an answer.
+            stop: Strings that end an answer.
+        """
+        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        self._ends, self._stops = ends, [_Stop(string) for string in stop]
+        self._held = ""
+        self._pieces: list[str] = []
+        self.ids: list[int] = []
+        self.has_ended = False
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    def take(self, token: int) -> str:
+        """Add a token; returns the new text."""
+        if self.has_ended:
+            return ""
+        if token in self._ends:
+            return self.finish()
+        self.ids.append(token)
+        return "" if self._stream is None else self._add(self._stream.step(token))
+
+    def finish(self) -> str:
+        """End the answer; returns the text that was held back."""
+        if self.has_ended:
+            return ""
+        rest = "" if self._stream is None else self._add(self._stream.finish())
+        self.has_ended = True
+        return rest + self._give(len(self._held))
+
+    def _add(self, piece: str) -> str:
+        """Add text; returns the part that cannot be the beginning of a stop string."""
+        if not self._stops:
+            self._held += piece
+            return self._give(len(self._held))
+        for index, letter in enumerate(piece):
+            complete = [len(stop.string) for stop in self._stops if stop.step(letter)]
+            if complete:
+                before = self._held + piece[: index + 1]
+                self._held, self.has_ended = before[: len(before) - max(complete)], True
+                return self._give(len(self._held))
+        self._held += piece
+        return self._give(len(self._held) - max(stop.matched for stop in self._stops))
+
+    def _give(self, cut: int) -> str:
+        """Release the first `cut` characters of the text that is held back."""
+        text, self._held = self._held[:cut], self._held[cut:]
+        self._pieces.append(text)
+        return text
+
+
+class Completions(Iterator[Any]):
+    """The completions of prompts, piece by piece, or all at once."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        prompts: Prompts,
+        tokenizer: PreTrainedTokenizerBase | None,
+        sampling: Sampling,
+        stop: Sequence[str],
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> None:
+        """Check the prompts, and let a decoder read them.
+
+        Args:
+            generation: How the model generates.
+            prompts: The prompts to answer.
+            tokenizer: For texts, and for stop strings.
+            sampling: How tokens are chosen.
+            stop: Strings that end an answer.
+            adapter: The adapter to answer with, or of each; None for the base.
+
+        Raises:
+            ServingError: The decoder does not take a prompt, an option or the adapter, or it fails.
+        """
+        self._most, self._steps = sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens), 0
+        self._prompts = prompts
+        self._gives_scores = sampling.logprobs is not None
+        reader = tokenizer if prompts.gives_text or stop else None
+        ends = generation.limits.ends if sampling.ends is None else sampling.ends
+        self._completions = [Completion(reader, ends, stop) for _ in prompts.rows]
+        self._scores: list[list[TokenScore]] = [[] for _ in prompts.rows]
+        self._choosers: Mapping[int, TokenChooser] = {
+            index: TokenChooser(seeded(sampling, index), row, ends, prompts.rules(index, sampling, self._most[index]))
+            for index, row in enumerate(prompts.rows)
+        }
+        self._rows: _Rows | None = _Rows(generation, prompts, self._most, adapter)
+
+    def __next__(self) -> Any:
+        """What the next step adds: a text or ids, or a list of them for a list of prompts."""
+        going = [
+            row for row, most in enumerate(self._most) if self._steps < most and not self._completions[row].has_ended
+        ]
+        if self._rows is None or not going:
+            self._rows = None  # with what they hold, the cache and the adapter
+            raise StopIteration
+        self._steps += 1
+        try:
+            logits = self._rows.step(going)
+            choices = {row: self._choosers[row](logits[row]) for row in going}
+        except Exception as error:
+            self._rows = None  # what was read, and nothing chosen after it, cannot be taken back
+            if isinstance(error, ServingError):
+                raise
+            raise ServingError(f"no token can be chosen ({first_line(error)})") from error
+        self._rows.next_tokens = {row: choice.token for row, choice in choices.items()}
+        pieces: list[Any] = []
+        for row, completion in enumerate(self._completions):
+            before, text = len(completion.ids), ""
+            if row in choices:
+                text = completion.take(choices[row].token)
+            if self._steps == self._most[row]:
+                text += completion.finish()
+            new = completion.ids[before:]
+            scores = [choices[row].score for _ in new]
+            self._scores[row] += scores  # type: ignore[arg-type]
+            piece: Any = text if self._prompts.gives_text else new
+            pieces.append(Scored(piece, scores) if self._gives_scores else piece)  # type: ignore[arg-type]
+        return pieces[0] if self._prompts.is_single else pieces
+
+    def result(self) -> Any:
+        """The whole completions."""
+        for _ in self:
+            pass
+        contents: list[Any] = [each.text if self._prompts.gives_text else each.ids for each in self._completions]
+        if self._gives_scores:
+            contents = [Scored(*pair) for pair in zip(contents, self._scores, strict=True)]
+        return contents[0] if self._prompts.is_single else contents
+
+
+def seeded(sampling: Sampling, index: int) -> Sampling:
+    """The options for one of several answers, which draws by a seed of its own."""
+    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**31)
+
+
+class _Rows:
+    """Prompts in the rows of a decoder of their own, and the tokens that were chosen and not read yet."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        prompts: Prompts,
+        new_tokens: Sequence[int],
+        adapter: str | Sequence[str | None] | None,
+    ) -> None:
+        tokens = prompts.rows
+        count, longest = len(tokens), max(map(len, tokens))
+        names = names_of_rows(adapter, count)
+        capacity = max(len(prompt) + new for prompt, new in zip(tokens, new_tokens, strict=True))
+        chunk = min(longest, _CHUNK if count == 1 else _CHUNK_OF_MANY)
+        self._decoder = generation.open_decoder(DecoderSize(count, capacity, chunk))
+        self._rows = [self._decoder.open(name, prompts.arrays(row)) for row, name in enumerate(names)]
+        self._logits: dict[int, NDArray[Any]] = {}
+        self.next_tokens: dict[int, int] = {}
+        for start in range(0, longest, chunk):
+            parts = {row: prompt[start : start + chunk] for row, prompt in enumerate(tokens)}
+            self._read({row: part for row, part in parts.items() if part})
+
+    def step(self, going: Sequence[int]) -> dict[int, NDArray[Any]]:
+        """The logits `[vocabulary]` after the last token of each row that goes on."""
+        self._read({row: [token] for row, token in self.next_tokens.items() if row in going})
+        return self._logits
+
+    def _read(self, tokens: Mapping[int, Sequence[int]]) -> None:
+        found = self._decoder.step({self._rows[row]: given for row, given in tokens.items()})
+        for row in tokens:
+            logits = found[self._rows[row]]
+            self._logits[row] = logits[-1].copy() if self._decoder.gives_all else logits
+
+
+class _Stop:
+    """An incremental Knuth-Morris-Pratt search for a stop string, one character at a time.
+
+    Its table is extended only as far as the text has matched, so a long string costs no more than the text.
+
+    Attributes:
+        string: The stop string.
+        matched: The length of its longest prefix that the text ends with.
+    """
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.matched = 0
+        self._borders = [0]  # for each prefix: the length of its longest proper prefix that is also its suffix
+
+    def step(self, letter: str) -> bool:
+        """Add a character; returns whether the string is complete."""
+        while self.matched and self.string[self.matched] != letter:
+            self.matched = self._borders[self.matched - 1]
+        if self.string[self.matched] == letter:
+            self.matched += 1
+            self._extend()
+        return self.matched == len(self.string)
+
+    def _extend(self) -> None:
+        """Extend the table to the length of the match."""
+        while len(self._borders) < self.matched:
+            letter, border = self.string[len(self._borders)], self._borders[-1]
+            while border and self.string[border] != letter:
+                border = self._borders[border - 1]
+            self._borders.append(border + (self.string[border] == letter))

@@ -1,0 +1,196 @@
+"""An export directory that is open: its files checked, its adapters, and a session over each of its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.engine.adapters import Adapters
+from gralora_fx.errors import ServingError, listed
+from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME, check_own_file
+from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.placement import (
+    Placement,
+    describe_placement,
+    describe_providers,
+    placement_of,
+    warn_of_idle,
+)
+from gralora_fx.runtime.requirements import check_requirements
+from gralora_fx.runtime.session import CPU, Runtime, open_session
+from gralora_fx.serving.generation import Generation
+from gralora_fx.sources.model_files import read_json_object
+from gralora_fx.sources.paths import usable_path
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a kind of export is read.
+
+    Attributes:
+        name: The kind, as the manifest has it.
+        opens_rows: Whether `model_rows.onnx`, where there is one, is opened first, and not `model.onnx`: given whether
+            the CPU runs all of it, and whether every call names an adapter for each row.
+        calls_rows: Whether calls run `model_rows.onnx` where they name an adapter for each row.
+        generation: How an open export generates; it raises a `ServingError` where it does not.
+    """
+
+    name: str
+    opens_rows: Callable[[bool, bool], bool]
+    calls_rows: bool
+    generation: Callable[[OpenExport], Generation]
+
+
+class OpenExport:
+    """An export that is open.
+
+    Attributes:
+        readings: How each kind is read, by its name.
+        directory: The export directory, whose path stays valid if the process changes its working directory.
+        manifest: What `gralora_export.json` says, typed.
+        config: The model's `config.json`; empty if there is none.
+        adapters: Its adapters, by name; those that are loaded are iterated over.
+        reading: How its kind is read.
+        first_session: The session of the file that was opened first.
+        first_is_rows: Whether that is `model_rows.onnx`.
+    """
+
+    readings: ClassVar[Mapping[str, Reading]] = {}
+
+    def __init__(
+        self,
+        export_dir: str | Path,
+        runtime: Runtime | None = None,
+        *,
+        threads: int | None = None,
+        check: bool = False,
+        max_rank: int | None = None,
+        by_row: bool = False,
+    ) -> None:
+        """Open an export.
+
+        Args:
+            export_dir: Its directory.
+            runtime: How ONNX Runtime runs it; None for the CPU.
+            threads: Threads of an operator, to be told by `describe`.
+            check: As of `load`.
+            max_rank: As of `load`.
+            by_row: Whether every call of a model without a cache names rows' adapters.
+
+        Raises:
+            ServingError: As of `load`.
+        """
+        self.directory = usable_path(export_dir, ServingError, remedy="give the directory of an export").absolute()
+        self.manifest = read_manifest(self.directory, ServingError)
+        check_files(self.directory, self.manifest, digests=check, error=ServingError)
+        check_requirements(self.directory, self.manifest, ServingError)
+        own_adapters(self.directory, ServingError)  # none of them is a link
+        check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
+        config = self.directory / "config.json"
+        self.config = read_json_object(config, ServingError) if config.is_file() else {}
+        self.adapters = Adapters(self.directory, self.manifest, max_rank)
+        if self.manifest.flavour not in self.readings:
+            raise ServingError(
+                f"{self.directory} is an export of the kind {self.manifest.flavour!r:.80}, and this version reads "
+                f"{listed(self.readings)}; update gralora-fx, or add the kind to gralora_fx.serving.flavours"
+            )
+        self.reading = self.readings[self.manifest.flavour]
+        self._runtime, self._threads = runtime or Runtime(), threads
+        is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
+        self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
+        self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # what is wrong is said now
+        warn_of_idle(self._runtime, self.placement)
+
+    @cached_property
+    def session(self) -> Any:
+        """The `onnxruntime.InferenceSession` of `model.onnx`, or an `EncoderDecoderSession`, that calls run.
+
+        That of a decoder which has `model_rows.onnx` too is opened when it is first asked for: `generate` needs none.
+        """
+        return self._open_later(MODEL_NAME) if self.first_is_rows else self.first_session
+
+    @cached_property
+    def rows_session(self) -> Any:
+        """The session of `model_rows.onnx`, in which the rows of a batch differ; None where there is none.
+
+        Of a model without a cache it is opened when rows first have an adapter each.
+        """
+        if self.first_is_rows:
+            return self.first_session
+        return self._open_later(ROWS_NAME) if self.reading.calls_rows and self.manifest.has_rows else None
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        """How many nodes of each operator every provider runs; None where the CPU is alone (see `placement_of`)."""
+        return placement_of(self.first_session)
+
+    def describe(self) -> str:
+        """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
+        kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
+        lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
+        lines += [
+            f"runs on {text}"
+            for text in describe_providers(self._runtime, self.first_session, is_quantized=bool(kinds))
+        ]
+        lines += [] if self._threads is None else [f"threads: {self._threads}"]
+        lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
+        return "\n".join(lines)
+
+    @property
+    def task(self) -> str | None:
+        """The task the model was exported for."""
+        return self.manifest.task
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer saved beside the model.
+
+        Raises:
+            ServingError: There is none.
+        """
+        tokenizer = self.tokenizer_or_none
+        if tokenizer is None:
+            raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
+        return tokenizer
+
+    @cached_property
+    def generation(self) -> Generation:
+        """How it generates.
+
+        Raises:
+            ServingError: It has no cache, or what its configuration says of answers cannot be followed.
+        """
+        self._check_unchanged()
+        return self.reading.generation(self)
+
+    @cached_property
+    def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer saved beside the model, or None."""
+        self._check_unchanged()
+        return load_tokenizer(self.directory, ServingError)
+
+    def _open_later(self, name: str) -> Any:
+        self._check_unchanged()
+        return self._open(name)
+
+    def _open(self, name: str) -> Any:
+        return open_session(self.directory, self._runtime, name=name, error=ServingError)
+
+    def _check_unchanged(self) -> None:
+        """Check that the directory was not moved or replaced by another export since it was opened.
+
+        Raises:
+            ServingError: It was.
+        """
+        if not self.directory.is_dir():
+            raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
+        if read_manifest(self.directory, ServingError) != self.manifest:
+            raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
