@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.serving.http.inference.tensors import Datatype, datatype_of, from_bytes, from_json
@@ -37,7 +37,7 @@ class InputTensor(_Object):
     """An input: with `data`, or with its bytes behind the JSON object."""
 
     name: str
-    shape: Annotated[list[int], FailFast()]
+    shape: Annotated[list[int], Field(fail_fast=True)]
     datatype: str
     parameters: InputParameters = InputParameters()
     data: list[Any] | None = None
@@ -72,8 +72,8 @@ class InferRequest(_Object):
 
     id: str | None = None
     parameters: InferParameters = InferParameters()
-    inputs: Annotated[list[InputTensor], FailFast()]
-    outputs: Annotated[list[RequestedOutput], FailFast()] | None = None
+    inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
+    outputs: Annotated[list[RequestedOutput], Field(fail_fast=True)] | None = None
 
 
 @dataclass(frozen=True)
