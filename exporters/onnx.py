@@ -32,7 +32,7 @@ from gralora_fx.exporters.onnx_passes.mark_sites import MarkedSites
 from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
 from gralora_fx.exporters.onnx_pipeline import export_log
 from gralora_fx.exporters.options import DYNAMIC, ExportOptions
-from gralora_fx.exporters.reports import AttentionReport, AttentionSummary, ExportReport, VerifyReport
+from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
 from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
@@ -227,12 +227,12 @@ def _rows(log: PassLog) -> RowsEntry | None:
 
 def _attention(log: PassLog) -> AttentionReport | None:
     """Which layers' attention is fused, in all parts of the model, where there is any."""
-    with_cache = log.summaries(AttentionReport)
-    found = log.summaries(AttentionSummary)
-    if with_cache or not found:
-        return next(iter(with_cache), None)
-    plain = {layer: why for part in found for layer, why in part.plain.items()}
-    return AttentionReport(sum(part.fused for part in found), plain)
+    reports = log.summaries(AttentionReport)
+    over_cache = next((report for report in reports if report.cached), None)
+    if over_cache is not None or not reports:
+        return over_cache
+    plain = {layer: why for report in reports for layer, why in report.plain.items()}
+    return AttentionReport(sum(report.fused for report in reports), plain)
 
 
 def _verified(

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gralora_fx.graph.pipeline import PassReport
+from gralora_fx.graph.pipeline import PassReport, Skip
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
@@ -212,29 +212,24 @@ def _layers_as_one(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
     return list(merged.values())
 
 
-class AttentionSummary(NamedTuple):
-    """What a pass found of attention without a cache; the passes of a model add up.
-
-    Attributes:
-        fused: Number of layers that it fused.
-        plain: Layers that it did not, each with the reason.
-    """
-
-    fused: int
-    plain: dict[str, str]
-
-
 @dataclass(frozen=True)
 class AttentionReport:
-    """How attention was exported.
+    """How attention was exported, by one pass or by all of a model's.
 
     Attributes:
         fused: Number of layers that use ONNX Runtime's fused operator.
         plain: Layers that use plain operators, each with the reason.
+        cached: Whether it is attention over a cache.
     """
 
     fused: int
-    plain: dict[str, str]
+    plain: Mapping[str, str]
+    cached: bool = False
+
+    @classmethod
+    def of(cls, fused: int, skipped: Sequence[Skip], *, cached: bool = False) -> AttentionReport:
+        """What a pass reports that fused some layers and skipped others."""
+        return cls(fused, dict(skipped), cached)
 
     def __str__(self) -> str:
         """The number of fused layers, and each of the others."""

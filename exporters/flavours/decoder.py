@@ -12,19 +12,18 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.adapters_as_data import DataSites, by_row
 from gralora_fx.exporters.artifact.genai_config import write_genai_config
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request, with_rows
-from gralora_fx.exporters.fx_passes.broadcast_attention import match_broadcast_attention
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
+from gralora_fx.exporters.onnx_passes.cached_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
 from gralora_fx.exporters.onnx_passes.copies import copied
 from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
-from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
-from gralora_fx.exporters.onnx_passes.fuse_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
+from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
@@ -76,7 +75,6 @@ def decoder_models(
         graph_module,
         match_rms_norms,
         match_rotary,
-        match_broadcast_attention,
         match_attention,
         first=[CastGraph(options.precision, num_cache_outputs)],  # casts are seen before anything is simplified
         log=log,
@@ -108,7 +106,7 @@ def _rows_model(
             f"quantize={DYNAMIC!r} rounds a batch by its largest value, so a row would depend on the others"
         )
     for report in found.summaries(AttentionReport):
-        if report.plain:
+        if report.cached and report.plain:
             layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)
             raise RowsError(f"rows of their own lengths need GroupQueryAttention, and it does not fit {layers}")
     by_rows: list[Pass[ir.Model]] = [batch_continuously, LogitsOfRows(options.logits)]

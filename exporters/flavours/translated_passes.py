@@ -9,10 +9,10 @@ import onnx_ir as ir
 from gralora_fx.exporters.adapters_as_data import DataSites
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.data_adapters import marking_passes
-from gralora_fx.exporters.onnx_passes.encoder_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
+from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.graph.pipeline import Pass
 

@@ -22,7 +22,7 @@ from gralora_fx.exporters.fx_passes.matching import (
     shape,
 )
 from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, selection_of, split_mask
-from gralora_fx.exporters.reports import AttentionSummary
+from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.graph.module_tree import innermost_path
 from gralora_fx.graph.pipeline import PassResult, Skip
 from gralora_fx.operators.attention import DotProductAttention
@@ -63,8 +63,7 @@ def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
                 _replace(graph, product, scores)
                 count += 1
     graph.eliminate_dead_code()
-    found = AttentionSummary(0, {skip.place: skip.reason for skip in skipped}) if skipped else None
-    return PassResult(count, tuple(skipped), summary=found)
+    return PassResult(count, tuple(skipped), summary=AttentionReport.of(0, skipped) if skipped else None)
 
 
 def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:

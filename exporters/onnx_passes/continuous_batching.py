@@ -14,8 +14,8 @@ import onnx_ir as ir
 from gralora_fx.errors import listed
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
-from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION
 from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
+from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
 from gralora_fx.exporters.onnx_passes.row_tokens import (
     NUM_TOKENS,
     RowsError,

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.adapter_groups import FlatTokens
 from gralora_fx.exporters.onnx_passes.builder import Builder, const_ints
-from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION, PADDING
+from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION, PADDING
 from gralora_fx.exporters.onnx_passes.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
 from gralora_fx.graph.pipeline import PassResult, Skip
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import const_ints, static_dim
-from gralora_fx.exporters.onnx_passes.encoder_attention import ATTENTION
+from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
 
 # fmt: off
 _ELEMENTWISE = frozenset({

@@ -18,8 +18,8 @@ from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
-from gralora_fx.tracing.patches.attention import fused_attention
-from gralora_fx.tracing.patches.llama_functions import llama_functions_as_operators
+from gralora_fx.tracing.patches.attention import attention_as_operators
+from gralora_fx.tracing.patches.recognised import IN_DECODERS, replaced
 from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
 
 
@@ -81,7 +81,7 @@ def _operators(model: PreTrainedModel) -> Iterator[None]:
     switch, and collects them.
     """
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
-    with fused_attention(model), llama_functions_as_operators(model), shape_only_ops(), without_stacks:
+    with attention_as_operators(model), replaced(model, IN_DECODERS), shape_only_ops(), without_stacks:
         yield
 
 

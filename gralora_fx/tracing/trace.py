@@ -40,11 +40,9 @@ from gralora_fx.tracing.normalize.clean import without_guards
 from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
 from gralora_fx.tracing.normalize.modes import annotate_mode_args, find_rng_op
 from gralora_fx.tracing.normalize.training_branches import differing_modules, names_of_modules, updated_buffers
-from gralora_fx.tracing.patches.eager_modes import traceable_modes
-from gralora_fx.tracing.patches.experts import experts_as_products
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
-from gralora_fx.tracing.patches.same_padding import same_padding_by_arithmetic
-from gralora_fx.tracing.patches.stochastic_depth import drop_paths_as_operators, without_layerdrop
+from gralora_fx.tracing.patches.recognised import IN_EVERY_MODEL, replaced
+from gralora_fx.tracing.patches.traceable import experts_as_products, traceable_modes, without_layerdrop
 from gralora_fx.tracing.ready_graphs import trace_graph, trace_program
 from gralora_fx.tracing.sentence_encoder import drop_unread, followed_by, sentence_modules_of
 from gralora_fx.tracing.traced_model import TracedModel
@@ -247,8 +245,7 @@ def _export(model: nn.Module, sample: Mapping[str, Any], axes: Axes) -> fx.Graph
     try:
         with (
             quiet(),
-            drop_paths_as_operators(model),
-            same_padding_by_arithmetic(model),
+            replaced(model, IN_EVERY_MODEL),
             experts_as_products(model),
             traceable_modes() as checkpoints,
         ):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from tests.architectures.decoder_check import check_decoder
@@ -62,10 +64,18 @@ def test_attention_of_a_models_own_is_exported_as_it_is(tmp_path: Path) -> None:
     assert result.plain == {"every layer": "it computes attention itself, not through transformers' interface"}
 
 
-def test_heads_that_share_keys_by_broadcasting_are_one_operator(tmp_path: Path) -> None:
-    result = check_decoder(tiny_decoder("FalconForCausalLM"), tmp_path / "onnx")
-    assert (result.equal, result.answers, result.fused) == (True, "", 0)
-    assert set(result.plain.values()) == {"its mask is more than padding and a window"}
+@pytest.mark.parametrize(
+    ("fields", "key_heads"),
+    [({}, 1), ({"new_decoder_architecture": True, "num_kv_heads": 2}, 4)],  # which repeats keys before the cache
+    ids=["one head of keys", "new architecture"],
+)
+def test_recognised_attention_of_a_models_own_is_fused(tmp_path: Path, fields: dict[str, Any], key_heads: int) -> None:
+    result = check_decoder(tiny_decoder("FalconForCausalLM", **fields), tmp_path / "onnx")
+    assert (result.equal, result.answers) == (True, "")
+    assert (result.fused, result.plain) == (2, {})
+    nodes = ir.load(tmp_path / "onnx" / "model.onnx").graph
+    heads = {node.attributes["kv_num_heads"].as_int() for node in nodes if node.op_type == "GroupQueryAttention"}
+    assert heads == {key_heads}
 
 
 def test_a_context_is_found_under_any_name(tmp_path: Path) -> None:

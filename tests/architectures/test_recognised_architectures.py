@@ -1,4 +1,4 @@
-"""Which of transformers' architectures have a norm, a rotary embedding or stochastic depth of known code.
+"""Which of transformers' architectures have a norm, a rotary embedding, stochastic depth or attention of known code.
 
 A model whose code is not recognised is traced all the same, into more nodes, so that a change in transformers would
 pass unseen: here it fails, by name.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +17,8 @@ import pytest
 import transformers.models
 from torch import nn
 
-from gralora_fx.tracing.patches.llama_functions import has_rotary_embedding, is_rms_norm
-from gralora_fx.tracing.patches.stochastic_depth import is_drop_path
+from gralora_fx.tracing.patches.attention import ATTENTIONS
+from gralora_fx.tracing.patches.recognised import DROP_PATH, RMS_NORM, ROTARY_EMBEDDING, Recognised
 
 NORMS = """
     aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe
@@ -54,8 +54,10 @@ DROP_PATHS = """
     mm_grounding_dino pixio poolformer pvt pvt_v2 qianfan_ocr radio rf_detr sapiens2 segformer seggpt swiftformer
     swin swin2sr swinv2 timesformer tipsv2 videomt vitdet vjepa2 x_clip
 """
+ATTENTION = "falcon"
 
-_TELLING = ("variance_epsilon", "apply_rotary_pos_emb", "DropPath")  # in the source of what may be recognised
+# in the source of what may be recognised
+_TELLING = ("variance_epsilon", "apply_rotary_pos_emb", "DropPath", "FalconAttention")
 
 
 @cache
@@ -79,20 +81,20 @@ def own_classes(module: ModuleType) -> Iterator[type[nn.Module]]:
             yield kind
 
 
+def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
+    """Whether a Python module has recognised code, as a function or in one of its classes."""
+    classes = list(own_classes(module))
+    return any(code.is_function_of(module) or any(map(code.is_method_of, classes)) for code in table)
+
+
 @pytest.mark.parametrize(
-    ("names", "is_recognised"),
-    [
-        (NORMS, lambda module: any(map(is_rms_norm, own_classes(module)))),
-        (ROTARY_EMBEDDINGS, has_rotary_embedding),
-        (DROP_PATHS, lambda module: any(map(is_drop_path, own_classes(module)))),
-    ],
-    ids=["norm", "rotary embedding", "stochastic depth"],
+    ("names", "table"),
+    [(NORMS, [RMS_NORM]), (ROTARY_EMBEDDINGS, [ROTARY_EMBEDDING]), (DROP_PATHS, [DROP_PATH]), (ATTENTION, ATTENTIONS)],
+    ids=["norm", "rotary embedding", "stochastic depth", "attention of a model's own"],
 )
-def test_architectures_are_recognised(names: str, is_recognised: Callable[[ModuleType], bool]) -> None:
-    known, recognised = (
-        set(names.split()),
-        {name for name, module in modeling_modules().items() if is_recognised(module)},
-    )
+def test_architectures_are_recognised(names: str, table: Sequence[Recognised]) -> None:
+    known = set(names.split())
+    recognised = {name for name, module in modeling_modules().items() if is_in(module, table)}
     lost, gained = sorted(known - recognised), sorted(recognised - known)
     assert not lost, (
         f"no longer recognised, so their traces are larger: {', '.join(lost)}; look at what changed in them"

@@ -25,7 +25,7 @@ from transformers.models.mobilenet_v2 import modeling_mobilenet_v2
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.image_sizes import ImageSizes
-from gralora_fx.tracing.patches.same_padding import pads_like_tensorflow
+from gralora_fx.tracing.patches.recognised import SAME_PADDING
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **IMAGE_MODELS,
@@ -153,4 +153,4 @@ def test_a_branch_on_the_size_fixes_it() -> None:
 
 @pytest.mark.parametrize("module", [modeling_mobilenet_v1, modeling_mobilenet_v2])
 def test_the_padding_of_mobilenets_is_recognised(module: ModuleType) -> None:
-    assert pads_like_tensorflow(module)
+    assert any(padding.is_function_of(module) for padding in SAME_PADDING)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
-from gralora_fx.exporters.reports import AttentionSummary
+from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode, DotProductAttentionNode
 from gralora_fx.graph.pipeline import PassResult, Skip
@@ -99,7 +99,7 @@ class FuseDotProductAttention:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place; the result lists the decomposed layers as skipped.
 
-        The summary is an `AttentionSummary`.
+        The summary is an `AttentionReport`.
         """
         masks = _Masks(model.graph)
         fused, plain = 0, []
@@ -114,8 +114,8 @@ class FuseDotProductAttention:
                 plain.append(Skip(layer_of(node), why))
                 _decompose(build, node, attention, masks.additive(attention, node))
             model.graph.remove(node, safe=True)
-        report = AttentionSummary(fused, {skip.place: skip.reason for skip in plain})
-        return PassResult(fused, tuple(plain), summary=report if fused or plain else None)
+        report = AttentionReport.of(fused, plain) if fused or plain else None
+        return PassResult(fused, tuple(plain), summary=report)
 
 
 def _unfit(attention: DotProductAttentionNode) -> str | None:

@@ -69,7 +69,7 @@ class FuseAttention:
 
 
 def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:
-    return PassResult(fused, plain, summary=AttentionReport(fused, {skip.place: skip.reason for skip in plain}))
+    return PassResult(fused, plain, summary=AttentionReport.of(fused, plain, cached=True))
 
 
 def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
