@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gralora_fx.exporters.adapter import export_adapter
     from gralora_fx.exporters.checkpoint import MergeReport, merge_checkpoint
-    from gralora_fx.exporters.fold import fold_onnx
-    from gralora_fx.exporters.folding.report import FoldReport
+    from gralora_fx.exporters.fold import FoldReport, fold_onnx
     from gralora_fx.exporters.lora import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
@@ -34,7 +33,7 @@ __all__ = [
 # name of a function in it: as a submodule it would take the function's place in this package.
 _HOMES = {
     "ExportReport": "reports",
-    "FoldReport": "folding.report",
+    "FoldReport": "fold",
     "LoraReport": "lora",
     "MergeReport": "checkpoint",
     "TritonReport": "triton",

@@ -100,7 +100,7 @@ def convert_adapter(
         base = compare_bases(made, base_of_export(onnx_dir, manifest))
         base.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         updates = {path: stored.update(path) for path in stored.sites}
-        copies = {parameter: stored.values(extent) for parameter, extent in stored.copies.items()}
+        copies = {parameter: tensor.array() for parameter, tensor in stored.copies.items()}
         changes = Changes(updates)
         if copies:
             from gralora_fx.exporters.artifact.trained_parameters import BaseParameters  # it imports onnx_ir

@@ -10,21 +10,22 @@ from gralora_fx.adapters.stored import StoredAdapter, open_adapter
 from gralora_fx.config.adapter_tasks import task_of
 from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
-from gralora_fx.exporters.merged_files.base_files import FILES, BaseFiles, names_of, open_shards, read_base
-from gralora_fx.exporters.merged_files.changes import Changes, find_changes
-from gralora_fx.exporters.merged_files.companions import (
-    CONFIG_FILE,
-    edited_config,
-    files_to_copy,
-    write_companions,
-)
-from gralora_fx.exporters.merged_files.names_in_files import names_in_files
-from gralora_fx.exporters.merged_files.write_shards import new_shards, write_shards
+from gralora_fx.exporters.merged_files.model_names import names_in_files, names_of
+from gralora_fx.exporters.merged_files.other_files import CONFIG_FILE, edited_config, files_to_copy, write_other_files
+from gralora_fx.exporters.merged_files.tensor_changes import find_changes
 from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.stages import timed
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.model_files import check_model_files
+from gralora_fx.sources.rewriting import write_files
+from gralora_fx.sources.safetensors_files import read_weights
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
+
+_WORKERS = 4  # threads, also on fewer cores, since they wait for the disk too
+_DOWNLOADED = (
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken", "*.spm", "*.vocab"),
+    *("*.bpe", "LICENSE*", "NOTICE*"),
+)  # of a hub repository: no weights in other formats
 
 
 @dataclass(frozen=True)
@@ -103,28 +104,37 @@ def merge_checkpoint(
             check_converted, sources=[directory, adapter.directory], marker=CONFIG_FILE, overwrite=overwrite
         )
         check(output_dir)
-        base = read_base(directory)
+        weights = read_weights(directory)
         num_labels = head_classes({name: extent.shape for name, extent in adapter.copies.items()})
         needed = [*(f"{path}.weight" for path in adapter.sites), *adapter.copies]
         task = task_of(adapter.config, None, str(adapter_dir))
-        with open_shards(base) as handles, timed("merge"):
-            names = names_in_files(base, adapter, handles) or names_of(base, needed, task, num_labels)
+        with weights.opened() as base, timed("merge"):
+            names = names_in_files(base, adapter) or names_of(base, needed, task, num_labels)
             if (layers := names.layers) is not None:
                 adapter.check_layers(layers)
-            changes = find_changes(base, names, adapter, handles)
+            changes = find_changes(base, names, adapter)
             config, notes = edited_config(base, names, changes, num_labels)
-            shards = new_shards(base, changes)
-            require_space(output_dir, sum(shard.nbytes for shard in shards))
+            shards = changes.shards(base)
+            require_space(output_dir, sum(shard.file.nbytes for shard in shards))
             with staged(output_dir, check) as stage:
-                write_shards(shards, changes, adapter, handles, base, stage)
-                write_companions(base, changes, shards, config if notes else None, stage)
-    return _report(Path(output_dir), base, changes, notes, compared)
+                write_files([shard.file for shard in shards], stage, workers=_WORKERS)
+                write_other_files(base, changes, shards, config if notes else None, stage)
+    return MergeReport(
+        output_dir=Path(output_dir),
+        files=file_sizes(output_dir),
+        merged=tuple(changes.merged),
+        replaced=tuple(changes.replaced),
+        added=tuple(sorted(changes.added)),
+        config_changes=tuple(notes),
+        left_out=tuple(files_to_copy(base)[1]),
+        base=compared,
+    )
 
 
 def _base_directory(model_dir: str | Path, adapter: StoredAdapter) -> Path:
     check_model_files(model_dir, CheckpointError)
     revision = adapter.config.revision if _is_named(adapter, model_dir) else None
-    directory = resolve_directory(model_dir, CheckpointError, revision=revision, patterns=FILES)
+    directory = resolve_directory(model_dir, CheckpointError, revision=revision, patterns=_DOWNLOADED)
     check_model_files(directory, CheckpointError)
     return directory
 
@@ -132,17 +142,3 @@ def _base_directory(model_dir: str | Path, adapter: StoredAdapter) -> Path:
 def _is_named(adapter: StoredAdapter, model_dir: str | Path) -> bool:
     """Whether the adapter names the base in the same words; then it is read at the adapter's revision."""
     return adapter.config.base_model_name_or_path == str(model_dir)
-
-
-def _report(output: Path, base: BaseFiles, changes: Changes, notes: list[str], compared: BaseComparison) -> MergeReport:
-    everything = {**changes.changed, **{key: change for key, (change, _) in changes.added.items()}}
-    return MergeReport(
-        output_dir=output,
-        files=file_sizes(output),
-        merged=tuple(sorted(key for key, change in everything.items() if change.site is not None)),
-        replaced=tuple(sorted(key for key, change in changes.changed.items() if change.values is not None)),
-        added=tuple(sorted(changes.added)),
-        config_changes=tuple(notes),
-        left_out=tuple(files_to_copy(base)[1]),
-        base=compared,
-    )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from gralora_fx.adapters.stored import StoredAdapter, open_adapter
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters.artifact.staging import (
     check_output,
@@ -23,24 +24,96 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.folding.adapter import SavedAdapter, read_saved_adapter
 from gralora_fx.exporters.folding.base_weights import BaseWeights
-from gralora_fx.exporters.folding.data_files import copy_changed
-from gralora_fx.exporters.folding.earlier import check_earlier_adapters
-from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit
-from gralora_fx.exporters.folding.opening import Opened, is_lone_file, open_export, source_directory
-from gralora_fx.exporters.folding.parameters import Replacements, find_replacements
+from gralora_fx.exporters.folding.earlier_adapters import check_earlier_adapters, digest_of, with_adapter
+from gralora_fx.exporters.folding.onnx_rewriting import OnnxRewriting, plan_rewriting
 from gralora_fx.exporters.folding.places import Export, Place, find_places
-from gralora_fx.exporters.folding.products import ProductWeight, product_weights
-from gralora_fx.exporters.folding.report import FoldedSite, FoldReport
-from gralora_fx.exporters.folding.requantize import QuantizedEdit, Survival, check_survival
-from gralora_fx.exporters.folding.rewriting import Rewriting
+from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_replacements
+from gralora_fx.exporters.folding.requantize import Survival, check_survival, overall_share, survival_by_layer
+from gralora_fx.exporters.folding.source_export import SourceExport, is_lone_file, open_export, source_directory
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_base import base_of_export, layers_of_export
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.export_files import check_files, describe_files
-from gralora_fx.runtime.manifest import AdapterEntry, FileEntry, Manifest
+from gralora_fx.runtime.manifest import FileEntry, Manifest, WeightEntry
+from gralora_fx.sources.rewriting import NewFile, write_files
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """A layer that an adapter was folded into.
+
+    Attributes:
+        path: The layer.
+        file: The ONNX file.
+        initializer: The initializer that holds its weight now.
+        start: First of its output features there.
+        stop: End of them.
+        how: How the weight was found: `"as recorded"`, `"by name"` or `"by value"`.
+        survival: Of a quantized weight, the share of the update that is left after rounding,
+            `<after - before, dW> / <dW, dW>`; None of a float one.
+    """
+
+    path: str
+    file: str
+    initializer: str
+    start: int
+    stop: int
+    how: str
+    survival: float | None = None
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """The result of `fold_onnx`.
+
+    Attributes:
+        output_dir: The directory written.
+        adapter_name: The adapter's name in the manifest; None where there is no manifest.
+        sites: Every layer and where its weight was found; a layer of several files is there several times.
+        replaced: Parameters that the adapter trained and that were written as a whole.
+        bytes_changed: Bytes of weights that were computed anew.
+        survival: The share of the whole update that is left after rounding; None if nothing is quantized.
+        files: Files of the directory with their sizes in bytes.
+        seconds: Seconds that each stage took.
+        adapters: Names of all adapters that the result holds, in the order of folding; empty without a manifest.
+        base: What was compared of the adapter's base and the export's.
+    """
+
+    output_dir: Path
+    adapter_name: str | None
+    sites: tuple[FoldedSite, ...]
+    replaced: tuple[str, ...]
+    bytes_changed: int
+    survival: float | None
+    files: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    base: BaseComparison | None = None
+
+    def __str__(self) -> str:
+        """What was written, what was found how, and what is left of the update where it was rounded."""
+        lines = [f"wrote {self.output_dir}"]
+        lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
+        lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
+        ways = Counter(how for _, how in dict.fromkeys((site.path, site.how) for site in self.sites))
+        found = ", ".join(f"{count} {how}" for how, count in ways.items())
+        count = len({site.path for site in self.sites})
+        lines.append(f"folded {count} layers ({found}), {self.bytes_changed:,} bytes of weights changed")
+        if len(self.adapters) > 1:
+            lines.append(f"now holds {len(self.adapters)} adapters: {', '.join(self.adapters)}")
+        if self.replaced:
+            lines.append(f"replaced {', '.join(self.replaced)}")
+        if self.adapter_name is None:
+            lines.append("no manifest, since the export has none: compare the result with the merged model")
+        if self.survival is not None:
+            shares = sorted((site.survival, site.path) for site in self.sites if site.survival is not None)
+            least, path = shares[0]
+            lines.append(
+                f"rounding leaves {100 * self.survival:.0f} % of the update, at least {100 * least:.0f} % ({path})"
+            )
+        return "\n".join(lines)
 
 
 def fold_onnx(
@@ -90,46 +163,46 @@ def fold_onnx(
         MergeError: The adapter does not fit the export, a weight is shared or quantized, or a result is not finite.
     """
     seconds: dict[str, float] = {}
-    with timed("find", seconds):
-        _check_apart(onnx_dir, output_dir)
-        opened = open_export(onnx_dir)
-        manifest = opened.manifest
-        adapter, compared = _read_adapter(adapter_dir, opened, base)
-        if manifest is not None:
+    with ExitStack() as stack:
+        with timed("find", seconds):
+            _check_apart(onnx_dir, output_dir)
+            source = open_export(onnx_dir)
+            manifest = source.manifest
+            adapter = stack.enter_context(open_adapter(adapter_dir))
+            compared, sha256 = _compare(adapter, source, base), digest_of(adapter)
+            if manifest is not None:
+                if not force:
+                    check_earlier_adapters(manifest, adapter, sha256)
+                if not overwrite:
+                    check_replaced(output_dir, task=manifest.task, fingerprint=manifest.base_fingerprint)
+            warn_of_lost_adapters(output_dir, ())
+            compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
+            graphs = {file: model.graph for file, model in source.models.items()}
+            export = Export(graphs, manifest, None if base is None else BaseWeights(base))
+            places = find_places(export, adapter)
+            replacements = find_replacements(export, adapter, places)
+            _check_quantized(export, places, replacements, requantize=requantize)
+        with timed("fold", seconds), staged(output_dir) as stage:
+            rewriting, quantized = plan_rewriting(source.models, export, adapter, places, replacements)
+            files = rewriting.files(source.data)
+            require_space(output_dir, sum(file.nbytes for file in files))
+            written = _write(stage, source, rewriting.changed, files)
+            survival = survival_by_layer(quantized)
             if not force:
-                check_earlier_adapters(manifest, adapter)
-            if not overwrite:
-                check_replaced(output_dir, task=manifest.task, fingerprint=manifest.base_fingerprint)
-        warn_of_lost_adapters(output_dir, ())
-        compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
-        export, places, replacements = _find(opened, adapter, base)
-        _check_quantized(export, places, replacements, requantize=requantize)
-    with timed("fold", seconds), staged(output_dir) as stage:
-        rewriting, edits = _planned(opened, adapter, places, replacements, export)
-        require_space(output_dir, sum(path.stat().st_size for path in opened.data))
-        with ThreadPoolExecutor(1) as reader:  # digests of what is read, while it is
-            unchanged = reader.submit(_check_digests, opened)
-            digests = _write(stage, opened, rewriting)
-            unchanged.result()
-        if not force:
-            check_survival(edits)
-        name = None
-        if manifest is not None:
-            name = _free_name(adapter_name, manifest)
-            found = _updated(manifest, adapter, name, compared, rewriting, stage, digests)
-            (stage / MANIFEST_NAME).write_text(found.to_json(), encoding="utf-8")
-    path, sizes = Path(output_dir), file_sizes(output_dir)
-    survival = {path: share for edit in edits for path, share in edit.survival.items()}
-    sites = tuple(_site(place, rewriting, survival) for place in places)
-    replaced = tuple(adapter.replaced)
+                check_survival(survival)
+            name = None
+            if manifest is not None:
+                changed, name = with_adapter(manifest, adapter_name, adapter, sha256, compared)
+                changed = dataclasses.replace(changed, files=written, weights=_renamed(manifest, rewriting))
+                (stage / MANIFEST_NAME).write_text(changed.to_json(), encoding="utf-8")
     return FoldReport(
-        path,
+        Path(output_dir),
         name,
-        sites,
-        replaced,
+        tuple(_site(place, rewriting, survival) for place in places),
+        tuple(adapter.copies),
         rewriting.bytes_changed,
-        _overall(survival),
-        sizes,
+        overall_share(survival),
+        file_sizes(output_dir),
         seconds,
         adapters=() if manifest is None or name is None else (*manifest.adapters, name),
         base=compared,
@@ -152,34 +225,16 @@ def _check_apart(onnx_dir: str | Path, output_dir: str | Path) -> None:
         )
 
 
-def _read_adapter(
-    adapter_dir: str | Path, opened: Opened, base: str | Path | None
-) -> tuple[SavedAdapter, BaseComparison]:
-    """The adapter, and how its base compares with the export's.
+def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | None) -> BaseComparison:
+    """How an adapter's base compares with the export's, whose layers it has to agree with.
 
     Raises:
-        ConfigError: Its configuration is missing or invalid.
-        CheckpointError: Its tensors are missing, damaged or do not fit their configuration.
+        CheckpointError: It adapts others than its configuration selects.
     """
-    manifest = opened.manifest
-    known = None if manifest is None else layers_of_export(opened.directory, manifest)
-    adapter = read_saved_adapter(adapter_dir, known)
+    if source.manifest is not None and (known := layers_of_export(source.directory, source.manifest)) is not None:
+        adapter.check_layers(known)
     made = BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision)
-    return adapter, compare_bases(made, base_of_export(opened.directory, manifest, base))
-
-
-def _find(opened: Opened, adapter: SavedAdapter, base: str | Path | None) -> tuple[Export, list[Place], Replacements]:
-    """The export's weights, where the adapter's layers are among them, and what it replaces.
-
-    Raises:
-        CheckpointError: The base's tensors are missing, damaged or do not fit.
-        MergeError: A layer or a parameter of the adapter is not found.
-    """
-    graphs = {file: model.graph for file, model in opened.models.items()}
-    weights = {file: product_weights(graph) for file, graph in graphs.items()}
-    export = Export(weights, opened.manifest, None if base is None else BaseWeights(base))
-    places = find_places(export, adapter)
-    return export, places, find_replacements(export, graphs, adapter, places)
+    return compare_bases(made, base_of_export(source.directory, source.manifest, base))
 
 
 def _check_quantized(export: Export, places: list[Place], replacements: Replacements, *, requantize: bool) -> None:
@@ -205,115 +260,57 @@ def _check_quantized(export: Export, places: list[Place], replacements: Replacem
         )
 
 
-def _planned(
-    opened: Opened, adapter: SavedAdapter, places: list[Place], replacements: Replacements, export: Export
-) -> tuple[Rewriting, list[QuantizedEdit]]:
-    """What is to be rewritten, and the edits of quantized weights."""
-    layers: dict[tuple[str, int], list[LayerEdit]] = {}
-    weights: dict[tuple[str, int], ProductWeight] = {}
-    found = [(p, LayerEdit(p.path, p.start, p.stop, (adapter.updates[p.path],))) for p in places]
-    for place, edit in (*found, *replacements.layers):
-        key = place.file, id(place.weight)
-        weights[key] = place.weight
-        layers.setdefault(key, []).append(edit)
-    rewriting = Rewriting(opened.models)
-    quantized: list[QuantizedEdit] = []
+def _write(
+    stage: Path, source: SourceExport, changed: Set[str], data: Sequence[NewFile]
+) -> dict[str, FileEntry] | None:
+    """Write every file; the result describes them for the manifest, if there is one.
 
-    def base_weight(path: str) -> NDArray[Any]:
-        return export.base_values(path, adapter.features(path))[0]
-
-    for key, edits in layers.items():
-        weight = weights[key]
-        if weight.storage == "float":
-            rewriting.fold_matrix(key[0], MatrixEdit(weight, tuple(edits)))
-        else:
-            quantized.append(QuantizedEdit(weight, tuple(edits), None if export.base is None else base_weight))
-            rewriting.fold_quantized(key[0], quantized[-1])
-    for value_place, values in replacements.values:
-        rewriting.replace(value_place, values)
-    rewriting.check_apart()
-    return rewriting, quantized
-
-
-def _check_digests(opened: Opened) -> None:
-    """Check that the source's files are what was exported: the result's digests would hide that they are not.
+    Args:
+        stage: Where to write.
+        source: The export.
+        changed: The models whose graphs changed.
+        data: The new data files.
 
     Raises:
-        ExportError: One is not.
+        ExportError: A file of the source is not what was exported, which the new digests would hide.
     """
-    if opened.manifest is not None and opened.manifest.files is not None:
-        check_files(opened.directory, opened.manifest, digests=True)
+    manifest = source.manifest
+    with ThreadPoolExecutor(1) as reader:  # digests of what is read, while it is
+        unchanged = None
+        if manifest is not None and manifest.files is not None:
+            unchanged = reader.submit(check_files, source.directory, manifest, digests=True)
+        digests = write_files(data, stage, workers=1, digests=manifest is not None)
+        for file, model in source.models.items():
+            if file in changed:
+                ir.save(model, stage / file)
+            else:
+                shutil.copyfile(source.directory / file, stage / file)
+        for name in source.companions:
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.directory / name, stage / name)
+        if unchanged is not None:
+            unchanged.result()
+    if manifest is None:
+        return None
+    entries = {file.name: FileEntry(file.nbytes, digests[file.name]) for file in data}
+    return dict(sorted({**entries, **describe_files(stage, [*source.models, *source.companions])}.items()))
 
 
-def _write(stage: Path, opened: Opened, rewriting: Rewriting) -> dict[str, FileEntry]:
-    """Write every file; the result describes those whose digest is known by then."""
-    entries: dict[str, FileEntry] = {}
-    for path in opened.data:
-        digest = copy_changed(path, stage / path.name, rewriting.changes.get(path, ()))
-        entries[path.name] = FileEntry((stage / path.name).stat().st_size, digest)
-    for file, model in opened.models.items():
-        if file in rewriting.changed:
-            ir.save(model, stage / file)
-        else:
-            shutil.copyfile(opened.directory / file, stage / file)
-    for name in opened.companions:
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(opened.directory / name, stage / name)
-    others = [*opened.models, *opened.companions]
-    return entries | describe_files(stage, others)
+def _renamed(manifest: Manifest, rewriting: OnnxRewriting) -> Mapping[str, tuple[WeightEntry, ...]] | None:
+    """Where the weights lie now: some layers have initializers of their own."""
+    if manifest.weights is None:
+        return None
+    return {
+        path: tuple(
+            dataclasses.replace(e, initializer=rewriting.renamed.get((e.file, path, e.initializer), e.initializer))
+            for e in entries
+        )
+        for path, entries in manifest.weights.items()
+    }
 
 
-def _free_name(name: str, manifest: Manifest) -> str:
-    """An adapter's name, with a number if another one has it."""
-    count, found = 1, name
-    while found in manifest.adapters:
-        count += 1
-        found = f"{name}_{count}"
-    return found
-
-
-def _updated(
-    manifest: Manifest,
-    adapter: SavedAdapter,
-    name: str,
-    compared: BaseComparison,
-    rewriting: Rewriting,
-    stage: Path,
-    files: Mapping[str, FileEntry],
-) -> Manifest:
-    """The manifest of the result: the adapter, the files as they are now, and nothing that was measured before.
-
-    A base with replaced parameters has a fingerprint of its own that is not known here, so it is left out.
-    """
-    config = json.loads(adapter.config.changed(inference_mode=True).to_json())
-    weights = manifest.weights
-    if weights is not None:
-        weights = {
-            path: tuple(
-                dataclasses.replace(e, initializer=rewriting.renamed.get((e.file, path, e.initializer), e.initializer))
-                for e in entries
-            )
-            for path, entries in weights.items()
-        }
-    return dataclasses.replace(
-        manifest,
-        adapters={**manifest.adapters, name: AdapterEntry(config, adapter.sha256, compared.to_dict())},
-        base_fingerprint=None if adapter.replaced else manifest.base_fingerprint,
-        files=dict(sorted(files.items())),
-        verification=None,
-        quality=None,
-        weights=weights,
-    )
-
-
-def _site(place: Place, rewriting: Rewriting, survival: Mapping[str, Survival]) -> FoldedSite:
+def _site(place: Place, rewriting: OnnxRewriting, survival: Mapping[str, Survival]) -> FoldedSite:
     old = place.weight.name
     name = rewriting.renamed.get((place.file, place.path, old), old)
     share = survival[place.path].share if place.path in survival else None
     return FoldedSite(place.path, place.file, name, place.start, place.stop, place.how, share)
-
-
-def _overall(survival: Mapping[str, Survival]) -> float | None:
-    if not survival:
-        return None
-    return Survival(sum(s.kept for s in survival.values()), sum(s.whole for s in survival.values())).share

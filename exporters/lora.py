@@ -132,7 +132,7 @@ def to_lora(
         check(output_dir)
         _check_form(adapter, rank)
         pairs, sites, error = _converted(adapter, rank)
-        tensors = _by_key(pairs) | {key: adapter.values(extent) for key, extent in adapter.others.items()}
+        tensors = _by_key(pairs) | {key: tensor.array() for key, tensor in adapter.others.items()}
         config = _lora_config(adapter.config, {site.path: site.rank for site in sites})
         with staged(output_dir, check) as stage:
             for name, write in adapter_writers(config, lambda: tensors).items():

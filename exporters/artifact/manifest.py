@@ -14,7 +14,7 @@ from gralora_fx.compat.versions import installed_version
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.position_offset import position_offset
 from gralora_fx.exporters.folded_model import base_trace
-from gralora_fx.exporters.folding.record import weight_entries
+from gralora_fx.exporters.folding.initializer_names import weight_entries
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, PLAIN_KIND, ROWS

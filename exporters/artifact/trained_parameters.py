@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.changes import Changes
-from gralora_fx.exporters.folding.parameters import named_values
+from gralora_fx.exporters.folding.initializers import read_rows
 from gralora_fx.exporters.folding.places import Export
-from gralora_fx.exporters.folding.products import ProductWeight, product_weights
+from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.exporters.folding.replaced_parameters import named_values
 from gralora_fx.exporters.folding.requantize import dequantized
-from gralora_fx.exporters.folding.stored import read_rows
 from gralora_fx.methods.forms import as_update
 from gralora_fx.methods.method import Update
 from gralora_fx.runtime.adapter_inputs import BIAS, WHOLE, AdapterInputs
@@ -61,7 +61,7 @@ class BaseParameters:
             if path in uncalled:
                 continue
             own = self._own(parameter)
-            value = trained.T if trained.ndim == 2 and self._is_transposed(path) else trained
+            value = trained.T if trained.ndim == 2 and self._export.is_conv1d(path) else trained
             if isinstance(own, str):
                 problems.append(own)
             elif own.shape != value.shape:
@@ -98,13 +98,9 @@ class BaseParameters:
         return self.manifest.adapter_inputs
 
     @cached_property
-    def _graphs(self) -> Mapping[str, ir.Graph]:
-        return {path.name: ir.load(path).graph for path in sorted(self.directory.glob("*.onnx"))}
-
-    @cached_property
     def _export(self) -> Export:
-        weights = {file: product_weights(graph) for file, graph in self._graphs.items()}
-        return Export(weights, self.manifest, None)
+        graphs = {path.name: ir.load(path).graph for path in sorted(self.directory.glob("*.onnx"))}
+        return Export(graphs, self.manifest)
 
     def _own(self, parameter: str) -> NDArray[Any] | str:
         """The export's values of a parameter, or why there are none."""
@@ -122,13 +118,10 @@ class BaseParameters:
                 yield _values(weight, entry.start, entry.stop)
 
     def _biases(self, parameter: str, width: int) -> Iterator[NDArray[Any]]:
-        for place in named_values(self._export, self._graphs, parameter):
+        for place in named_values(self._export, parameter):
             values = read_rows(place.value)[:, place.start : place.start + width]
             if values.shape == (1, width):
                 yield values[0]
-
-    def _is_transposed(self, path: str) -> bool:
-        return any(site.path == path and site.kind == "conv1d" for site in self.manifest.sites)
 
 
 def _values(weight: ProductWeight, start: int, stop: int) -> NDArray[Any]:

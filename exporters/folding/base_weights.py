@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import CheckpointError, MergeError, TraceError
+from gralora_fx.exporters.folding.initializers import dtype_of, read_rows, rows_and_columns
 from gralora_fx.exporters.folding.products import ProductWeight
-from gralora_fx.exporters.folding.stored import dtype_of, read_rows, rows_and_columns
 from gralora_fx.sources.hub import resolve_directory
-from gralora_fx.sources.stored_tensors import stored_tensors
+from gralora_fx.sources.safetensors_files import read_weights
 
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 _READ_AT_ONCE = 2**22  # bytes
@@ -34,7 +34,7 @@ class BaseWeights:
             CheckpointError: There are no safetensors files, or they cannot be read.
         """
         self.directory = resolve_directory(base, CheckpointError)
-        self._stored = stored_tensors(self.directory)
+        self._stored = read_weights(self.directory).tensors
         try:
             config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -74,7 +74,7 @@ class BaseWeights:
     def _renamed(self) -> Mapping[str, str]:
         """The keys by the names that transformers gives the tensors when it loads the model; parts are left out."""
         from gralora_fx.loading.models import make_empty  # it imports transformers
-        from gralora_fx.sources.safetensors_files import parameter_names
+        from gralora_fx.sources.streamed_models import parameter_names
 
         try:
             model = make_empty(self.directory, None)
@@ -91,7 +91,7 @@ class BaseWeights:
         if not ends and self._is_tied and name.count(".") == 1:  # a head: its weight is that of the embedding
             names = tuple(f"{table}.weight" for table in _TABLES)
             tables = [key for other, key in keys.items() if other.endswith(names)]
-            ends = [key for key in tables if self._stored[key].facts()[0][0] == outputs]
+            ends = [key for key in tables if self._stored[key].shape[0] == outputs]
         return ends[0] if len(ends) == 1 else None
 
 

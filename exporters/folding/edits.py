@@ -1,7 +1,8 @@
-"""What happens to the values of an initializer: updates folded in, or values replaced, some rows at a time."""
+"""What becomes of stored weights: updates folded in, or values replaced, some rows at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,47 +10,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import MergeError
-from gralora_fx.exporters.folding.products import ProductWeight
-from gralora_fx.methods.arrays import accumulator_of
 from gralora_fx.methods.fold import fold_region
 from gralora_fx.methods.method import Update
+from gralora_fx.sources.rewriting import RowEdit
+from gralora_fx.sources.safetensors_files import extremes_are_finite
+
+NOT_FINITE = (
+    "the folded weight of {name} is not finite in {dtype}; the adapter is damaged or too large for this precision, and "
+    "nothing was written"
+)
 
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """What happens to one layer's weight `[out, in]`.
+    """What happens to one layer's weight `[out, in]` in a matrix.
 
     Attributes:
-        path: The layer.
-        start: First of its output features in the initializer.
+        name: The layer, for messages.
+        start: First of its output features in the matrix.
         stop: End of them.
-        updates: Updates to add.
-        values: Values to take instead of those that are there, before the updates; None to keep them.
+        content: Reads the update to add, or the values `[out, in]` to take instead of those that are there.
     """
 
-    path: str
+    name: str
     start: int
     stop: int
-    updates: tuple[Update, ...] = ()
-    values: NDArray[Any] | None = None
+    content: Callable[[], Update | NDArray[Any]]
 
-    def apply(self, part: NDArray[Any], rows: slice, columns: slice, in_features: int) -> None:
+    def apply(
+        self,
+        content: Update | NDArray[Any],
+        part: NDArray[Any],
+        rows: slice,
+        columns: slice,
+        in_features: int,
+        not_finite: str = NOT_FINITE,
+    ) -> None:
         """Change a part of the weight in place.
 
         Args:
+            content: What `content` has read.
             part: `[rows, columns]` of the weight; it may be a view.
             rows: The part's output features, counted from the layer's first.
             columns: Its input features.
             in_features: Input features of the whole weight.
+            not_finite: Text of the error.
 
         Raises:
             MergeError: A result is not finite.
         """
-        if self.values is not None:
-            assign(part, self.values[rows, columns])
-        if self.updates:
-            fold_region(part, self.updates, rows, columns, (self.stop - self.start, in_features))
-        check_finite(part, self.path)
+        if isinstance(content, Update):
+            fold_region(part, (content,), rows, columns, (self.stop - self.start, in_features))
+        else:
+            assign(part, content[rows, columns])
+        check_finite(part, self.name, not_finite)
 
 
 @dataclass(frozen=True)
@@ -57,51 +71,68 @@ class MatrixEdit:
     """What happens to a matrix of floats that holds the weights of one or several layers.
 
     Attributes:
-        weight: The initializer.
         layers: What happens to each of them.
+        in_features: Input features of the matrix.
+        transposed: Whether it is stored `[in, out]`.
+        not_finite: Text of the error for results that are not finite, with places for `name` and `dtype`.
     """
 
-    weight: ProductWeight
     layers: tuple[LayerEdit, ...]
+    in_features: int
+    transposed: bool
+    not_finite: str = NOT_FINITE
 
-    def __call__(self, rows: NDArray[Any], first: int) -> None:
-        """Change some of the stored rows in place.
+    def prepare(self) -> RowEdit:
+        """Read the updates and the values; the result changes rows of the matrix as it is stored."""
+        contents = [(layer, layer.content()) for layer in self.layers]
 
-        Args:
-            rows: `[n, columns]` as stored.
-            first: Number of the first one.
-        """
-        inputs, end = self.weight.in_features, first + len(rows)
-        for layer in self.layers:
-            if self.weight.transposed:
-                part = rows[:, layer.start : layer.stop].T
-                layer.apply(part, slice(0, layer.stop - layer.start), slice(first, end), inputs)
-                continue
-            start, stop = max(first, layer.start), min(end, layer.stop)
-            if start < stop:
-                within = slice(start - layer.start, stop - layer.start)
-                layer.apply(rows[start - first : stop - first], within, slice(0, inputs), inputs)
+        def change(rows: NDArray[Any], first: int) -> None:
+            inputs, end = self.in_features, first + len(rows)
+            for layer, content in contents:
+                if self.transposed:
+                    part, outputs = rows[:, layer.start : layer.stop].T, slice(0, layer.stop - layer.start)
+                    layer.apply(content, part, outputs, slice(first, end), inputs, self.not_finite)
+                    continue
+                start, stop = max(first, layer.start), min(end, layer.stop)
+                if start < stop:
+                    part, outputs = rows[start - first : stop - first], slice(start - layer.start, stop - layer.start)
+                    layer.apply(content, part, outputs, slice(0, inputs), inputs, self.not_finite)
+
+        return change
 
 
 @dataclass(frozen=True)
 class ValuesEdit:
-    """New values of an initializer that is not multiplied by, such as a bias or an embedding.
+    """New values of a tensor that is not multiplied by, such as a bias or an embedding, or of a whole one.
 
     Attributes:
         name: Name of the parameter.
-        start: First of its values in each stored row.
-        values: `[rows, n]`.
+        values: Reads the values `[rows, ...]`; those of a vector are one row.
+        start: First of them in each stored row.
+        not_finite: Text of the error, as of `MatrixEdit`.
     """
 
     name: str
-    start: int
-    values: NDArray[Any]
+    values: Callable[[], NDArray[Any]]
+    start: int = 0
+    not_finite: str = NOT_FINITE
 
-    def __call__(self, rows: NDArray[Any], first: int) -> None:
-        """Replace some of the stored rows in place."""
-        part = rows[:, self.start : self.start + self.values.shape[1]]
-        assign(part, self.values[first : first + len(rows)])
-        check_finite(part, self.name)
+    def prepare(self) -> RowEdit:
+        """Read the values; the result replaces rows."""
+        values = self.values()
+        values = values.reshape(len(values) if values.ndim > 1 else 1, -1)
+
+        def change(rows: NDArray[Any], first: int) -> None:
+            part = rows[:, self.start : self.start + values.shape[1]]
+            assign(part, values[first : first + len(rows)])
+            check_finite(part, self.name, self.not_finite)
+
+        return change
+
+
+def constant(values: NDArray[Any]) -> Callable[[], NDArray[Any]]:
+    """A reader of values that are at hand."""
+    return lambda: values
 
 
 def assign(part: NDArray[Any], values: NDArray[Any]) -> None:
@@ -110,17 +141,11 @@ def assign(part: NDArray[Any], values: NDArray[Any]) -> None:
         part[...] = values
 
 
-def check_finite(values: NDArray[Any], name: str) -> None:
+def check_finite(values: NDArray[Any], name: str, text: str = NOT_FINITE) -> None:
     """Check that folded values are finite.
 
     Raises:
         MergeError: One is not: the adapter is damaged, or the dtype has no such number.
     """
-    wide = values.astype(accumulator_of(values), copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        is_finite = bool(np.isfinite(wide.sum()) or np.isfinite(wide).all())
-    if not is_finite:
-        raise MergeError(
-            f"the folded weight of {name} is not finite in {values.dtype.name}; the adapter is damaged or too large "
-            "for this precision, and nothing was written"
-        )
+    if not extremes_are_finite(values):
+        raise MergeError(text.format(name=name, dtype=values.dtype.name))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.adapters.stored import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted
-from gralora_fx.exporters.folding.adapter import SavedAdapter
 from gralora_fx.exporters.folding.base_weights import BaseWeights, find_values, holds
-from gralora_fx.exporters.folding.names import foreign_names, parameter_names, ranges, reduced
-from gralora_fx.exporters.folding.products import ProductWeight
-from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.exporters.folding.initializer_names import foreign_names, parameter_names, ranges, reduced
+from gralora_fx.exporters.folding.products import ProductWeight, product_weights
+from gralora_fx.runtime.manifest import Manifest, WeightEntry
 
 RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"
 
@@ -45,14 +46,61 @@ class Export:
     """What is searched.
 
     Attributes:
-        weights: The weights that products multiply by, by ONNX file.
+        graphs: Its graphs by ONNX file.
         manifest: The manifest; None of other exporters' files.
         base: The base model's weights, if they were given.
     """
 
-    weights: Mapping[str, Sequence[ProductWeight]]
-    manifest: Manifest | None
-    base: BaseWeights | None
+    graphs: Mapping[str, ir.Graph]
+    manifest: Manifest | None = None
+    base: BaseWeights | None = None
+
+    @cached_property
+    def weights(self) -> Mapping[str, Sequence[ProductWeight]]:
+        """The weights that products multiply by, by ONNX file."""
+        return {file: product_weights(graph) for file, graph in self.graphs.items()}
+
+    @cached_property
+    def by_name(self) -> Mapping[tuple[str, str], ProductWeight]:
+        """The weights by file and name."""
+        return {(file, weight.name): weight for file, weights in self.weights.items() for weight in weights}
+
+    @property
+    def record(self) -> Mapping[str, Sequence[WeightEntry]] | None:
+        """Where the manifest says that each layer's weight lies; None if it does not."""
+        return None if self.manifest is None else self.manifest.weights
+
+    @cached_property
+    def widths(self) -> Mapping[str, int]:
+        """Output features of the layers that the manifest names."""
+        return {} if self.manifest is None else {site.path: site.out_features for site in self.manifest.sites}
+
+    @cached_property
+    def _kinds(self) -> Mapping[str, str]:
+        return {} if self.manifest is None else {site.path: site.kind for site in self.manifest.sites}
+
+    @cached_property
+    def _layers(self) -> Mapping[tuple[str, str], list[tuple[str, int, int]]]:
+        """The layers that the record places in each initializer, with their first and last output feature."""
+        found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+        for path, entries in (self.record or {}).items():
+            for entry in entries:
+                found.setdefault((entry.file, entry.initializer), []).append((path, entry.start, entry.stop))
+        return found
+
+    def is_conv1d(self, path: str) -> bool:
+        """Whether a layer is transformers' `Conv1D`, whose weight is `[in, out]` in the model."""
+        return self._kinds.get(path) == "conv1d"
+
+    def sharing(self, places: Iterable[Place]) -> list[str]:
+        """Other layers that the record gives a weight in these places."""
+        sharing = [
+            path
+            for place in places
+            for path, start, stop in self._layers.get((place.file, place.weight.name), ())
+            if path != place.path and start < place.stop and place.start < stop
+        ]
+        return list(dict.fromkeys(sharing))
 
     def base_values(self, path: str, features: tuple[int, int]) -> tuple[NDArray[Any], ...]:
         """The given base's weight `[out, in]` of a layer; both readings of a square one whose layout is not known.
@@ -68,28 +116,12 @@ class Export:
         values = self.base.weight(path, features)
         if features[0] != features[1]:
             return (values,)
-        kinds = {} if self.manifest is None else {site.path: site.kind for site in self.manifest.sites}
-        if path not in kinds:
+        if path not in self._kinds:
             return values, values.T
-        return (values.T if kinds[path] == "conv1d" else values,)
-
-    @functools.cached_property
-    def by_name(self) -> Mapping[tuple[str, str], ProductWeight]:
-        """The weights by file and name."""
-        return {(file, weight.name): weight for file, weights in self.weights.items() for weight in weights}
-
-    @functools.cached_property
-    def recorded(self) -> Mapping[tuple[str, str], list[tuple[str, int, int]]]:
-        """The layers that the manifest places in each initializer, with their first and last output feature."""
-        found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
-        entries = {} if self.manifest is None else self.manifest.weights or {}
-        for path, of_layer in entries.items():
-            for entry in of_layer:
-                found.setdefault((entry.file, entry.initializer), []).append((path, entry.start, entry.stop))
-        return found
+        return (values.T if self.is_conv1d(path) else values,)
 
 
-def find_places(export: Export, adapter: SavedAdapter) -> list[Place]:
+def find_places(export: Export, adapter: StoredAdapter) -> list[Place]:
     """Where the weight of every adapted layer lies; one may lie in several files.
 
     Args:
@@ -102,70 +134,75 @@ def find_places(export: Export, adapter: SavedAdapter) -> list[Place]:
     """
     places: list[Place] = []
     problems: list[str] = []
-    for path in adapter.updates:
+    for path, site in adapter.sites.items():
         try:
             found = _find(export, adapter, path)
-            _check_widths(found, adapter, path)
+            _check_widths(found, site.features)
             _check_shared(export, found)
-            _check_base(export, found, adapter)
+            _check_base(export, found, site.features)
         except MergeError as error:
             problems.append(f"{path}: {error}")
         else:
             places += found
     problems += list(_overlaps(places))
     if problems:
-        raise MergeError(f"{adapter.origin} cannot be folded into this export:\n{bulleted(problems)}")
+        raise MergeError(f"{adapter.directory} cannot be folded into this export:\n{bulleted(problems)}")
     return places
 
 
-def _find(export: Export, adapter: SavedAdapter, path: str) -> list[Place]:
+def _find(export: Export, adapter: StoredAdapter, path: str) -> list[Place]:
     """The places of a layer's weight."""
-    manifest = export.manifest
-    if manifest is not None and manifest.weights is not None:
-        return list(_recorded(export, manifest, path))
-    widths = {site.path: site.out_features for site in manifest.sites} if manifest is not None else {}
-    widths |= {other: adapter.features(other)[1] for other in adapter.updates}
-    found = list(named_places(export.weights, path, widths, foreign=False))
-    found = found or unique(list(named_places(export.weights, path, widths, foreign=True)))
-    found = found or list(places_by_value(export, path, adapter.features(path)))
+    if export.record is not None:
+        found = recorded_places(export, path)
+        if not found:
+            raise MergeError(
+                "its weight is not one that the exported graph multiplies by"
+                if path in export.widths
+                else "the export has no such layer"
+            )
+        return found
+    widths = {other: site.features[1] for other, site in adapter.sites.items()}
+    found = list(named_places(export, path, widths))
+    found = found or unique(list(named_places(export, path, widths, foreign=True)))
+    found = found or list(places_by_value(export, path, adapter.sites[path].features))
     if not found:
         hint = "" if export.base is not None else "; give base=..., the base model's directory, to find it by value"
         raise MergeError(f"no initializer that a product multiplies by is named after it, or holds its values{hint}")
     return found
 
 
-def _recorded(export: Export, manifest: Manifest, path: str) -> Iterator[Place]:
-    assert manifest.weights is not None
-    entries = manifest.weights.get(path)
-    if not entries:
-        is_site = any(site.path == path for site in manifest.sites)
-        raise MergeError(
-            "its weight is not one that the exported graph multiplies by" if is_site else "the export has no such layer"
-        )
-    for entry in entries:
+def recorded_places(export: Export, path: str) -> list[Place]:
+    """Places of a layer's weight as the manifest says; none for a layer that it does not have.
+
+    Raises:
+        MergeError: The files do not hold it there.
+    """
+    places = []
+    for entry in (export.record or {}).get(path, ()):
         weight = export.by_name.get((entry.file, entry.initializer))
         if weight is None or not 0 <= entry.start < entry.stop <= weight.out_features or (
             weight.transposed != entry.transposed
         ):  # fmt: skip
             raise MergeError(f"{entry.file} does not hold {entry.initializer} as the manifest says; export it again")
-        yield Place(path, entry.file, weight, entry.start, entry.stop, RECORDED)
+        places.append(Place(path, entry.file, weight, entry.start, entry.stop, RECORDED))
+    return places
 
 
 def named_places(
-    weights: Mapping[str, Iterable[ProductWeight]], path: str, widths: Mapping[str, int], *, foreign: bool
+    export: Export, path: str, widths: Mapping[str, int] | None = None, *, foreign: bool = False
 ) -> Iterator[Place]:
     """Places of a layer's weight by the names of initializers.
 
     Args:
-        weights: Weights by file.
+        export: The export.
         path: The layer.
-        widths: Output features of layers, as far as they are known.
+        widths: Output features of layers, as far as they are known beside those of the manifest.
         foreign: Whether another exporter chose the names, so that they resemble those of the model.
     """
     rename: Callable[[str], str] = reduced if foreign else str
     wanted = rename(f"{path}.weight")
-    known = {rename(f"{layer}.weight"): width for layer, width in widths.items()}
-    for file, candidates in weights.items():
+    known = {rename(f"{layer}.weight"): width for layer, width in {**export.widths, **(widths or {})}.items()}
+    for file, candidates in export.weights.items():
         for weight in candidates:
             readings = foreign_names(weight.value) if foreign else parameter_names(weight.value)
             for names in readings:
@@ -220,14 +257,13 @@ def places_by_value(export: Export, path: str, features: tuple[int, int]) -> Ite
         yield from found
 
 
-def _check_widths(places: Iterable[Place], adapter: SavedAdapter, path: str) -> None:
-    inputs, outputs = adapter.features(path)
+def _check_widths(places: Iterable[Place], features: tuple[int, int]) -> None:
     for place in places:
         here = place.weight.in_features, place.stop - place.start
-        if here != (inputs, outputs):
+        if here != features:
             raise MergeError(
-                f"the adapter is for {inputs} inputs and {outputs} outputs, but {place.weight.name} has {here[0]} and "
-                f"{here[1]}; give an adapter of this model"
+                f"the adapter is for {features[0]} inputs and {features[1]} outputs, but {place.weight.name} has "
+                f"{here[0]} and {here[1]}; give an adapter of this model"
             )
         if place.weight.problem:
             raise MergeError(f"{place.weight.name} cannot be folded into: {place.weight.problem}")
@@ -239,16 +275,10 @@ def _check_shared(export: Export, places: Iterable[Place]) -> None:
     Raises:
         MergeError: Others do, or nothing says that they do not.
     """
-    manifest = export.manifest
     for place in places:
         weight = place.weight
-        if manifest is not None and manifest.weights is not None:
-            same = [
-                path
-                for path, start, stop in export.recorded[place.file, weight.name]
-                if path != place.path and start < place.stop and place.start < stop
-            ]
-            if same:
+        if export.record is not None:
+            if same := export.sharing([place]):
                 raise MergeError(
                     f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
                     "merged model (merge with untie=True), or leave the layer out (exclude_modules)"
@@ -270,21 +300,19 @@ def _is_named_apart(export: Export, weight: ProductWeight) -> bool:
     """Whether every layer of the same widths has an initializer of its own name, so that none shares a weight."""
     if export.manifest is None:
         return False
-    sites = export.manifest.sites
-    widths = {site.path: site.out_features for site in sites}
-    alike = [s for s in sites if s.in_features == weight.in_features and s.out_features == weight.out_features]
-    return all(any(named_places(export.weights, s.path, widths, foreign=False)) for s in alike)
+    widths = weight.in_features, weight.out_features
+    alike = [site.path for site in export.manifest.sites if (site.in_features, site.out_features) == widths]
+    return all(any(named_places(export, path)) for path in alike)
 
 
-def _check_base(export: Export, places: Iterable[Place], adapter: SavedAdapter) -> None:
+def _check_base(export: Export, places: Iterable[Place], features: tuple[int, int]) -> None:
     """Check that a weight found by name is the given base's; one that an adapter was folded into is not."""
     if export.base is None or (export.manifest is not None and export.manifest.adapters):
         return
     for place in places:
         if place.how == BY_VALUE or place.weight.storage != "float":
             continue
-        readings = export.base_values(place.path, adapter.features(place.path))
-        if not any(holds(place.weight, place.start, values) for values in readings):
+        if not any(holds(place.weight, place.start, values) for values in export.base_values(place.path, features)):
             raise MergeError(
                 f"{place.weight.name} does not hold the weight of {export.base.directory}; give the base that was "
                 "exported"

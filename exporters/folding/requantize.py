@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, check_finite
+from gralora_fx.exporters.folding.initializers import read_rows
 from gralora_fx.exporters.folding.products import ProductWeight
-from gralora_fx.exporters.folding.stored import read_rows
 from gralora_fx.exporters.options import Quantization
+from gralora_fx.methods.method import Update
+from gralora_fx.sources.rewriting import RowEdit
 
 _COLUMNS = 1024  # output features that are quantized at once
 LEAST_SHARE = 0.5  # of an update that has to survive at every layer
@@ -61,44 +63,71 @@ class QuantizedEdit:
     layers: tuple[LayerEdit, ...]
     base: Callable[[str], NDArray[Any]] | None
     survival: dict[str, Survival] = field(default_factory=dict)
-    _parts: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
+    _computed: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
 
-    def part(self, index: int) -> NDArray[Any]:
-        """New values of one of `weight.parts`, in rows as they are stored.
+    @property
+    def parts(self) -> tuple[PartEdit, ...]:
+        """What happens to each of `weight.parts`."""
+        return tuple(PartEdit(self, index) for index in range(len(self.weight.parts)))
 
-        All are computed together, and kept until each was taken.
-        """
-        if index not in self._parts:
-            self._parts = dict(enumerate(self._computed()))
-        return self._parts.pop(index)
+    def take(self, index: int) -> NDArray[Any]:
+        """New values of one of `weight.parts`; all are computed together, and kept until each was taken."""
+        if index not in self._computed:
+            self._computed = dict(enumerate(self._compute()))
+        return self._computed.pop(index)
 
-    def _computed(self) -> tuple[NDArray[Any], ...]:
+    def _compute(self) -> tuple[NDArray[Any], ...]:
         self.survival.clear()
         stored = _stored(self.weight)
         for layer in self.layers:
-            survival = self.survival.setdefault(layer.path, Survival())
+            content = layer.content()
             for start in range(layer.start, layer.stop, _COLUMNS):
-                self._change(stored, layer, slice(start, min(start + _COLUMNS, layer.stop)), survival)
+                self._change(stored, layer, content, slice(start, min(start + _COLUMNS, layer.stop)))
         return stored.parts
 
-    def _change(self, stored: _Blocks | _Columns, layer: LayerEdit, outputs: slice, survival: Survival) -> None:
+    def _change(
+        self, stored: _Blocks | _Columns, layer: LayerEdit, content: Update | NDArray[Any], outputs: slice
+    ) -> None:
         """Quantize some output features of a layer again."""
-        inputs = self.weight.in_features
+        inputs, adds = self.weight.in_features, isinstance(content, Update)
         rows = slice(outputs.start - layer.start, outputs.stop - layer.start)
         before = stored.values(outputs)
         source = before
-        if self.base is not None and layer.values is None:
-            source = self.base(layer.path)[rows].astype(np.float32)
+        if self.base is not None and adds:
+            source = self.base(layer.name)[rows].astype(np.float32)
             if not stored.is_rounded(source, outputs):
                 raise MergeError(
-                    f"{layer.path}: {self.weight.name} is not what the base's weight is rounded to; give the base that "
+                    f"{layer.name}: {self.weight.name} is not what the base's weight is rounded to; give the base that "
                     "was exported, or leave base=... out"
                 )
         result = source.copy()
-        layer.apply(result, rows, slice(0, inputs), inputs)
-        stored.store(outputs, result, layer.path)
-        if layer.values is None:
+        layer.apply(content, result, rows, slice(0, inputs), inputs)
+        stored.store(outputs, result, layer.name)
+        survival = self.survival.setdefault(layer.name, Survival())
+        if adds:
             survival.add(before, stored.values(outputs), result - source)
+
+
+@dataclass(frozen=True)
+class PartEdit:
+    """What happens to one of the tensors of a quantized matrix.
+
+    Attributes:
+        matrix: What happens to the matrix.
+        index: Number of the tensor among `weight.parts`.
+    """
+
+    matrix: QuantizedEdit
+    index: int
+
+    def prepare(self) -> RowEdit:
+        """Compute the values, or take them if they are; the result replaces rows."""
+        values = self.matrix.take(self.index)
+
+        def change(rows: NDArray[Any], first: int) -> None:
+            rows[...] = values.reshape(-1, rows.shape[1])[first : first + len(rows)]
+
+        return change
 
 
 @dataclass(frozen=True)
@@ -197,25 +226,34 @@ def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> b
     return _stored(weight).is_rounded(values.astype(np.float32), slice(start, start + len(values)))
 
 
-def check_survival(edits: Sequence[QuantizedEdit]) -> None:
+def survival_by_layer(edits: Sequence[QuantizedEdit]) -> dict[str, Survival]:
+    """What is left of the update of each layer, by path."""
+    return {path: survival for edit in edits for path, survival in edit.survival.items()}
+
+
+def overall_share(survival: Mapping[str, Survival]) -> float | None:
+    """The share of the whole update that is left after rounding; None if nothing is quantized."""
+    parts = survival.values()
+    return Survival(sum(part.kept for part in parts), sum(part.whole for part in parts)).share if parts else None
+
+
+def check_survival(survival: Mapping[str, Survival]) -> None:
     """Check that at every layer more than half of the update is left.
+
+    Args:
+        survival: What is left, by layer.
 
     Raises:
         MergeError: At some it is not; the worst are named.
     """
-    shares = {path: survival.share for edit in edits for path, survival in edit.survival.items()}
+    shares = {path: part.share for path, part in survival.items()}
     lost = sorted((path for path in shares if shares[path] <= LEAST_SHARE), key=lambda path: shares[path])
     if not lost:
         return
-    total = Survival()
-    for edit in edits:
-        for survival in edit.survival.values():
-            total.kept += survival.kept
-            total.whole += survival.whole
     worst = ", ".join(f"{path} ({100 * shares[path]:.0f} %)" for path in lost[:5])
     more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
     raise MergeError(
-        f"rounding leaves {100 * total.share:.0f} % of the update, and half or less of it at {len(lost)} of "
-        f"{len(shares)} layers: {worst}{more}. Give base=..., to round the base's own weights with the update, "
-        "fold before quantizing (export_onnx), or write it all the same with force=True"
+        f"rounding leaves {100 * (overall_share(survival) or 0):.0f} % of the update, and half or less of it at "
+        f"{len(lost)} of {len(shares)} layers: {worst}{more}. Give base=..., to round the base's own weights with the "
+        "update, fold before quantizing (export_onnx), or write it all the same with force=True"
     )

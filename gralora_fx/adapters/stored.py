@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gralora_fx.adapters.adapter_files import (
     KEY_PREFIX,
@@ -30,15 +29,7 @@ from gralora_fx.methods.arrays import to_torch
 from gralora_fx.planning.targets import trains_whole_at
 from gralora_fx.sources.atomic_save import read_together
 from gralora_fx.sources.hub import resolve_directory
-from gralora_fx.sources.safetensors_layout import (
-    FLOATS,
-    Extent,
-    Layout,
-    all_finite,
-    opened_for_reading,
-    read_layout,
-    read_tensor,
-)
+from gralora_fx.sources.safetensors_files import FLOATS, Layout, StoredTensor, read_layout
 
 _ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
 
@@ -51,13 +42,13 @@ class StoredSite:
     """An adapter's tensors at one site, in their file.
 
     Attributes:
-        extents: Where each tensor lies, by its field in the method's named tuple.
+        tensors: Each tensor, by its field in the method's named tuple.
         features: Widths `in` and `out` of the layer.
         dims: The adapter's sizes there.
         scale: Factor of its update.
     """
 
-    extents: Mapping[str, Extent]
+    tensors: Mapping[str, StoredTensor]
     features: tuple[int, int]
     dims: AdapterDims
     scale: float
@@ -75,29 +66,23 @@ class StoredAdapter:
         copies: Trained parameters (`modules_to_save`, biases) by their names in the base.
         repeats: The base's own values that PEFT saves beside an adapter, by their names in the base.
         others: Every tensor that belongs to no site, by its key in the file.
-        handle: Descriptor of the file.
     """
 
     directory: Path
     config: AdapterConfig
     method: AdapterMethod
     sites: Mapping[str, StoredSite]
-    copies: Mapping[str, Extent]
-    repeats: Mapping[str, Extent]
-    others: Mapping[str, Extent]
-    handle: int
+    copies: Mapping[str, StoredTensor]
+    repeats: Mapping[str, StoredTensor]
+    others: Mapping[str, StoredTensor]
 
     def update(self, path: str) -> Update:
         """The weight update at a site, read from the file: numpy arrays, or tensors for a method that needs them."""
         site = self.sites[path]
-        arrays = {field: read_tensor(self.handle, extent) for field, extent in site.extents.items()}
+        arrays = {field: tensor.array() for field, tensor in site.tensors.items()}
         if self.method.RUNS_ON_NUMPY:
             return Update(self.method.tensors(**arrays), site.scale)
         return Update(self.method.tensors(**{field: to_torch(array) for field, array in arrays.items()}), site.scale)
-
-    def values(self, extent: Extent) -> NDArray[Any]:
-        """The values of one of the other tensors, read from the file."""
-        return read_tensor(self.handle, extent)
 
     def check_layers(self, known: KnownLayers) -> None:
         """Check that every layer of a model that the configuration selects has tensors, and no other layer.
@@ -127,26 +112,28 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
     check_sizes(config, recorded_sizes(layout.metadata, layout.file), path)
     method = method_of(config)
     problems = [
-        f"{key} is {extent.dtype}, not a float tensor"
-        for key, extent in layout.tensors.items()
-        if extent.dtype not in FLOATS
+        f"{key} is {tensor.dtype}, not a float tensor"
+        for key, tensor in layout.tensors.items()
+        if tensor.dtype not in FLOATS
     ]
     _check(path, problems)
     _check_kinds(path, layout.tensors)
-    found, others = _by_site(layout.tensors, method)
-    sites = {site: entry for site in sorted(found) if (entry := _site(site, found[site], config, method, problems))}
-    copies, repeats = _copies(others, config, found, problems)
-    if not found and not problems:
-        problems.append(f"no tensor of a {config.TITLE} adapter")
-    _check(path, problems)
-    check_agreement(config, sites, path, trained=modules_of(others))
-    warn_of_unused(config, sites, str(path))
-    with opened_for_reading(layout.file) as handle:
-        for key, extent in layout.tensors.items():
-            if not all_finite(handle, extent):
-                problems.append(f"{key} holds values that are not finite")
+    with layout.opened() as opened:
+        found, others = _by_site(opened.tensors, method)
+        sites = {site: entry for site in sorted(found) if (entry := _site(site, found[site], config, method, problems))}
+        copies, repeats = _copies(others, config, found, problems)
+        if not found and not problems:
+            problems.append(f"no tensor of a {config.TITLE} adapter")
         _check(path, problems)
-        yield StoredAdapter(path, config, method, sites, copies, repeats, others, handle)
+        check_agreement(config, sites, path, trained=modules_of(others))
+        warn_of_unused(config, sites, str(path))
+        problems += [
+            f"{key} holds values that are not finite"
+            for key, tensor in opened.tensors.items()
+            if not tensor.is_finite()
+        ]
+        _check(path, problems)
+        yield StoredAdapter(path, config, method, sites, copies, repeats, others)
 
 
 def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], Layout]:
@@ -163,12 +150,12 @@ def _check(path: Path, problems: list[str]) -> None:
         )
 
 
-def _check_kinds(path: Path, tensors: Mapping[str, Extent]) -> None:
+def _check_kinds(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Check that no adapter is at an embedding or a convolution, of which PEFT's tensors have other names or shapes."""
     kinds = {
         key.removeprefix(KEY_PREFIX).partition(".lora_")[0]: "an embedding" if embedding else "a convolution"
-        for key, extent in tensors.items()
-        if (embedding := ".lora_embedding_" in key) or (".lora_A." in key and len(extent.shape) > 2)
+        for key, tensor in tensors.items()
+        if (embedding := ".lora_embedding_" in key) or (".lora_A." in key and len(tensor.shape) > 2)
     }
     if kinds:
         raise CheckpointError(
@@ -179,23 +166,23 @@ def _check_kinds(path: Path, tensors: Mapping[str, Extent]) -> None:
 
 
 def _by_site(
-    tensors: Mapping[str, Extent], method: AdapterMethod
-) -> tuple[dict[str, dict[str, Extent]], dict[str, Extent]]:
+    tensors: Mapping[str, StoredTensor], method: AdapterMethod
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
     """A file's tensors by site and field, and those that belong to no site by key."""
-    sites: dict[str, dict[str, Extent]] = {}
-    others: dict[str, Extent] = {}
-    for key, extent in tensors.items():
+    sites: dict[str, dict[str, StoredTensor]] = {}
+    others: dict[str, StoredTensor] = {}
+    for key, tensor in tensors.items():
         name = key.removeprefix(KEY_PREFIX)
         field = next((field for field, end in method.keys.items() if name.endswith(f".{end}")), None)
         if field is None or name == key:
-            others[key] = extent
+            others[key] = tensor
         else:
-            sites.setdefault(name.removesuffix(f".{method.keys[field]}"), {})[field] = extent
+            sites.setdefault(name.removesuffix(f".{method.keys[field]}"), {})[field] = tensor
     return sites, others
 
 
 def _site(
-    path: str, extents: Mapping[str, Extent], config: AdapterConfig, method: AdapterMethod, problems: list[str]
+    path: str, tensors: Mapping[str, StoredTensor], config: AdapterConfig, method: AdapterMethod, problems: list[str]
 ) -> StoredSite | None:
     """A site with the sizes that the configuration says, if its tensors have them."""
 
@@ -206,33 +193,33 @@ def _site(
 
     dims, scale = method.sizes(config, value_of)
     expected = method.shapes(dims.k, dims.k, dims)  # of the right number of dimensions
-    unfit = [f"missing {KEY_PREFIX}{path}.{method.keys[field]}" for field in expected if field not in extents]
-    unfit += [f"unexpected {KEY_PREFIX}{path}.{method.keys[field]}" for field in extents if field not in expected]
+    unfit = [f"missing {KEY_PREFIX}{path}.{method.keys[field]}" for field in expected if field not in tensors]
+    unfit += [f"unexpected {KEY_PREFIX}{path}.{method.keys[field]}" for field in tensors if field not in expected]
     if not unfit:
         unfit = method.problems(dims.k, dims.k, dims)
-    if not unfit and all(len(extents[field].shape) == len(shape) for field, shape in expected.items()):
-        features = _without_values(method, extents).features
+    if not unfit and all(len(tensors[field].shape) == len(shape) for field, shape in expected.items()):
+        features = _without_values(method, tensors).features
         expected = method.shapes(*features, dims)
-        if all(extents[field].shape == shape for field, shape in expected.items()):
-            return StoredSite(extents, features, dims, scale)
-    sizes = ", ".join(f"{method.keys[field]} {list(extent.shape)}" for field, extent in extents.items())
+        if all(tensors[field].shape == shape for field, shape in expected.items()):
+            return StoredSite(tensors, features, dims, scale)
+    sizes = ", ".join(f"{method.keys[field]} {list(tensor.shape)}" for field, tensor in tensors.items())
     problems += unfit or [f"{path} has {sizes}, which is not {method.text(dims)}"]
     return None
 
 
-def _without_values(method: AdapterMethod, extents: Mapping[str, Extent]) -> AdapterTensors:
+def _without_values(method: AdapterMethod, tensors: Mapping[str, StoredTensor]) -> AdapterTensors:
     empty = np.zeros((), np.float32)
-    return method.tensors(**{field: np.broadcast_to(empty, extent.shape) for field, extent in extents.items()})
+    return method.tensors(**{field: np.broadcast_to(empty, tensor.shape) for field, tensor in tensors.items()})
 
 
 def _copies(
-    others: Mapping[str, Extent], config: AdapterConfig, sites: Iterable[str], problems: list[str]
-) -> tuple[dict[str, Extent], dict[str, Extent]]:
+    others: Mapping[str, StoredTensor], config: AdapterConfig, sites: Iterable[str], problems: list[str]
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """Trained copies of the base's parameters, and repeats of its values, by the base's names."""
-    copies: dict[str, Extent] = {}
-    repeats: dict[str, Extent] = {}
+    copies: dict[str, StoredTensor] = {}
+    repeats: dict[str, StoredTensor] = {}
     layers = set(sites)
-    for key, extent in others.items():
+    for key, tensor in others.items():
         name = key.removeprefix(KEY_PREFIX)
         module, _, last = name.rpartition(".")
         layer, _, inner = module.rpartition(".")
@@ -240,13 +227,13 @@ def _copies(
             problems.append(f"unexpected {key}")
         elif inner == "base_layer" and layer in layers:
             is_trained = last == "bias" and (config.bias == "all" or config.trains_adapted_biases)
-            (copies if is_trained else repeats)[f"{layer}.{last}"] = extent
+            (copies if is_trained else repeats)[f"{layer}.{last}"] = tensor
         elif _ORIGINAL in name:  # of a saved module itself, or of a layer within it
-            repeats[name.replace(_ORIGINAL, ".", 1)] = extent
+            repeats[name.replace(_ORIGINAL, ".", 1)] = tensor
         elif trains_whole_at(module, config.saved_module_names) or (last == "bias" and config.bias == "all"):
-            copies[SAVED_COPY.sub(".", name.replace(".modules_to_save.bias", ".bias"), count=1)] = extent
+            copies[SAVED_COPY.sub(".", name.replace(".modules_to_save.bias", ".bias"), count=1)] = tensor
         elif last == "weight" and module.rpartition(".")[2] in _EMBEDDINGS:
-            repeats[name] = extent
+            repeats[name] = tensor
         else:
             problems.append(f"unexpected {key}")
-    return copies, {name: extent for name, extent in repeats.items() if name not in copies}
+    return copies, {name: tensor for name, tensor in repeats.items() if name not in copies}

@@ -1,142 +1,340 @@
-"""Models with weights left in safetensors files: lazy parameters that read from them."""
+"""Safetensors files of a model: their tensors, each read from where it lies, and new files with some changed."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import contextmanager
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
-from gralora_fx.compat.transformers_models import (
-    WeightConverter,
-    WeightRenaming,
-    get_model_conversion_mapping,
-    rename_source_key,
-)
-from gralora_fx.errors import CheckpointError, bulleted
-from gralora_fx.sources.lazy_tensors import with_source
-from gralora_fx.sources.stored_tensors import StoredTensor, stored_tensors
+from gralora_fx.errors import CheckpointError
+from gralora_fx.sources.rewriting import BLOCK, Edit, NewFile, Part, StoredBytes, copies, opened_for_reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+FLOATS: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_LENGTH = 8  # bytes at the beginning of a file: the length of its header
+_METADATA = "__metadata__"
+_EXPONENTS = {FLOATS["F16"]: np.uint16(0x7C00), FLOATS["BF16"]: np.uint16(0x7F80)}  # all set: infinite or no number
 
 
-def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model with parameters on the meta device; buffers, such as rotary frequencies, have their values.
+@dataclass(frozen=True)
+class StoredTensor(StoredBytes):
+    """A tensor in a safetensors file; calling it reads it.
 
-    Args:
-        make: Builds the model from its configuration.
+    Attributes:
+        key: Its key.
+        dtype: safetensors' name of its dtype, such as `BF16`.
+        shape: Its shape.
     """
-    with _parameters_on_meta():
-        model = make()
-    return model.eval()
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Values of a row, which are those of all axes but the first; a vector is one row."""
+        return math.prod(self.shape[1:] if len(self.shape) > 1 else self.shape)
+
+    def __call__(self) -> Tensor:
+        """The values as a tensor that is mapped from the file, which is open only while it is read.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(self.key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file} cannot be read ({error}); copy or save the model again") from error
+        return tensor
+
+    def array(self) -> NDArray[Any]:
+        """The values as a numpy array in memory of its own; of bfloat16 too.
+
+        Raises:
+            CheckpointError: The file cannot be read, or holds values of another kind than floats.
+        """
+        if self.dtype not in FLOATS:
+            raise CheckpointError(f"{self.key} of {self.file} is {self.dtype}, not a float tensor; save it as floats")
+        values = np.empty(self.shape, FLOATS[self.dtype])
+        self.read_into(values)
+        return values
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """The values of a float tensor in their order, some at a time; the next ones overwrite them.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        dtype = FLOATS[self.dtype]
+        kept = np.empty(min(self.numel, BLOCK), dtype)
+        with self.opened() as handle:
+            for first in range(0, self.numel, BLOCK):
+                values = kept[: min(BLOCK, self.numel - first)]
+                replace(self, handle=handle).read_into(values, first * dtype.itemsize)
+                yield values
+
+    def is_finite(self) -> bool:
+        """Whether all values of a float tensor are finite."""
+        return all(extremes_are_finite(values) for values in self.blocks())
 
 
-def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = frozenset()) -> PreTrainedModel:
-    """Connect the parameters of an empty model to their values in safetensors files.
+def extremes_are_finite(values: NDArray[Any]) -> bool:
+    """Whether all values are finite: the extremes are not where any value is not, and cost less than each."""
+    if not values.size:
+        return True
+    if values.dtype in _EXPONENTS:  # of half precision, whose extremes numpy finds slowly: by the bits of the exponent
+        exponent = _EXPONENTS[values.dtype]
+        return not bool(((values.view(np.uint16) & exponent) == exponent).any())
+    return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
-    Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
 
-    Args:
-        model: The result of `empty_model`.
-        directory: The model's directory.
-        supplied: Names of parameters that may be missing or have another shape, since an adapter supplies them; they
-            are zero.
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file.
+
+    Attributes:
+        file: The file.
+        tensors: Its tensors by key, in the order of the file's header.
+        metadata: Texts saved with them.
+        data: Offset of the first tensor's first byte: the length of all that comes before.
+    """
+
+    file: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    data: int
+
+    @contextmanager
+    def opened(self) -> Iterator[Layout]:
+        """The same with a file that is kept open, so that another one in its place is not read instead.
+
+        Raises:
+            CheckpointError: It cannot be opened.
+        """
+        with opened_for_reading(self.file) as handle:
+            yield replace(self, tensors={key: replace(t, handle=handle) for key, t in self.tensors.items()})
+
+
+def read_layout(file: Path) -> Layout:
+    """The layout of a safetensors file, which is checked to be whole.
 
     Raises:
-        CheckpointError: There are no safetensors files, a parameter is missing or has another shape, or a key holds
-            only a part of a parameter. All are listed.
+        CheckpointError: It cannot be read, is cut short, or is not a safetensors file.
     """
-    tensors = _by_parameter_name(model, stored_tensors(directory))
-    problems: list[str] = []
-    names: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
-    for same in names.values():
-        name = next((name for name in same if name in tensors), None)
-        unfit = [f"missing {same[0]}"] if name is None else _unfit(name, tensors[name], parameters[name])
-        if name is None or (unfit and not supplied.isdisjoint(same)):
-            with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
-        else:
-            with_source(parameters[name], tensors[name])
-        problems += unfit if supplied.isdisjoint(same) else []
-    persistent = model.state_dict().keys()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in tensors:
-                buffer.copy_(tensors[name]())
-            elif name in persistent and buffer.is_floating_point():
-                problems.append(f"missing {name}")
-    if problems:
+    try:
+        with safe_open(file, framework="np"):  # which checks the header and the size of the file
+            pass
+        with file.open("rb") as opened:
+            data = _LENGTH + int.from_bytes(opened.read(_LENGTH), "little")
+            fields: dict[str, Any] = json.loads(opened.read(data - _LENGTH))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n{bulleted(problems)}"
+            f"{file} cannot be read ({error}); it is truncated or not a safetensors file, so copy or save it again"
+        ) from error
+    metadata = fields.pop(_METADATA, None) or {}
+    tensors = {}
+    for key, entry in fields.items():
+        begin, end = entry["data_offsets"]
+        tensors[key] = StoredTensor(file, data + begin, data + end, key, entry["dtype"], tuple(entry["shape"]))
+    return Layout(file, tensors, metadata, data)
+
+
+def check_readable(directory: Path) -> None:
+    """Check that the safetensors files of a directory have readable headers and are complete.
+
+    Raises:
+        CheckpointError: A file does not; it is named.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        read_layout(file)
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """The weights of a model's directory.
+
+    Attributes:
+        directory: The directory.
+        shards: Its safetensors files.
+        has_index: Whether an index says which file holds which tensor.
+    """
+
+    directory: Path
+    shards: tuple[Layout, ...]
+    has_index: bool
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The tensors of all files by key."""
+        return {key: tensor for shard in self.shards for key, tensor in shard.tensors.items()}
+
+    @contextmanager
+    def opened(self) -> Iterator[SavedWeights]:
+        """The same with files that are kept open."""
+        with ExitStack() as stack:
+            yield replace(self, shards=tuple(stack.enter_context(shard.opened()) for shard in self.shards))
+
+
+def read_weights(directory: Path) -> SavedWeights:
+    """The layouts of a model's safetensors files, a single one or several with an index, each checked to be whole.
+
+    Raises:
+        CheckpointError: There are none, one is damaged, or they are not what the index says.
+    """
+    single, index = directory / SINGLE_NAME, directory / INDEX_NAME
+    if single.is_file():  # which transformers prefers too
+        return SavedWeights(directory, (read_layout(single),), has_index=False)
+    if not index.is_file():
+        raise CheckpointError(
+            f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
+            "save the model with transformers, as safetensors"
         )
-    return model
+    names = _names_by_key(index)
+    files = sorted(set(names.values()))
+    if missing := [name for name in files if not (directory / name).is_file()]:
+        raise CheckpointError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names; copy the model again")
+    shards = tuple(read_layout(directory / name) for name in files)
+    holder: dict[str, str] = {}
+    for shard in shards:
+        for key in shard.tensors:
+            if key in holder:
+                raise CheckpointError(
+                    f"{directory}: {key} is in {holder[key]} and in {shard.file.name}; save the model again"
+                )
+            holder[key] = shard.file.name
+    if astray := [key for key, name in names.items() if holder.get(key) != name]:
+        raise CheckpointError(
+            f"{directory}: {', '.join(astray[:3])} is not in the file that {INDEX_NAME} says; copy the model again"
+        )
+    return SavedWeights(directory, shards, has_index=True)
 
 
-def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """The model's names for the keys of its files, as transformers renames them when it loads the model.
+def _names_by_key(index: Path) -> dict[str, str]:
+    """The name of each tensor's file, as an index says."""
+    try:
+        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = sorted({str(name) for name in names.values() if Path(name).name != name})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}); copy or save the model again") from error
+    if outside:
+        raise CheckpointError(
+            f"{index} names {', '.join(outside)}, outside its directory; do not trust it, or save it again"
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor of a new file that is not simply copied from the same key.
+
+    Attributes:
+        dtype: safetensors' name of its dtype.
+        shape: Its shape.
+        source: The tensor that it is made from; None if the edit brings all values.
+        edit: What becomes of the values; None to copy them.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    source: StoredTensor | None = None
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True)
+class NewShard:
+    """A safetensors file to write.
+
+    Attributes:
+        old: The file that it takes the place of.
+        tensors: Where each tensor will lie, in the order of the header.
+        file: What is written.
+    """
+
+    old: Layout
+    tensors: Mapping[str, StoredTensor]
+    file: NewFile
+
+    @property
+    def more_bytes(self) -> int:
+        """How many bytes of tensors it has more than the old one."""
+        return sum(t.nbytes for t in self.tensors.values()) - sum(t.nbytes for t in self.old.tensors.values())
+
+    @property
+    def more_values(self) -> int:
+        """How many values it has more than the old one."""
+        return sum(t.numel for t in self.tensors.values()) - sum(t.numel for t in self.old.tensors.values())
+
+
+def rewritten_shard(old: Layout, changed: Mapping[str, NewTensor], added: Mapping[str, NewTensor]) -> NewShard:
+    """A file in place of another: with changed tensors in their order, and added ones at the end.
 
     Args:
-        model: The model; its values are not read.
-        keys: Keys of tensors in safetensors files.
-
-    Returns:
-        The name of each key, and those keys that hold only a part of a parameter.
+        old: The file.
+        changed: Tensors in place of those of the same keys.
+        added: Tensors with new keys.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    model_keys = model.state_dict()
-    prefix = model.base_model_prefix
-    names: dict[str, str] = {}
-    parts: set[str] = set()
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, model_keys)
-        if name not in model_keys and key in model_keys:
-            name, pattern = rename_source_key(key, [], [], prefix, model_keys)
-        if pattern is not None and name in model_keys:
-            parts.add(key)
-        names[key] = name
-    return names, parts
+    new = {
+        key: changed.get(key) or NewTensor(tensor.dtype, tensor.shape, source=tensor)
+        for key, tensor in sorted(old.tensors.items(), key=lambda entry: (entry[1].begin, entry[1].end))
+    } | dict(added)
+    placed: dict[str, StoredTensor] = {}
+    end = 0
+    for key, tensor in new.items():
+        is_resized = key not in old.tensors or tensor.shape != old.tensors[key].shape
+        size = math.prod(tensor.shape) * FLOATS[tensor.dtype].itemsize if is_resized else old.tensors[key].nbytes
+        placed[key] = StoredTensor(Path(old.file.name), end, end + size, key, tensor.dtype, tensor.shape)
+        end += size
+    in_order = {key: placed[key] for key in [*old.tensors, *added]}
+    head = _header(in_order, old.metadata)
+    if not added and all(tensor.shape == old.tensors[key].shape for key, tensor in placed.items()):
+        head = _first_bytes(old)  # byte for byte
+    tensors = {key: replace(t, begin=t.begin + len(head), end=t.end + len(head)) for key, t in in_order.items()}
+    parts = [_part(tensors[key], tensor) for key, tensor in new.items()]
+    edited = [part for part in parts if part.edit is not None]
+    copied = copies(part for part in parts if part.edit is None)
+    return NewShard(old, tensors, NewFile(old.file.name, sorted([*edited, *copied], key=lambda part: part.begin), head))
 
 
-def _by_parameter_name(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Stored tensors by the model's parameter names."""
-    names, partial = parameter_names(model, stored)
-    if partial:
-        parts = [f"{key} is a part of {names[key]}" for key in stored if key in partial]
-        shown = "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
-        raise CheckpointError(
-            f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
-            "cannot be streamed; load the model whole instead"
-        )
-    return {names[key]: tensor for key, tensor in stored.items()}
+def _part(place: StoredTensor, tensor: NewTensor) -> Part:
+    if tensor.edit is None:
+        return Part(place.begin, place.nbytes, tensor.source)
+    return Part(place.begin, place.nbytes, tensor.source, tensor.edit, FLOATS[place.dtype], place.columns)
 
 
-def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str]:
-    shape, dtype = stored.facts()
-    if shape != list(parameter.shape):
-        return [f"{name} has shape {shape} in {stored.file.name} instead of {list(parameter.shape)}"]
-    if dtype not in ("F64", "F32", "F16", "BF16"):
-        return [f"{name} is {dtype} in {stored.file.name}, not a float tensor; it may be quantized"]
-    return []
+def _first_bytes(layout: Layout) -> bytes:
+    with layout.file.open("rb") as opened:
+        return opened.read(layout.data)
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Make modules created within the block register their parameters on the meta device; tied ones stay tied."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        original(module, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the first tensor, its length included, of tensors whose places are counted from there."""
+    fields: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for key, tensor in tensors.items():
+        fields[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [tensor.begin, tensor.end]}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // _LENGTH) * _LENGTH)
+    return len(text).to_bytes(_LENGTH, "little") + text

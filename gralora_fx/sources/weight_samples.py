@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import CheckpointError
-from gralora_fx.sources.safetensors_layout import FLOATS, Extent, opened_for_reading, read_into, read_layout
+from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor, read_layout
 
 _BYTES = np.dtype(np.uint8)
 _READ = 64  # bytes at each place of two tensors of one dtype
@@ -48,34 +48,30 @@ def differing_weights(one: Path, other: Path) -> WeightComparison | None:
         return None
 
 
-def _tensors(directory: Path) -> dict[str, tuple[Path, Extent]]:
-    """The tensors of a model by key, each with its file."""
+def _tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model by key."""
     files = [file for file in sorted(directory.glob("*.safetensors")) if not file.name.startswith("adapter_")]
-    return {key: (file, extent) for file in files for key, extent in read_layout(file).tensors.items()}
+    return {key: tensor for file in files for key, tensor in read_layout(file).tensors.items()}
 
 
-def _agree(one: tuple[Path, Extent], other: tuple[Path, Extent]) -> bool:
+def _agree(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors have the same shape, and the same values at the places that are read."""
-    first, second = one[1], other[1]
-    if first.shape != second.shape:
+    if one.shape != other.shape:
         return False
-    if first.dtype == second.dtype:
-        pairs = zip(_samples(*one, _BYTES, _READ), _samples(*other, _BYTES, _READ), strict=True)
+    if one.dtype == other.dtype:
+        pairs = zip(_samples(one, _BYTES, _READ), _samples(other, _BYTES, _READ), strict=True)
         return all(np.array_equal(a, b) for a, b in pairs)
-    if first.dtype not in FLOATS or second.dtype not in FLOATS:
+    if one.dtype not in FLOATS or other.dtype not in FLOATS:
         return False
-    pairs = zip(
-        _samples(*one, FLOATS[first.dtype], _VALUES), _samples(*other, FLOATS[second.dtype], _VALUES), strict=True
-    )
+    pairs = zip(_samples(one, FLOATS[one.dtype], _VALUES), _samples(other, FLOATS[other.dtype], _VALUES), strict=True)
     return all(np.allclose(a.astype(float), b.astype(float), rtol=2**-6, atol=1e-6) for a, b in pairs)
 
 
-def _samples(file: Path, extent: Extent, dtype: np.dtype[Any], most: int) -> list[NDArray[Any]]:
+def _samples(tensor: StoredTensor, dtype: np.dtype[Any], most: int) -> list[NDArray[Any]]:
     """Up to `most` values from the beginning and from the middle of a tensor, whose bytes are read as of `dtype`."""
-    count = extent.nbytes // dtype.itemsize
+    count = tensor.nbytes // dtype.itemsize
     taken = min(count, most)
     parts = [np.empty(taken, dtype) for _ in range(2)]
-    with opened_for_reading(file) as handle:
-        for part, place in zip(parts, (0, (count - taken) // 2 // 8 * 8), strict=True):
-            read_into(handle, part, extent.begin + place * dtype.itemsize)
+    for part, place in zip(parts, (0, (count - taken) // 2 // 8 * 8), strict=True):
+        tensor.read_into(part, place * dtype.itemsize)
     return parts

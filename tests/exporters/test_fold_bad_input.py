@@ -1,8 +1,7 @@
-"""What a fold refuses, that it leaves nothing behind then, and how it copies bytes."""
+"""What a fold refuses, that it leaves nothing behind then, and what it needs."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -24,14 +22,12 @@ from fold_cases import (
     edited_adapter,
     gralora,
 )
-from numpy.typing import NDArray
 from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx.adapters.adapter_files import adapter_digest, read_adapter, tensors_digest
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import fold_onnx
-from gralora_fx.exporters.folding.data_files import Change, copy_changed
 from gralora_fx.runtime.manifest import read_manifest
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -196,25 +192,6 @@ def test_an_older_manifest_is_searched_by_name(small: Case, tmp_path: Path) -> N
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_copy_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
-    content = os.urandom(20_000_000)
-    (tmp_path / "one").write_bytes(content)
-
-    def invert(part: NDArray[np.uint8], first: int) -> None:
-        np.invert(part, out=part)
-
-    digest = copy_changed(
-        tmp_path / "one",
-        tmp_path / "other",
-        [Change(100, 9_000_000, 1000, invert), Change(9_000_100, 50, 50, invert), Change(7, 70, 7, invert, 20_004_864)],
-    )
-    written = (tmp_path / "other").read_bytes()
-    flipped = bytes(255 - byte for byte in content[100:9_000_150])
-    assert written[:20_000_000] == content[:100] + flipped + content[9_000_150:]
-    assert written[20_000_000:] == bytes(4864) + bytes(255 - byte for byte in content[7:77])
-    assert digest == hashlib.sha256(written).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

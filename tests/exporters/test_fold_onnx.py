@@ -27,9 +27,9 @@ from traces import fresh_trace
 from gralora_fx import LoraConfig, merge, trace
 from gralora_fx.errors import CheckpointError, MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
-from gralora_fx.exporters.folding import data_files
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
+from gralora_fx.sources import rewriting
 
 FILES = ("model.onnx", "model_rows.onnx")
 
@@ -135,7 +135,7 @@ def test_a_second_adapter_is_folded_on_top_and_both_are_recorded(tmp_path: Path)
 def test_rows_are_changed_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that end within a block of the adapter, and within a packed matrix."""
     case = Case(tmp_path, fresh_trace("llama", task=CACHED), gralora(PROJECTIONS, gralora_k=4))
-    monkeypatch.setattr(data_files, "_AT_ONCE", 1300)
+    monkeypatch.setattr(rewriting, "BLOCK", 325)
     case.fold()
     assert_same_weights(case.out, case.export_fresh())
     load(case.out, check=True)

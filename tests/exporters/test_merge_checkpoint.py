@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, MergeError
 from gralora_fx.exporters import merge_checkpoint
-from gralora_fx.exporters.merged_files import write_shards as writing
 from gralora_fx.methods.fold import delta_weight, largest_change
 from gralora_fx.methods.gralora import initial_factors
 from gralora_fx.methods.method import AdapterDims, Update
+from gralora_fx.sources import rewriting
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "model.safetensors.index.json"
 GRALORA: dict[str, Any] = {"r": 4, "gralora_k": 2, "alpha": 6, "target_modules": "all-linear"}
@@ -148,8 +148,8 @@ def test_rows_are_folded_in_pieces_of_any_size(block: int, tmp_path: Path, monke
     base = saved("gpt2", tmp_path, torch.bfloat16)
     directory = adapter(base, tmp_path, **{**GRALORA, "gralora_k": 4, "hybrid_r": 2})
     merge_checkpoint(base, directory, tmp_path / "whole")
-    monkeypatch.setattr(writing, "_BLOCK", block)
-    monkeypatch.setattr(writing, "_COPIED", 1000)
+    monkeypatch.setattr(rewriting, "BLOCK", block)
+    monkeypatch.setattr(rewriting, "COPIED", 1000)
     monkeypatch.delattr("os.copy_file_range", raising=False)
     merge_checkpoint(base, directory, tmp_path / "pieces")
     one, other = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "pieces")

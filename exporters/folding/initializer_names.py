@@ -1,12 +1,19 @@
-"""Names of initializers: which parameters of the model an initializer holds."""
+"""Names of initializers: which parameters of the model an initializer holds, and the record of it in a manifest."""
 
 from __future__ import annotations
 
 import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+
+from gralora_fx.exporters.folding.products import ProductWeight, product_weights
+from gralora_fx.runtime.manifest import WeightEntry
+
+if TYPE_CHECKING:
+    from gralora_fx.tracing.traced_model import TracedModel
 
 _QUANTIZED = re.compile(r"(_transposed)?_(Q[48](G\d+)?|quantized)$")
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # which constants onnxscript computed one from
@@ -100,3 +107,38 @@ def _twins(names: Sequence[str]) -> Mapping[str, str]:
     layers = {name.removesuffix(_WEIGHT).rpartition(".")[2]: name for name in names}
     pairs = [(layers[a], layers[b]) for a, b in _ALIKE if a in layers and b in layers]
     return {one: other for pair in pairs for one, other in (pair, pair[::-1])}
+
+
+def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[str, tuple[WeightEntry, ...]]:
+    """Where the weight of each linear layer lies, by the layer's path.
+
+    Args:
+        traced: The model, whose parameters tell which names are of one tensor.
+        graphs: The exported graphs by the names of their files, without a suffix.
+    """
+    names = {site.path: {f"{site.path}.weight", *traced.tree.names_of(site.weight)} for site in traced.sites}
+    sites: dict[str, list[str]] = {}
+    for path, of_site in names.items():
+        for name in of_site:
+            sites.setdefault(name, []).append(path)
+    widths = {site.path: site.out_features for site in traced.sites}
+    found: dict[str, list[WeightEntry]] = {}
+    for file, graph in graphs.items():
+        for weight in product_weights(graph):
+            start = 0
+            for part in _parts(weight, sites, widths):
+                stop = start + widths[sites[part][0]]
+                entry = WeightEntry(f"{file}.onnx", weight.name, start, stop, weight.transposed)
+                for path in sites[part]:
+                    found.setdefault(path, []).append(entry)
+                start = stop
+    return {path: tuple(entries) for path, entries in found.items()}
+
+
+def _parts(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mapping[str, int]) -> tuple[str, ...]:
+    """The parameters that an initializer holds; none if it does not hold weights of layers alone."""
+    for names in parameter_names(weight.value):
+        is_known = all(name in sites for name in names)
+        if is_known and sum(widths[sites[name][0]] for name in names) == weight.out_features:
+            return names
+    return ()

@@ -1,4 +1,4 @@
-"""An export directory opened to be folded into: its manifest and its ONNX files, checked."""
+"""An export directory that is folded into: its manifest and its ONNX files, opened and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.folding.stored import check_ranges
+from gralora_fx.exporters.folding.initializers import external_tensors, stored_bytes
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, not_an_export
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
@@ -23,7 +23,7 @@ _BESIDE = ("*config.json", "*token*.json", "vocab.*", "merges.txt", "*.jinja", "
 
 
 @dataclass(frozen=True)
-class Opened:
+class SourceExport:
     """An export directory.
 
     Attributes:
@@ -41,7 +41,7 @@ class Opened:
     data: tuple[Path, ...]
 
 
-def open_export(onnx_dir: str | Path) -> Opened:
+def open_export(onnx_dir: str | Path) -> SourceExport:
     """Open an export directory.
 
     Args:
@@ -69,13 +69,13 @@ def open_export(onnx_dir: str | Path) -> Opened:
                 "fold into an export with adapters='merged'"
             )
     models = {path.name: _load(path) for path in files}
-    data = {Path(t.path) for model in models.values() for t in _external(model)}
+    data = {Path(tensor.path) for model in models.values() for _, tensor in external_tensors(model)}
     known = {*files, *data, directory / MANIFEST_NAME}
     others = [path for path in _others(directory, file) if path not in known and not path.is_dir()]
     if links := [path for path in others if path.is_symlink()]:
         raise ExportError(f"{links[0]} is a link; copy the file itself into the directory")
     companions = tuple(path.relative_to(directory).as_posix() for path in others)
-    return Opened(directory, manifest, models, companions, tuple(sorted(data)))
+    return SourceExport(directory, manifest, models, companions, tuple(sorted(data)))
 
 
 def _usable(onnx_dir: str | Path) -> Path:
@@ -120,11 +120,11 @@ def _load(path: Path) -> ir.Model:
         model = ir.load(path)
     except Exception as failure:  # protobuf and onnx_ir raise types of their own
         raise ExportError(f"{path} is not an ONNX model ({first_line(failure)}); export the model again") from failure
-    check_ranges(path, model)
+    for name, tensor in external_tensors(model):
+        place, size = stored_bytes(tensor), Path(tensor.path).stat().st_size
+        if place.end > size or tensor.length not in (None, tensor.nbytes):
+            raise ExportError(
+                f"{tensor.path} has {size:,} bytes, but {name} of {path.name} takes bytes {place.begin:,} to "
+                f"{place.end:,} of it; it is damaged, so copy or export it again"
+            )
     return model
-
-
-def _external(model: ir.Model) -> list[ir.ExternalTensor]:
-    graphs = (model.graph, *model.graph.subgraphs())
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gralora_fx.errors import CheckpointError
-from gralora_fx.exporters.merged_files.base_files import BaseFiles, Names
-from gralora_fx.exporters.merged_files.changes import Changes
-from gralora_fx.exporters.merged_files.write_shards import NewShard
+from gralora_fx.exporters.folding.edits import ValuesEdit
+from gralora_fx.exporters.merged_files.model_names import Names
+from gralora_fx.exporters.merged_files.tensor_changes import TensorChanges
 from gralora_fx.sources.model_files import read_json_object
-from gralora_fx.sources.stored_tensors import INDEX_NAME
+from gralora_fx.sources.safetensors_files import INDEX_NAME, NewShard, SavedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ _EXPORTS = ("onnx", "openvino")  # folders of the same weights in another format
 
 
 def edited_config(
-    base: BaseFiles, names: Names, changes: Changes, num_labels: int | None
+    base: SavedWeights, names: Names, changes: TensorChanges, num_labels: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """The fields of `config.json` for the merged model, and a sentence for each that differs.
 
@@ -61,7 +61,7 @@ def edited_config(
         fields |= {"id2label": {str(n): label for n, label in config.id2label.items()}, "label2id": config.label2id}
         notes.append(f"id2label has {num_labels} classes, those of the adapter's head")
     own = type(names.model).__name__
-    is_new = any(change.values is not None for change, _ in changes.added.values())
+    is_new = any(isinstance(tensor.edit, ValuesEdit) for tensor, _ in changes.added.values())
     if is_new and fields.get("architectures") != [own]:
         fields["architectures"] = [own]
         notes.append(f"architectures is {own}, whose head the adapter brings")
@@ -75,13 +75,13 @@ def _untie(fields: dict[str, Any]) -> None:
             value[_TIE] = False
 
 
-def _check_untied(fields: dict[str, Any], model: PreTrainedModel, changes: Changes) -> None:
+def _check_untied(fields: dict[str, Any], model: PreTrainedModel, changes: TensorChanges) -> None:
     """Check that a model of the new configuration has separate weights, and computes the same otherwise.
 
     Raises:
         CheckpointError: It does not; the weights are named.
     """
-    from gralora_fx.sources.safetensors_files import empty_model  # it imports torch and transformers
+    from gralora_fx.sources.streamed_models import empty_model  # it imports torch and transformers
 
     config = type(model.config).from_dict(fields)
     untied = empty_model(lambda: type(model)(config))
@@ -101,7 +101,7 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
     return ", ".join(f"{one} and {other}" for one, other in pairs)
 
 
-def files_to_copy(base: BaseFiles) -> tuple[list[str], list[str]]:
+def files_to_copy(base: SavedWeights) -> tuple[list[str], list[str]]:
     """The other files of a model's directory by their paths in it: those to copy, and those to leave out.
 
     Left out are the same weights in other formats, which the merge does not change, and an adapter, which transformers
@@ -131,8 +131,8 @@ def _is_left_out(path: Path) -> bool:
     return name in _ADAPTER or (name.endswith(_FORMATS) and name not in _NO_WEIGHTS)
 
 
-def write_companions(
-    base: BaseFiles, changes: Changes, shards: list[NewShard], config: dict[str, Any] | None, stage: Path
+def write_other_files(
+    base: SavedWeights, changes: TensorChanges, shards: list[NewShard], config: dict[str, Any] | None, stage: Path
 ) -> None:
     """Write everything but the weights.
 
@@ -152,29 +152,17 @@ def write_companions(
         _write_json(stage / CONFIG_FILE, config)
     if not base.has_index:
         return
-    if all(len(shard.tensors) == len(shard.old.tensors) and _same_size(shard) for shard in shards):
+    if all(len(shard.tensors) == len(shard.old.tensors) and not shard.more_bytes for shard in shards):
         shutil.copyfile(base.directory / INDEX_NAME, stage / INDEX_NAME)
         return
     index = read_json_object(base.directory / INDEX_NAME, CheckpointError)
-    index["weight_map"] |= {key: base.shard_of[near].file.name for key, (_, near) in changes.added.items()}
+    index["weight_map"] |= {key: base.tensors[near].file.name for key, (_, near) in changes.added.items()}
     totals = index.get("metadata") or {}
     if "total_size" in totals:
-        totals["total_size"] += sum(_grown(shard) for shard in shards)
+        totals["total_size"] += sum(shard.more_bytes for shard in shards)
     if "total_parameters" in totals:
-        totals["total_parameters"] += sum(_more_values(shard) for shard in shards)
+        totals["total_parameters"] += sum(shard.more_values for shard in shards)
     _write_json(stage / INDEX_NAME, index)
-
-
-def _same_size(shard: NewShard) -> bool:
-    return _grown(shard) == 0
-
-
-def _grown(shard: NewShard) -> int:
-    return sum(e.nbytes for e in shard.tensors.values()) - sum(e.nbytes for e in shard.old.tensors.values())
-
-
-def _more_values(shard: NewShard) -> int:
-    return sum(e.numel for e in shard.tensors.values()) - sum(e.numel for e in shard.old.tensors.values())
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -10,15 +10,23 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.errors import MergeError
-from gralora_fx.exporters.folding.adapter import SavedAdapter
+from gralora_fx.adapters.stored import StoredAdapter
+from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.base_weights import holds
-from gralora_fx.exporters.folding.edits import LayerEdit
-from gralora_fx.exporters.folding.names import foreign_names, parameter_names, ranges, reduced
-from gralora_fx.exporters.folding.places import Export, Place, is_named, named_places, places_by_value, unique
+from gralora_fx.exporters.folding.edits import LayerEdit, ValuesEdit, constant
+from gralora_fx.exporters.folding.initializer_names import foreign_names, parameter_names, ranges, reduced
+from gralora_fx.exporters.folding.initializers import read_rows, rows_and_columns
+from gralora_fx.exporters.folding.places import (
+    Export,
+    Place,
+    is_named,
+    named_places,
+    places_by_value,
+    recorded_places,
+    unique,
+)
 from gralora_fx.exporters.folding.products import ProductWeight, Reader, initializers
 from gralora_fx.exporters.folding.requantize import is_rounding_of
-from gralora_fx.exporters.folding.stored import read_rows, rows_and_columns
 
 _WEIGHT = ".weight"
 
@@ -50,21 +58,18 @@ class Replacements:
 
     Attributes:
         layers: Weights of linear layers: where they lie, and what happens there.
-        values: Other parameters: where they lie, and their values `[rows, columns]`.
+        values: Other parameters: likewise.
     """
 
     layers: tuple[tuple[Place, LayerEdit], ...]
-    values: tuple[tuple[ValuePlace, NDArray[Any]], ...]
+    values: tuple[tuple[ValuePlace, ValuesEdit], ...]
 
 
-def find_replacements(
-    export: Export, graphs: Mapping[str, ir.Graph], adapter: SavedAdapter, adapted: Iterable[Place]
-) -> Replacements:
+def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[Place]) -> Replacements:
     """Where the parameters lie that an adapter replaces; those that it only repeats are compared.
 
     Args:
         export: The export.
-        graphs: Its graphs by file.
         adapter: The adapter.
         adapted: The places of its adapted layers, whose weights it may repeat.
 
@@ -73,38 +78,34 @@ def find_replacements(
             base's does not; all are named.
     """
     layers: list[tuple[Place, LayerEdit]] = []
-    values: list[tuple[ValuePlace, NDArray[Any]]] = []
+    values: list[tuple[ValuePlace, ValuesEdit]] = []
     problems: list[str] = []
-    for name, tensor in adapter.replaced.items():
+    for name, trained in adapter.copies.items():
         try:
-            found = list(_layer_places(export, graphs, name, tensor))
-            layers += [(place, edit) for place, edit in found]
-            values += (
-                [] if found else [(place, _as_rows(place, tensor)) for place in _values(export, graphs, name, tensor)]
-            )
+            tensor = trained.array()
+            found = list(_layer_edits(export, name, tensor))
+            layers += found
+            values += [] if found else _value_edits(export, name, tensor)
         except MergeError as error:
             problems.append(f"{name}: {error}")
     known: dict[str, list[Place]] = {}
     for place in adapted:
         known.setdefault(place.path, []).append(place)
-    for name, tensor in adapter.copies.items():
-        if not _repeats(export, graphs, known, name, tensor):
+    for name, repeated in adapter.repeats.items():
+        if not _repeats(export, known, name, repeated.array()):
             problems.append(f"{name}: the adapter holds values for it that are not the export's, and does not train it")
     if problems:
-        listed = "\n".join(f"- {problem}" for problem in problems)
-        raise MergeError(f"parameters of {adapter.origin} cannot be written into this export:\n{listed}")
+        raise MergeError(f"parameters of {adapter.directory} cannot be written into this export:\n{bulleted(problems)}")
     return Replacements(tuple(layers), tuple(values))
 
 
-def _layer_places(
-    export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: NDArray[Any]
-) -> Iterator[tuple[Place, LayerEdit]]:
-    """Places of a parameter that is the weight of a linear layer."""
+def _layer_edits(export: Export, name: str, tensor: NDArray[Any]) -> Iterator[tuple[Place, LayerEdit]]:
+    """Places of a parameter that is the weight of a linear layer, and what happens there."""
     path = name.removesuffix(_WEIGHT)
     if tensor.ndim != 2 or path == name:
         return
     places = _weight_places(export, path)
-    if not places and export.manifest is None and not any(named_values(export, graphs, name)):
+    if not places and export.manifest is None and not any(named_values(export, name)):
         outputs, inputs = tensor.shape  # an unnamed matrix is a linear layer's transposed weight
         places = list(places_by_value(export, path, (inputs, outputs)))
     for place in places:
@@ -114,35 +115,23 @@ def _layer_places(
             raise MergeError(f"it has shape {list(matrix.shape)} in the adapter and {shape} in {place.weight.name}")
         if place.weight.problem:
             raise MergeError(f"{place.weight.name} cannot be written: {place.weight.problem}")
-        yield place, LayerEdit(path, place.start, place.stop, values=matrix)
+        yield place, LayerEdit(path, place.start, place.stop, constant(matrix))
 
 
 def _weight_places(export: Export, path: str) -> list[Place]:
     """Places of a linear layer's weight, as recorded or by its exact name; none for other modules."""
-    manifest = export.manifest
-    if manifest is None or manifest.weights is None:
-        widths = {} if manifest is None else {site.path: site.out_features for site in manifest.sites}
-        found = list(named_places(export.weights, path, widths, foreign=False))
-        if not found and manifest is None:  # under a prefix, as of a model within another module
-            found = list(named_places(export.weights, path, widths, foreign=True))
-            found = [] if len(found) > 1 and export.base is not None else unique(found)  # else its values tell
-        for place in found:
-            if place.weight.others or len(place.weight.readers) > 1:
-                raise MergeError(f"{place.weight.name} has several readers, and nothing says that all are of one layer")
-        return found
-    places = []
-    for entry in manifest.weights.get(path, ()):
-        weight = next((w for w in export.weights.get(entry.file, ()) if w.name == entry.initializer), None)
-        if weight is None:
-            raise MergeError(f"{entry.file} does not hold {entry.initializer} as the manifest says; export it again")
-        places.append(Place(path, entry.file, weight, entry.start, entry.stop, "as recorded"))
-    sharing = [
-        other for other, entries in manifest.weights.items()
-        if other != path and {(e.file, e.initializer, e.start) for e in entries}
-        & {(p.file, p.weight.name, p.start) for p in places}
-    ]  # fmt: skip
-    if sharing:
-        raise MergeError(f"it is the weight of {', '.join(sharing)} too, which would change with it")
+    if export.record is not None:
+        places = recorded_places(export, path)
+        if sharing := export.sharing(places):
+            raise MergeError(f"it is the weight of {', '.join(sharing)} too, which would change with it")
+        return places
+    places = list(named_places(export, path))
+    if not places and export.manifest is None:  # under a prefix, as of a model within another module
+        places = list(named_places(export, path, foreign=True))
+        places = [] if len(places) > 1 and export.base is not None else unique(places)  # else its values tell
+    for place in places:
+        if place.weight.others or len(place.weight.readers) > 1:
+            raise MergeError(f"{place.weight.name} has several readers, and nothing says that all are of one layer")
     return places
 
 
@@ -153,7 +142,7 @@ def _as_matrix(export: Export, place: Place, tensor: NDArray[Any], shape: Sequen
         MergeError: Nothing says whether a square one has the layout of a linear layer or of transformers' `Conv1D`.
     """
     if export.manifest is not None or not place.weight.transposed:
-        return tensor.T if _is_conv1d(export, place.path) else tensor
+        return tensor.T if export.is_conv1d(place.path) else tensor
     if shape[0] != shape[1]:
         return tensor if list(tensor.shape) == shape else tensor.T
     readings = () if export.base is None else export.base_values(place.path, (shape[1], shape[0]))
@@ -163,48 +152,44 @@ def _as_matrix(export: Export, place: Place, tensor: NDArray[Any], shape: Sequen
     return tensor.T if found[0] else tensor
 
 
-def _is_conv1d(export: Export, path: str) -> bool:
-    sites = export.manifest.sites if export.manifest is not None else ()
-    return any(site.path == path and site.kind == "conv1d" for site in sites)
-
-
-def _values(export: Export, graphs: Mapping[str, ir.Graph], name: str, tensor: NDArray[Any]) -> list[ValuePlace]:
-    """Places of any other parameter.
+def _value_edits(export: Export, name: str, tensor: NDArray[Any]) -> list[tuple[ValuePlace, ValuesEdit]]:
+    """Places of any other parameter, and what happens there.
 
     Raises:
         MergeError: There are none, or what is there has another shape or other readers.
     """
-    places = list(named_values(export, graphs, name))
+    places = list(named_values(export, name))
     if not places:
         raise MergeError("no initializer of the export has its name; export the merged model instead")
-    is_recorded = export.manifest is not None and export.manifest.weights is not None
+    edits = []
     for place in places:
         if not place.readers and place.is_shared:
             raise MergeError(f"{place.value.name} is read by products alone; export the merged model instead")
-        if not is_recorded and (place.is_shared or len(place.readers) > 1):
+        if export.record is None and (place.is_shared or len(place.readers) > 1):
             raise MergeError(f"{place.value.name} has several readers, and nothing says that all are of this module")
         assert place.value.shape is not None
         shape = [int(size) for size in place.value.shape.numpy()]
         is_alone = place.value.name == name or str(place.value.name).endswith(f".{name}")
         if is_alone and list(tensor.shape) != shape:
             raise MergeError(f"it has shape {list(tensor.shape)} in the adapter and {shape} in the export")
-    return places
+        rows = tensor.reshape(rows_and_columns(place.value)[0], -1)
+        edits.append((place, ValuesEdit(name, constant(rows), place.start)))
+    return edits
 
 
-def named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> Iterator[ValuePlace]:
+def named_values(export: Export, name: str) -> Iterator[ValuePlace]:
     """Places of a parameter by its name, alone in an initializer or beside others.
 
     Args:
         export: The export.
-        graphs: Its graphs by file.
         name: The parameter.
 
     Raises:
         MergeError: None has the name itself, and several of a file of another exporter end with it.
     """
-    found = list(_named_values(export, graphs, name, foreign=False))
+    found = list(_named_values(export, name, foreign=False))
     if not found and export.manifest is None:
-        found = list(_named_values(export, graphs, name, foreign=True))
+        found = list(_named_values(export, name, foreign=True))
         for file in {place.file for place in found}:
             names = [str(place.value.name) for place in found if place.file == file]
             if len(names) > 1:
@@ -212,10 +197,10 @@ def named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str) -> I
     yield from found
 
 
-def _named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str, *, foreign: bool) -> Iterator[ValuePlace]:
+def _named_values(export: Export, name: str, *, foreign: bool) -> Iterator[ValuePlace]:
     wanted = reduced(name) if foreign else name
-    widths = {f"{site.path}.bias": site.out_features for site in export.manifest.sites} if export.manifest else {}
-    for file, graph in graphs.items():
+    widths = {f"{path}.bias": width for path, width in export.widths.items()}
+    for file, graph in export.graphs.items():
         products = {id(weight.value): weight for weight in export.weights[file]}
         for value in initializers(graph):
             product = products.get(id(value))
@@ -231,25 +216,14 @@ def _named_values(export: Export, graphs: Mapping[str, ir.Graph], name: str, *, 
                 yield ValuePlace(name, file, value, parts[names.index(own)][0], readers, product is not None)
 
 
-def _as_rows(place: ValuePlace, tensor: NDArray[Any]) -> NDArray[Any]:
-    rows, _ = rows_and_columns(place.value)
-    return tensor.reshape(rows, -1)
-
-
-def _repeats(
-    export: Export,
-    graphs: Mapping[str, ir.Graph],
-    known: Mapping[str, list[Place]],
-    name: str,
-    tensor: NDArray[Any],
-) -> bool:
+def _repeats(export: Export, known: Mapping[str, list[Place]], name: str, tensor: NDArray[Any]) -> bool:
     """Whether the export holds these values of a parameter already."""
     path = name.removesuffix(_WEIGHT)
     places = known.get(path) or (_weight_places(export, path) if path != name else [])
     if places and tensor.ndim == 2:
-        matrix = tensor.T if _is_conv1d(export, path) else tensor
+        matrix = tensor.T if export.is_conv1d(path) else tensor
         return all(_holds(place.weight, place.start, matrix) for place in places)
-    found = list(named_values(export, graphs, name))
+    found = list(named_values(export, name))
     return bool(found) and all(_equal(place, tensor) for place in found)
 
 

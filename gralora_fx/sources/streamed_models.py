@@ -1,0 +1,141 @@
+"""Models with weights left in safetensors files: lazy parameters that read from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gralora_fx.compat.transformers_models import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
+from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.sources.lazy_tensors import with_source
+from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor, read_weights
+
+
+def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model with parameters on the meta device; buffers, such as rotary frequencies, have their values.
+
+    Args:
+        make: Builds the model from its configuration.
+    """
+    with _parameters_on_meta():
+        model = make()
+    return model.eval()
+
+
+def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = frozenset()) -> PreTrainedModel:
+    """Connect the parameters of an empty model to their values in safetensors files.
+
+    Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
+
+    Args:
+        model: The result of `empty_model`.
+        directory: The model's directory.
+        supplied: Names of parameters that may be missing or have another shape, since an adapter supplies them; they
+            are zero.
+
+    Raises:
+        CheckpointError: There are no safetensors files, a parameter is missing or has another shape, or a key holds
+            only a part of a parameter. All are listed.
+    """
+    tensors = _by_parameter_name(model, read_weights(directory).tensors)
+    problems: list[str] = []
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for same in names.values():
+        name = next((name for name in same if name in tensors), None)
+        unfit = [f"missing {same[0]}"] if name is None else _unfit(name, tensors[name], parameters[name])
+        if name is None or (unfit and not supplied.isdisjoint(same)):
+            with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
+        else:
+            with_source(parameters[name], tensors[name])
+        problems += unfit if supplied.isdisjoint(same) else []
+    persistent = model.state_dict().keys()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name]())
+            elif name in persistent and buffer.is_floating_point():
+                problems.append(f"missing {name}")
+    if problems:
+        raise CheckpointError(
+            f"{directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n{bulleted(problems)}"
+        )
+    return model
+
+
+def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """The model's names for the keys of its files, as transformers renames them when it loads the model.
+
+    Args:
+        model: The model; its values are not read.
+        keys: Keys of tensors in safetensors files.
+
+    Returns:
+        The name of each key, and those keys that hold only a part of a parameter.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    model_keys = model.state_dict()
+    prefix = model.base_model_prefix
+    names: dict[str, str] = {}
+    parts: set[str] = set()
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, model_keys)
+        if name not in model_keys and key in model_keys:
+            name, pattern = rename_source_key(key, [], [], prefix, model_keys)
+        if pattern is not None and name in model_keys:
+            parts.add(key)
+        names[key] = name
+    return names, parts
+
+
+def _by_parameter_name(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stored tensors by the model's parameter names."""
+    names, partial = parameter_names(model, stored)
+    if partial:
+        parts = [f"{key} is a part of {names[key]}" for key in stored if key in partial]
+        shown = "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
+        raise CheckpointError(
+            f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
+            "cannot be streamed; load the model whole instead"
+        )
+    return {names[key]: tensor for key, tensor in stored.items()}
+
+
+def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str]:
+    if stored.shape != tuple(parameter.shape):
+        return [f"{name} has shape {list(stored.shape)} in {stored.file.name} instead of {list(parameter.shape)}"]
+    if stored.dtype not in FLOATS:
+        return [f"{name} is {stored.dtype} in {stored.file.name}, not a float tensor; it may be quantized"]
+    return []
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Make modules created within the block register their parameters on the meta device; tied ones stay tied."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
