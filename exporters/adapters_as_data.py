@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.folded_model import fold_adapters
+from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.planning.rewrite_plan import PlannedSite
@@ -35,25 +34,6 @@ class DataSites:
     norm_biases: Mapping[str, str]
 
 
-def by_row(data: DataSites | None) -> DataSites | None:
-    """The same layers for a graph in which each row has an adapter of its own; None of none."""
-    return None if data is None else dataclasses.replace(data, inputs=data.inputs.by_row())
-
-
-def trace_to_export(model: TracedModel | GraloraModel, mode: str) -> TracedModel:
-    """The adapter-free model that an export is made from.
-
-    Args:
-        model: What is exported.
-        mode: How adapters are held; `"merged"` folds the active ones, all others leave them out.
-
-    Raises:
-        ExportError: The model is of another type.
-        MergeError: An adapter cannot be folded.
-    """
-    return fold_adapters(model) if mode == "merged" or not isinstance(model, GraloraModel) else model.traced
-
-
 def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
     """Whether an export takes adapters with GraLoRA's blocks, rather than each as the plain LoRA that it equals.
 
@@ -70,23 +50,17 @@ def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
     return not is_quantized or max(planned.k * planned.r for planned in _with_blocks(model)) > _SMALL
 
 
-def data_sites(
-    model: TracedModel | GraloraModel, mode: str, precision: str, *, is_quantized: bool = False
-) -> DataSites | None:
-    """The layers that any adapter of a model changes, active or not; None for a mode that folds them.
+def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
+    """The layers that any adapter of a model changes, active or not.
 
     Args:
-        model: What is exported; it has an adapter where they are data (see `ExportOptions.check_model`).
-        mode: How adapters are held.
-        precision: Precision of the export, which is that of the adapter tensors.
-        is_quantized: Whether the weights will be quantized.
+        model: What is exported; it has an adapter (see `ExportOptions.check_model`).
+        options: The options of the export.
 
     Raises:
         ExportError: An adapter is merged into the model's weights, or trains parameters that cannot be data.
     """
-    if mode == "merged":
-        return None
-    assert isinstance(model, GraloraModel)
+    mode, is_quantized = options.adapters, options.quantize is not None
     if model.merged_adapters:
         raise ExportError(
             f"adapters={mode!r} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged into its "
@@ -103,24 +77,22 @@ def data_sites(
     of_sites = {parameter for site in sites for parameter in _parameters_of(site)}
     norms = [_norm_entry(model.traced, bias) for bias in sorted(trained - of_sites)]
     uncalled = tuple(site.path for site in sites if not site.calls)
-    inputs = AdapterInputs(mode, k, _DTYPES[precision], (*entries, *norms), uncalled)
+    inputs = AdapterInputs(mode, k, _DTYPES[options.precision], (*entries, *norms), uncalled)
     return DataSites(inputs, _names_of_weights(called, model.traced), _names_of_biases(norms, model.traced))
 
 
-def check_found(data: DataSites | None, found: Iterable[frozenset[str]]) -> None:
+def check_found(adapters: DataSites, found: Iterable[frozenset[str]]) -> None:
     """Check that the output of every layer was found in the exported graphs.
 
     Args:
-        data: The layers; None for none.
+        adapters: The layers.
         found: Paths of the layers that were found, by graph.
 
     Raises:
         ExportError: Some were not; they are named.
     """
-    if data is None:
-        return
     known = frozenset().union(*found)
-    missing = [site for site in data.inputs.sites if site.path not in known]
+    missing = [site for site in adapters.inputs.sites if site.path not in known]
     layers, biases = (
         listed(sorted(site.path for site in missing if (site.form == BIAS) == alone)) for alone in (False, True)
     )

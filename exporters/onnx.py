@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ParamSpec, Protocol
 
 from gralora_fx.config.option import by_keywords
-from gralora_fx.errors import ExportError, warn_caller
-from gralora_fx.exporters.adapters_as_data import DataSites, check_found, data_sites, trace_to_export
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.adapters_as_data import check_found
 from gralora_fx.exporters.artifact.active_adapters import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
@@ -24,25 +24,18 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
+from gralora_fx.exporters.conversion import conversion_of
 from gralora_fx.exporters.flavours.registry import flavour_of
-from gralora_fx.exporters.folded_model import base_trace
-from gralora_fx.exporters.fx_passes.exportable import check_exportable, graph_to_translate
+from gralora_fx.exporters.fx_passes.exportable import check_exportable
 from gralora_fx.exporters.onnx_passes.mark_sites import MarkedSites
-from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
-from gralora_fx.exporters.onnx_pipeline import export_log
-from gralora_fx.exporters.options import DYNAMIC, ExportOptions
-from gralora_fx.exporters.reports import AttentionReport, ExportReport, VerifyReport
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.reports import ExportReport, attention_report
 from gralora_fx.exporters.verification.quality import measure_quality
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
-from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
-from gralora_fx.runtime.manifest import Manifest, RowsEntry
-from gralora_fx.runtime.quantized_weights import Quality
-from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 Keywords = ParamSpec("Keywords")
@@ -122,158 +115,61 @@ def export_onnx(  # noqa: D417  # the options are documented by name
     check_output(output_dir)
     if options.dump is not None:
         check_folder(options.dump)
-    if isinstance(model, (TracedModel, GraloraModel)):
-        types = [config.peft_type for config in model.configs.values()] if isinstance(model, GraloraModel) else []
-        options.check_model(peft_types=types, task=base_trace(model).task)
-    log = export_log(options.dump)
     seconds: dict[str, float] = {}
     with timed("fold", seconds):
-        traced = trace_to_export(model, options.adapters)
-        data = data_sites(model, options.adapters, options.precision, is_quantized=options.quantization is not None)
-        flavour = flavour_of(traced)
-        _check(model, traced, flavour, options, output_dir)
+        conversion = conversion_of(model, options)
+        flavour = flavour_of(conversion.traced)
+        check_exportable(conversion.traced, verify=options.level is not None)
+        flavour.check(options)
+        if options.level is not None:
+            check_runnable(model)
+        if not options.overwrite:
+            check_replaced(output_dir, task=conversion.traced.task, fingerprint=fingerprint_of(model))
+        warn_of_lost_adapters(output_dir, conversion.data_adapters)
     with timed("convert", seconds), gc_pause():
-        models = flavour.convert(Request(traced, graph_to_translate(traced), options, log, data))
-        check_found(data, (found.paths for found in log.summaries(MarkedSites)))
+        models = flavour.convert(conversion)
+        if conversion.adapters is not None:
+            check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
     with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
         with timed("write", seconds):
             save_models(models, stage, output_dir, shared=flavour.shares_weights)
             digests = reader.submit(describe_files, stage, file_names(stage))
-            write_companions(stage, traced, options.tokenizer)
-            flavour.write_files(stage, traced, models)
-            manifest = _described(model, models, flavour, options, log, data)
+            write_companions(stage, conversion.traced, options.tokenizer)
+            flavour.write_files(stage, conversion.traced, models)
+            manifest = describe(conversion, models, flavour=flavour.name, logits=flavour.logits(options))
             write_manifest(stage, manifest)
-            if data is not None and isinstance(model, GraloraModel):
+            if isinstance(model, GraloraModel) and conversion.adapters is not None:
                 write_active_adapters(stage, model, manifest)
-        verification = _verified(stage, model, options, seconds)
-        quality = _quality(stage, model, flavour, options, seconds)
+        verification = quality = None
+        if options.level is not None:
+            with timed("verify", seconds):
+                verification = verify_onnx(stage, model, options.level)
+            if not verification.passed:
+                raise ExportError(
+                    f"the export's results differ from the model's, so it was not written:\n{verification}"
+                )
+            if flavour.measures_quality(options):
+                with timed("quality", seconds):
+                    quality = measure_quality(
+                        stage,
+                        model,
+                        flavour.verification,
+                        logits=manifest.logits,
+                        texts=options.texts,
+                        tokenizer=options.tokenizer,
+                    )
         files = digests.result()
         files |= describe_files(stage, [name for name in file_names(stage) if name not in files])
-        found = None if verification is None else verification.to_dict()
-        write_manifest(stage, dataclasses.replace(manifest, files=files, verification=found, quality=quality))
-    passes = tuple(log.reports)
+        record = None if verification is None else verification.to_dict()
+        write_manifest(stage, dataclasses.replace(manifest, files=files, verification=record, quality=quality))
     return ExportReport(
         Path(output_dir),
         file_sizes(output_dir),
         seconds,
         verification,
-        _attention(log),
-        passes,
+        attention_report(conversion.log),
+        tuple(conversion.log.reports),
         quality,
-        None if data is None else data.inputs,
-        _rows(log),
+        manifest.adapter_inputs,
+        manifest.rows,
     )
-
-
-def _check(
-    model: TracedModel | GraloraModel,
-    traced: TracedModel,
-    flavour: Flavour,
-    options: ExportOptions,
-    output_dir: str | Path,
-) -> None:
-    """Check that a model can be exported with these options to this place.
-
-    Raises:
-        ExportError: It cannot.
-    """
-    check_exportable(traced, verify=options.level is not None)
-    if options.logits == "all" and not flavour.has_last_logits:
-        warn_caller(
-            "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it out"
-        )
-    if options.texts is not None and traced.cache_layout is CacheLayout.ENCODER_DECODER:
-        raise ExportError(
-            "texts=... is for decoders and models without a cache, and the task is an encoder-decoder's with one; "
-            "leave it out"
-        )
-    if options.level is not None:
-        check_runnable(model)
-    if not options.overwrite:
-        check_replaced(output_dir, task=traced.task, fingerprint=fingerprint_of(model))
-    active = model.active_adapters if isinstance(model, GraloraModel) else ()
-    warn_of_lost_adapters(output_dir, () if options.adapters == "merged" else active)
-
-
-def _described(
-    model: TracedModel | GraloraModel,
-    models: Models,
-    flavour: Flavour,
-    options: ExportOptions,
-    log: PassLog,
-    data: DataSites | None,
-) -> Manifest:
-    """The manifest of what was converted."""
-    attention = _attention(log)
-    return describe(
-        model,
-        {name: onnx_model.graph for name, onnx_model in models.items()},
-        adapters=options.adapters,
-        precision=options.precision,
-        quantization=quantized_weights(options.quantization, log),
-        logits=flavour.logits(options),
-        attention=None if attention is None else dataclasses.asdict(attention),
-        passes=[entry.to_dict() for entry in log.reports],
-        adapter_inputs=None if data is None else data.inputs,
-        rows=_rows(log),
-        flavour=flavour.name,
-    )
-
-
-def _rows(log: PassLog) -> RowsEntry | None:
-    """The graph whose rows differ, or why there is none, where one was asked for."""
-    return next(iter(log.summaries(RowsEntry)), None)
-
-
-def _attention(log: PassLog) -> AttentionReport | None:
-    """Which layers' attention is fused, in all parts of the model, where there is any."""
-    reports = log.summaries(AttentionReport)
-    over_cache = next((report for report in reports if report.cached), None)
-    if over_cache is not None or not reports:
-        return over_cache
-    plain = {layer: why for report in reports for layer, why in report.plain.items()}
-    return AttentionReport(sum(report.fused for report in reports), plain)
-
-
-def _verified(
-    stage: Path, model: TracedModel | GraloraModel, options: ExportOptions, seconds: dict[str, float]
-) -> VerifyReport | None:
-    """What verification found, or None where it is left out.
-
-    Raises:
-        ExportError: It failed.
-    """
-    if options.level is None:
-        return None
-    with timed("verify", seconds):
-        report = verify_onnx(stage, model, options.level)
-    if not report.passed:
-        raise ExportError(f"the export's results differ from the model's, so it was not written:\n{report}")
-    return report
-
-
-def _quality(
-    stage: Path,
-    model: TracedModel | GraloraModel,
-    flavour: Flavour,
-    options: ExportOptions,
-    seconds: dict[str, float],
-) -> Quality | None:
-    """What quantization changes; None where nothing is compared, or blocks serve an encoder-decoder with a cache.
-
-    Raises:
-        ExportError: It cannot be measured, or the export gives values that are not finite.
-    """
-    is_pair = base_trace(model).cache_layout is CacheLayout.ENCODER_DECODER
-    is_measured = options.quantize == DYNAMIC or (options.quantize is not None and not is_pair)
-    if options.level is None or not is_measured or options.precision == "bf16":  # which the CPU provider does not run
-        return None
-    with timed("quality", seconds):
-        return measure_quality(
-            stage,
-            model,
-            flavour.verification,
-            logits=flavour.logits(options),
-            texts=options.texts,
-            tokenizer=options.tokenizer,
-        )

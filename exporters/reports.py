@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.graph.pipeline import PassReport, Skip
+from gralora_fx.graph.pipeline import PassLog, PassReport, Skip
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
@@ -235,6 +235,20 @@ class AttentionReport:
         """The number of fused layers, and each of the others."""
         lines = [f"attention: {self.fused} layers fused, {len(self.plain)} not"]
         return "\n".join([*lines, *(f"  {layer}: {why}" for layer, why in self.plain.items())])
+
+
+def attention_report(log: PassLog) -> AttentionReport | None:
+    """Which layers' attention is fused, in all parts of the model, where there is any.
+
+    Args:
+        log: What the passes of an export did.
+    """
+    reports = log.summaries(AttentionReport)
+    over_cache = next((report for report in reports if report.cached), None)
+    if over_cache is not None or not reports:
+        return over_cache
+    plain = {layer: why for report in reports for layer, why in report.plain.items()}
+    return AttentionReport(sum(report.fused for report in reports), plain)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.exporters.flavours.registry import flavour_of
-from gralora_fx.exporters.folded_model import base_trace
 from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
 from gralora_fx.exporters.reports import TensorCheck, VerifyReport
 from gralora_fx.exporters.verification.adapter_variants import variants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,71 +14,55 @@ from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.compat.versions import installed_version
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.position_offset import position_offset
-from gralora_fx.exporters.folded_model import base_trace
+from gralora_fx.exporters.conversion import Conversion, base_trace
 from gralora_fx.exporters.folding.initializer_names import weight_entries
+from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
+from gralora_fx.exporters.reports import attention_report
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.export_directory import MANIFEST_NAME, PLAIN_KIND, ROWS
+from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
+from gralora_fx.runtime.export_directory import MANIFEST_NAME, ROWS
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
-from gralora_fx.runtime.quantized_weights import QuantizedWeights
 from gralora_fx.tracing.traced_model import TracedModel
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
-def describe(
-    model: TracedModel | GraloraModel,
-    graphs: Mapping[str, ir.Graph],
-    *,
-    adapters: str,
-    precision: str,
-    quantization: QuantizedWeights | None,
-    logits: str,
-    attention: Mapping[str, Any] | None,
-    passes: Iterable[Mapping[str, Any]],
-    adapter_inputs: AdapterInputs | None = None,
-    rows: RowsEntry | None = None,
-    flavour: str = PLAIN_KIND,
-) -> Manifest:
+def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour: str, logits: str) -> Manifest:
     """The manifest of an export, without its files and its verification.
 
     Args:
-        model: What was exported.
-        graphs: The ONNX graphs by the names of their files; inputs and outputs of several are told apart by them, but
+        conversion: What was converted.
+        models: The ONNX models by the names of their files; inputs and outputs of several are told apart by them, but
             for those of `model_rows`, which are left out.
-        adapters: How adapters are held.
-        precision: Precision of the weights that are not quantized, and of the cache.
-        quantization: How matrices are quantized and how many, or None.
-        logits: Which positions' logits the graph returns: `"last"` or `"all"`.
-        attention: Which layers' attention is fused, or None.
-        passes: What every pass did.
-        adapter_inputs: The adapter tensors that the graphs take; None where adapters are folded.
-        rows: The graph whose rows differ, or why there is none; None where it is not asked for.
         flavour: Kind of export.
+        logits: Which positions' logits it returns: `"last"` or `"all"`.
     """
+    model, options, log = conversion.model, conversion.options, conversion.log
     traced = base_trace(model)
+    graphs = {name: onnx_model.graph for name, onnx_model in models.items()}
     described = {name: graph for name, graph in graphs.items() if name != ROWS}
+    attention = attention_report(log)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         task=traced.task,
-        precision=precision,
-        quantization=quantization,
-        adapters_mode=adapters,
+        precision=options.precision,
+        quantization=quantized_weights(options.quantization, log),
+        adapters_mode=options.adapters,
         logits=logits,
         position_offset=position_offset(traced),
-        adapters=describe_adapters(model) if adapter_inputs is None else {},
+        adapters=describe_adapters(model) if conversion.adapters is None else {},
         base_fingerprint=fingerprint_of(model),
         sites=tuple(SiteEntry(site.path, site.kind, site.in_features, site.out_features) for site in traced.sites),
         inputs=_by_file({name: _shapes(graph.inputs) for name, graph in described.items()}),
         outputs=_by_file({name: _shapes(graph.outputs) for name, graph in described.items()}),
         packages={name: found for name in ("gralora-fx", *_PACKAGES) if (found := installed_version(name))},
-        attention=attention,
-        passes=tuple(passes),
+        attention=None if attention is None else dataclasses.asdict(attention),
+        passes=tuple(entry.to_dict() for entry in log.reports),
         image_sizes=traced.signature.image_sizes,
-        adapter_inputs=adapter_inputs,
+        adapter_inputs=None if conversion.adapters is None else conversion.adapters.inputs,
         weights=weight_entries(traced, graphs),
         base=_base(traced),
-        rows=rows,
+        rows=next(iter(log.summaries(RowsEntry)), None),
         flavour=flavour,
     )
 

@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-from torch import fx
 
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.adapters_as_data import DataSites, by_row
 from gralora_fx.exporters.artifact.genai_config import write_genai_config
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request, with_rows
+from gralora_fx.exporters.conversion import Conversion
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, marking_passes, with_rows
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.cached_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
 from gralora_fx.exporters.onnx_passes.copies import copied
-from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes, marking_passes
 from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
@@ -28,7 +27,7 @@ from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
-from gralora_fx.exporters.options import DYNAMIC, ExportOptions
+from gralora_fx.exporters.options import DYNAMIC
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
@@ -43,14 +42,7 @@ from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-def decoder_models(
-    graph_module: fx.GraphModule,
-    options: ExportOptions,
-    log: PassLog,
-    *,
-    num_cache_outputs: int = 0,
-    data: DataSites | None = None,
-) -> Models:
+def decoder_models(conversion: Conversion) -> Models:
     """The ONNX models of a traced decoder step, by the names of their files.
 
     Before: `logits, keys and values = forward(input_ids, attention_mask, position_ids, past keys and values)`
@@ -62,46 +54,40 @@ def decoder_models(
     log.
 
     Args:
-        graph_module: A graph traced with a cache, without adapters, in evaluation mode.
-        options: The options of the export.
-        log: Gets a report for each pass, an `AttentionReport` and a `RowsEntry`.
-        num_cache_outputs: How many outputs after the logits are a cache's.
-        data: The layers whose adapters are data of the models; None for none.
+        conversion: What is converted, traced with a cache; its log gets an `AttentionReport` and a `RowsEntry`.
 
     Raises:
         ExportError: The graph cannot be expressed in ONNX.
     """
+    options, log = conversion.options, conversion.log
+    casts = CastGraph(options.precision, cached_tensors(conversion.traced.example_inputs))
     model = translate(
-        graph_module,
+        graph_to_translate(conversion.traced),
         match_rms_norms,
         match_rotary,
         match_attention,
-        first=[CastGraph(options.precision, num_cache_outputs)],  # casts are seen before anything is simplified
+        first=[casts],  # casts are seen before anything is simplified
         log=log,
     )
-    model = attention_pipeline(RotaryTables(model.graph), data).run(model, log)
+    model = attention_pipeline(conversion, RotaryTables(model.graph)).run(model, log)
     copy = copied(model)
     last = [keep_last_position] if options.logits == "last" else []
-    model = decoder_pipeline("decoder", last, options, data).run(model, log)
-    return with_rows(model, lambda apart: _rows_model(copy, options, by_row(data), log, apart), log)
+    model = decoder_pipeline(conversion, "decoder", last).run(model, log)
+    return with_rows(model, conversion, lambda by_row: _rows_model(copy, by_row, log))
 
 
-def _rows_model(
-    model: ir.Model, options: ExportOptions, data: DataSites | None, found: PassLog, log: PassLog
-) -> ir.Model:
+def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.Model:
     """The graph whose rows have lengths of their own, made of one with fused attention.
 
     Args:
         model: The model; it is changed in place.
-        options: The options of the export.
-        data: The layers whose adapters are chosen by row; None for none.
+        conversion: What is converted, its adapters chosen by row.
         found: Knows which layers' attention is fused.
-        log: Gets a report for each pass.
 
     Raises:
         RowsError: The model does not allow it.
     """
-    if options.quantize == DYNAMIC:
+    if conversion.options.quantize == DYNAMIC:
         raise RowsError(
             f"quantize={DYNAMIC!r} rounds a batch by its largest value, so a row would depend on the others"
         )
@@ -109,21 +95,21 @@ def _rows_model(
         if report.cached and report.plain:
             layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)
             raise RowsError(f"rows of their own lengths need GroupQueryAttention, and it does not fit {layers}")
-    by_rows: list[Pass[ir.Model]] = [batch_continuously, LogitsOfRows(options.logits)]
-    return decoder_pipeline("rows", by_rows, options, data).run(model, log)
+    by_rows: list[Pass[ir.Model]] = [batch_continuously, LogitsOfRows(conversion.options.logits)]
+    return decoder_pipeline(conversion, "rows", by_rows).run(model, conversion.log)
 
 
-def attention_pipeline(tables: RotaryTables, data: DataSites | None = None) -> OnnxPipeline:
+def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipeline:
     """The passes over a translated decoder, before it becomes a graph of one length or one of rows.
 
     Args:
+        conversion: What is converted.
         tables: The tables of rotary embeddings in its graph.
-        data: The layers whose adapters are data of the models; None for none.
     """
     return OnnxPipeline(
         "decoder",
         (
-            *marking_passes(data),  # first: weights have their own names
+            *marking_passes(conversion),  # first: weights have their own names
             fold_transposes,  # first: packing and merging of matmuls look for weights, not for their transposes
             FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
@@ -133,16 +119,13 @@ def attention_pipeline(tables: RotaryTables, data: DataSites | None = None) -> O
     )
 
 
-def decoder_pipeline(
-    name: str, positions: Sequence[Pass[ir.Model]], options: ExportOptions, data: DataSites | None = None
-) -> OnnxPipeline:
+def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass[ir.Model]]) -> OnnxPipeline:
     """The passes over a decoder with fused attention.
 
     Args:
+        conversion: What is converted.
         name: The graph.
         positions: The passes that choose which positions are computed.
-        options: The options of the export.
-        data: The layers whose adapters are data of the model; None for none.
     """
     return OnnxPipeline(
         name,
@@ -156,8 +139,8 @@ def decoder_pipeline(
             name_axes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
-            *insertion_passes(data, quantized=options.quantization is not None),  # what was packed stays packed
-            *quantization_passes(options.quantization),  # last: all others look for matrices
+            *insertion_passes(conversion),  # what was packed stays packed
+            *quantization_passes(conversion.options.quantization),  # last: all others look for matrices
         ),
     )
 
@@ -175,13 +158,6 @@ def name_cache(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(2 * len(pasts) + 1)
 
 
-def _convert(request: Request) -> Models:
-    count = cached_tensors(request.traced.example_inputs)
-    return decoder_models(
-        request.graph_module, request.options, request.log, num_cache_outputs=count, data=request.data
-    )
-
-
 def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
     write_genai_config(directory, traced.config, models[MODEL])
 
@@ -189,7 +165,7 @@ def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
 DECODER = Flavour(
     DECODER_KIND,
     fits=lambda traced: traced.cache_layout is CacheLayout.DECODER,
-    convert=_convert,
+    convert=decoder_models,
     verification=Verification(decoder_inputs, drop_padding, random_prompts, compare_tokens),
     write_files=_write_files,
     has_last_logits=True,

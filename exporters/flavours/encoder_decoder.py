@@ -5,20 +5,18 @@ from __future__ import annotations
 import onnx_ir as ir
 from torch import fx
 
-from gralora_fx.exporters.adapters_as_data import DataSites
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request, note_rows
-from gralora_fx.exporters.flavours.translated_passes import translated_passes
+from gralora_fx.exporters.conversion import Conversion
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, note_rows, translated_passes
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import drop_stack_traces
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
-from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.quantize import tables_of_heads
 from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
-from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
@@ -30,7 +28,7 @@ from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 
 
-def encoder_decoder_models(request: Request) -> Models:
+def encoder_decoder_models(conversion: Conversion) -> Models:
     """The two ONNX models of a traced encoder-decoder, by the names of their files.
 
     `encoder_model`: `input_ids` or `input_features`, `attention_mask` -> `last_hidden_state`.
@@ -41,14 +39,16 @@ def encoder_decoder_models(request: Request) -> Models:
     values of the encoder's output are taken from the past and passed through. What the decoder reads of the encoder is
     float32.
 
+    Args:
+        conversion: What is converted.
+
     Raises:
         ExportError: The graph cannot be split or cannot be expressed in ONNX.
     """
-    options, log = request.options, request.log
-    parts = split(request.graph_module)
-    encoder = _translated("encoder", parts.encoder, CastGraph(options.precision), request)
-    cast = CastGraph(options.precision, len(parts.outputs) - 1)
-    decoder = _translated("decoder", parts.decoder, cast, request)
+    precision, log = conversion.options.precision, conversion.log
+    parts = split(graph_to_translate(conversion.traced))
+    encoder = _translated(conversion, "encoder", parts.encoder, CastGraph(precision))
+    decoder = _translated(conversion, "decoder", parts.decoder, CastGraph(precision, len(parts.outputs) - 1))
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):
@@ -57,58 +57,54 @@ def encoder_decoder_models(request: Request) -> Models:
         value.name = name
     tables = frozenset(tables_of_heads(encoder) | tables_of_heads(decoder))
     for name, model in (("encoder", encoder), ("decoder", decoder)):
-        named_pipeline(name, options, tables, request.data).run(model, log)
-    if request.data is not None:
+        named_pipeline(conversion, name, tables).run(model, log)
+    if conversion.adapters is not None:
         note_rows(
             RowsEntry(None, "rows of an encoder-decoder run one after the other, each with its adapter"), decoder, log
         )
     return {ENCODER: encoder, DECODER: decoder}
 
 
-def _translated(name: str, graph_module: fx.GraphModule, cast: CastGraph, request: Request) -> ir.Model:
+def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule, cast: CastGraph) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
-    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=request.log, name=name)
-    return translated_pipeline(name, request.options, request.data).run(model, request.log)
+    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=conversion.log, name=name)
+    return translated_pipeline(conversion, name).run(model, conversion.log)
 
 
-def translated_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> OnnxPipeline:
+def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
     """What either part goes through as it was translated.
 
     Args:
+        conversion: What is converted.
         name: The part.
-        options: The options of the export.
-        data: The layers whose adapters are data of the models; None for none.
     """
     return OnnxPipeline(
         name,
         (
-            *translated_passes(options, data, unless_weight),
+            *translated_passes(conversion, unless_weight),
             drop_stack_traces,
         ),
     )
 
 
-def named_pipeline(
-    name: str, options: ExportOptions, tables: frozenset[str], data: DataSites | None = None
-) -> OnnxPipeline:
+def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) -> OnnxPipeline:
     """What a part goes through once its inputs and outputs have their names.
 
     Args:
+        conversion: What is converted.
         name: The part.
-        options: The options of the export.
         tables: Names of embeddings that are a head's weight in either part.
-        data: The layers whose adapters are data of the models; None for none.
     """
     return OnnxPipeline(
         name,
         (
             name_axes,
             *insertion_passes(
-                data, quantized=options.quantization is not None
+                conversion
             ),  # what was fused stays fused; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
-            *quantization_passes(options.quantization, tables),  # last: all others look for matrices
+            *quantization_passes(conversion.options.quantization, tables),  # last: all others look for matrices
         ),
     )
 
@@ -118,4 +114,5 @@ ENCODER_DECODER = Flavour(
     fits=lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
     convert=encoder_decoder_models,
     verification=Verification(encoder_decoder_inputs, drop_padding, compare_tokens=compare_tokens),
+    takes_texts=False,
 )

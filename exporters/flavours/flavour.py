@@ -1,4 +1,7 @@
-"""What a kind of export is: which traces it is for, how they become ONNX models, what else it writes and compares."""
+"""What a kind of export is: which traces it is for, how they become ONNX models, what else it writes and compares.
+
+The passes that several kinds have are here too.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from torch import fx
 
-from gralora_fx.exporters.adapters_as_data import DataSites
+from gralora_fx.errors import ExportError, warn_caller
+from gralora_fx.exporters.conversion import Conversion
+from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
+from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
+from gralora_fx.exporters.onnx_passes.insert_adapters import InsertAdapters
+from gralora_fx.exporters.onnx_passes.mark_sites import MarkSites
+from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
+from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
-from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.options import DYNAMIC, ExportOptions
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.graph.pipeline import PassLog, PassResult, Skip
+from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Skip
 from gralora_fx.runtime.export_directory import MODEL, ROWS, ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.tracing.traced_model import TracedModel
@@ -21,18 +31,57 @@ from gralora_fx.tracing.traced_model import TracedModel
 Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 
-def with_rows(model: ir.Model, rows: Callable[[PassLog], ir.Model], log: PassLog) -> Models:
+def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """What marks the outputs of layers whose adapters are data, to be run first: weights must have their own names.
+
+    Args:
+        conversion: What is converted.
+    """
+    adapters = conversion.adapters
+    return () if adapters is None else (MarkSites(adapters.weights, adapters.norm_biases),)
+
+
+def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """What inserts adapters that are data, to be run once all is fused, and before weights are quantized.
+
+    Args:
+        conversion: What is converted.
+    """
+    adapters = conversion.adapters
+    return () if adapters is None else (InsertAdapters(adapters.inputs, conversion.options.quantize is not None),)
+
+
+def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
+    """What a graph goes through as it was translated, where no cache is fused into its attention.
+
+    Args:
+        conversion: What is converted.
+        may_fold: Whether constants may be folded at a node.
+    """
+    return (
+        *marking_passes(conversion),  # first: weights have their own names
+        fold_transposes,  # first: constant folding would compute the transposes of weights
+        FuseDotProductAttention(),  # before constants are folded: it makes some
+        LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
+        FoldConstants(may_fold),
+        remove_unused_nodes,  # so that none of them counts as a reader of tokens
+        FlattenTokens(not conversion.options.keep_padding),  # what lies between one attention and the next
+    )
+
+
+def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversion], ir.Model]) -> Models:
     """A model and its graph for rows of a batch that differ, over the same weights, if there can be one.
 
     Args:
         model: `model.onnx`.
-        rows: Makes `model_rows.onnx`, given a log of its passes; it raises `RowsError` where there can be none.
-        log: Gets a `RowsEntry`, which has the reason where there is none, besides the reports of passes.
+        conversion: What was converted; its log gets a `RowsEntry`, which has the reason where there is none, besides
+            the reports of passes.
+        rows: Makes `model_rows.onnx`, given the conversion by row; it raises `RowsError` where there can be none.
     """
-    models = {MODEL: model}
+    models, log = {MODEL: model}, conversion.log
     apart = PassLog(log.dump, log.reports)  # counts are those of one graph
     try:
-        models[ROWS] = rows(apart)
+        models[ROWS] = rows(conversion.by_row(apart))
         entry = RowsEntry(ROWS_NAME)
     except RowsError as error:
         entry = RowsEntry(None, str(error))
@@ -52,25 +101,6 @@ def note_rows(entry: RowsEntry, model: ir.Model, log: PassLog) -> None:
     log.add("rows", "graph_of_rows", PassResult(1 - len(left), left, summary=entry), model)
 
 
-@dataclass(frozen=True)
-class Request:
-    """An export request.
-
-    Attributes:
-        traced: The trace, with adapters folded.
-        graph_module: A copy of its graph in evaluation mode, every node with its traced value (`meta["val"]`).
-        options: The options of the export.
-        log: Receives a report for each pass.
-        data: The layers whose adapters are data of the models; None for none.
-    """
-
-    traced: TracedModel
-    graph_module: fx.GraphModule
-    options: ExportOptions
-    log: PassLog
-    data: DataSites | None = None
-
-
 def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None:
     """Write nothing: most flavours consist of their models alone."""
 
@@ -86,17 +116,41 @@ class Flavour:
         verification: What is compared with the model.
         write_files: Writes what other programs read beside the models.
         has_last_logits: Whether it can return the last position's logits alone.
+        takes_texts: Whether what weights in blocks change can be measured on texts.
         shares_weights: Whether its models have their weights in one file.
     """
 
     name: str
     fits: Callable[[TracedModel], bool]
-    convert: Callable[[Request], Models]
+    convert: Callable[[Conversion], Models]
     verification: Verification
     write_files: Callable[[Path, TracedModel, Models], None] = _write_nothing
     has_last_logits: bool = False
+    takes_texts: bool = True
     shares_weights: bool = False
 
     def logits(self, options: ExportOptions) -> str:
         """Which positions' logits an export gives: `"last"` or `"all"`."""
         return options.logits if self.has_last_logits else "all"
+
+    def check(self, options: ExportOptions) -> None:
+        """Check that an export of the kind can have the options.
+
+        Raises:
+            ExportError: It cannot.
+        """
+        if options.logits == "all" and not self.has_last_logits:
+            warn_caller(
+                "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it "
+                "out"
+            )
+        if options.texts is not None and not self.takes_texts:
+            raise ExportError(
+                "texts=... is for decoders and models without a cache, and the task is an encoder-decoder's with one; "
+                "leave it out"
+            )
+
+    def measures_quality(self, options: ExportOptions) -> bool:
+        """Whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
+        is_measured = options.quantize == DYNAMIC or (options.quantize is not None and self.takes_texts)
+        return is_measured and options.precision != "bf16"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,89 +20,73 @@ from gralora_fx.compat import pytree
 from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.errors import listed
-from gralora_fx.exporters.adapters_as_data import DataSites, by_row
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request, with_rows
-from gralora_fx.exporters.flavours.translated_passes import translated_passes
+from gralora_fx.exporters.conversion import Conversion
+from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, translated_passes, with_rows
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import (
     deduplicate_constants,
     drop_stack_traces,
 )
 from gralora_fx.exporters.onnx_passes.copies import copied
-from gralora_fx.exporters.onnx_passes.data_adapters import insertion_passes
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_pipeline import OnnxIrPass, OnnxPipeline
-from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.adapters_by_row import compare_rows
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
-from gralora_fx.graph.pipeline import PassLog, PassResult
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.runtime.export_directory import MODEL, PLAIN_KIND
 
 
-def plain_models(
-    graph_module: fx.GraphModule,
-    inputs: Mapping[str, Any],
-    options: ExportOptions,
-    log: PassLog,
-    data: DataSites | None = None,
-) -> Models:
+def plain_models(conversion: Conversion) -> Models:
     """The ONNX model of a traced graph without a cache; with adapters as data also one whose rows have one each.
 
     Args:
-        graph_module: The graph, without adapters, in evaluation mode, every node with the value that tracing noted.
-        inputs: The inputs it was traced with, by name.
-        options: The options of the export.
-        log: Receives a report for each pass.
-        data: The layers whose adapters are data of the model; None for none.
+        conversion: What is converted.
 
     Raises:
         ExportError: The graph cannot be expressed in ONNX.
     """
-    graph_module, outputs = _with_flat_outputs(graph_module)
-    first = [CastGraph(options.precision)]  # casts are seen before anything is simplified
+    log = conversion.log
+    graph_module, outputs = _with_flat_outputs(graph_to_translate(conversion.traced))
+    first = [CastGraph(conversion.options.precision)]  # casts are seen before anything is simplified
     model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log)
-    model = plain_pipeline(input_names(inputs), outputs, options, data).run(model, log)
-    copy = copied(model) if options.adapters == DATA else None
-    model = finishing_pipeline("plain", options, data).run(model, log)
+    model = plain_pipeline(conversion, outputs).run(model, log)
+    copy = copied(model) if conversion.options.adapters == DATA else None
+    model = finishing_pipeline(conversion, "plain").run(model, log)
     if copy is None:
         return {MODEL: model}
-    rows = finishing_pipeline("rows", options, by_row(data))
 
-    def by_rows(apart: PassLog) -> ir.Model:
-        return check_rows(rows.run(copy, apart))
+    def rows_model(by_row: Conversion) -> ir.Model:
+        return check_rows(finishing_pipeline(by_row, "rows").run(copy, by_row.log))
 
-    return with_rows(model, by_rows, log)
+    return with_rows(model, conversion, rows_model)
 
 
-def plain_pipeline(
-    inputs: list[str], outputs: list[str], options: ExportOptions, data: DataSites | None = None
-) -> OnnxPipeline:
+def plain_pipeline(conversion: Conversion, outputs: Sequence[str]) -> OnnxPipeline:
     """The passes over a translated graph without a cache.
 
     Args:
-        inputs: Names of its inputs.
+        conversion: What is converted.
         outputs: Names of its outputs.
-        options: The options of the export.
-        data: The layers whose adapters are data of the model; None for none.
     """
     return OnnxPipeline(
         "plain",
         (
-            *translated_passes(options, data, _may_fold),
+            *translated_passes(conversion, _may_fold),
             OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
             deduplicate_constants,
             OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now
             OnnxIrPass(OutputFixPass()),  # two outputs may be the same value by now
-            NameEnds(tuple(inputs), tuple(outputs)),
+            NameEnds(tuple(input_names(conversion.traced.graph_inputs)), tuple(outputs)),
             OnnxIrPass(NameFixPass()),
             name_outputs,
             name_axes,
@@ -113,19 +97,18 @@ def plain_pipeline(
     )
 
 
-def finishing_pipeline(name: str, options: ExportOptions, data: DataSites | None = None) -> OnnxPipeline:
+def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
     """The passes over a graph that is what it is but for adapters and quantized weights.
 
     Args:
+        conversion: What is converted.
         name: The graph.
-        options: The options of the export.
-        data: The layers whose adapters are data of the model; None for none.
     """
     return OnnxPipeline(
         name,
         (
-            *insertion_passes(data, quantized=options.quantization is not None),  # what was fused stays fused
-            *quantization_passes(options.quantization),  # last: all others look for matrices
+            *insertion_passes(conversion),  # what was fused stays fused
+            *quantization_passes(conversion.options.quantization),  # last: all others look for matrices
         ),
     )
 
@@ -205,15 +188,10 @@ def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(abs(len(model.graph) - before))
 
 
-def _convert(request: Request) -> Models:
-    inputs = request.traced.graph_inputs
-    return plain_models(request.graph_module, inputs, request.options, request.log, request.data)
-
-
 PLAIN = Flavour(
     PLAIN_KIND,
     fits=lambda traced: True,
-    convert=_convert,
+    convert=plain_models,
     verification=Verification(plain_inputs, drop_padding, compare_tokens=compare_rows),
     shares_weights=True,
 )

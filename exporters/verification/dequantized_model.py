@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.folded_model import base_trace, fold_adapters
+from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
 from gralora_fx.exporters.onnx_passes.quantization import quantization_of
 from gralora_fx.exporters.onnx_passes.quantize import dequantize

@@ -12,7 +12,7 @@ from transformers import Cache
 from gralora_fx.compat.pytree import tree_map, tree_map_only
 from gralora_fx.compat.torch_graphs import TorchDispatchMode, returns_alias
 from gralora_fx.errors import first_line
-from gralora_fx.exporters.folded_model import base_trace
+from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.exporters.reports import RoundingCheck
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value

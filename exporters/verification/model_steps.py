@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.folded_model import base_trace
+from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_fx.exporters.folded_model import base_trace, fold_adapters
+from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.verification.adapter_variants import variants
 from gralora_fx.exporters.verification.cases import Case, Verification

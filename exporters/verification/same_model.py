@@ -9,7 +9,7 @@ from typing import Any
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
 from gralora_fx.exporters.artifact.manifest import describe_adapters
-from gralora_fx.exporters.folded_model import base_trace
+from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.exporters.verification.manifest_adapters import check_active_adapters
 from gralora_fx.exporters.verification.tensor_names import flat
 from gralora_fx.model.gralora_model import GraloraModel

@@ -16,8 +16,10 @@ from traces import fresh_trace
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours import decoder, encoder_decoder, plain, registry
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, Request
+from gralora_fx.exporters.flavours.flavour import Flavour, Models
+from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
@@ -71,8 +73,8 @@ class Doubling(nn.Module):
         return 2 * x
 
 
-def convert(request: Request) -> Models:
-    model = translate(request.graph_module, log=request.log, name="doubling")
+def convert(conversion: Conversion) -> Models:
+    model = translate(graph_to_translate(conversion.traced), log=conversion.log, name="doubling")
     model.graph.inputs[0].name, model.graph.outputs[0].name = "x", "output"
     return {"model": model}
 

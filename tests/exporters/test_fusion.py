@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
+from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.decoder import decoder_models
 from gralora_fx.exporters.fx_passes.simplify import simplify
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
@@ -132,7 +133,7 @@ def test_layers_become_the_operators_that_the_runtime_is_fast_at(
     config: Any, sizes: dict[str, Any], expected: dict[str, int]
 ) -> None:
     traced = trace(AutoModelForCausalLM.from_config(config(**sizes)).eval(), task="text-generation-with-past").eval()
-    model = decoder_models(traced.graph_module, ExportOptions(), PassLog())["model"]
+    model = decoder_models(Conversion(traced, traced, ExportOptions(), PassLog()))["model"]
     operators = Counter(node.op_type for node in model.graph)
     assert operators["GroupQueryAttention"] == 2
     assert all(node.inputs[0].is_initializer() for node in model.graph if node.op_type == "Transpose")  # a tied head
@@ -144,6 +145,6 @@ def test_a_merged_graph_has_the_operators_of_the_base_one_for_one() -> None:
     traced = trace(AutoModelForCausalLM.from_config(config).eval(), task="text-generation-with-past").eval()
     adapted = rewrite(traced, GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False))
     models = (traced, merge(adapted))
-    graphs = [decoder_models(model.graph_module, ExportOptions(), PassLog())["model"].graph for model in models]
+    graphs = [decoder_models(Conversion(model, model, ExportOptions(), PassLog()))["model"].graph for model in models]
     base, merged = ([(node.domain, node.op_type, len(node.inputs)) for node in graph] for graph in graphs)
     assert merged == base

@@ -16,6 +16,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.decoder import attention_pipeline, decoder_pipeline
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
@@ -173,10 +174,13 @@ def test_an_export_names_no_path_of_the_machine_that_made_it(name: str, task: st
 
 def test_a_pipeline_reads_as_the_list_of_its_passes() -> None:
     tables = RotaryTables(onnx_model("").graph)
-    fused = [name_of(entry) for entry in attention_pipeline(tables).passes]
-    last = [name_of(entry) for entry in decoder_pipeline("", [keep_last_position], ExportOptions()).passes]
-    every = [name_of(entry) for entry in decoder_pipeline("", [], ExportOptions()).passes]
-    small = [name_of(entry) for entry in decoder_pipeline("", [], ExportOptions(quantize="int4")).passes]
+    traced = fresh_trace("gpt2", task=CACHED)
+    plain = Conversion(traced, traced, ExportOptions(), PassLog())
+    quantized = Conversion(traced, traced, ExportOptions(quantize="int4"), PassLog())
+    fused = [name_of(entry) for entry in attention_pipeline(plain, tables).passes]
+    last = [name_of(entry) for entry in decoder_pipeline(plain, "", [keep_last_position]).passes]
+    every = [name_of(entry) for entry in decoder_pipeline(plain, "", []).passes]
+    small = [name_of(entry) for entry in decoder_pipeline(quantized, "", []).passes]
     assert fused[:3] == ["fold_transposes", "fuse_attention", "lower_rotary"]
     assert last == ["keep_last_position", *every]
     assert small == [*every, "quantize_weights"]
