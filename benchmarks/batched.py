@@ -21,12 +21,11 @@ from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
-from gralora_fx.runtime.adapter_session import with_adapter
-from gralora_fx.runtime.encoder_decoder_session import as_past
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS, ROWS_NAME
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.runtime.session import Runtime, open_session, quiet_options
+from gralora_fx.runtime.session_views import as_past, with_adapter
 
 RUNS = Path("runs/batched")
 ROWS, PROMPT, CHUNK, THREADS = 8, 32, 64, 2

@@ -36,7 +36,7 @@ from benchmarks.genai import open_model, token_times
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_name import SUFFIX
+from gralora_fx.runtime.adapter_paths import SUFFIX
 from gralora_fx.runtime.export_directory import ADAPTERS
 
 RUNS = Path("runs/service")

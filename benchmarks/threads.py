@@ -17,7 +17,7 @@ from benchmarks.generation import RUNS
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.cores import available_threads
+from gralora_fx.runtime.run_options import available_threads
 from gralora_fx.serving import load
 
 PROMPT, STEPS = 256, 32

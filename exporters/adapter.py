@@ -11,10 +11,9 @@ from gralora_fx.adapters.stored import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
 from gralora_fx.exporters.artifact.changes import Changes
-from gralora_fx.runtime.adapter_name import SUFFIX, check_name
-from gralora_fx.runtime.export_adapters import check_takes_adapters
-from gralora_fx.runtime.export_base import base_of_export, layers_of_export
+from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
 from gralora_fx.runtime.export_directory import ADAPTERS
+from gralora_fx.runtime.export_files import base_of_export, layers_of_export
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.sources.same_base import BaseSource, compare_bases
 

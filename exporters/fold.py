@@ -32,9 +32,8 @@ from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_
 from gralora_fx.exporters.folding.requantize import Survival, check_survival, overall_share, survival_by_layer
 from gralora_fx.exporters.folding.source_export import SourceExport, is_lone_file, open_export, source_directory
 from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.export_base import base_of_export, layers_of_export
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
-from gralora_fx.runtime.export_files import check_files, describe_files
+from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files, layers_of_export
 from gralora_fx.runtime.manifest import FileEntry, Manifest, WeightEntry
 from gralora_fx.sources.rewriting import NewFile, write_files
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases

@@ -20,14 +20,12 @@ from gralora_fx.exporters.onnx_passes.constant_adapters import ConstantAdapters
 from gralora_fx.exporters.triton_files.config import TritonConfig, tensors_of
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.adapter_arrays import as_arrays
-from gralora_fx.runtime.adapter_file import read_tensors
+from gralora_fx.runtime.adapter_file import read_record, read_tensors
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.adapter_name import SUFFIX, check_name
-from gralora_fx.runtime.adapter_record import read_record
-from gralora_fx.runtime.adapter_stack import AdapterStack
-from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, own_adapters
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.joined_adapters import AdapterStack
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data, open_session
 from gralora_fx.sources.paths import usable_directory, usable_path

@@ -30,7 +30,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
+from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.session import Runtime
 from gralora_fx.tracing.traced_model import TracedModel
 

@@ -16,7 +16,7 @@ from gralora_fx.methods.forms import as_data
 from gralora_fx.runtime.adapter_arrays import cast
 from gralora_fx.runtime.adapter_file import record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import BIAS, AdapterInputs, AdapterSite
-from gralora_fx.runtime.adapter_name import SUFFIX, check_name, record_path
+from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, record_path
 from gralora_fx.runtime.export_directory import ADAPTERS
 from gralora_fx.sources.atomic_save import save_together
 from gralora_fx.sources.same_base import BaseComparison

@@ -31,14 +31,12 @@ from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.replace_weights import replace_weights
 from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
-from gralora_fx.runtime.adapter_file import read_tensors
+from gralora_fx.runtime.adapter_file import read_record, read_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
-from gralora_fx.runtime.adapter_name import check_name
-from gralora_fx.runtime.adapter_record import read_record
-from gralora_fx.runtime.adapter_session import adapter_dtype, adapter_values, with_adapter
-from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.adapter_paths import check_name, own_adapters
 from gralora_fx.runtime.export_directory import PAST_SEQLENS
 from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.session_views import adapter_dtype, adapter_values, with_adapter
 from gralora_fx.tracing.traced_model import TracedModel
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -16,7 +16,7 @@ from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.rows_decoder import RowsDecoder
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.verification.prompts import Prompts
-from gralora_fx.runtime.adapter_stack import Stack
+from gralora_fx.runtime.joined_adapters import Stack
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.ort_values import as_tensor, as_value
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gralora_fx.runtime.encoder_decoder_session import as_past
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
+from gralora_fx.runtime.session_views import as_past
 from gralora_fx.tracing.inputs.decoder_cache import positions
 
 Step = Callable[[Tensor, Tensor], Tensor]  # from new ids and the mask of all positions to logits

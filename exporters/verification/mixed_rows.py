@@ -16,9 +16,9 @@ from onnxruntime import OrtValue
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, is_adapter_input
-from gralora_fx.runtime.adapter_session import SessionView
-from gralora_fx.runtime.adapter_stack import BASE
+from gralora_fx.runtime.joined_adapters import BASE
 from gralora_fx.runtime.ort_values import as_tensor, as_value, own_value
+from gralora_fx.runtime.session_views import SessionView
 
 
 class MixedRows(SessionView):

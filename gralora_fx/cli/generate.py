@@ -17,8 +17,7 @@ from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.adapter_name import check_name
-from gralora_fx.runtime.export_adapters import check_takes_adapters, given_adapter, own_adapters
+from gralora_fx.runtime.adapter_paths import check_name, check_takes_adapters, given_adapter, own_adapters
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.sources.paths import usable_path
 
@@ -188,7 +187,7 @@ def _read_file(path: str) -> bytes:
 
 def _recording(model: Any, data: bytes) -> dict[str, Any]:
     """A recording as `generate` takes it."""
-    from gralora_fx.serving.speech.audio_files import read_audio
+    from gralora_fx.serving.recordings import read_audio
 
     audio = read_audio(data, model.encoder_inputs.speech.most_seconds)
     return {"array": audio.samples, "sampling_rate": audio.rate}

@@ -14,7 +14,7 @@ from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
-from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.adapter_paths import own_adapters
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 
 FoldedAdapters = Annotated[
@@ -93,7 +93,7 @@ def verify(
         _verify_files(onnx, [name for name, value in others.items() if value])
         return
     if provider is not None:
-        from gralora_fx.runtime.options import runtime_of
+        from gralora_fx.runtime.run_options import runtime_of
 
         runtime_of(provider, of_provider, None, None)
     manifest = read_manifest(onnx)  # before anything slow is imported

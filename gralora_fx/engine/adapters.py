@@ -15,15 +15,12 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value
-from gralora_fx.runtime.adapter_file import read_tensors, record_in_memory
+from gralora_fx.runtime.adapter_file import AdapterRecord, check_rank, read_record, read_tensors, record_in_memory
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs
-from gralora_fx.runtime.adapter_mix import mixed
-from gralora_fx.runtime.adapter_name import SUFFIX, check_name
-from gralora_fx.runtime.adapter_record import AdapterRecord, check_rank, read_record
-from gralora_fx.runtime.adapter_session import adapter_values, empty_adapter
-from gralora_fx.runtime.adapter_stack import AdapterStack, Stack, row_ids
-from gralora_fx.runtime.export_adapters import check_takes_adapters, own_adapters
+from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters, own_adapters
+from gralora_fx.runtime.joined_adapters import AdapterStack, Stack, mixed, row_ids
 from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.session_views import adapter_values, empty_adapter
 from gralora_fx.sources.paths import usable_path
 
 

@@ -11,9 +11,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gralora_fx.runtime.encoder_decoder_session import PAST, PRESENT
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
 from gralora_fx.runtime.session import CPU, quiet_run
+from gralora_fx.runtime.session_views import PAST, PRESENT
 
 
 class BufferedSteps:

@@ -19,11 +19,10 @@ from gralora_fx.engine.decoder import Decoder, Source
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
-from gralora_fx.runtime.adapter_session import with_adapter
-from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past
 from gralora_fx.runtime.export_directory import FLAG
 from gralora_fx.runtime.input_arrays import as_array
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
+from gralora_fx.runtime.session_views import EncoderDecoderSession, as_past, with_adapter
 
 _MOST_ENCODINGS = 8  # sources
 _OF_SOURCE = ".encoder."  # in the names of the keys and values of the source

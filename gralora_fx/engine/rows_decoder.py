@@ -15,8 +15,8 @@ from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
-from gralora_fx.runtime.adapter_stack import BASE, Stack
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.runtime.joined_adapters import BASE, Stack
 from gralora_fx.runtime.ort_values import as_tensor
 
 

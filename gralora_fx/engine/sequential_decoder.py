@@ -17,9 +17,9 @@ from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.encoder_decoder_session import PAST, as_past
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
 from gralora_fx.runtime.session import quiet_run
+from gralora_fx.runtime.session_views import PAST, as_past
 
 _READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
 

@@ -1,15 +1,20 @@
-"""The files of an export directory compared with its manifest, without torch or a model."""
+"""An export directory compared with its manifest: its files, the packages that run it, and the base that it is of."""
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
+from packaging.version import InvalidVersion, Version
+
+from gralora_fx.adapters.agreement import KnownLayers
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.runtime.export_directory import ADAPTERS, MANIFEST_NAME
 from gralora_fx.runtime.manifest import FileEntry, Manifest
+from gralora_fx.sources.same_base import BaseSource, read_config_fields
 
 # files that serving or a tokenizer reads when they are there, by the names that libraries look for
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx_data", "vocab.txt", "merges.txt")
@@ -99,3 +104,65 @@ def file_names(folder: Path) -> list[str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_requirements(directory: Path, manifest: Manifest, error: type[GraloraError] = ExportError) -> None:
+    """Check the packages that an export names.
+
+    Args:
+        directory: The export directory, for messages.
+        manifest: Its manifest.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: a package is missing or too old.
+    """
+    for package, oldest in (manifest.requires or {}).items():
+        found = _version(package)
+        try:
+            is_enough = found is not None and Version(found) >= Version(oldest)
+        except (InvalidVersion, TypeError) as failure:
+            raise error(
+                f"{directory} requires {package} {oldest!r}, which is not a version; export it again"
+            ) from failure
+        if not is_enough:
+            raise error(
+                f"{directory} needs {package} {oldest} or newer, and {found or 'none'} is installed; "
+                f"pip install '{package}>={oldest}'"
+            )
+
+
+def _version(package: str) -> str | None:
+    if package == "onnxruntime":  # which other distributions bring too
+        import onnxruntime  # comparing files needs none
+
+        own: str = onnxruntime.__version__
+        return own
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def base_of_export(directory: str | Path, manifest: Manifest | None, given: str | Path | None = None) -> BaseSource:
+    """What is known of the base of an export.
+
+    Args:
+        directory: The export directory, whose `config.json` is the exported model's.
+        manifest: Its manifest; None of another exporter's.
+        given: The base as the caller names it, for an export that does not.
+    """
+    fields = read_config_fields(Path(directory))
+    if manifest is not None and manifest.base is not None:
+        return BaseSource(manifest.base.name, manifest.base.revision, fields)
+    named = given or (fields or {}).get("_name_or_path")
+    return BaseSource(str(named) if named else None, None, fields)
+
+
+def layers_of_export(directory: str | Path, manifest: Manifest) -> KnownLayers:
+    """The linear layers of an exported model, whether the export takes adapters there or not."""
+    model_type = (read_config_fields(Path(directory)) or {}).get("model_type")
+    linear, functional = (
+        [site.path for site in manifest.sites if (site.kind == "functional") == is_call] for is_call in (False, True)
+    )
+    return KnownLayers(linear, model_type if isinstance(model_type, str) else None, functional)

@@ -9,9 +9,9 @@ from typing import Any
 import onnxruntime
 
 from gralora_fx.errors import warn_caller
-from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.openvino import arithmetic, is_openvino
 from gralora_fx.runtime.session import CPU, Runtime
+from gralora_fx.runtime.session_views import EncoderDecoderSession
 
 _RECORD = "session.record_ep_graph_assignment_info"
 _SHOWN = 6  # operators of a provider in a text

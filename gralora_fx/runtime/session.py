@@ -12,9 +12,9 @@ import onnxruntime
 
 from gralora_fx.compat.onnxruntime import NoKernel
 from gralora_fx.errors import ExportError, GraloraError, first_line
-from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
 from gralora_fx.runtime.plugins import Device
+from gralora_fx.runtime.session_views import EncoderDecoderSession
 from gralora_fx.sources.paths import usable_path
 
 CPU = "CPUExecutionProvider"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.runtime.adapter_name import check_name
+from gralora_fx.runtime.adapter_paths import check_name
 
 _NAME_IN_KEY = 100  # characters of a name that a version's key begins with
 _MOST_CHANGES = 16  # that wait

@@ -15,13 +15,12 @@ from gralora_fx.engine.decoder import Source
 from gralora_fx.engine.limits import DecoderLimits, TooLargeError, context_length
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
-from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
 from gralora_fx.runtime.input_arrays import as_array
+from gralora_fx.runtime.session_views import EncoderDecoderSession
 from gralora_fx.serving.generation_rules import GenerationRules
+from gralora_fx.serving.recordings import Audio, SpeechReader
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.speech.audio_files import Audio
-from gralora_fx.serving.speech.speech_prompt import SpeechPrompt
-from gralora_fx.serving.speech.speech_reader import SpeechReader
+from gralora_fx.serving.speech_prompt import SpeechPrompt
 
 _IDS, _MASK = "input_ids", "attention_mask"
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.runtime.adapter_stack import names_of_rows
+from gralora_fx.runtime.joined_adapters import names_of_rows
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.prompts import GenerateInputs, Prompts
-from gralora_fx.serving.speech.speech_prompt import SpeechPrompt
-from gralora_fx.serving.speech.speech_reader import is_recording, recording
+from gralora_fx.serving.recordings import is_recording, recording
+from gralora_fx.serving.speech_prompt import SpeechPrompt
 
 _FEATURES, _MASK = "input_features", "attention_mask"
 Adapter: TypeAlias = str | Sequence[str | None] | None

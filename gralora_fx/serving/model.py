@@ -14,10 +14,9 @@ from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
-from gralora_fx.runtime.adapter_session import with_adapter
-from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession
-from gralora_fx.runtime.options import ProviderOptions, Providers, runtime_of
+from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.session import quiet_run
+from gralora_fx.runtime.session_views import EncoderDecoderSession, with_adapter
 from gralora_fx.serving.call_arrays import CallInputs, Outputs
 from gralora_fx.serving.completion import Completions
 from gralora_fx.serving.encoder_inputs import EncoderInputs

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ServingError, listed
 from gralora_fx.loading.tokenizers import load_tokenizer
-from gralora_fx.runtime.export_adapters import own_adapters
+from gralora_fx.runtime.adapter_paths import own_adapters
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME, check_own_file
-from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.export_files import check_files, check_requirements
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.placement import (
     Placement,
@@ -24,7 +24,6 @@ from gralora_fx.runtime.placement import (
     placement_of,
     warn_of_idle,
 )
-from gralora_fx.runtime.requirements import check_requirements
 from gralora_fx.runtime.session import CPU, Runtime, open_session
 from gralora_fx.serving.generation import Generation
 from gralora_fx.sources.model_files import read_json_object

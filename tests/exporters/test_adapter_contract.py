@@ -20,10 +20,9 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.onnx_passes import insert_adapters
-from gralora_fx.runtime.adapter_file import read_tensors, record_of, write_tensors
+from gralora_fx.runtime.adapter_file import read_record, read_tensors, record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterSite
-from gralora_fx.runtime.adapter_name import record_path
-from gralora_fx.runtime.adapter_record import read_record
+from gralora_fx.runtime.adapter_paths import record_path
 from gralora_fx.runtime.manifest import read_manifest
 
 CACHED = "text-generation-with-past"

@@ -22,7 +22,7 @@ from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.verification import adapter_variants, decoder_rows
 from gralora_fx.exporters.verification.mixed_rows import MixedRows
-from gralora_fx.runtime.adapter_stack import Stack
+from gralora_fx.runtime.joined_adapters import Stack
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 

@@ -27,8 +27,8 @@ from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite,
 from gralora_fx.engine.encoder_decoder import EncoderDecoder
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.runtime.encoder_decoder_session import EncoderDecoderSession, as_past, empty_past
 from gralora_fx.runtime.session import open_session
+from gralora_fx.runtime.session_views import EncoderDecoderSession, as_past, empty_past
 from gralora_fx.serving import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone

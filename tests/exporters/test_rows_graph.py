@@ -27,8 +27,8 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.exporters.verification import decoder_rows
 from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.adapter_stack import row_ids
 from gralora_fx.runtime.export_directory import ROWS_NAME
+from gralora_fx.runtime.joined_adapters import row_ids
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 

@@ -22,7 +22,7 @@ from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_c
 from gralora_fx.exporters.artifact.staging import check_base_replaced
 from gralora_fx.loading import bases as loading
 from gralora_fx.loading.bases import load_base, load_traced, trace_base
-from gralora_fx.runtime.adapter_record import read_record
+from gralora_fx.runtime.adapter_file import read_record
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.sources.same_base import BaseSource
 

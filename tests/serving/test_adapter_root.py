@@ -13,7 +13,7 @@ from served_exports import decoders
 
 from gralora_fx.errors import ConfigError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter
-from gralora_fx.runtime.adapter_name import record_path
+from gralora_fx.runtime.adapter_paths import record_path
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError, AdapterRoot
 
 

@@ -21,8 +21,8 @@ from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.operators.attention import Attention
-from gralora_fx.runtime.cores import available_threads
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.run_options import available_threads
 from gralora_fx.serving import answers, load
 from gralora_fx.serving.model import OrtModel
 from tests.architectures.tiny_decoders import tiny_decoder

@@ -35,7 +35,7 @@ from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime import adapter_name
 from gralora_fx.serving import Decoder, load
 from gralora_fx.serving.http.settings import ServiceSettings
-from gralora_fx.serving.speech.audio_files import read_audio
+from gralora_fx.serving.recordings import read_audio
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

@@ -21,7 +21,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings
-from gralora_fx.serving.speech.audio_files import read_audio
+from gralora_fx.serving.recordings import read_audio
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 TASK = "automatic-speech-recognition-with-past"

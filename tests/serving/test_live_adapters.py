@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from tiny_models import text_batch
 
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_stack import AdapterStack
+from gralora_fx.runtime.joined_adapters import AdapterStack
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.settings import ServiceSettings

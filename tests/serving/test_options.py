@@ -15,7 +15,7 @@ from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime import session
-from gralora_fx.runtime.cores import available_threads
+from gralora_fx.runtime.run_options import available_threads
 from gralora_fx.serving import OrtModel, load
 
 CPU, AZURE = "CPUExecutionProvider", "AzureExecutionProvider"

@@ -26,7 +26,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
 from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.speech.audio_files import Audio
+from gralora_fx.serving.recordings import Audio
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}

@@ -15,8 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown
-from gralora_fx.runtime.adapter_name import record_path
-from gralora_fx.runtime.export_adapters import check_adapter_kind
+from gralora_fx.runtime.adapter_paths import check_adapter_kind, record_path
 from gralora_fx.serving.adapter_folder import as_data
 from gralora_fx.sources.paths import usable_path
 

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from gralora_fx.errors import GraloraError, ServingError, shown, warn_caller
-from gralora_fx.runtime.adapter_name import check_name
-from gralora_fx.runtime.export_adapters import check_takes_adapters, given_adapter
+from gralora_fx.runtime.adapter_paths import check_name, check_takes_adapters, given_adapter
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.adapter_folder import as_data
 from gralora_fx.serving.http.engines import Engine

@@ -14,7 +14,7 @@ from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.options import runtime_of
+from gralora_fx.runtime.run_options import runtime_of
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.http.encoder import Encoder

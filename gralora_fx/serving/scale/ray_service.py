@@ -20,7 +20,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import Message
 
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.runtime.cores import available_threads
+from gralora_fx.runtime.run_options import available_threads
 from gralora_fx.serving.http.adapters import load_given
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.engines import EncoderEngine, open_engine

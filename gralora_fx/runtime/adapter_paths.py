@@ -1,15 +1,37 @@
-"""Adapters as data of an export: whether it takes any, its own in its directory, and those at given paths."""
+"""Adapters as files: their names and places, those of an export and those that a user gives; light, for options."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from gralora_fx.errors import GraloraError
+from gralora_fx.errors import ExportError, GraloraError, shown
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
-from gralora_fx.runtime.adapter_name import SUFFIX, record_path
 from gralora_fx.runtime.export_directory import ADAPTERS, check_own_file
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.paths import shown_path, usable_path
+
+SUFFIX = ".onnx_adapter"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
+    """An adapter's name, which is also that of a file.
+
+    Raises:
+        GraloraError: Of the given type: it is something else than letters, digits, dots, dashes and underscores.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise error(
+            f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
+            "128, beginning with a letter or a digit"
+        )
+    return name
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of an adapter file is."""
+    return path.with_suffix(".json")
 
 
 def check_takes_adapters(

@@ -16,7 +16,7 @@ from tiny_speech import sound, wav
 
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.speech.audio_files import Audio, read_audio
+from gralora_fx.serving.recordings import Audio, read_audio
 
 RATE = 16_000
 
