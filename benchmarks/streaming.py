@@ -25,8 +25,8 @@ from transformers import PreTrainedConfig
 
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import GraloraConfig
-from gralora_fx.methods.gralora import factor_shapes
-from gralora_fx.methods.method import AdapterDims
+from gralora_fx.methods.gralora import GraloraSizes
+from gralora_fx.methods.registry import GRALORA
 
 GIB = 2**30
 TINY_LLAMA: dict[str, Any] = {
@@ -182,7 +182,7 @@ def write_adapter(directory: Path, kind: Kind) -> None:
     for key, shape in kind.shapes().items():
         path = key.removesuffix(".weight")
         if path != key and re.fullmatch(kind.adapted, path):
-            shapes = factor_shapes(shape[1], shape[0], AdapterDims(RANK, BLOCKS))
+            shapes = GRALORA.shapes(shape[1], shape[0], GraloraSizes(RANK, BLOCKS))
             site = f"base_model.model.{path}"
             tensors |= {
                 f"{site}.gralora_{name}": torch.randn(size, generator=generator) * 0.01 for name, size in shapes.items()

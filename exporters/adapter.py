@@ -85,8 +85,7 @@ def convert_adapter(
         The `.onnx_adapter` file, its record beside it.
 
     Raises:
-        ExportError: The export lacks layers of the adapter or its blocks, or the adapter is more than a sum of low-rank
-            terms.
+        ExportError: The export lacks layers of the adapter or its blocks, or the adapter's update is not of low rank.
         ConfigError: As of `export_adapter`.
         CheckpointError: As of `export_adapter`.
     """
@@ -94,6 +93,7 @@ def convert_adapter(
     inputs = manifest.adapter_inputs
     assert inputs is not None
     with open_adapter(adapter_dir, revision=revision) as stored:
+        stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
         stored.check_layers(layers_of_export(onnx_dir, manifest))
         made = BaseSource(stored.config.base_model_name_or_path, stored.config.revision)
         base = compare_bases(made, base_of_export(onnx_dir, manifest))

@@ -10,6 +10,7 @@ from gralora_fx.exporters.adapters_as_data import DataSites, data_sites
 from gralora_fx.exporters.onnx_pipeline import export_log
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.graph.pipeline import PassLog
+from gralora_fx.methods import method_of
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.merge import merge_lazily
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
@@ -64,8 +65,9 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
         MergeError: An adapter cannot be folded.
     """
     if isinstance(model, (TracedModel, GraloraModel)):
-        types = [config.peft_type for config in model.configs.values()] if isinstance(model, GraloraModel) else []
-        options.check_model(peft_types=types, task=base_trace(model).task)
+        configs = model.configs if isinstance(model, GraloraModel) else {}
+        methods = {name: method_of(config) for name, config in configs.items()}
+        options.check_model(methods=methods, task=base_trace(model).task)
     log = export_log(options.dump)
     if options.adapters == "merged" or not isinstance(model, GraloraModel):
         return Conversion(model, fold_adapters(model), options, log)

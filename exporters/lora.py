@@ -21,8 +21,8 @@ from gralora_fx.config.expressions import fullmatch
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
 from gralora_fx.methods.arrays import to_numpy
+from gralora_fx.methods.forms import truncate, update_norm
 from gralora_fx.methods.lora import Lora, LoraConfig
-from gralora_fx.methods.truncate import truncate, update_norm
 from gralora_fx.planning.targets import TargetRule
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def to_lora(
 
     Raises:
         ConfigError: The adapter's configuration cannot be read, `rank` is not positive or above every exact rank, or
-            the adapter is a LoRA already and no rank is given.
+            the adapter is a LoRA already and no rank is given, or its update is not of low rank.
         CheckpointError: The adapter's tensors are missing, damaged, not finite or do not fit its configuration.
         ExportError: The output may not be written, or writing fails.
     """
@@ -142,7 +142,8 @@ def to_lora(
 
 
 def _check_form(adapter: StoredAdapter, rank: int | None) -> None:
-    if rank is None and adapter.config.PEFT_TYPE == LoraConfig.PEFT_TYPE:
+    adapter.method.check_lora_form(adapter.directory, "to_lora", ConfigError)
+    if rank is None and isinstance(adapter.method, Lora):
         raise ConfigError(
             f"{adapter.directory} is a LoRA adapter already; use it as it is, or give rank=... to truncate it"
         )
@@ -154,7 +155,7 @@ def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair
     sites, lost, norm = [], 0.0, 0.0
     for path in adapter.sites:
         update = adapter.update(path)
-        A, B = (to_numpy(array) for array in update.factors.lora_form())
+        A, B = (to_numpy(array) for array in update.lora_form())
         if rank is None or A.shape[0] <= rank:
             pairs[path] = A, _scaled(B, update.scale)
             sites.append(LoraSite(path, A.shape[0], A.shape[0], 0.0))

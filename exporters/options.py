@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from gralora_fx.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ExportError
+from gralora_fx.methods import AdapterMethod
 from gralora_fx.runtime.adapter_inputs import AS_DATA, EARLIER_MODES
 
 DYNAMIC = "int8-dynamic"
@@ -214,22 +215,24 @@ class ExportOptions:
                 "texts=... has no effect with verify=False, which compares nothing; leave one of them out"
             )
 
-    def check_model(self, *, peft_types: Collection[str], task: str | None) -> None:
+    def check_model(self, *, methods: Mapping[str, AdapterMethod], task: str | None) -> None:
         """Check that the options fit a model, as far as its adapters and its task tell.
 
         Args:
-            peft_types: PEFT's names of the methods of its adapters; empty for a model without any.
+            methods: The methods of its adapters by their names; empty for a model without any.
             task: Its task, or None where that is not known.
 
         Raises:
             ExportError: They do not.
         """
         as_data = self.adapters in AS_DATA
-        if as_data and not peft_types:
+        if as_data and not methods:
             raise ExportError(
                 f"adapters={self.adapters!r} needs a model with an adapter, at whose layers the export then takes "
                 "others; give adapter=..., or adapters='merged'"
             )
+        for name, method in methods.items() if as_data else ():
+            method.check_lora_form(f"adapter {name!r}", f"adapters={self.adapters!r}", ExportError)
         if task in ENCODER_DECODERS and self.texts is not None:
             raise ExportError(
                 f"texts=... is for decoders and models without a cache, and the task {task} is an encoder-decoder's "

@@ -1,4 +1,4 @@
-"""Rewrite traced models with GraLoRA or LoRA adapters; train, merge, export to ONNX and serve them."""
+"""Rewrite traced models with GraLoRA, LoRA or DoRA adapters; train, merge, export to ONNX and serve them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gralora_fx.config import GraloraConfig
     from gralora_fx.graph.sites import LinearSite
+    from gralora_fx.methods.dora import DoraConfig
     from gralora_fx.methods.lora import LoraConfig
     from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.model.merge import merge
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from gralora_fx.tracing.traced_model import TracedModel
 
 __all__ = [
+    "DoraConfig",
     "GraloraConfig",
     "GraloraModel",
     "LinearSite",
@@ -31,6 +33,7 @@ __all__ = [
 # Where each name lives. They are imported on first use: torch and transformers take seconds, which a command line that
 # only shows its help, or refuses its options, should not wait for.
 _HOMES = {
+    "DoraConfig": "methods.dora",
     "GraloraConfig": "config",
     "GraloraModel": "model.gralora_model",
     "LinearSite": "graph.sites",

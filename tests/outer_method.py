@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError
-from gralora_fx.methods import AdapterDims, AdapterMethod
+from gralora_fx.methods import AdapterMethod, LayerCall
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,6 @@ class OuterFactors(NamedTuple):
     v: Tensor
 
     @property
-    def dims(self) -> AdapterDims:
-        return AdapterDims(1)
-
-    @property
     def features(self) -> tuple[int, int]:
         return self.v.shape[0], self.u.shape[0]
 
@@ -78,21 +74,21 @@ class Outer(AdapterMethod):
     tensors = OuterFactors
     keys = {"u": "outer_u", "v": "outer_v"}  # noqa: RUF012
 
-    def sizes(self, config: OuterConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
-        return AdapterDims(1), config.scale
+    def sizes(self, config: OuterConfig, value_of: Callable[[str], Any]) -> tuple[None, float]:
+        return None, config.scale
 
-    def shapes(self, in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
+    def shapes(self, in_features: int, out_features: int, sizes: None) -> dict[str, tuple[int, ...]]:
         return {"u": (out_features,), "v": (in_features,)}
 
-    def initial(self, in_features: int, out_features: int, dims: AdapterDims, config: AdapterConfig) -> OuterFactors:
-        return OuterFactors(torch.zeros(out_features), torch.randn(in_features))
+    def initial(self, features: tuple[int, int], sizes: None, config: AdapterConfig, **_: Any) -> OuterFactors:
+        return OuterFactors(torch.zeros(features[1]), torch.randn(features[0]))
 
-    def forward(self, x: Tensor, y: Tensor, factors: OuterFactors, scale: float, **options: Any) -> Tensor:
-        hidden = torch.sum(x * factors.v, -1, keepdim=True)
-        return torch.add(y, hidden * factors.u, alpha=scale)
+    def forward(self, call: LayerCall, factors: OuterFactors, scale: float, **options: Any) -> Tensor:
+        hidden = torch.sum(call.x * factors.v, -1, keepdim=True)
+        return torch.add(call.y, hidden * factors.u, alpha=scale)
 
-    def add_update(self, weight: Tensor, factors: OuterFactors, scale: float, **_: Any) -> Tensor:
+    def new_weight(self, weight: Tensor, factors: OuterFactors, scale: float, **_: Any) -> Tensor:
         return torch.add(weight, torch.outer(factors.u, factors.v), alpha=scale)
 
-    def text(self, dims: AdapterDims) -> str:
+    def text(self, sizes: None) -> str:
         return "outer product"

@@ -21,6 +21,8 @@ from gralora_fx import GraloraModel, trace
 def peft_model(model: PreTrainedModel, seed: int = 1, *, method: str = "GRALORA", **fields: Any) -> peft.PeftModel:
     """A model that PEFT wrapped in place, its `B` drawn at random so that the adapter does something."""
     config = peft.GraloraConfig if method == "GRALORA" else peft.LoraConfig
+    if method == "DORA":
+        fields = {"use_dora": True, **fields}
     initial = {"init_weights" if method == "GRALORA" else "init_lora_weights": False}
     torch.manual_seed(seed)
     with warnings.catch_warnings():

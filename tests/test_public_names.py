@@ -15,6 +15,7 @@ pytestmark = pytest.mark.quick
 
 def test_the_package_exports_these_names() -> None:
     assert gralora_fx.__all__ == [
+        "DoraConfig",
         "GraloraConfig",
         "GraloraModel",
         "LinearSite",

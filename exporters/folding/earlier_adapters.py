@@ -10,7 +10,7 @@ from gralora_fx.adapters.adapter_files import adapter_digest
 from gralora_fx.adapters.stored import StoredAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import MergeError, listed, warn_caller
-from gralora_fx.methods import config_from_fields
+from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.planning.targets import rule_of, trains_whole_at
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest
 from gralora_fx.sources.same_base import SAME, BaseComparison, BaseSource, compare_bases
@@ -34,7 +34,8 @@ def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: s
 
     Raises:
         MergeError: It is one of them, is of another base than one of them, or one of both replaces parameters that the
-            other one changes too, so that the order would count and no model has both.
+            other one changes too, or both adapt a layer and what one of them does depends on the weight: the order
+            would count, and no model has both.
     """
     for name, entry in manifest.adapters.items():
         own, other = adapter.config.base_model_name_or_path, entry.config.get("base_model_name_or_path")
@@ -59,6 +60,13 @@ def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: s
                 "one of them replaces as a whole; fold one of them into the base's export, or give force=True, "
                 "and the result has what is folded last"
             )
+        for config in (adapter.config, earlier):
+            if not method_of(config).IS_ADDITIVE and (shared := sorted(_adapted_again(earlier, adapter))):
+                raise MergeError(
+                    f"{adapter.directory} and the adapter {name!r} of the export both adapt {listed(shared, 3)}, and "
+                    f"what a {config.TITLE} adapter does there depends on the weight; fold one of them into the base's "
+                    "export, or give force=True, and the result has what is folded last over the rest"
+                )
 
 
 def _replaced_again(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[str]:
@@ -70,6 +78,12 @@ def _replaced_again(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[
         is_bias = last == "bias" and (earlier.bias == "all" or (earlier.trains_adapted_biases and is_adapted))
         if trains_whole_at(module, earlier.saved_module_names) or is_bias or (last == "weight" and is_adapted):
             yield parameter
+
+
+def _adapted_again(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[str]:
+    """Layers that both adapters adapt, or may, where the earlier one's layers are those of its model's type."""
+    rule = None if earlier.target_modules is None else rule_of(earlier, None)
+    return (path for path in adapter.sites if rule is None or rule.rejection(path) is None)
 
 
 def _replaced_before(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,15 @@ class LayerEdit:
         name: The layer, for messages.
         start: First of its output features in the matrix.
         stop: End of them.
-        content: Reads the update to add, or the values `[out, in]` to take instead of those that are there.
+        content: Reads the update to fold in, or the values `[out, in]` to take instead of those that are there.
+        takes_parts: Whether parts of the weight can be changed apart, rather than the whole weight at once.
     """
 
     name: str
     start: int
     stop: int
     content: Callable[[], Update | NDArray[Any]]
+    takes_parts: bool = True
 
     def apply(
         self,
@@ -82,6 +84,11 @@ class MatrixEdit:
     transposed: bool
     not_finite: str = NOT_FINITE
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether some stored rows can be changed at a time, rather than all at once."""
+        return all(layer.takes_parts for layer in self.layers)
+
     def prepare(self) -> RowEdit:
         """Read the updates and the values; the result changes rows of the matrix as it is stored."""
         contents = [(layer, layer.content()) for layer in self.layers]
@@ -116,6 +123,7 @@ class ValuesEdit:
     values: Callable[[], NDArray[Any]]
     start: int = 0
     not_finite: str = NOT_FINITE
+    takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:
         """Read the values; the result replaces rows."""

@@ -188,7 +188,8 @@ def plan_rewriting(
     """
     layers: dict[tuple[str, int], list[LayerEdit]] = {}
     weights: dict[tuple[str, int], ProductWeight] = {}
-    adapted = [(p, LayerEdit(p.path, p.start, p.stop, partial(adapter.update, p.path))) for p in places]
+    in_parts = adapter.method.has_lora_form
+    adapted = [(p, LayerEdit(p.path, p.start, p.stop, partial(adapter.update, p.path), in_parts)) for p in places]
     for place, edit in (*adapted, *replacements.layers):
         key = place.file, id(place.weight)
         weights[key] = place.weight

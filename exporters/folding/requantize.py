@@ -81,8 +81,9 @@ class QuantizedEdit:
         stored = _stored(self.weight)
         for layer in self.layers:
             content = layer.content()
-            for start in range(layer.start, layer.stop, _COLUMNS):
-                self._change(stored, layer, content, slice(start, min(start + _COLUMNS, layer.stop)))
+            step = _COLUMNS if layer.takes_parts else layer.stop - layer.start
+            for start in range(layer.start, layer.stop, step):
+                self._change(stored, layer, content, slice(start, min(start + step, layer.stop)))
         return stored.parts
 
     def _change(
@@ -119,6 +120,7 @@ class PartEdit:
 
     matrix: QuantizedEdit
     index: int
+    takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:
         """Compute the values, or take them if they are; the result replaces rows."""

@@ -13,7 +13,7 @@ from gralora_fx.adapters.checkpoint import read_adapter, tensors_digest
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.manifest import describe_adapters
-from gralora_fx.methods import method_named, method_of
+from gralora_fx.methods import method_described, method_of
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest
 from gralora_fx.tracing.traced_model import TracedModel
@@ -110,7 +110,7 @@ def _all(entries: Mapping[str, AdapterEntry]) -> str:
 def _one(name: str, entry: AdapterEntry) -> str:
     """A description of an adapter: name, sizes, base and digest."""
     config = entry.config
-    fields = method_named(config.get("peft_type"), f"the adapter {name!r}").config.SIZE_FIELDS
+    fields = method_described(config, f"the adapter {name!r}").config.SIZE_FIELDS
     sizes = ", ".join(f"{field}={config[field]}" for field in fields if config.get(field) not in ({}, None))
     base = config.get("base_model_name_or_path")
     made_for = f", made for {base}" if base else ""

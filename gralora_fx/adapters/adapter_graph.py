@@ -21,7 +21,7 @@ from gralora_fx.adapters.folded_weights import (
 )
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.running import RunningGraph
-from gralora_fx.errors import ConfigError, MergeError, RewriteError
+from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
 from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.graph.shared_memory import overlapping
 from gralora_fx.methods import AdapterTensors
@@ -79,6 +79,7 @@ class AdapterGraph(RunningGraph):
                     "first"
                 )
             self.check_copies_not_shared(names)
+            self.check_beside_each_other(names)
             if tuple(names) != self.state.active:
                 self._make(active=tuple(names))
             for name, adapter in self.adapters.items():
@@ -251,6 +252,19 @@ class AdapterGraph(RunningGraph):
                     raise RewriteError(
                         f"adapter {name!r} adapts {planned.site.path}, of which adapter {other!r} trains a copy; "
                         "set one of them"
+                    )
+
+    def check_beside_each_other(self, names: Sequence[str]) -> None:
+        """Check that no adapter whose effect depends on the layer's output meets another one at a layer."""
+        for name in names:
+            if self.adapters[name].method.IS_ADDITIVE:
+                continue
+            for other in names:
+                if other != name and (both := self.adapters[name].factors.keys() & self.adapters[other].factors.keys()):
+                    raise RewriteError(
+                        f"adapters {name!r} and {other!r} both adapt {listed(sorted(both), 3)}, and what "
+                        f"{name!r} ({self.adapters[name].config.TITLE}) does there depends on the layer's output, so "
+                        "that their order would count; set one of them, or merge one into a model of its own"
                     )
 
     # -- after tensors changed --------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ class InstalledAdapter:
         for planned in self.plan.selected:
             site, dtype = planned.site, first_tensor(self.factors[planned.site.path]).dtype
             own_dtype = dtype if dtype != site.weight.dtype else None
-            insertions.append(Insertion(site, self.factors.paths[site.path], planned.dims, planned.scale, own_dtype))
+            insertions.append(Insertion(site, self.factors.paths[site.path], planned.sizes, planned.scale, own_dtype))
         return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout)
 
     def redirections(self, tree: ModuleTree) -> list[RedirectParameters]:
@@ -170,5 +170,11 @@ def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig)
     site = planned.site
     device = None if site.weight.is_meta else site.weight.device
     dtype = torch.float32 if site.weight.dtype in _HALF else site.weight.dtype
-    drawn = method.initial(site.in_features, site.out_features, planned.dims, config)
+
+    def weight() -> Tensor:
+        values = values_of(site.weight, site.path)
+        return values.t() if site.kind == "conv1d" else values
+
+    features = site.in_features, site.out_features
+    drawn = method.initial(features, planned.sizes, config, weight=weight, scale=planned.scale)
     return method.tensors(*(None if tensor is None else tensor.to(device, dtype) for tensor in drawn))

@@ -24,7 +24,7 @@ from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.config.reading import read_fields
 from gralora_fx.errors import CheckpointError, bulleted, listed
-from gralora_fx.methods import AdapterDims, AdapterMethod, AdapterTensors, Update, config_from_fields, method_of
+from gralora_fx.methods import AdapterMethod, AdapterTensors, Sizes, Update, config_from_fields, method_of
 from gralora_fx.methods.arrays import to_torch
 from gralora_fx.planning.targets import trains_whole_at
 from gralora_fx.sources.atomic_save import read_together
@@ -44,13 +44,13 @@ class StoredSite:
     Attributes:
         tensors: Each tensor, by its field in the method's named tuple.
         features: Widths `in` and `out` of the layer.
-        dims: The adapter's sizes there.
+        sizes: The adapter's sizes there.
         scale: Factor of its update.
     """
 
     tensors: Mapping[str, StoredTensor]
     features: tuple[int, int]
-    dims: AdapterDims
+    sizes: Sizes
     scale: float
 
 
@@ -191,19 +191,19 @@ def _site(
         key = pattern_key(pattern, path)
         return getattr(config, field) if key is None else pattern[key]
 
-    dims, scale = method.sizes(config, value_of)
-    expected = method.shapes(dims.k, dims.k, dims)  # of the right number of dimensions
+    sizes, scale = method.sizes(config, value_of)
+    expected = method.shapes(0, 0, sizes)  # of the right fields and numbers of dimensions
     unfit = [f"missing {KEY_PREFIX}{path}.{method.keys[field]}" for field in expected if field not in tensors]
     unfit += [f"unexpected {KEY_PREFIX}{path}.{method.keys[field]}" for field in tensors if field not in expected]
     if not unfit:
-        unfit = method.problems(dims.k, dims.k, dims)
+        unfit = method.problems(0, 0, sizes)
     if not unfit and all(len(tensors[field].shape) == len(shape) for field, shape in expected.items()):
         features = _without_values(method, tensors).features
-        expected = method.shapes(*features, dims)
+        expected = method.shapes(*features, sizes)
         if all(tensors[field].shape == shape for field, shape in expected.items()):
-            return StoredSite(tensors, features, dims, scale)
-    sizes = ", ".join(f"{method.keys[field]} {list(tensor.shape)}" for field, tensor in tensors.items())
-    problems += unfit or [f"{path} has {sizes}, which is not {method.text(dims)}"]
+            return StoredSite(tensors, features, sizes, scale)
+    shapes = ", ".join(f"{method.keys[field]} {list(tensor.shape)}" for field, tensor in tensors.items())
+    problems += unfit or [f"{path} has {shapes}, which is not {method.text(sizes)}"]
     return None
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
-from gralora_fx.methods import AdapterDims, AdapterTensors, SummableMethod, Update
+from gralora_fx.methods import AdapterTensors, SummableMethod, Update
 from gralora_fx.methods.forms import as_gralora, summed, summed_lora
+from gralora_fx.methods.gralora import GraloraSizes
 from gralora_fx.methods.registry import GRALORA
 
 
@@ -32,7 +33,8 @@ def weighted_sum(
 
     Raises:
         ConfigError: There are no adapters, the number of weights differs, or a weight is not finite.
-        RewriteError: An adapter trains biases or whole modules, for which there is no exact sum.
+        RewriteError: An adapter trains biases or whole modules, or its update is not of low rank, for which there is
+            no exact sum.
     """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(
@@ -46,6 +48,7 @@ def weighted_sum(
                 f"adapter {adapter.name!r} trains copies in {', '.join(adapter.copies)}, which have no weighted sum; "
                 "leave it out, or merge it instead"
             )
+        adapter.method.check_lora_form(f"adapter {adapter.name!r}", "a weighted sum", RewriteError)
     updates: dict[str, list[Update]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for path in adapter.factors:
@@ -73,17 +76,16 @@ def _sums(
     adapters: Sequence[InstalledAdapter], updates: Mapping[str, Sequence[Update]]
 ) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
     """The sum at every site in one method and one size: that of the adapters if it takes any update, else GraLoRA."""
-    names = {adapter.config.PEFT_TYPE for adapter in adapters}
     method = adapters[0].method
-    if len(names) == 1 and isinstance(method, SummableMethod):
-        rank = max(sum(update.factors.lora_form()[0].shape[0] for update in summands) for summands in updates.values())
+    if all(adapter.method is method for adapter in adapters) and isinstance(method, SummableMethod):
+        rank = max(sum(update.lora_form()[0].shape[0] for update in summands) for summands in updates.values())
         factors = {path: method.from_lora_form(*summed_lora(summands, r=rank)) for path, summands in updates.items()}
-        return method.config_of(adapters[0].config, next(iter(factors.values())).dims), factors
+        return method.config_of(adapters[0].config, rank), factors
     k, r, hybrid_r = _common_sizes(list(updates.values()))
     sums: dict[str, AdapterTensors] = {
         path: summed(summands, k=k, r=r, hybrid_r=hybrid_r) for path, summands in updates.items()
     }
-    return GRALORA.config_of(adapters[0].config, AdapterDims(r, k, hybrid_r)), sums
+    return GRALORA.config_of(adapters[0].config, GraloraSizes(r, k, hybrid_r)), sums
 
 
 def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:
@@ -92,12 +94,12 @@ def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:
     `k` is the least common multiple of all, where it divides the widths, or 1; `r` is at least `k`, for GraLoRA has
     blocks.
     """
-    dims = [[as_gralora(update.factors).dims for update in updates] for updates in sites]
-    hybrid_r = max(sum(entry.hybrid_r for entry in summands) for summands in dims)
-    multiple = math.lcm(*(entry.k for summands in dims for entry in summands))
+    sizes = [[as_gralora(update.factors).sizes for update in updates] for updates in sites]
+    hybrid_r = max(sum(entry.hybrid_r for entry in summands) for summands in sizes)
+    multiple = math.lcm(*(entry.k for summands in sizes for entry in summands))
     widths = {width for updates in sites for update in updates for width in update.factors.features}
-    candidates = [(max(sum(entry.r * entry.k for entry in summands) for summands in dims), 1)]
+    candidates = [(max(sum(entry.r * entry.k for entry in summands) for summands in sizes), 1)]
     if all(width % multiple == 0 for width in widths):
-        candidates.insert(0, (max(sum(entry.r * multiple // entry.k for entry in s) for s in dims), multiple))
+        candidates.insert(0, (max(sum(entry.r * multiple // entry.k for entry in s) for s in sizes), multiple))
     r, k = min(candidates, key=lambda candidate: candidate[0])
     return k, max(r, k), hybrid_r

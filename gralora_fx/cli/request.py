@@ -18,6 +18,7 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.loading.adapter_facts import base_name
+from gralora_fx.methods import method_described
 from gralora_fx.sources.model_files import check_model_files, local_directory, read_json_object
 from gralora_fx.sources.same_base import BaseSource
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
@@ -58,7 +59,7 @@ def check_request(
     if adapter_name is not None and adapter is None:
         raise ConfigError(f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out")
     if adapter is None:
-        options.check_model(peft_types=(), task=task)
+        options.check_model(methods={}, task=task)
     fields = None if adapter is None else config_fields(adapter)[0]  # once: of a hub id, each time is a look-up
     known = requested_task((fields or {}).get("task_type"), task, with_cache=True)
     if known is not None and not options.overwrite:
@@ -66,8 +67,8 @@ def check_request(
     base = _check_model(model, adapter, task, fields)
     if not options.overwrite:
         check_base_replaced(output, BaseSource(base))
-    peft_type = () if fields is None else (str(fields.get("peft_type")),)
-    options.check_model(peft_types=peft_type, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))
+    methods = {} if fields is None else {str(adapter): method_described(fields, str(adapter))}
+    options.check_model(methods=methods, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))
     if image_size is not None and known not in (None, _IMAGES):
         raise ConfigError(f"--image-size is for {_IMAGES}, and the task is {known}; leave it out")
     _check_apart(output, (base, adapter))

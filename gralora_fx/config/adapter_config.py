@@ -99,6 +99,11 @@ class AdapterConfig(ABC):
         """
 
     @classmethod
+    def describes(cls, fields: Mapping[str, Any]) -> bool:
+        """Whether the fields of a file are those of an adapter of this method."""
+        return str(fields.get("peft_type")).upper() == cls.PEFT_TYPE
+
+    @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
         """The fields of a file in terms of this class, where another program or another form of the method wrote them.
 

@@ -79,6 +79,7 @@ class LinearCall:
             its `in_proj_weight`; None if it uses the whole.
         operand: For a call inside a branch or a loop: the position of the weight among the operands of the node that
             runs it. `input` is then that node itself, not the layer's input.
+        added: What the operator adds to the product: the bias's node, or one that computes it or cuts a part of it.
     """
 
     node: fx.Node
@@ -88,6 +89,7 @@ class LinearCall:
     stored_transposed: bool
     rows: tuple[int, int] | None = None
     operand: tuple[int, int] | None = None
+    added: fx.Node | None = None
 
 
 def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | None:
@@ -125,7 +127,8 @@ def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | 
         return None
     bias_origin = origin_of(bias)
     bias_node = None if bias_origin is None else bias_origin.node
-    return LinearCall(node, x, weight.node, bias_node, stored_transposed, weight.rows)
+    added = bias if isinstance(bias, fx.Node) else None
+    return LinearCall(node, x, weight.node, bias_node, stored_transposed, weight.rows, added=added)
 
 
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:

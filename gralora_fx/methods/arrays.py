@@ -94,11 +94,13 @@ def to_torch(array: Array) -> Tensor:
     return torch.from_numpy(values)
 
 
-def norm(array: Array) -> float:
-    """Frobenius norm, added up in float32 or better."""
-    if is_numpy(array):
-        return float(np.linalg.norm(cast(array, accumulator_of(array))))
-    return float(array.norm())
+def row_norms(matrix: Array) -> Array:
+    """Euclidean norms `[n]` of the rows of a matrix `[n, m]`; no gradient goes through them. A proxy will do too."""
+    if is_numpy(matrix):
+        return np.linalg.norm(matrix, axis=1)
+    import torch
+
+    return torch.linalg.vector_norm(matrix.detach(), dim=1)
 
 
 def without_gradients(function: F) -> F:

@@ -1,4 +1,4 @@
-"""Fold weight updates into a weight, whatever their method."""
+"""Weight updates folded into a weight, whatever their method."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gralora_fx.methods.arrays import Array, accumulator_of, cast, is_numpy, norm, to_numpy, without_gradients
-from gralora_fx.methods.method import Update, first_tensor
+from gralora_fx.methods.arrays import (
+    Array,
+    accumulator_of,
+    cast,
+    is_numpy,
+    to_numpy,
+    to_torch,
+    without_gradients,
+)
+from gralora_fx.methods.method import LowRankTensors, Update, WeightTensors, first_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +32,7 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
 
     Args:
         weight: `[out, in]`, or `[in, out]` if `transposed`; read only.
-        updates: The updates to add; their methods and sizes may differ.
+        updates: The updates; their methods and sizes may differ.
         transposed: Whether the weight is stored `[in, out]`.
         out: Where to write, of the weight's shape and dtype; the weight itself folds in place. None makes a tensor.
 
@@ -46,7 +54,7 @@ def fold_region(part: Array, updates: Sequence[Update], rows: slice, columns: sl
 
     Args:
         part: `[rows, columns]` of the weight; it may be a view.
-        updates: The updates of the whole weight.
+        updates: The updates of the whole weight; of one that is not of low rank the part must be the whole weight.
         rows: Output features of the part, with start and stop.
         columns: Input features of the part, with start and stop.
         shape: `[out, in]` of the whole weight.
@@ -54,52 +62,33 @@ def fold_region(part: Array, updates: Sequence[Update], rows: slice, columns: sl
     _fold_region(part, part, updates, (rows, columns), shape)
 
 
-@without_gradients
-def fold_rows(
-    rows: Array, updates: Sequence[Update], *, first: int, shape: Sequence[int], transposed: bool = False, out: Array
-) -> None:
-    """Fold updates into some consecutive rows of a stored weight, as `fold` does into all of them.
-
-    Args:
-        rows: `[n, shape[1]]`: the rows; read only.
-        updates: The updates to add.
-        first: Index of the first row.
-        shape: Shape of the whole weight as it is stored: `[out, in]`, or `[in, out]` if `transposed`.
-        transposed: Whether the weight is stored `[in, out]`.
-        out: Where to write, of the shape and dtype of `rows`; `rows` itself folds in place.
-    """
-    stored = slice(first, first + rows.shape[0]), slice(0, shape[1])
-    if transposed:
-        _fold_region(rows.T, out.T, updates, stored[::-1], shape[::-1])
-    else:
-        _fold_region(rows, out, updates, stored, shape)
-
-
 def _fold_region(
     source: Array, target: Array, updates: Sequence[Update], region: tuple[slice, slice], shape: Sequence[int]
 ) -> None:
-    """Fold into `target` what `source` holds of a region, one block of the updates' grid at a time."""
+    """Fold into `target` what `source` holds of a region.
+
+    Updates of low rank are added one block of their grid at a time; others need the whole weight, and come first.
+    """
     accumulator = accumulator_of(source)
-    grid = math.lcm(*(update.factors.grid for update in updates))
     (top, bottom), (left, right) = ((part.start, part.stop) for part in region)
+    for update in updates:
+        if isinstance(update.factors, WeightTensors):
+            assert (top, bottom, left, right) == (0, shape[0], 0, shape[1]), "an update that needs the whole weight"
+            source = _new_weight(cast(source, accumulator), update.factors, update.scale)
+    summands = [(u.factors, u.scale) for u in updates if isinstance(u.factors, LowRankTensors)]
+    grid = math.lcm(*(factors.grid for factors, _ in summands))
     for rows, columns in product(_cut(top, bottom, shape[0] // grid), _cut(left, right, shape[1] // grid)):
         within = slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)
         block = slice(*rows), slice(*columns)
-        terms = [(*pair, update.scale) for update in updates for pair in update.factors.products(*block, shape)]
+        terms = [(*pair, scale) for factors, scale in summands for pair in factors.products(*block, shape)]
         _add_products(source[within], terms, accumulator, target[within])
 
 
-@without_gradients
-def largest_change(update: Update) -> float:
-    """A bound for the absolute value of every entry of `scale * update`, from norms of its factors."""
-    in_features, out_features = update.factors.features
-    grid, shape = update.factors.grid, (out_features, in_features)
-    blocks = product(_cut(0, out_features, out_features // grid), _cut(0, in_features, in_features // grid))
-    largest = 0.0
-    for rows, columns in blocks:
-        pairs = update.factors.products(slice(*rows), slice(*columns), shape)
-        largest = max(largest, sum((norm(left) * norm(right) for left, right in pairs), 0.0))
-    return abs(update.scale) * largest
+def _new_weight(weight: Array, factors: WeightTensors, scale: float) -> Array:
+    """The new weight, of the library of the old one, whichever the tensors are of."""
+    if is_numpy(weight) == is_numpy(first_tensor(factors)):
+        return factors.new_weight(weight, scale)
+    return to_numpy(factors.new_weight(to_torch(weight), scale))
 
 
 def _add_products(block: Array, terms: Sequence[tuple[Array, Array, float]], accumulator: Any, into: Array) -> None:
@@ -135,12 +124,25 @@ def _cut(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 @without_gradients
-def delta_weight(update: Update, *, transposed: bool = False) -> Tensor:
-    """The update as a dense matrix, `[out, in]`, or `[in, out]` if `transposed`."""
+def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | None = None) -> Tensor:
+    """What an update adds to a weight, as a dense matrix.
+
+    Args:
+        update: The update.
+        transposed: Whether weights are stored `[in, out]`.
+        weight: The layer's weight as it is stored, for an update that depends on it.
+
+    Returns:
+        `[out, in]`, or `[in, out]` if `transposed`.
+    """
     import torch
 
+    tensor = first_tensor(update.factors)
+    if not update.is_low_rank:
+        assert weight is not None
+        wide = weight.detach().to(torch.promote_types(weight.dtype, tensor.dtype))
+        return fold(wide, [update], transposed=transposed) - wide
     in_features, out_features = update.factors.features
     shape = (in_features, out_features) if transposed else (out_features, in_features)
-    tensor = first_tensor(update.factors)
     zero = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
     return fold(zero, [update], transposed=transposed, out=zero)

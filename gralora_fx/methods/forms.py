@@ -1,15 +1,27 @@
-"""Other exact forms of weight updates: in GraLoRA's terms, with other blocks, several as one."""
+"""Other forms of updates of low rank: in GraLoRA's terms, with other blocks, several as one, of less rank."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gralora_fx.methods.arrays import Array, accumulator_of, cast, contiguous, identity, without_gradients, zeros
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.methods.arrays import (
+    Array,
+    accumulator_of,
+    cast,
+    contiguous,
+    identity,
+    to_numpy,
+    without_gradients,
+    zeros,
+)
 from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
-from gralora_fx.methods.method import AdapterTensors, Update, first_tensor
+from gralora_fx.methods.method import AdapterTensors, LowRankTensors, Update, first_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +31,7 @@ def as_gralora(factors: AdapterTensors) -> Factors:
     """The same update in GraLoRA's form, exactly; of another method it is a plain LoRA beside blocks of rank 0."""
     if isinstance(factors, Factors):
         return factors
+    assert isinstance(factors, LowRankTensors)
     A, B = factors.lora_form()
     return Factors(zeros((1, A.shape[1], 0), A), zeros((1, 0, B.shape[0]), B), A, B)
 
@@ -36,7 +49,7 @@ def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         `A [k, in/k, R]` and `B [k, R, out/k]`, with `R = r * k / (current k)`, or `R = r * (current k)` for 1.
     """
-    r, old_k, _ = factors.dims
+    r, old_k, _ = factors.sizes
     if k == old_k:
         return factors.A, factors.B
     if k == 1:
@@ -71,7 +84,7 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
         torch.promote_types, (first_tensor(update.factors).dtype for update in updates), torch.float32
     )
     parts = [(Factors(*(None if t is None else t.to(dtype) for t in as_gralora(u.factors))), u.scale) for u in updates]  # type: ignore[arg-type]
-    ks = {factors.dims.k for factors, _ in parts}
+    ks = {factors.sizes.k for factors, _ in parts}
     k = k or (ks.pop() if len(ks) == 1 else 1)
     blocks = [(*with_blocks(factors, k), scale) for factors, scale in parts]
     ins, outs = k * blocks[0][0].shape[1], k * blocks[0][1].shape[2]
@@ -81,7 +94,7 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
     B = torch.cat([(B * scale).reshape(k, k, B.shape[1] // k, outs // k) for _, B, scale in blocks], dim=2)
     A, B = A.flatten(2), B.flatten(1, 2)  # [k, in/k, r], [k, r, out/k]
     generals = [(f.A_general, f.B_general * scale) for f, scale in parts if f.B_general is not None]
-    missing = hybrid_r - sum(f.dims.hybrid_r for f, _ in parts)
+    missing = hybrid_r - sum(f.sizes.hybrid_r for f, _ in parts)
     if missing > 0:
         generals.append((A.new_zeros(missing, ins), B.new_zeros(outs, missing)))
     A, B = A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
@@ -103,7 +116,7 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    pairs = [(*update.factors.lora_form(), update.scale) for update in updates]
+    pairs = [(*update.lora_form(), update.scale) for update in updates]
     dtype = functools.reduce(torch.promote_types, (A.dtype for A, _, _ in pairs), torch.float32)
     A = torch.cat([A.to(dtype) for A, _, _ in pairs])
     B = torch.cat([B.to(dtype) * scale for _, B, scale in pairs], dim=1)
@@ -140,11 +153,11 @@ def as_data(update: Update, k: int) -> tuple[Array, ...]:
         ValueError: The update has blocks of another `k`.
     """
     if k == 0:
-        A, B = update.factors.lora_form()
+        A, B = update.lora_form()
         dtype = accumulator_of(A)
         return contiguous(cast(A, dtype).T), contiguous(cast(B, dtype).T * update.scale)
     factors = as_gralora(update.factors)
-    (r, own_k, _), (ins, outs) = factors.dims, factors.features
+    (r, own_k, _), (ins, outs) = factors.sizes, factors.features
     if r and own_k != k:
         raise ValueError(f"gralora_k is {own_k}, this export has {k}")
     dtype = accumulator_of(factors.A)
@@ -175,7 +188,7 @@ def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
     import torch
 
     factors = as_gralora(tensors)
-    r, k, hybrid_r = factors.dims
+    r, k, hybrid_r = factors.sizes
     s, in_block, out_block = r // k, factors.A.shape[1], factors.B.shape[2]
     A = factors.A.to("cpu", torch.float64).view(k, in_block, k, s).permute(2, 0, 3, 1)  # [j, n, s, in/k]
     B = factors.B.to("cpu", torch.float64).view(k, k, s, out_block)  # [j, n, s, out/k]
@@ -191,3 +204,57 @@ def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
         squares = ((left @ left.mT) * (right @ right.mT)).sum(dim=(1, 2))
         rows.append(squares.clamp(min=0).sqrt())  # rounding may leave a negative square where the parts cancel
     return abs(scale) * torch.stack(rows)
+
+
+class Truncated(NamedTuple):
+    """A truncated update.
+
+    Attributes:
+        A: `[rank, in]`, float32.
+        B: `[out, rank]`, float32; `B @ A` is the approximation.
+        lost: Frobenius norm of what was cut off.
+        norm: Frobenius norm of the whole update.
+    """
+
+    A: NDArray[np.float32]
+    B: NDArray[np.float32]
+    lost: float
+    norm: float
+
+
+def truncate(A: Array, B: Array, scale: float, rank: int) -> Truncated:
+    """The update of `rank` nearest to `scale * B @ A` in the Frobenius norm, by its singular values.
+
+    With `B = Q R` and `A.T = P S` the singular values of `B @ A` are those of the small `R @ S.T` (Eckart and Young,
+    1936, for why cutting them off is best). Everything is computed in float64.
+
+    Args:
+        A: `[R, in]`.
+        B: `[out, R]`.
+        scale: Factor of the update.
+        rank: Rank of the result; less where the update's own rank cannot be that large.
+    """
+    Q, left = np.linalg.qr(_float64(B) * scale)
+    P, right = np.linalg.qr(_float64(A).T)
+    U, values, Vh = np.linalg.svd(left @ right.T, full_matrices=False)
+    rank = min(rank, values.shape[0])
+    roots = np.sqrt(values[:rank])  # shared between the factors, so that neither is much larger than the other
+    U, Vh = U[:, :rank], Vh[:rank]
+    return Truncated(
+        ((roots[:, None] * Vh) @ P.T).astype(np.float32),
+        (Q @ (U * roots)).astype(np.float32),
+        float(np.linalg.norm(values[rank:])),
+        float(np.linalg.norm(values)),
+    )
+
+
+def update_norm(A: Array, B: Array, scale: float) -> float:
+    """Frobenius norm of `scale * B @ A`, in float64, without the dense update."""
+    left, right = _float64(B), _float64(A)
+    squared = ((left.T @ left) * (right @ right.T)).sum()
+    return abs(scale) * float(np.sqrt(max(squared, 0.0)))
+
+
+def _float64(array: Array) -> NDArray[Any]:
+    found: NDArray[Any] = cast(to_numpy(array), np.float64)
+    return found

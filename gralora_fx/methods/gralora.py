@@ -22,10 +22,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gralora_fx.config import AdapterConfig, GraloraConfig
 from gralora_fx.methods.arrays import concatenated, zeros
-from gralora_fx.methods.method import AdapterDims, AdapterMethod
+from gralora_fx.methods.method import AdapterMethod, LayerCall
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class GraloraSizes(NamedTuple):
+    """Sizes of one adapter: rank `r`, blocks `k` in each direction, and the rank of a plain LoRA beside them."""
+
+    r: int
+    k: int = 1
+    hybrid_r: int = 0
 
 
 class Factors(NamedTuple):
@@ -44,9 +52,9 @@ class Factors(NamedTuple):
     B_general: Tensor | None = None
 
     @property
-    def dims(self) -> AdapterDims:
+    def sizes(self) -> GraloraSizes:
         """The adapter's sizes."""
-        return AdapterDims(self.A.shape[2], self.A.shape[0], 0 if self.A_general is None else self.A_general.shape[0])
+        return GraloraSizes(self.A.shape[2], self.A.shape[0], 0 if self.A_general is None else self.A_general.shape[0])
 
     @property
     def features(self) -> tuple[int, int]:
@@ -67,7 +75,7 @@ class Factors(NamedTuple):
 
     def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs whose products are the unscaled update on a block that lies within one output and one input block."""
-        r, k, _ = self.dims
+        r, k, _ = self.sizes
         s, out_block, in_block = r // k, shape[0] // k, shape[1] // k
         j, n = rows.start // out_block, columns.start // in_block
         local_rows = slice(rows.start - j * out_block, rows.stop - j * out_block)
@@ -86,7 +94,7 @@ class Factors(NamedTuple):
         Returns:
             `A [k*r + hybrid_r, in]` and `B [out, k*r + hybrid_r]`, with `B @ A` the unscaled update.
         """
-        r, k, _ = self.dims
+        r, k, _ = self.sizes
         s, in_block, out_block = r // k, self.A.shape[1], self.B.shape[2]
         A = zeros((k * r, k * in_block), self.A)
         B = zeros((k * out_block, k * r), self.B)
@@ -99,19 +107,10 @@ class Factors(NamedTuple):
         return concatenated([A, self.A_general]), concatenated([B, self.B_general], 1)
 
 
-def factor_shapes(in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's tensors by the name of their field in `Factors`."""
-    r, k, hybrid_r = dims
-    shapes: dict[str, tuple[int, ...]] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
-    if hybrid_r:
-        shapes |= {"A_general": (hybrid_r, in_features), "B_general": (out_features, hybrid_r)}
-    return shapes
-
-
 def initial_factors(
     in_features: int,
     out_features: int,
-    dims: AdapterDims,
+    sizes: GraloraSizes,
     *,
     zero_update: bool = True,
 ) -> Factors:
@@ -122,16 +121,16 @@ def initial_factors(
     Args:
         in_features: Input width of the layer; `k` divides it.
         out_features: Output width of the layer; `k` divides it.
-        dims: The adapter's sizes.
+        sizes: The adapter's sizes.
         zero_update: False draws `B` at random too.
 
     Returns:
-        Float32 tensors on the CPU, of the shapes that `factor_shapes` gives.
+        Float32 tensors on the CPU, of the shapes that `Gralora.shapes` gives.
     """
     import torch
     from torch import nn
 
-    r, k, hybrid_r = dims
+    r, k, hybrid_r = sizes
 
     def draw_pair(inputs: int, width: int, outputs: int) -> tuple[Tensor, Tensor]:
         a, b = torch.empty(width, inputs), torch.zeros(outputs, width)
@@ -150,100 +149,6 @@ def initial_factors(
     return Factors(A, B, A_general, B_general)
 
 
-def add_output(
-    x: Tensor,
-    y: Tensor,
-    factors: Factors,
-    scale: float,
-    *,
-    features: tuple[int, int],
-    dims: AdapterDims,
-    dropout: float = 0.0,
-    rows: tuple[int, int] | None = None,
-    in_place: bool = True,
-) -> Tensor:
-    """Add an adapter's output to a layer's own.
-
-    Without gradients the update is accumulated straight into the blocks of `y`, so no tensor of its size is made:
-    beyond the multiplications only `[T, k*r]` values are moved.
-
-    It runs on `torch.fx` proxies as on tensors, which is how a graph receives its nodes.
-
-    Args:
-        x: The layer's input, `[..., in]`; any number of leading axes, zero rows included.
-        y: The layer's output, `[..., out]`, contiguous; see `accumulate` for when it is overwritten.
-        factors: The adapter's tensors.
-        scale: Factor of the adapter's output.
-        features: Widths `in` and `out` of the layer.
-        dims: The adapter's sizes.
-        dropout: Probability with which input values are zeroed (training).
-        rows: First output feature of `y` and the one after its last, where `y` is a part of the layer's output only.
-        in_place: Whether `y` may be overwritten at all.
-
-    Returns:
-        `y + scale * adapter(x)`, of the shape of `y`.
-    """
-    import torch
-
-    from gralora_fx.methods.low_rank import accumulate, add_low_rank, drop_inputs
-
-    r, k, _ = dims
-    in_features, out_features = features
-    blocks = drop_inputs(x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
-    hidden = torch.bmm(blocks, factors.A)  # [k (input block), T, r]
-    hidden = hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [k (output block), T, r]
-    options: dict[str, Any] = {} if in_place else {"in_place": False}
-    if rows is None:
-        into = y.view(-1, k, out_features // k).transpose(0, 1)  # [k, T, out/k]
-        y = accumulate(into, hidden, factors.B, scale, **options).transpose(0, 1).reshape_as(y)
-    else:
-        output = torch.bmm(hidden, factors.B).transpose(0, 1).reshape(-1, out_features)[:, slice(*rows)]
-        y = torch.add(y, output.reshape_as(y), alpha=scale)
-    if factors.A_general is not None and factors.B_general is not None:
-        y = add_low_rank(
-            x,
-            y,
-            factors.A_general,
-            factors.B_general,
-            scale,
-            features=features,
-            dropout=dropout,
-            rows=rows,
-            in_place=in_place,
-        )
-    return y
-
-
-def add_update(
-    weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], dims: AdapterDims
-) -> Tensor:
-    """Add an adapter's update to a weight as one matrix, for a layer whose input cannot be reached.
-
-    Gradients reach the factors. It runs on `torch.fx` proxies as on tensors.
-
-    Args:
-        weight: `[out, in]`.
-        factors: The adapter's tensors.
-        scale: Factor of the update.
-        features: Widths `in` and `out` of the layer.
-        dims: The adapter's sizes.
-
-    Returns:
-        `weight + scale * update`.
-    """
-    import torch
-
-    r, k, _ = dims
-    in_block, out_block, s = features[0] // k, features[1] // k, r // k
-    left = factors.B.view(k, k, s, out_block).transpose(2, 3).reshape(k * k, out_block, s)  # [(j, n), out/k, s]
-    right = factors.A.view(k, in_block, k, s).permute(2, 0, 3, 1).reshape(k * k, s, in_block)  # [(j, n), s, in/k]
-    blocks = torch.bmm(left, right).view(k, k, out_block, in_block).transpose(1, 2)  # [j, out/k, n, in/k]
-    update = blocks.reshape(features[1], features[0])
-    if factors.A_general is not None and factors.B_general is not None:
-        update = update + torch.mm(factors.B_general, factors.A_general)
-    return torch.add(weight, update, alpha=scale)
-
-
 class Gralora(AdapterMethod):
     """GraLoRA, as PEFT's `GraloraConfig` describes it."""
 
@@ -257,38 +162,85 @@ class Gralora(AdapterMethod):
     }
     RUNS_ON_NUMPY = True
 
-    def sizes(self, config: GraloraConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
+    def sizes(self, config: GraloraConfig, value_of: Callable[[str], Any]) -> tuple[GraloraSizes, float]:
         """Sizes and scale, `alpha / (r + hybrid_r)`, of the adapter at a site."""
-        dims = AdapterDims(value_of("r"), value_of("gralora_k"), config.hybrid_r)
-        return dims, value_of("alpha") / (dims.r + dims.hybrid_r)
+        sizes = GraloraSizes(value_of("r"), value_of("gralora_k"), config.hybrid_r)
+        return sizes, value_of("alpha") / (sizes.r + sizes.hybrid_r)
 
-    def shapes(self, in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a site."""
-        return factor_shapes(in_features, out_features, dims)
+    def shapes(self, in_features: int, out_features: int, sizes: GraloraSizes) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors at a layer."""
+        r, k, hybrid_r = sizes
+        shapes: dict[str, tuple[int, ...]] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
+        if hybrid_r:
+            shapes |= {"A_general": (hybrid_r, in_features), "B_general": (out_features, hybrid_r)}
+        return shapes
 
     def initial(
         self,
-        in_features: int,
-        out_features: int,
-        dims: AdapterDims,
-        config: GraloraConfig,  # type: ignore[override]
+        features: tuple[int, int],
+        sizes: GraloraSizes,
+        config: GraloraConfig,
+        **_: Any,
     ) -> Factors:
         """Fresh tensors; `init_weights=False` draws `B` at random too."""
-        return initial_factors(in_features, out_features, dims, zero_update=config.init_weights)
+        return initial_factors(*features, sizes, zero_update=config.init_weights)
 
-    def forward(self, x: Tensor, y: Tensor, factors: Factors, scale: float, **options: Any) -> Tensor:
-        """`y + scale * adapter(x)`; see `add_output`."""
-        return add_output(x, y, factors, scale, **options)
-
-    def add_update(
-        self, weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], dims: AdapterDims
+    def forward(
+        self,
+        call: LayerCall,
+        factors: Factors,
+        scale: float,
+        *,
+        sizes: GraloraSizes,
+        dropout: float = 0.0,
+        in_place: bool = True,
     ) -> Tensor:
-        """`weight + scale * dW`; see the function of this name."""
-        return add_update(weight, factors, scale, features=features, dims=dims)
+        """`y + scale * adapter(x)`.
 
-    def problems(self, in_features: int, out_features: int, dims: AdapterDims) -> list[str]:
+        Without gradients the update is accumulated straight into the blocks of `y` (see `accumulate` for when it is
+        overwritten), so no tensor of its size is made: beyond the multiplications only `[T, k*r]` values are moved.
+        """
+        import torch
+
+        from gralora_fx.methods.low_rank import accumulate, add_low_rank, drop_inputs
+
+        r, k, _ = sizes
+        in_features, out_features = call.features
+        y = call.y
+        blocks = drop_inputs(call.x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
+        hidden = torch.bmm(blocks, factors.A)  # [k (input block), T, r]
+        hidden = hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [k (output block), T, r]
+        options: dict[str, Any] = {} if in_place else {"in_place": False}
+        if call.rows is None:
+            into = y.view(-1, k, out_features // k).transpose(0, 1)  # [k, T, out/k]
+            y = accumulate(into, hidden, factors.B, scale, **options).transpose(0, 1).reshape_as(y)
+        else:
+            output = torch.bmm(hidden, factors.B).transpose(0, 1).reshape(-1, out_features)[:, slice(*call.rows)]
+            y = torch.add(y, output.reshape_as(y), alpha=scale)
+        if factors.A_general is None or factors.B_general is None:
+            return y
+        general = factors.A_general, factors.B_general
+        return add_low_rank(call._replace(y=y), *general, scale, dropout=dropout, in_place=in_place)
+
+    def new_weight(
+        self, weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], sizes: GraloraSizes
+    ) -> Tensor:
+        """`weight + scale * dW`, with dW as one matrix."""
+        import torch
+
+        r, k, _ = sizes
+        in_block, out_block, s = features[0] // k, features[1] // k, r // k
+        left = factors.B.view(k, k, s, out_block).transpose(2, 3).reshape(k * k, out_block, s)  # [(j, n), out/k, s]
+        right = factors.A.view(k, in_block, k, s).permute(2, 0, 3, 1).reshape(k * k, s, in_block)  # [(j, n), s, in/k]
+        blocks = torch.bmm(left, right).view(k, k, out_block, in_block).transpose(1, 2)  # [j, out/k, n, in/k]
+        update = blocks.reshape(features[1], features[0])
+        if factors.A_general is not None and factors.B_general is not None:
+            update = update + torch.mm(factors.B_general, factors.A_general)
+        return torch.add(weight, update, alpha=scale)
+
+    def problems(self, in_features: int, out_features: int, sizes: GraloraSizes) -> list[str]:
         """Whether `k` divides the rank and the widths."""
-        r, k, _ = dims
+        r, k, _ = sizes
         problems = []
         if r % k:
             problems.append(
@@ -301,15 +253,15 @@ class Gralora(AdapterMethod):
             )
         return problems
 
-    def text(self, dims: AdapterDims) -> str:
+    def text(self, sizes: GraloraSizes) -> str:
         """Sizes in words, such as `r=32 k=2 hybrid_r=8`."""
-        return f"r={dims.r} k={dims.k}" + (f" hybrid_r={dims.hybrid_r}" if dims.hybrid_r else "")
+        return f"r={sizes.r} k={sizes.k}" + (f" hybrid_r={sizes.hybrid_r}" if sizes.hybrid_r else "")
 
-    def config_of(self, config: AdapterConfig, dims: AdapterDims) -> GraloraConfig:
+    def config_of(self, config: AdapterConfig, sizes: GraloraSizes) -> GraloraConfig:
         """A configuration of these sizes at every site and scale 1, otherwise as one of whatever method."""
         values = {
             field.name: getattr(config, field.name) for field in fields(GraloraConfig) if hasattr(config, field.name)
         }
         values |= {name: {} for name in GraloraConfig.PATTERNS}
-        values |= {"r": dims.r, "gralora_k": dims.k, "hybrid_r": dims.hybrid_r, "alpha": dims.r + dims.hybrid_r}
+        values |= {"r": sizes.r, "gralora_k": sizes.k, "hybrid_r": sizes.hybrid_r, "alpha": sizes.r + sizes.hybrid_r}
         return GraloraConfig().changed(**values | {"gralora_dropout": config.dropout})

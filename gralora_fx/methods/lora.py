@@ -3,8 +3,8 @@
     A [r, in], B [out, r]        dW = scale * B @ A
 
 with the scale `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA (Kalajdzievski, 2023, "A Rank Stabilization
-Scaling Factor for Fine-Tuning with LoRA"). The other forms that PEFT's `LoraConfig` has, such as DoRA, compute
-something else and are refused by name.
+Scaling Factor for Fine-Tuning with LoRA"). DoRA is in `dora.py`. The other forms that
+PEFT's `LoraConfig` has compute something else and are refused by name.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.methods.method import AdapterDims, SummableMethod
+from gralora_fx.methods.method import LayerCall, SummableMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Fields of PEFT's LoraConfig that change what is computed or trained: what each one is.
 _OTHER_FORMS = {
-    "use_dora": "DoRA, which also trains the magnitude of each weight column",
     "use_qalora": "QA-LoRA, which pools the input",
     "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
     "lora_bias": "a bias of lora_B",
@@ -167,13 +166,18 @@ class LoraConfig(AdapterConfig):
         Raises:
             ConfigError: A field asks for another form of LoRA.
         """
+        if fields.get("use_dora"):
+            raise ConfigError(
+                f"{origin}: use_dora={shown(fields['use_dora'])} is DoRA, which also trains the magnitude of each row "
+                "of the weights; read it with gralora_fx.DoraConfig"
+            )
         forms = [f"{name}={shown(fields[name])} ({what})" for name, what in _OTHER_FORMS.items() if fields.get(name)]
         if forms:
             raise ConfigError(
-                f"{origin}: {', '.join(forms)} is not supported, only plain LoRA and rsLoRA are; merge the adapter "
-                "with PEFT (merge_and_unload) and use the merged model, or train without it"
+                f"{origin}: {', '.join(forms)} is not supported, only plain LoRA, rsLoRA and DoRA are; merge the "
+                "adapter with PEFT (merge_and_unload) and use the merged model, or train without it"
             )
-        kept = {name: v for name, v in fields.items() if name not in (*_OTHER_FORMS, *_WITHOUT_EFFECT)}
+        kept = {name: v for name, v in fields.items() if name not in (*_OTHER_FORMS, *_WITHOUT_EFFECT, "use_dora")}
         kept |= {name: {} for name in cls.PATTERNS if kept.get(name, {}) is None}
         initial = kept.get("init_lora_weights", True)
         if isinstance(initial, str):
@@ -193,6 +197,12 @@ class LoraConfig(AdapterConfig):
         return kept
 
 
+class LoraSizes(NamedTuple):
+    """Sizes of one LoRA adapter: its rank."""
+
+    r: int
+
+
 class LoraFactors(NamedTuple):
     """Tensors of one LoRA adapter at one site.
 
@@ -203,11 +213,6 @@ class LoraFactors(NamedTuple):
 
     A: Tensor
     B: Tensor
-
-    @property
-    def dims(self) -> AdapterDims:
-        """The adapter's sizes."""
-        return AdapterDims(self.A.shape[0])
 
     @property
     def features(self) -> tuple[int, int]:
@@ -241,67 +246,60 @@ class Lora(SummableMethod):
     keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # noqa: RUF012  # typed in the base class
     RUNS_ON_NUMPY = True
 
-    def sizes(self, config: LoraConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:  # type: ignore[override]
+    def sizes(self, config: LoraConfig, value_of: Callable[[str], Any]) -> tuple[LoraSizes, float]:
         """Rank and scale of the adapter at a site."""
         r = value_of("r")
-        return AdapterDims(r), config.scale_of(r, value_of("lora_alpha"))
+        return LoraSizes(r), config.scale_of(r, value_of("lora_alpha"))
 
-    def shapes(self, in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a site."""
-        return {"A": (dims.r, in_features), "B": (out_features, dims.r)}
+    def shapes(self, in_features: int, out_features: int, sizes: LoraSizes) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors at a layer."""
+        return {"A": (sizes.r, in_features), "B": (out_features, sizes.r)}
 
-    def initial(
-        self,
-        in_features: int,
-        out_features: int,
-        dims: AdapterDims,
-        config: LoraConfig,  # type: ignore[override]
-    ) -> LoraFactors:
+    def initial(self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, **_: Any) -> LoraFactors:
         """Fresh tensors; the draws are those of `peft.tuners.lora`, in its order: one seed gives the same tensors."""
         from torch import nn
 
         # PEFT makes two linear layers, whose initial draws are those of `init_lora_weights=False`, and draws A again
-        A, B = nn.Linear(in_features, dims.r, bias=False).weight, nn.Linear(dims.r, out_features, bias=False).weight
+        A, B = nn.Linear(features[0], sizes.r, bias=False).weight, nn.Linear(sizes.r, features[1], bias=False).weight
         A, B = A.detach(), B.detach()
         if config.init_lora_weights is True:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         elif config.init_lora_weights:
-            nn.init.normal_(A, std=1 / dims.r)
+            nn.init.normal_(A, std=1 / sizes.r)
         if config.init_lora_weights:
             nn.init.zeros_(B)
         return LoraFactors(A, B)
 
     def forward(
         self,
-        x: Tensor,
-        y: Tensor,
+        call: LayerCall,
         factors: LoraFactors,
         scale: float,
-        **options: Any,
+        *,
+        sizes: LoraSizes,
+        dropout: float = 0.0,
+        in_place: bool = True,
     ) -> Tensor:
         """`y + scale * x @ A.T @ B.T`; see `add_low_rank`."""
         from gralora_fx.methods.low_rank import add_low_rank
 
-        options = {name: value for name, value in options.items() if name != "dims"}
-        return add_low_rank(x, y, factors.A, factors.B, scale, **options)
+        return add_low_rank(call, factors.A, factors.B, scale, dropout=dropout, in_place=in_place)
 
-    def add_update(
-        self, weight: Tensor, factors: LoraFactors, scale: float, *, features: tuple[int, int], dims: AdapterDims
-    ) -> Tensor:
+    def new_weight(self, weight: Tensor, factors: LoraFactors, scale: float, **_: Any) -> Tensor:
         """`weight + scale * B @ A`."""
         import torch
 
         return torch.add(weight, torch.mm(factors.B, factors.A), alpha=scale)
 
-    def text(self, dims: AdapterDims) -> str:
+    def text(self, sizes: LoraSizes) -> str:
         """Sizes in words, such as `r=8`."""
-        return f"r={dims.r}"
+        return f"r={sizes.r}"
 
     def from_lora_form(self, A: Tensor, B: Tensor) -> LoraFactors:
         """The tensors of the update `B @ A`: these."""
         return LoraFactors(A, B)
 
-    def config_of(self, config: LoraConfig, dims: AdapterDims) -> LoraConfig:
-        """A configuration of this rank at every site and scale 1, otherwise as another one."""
+    def config_of(self, config: LoraConfig, rank: int) -> LoraConfig:
+        """A configuration of this rank at every layer and scale 1, otherwise as another one."""
         patterns: dict[str, Any] = {name: {} for name in LoraConfig.PATTERNS}
-        return config.changed(r=dims.r, lora_alpha=dims.r, use_rslora=False, **patterns)
+        return config.changed(r=rank, lora_alpha=rank, use_rslora=False, **patterns)

@@ -8,42 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from gralora_fx.methods.method import LayerCall
+
 
 def add_low_rank(
-    x: Tensor,
-    y: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    *,
-    features: tuple[int, int],
-    dropout: float = 0.0,
-    rows: tuple[int, int] | None = None,
-    in_place: bool = True,
+    call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0, in_place: bool = True
 ) -> Tensor:
     """Add a low-rank pair's output to a layer's own: `y + scale * x @ A.T @ B.T`.
 
     It runs on `torch.fx` proxies as on tensors.
 
     Args:
-        x: The layer's input, `[..., in]`.
-        y: The layer's output, `[..., out]`, or its columns `rows`; see `accumulate` for when it is overwritten.
+        call: The layer's input and output; see `accumulate` for when the latter is overwritten.
         A: `[r, in]`.
         B: `[out, r]`.
         scale: Factor of the product.
-        features: Widths `in` and `out` of the layer.
         dropout: Probability with which input values are zeroed (training).
-        rows: First output feature of `y` and the one after its last, where `y` is a part of the layer's output only.
-        in_place: Whether `y` may be overwritten at all.
+        in_place: Whether the output may be overwritten at all.
 
     Returns:
         The sum, of the shape and dtype of `y`.
     """
-    hidden = torch.mm(drop_inputs(x, dropout).reshape(-1, features[0]), A.t())  # [T, r]
-    first, end = (0, features[1]) if rows is None else rows
-    B = B if rows is None else B[first:end]
+    hidden = torch.mm(drop_inputs(call.x, dropout).reshape(-1, call.features[0]), A.t())  # [T, r]
+    first, end = (0, call.features[1]) if call.rows is None else call.rows
     options: dict[str, Any] = {} if in_place else {"in_place": False}
-    return accumulate(y.view(-1, end - first), hidden, B.t(), scale, **options).view_as(y)
+    return accumulate(call.y.view(-1, end - first), hidden, call.of_rows(B).t(), scale, **options).view_as(call.y)
 
 
 def drop_inputs(x: Tensor, probability: float) -> Tensor:

@@ -1,19 +1,22 @@
-"""What a method of adaptation is made of: its tensors at a site, and what is done with them.
+"""What a method of adaptation is made of: its tensors at a layer, and what is done with them.
 
-A method adds an update `scale * dW` to the weight of a linear layer, from a few small tensors that train. It is one
-file with three parts: a configuration (`AdapterConfig`), a named tuple of tensors (`AdapterTensors`) and the methods of
-`AdapterMethod`; a line in `registry.py` makes it known. Everything else in the package (plans, graph nodes, training,
-checkpoints, merging, export) asks these.
+A method changes what a linear layer computes, by tensors that train: it gives the layer's new output from its input,
+and the layer's new weight from the old one. It is one file with three parts: a configuration (`AdapterConfig`), a named
+tuple of tensors (`AdapterTensors`) and the methods of `AdapterMethod`; a line in `registry.py` makes it known.
+Everything else in the package (plans, graph nodes, training, checkpoints, merging, export) asks these.
+
+A method whose updates are plain LoRA in another form says so (`LowRankTensors`). Its adapters can be data of an export,
+be converted to LoRA and be summed; those of other methods are folded into weights.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from gralora_fx.config import AdapterConfig
 
@@ -21,36 +24,42 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from gralora_fx.methods.arrays import Array
 
-class AdapterDims(NamedTuple):
-    """Sizes of one adapter: rank `r`, blocks `k` in each direction, and the rank of a plain LoRA beside it."""
-
-    r: int
-    k: int = 1
-    hybrid_r: int = 0
+Sizes = Hashable  # a frozen record of the method's own type, such as `GraloraSizes`; equal sizes give equal shapes
 
 
 class AdapterTensors(Protocol):
-    """Tensors of one adapter at one site: a named tuple, of which some fields may be None.
+    """Tensors of one adapter at one layer: a named tuple, of which some fields may be None.
+
+    Unless it has a LoRA form (`LowRankTensors`), it has `new_weight` too (`WeightTensors`).
 
     Attributes:
-        dims: The adapter's sizes.
         features: Widths `in` and `out` of the layer.
-        grid: Number of blocks in each direction, within each of which `products` takes the same tensors.
-        is_zero: Whether the update is zero for sure, as before training.
+        is_zero: Whether they change nothing for sure, as before training.
     """
-
-    @property
-    def dims(self) -> AdapterDims: ...  # noqa: D102
 
     @property
     def features(self) -> tuple[int, int]: ...  # noqa: D102
 
     @property
-    def grid(self) -> int: ...  # noqa: D102
+    def is_zero(self) -> bool: ...  # noqa: D102
+
+    def _asdict(self) -> dict[str, Tensor | None]: ...
+
+    def __iter__(self) -> Iterator[Tensor | None]: ...  # noqa: D105
+
+
+@runtime_checkable
+class LowRankTensors(AdapterTensors, Protocol):
+    """Tensors whose update is added to the weight, and is that of a plain LoRA.
+
+    Attributes:
+        grid: Number of blocks in each direction, within each of which `products` takes the same tensors.
+    """
 
     @property
-    def is_zero(self) -> bool: ...  # noqa: D102
+    def grid(self) -> int: ...  # noqa: D102
 
     def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of matrices whose products add up to the unscaled update on a block of the weight.
@@ -66,27 +75,85 @@ class AdapterTensors(Protocol):
         """The same update as a plain LoRA pair, exactly: `A [R, in]` and `B [out, R]`, with `B @ A` the update."""
         ...
 
-    def _asdict(self) -> dict[str, Tensor | None]: ...
 
-    def __iter__(self) -> Iterator[Tensor | None]: ...  # noqa: D105
+@runtime_checkable
+class WeightTensors(AdapterTensors, Protocol):
+    """Tensors of whatever update, which needs the whole weight."""
+
+    def new_weight(self, weight: Array, scale: float) -> Array:
+        """The layer's weight with the adapter.
+
+        Args:
+            weight: `[out, in]`, the layer's own, in float32 or better; read only.
+            scale: Factor of the update.
+        """
+        ...
 
 
 def first_tensor(factors: AdapterTensors) -> Tensor:
-    """One of an adapter's tensors at a site; all of them have its dtype and device."""
+    """One of an adapter's tensors at a layer; all of them have its dtype and device."""
     return next(tensor for tensor in factors if tensor is not None)
 
 
 @dataclass(frozen=True)
 class Update:
-    """A weight update: an adapter's tensors and the factor they are scaled by."""
+    """What an adapter does to a weight: its tensors and the factor they are scaled by."""
 
     factors: AdapterTensors
     scale: float
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is a plain LoRA in another form; then each part of a weight can be folded by itself."""
+        return isinstance(self.factors, LowRankTensors)
+
+    def lora_form(self) -> tuple[Tensor, Tensor]:
+        """The unscaled update as a plain LoRA pair; `AdapterMethod.check_lora_form` says first that there is one."""
+        assert isinstance(self.factors, LowRankTensors)
+        return self.factors.lora_form()
+
     def __repr__(self) -> str:
         """One line without tensors."""
         in_features, out_features = self.factors.features
-        return f"Update({in_features} -> {out_features}, {self.factors.dims}, scale={self.scale:.4g})"
+        shapes = " ".join(f"{name}{list(t.shape)}" for name, t in self.factors._asdict().items() if t is not None)
+        return f"Update({in_features} -> {out_features}, {shapes}, scale={self.scale:.4g})"
+
+
+class LayerCall(NamedTuple):
+    """One call of a linear layer, as tensors or as the proxies of a graph.
+
+    Attributes:
+        x: Its input, `[..., in]`; any number of leading axes, zero rows included.
+        y: Its output, `[..., out]`, contiguous, or the columns `rows` of it.
+        features: Widths `in` and `out` of the layer.
+        weight: Its weight as it is stored.
+        bias: What `y` has of a bias, `[out]`; None for none.
+        is_transposed: Whether the weight is stored `[in, out]`.
+        rows: First output feature of `y` and the one after its last, where `y` is a part of the layer's output only.
+    """
+
+    x: Tensor
+    y: Tensor
+    features: tuple[int, int]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    is_transposed: bool = False
+    rows: tuple[int, int] | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight `[out, in]`."""
+        assert self.weight is not None
+        return self.weight.t() if self.is_transposed else self.weight
+
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor `[out, ...]` that belongs to `y`."""
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
+
+    def cast(self, dtype: torch.dtype) -> LayerCall:
+        """The same call in another dtype."""
+        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.weight, self.bias))
+        return self._replace(x=self.x.to(dtype), y=self.y.to(dtype), weight=weight, bias=bias)
 
 
 class AdapterMethod(ABC):
@@ -94,61 +161,83 @@ class AdapterMethod(ABC):
 
     Attributes:
         config: Its configuration.
-        tensors: The named tuple of its tensors at a site.
-        keys: The rest of each tensor's key in a checkpoint, after the path of the site, by field of `tensors`. What
+        tensors: The named tuple of its tensors at a layer.
+        keys: The rest of each tensor's key in a checkpoint, after the path of the layer, by field of `tensors`. What
             comes before `.weight` is its name in the graph module.
-        RUNS_ON_NUMPY: Whether `products` and `lora_form` of its tensors run on numpy arrays as on torch's tensors (see
-            `arrays`), so that saved adapters are folded without torch.
+        IS_ADDITIVE: Whether what it adds to a layer's output does not depend on the layer's weight and output, so that
+            several adapters of a layer act beside each other in any order.
+        RUNS_ON_NUMPY: Whether its tensors' own functions run on numpy arrays as on torch's tensors (see `arrays`), so
+            that saved adapters are folded without torch.
     """
 
     config: ClassVar[type[AdapterConfig]]
     tensors: ClassVar[Callable[..., AdapterTensors]]
     keys: ClassVar[Mapping[str, str]]
+    IS_ADDITIVE: ClassVar[bool] = True
     RUNS_ON_NUMPY: ClassVar[bool] = False
 
     @abstractmethod
-    def sizes(self, config: AdapterConfig, value_of: Callable[[str], Any]) -> tuple[AdapterDims, float]:
-        """Sizes and scale of the adapter at a site.
+    def sizes(self, config: Any, value_of: Callable[[str], Any]) -> tuple[Any, float]:
+        """Sizes and scale of the adapter at a layer.
 
         Args:
             config: The configuration, of this method.
-            value_of: The value of a field for the site, what a pattern says of it included: `value_of("r")` looks into
+            value_of: The value of a field for the layer, what a pattern says of it included: `value_of("r")` looks into
                 `rank_pattern` first.
         """
 
     @abstractmethod
-    def shapes(self, in_features: int, out_features: int, dims: AdapterDims) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a site, by field of `tensors`."""
+    def shapes(self, in_features: int, out_features: int, sizes: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors at a layer, by field of `tensors`."""
 
     @abstractmethod
-    def initial(self, in_features: int, out_features: int, dims: AdapterDims, config: AdapterConfig) -> AdapterTensors:
-        """Fresh float32 tensors on the CPU, with an update of zero unless the configuration says otherwise."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, y: Tensor, factors: Any, scale: float, **options: Any) -> Tensor:
-        """`y + scale * adapter(x)`, of the shape of `y`; it runs on `torch.fx` proxies as on tensors.
+    def initial(
+        self, features: tuple[int, int], sizes: Any, config: Any, *, weight: Callable[[], Tensor], scale: float
+    ) -> AdapterTensors:
+        """Fresh float32 tensors on the CPU, which change nothing unless the configuration says otherwise.
 
         Args:
-            x: The layer's input, `[..., in]`.
-            y: The layer's output, `[..., out]`, contiguous; it may be overwritten as `low_rank.accumulate` does.
-            factors: The adapter's tensors.
-            scale: Factor of the adapter's output.
-            options: `features` (widths in and out), `dims`, `dropout`, `rows` (the part of the output that `y` is) and
-                `in_place` (False: `y` is read by others too).
+            features: Widths `in` and `out` of the layer.
+            sizes: The adapter's sizes.
+            config: Its configuration.
+            weight: Gives the layer's weight `[out, in]`, for a method that starts from it.
+            scale: Factor of its update.
         """
 
     @abstractmethod
-    def add_update(
-        self, weight: Tensor, factors: Any, scale: float, *, features: tuple[int, int], dims: AdapterDims
+    def forward(
+        self,
+        call: LayerCall,
+        factors: Any,
+        scale: float,
+        *,
+        sizes: Any,
+        dropout: float = 0.0,
+        in_place: bool = True,
     ) -> Tensor:
-        """`weight + scale * dW` for a weight `[out, in]`, on proxies too; gradients reach the factors."""
+        """The layer's output with the adapter, of the shape of `call.y`; it runs on `torch.fx` proxies as on tensors.
 
-    def problems(self, in_features: int, out_features: int, dims: AdapterDims) -> list[str]:
+        Args:
+            call: The layer's input and own output; the latter may be overwritten as `low_rank.accumulate` does.
+            factors: The adapter's tensors.
+            scale: Factor of its update.
+            sizes: Its sizes.
+            dropout: Probability with which its input values are zeroed (training).
+            in_place: False: the layer's own output is read by others too.
+        """
+
+    @abstractmethod
+    def new_weight(
+        self, weight: Tensor, factors: Any, scale: float, *, features: tuple[int, int], sizes: Any
+    ) -> Tensor:
+        """The layer's weight `[out, in]` with the adapter, on proxies too; gradients reach the adapter's tensors."""
+
+    def problems(self, in_features: int, out_features: int, sizes: Any) -> list[str]:
         """Why a layer of these widths cannot have an adapter of these sizes, and what to do."""
         return []
 
     @abstractmethod
-    def text(self, dims: AdapterDims) -> str:
+    def text(self, sizes: Any) -> str:
         """Sizes in words, such as `r=32 k=2`."""
 
     def settings(self, config: Any) -> dict[str, Any]:
@@ -161,45 +250,59 @@ class AdapterMethod(ABC):
         _, scale = self.sizes(config, partial(getattr, config))
         return {**{name: getattr(config, name) for name in names}, "scale": scale, config.DROPOUT: config.dropout}
 
-    def parameter_count(self, in_features: int, out_features: int, dims: AdapterDims) -> int:
-        """Number of trainable values at a site."""
-        return sum(math.prod(shape) for shape in self.shapes(in_features, out_features, dims).values())
+    def parameter_count(self, in_features: int, out_features: int, sizes: Any) -> int:
+        """Number of trainable values at a layer."""
+        return sum(math.prod(shape) for shape in self.shapes(in_features, out_features, sizes).values())
 
     def names(self) -> dict[str, str]:
-        """Names of the tensors in a graph module, below the path of the site, by field of `tensors`."""
+        """Names of the tensors in a graph module, below the path of the layer, by field of `tensors`."""
         return {field: key.removesuffix(".weight") for field, key in self.keys.items()}
 
+    @property
+    def has_lora_form(self) -> bool:
+        """Whether its updates are plain LoRA in another form."""
+        return hasattr(self.tensors, "lora_form")
+
+    def check_lora_form(self, adapter: object, purpose: str, error: type[Exception]) -> None:
+        """Check that updates have a LoRA form.
+
+        Args:
+            adapter: The adapter, for the message.
+            purpose: What needs it, such as "a weighted sum".
+            error: The error to raise.
+        """
+        if not self.has_lora_form:
+            raise error(
+                f"{adapter} is a {self.config.TITLE} adapter: its update is not of low rank, which {purpose} needs; "
+                "export it merged (adapters='merged'), or fold it into an export (fold_onnx) or a model's files "
+                "(merge_checkpoint)"
+            )
+
     def add_output(
-        self,
-        x: Tensor,
-        y: Tensor,
-        factors: Any,
-        scale: float,
-        *,
-        dtype: torch.dtype | None = None,
-        **options: Any,
+        self, call: LayerCall, factors: Any, scale: float, *, dtype: torch.dtype | None = None, **options: Any
     ) -> Tensor:
         """`forward`, in the adapter's dtype where that differs from the layer's.
 
         Args:
-            x: The layer's input.
-            y: The layer's output.
+            call: The layer's input and output.
             factors: The adapter's tensors.
-            scale: Factor of the adapter's output.
-            dtype: Dtype of the adapter, if it is another one: the input is cast to it, the adapter's output back to
-                that of `y`.
+            scale: Factor of the adapter's update.
+            dtype: Dtype of the adapter, if it is another one: what the adapter reads is cast to it, and what it adds
+                (or, where that depends on the layer, the whole output) is cast back to that of `y`.
             options: As for `forward`.
 
         Returns:
-            `y + scale * adapter(x)`, of the shape and dtype of `y`.
+            The layer's output with the adapter, of the shape and dtype of `y`.
         """
         import torch
 
         if dtype is None:
-            return self.forward(x, y, factors, scale, **options)
+            return self.forward(call, factors, scale, **options)
         options = {name: value for name, value in options.items() if name != "in_place"}
-        output = self.forward(x.to(dtype), torch.zeros_like(y, dtype=dtype), factors, 1.0, **options)
-        return torch.add(y, output.type_as(y), alpha=scale)
+        if not self.IS_ADDITIVE:
+            return self.forward(call.cast(dtype), factors, scale, **options).type_as(call.y)
+        alone = call._replace(x=call.x.to(dtype), y=torch.zeros_like(call.y, dtype=dtype))
+        return torch.add(call.y, self.forward(alone, factors, 1.0, **options).type_as(call.y), alpha=scale)
 
 
 class SummableMethod(AdapterMethod):
@@ -215,5 +318,5 @@ class SummableMethod(AdapterMethod):
         """
 
     @abstractmethod
-    def config_of(self, config: Any, dims: AdapterDims) -> AdapterConfig:
-        """A configuration of these sizes at every site and scale 1, otherwise as another one of this method."""
+    def config_of(self, config: Any, rank: int) -> AdapterConfig:
+        """A configuration of this rank at every layer and scale 1, otherwise as another one of this method."""

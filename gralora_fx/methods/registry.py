@@ -9,6 +9,7 @@ from typing import Any
 from gralora_fx.config.adapter_config import AdapterConfig, config_fields
 from gralora_fx.config.reading import peft_fields
 from gralora_fx.errors import ConfigError, shown
+from gralora_fx.methods.dora import Dora
 from gralora_fx.methods.gralora import Gralora
 from gralora_fx.methods.lora import Lora
 from gralora_fx.methods.method import AdapterMethod
@@ -17,7 +18,8 @@ GRALORA = Gralora()
 METHODS: list[AdapterMethod] = [
     GRALORA,  # granular low-rank adaptation: blocks, and a plain LoRA beside them (hybrid)
     Lora(),  # plain LoRA and rsLoRA
-]
+    Dora(),  # LoRA that trains the norms of the weights' rows too
+]  # a method comes after one of which it is a special case
 
 
 def register(method: AdapterMethod) -> AdapterMethod:
@@ -46,26 +48,26 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
     Raises:
         ConfigError: It is not registered.
     """
-    for method in METHODS:
+    for method in reversed(METHODS):
         if isinstance(config, method.config) and config.PEFT_TYPE == method.config.PEFT_TYPE:
             return method
     raise _unknown(f"the {type(config).__name__}", getattr(config, "peft_type", None))
 
 
-def method_named(name: object, origin: str) -> AdapterMethod:
-    """The method of PEFT's name (`peft_type`).
+def method_described(fields: Mapping[str, Any], origin: str) -> AdapterMethod:
+    """The method that the fields of an `adapter_config.json` describe.
 
     Args:
-        name: The name, in capitals or not.
-        origin: Where it comes from, for messages.
+        fields: The fields; `peft_type` is PEFT's name of the method, in capitals or not.
+        origin: Where they come from, for messages.
 
     Raises:
         ConfigError: It is not registered.
     """
-    for method in METHODS:
-        if str(name).upper() == method.config.PEFT_TYPE:
+    for method in reversed(METHODS):
+        if method.config.describes(fields):
             return method
-    raise _unknown(origin, name)
+    raise _unknown(origin, fields.get("peft_type"))
 
 
 def config_from_fields(fields: Mapping[str, Any], origin: str) -> AdapterConfig:
@@ -78,7 +80,7 @@ def config_from_fields(fields: Mapping[str, Any], origin: str) -> AdapterConfig:
     Raises:
         ConfigError: The method is not registered, or the fields are invalid.
     """
-    return method_named(fields.get("peft_type"), origin).config.from_fields(fields, origin)
+    return method_described(fields, origin).config.from_fields(fields, origin)
 
 
 def read_config(directory: str | Path, *, revision: str | None = None) -> AdapterConfig:
@@ -117,7 +119,8 @@ def not_a_config(value: object) -> str:
     if name is None:
         return f"a {kind.__name__} ({kind.__module__}); give one of gralora_fx: a {' or a '.join(names)}"
     owner = kind.__module__.partition(".")[0]
-    ours = next((m.config for m in METHODS if str(getattr(name, "value", name)).upper() == m.config.PEFT_TYPE), None)
+    fields, _ = peft_fields(value, "")
+    ours = next((method.config for method in reversed(METHODS) if method.config.describes(fields)), None)
     if ours is None:
         return f"{owner}'s {kind.__name__}, whose method is not supported; give a {' or a '.join(names)} of gralora_fx"
     return (
@@ -127,7 +130,7 @@ def not_a_config(value: object) -> str:
 
 
 def _unknown(origin: str, name: object) -> ConfigError:
-    known = ", ".join(method.config.PEFT_TYPE for method in METHODS)
+    known = ", ".join(dict.fromkeys(method.config.PEFT_TYPE for method in METHODS))
     return ConfigError(
         f"{origin}: the method {shown(name)} (peft_type) is not registered; registered are {known}. Give an adapter of "
         "one of these, or add the method with gralora_fx.methods.register"

@@ -116,7 +116,7 @@ class AdapterFiles:
 
 def _check_same_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
     mine, theirs = (
-        {planned.site.path: (planned.dims, planned.scale) for planned in chosen.selected}
+        {planned.site.path: (planned.sizes, planned.scale) for planned in chosen.selected}
         for chosen in (adapter.plan, other)
     )
     if mine != theirs or adapter.plan.saved_modules != other.saved_modules:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
@@ -15,6 +17,7 @@ from gralora_fx.methods import AdapterTensors, Update
 from gralora_fx.methods.fold import delta_weight
 from gralora_fx.methods.forms import block_norms, summed
 from gralora_fx.planning.rewrite_plan import PlannedSite
+from gralora_fx.sources.lazy_tensors import values_of
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,13 @@ class Inspection:
             TargetError: The site does not exist.
             RewriteError: The adapter does not exist, or none adapts the site.
         """
-        update = self._update(path, adapter_name)
-        return delta_weight(update, transposed=self.site(path).kind == "conv1d")
+        site, updates = self.site(path), self._updates(path, adapter_name)
+        transposed = site.kind == "conv1d"
+        if not all(update.is_low_rank for update in updates):
+            weight = values_of(site.weight, path)
+            deltas = [delta_weight(update, transposed=transposed, weight=weight) for update in updates]
+            return torch.stack(deltas).sum(0)
+        return delta_weight(_sum(updates), transposed=transposed)
 
     def block_norms(self, path: str, adapter_name: str | None = None) -> Tensor:
         """Frobenius norms of the blocks of a site's update.
@@ -146,13 +154,17 @@ class Inspection:
 
         Returns:
             `[k, k]` float64: row j is an output block, column n an input block; `[1, 1]` for a sum of
-            different `k`.
+            different `k`, and for an update that is not of low rank.
 
         Raises:
             TargetError: The site does not exist.
             RewriteError: The adapter does not exist, or none adapts the site.
         """
-        update = self._update(path, adapter_name)
+        updates = self._updates(path, adapter_name)
+        if not all(update.is_low_rank for update in updates):
+            norm: Tensor = torch.linalg.vector_norm(self.delta_weight(path, adapter_name).double())
+            return norm.cpu().reshape(1, 1)
+        update = _sum(updates)
         return block_norms(update.factors, update.scale)
 
     # -- parameters -------------------------------------------------------------------------------------------------
@@ -187,10 +199,14 @@ class Inspection:
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def _update(self, path: str, adapter_name: str | None) -> Update:
+    def _updates(self, path: str, adapter_name: str | None) -> list[Update]:
         self.site(path)
         names = self.graph.state.active if adapter_name is None else [adapter_name]
         updates = [adapter.update(path) for name in names if path in (adapter := self.graph[name]).factors]
         if not updates:
             raise RewriteError(f"no adapter of {names} adapts {path!r}; adapters_at() lists those that do")
-        return updates[0] if len(updates) == 1 else Update(summed(updates), 1.0)
+        return updates
+
+
+def _sum(updates: Sequence[Update]) -> Update:
+    return updates[0] if len(updates) == 1 else Update(summed(updates), 1.0)

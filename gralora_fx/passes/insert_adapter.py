@@ -15,7 +15,7 @@ from gralora_fx.graph.annotations import annotate
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.sites import LinearCall, LinearSite, calls_at
 from gralora_fx.graph.subgraph_calls import replace_operand
-from gralora_fx.methods import AdapterDims, AdapterMethod
+from gralora_fx.methods import AdapterMethod, AdapterTensors, LayerCall, Sizes
 
 
 class Insertion(NamedTuple):
@@ -24,16 +24,21 @@ class Insertion(NamedTuple):
     Attributes:
         site: The site, found in the graph or one it was copied from.
         names: Attribute paths of the adapter's tensors in the graph module, by field of the method's named tuple.
-        dims: The adapter's sizes.
-        scale: Factor of its output.
+        sizes: The adapter's sizes.
+        scale: Factor of its update.
         dtype: The adapter's dtype where it differs from the layer's.
     """
 
     site: LinearSite
     names: Mapping[str, str]
-    dims: AdapterDims
+    sizes: Sizes
     scale: float
     dtype: torch.dtype | None = None
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Widths `in` and `out` of the layer."""
+        return self.site.in_features, self.site.out_features
 
 
 @dataclass(frozen=True)
@@ -73,21 +78,69 @@ class InsertAdapter:
         return PassResult(count)
 
     def _insert(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> None:
-        site = insertion.site
-        sizes = {
-            "scale": insertion.scale,
-            "features": (site.in_features, site.out_features),
-            "dims": insertion.dims,
-        }
         if call.operand is not None:
-            added = _insert_into_operand(graph, call, self.method, insertion.names, **sizes)
+            added = self._insert_into_operand(graph, call, call.operand, insertion)
         else:
-            options = {**sizes, "dropout": self.dropout, "dtype": insertion.dtype}
-            added = _insert_at(graph, call, self.method, insertion.names, **options)
+            added = self._insert_after(graph, call, insertion)
         for node in added:
-            annotate(node, site=site.path, adapter=self.adapter, call=call.node.name)
+            annotate(node, site=insertion.site.path, adapter=self.adapter, call=call.node.name)
             if "nn_module_stack" in call.node.meta:
                 node.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
+
+    def _insert_after(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> list[fx.Node]:
+        """Give the readers of a call the output with the adapter."""
+        node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
+        weight, bias = _proxy(call.weight, tracer), None if call.added is None else _proxy(call.added, tracer)
+        with graph.inserting_before(after):
+            result: Any = self.method.add_output(
+                LayerCall(
+                    _proxy(call.input, tracer),
+                    _proxy(node, tracer),
+                    insertion.features,
+                    weight,
+                    bias,
+                    call.stored_transposed,
+                    call.rows,
+                ),
+                self._tensors(graph, tracer, insertion),
+                insertion.scale,
+                sizes=insertion.sizes,
+                dropout=self.dropout,
+                dtype=insertion.dtype,
+            )
+        inserted: list[fx.Node] = []
+        while (candidate := inserted[-1].next if inserted else node.next) is not after:
+            inserted.append(candidate)
+        members = set(inserted)
+        node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
+        return inserted
+
+    def _insert_into_operand(
+        self, graph: fx.Graph, call: LinearCall, operand: tuple[int, int], insertion: Insertion
+    ) -> list[fx.Node]:
+        """Give a branch or a loop the weight with the adapter.
+
+        Before: `y = cond(p, self.true, self.false, (x, w))`
+        After:  `...; w_1 = add(w, update); y = cond(p, self.true, self.false, (x, w_1))`
+        """
+        before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
+        with graph.inserting_before(call.node):
+            result: Any = self.method.new_weight(
+                _proxy(call.weight, tracer),
+                self._tensors(graph, tracer, insertion),
+                insertion.scale,
+                features=insertion.features,
+                sizes=insertion.sizes,
+            )
+        replace_operand(call.node, operand, result.node)
+        return [candidate for candidate in graph.nodes if candidate not in before]
+
+    def _tensors(self, graph: fx.Graph, tracer: GraphAppendingTracer, insertion: Insertion) -> AdapterTensors:
+        """The adapter's tensors as proxies of new nodes."""
+        names = insertion.names.items()
+        return self.method.tensors(
+            **{field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names}
+        )
 
 
 def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple[LinearCall, ...]:
@@ -99,41 +152,6 @@ def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple
             f"{site.path}: node {name!r} is not a linear call of this graph any more; trace the model again"
         )
     return calls
-
-
-def _insert_at(
-    graph: fx.Graph, call: LinearCall, method: AdapterMethod, names: Mapping[str, str], **options: Any
-) -> list[fx.Node]:
-    node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
-    with graph.inserting_before(after):
-        tensors = {
-            field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names.items()
-        }
-        x, y = _proxy(call.input, tracer), _proxy(node, tracer)
-        result: Any = method.add_output(x, y, method.tensors(**tensors), rows=call.rows, **options)
-    inserted: list[fx.Node] = []
-    while (candidate := inserted[-1].next if inserted else node.next) is not after:
-        inserted.append(candidate)
-    members = set(inserted)
-    node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
-    return inserted
-
-
-def _insert_into_operand(
-    graph: fx.Graph, call: LinearCall, method: AdapterMethod, names: Mapping[str, str], **options: Any
-) -> list[fx.Node]:
-    """Add an adapter's update to the weight passed to a branch or a loop.
-
-    Before: `y = cond(p, self.true, self.false, (x, w))`
-    After:  `...; w_1 = add(w, update); y = cond(p, self.true, self.false, (x, w_1))`
-    """
-    before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
-    with graph.inserting_before(call.node):
-        tensors = {field: _proxy(graph.get_attr(attribute), tracer) for field, attribute in names.items()}
-        result: Any = method.add_update(_proxy(call.weight, tracer), method.tensors(**tensors), **options)
-    assert call.operand is not None
-    replace_operand(call.node, call.operand, result.node)
-    return [candidate for candidate in graph.nodes if candidate not in before]
 
 
 def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gralora_fx.adapters.installed import InstalledAdapter
+from torch import Tensor
+
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.methods import method_of
-from gralora_fx.methods.forms import block_norms
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -40,8 +40,8 @@ class AdaptedModel(Protocol):
     def merged_adapters(self) -> list[str]:
         """Adapters that are folded into the weights."""
 
-    def installed(self, adapter_name: str) -> InstalledAdapter:
-        """An adapter's tensors."""
+    def block_norms(self, path: str, adapter_name: str | None = None) -> Tensor:
+        """Norms of the blocks of an adapter's update."""
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Values that train, and all values."""
@@ -243,10 +243,9 @@ def _sites(
             path, scale = planned.site.path, planned.scale
             norms = None
             if model is not None:
-                grid = block_norms(model.installed(name).factors[path], scale).tolist()
-                norms = tuple(tuple(row) for row in grid)
+                norms = tuple(tuple(row) for row in model.block_norms(path, name).tolist())
             adapters.setdefault(path, []).append(
-                SiteAdapter(name, states[name], text(planned.dims), planned.k, scale, norms)
+                SiteAdapter(name, states[name], text(planned.sizes), planned.k, scale, norms)
             )
         for rejected in plan.rejected:
             site = rejected.site

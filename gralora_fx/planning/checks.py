@@ -181,7 +181,7 @@ def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list
     return [
         f"{planned.site.path}: {problem}"
         for planned in selected
-        for problem in method.problems(planned.site.in_features, planned.site.out_features, planned.dims)
+        for problem in method.problems(planned.site.in_features, planned.site.out_features, planned.sizes)
     ]
 
 

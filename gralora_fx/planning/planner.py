@@ -41,7 +41,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     saved = saved_modules(config, traced.tree)
     reasons = {path: _reason_against(site, rule, saved, traced, config) for path, site in sites.items()}
     rejected = [RejectedSite(sites[path], reason) for path, reason in reasons.items() if reason]
-    selected = tuple(_with_ranks(site, config, traced) for path, site in sites.items() if not reasons[path])
+    selected = tuple(_with_sizes(site, config, traced) for path, site in sites.items() if not reasons[path])
     problems = problems_of(rule, config, traced, saved, selected)
     if problems:
         raise TargetError(_joined(problems))
@@ -74,7 +74,7 @@ def _reason_against(
     return reason or out_of_reach(site, traced, config)
 
 
-def _with_ranks(site: LinearSite, config: AdapterConfig, traced: TracedModel) -> PlannedSite:
+def _with_sizes(site: LinearSite, config: AdapterConfig, traced: TracedModel) -> PlannedSite:
     """Plan a site's adapter with the sizes of the configuration or of a matching pattern."""
 
     def value_of(field: str) -> Any:
@@ -84,8 +84,8 @@ def _with_ranks(site: LinearSite, config: AdapterConfig, traced: TracedModel) ->
         return getattr(config, field) if match is None else pattern[match]
 
     method = method_of(config)
-    dims, scale = method.sizes(config, value_of)
-    return PlannedSite(site, *dims, scale, method.parameter_count(site.in_features, site.out_features, dims))
+    sizes, scale = method.sizes(config, value_of)
+    return PlannedSite(site, sizes, scale, method.parameter_count(site.in_features, site.out_features, sizes))
 
 
 _EXPERTS = "its weight has 3 dimensions, one matrix for each expert; adapters are added to linear layers, of 2"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gralora_fx.config import AdapterConfig
 from gralora_fx.graph.site_table import site_table
 from gralora_fx.graph.sites import LinearSite
-from gralora_fx.methods import AdapterDims, method_of
+from gralora_fx.methods import Sizes, method_of
 
 
 @dataclass(frozen=True)
@@ -16,24 +16,30 @@ class PlannedSite:
 
     Attributes:
         site: The site.
-        r: Its rank; of GraLoRA, that of the block rows.
-        k: Blocks in each direction; 1 for LoRA.
-        hybrid_r: Rank of the plain LoRA beside them.
-        scale: Factor of its output.
+        sizes: The adapter's sizes, a record of its method's.
+        scale: Factor of its update.
         parameters: Number of trainable values.
     """
 
     site: LinearSite
-    r: int
-    k: int
-    hybrid_r: int
+    sizes: Sizes
     scale: float
     parameters: int
 
     @property
-    def dims(self) -> AdapterDims:
-        """The adapter's sizes."""
-        return AdapterDims(self.r, self.k, self.hybrid_r)
+    def r(self) -> int:
+        """Its rank, 0 of a method that has none; of GraLoRA, that of the block rows."""
+        return getattr(self.sizes, "r", 0)
+
+    @property
+    def k(self) -> int:
+        """Blocks in each direction; 1 for methods other than GraLoRA."""
+        return getattr(self.sizes, "k", 1)
+
+    @property
+    def hybrid_r(self) -> int:
+        """Rank of the plain LoRA beside GraLoRA's blocks."""
+        return getattr(self.sizes, "hybrid_r", 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class RewritePlan:
     def __str__(self) -> str:
         """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
         method = method_of(self.config)
-        adapted = {planned.site.path: method.text(planned.dims) for planned in self.selected}
+        adapted = {planned.site.path: method.text(planned.sizes) for planned in self.selected}
         adapted |= {
             planned.site.path: f"{adapted[planned.site.path]} (the traced forward never calls it)"
             for planned in self.selected

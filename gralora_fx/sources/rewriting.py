@@ -1,8 +1,8 @@
 """Files of weights written anew with some tensors changed: the engine behind folds into exports and into checkpoints.
 
 A new file is made of parts: ranges of bytes that are copied from another file, and tensors whose rows an edit changes,
-a block at a time, so that no tensor is in memory as a whole. The formats say what the parts are: `safetensors_files`,
-and `folding/onnx_rewriting.py` of the exporters.
+a block at a time, so that no tensor is in memory as a whole unless its edit needs it. The formats say what the parts
+are: `safetensors_files`, and `folding/onnx_rewriting.py` of the exporters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ RowEdit = Callable[[NDArray[Any], int], None]  # changes stored rows in place, g
 
 
 class Edit(Protocol):
-    """What becomes of a tensor's values."""
+    """What becomes of a tensor's values.
+
+    Attributes:
+        takes_rows: Whether some rows can be changed at a time, rather than all at once.
+    """
+
+    @property
+    def takes_rows(self) -> bool: ...  # noqa: D102
 
     def prepare(self) -> RowEdit:
         """Read or compute what is needed; called once for a tensor, whose rows are then changed in order."""
@@ -230,7 +237,8 @@ def _write(part: Part, target: int, scratch: _Scratch) -> None:
             _copy(part.source, handle, target, part.begin)
         return
     change, width = part.edit.prepare(), part.columns * part.dtype.itemsize
-    count, step = part.nbytes // width if width else 0, max(1, BLOCK // max(1, part.columns))
+    count = part.nbytes // width if width else 0
+    step = max(1, BLOCK // max(1, part.columns) if part.edit.takes_rows else count)
     for first in range(0, count, step):
         rows = scratch.matrix(min(step, count - first), part.columns, part.dtype)
         if part.source is not None:

@@ -19,9 +19,6 @@ from transformers import PreTrainedModel
 
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, MergeError
 from gralora_fx.exporters import merge_checkpoint
-from gralora_fx.methods.fold import delta_weight, largest_change
-from gralora_fx.methods.gralora import initial_factors
-from gralora_fx.methods.method import AdapterDims, Update
 from gralora_fx.sources import rewriting
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "model.safetensors.index.json"
@@ -256,12 +253,6 @@ def _plain(directory: Path) -> Path:
     return directory / "adapter"
 
 
-def test_a_bound_for_the_change_is_one() -> None:
-    torch.manual_seed(0)
-    update = Update(initial_factors(24, 12, AdapterDims(4, 2, 3), zero_update=False), -1.5)
-    assert delta_weight(update).abs().max() <= largest_change(update)
-
-
 def test_overflow_of_half_precision_is_refused(tmp_path: Path) -> None:
     base = saved("llama", tmp_path, torch.float16)
     directory = adapter(base, tmp_path, **{**GRALORA, "alpha": 10_000_000})
@@ -379,10 +370,10 @@ def test_directories_that_do_not_exist_are_refused(base: str, directory: str, tm
         merge_checkpoint(tmp_path / base, tmp_path / directory, tmp_path / "merged")
 
 
-def test_dora_is_refused_by_name(tmp_path: Path) -> None:
+def test_another_form_of_lora_is_refused_by_name(tmp_path: Path) -> None:
     base = saved("llama", tmp_path)
-    saved_by_peft("llama", tmp_path / "adapter", **LORA, use_dora=True)
-    with pytest.raises(ConfigError, match="DoRA"):
+    saved_by_peft("llama", tmp_path / "adapter", **LORA, lora_bias=True)
+    with pytest.raises(ConfigError, match="a bias of lora_B"):
         merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
 
 

@@ -20,7 +20,7 @@ from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError
 from gralora_fx.exporters import to_lora
 from gralora_fx.methods import read_config
-from gralora_fx.methods.truncate import truncate, update_norm
+from gralora_fx.methods.forms import truncate, update_norm
 
 WEIGHTS = "adapter_model.safetensors"
 SIZES: dict[str, Any] = {"r": 4, "gralora_k": 2, "alpha": 6, "target_modules": "all-linear"}

@@ -195,7 +195,7 @@ def test_a_base_whose_head_is_of_another_task_is_named(
     ("config", "kind"),
     [
         (peft.LoHaConfig(r=4, target_modules=["query"]), r"the method 'LOHA' .* registered are GRALORA, LORA"),
-        (peft.LoraConfig(r=4, target_modules=["query"], use_dora=True), r"use_dora=True \(DoRA, .* is not supported"),
+        (peft.LoraConfig(r=4, target_modules=["query"], lora_bias=True), r"lora_bias=True \(.* is not supported"),
     ],
 )
 def test_an_adapter_of_another_kind_is_named(folder: Path, tmp_path: Path, config: peft.PeftConfig, kind: str) -> None:

@@ -35,7 +35,8 @@ def test_initial_draws_are_pefts(initial: bool | str) -> None:
     ours = LoraConfig(r=6, init_lora_weights=initial)
     torch.manual_seed(3)
     nn.Linear(24, 48)
-    drawn = method_of(ours).initial(24, 48, method_of(ours).sizes(ours, lambda name: getattr(ours, name))[0], ours)
+    sizes, scale = method_of(ours).sizes(ours, lambda name: getattr(ours, name))
+    drawn = method_of(ours).initial((24, 48), sizes, ours, weight=lambda: torch.zeros(48, 24), scale=scale)
     assert isinstance(drawn, LoraFactors)
     assert torch.equal(drawn.A, layer.lora_A["default"].weight)
     assert torch.equal(drawn.B, layer.lora_B["default"].weight)
@@ -63,7 +64,6 @@ def test_a_bad_field_is_named(fields: dict[str, Any], expected: str) -> None:
 
 
 OTHER_FORMS = {
-    "use_dora": True,
     "use_qalora": True,
     "lora_bias": True,
     "alora_invocation_tokens": [1, 2],
@@ -79,7 +79,9 @@ OTHER_FORMS = {
 def test_another_form_of_lora_is_refused_by_name(name: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=BOTH, task_type="CAUSAL_LM")
     setattr(config, name, OTHER_FORMS[name])
-    with pytest.raises(ConfigError, match=rf"{name}=.*\(.*\) is not supported, only plain LoRA and rsLoRA are; merge"):
+    with pytest.raises(
+        ConfigError, match=rf"{name}=.*\(.*\) is not supported, only plain LoRA, rsLoRA and DoRA are; merge"
+    ):
         LoraConfig.from_peft(config)
     config = peft.LoraConfig(r=4, target_modules=BOTH)
     config.save_pretrained(str(tmp_path))

@@ -63,7 +63,7 @@ def test_nodes_that_serve_a_site_or_an_adapter(model: GraloraModel) -> None:
 
 def test_tensors_and_updates(model: GraloraModel) -> None:
     assert model.factors(QUERY) is model.factors(QUERY, "default")
-    assert model.factors(QUERY, "wide").dims == (8, 4, 2)
+    assert model.factors(QUERY, "wide").sizes == (8, 4, 2)
     one, other = model.delta_weight(QUERY, "default"), model.delta_weight(QUERY, "wide")
     assert torch.equal(model.delta_weight(QUERY), one)
     model.set_adapter(["default", "wide"])

@@ -22,7 +22,7 @@ class Case:
         dtype: Data type of the base.
         rank: Number of dimensions of a plain model's input.
         optimizer: Name of the optimizer whose step is compared.
-        method: PEFT's name for the method.
+        method: PEFT's name for the method, or DORA for its LoRA with `use_dora`.
     """
 
     architecture: str
@@ -224,6 +224,39 @@ def _lora_cases(name: str, arch: Architecture) -> Iterator[Case]:
             yield Case(name, f"lora-{kind}", {"target_modules": two, **small}, dtype=dtype, method="LORA")
 
 
+def _dora_cases(name: str, arch: Architecture) -> Iterator[Case]:
+    """DoRA: what differs from LoRA, since the weights take part."""
+    two, all_named = list(arch.attention), [*arch.attention, *arch.others]
+    small = {"r": 8, "lora_alpha": 16}
+    kinds: dict[str, dict[str, Any]] = {
+        "dora": {"target_modules": all_named, **small},
+        "dora-rslora-patterns": {
+            "target_modules": two,
+            **small,
+            "use_rslora": True,
+            "rank_pattern": {two[0]: 3},
+            "alpha_pattern": {two[-1]: 5},
+        },
+        "dora-zero-start": {"target_modules": two, **small, "init_lora_weights": True},
+        "dora-dropout": {"target_modules": two, **small, "lora_dropout": 0.2},
+    }
+    if arch.has_biases:
+        kinds["dora-bias-all"] = {"target_modules": two, **small, "bias": "all"}
+        kinds["dora-bias-only"] = {"target_modules": two, **small, "bias": "lora_only"}
+    if arch.head:
+        kinds["dora-saved-head"] = {"target_modules": two, **small, "modules_to_save": [arch.head]}
+    if name == "gpt2":
+        kinds["dora-fan-in-fan-out"] = {**TRANSPOSED, **small}
+    for kind, fields in kinds.items():
+        if name in _REPEATED and kind != "dora":
+            continue
+        yield Case(name, kind, fields, optimizer="AdamW" if "zero" in kind else "SGD", method="DORA")
+    for kind, dtype in DTYPES.items():
+        if (name, kind) not in UNTRACEABLE and name in ("gpt2", "llama", "bert"):
+            yield Case(name, f"dora-{kind}", {"target_modules": two, **small}, dtype=dtype, method="DORA")
+
+
+DORA_GRID: tuple[Case, ...] = tuple(case for name, arch in ARCHITECTURES.items() for case in _dora_cases(name, arch))
 LORA_GRID: tuple[Case, ...] = tuple(case for name, arch in ARCHITECTURES.items() for case in _lora_cases(name, arch))
 GRID: tuple[Case, ...] = tuple(case for name, arch in ARCHITECTURES.items() for case in _cases(name, arch))
 

@@ -23,6 +23,7 @@ from traces import main_output
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, merge, plan
 from gralora_fx.adapters.checkpoint import WEIGHTS_NAME, checkpoint_parameters
+from gralora_fx.methods import DoraConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ TOLERANCES = {
 
 LOSS_SCALE = 256.0
 
-CONFIGS = {"GRALORA": GraloraConfig, "LORA": LoraConfig}
+CONFIGS = {"GRALORA": GraloraConfig, "LORA": LoraConfig, "DORA": DoraConfig}
+_MAGNITUDE = "lora_magnitude_vector"
 _ADAPTERS = re.compile(r"\.(gra)?lora_[AB]")
 
 
@@ -255,13 +257,18 @@ def merged_parameters(theirs: peft.PeftModel) -> dict[str, Tensor]:
     """The base's parameters by their own names, with PEFT's deltas and trained copies, open to autograd."""
     parameters: dict[str, Tensor] = {}
     for name, parameter in theirs.named_parameters():
-        if not _ADAPTERS.search(name) and "original_module" not in name:
+        if not _ADAPTERS.search(name) and "original_module" not in name and _MAGNITUDE not in name:
             own = name.removeprefix("base_model.model.").replace("base_layer.", "")
             parameters[own.replace("modules_to_save.default.", "")] = parameter
     for name, module in theirs.named_modules():
         if isinstance(module, (GraloraLayer, LoraLayer)):
             key = f"{name.removeprefix('base_model.model.')}.weight"
-            parameters[key] = (parameters[key] + module.get_delta_weight("default")).to(parameters[key].dtype)
+            weight = parameters[key] + module.get_delta_weight("default")
+            if "default" in getattr(module, _MAGNITUDE, ()):
+                inputs, shape = (0, (1, -1)) if module.fan_in_fan_out else (1, (-1, 1))
+                ratio = getattr(module, _MAGNITUDE)["default"].weight / weight.detach().norm(dim=inputs)
+                weight = ratio.view(shape) * weight
+            parameters[key] = weight.to(parameters[key].dtype)
     return parameters
 
 

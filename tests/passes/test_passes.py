@@ -18,8 +18,8 @@ from gralora_fx.adapters.adapter_paths import put
 from gralora_fx.adapters.folded_weights import SiteUpdate, fold_in_place, folded_weights
 from gralora_fx.errors import MergeError, RewriteError
 from gralora_fx.graph.annotations import annotate, annotated_nodes, annotation_of, remove_annotation
-from gralora_fx.methods.gralora import Factors, initial_factors
-from gralora_fx.methods.method import AdapterDims, Update
+from gralora_fx.methods.gralora import Factors, GraloraSizes, initial_factors
+from gralora_fx.methods.method import Update
 from gralora_fx.methods.registry import GRALORA
 from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
 from gralora_fx.passes.redirect_parameters import RedirectParameters
@@ -163,7 +163,7 @@ def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
     before = str(graph_module.graph)
     names = {"A": "a", "B": "b"}
     with pytest.raises(RewriteError, match="up: node 'linear' is not a linear call of this graph any more; trace the"):
-        InsertAdapter("default", GRALORA, (Insertion(base.sites[0], names, AdapterDims(2, 2), 1.0),))(graph_module)
+        InsertAdapter("default", GRALORA, (Insertion(base.sites[0], names, GraloraSizes(2, 2), 1.0),))(graph_module)
     assert str(graph_module.graph) == before
 
 
@@ -205,7 +205,7 @@ def test_every_module_holds_a_pass_of_its_name(module: pkgutil.ModuleInfo) -> No
 
 def update_of(seed: int = 0) -> Update:
     torch.manual_seed(seed)
-    return Update(initial_factors(4, 6, AdapterDims(4, 2), zero_update=False), 0.5)
+    return Update(initial_factors(4, 6, GraloraSizes(4, 2), zero_update=False), 0.5)
 
 
 def test_folded_weights_are_new_and_reuse_a_buffer(base: TracedModel) -> None:
@@ -235,7 +235,7 @@ def test_folding_in_place_checks_every_site_first() -> None:
     traced = trace(Mlp(), (torch.ones(2, 4),))
     up, down = traced.sites
     torch.manual_seed(0)
-    second = Update(initial_factors(6, 2, AdapterDims(2, 2), zero_update=False), float("inf"))
+    second = Update(initial_factors(6, 2, GraloraSizes(2, 2), zero_update=False), float("inf"))
     before = [site.weight.detach().clone() for site in (up, down)]
     with pytest.raises(MergeError, match="the merged weight of down is not finite"):
         fold_in_place(traced.graph_module, [SiteUpdate(up, (update_of(),)), SiteUpdate(down, (second,))], safe=True)

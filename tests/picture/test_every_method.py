@@ -50,7 +50,7 @@ def test_every_picture_shows_every_method(name: str) -> None:
     for field in (*config.SIZE_FIELDS, config.DROPOUT):
         value = getattr(config, field)
         assert (f"{field}={value:.4g}" if isinstance(value, float) else f"{field}={value}") in row[3] or value == {}
-    sizes = method_of(config).text(model.plans["default"].selected[0].dims)
+    sizes = method_of(config).text(model.plans["default"].selected[0].sizes)
     assert sizes in page
     assert sizes in "".join(parsed(svg).itertext())
     assert sizes in html_of(model.traced, plan=plan(model.traced, config))

@@ -92,7 +92,7 @@ def text(model: GraloraModel | TracedModel) -> str:
 def meaning(model: GraloraModel, name: str = "default") -> Any:
     """What an adapter's plan says of every site."""
     applied_plan = model.plans[name]
-    sites = {planned.site.path: (planned.dims, planned.scale) for planned in applied_plan.selected}
+    sites = {planned.site.path: (planned.sizes, planned.scale) for planned in applied_plan.selected}
     return (
         sites,
         applied_plan.saved_modules,
