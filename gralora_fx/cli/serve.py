@@ -5,20 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
+from gralora_fx.cli.declared import Declared, takes
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import export_directory, read_adapters, utf8
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.manifest import read_manifest
-
-if TYPE_CHECKING:
-    from gralora_fx.serving.http.settings import ServiceSettings
 
 _ENGINES = ("uvicorn", "ray")
 _EXTRAS = {  # by the packages
@@ -36,47 +34,8 @@ Adapters = Annotated[
         callback=utf8,
     ),
 ]
-AdapterRoot = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Let requests load and unload adapters of this directory: .onnx_adapter files and PEFT's directories.",
-        callback=utf8,
-    ),
-]
 Host = Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.", callback=utf8)]
 Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 for a free one.")]
-MaxBatch = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Most rows that run together.  [default: 16; 8 for an encoder]")
-]
-MaxQueue = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Most requests that wait; others are answered with 429.")
-]
-MaxContext = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Of a decoder, most tokens of a prompt with its answer.  [default: the model's context]",
-    ),
-]
-Chunk = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Of a decoder, most tokens of prompts that a step reads.  [default: 64]"),
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SECONDS", help="Seconds after which a request is given up, and answered with 504.  [default: no limit]"
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Threads of an operator.  [default: one on each core that may be used]"),
-]
-MaxBody = Annotated[
-    int, typer.Option(min=1, metavar="BYTES", help="Most bytes of a request's body, also once it is decompressed.")
-]
 MaxConnections = Annotated[
     int | None,
     typer.Option(
@@ -89,15 +48,6 @@ ReadTimeout = Annotated[
         min=0.1,
         metavar="SECONDS",
         help=f"Time in which a request must arrive, its body too.  [default: {_READ_TIMEOUT:g}]",
-    ),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY",
-        envvar="GRALORA_FX_API_KEY",
-        help="Key that requests must give as Authorization: Bearer KEY.",
-        callback=utf8,
     ),
 ]
 AccessLog = Annotated[
@@ -119,47 +69,28 @@ Replicas = Annotated[
 ]
 
 
+@takes(ServiceSettings)
 def serve(
     onnx: OnnxToRun = None,
     directory: Directory = None,
     adapter: Adapters = None,
-    adapter_root: AdapterRoot = None,
+    adapter_root: Declared = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    max_batch: MaxBatch = None,
-    max_queue: MaxQueue = 64,
-    max_context: MaxContext = None,
-    chunk: Chunk = None,
-    timeout: Timeout = None,
-    threads: Threads = None,
-    api_key: ApiKey = None,
-    max_body: MaxBody = 16 * 2**20,
+    *,
     max_connections: MaxConnections = None,
     read_timeout: ReadTimeout = None,
     access_log: AccessLog = False,
     engine: Engine = "uvicorn",
     replicas: Replicas = None,
+    **options: Any,
 ) -> None:
     """Serve an export over HTTP: text by OpenAI's protocol, tensors by the Open Inference Protocol.
 
     A request chooses its adapter by the name of its model.
     """
     path = export_directory(onnx, directory)
-    from gralora_fx.serving.http.settings import ServiceSettings
-
-    settings = ServiceSettings(
-        path,
-        adapters=read_adapters(adapter),
-        adapter_root=adapter_root,
-        max_batch=max_batch,
-        max_queue=max_queue,
-        max_context=max_context,
-        chunk=chunk,
-        timeout=timeout,
-        threads=threads,
-        api_key=api_key,
-        max_body=max_body,
-    )
+    settings = ServiceSettings(path, adapters=read_adapters(adapter), adapter_root=adapter_root, **options)
     if engine not in _ENGINES:
         raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
     if engine != "ray":

@@ -17,8 +17,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from running_service import serving
 from starlette.types import Message
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scale.asgi_request import AsgiRequest
 from gralora_fx.serving.scale.frontend import Frontend
 

@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 from gralora_fx import GraloraModel, trace
 from gralora_fx.cli import app
 from gralora_fx.cli.values import read_adapters
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.serving.http import server
 from gralora_fx.serving.http.adapters import converted
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.settings import ServiceSettings
 
 MODES = ("data", "inputs")
 LLAMA: dict[str, Any] = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0}

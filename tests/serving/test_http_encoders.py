@@ -21,12 +21,12 @@ from tiny_models import text_batch, tiny_model
 from transformers import pipeline
 
 from gralora_fx import trace
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.openai.encoders import scores_of
-from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel
 
 Service = tuple[TestClient, str, dict[str | None, Any]]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.openai import completions
@@ -20,7 +21,6 @@ from gralora_fx.serving.http.openai.requests import (
     EmbeddingRequest,
     RerankRequest,
 )
-from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.http.text_reader import TextReader
 
 MANY = 10_000

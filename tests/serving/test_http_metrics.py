@@ -19,11 +19,11 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
 from gralora_fx import trace
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.metrics import REASONS, Metrics
-from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.model import OrtModel
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

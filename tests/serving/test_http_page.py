@@ -12,10 +12,10 @@ import torch
 from starlette.testclient import TestClient
 
 from gralora_fx import trace
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.page.routes import PAGE_PATHS
-from gralora_fx.serving.http.settings import ServiceSettings
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from tiny_tokenizers import tiny_tokenizer
 from traces import fresh
 
 from gralora_fx import GraloraConfig, rewrite
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.serving import load
-from gralora_fx.serving.http.settings import ServiceSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 TASK = "text2text-generation-with-past"

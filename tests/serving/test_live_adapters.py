@@ -21,11 +21,11 @@ from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 from tiny_models import text_batch
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.joined_adapters import AdapterStack
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.http.trial import AdapterTrial
 from gralora_fx.serving.scheduling.text_jobs import TextJob
 

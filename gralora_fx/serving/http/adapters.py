@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import GraloraError, ServingError, shown, warn_caller
 from gralora_fx.runtime.adapter_paths import check_name, check_takes_adapters, given_adapter
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.adapter_folder import as_data
 from gralora_fx.serving.http.engines import Engine
-from gralora_fx.serving.http.settings import ServiceSettings
 
 
 def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, may_replace: bool) -> None:

@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.adapters import load_given
 from gralora_fx.serving.http.engines import EncoderEngine, Engine, TextEngine, open_engine
@@ -24,7 +25,6 @@ from gralora_fx.serving.http.openai.speech import speech_routes
 from gralora_fx.serving.http.openapi import DescribedApp
 from gralora_fx.serving.http.page.routes import page_routes
 from gralora_fx.serving.http.service_info import health_routes, info_routes, service_info
-from gralora_fx.serving.http.settings import ServiceSettings
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
@@ -18,7 +19,6 @@ from gralora_fx.runtime.run_options import runtime_of
 from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.http.encoder import Encoder
-from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.http.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler

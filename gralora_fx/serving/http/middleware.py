@@ -15,11 +15,11 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import first_line, shown
 from gralora_fx.serving.http.error_responses import error_response
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.page.routes import PAGE_PATHS
-from gralora_fx.serving.http.settings import ServiceSettings
 
 _SAFE = "/%:@!$&'()*+,;=~[]"  # what a path holds beside letters; all else is written as %XX, so a line stays a line
 _MOST = 1000  # characters of a path

@@ -10,10 +10,10 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.http.engines import Engine
-from gralora_fx.serving.http.settings import ServiceSettings
 
 _NO_LIMIT = 2**31  # tokenizers without a limit say 10^30
 

@@ -19,13 +19,13 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 from starlette.types import Message
 
+from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.runtime.run_options import available_threads
 from gralora_fx.serving.http.adapters import load_given
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.engines import EncoderEngine, open_engine
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.settings import ServiceSettings
 from gralora_fx.serving.scale.asgi_request import AsgiRequest, answer
 from gralora_fx.serving.scale.frontend import APPLICATION, MODEL, Frontend
 

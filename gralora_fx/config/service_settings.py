@@ -1,0 +1,129 @@
+"""The settings of a service."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from gralora_fx.config.option import Option, check_options
+from gralora_fx.errors import ConfigError, shown
+
+_ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
+
+
+def _timeout_problem(value: Any) -> str | None:
+    if isinstance(value, (int, float)) and 0 < value < math.inf:
+        return None
+    return f"timeout must be a number of seconds above 0, but got {shown(value)}"
+
+
+def _key_problem(value: str) -> str | None:
+    if value.isascii() and value.isprintable() and value:
+        return None
+    return "the API key must be one or more visible characters of ASCII; leave it out for none"
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What a service serves, and within which bounds.
+
+    Attributes:
+        directory: The export directory; its name is the base's name.
+        adapters: `.onnx_adapter` files, or directories that PEFT saved an adapter to, by the adapters' names; they are
+            served beside the export's own, and instead of one of the same name.
+        adapter_root: The directory that requests may load adapters from; None if they may load none.
+        max_batch: The most rows of a batch, None for 8; for a decoder requests that it answers together, None for 16.
+        max_queue: The most requests, or rows of an encoder, that may wait.
+        max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
+        chunk: Of a decoder, the most tokens of prompts that a step reads; None for 64.
+        timeout: Seconds after which a request is given up, unless it names fewer; None for no limit.
+        threads: Threads of an operator; None for one on each core that the process may use.
+        api_key: The key that requests must give; None for none.
+        max_body: The most bytes of a request's body, also once it is decompressed.
+    """
+
+    directory: Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapter_root: Annotated[
+        Path | None,
+        Option(
+            "Let requests load and unload adapters of this directory: .onnx_adapter files and PEFT's directories.",
+            metavar="DIR",
+        ),
+    ] = None
+    max_batch: Annotated[
+        int | None, Option("Most rows that run together.", metavar="N", left_out="16; 8 for an encoder", least=1)
+    ] = None
+    max_queue: Annotated[
+        int, Option("Most requests that wait; others are answered with 429.", metavar="N", least=1)
+    ] = 64
+    max_context: Annotated[
+        int | None,
+        Option(
+            "Of a decoder, most tokens of a prompt with its answer.",
+            metavar="N",
+            left_out="the model's context",
+            least=1,
+        ),
+    ] = None
+    chunk: Annotated[
+        int | None,
+        Option("Of a decoder, most tokens of prompts that a step reads.", metavar="N", left_out="64", least=1),
+    ] = None
+    timeout: Annotated[
+        float | None,
+        Option(
+            "Seconds after which a request is given up, and answered with 504.",
+            metavar="SECONDS",
+            left_out="no limit",
+            problem=_timeout_problem,
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        Option("Threads of an operator.", metavar="N", left_out="one on each core that may be used", least=1),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        Option(
+            "Key that requests must give as Authorization: Bearer KEY.",
+            metavar="KEY",
+            environment="GRALORA_FX_API_KEY",
+            problem=_key_problem,
+        ),
+    ] = field(default=None, repr=False)
+    max_body: Annotated[
+        int,
+        Option("Most bytes of a request's body, also once it is decompressed.", metavar="BYTES", least=1),
+    ] = 16 * 2**20
+
+    def __post_init__(self) -> None:
+        """Check the counts and the key.
+
+        Raises:
+            ConfigError: A count is not a whole number of at least 1, or the key is empty or not ASCII.
+        """
+        check_options(self, ConfigError)
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a batch, where there are batches."""
+        return self.max_batch or _ROWS
+
+    @property
+    def decoder_rows(self) -> int:
+        """The most requests that a decoder answers together."""
+        return self.max_batch or _ROWS_OF_DECODER
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The most tokens of prompts that a step reads, where there are steps."""
+        return self.chunk or _CHUNK
+
+    @property
+    def base_name(self) -> str:
+        """The name of the model without an adapter."""
+        return self.directory.absolute().name
