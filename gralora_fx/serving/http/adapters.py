@@ -18,14 +18,14 @@ from gralora_fx.serving.http.engines import Engine
 
 
 def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, may_replace: bool) -> None:
-    """Load an adapter, and let its name stand for it.
+    """Load an adapter, and let its name mean it.
 
     Args:
         engine: What runs it; no other change of its adapters may run meanwhile.
         name: The adapter's name.
         file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with. The folder
             lasts as long as the adapter.
-        may_replace: Whether the name may stand for another adapter before.
+        may_replace: Whether the name may have meant another adapter before.
 
     Raises:
         GraloraError: The name is taken or is not one, the export takes no adapters, the file may not be used, or the
@@ -48,7 +48,7 @@ def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, 
 
 
 def load_given(engine: Engine, settings: ServiceSettings) -> None:
-    """Load the adapters that a service is started with; they stand before those of the export itself.
+    """Load the adapters that a service is started with; they take precedence over those of the export itself.
 
     Raises:
         GraloraError: One cannot be loaded (see `load_adapter`); the message begins with its name.

@@ -125,9 +125,9 @@ class Forwarding:
 
 
 class _Sender:
-    """Passes an answer on: a stream of events as it comes, any other answer once it is whole.
+    """Passes an answer on: a stream of events as it comes, and any other answer once it is whole.
 
-    So that an error can still take the place of what has not begun.
+    Until then an error can still take its place.
 
     Attributes:
         has_begun: Whether something was sent.

@@ -102,7 +102,7 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
     """The routes of a model that is run once for each request.
 
     Raises:
-        ServingError: An input or output has a type that the protocol has not.
+        ServingError: An input or output has a type that the protocol does not have.
     """
     router, encoder, names = APIRouter(prefix="/v2"), engine.encoder, engine.names
     inputs = [TensorMetadata(**described(value)) for value in encoder.inputs.values()]

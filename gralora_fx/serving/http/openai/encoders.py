@@ -127,7 +127,7 @@ def _add_embeddings(router: APIRouter, engine: EncoderEngine) -> None:
         def body(outputs: Outputs) -> dict[str, Any]:
             return {"object": "list", "data": [embedding(*pair) for pair in enumerate(outputs)], "model": asked.model}
 
-        return await _answer(engine, request, asked.model, engine.encoder.reader.texts, _texts(asked.input), body)
+        return await _answer(engine, request, asked.model, engine.encoder.reader.texts, asked.texts, body)
 
 
 def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
@@ -146,7 +146,7 @@ def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
             return {**head, "data": [classes(*pair) for pair in enumerate(outputs)]}
 
         model = engine.names.base if asked.model is None else asked.model
-        return await _answer(engine, request, model, engine.encoder.reader.texts, _texts(asked.input), body)
+        return await _answer(engine, request, model, engine.encoder.reader.texts, asked.texts, body)
 
 
 def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
@@ -166,12 +166,6 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
 
     for path in ("/v1/rerank", "/rerank"):
         router.post(path, response_model=RerankResponse, response_model_exclude_none=True)(rerank)
-
-
-def _texts(texts: str | Sequence[Any]) -> Sequence[Any]:
-    """The texts of a request, each a string or token ids."""
-    is_single = isinstance(texts, str) or (bool(texts) and isinstance(texts[0], int))
-    return [texts] if is_single else texts
 
 
 async def _answer(
@@ -213,7 +207,7 @@ async def _answer(
 
 
 def finite(output: NDArray[Any]) -> NDArray[Any]:
-    """An output of a text, checked: no score and no number of JSON stands for what is not finite.
+    """An output of a text, checked: no score and no number of JSON means what is not finite.
 
     Raises:
         ServingError: It is not finite.

@@ -17,6 +17,7 @@ ListOf = Annotated[list[_Item], Field(fail_fast=True)]
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
 _TOKENS = 1024  # the most that an option names, since each is looked at in every step
+Texts: TypeAlias = str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
 Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]
 _Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
 _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
@@ -59,6 +60,11 @@ class StrictModel(BaseModel):
 def _is_among(value: Any, values: tuple[Any, ...] | None) -> bool:
     """Whether a field has one of some values, of the same type; None for any."""
     return values is None or any(type(value) is type(other) and value == other for other in values)
+
+
+def _single_texts(texts: Any) -> list[str | list[int]]:
+    """The texts of a field that holds one or several, each a string or token ids."""
+    return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else texts
 
 
 def _few(tokens: Any) -> Any:
@@ -170,7 +176,7 @@ class _TextFields(StrictModel):
 class CompletionRequest(_TextFields):
     """A request of `/v1/completions`."""
 
-    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
+    prompt: Texts
     max_tokens: _Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
@@ -178,10 +184,7 @@ class CompletionRequest(_TextFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one by one."""
-        prompt = self.prompt
-        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)
+        return _single_texts(self.prompt) or [[]]
 
     @property
     def top_scores(self) -> int | None:
@@ -287,8 +290,13 @@ class EmbeddingRequest(_EncoderFields):
     """A request of `/v1/embeddings`."""
 
     model: str
-    input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The texts, one by one."""
+        return _single_texts(self.input)
 
 
 class ClassifyRequest(_EncoderFields):
@@ -296,6 +304,11 @@ class ClassifyRequest(_EncoderFields):
 
     model: str | None = None
     input: str | ListOf[str]
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The texts, one by one."""
+        return _single_texts(self.input)
 
 
 class Document(StrictModel):
