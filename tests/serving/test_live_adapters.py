@@ -24,6 +24,7 @@ from tiny_models import text_batch
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.joined_adapters import AdapterStack
+from gralora_fx.serving import OrtModel
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.trial import AdapterTrial
@@ -144,11 +145,14 @@ def test_requests_keep_the_version_that_they_began_with(
     wait_for(lambda: metric(service, "gralora_fx_adapter_versions") == before - 1)
 
 
-def test_the_memory_of_old_versions_is_freed(service: TestClient) -> None:
+def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = service.app.state.engine  # type: ignore[attr-defined]
     versions = engine.names.versions
-    model = versions._host
+    models: list[OrtModel] = []
+    load = OrtModel.load_adapter
+    monkeypatch.setattr(OrtModel, "load_adapter", lambda model, *given: (models.append(model), load(model, *given))[1])
     loaded(service, "live", "small")
+    model = models[0]
     complete(service, "live", PROMPT)
     key = versions.key("live")
     old = weakref.ref(model.adapters[key])

@@ -92,8 +92,6 @@ def test_every_answer_is_wholly_of_one_version(made: Made) -> None:
                     loaded(client, "live", path, load_inplace=True)
         wait_for(lambda: metric(client, "gralora_fx_adapter_versions") == 3)
         settle(client)
-        engine: Any = client.app.state.engine  # type: ignore[attr-defined]
-        assert len(engine.names.versions._host.adapters) == 3
     assert {version for _, version in seen} == {0, 1}
 
 
