@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.adapter_versions import AdapterVersions, TooManyChangesError, UnknownAdapterError
+from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions, TooManyChangesError, UnknownAdapterError
 
 ANY = Path("any")
 

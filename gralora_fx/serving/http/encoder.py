@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.http.text_reader import TextReader, Tokens
 from gralora_fx.serving.model import OrtModel
+from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
 from gralora_fx.serving.scheduling.queue import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,69 +9,20 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.config.tasks import ENCODER_DECODERS
-from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.run_options import runtime_of
-from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 from gralora_fx.serving.model import OrtModel
+from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions, ModelNames
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 
 _GENERATES = ("text-generation-with-past", *ENCODER_DECODERS)
-
-
-class UnknownModelError(ServingError):
-    """A request names a model that is not served."""
-
-
-@dataclass(frozen=True)
-class ModelNames:
-    """The models that requests may name.
-
-    Attributes:
-        base: The model without an adapter.
-        versions: The adapters, which come and go.
-    """
-
-    base: str
-    versions: AdapterVersions
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The adapters that are loaded now."""
-        return self.versions.names
-
-    def adapter(self, model: str) -> str | None:
-        """The key of the adapter that a model's name means now; None for the base. `held` keeps it for a while.
-
-        Raises:
-            UnknownModelError: There is no such model.
-        """
-        with self.held(model) as key:
-            return key
-
-    @contextmanager
-    def held(self, model: str) -> Iterator[str | None]:
-        """Hold the adapter that a model's name means, and give its key; None for the base.
-
-        A queue holds it for the requests that it takes, so this is to last until they are queued.
-
-        Raises:
-            UnknownModelError: There is no such model.
-        """
-        if model == self.base:
-            yield None
-            return
-        adapters = self.adapters
-        if model not in adapters:
-            raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *adapters))}")
-        with self.versions.held(model) as key:
-            yield key
 
 
 @dataclass(frozen=True)

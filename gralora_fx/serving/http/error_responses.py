@@ -13,10 +13,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gralora_fx.errors import GraloraError, shown
-from gralora_fx.serving.adapter_versions import TooManyChangesError, UnknownAdapterError
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
-from gralora_fx.serving.http.engines import UnknownModelError
 from gralora_fx.serving.http.metrics import note_rejection
+from gralora_fx.serving.scheduling.adapter_versions import TooManyChangesError, UnknownAdapterError, UnknownModelError
 from gralora_fx.serving.scheduling.queue import DeadlineError, QueueFullError, RunError, StoppedError
 
 RETRY_AFTER = {"Retry-After": "1"}

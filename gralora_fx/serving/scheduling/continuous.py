@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.decoder import Decoder
-from gralora_fx.serving.adapter_versions import AdapterVersions
 from gralora_fx.serving.completion import Completion
+from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
 

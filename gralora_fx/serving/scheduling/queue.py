@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.adapter_versions import AdapterVersions
+from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
 
 
 class QueueFullError(ServingError):

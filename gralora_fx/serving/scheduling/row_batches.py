@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.adapter_versions import AdapterVersions
+from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer, RunError
 
 _logger = logging.getLogger(__name__)

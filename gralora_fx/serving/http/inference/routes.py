@@ -16,11 +16,12 @@ from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import shown
 from gralora_fx.serving.http.encoder import Encoder
-from gralora_fx.serving.http.engines import EncoderEngine, ModelNames, UnknownModelError
+from gralora_fx.serving.http.engines import EncoderEngine
 from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Inference, InferRequest, read_inference
 from gralora_fx.serving.http.inference.tensors import datatype_of, described, to_bytes, to_numbers
 from gralora_fx.serving.http.replies import unless_disconnected
 from gralora_fx.serving.http.trial import example_inputs
+from gralora_fx.serving.scheduling.adapter_versions import ModelNames, UnknownModelError
 
 _VERSION = "1"
 _LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it

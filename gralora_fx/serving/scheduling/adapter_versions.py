@@ -1,4 +1,4 @@
-"""The adapters of a service by name: each name's version at a time, and older ones while requests run with them."""
+"""The models of a service by name: the base, and each adapter's version now, and older ones while requests run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ _NAME_IN_KEY = 100  # characters of a name that a version's key begins with
 _MOST_CHANGES = 16  # that wait
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+
+
+class UnknownModelError(ServingError):
+    """A request names a model that is not served."""
 
 
 class UnknownAdapterError(ServingError):
@@ -244,3 +248,48 @@ class AdapterVersions:
             version.dispose()
         except Exception:
             _logger.exception("freeing a version of an adapter failed")
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """The models that requests may name.
+
+    Attributes:
+        base: The model without an adapter.
+        versions: The adapters, which come and go.
+    """
+
+    base: str
+    versions: AdapterVersions
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that are loaded now."""
+        return self.versions.names
+
+    def adapter(self, model: str) -> str | None:
+        """The key of the adapter that a model's name means now; None for the base. `held` keeps it for a while.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        with self.held(model) as key:
+            return key
+
+    @contextmanager
+    def held(self, model: str) -> Iterator[str | None]:
+        """Hold the adapter that a model's name means, and give its key; None for the base.
+
+        A queue holds it for the requests that it takes, so this is to last until they are queued.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        if model == self.base:
+            yield None
+            return
+        adapters = self.adapters
+        if model not in adapters:
+            raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *adapters))}")
+        with self.versions.held(model) as key:
+            yield key
