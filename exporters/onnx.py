@@ -26,8 +26,8 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.conversion import conversion_of
 from gralora_fx.exporters.flavours.registry import flavour_of
-from gralora_fx.exporters.fx_passes.exportable import check_exportable
-from gralora_fx.exporters.onnx_passes.mark_sites import MarkedSites
+from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
+from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, attention_report
 from gralora_fx.exporters.verification.quality import measure_quality

@@ -12,15 +12,14 @@ from gralora_fx.exporters.artifact.genai_config import write_genai_config
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, marking_passes, with_rows
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
-from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
+from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.cached_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, merge_matmuls
 from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
-from gralora_fx.exporters.onnx_passes.copies import copied
-from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
+from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
-from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes

@@ -8,9 +8,8 @@ from torch import fx
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, note_rows, translated_passes
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
-from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
+from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate, split
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
-from gralora_fx.exporters.fx_passes.split_encoder_decoder import split
 from gralora_fx.exporters.onnx_passes.clean_up import drop_stack_traces
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms

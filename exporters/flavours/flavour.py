@@ -14,13 +14,13 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
+from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
-from gralora_fx.exporters.onnx_passes.fold_transposes import fold_transposes
 from gralora_fx.exporters.onnx_passes.insert_adapters import InsertAdapters
-from gralora_fx.exporters.onnx_passes.mark_sites import MarkSites
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.onnx_passes.site_marks import MarkSites
 from gralora_fx.exporters.options import DYNAMIC, ExportOptions
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Skip

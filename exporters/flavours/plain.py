@@ -23,13 +23,13 @@ from gralora_fx.errors import listed
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, translated_passes, with_rows
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
-from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
+from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.clean_up import (
     deduplicate_constants,
     drop_stack_traces,
 )
-from gralora_fx.exporters.onnx_passes.copies import copied
+from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError

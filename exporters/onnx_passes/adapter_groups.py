@@ -1,14 +1,16 @@
-"""The input of a linear layer in groups that share an adapter each."""
+"""The input of a linear layer in groups that share an adapter each, and the stack of adapters that they choose from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
+from gralora_fx.exporters.onnx_passes.flatten_tokens import FlatTokens
 from gralora_fx.exporters.onnx_passes.row_tokens import (
     NUM_TOKENS,
     TokenGroups,
@@ -16,6 +18,7 @@ from gralora_fx.exporters.onnx_passes.row_tokens import (
     token_tiles,
     tokens_of_adapters,
 )
+from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import QUERY_SEQLENS
 
@@ -32,25 +35,6 @@ class Groups(NamedTuple):
     ids: ir.Value | None
     x: ir.Value
     restored: Callable[[Builder, ir.Value], ir.Value]
-
-
-@dataclass
-class FlatTokens:
-    """How token tensors were flattened to matrices (see `FlattenTokens`), by the names of values.
-
-    Attributes:
-        is_batch: Whether their rows are those of the model's inputs.
-        tokens: `[tokens]`, the index of each among all positions; None where none was left out.
-        places: `[batch, length]`, the row of the matrix at each position; None where none was left out.
-        sizes: `[2]`, batch and length.
-    """
-
-    META: ClassVar[str] = "gralora_flat_tokens"  # key in a model's metadata, of these by the name of the matrices' axis
-
-    is_batch: bool
-    tokens: ir.Value | None
-    places: ir.Value | None
-    sizes: ir.Value
 
 
 @dataclass
@@ -198,3 +182,31 @@ def _text(size: int | ir.SymbolicDim) -> str:
 
 def _shown(x: ir.Value) -> str:
     return f"[{', '.join(_text(size) for size in x.shape or ())}]"
+
+
+@dataclass(frozen=True)
+class ConstantAdapters:
+    """Gives the stacked adapter tensors of a model their values, so that rows choose among fixed adapters.
+
+    Before:
+        graph(input_ids, adapter_ids, query.gralora_A, ...)
+    After:
+        graph(input_ids, adapter_ids)      with initializers query.gralora_A, ...
+
+    Attributes:
+        arrays: The tensors of all adapters, stacked, by the names of the inputs.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Change the model."""
+        graph = model.graph
+        values = {value.name: value for value in graph.inputs}
+        for name, array in self.arrays.items():
+            value = values[name]
+            graph.inputs.remove(value)
+            value.const_value = ir.Tensor(array, name=name)
+            value.shape = ir.Shape(array.shape)
+            graph.register_initializer(value)
+        return PassResult(len(self.arrays))

@@ -1,4 +1,4 @@
-"""Products with a constant matrix: which nodes are some, what takes their place, and which are left."""
+"""Products with a constant matrix: which nodes are some, what takes their place, and how they are merged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.graph.pipeline import Skip
+from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
+from gralora_fx.exporters.translation.weights import transposed_tensor
+from gralora_fx.graph.pipeline import PassResult, Skip
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _KEPT = {  # operators that multiply by weights or by activations, and keep their precision
@@ -146,3 +149,75 @@ def _is_scaled(node: ir.Node) -> bool:
     """Whether a `Gemm` does more than to multiply and add."""
     numbers = {name: attribute.value for name, attribute in node.attributes.items()}
     return bool(numbers.get("transA")) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0
+
+
+def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
+    """Fold the transposes of weights that are only read transposed into their initializers.
+
+    Before: `y = MatMul(x, Transpose(w))`
+    After:  `y = MatMul(x, w)`, with `w` stored `[in, out]`
+
+    A weight with other readers, such as a tied embedding, stays as it is, so that it is stored once.
+
+    Args:
+        model: The model; it is changed in place.
+    """
+    count = 0
+    for value in list(model.graph.initializers.values()):
+        users = [usage.node for usage in value.uses()]
+        tensor = value.const_value
+        is_matrix = tensor is not None and len(tensor.shape) == 2
+        if not is_matrix or len(users) != 1 or not _transposes(users[0]) or value.is_graph_output():
+            continue
+        (node,) = users
+        assert tensor is not None
+        value.const_value = transposed_tensor(value.name, tensor)
+        value.shape = value.const_value.shape
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        model.graph.remove(node, safe=True)
+        count += 1
+    return PassResult(count)
+
+
+def _transposes(node: ir.Node) -> bool:
+    """Whether a node swaps the two axes of a matrix."""
+    order = node.attributes.get("perm") if node.op_type == "Transpose" else None
+    return node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
+
+
+def merge_matmuls(model: ir.Model) -> PassResult[ir.Model]:
+    """Merge matmuls of one tensor with weights of equal width into one over their concatenation.
+
+    Before: `gate = MatMul(x, Wg); up = MatMul(x, Wu)`
+    After:  `gate, up = Split(MatMul(x, [Wg Wu]))`
+
+    Args:
+        model: A translated model; it is changed in place, its nodes sorted.
+
+    Returns:
+        The number of matmuls removed.
+    """
+    groups: dict[tuple[ir.Value, int, ir.DataType | None], list[ir.Node]] = {}
+    for node in model.graph:
+        x, weight = (*node.inputs, None, None)[:2]
+        if node.op_type != "MatMul" or node.domain or x is None or weight is None or not weight.is_initializer():
+            continue
+        width = static_dim(weight, -1)
+        if width is not None and weight.shape is not None and len(weight.shape) == 2 and len(weight.uses()) == 1:
+            groups.setdefault((x, width, weight.dtype), []).append(node)
+    joint = [nodes for nodes in groups.values() if len(nodes) > 1]
+    for nodes in joint:
+        _join(model.graph, nodes)
+    return PassResult(sum(len(nodes) - 1 for nodes in joint))
+
+
+def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    build = Builder(graph)
+    weights = [node.inputs[1] for node in nodes]
+    product = build("MatMul", nodes[0].inputs[0], concat_initializers(graph, [w for w in weights if w is not None]))
+    parts = build.node("Split", [product], num_outputs=len(nodes), axis=-1)
+    parts.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(nodes))
+    for part, node in zip(parts.outputs, nodes, strict=True):
+        replace_value(part, node.outputs[0])
+    build.insert_before(nodes[0])
+    graph.remove(nodes, safe=True)

@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.adapter_groups import FlatTokens
 from gralora_fx.exporters.onnx_passes.builder import Builder, const_ints
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION, PADDING
 from gralora_fx.exporters.onnx_passes.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
 from gralora_fx.graph.pipeline import PassResult, Skip
+
+
+@dataclass
+class FlatTokens:
+    """How token tensors were flattened to matrices (see `FlattenTokens`), by the names of values.
+
+    Attributes:
+        is_batch: Whether their rows are those of the model's inputs.
+        tokens: `[tokens]`, the index of each among all positions; None where none was left out.
+        places: `[batch, length]`, the row of the matrix at each position; None where none was left out.
+        sizes: `[2]`, batch and length.
+    """
+
+    META: ClassVar[str] = "gralora_flat_tokens"  # key in a model's metadata, of these by the name of the matrices' axis
+
+    is_batch: bool
+    tokens: ir.Value | None
+    places: ir.Value | None
+    sizes: ir.Value
+
+
+def copied(model: ir.Model) -> ir.Model:
+    """A copy that shares the tensors, with what passes have noted of the model; names of values are its own.
+
+    Args:
+        model: The model, whose values have names that differ.
+    """
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    flat: dict[str, FlatTokens] = model.meta.get(FlatTokens.META, {})
+    if flat:
+        values = {value.name: value for node in copy.graph for value in node.outputs}
+        values |= {value.name: value for value in (*copy.graph.inputs, *copy.graph.initializers.values())}
+
+        def of_copy(value: ir.Value) -> ir.Value:
+            return values.get(value.name, value)  # what passes have removed since is in neither graph
+
+        copy.meta[FlatTokens.META] = {
+            axis: dataclasses.replace(
+                noted,
+                tokens=None if noted.tokens is None else of_copy(noted.tokens),
+                places=None if noted.places is None else of_copy(noted.places),
+                sizes=of_copy(noted.sizes),
+            )
+            for axis, noted in flat.items()
+        }
+    return copy
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_passes.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
-from gralora_fx.exporters.onnx_passes.branches import choice, replace_readers
-from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, static_dim
-from gralora_fx.exporters.onnx_passes.mark_sites import MARKED, SITES, SiteOutput, sites_in
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, choice, replace_readers, static_dim
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.onnx_passes.site_marks import MARKED, SITES, SiteOutput, sites_in
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, is_call, number, operands, shape
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
-from gralora_fx.exporters.onnx_passes.mark_sites import SITES
+from gralora_fx.exporters.onnx_passes.site_marks import SITES
 from gralora_fx.exporters.translation.operators import RmsNormNode
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.operators.call import named_arguments

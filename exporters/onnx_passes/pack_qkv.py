@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, add_initializer, const_ints, static_dim
-from gralora_fx.exporters.onnx_passes.mark_sites import mark_concat
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, rotated
+from gralora_fx.exporters.onnx_passes.site_marks import mark_concat
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
 from gralora_fx.exporters.translation.weights import concat_tensor, derived
 

@@ -26,14 +26,16 @@ from gralora_fx.compat.torch_onnx import (
 from gralora_fx.compat.transformers_exporters import onnx_translations
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.fx_passes.decompose import Decompose, FoldNumbers
-from gralora_fx.exporters.fx_passes.functionalize import functionalize
-from gralora_fx.exporters.fx_passes.libraries import eliminate_common_subexpressions, fix_calls, promote_types
-from gralora_fx.exporters.fx_passes.plain_sizes import plain_sizes
-from gralora_fx.exporters.fx_passes.retrace import note_values
+from gralora_fx.exporters.fx_passes.plain_forms import (
+    eliminate_common_subexpressions,
+    fix_calls,
+    plain_sizes,
+    promote_types,
+)
+from gralora_fx.exporters.fx_passes.retrace import functionalize, note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
-from gralora_fx.exporters.translation.newer_forms import update_forms
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
-from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn, histc
+from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn, histc, update_forms
 from gralora_fx.exporters.translation.weights import weight_tensor
 from gralora_fx.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.graph.surgery import copy_graph

@@ -19,7 +19,7 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours import decoder, encoder_decoder, plain, registry
 from gralora_fx.exporters.flavours.flavour import Flavour, Models
-from gralora_fx.exporters.fx_passes.exportable import graph_to_translate
+from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from gralora_fx import trace
 from gralora_fx.exporters.fx_passes.decompose import Decompose
-from gralora_fx.exporters.fx_passes.functionalize import functionalize
+from gralora_fx.exporters.fx_passes.retrace import functionalize
 
 _aten = torch.ops.aten
 

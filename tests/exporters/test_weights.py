@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from gralora_fx.exporters.onnx_passes.builder import static_dim
-from gralora_fx.exporters.onnx_passes.merge_matmuls import merge_matmuls
+from gralora_fx.exporters.onnx_passes.constant_matrices import merge_matmuls
 from gralora_fx.exporters.onnx_passes.quantize import quantize_weights
 from gralora_fx.exporters.options import Quantization
 from gralora_fx.exporters.translation import weights
