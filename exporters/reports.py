@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from gralora_fx.graph.pipeline import PassLog, PassReport, Skip
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
@@ -219,22 +219,24 @@ class AttentionReport:
     Attributes:
         fused: Number of layers that use ONNX Runtime's fused operator.
         plain: Layers that use plain operators, each with the reason.
-        cached: Whether it is attention over a cache.
     """
 
     fused: int
     plain: Mapping[str, str]
-    cached: bool = False
 
     @classmethod
-    def of(cls, fused: int, skipped: Sequence[Skip], *, cached: bool = False) -> AttentionReport:
+    def of(cls, fused: int, skipped: Sequence[Skip]) -> Self:
         """What a pass reports that fused some layers and skipped others."""
-        return cls(fused, dict(skipped), cached)
+        return cls(fused, dict(skipped))
 
     def __str__(self) -> str:
         """The number of fused layers, and each of the others."""
         lines = [f"attention: {self.fused} layers fused, {len(self.plain)} not"]
         return "\n".join([*lines, *(f"  {layer}: {why}" for layer, why in self.plain.items())])
+
+
+class CachedAttentionReport(AttentionReport):
+    """How attention over a cache was exported: the report of a decoder, whatever else attends in it."""
 
 
 def attention_report(log: PassLog) -> AttentionReport | None:
@@ -243,10 +245,9 @@ def attention_report(log: PassLog) -> AttentionReport | None:
     Args:
         log: What the passes of an export did.
     """
-    reports = log.summaries(AttentionReport)
-    over_cache = next((report for report in reports if report.cached), None)
-    if over_cache is not None or not reports:
-        return over_cache
+    over_cache, reports = log.summaries(CachedAttentionReport), log.summaries(AttentionReport)
+    if over_cache or not reports:
+        return next(iter(over_cache), None)
     plain = {layer: why for report in reports for layer, why in report.plain.items()}
     return AttentionReport(sum(report.fused for report in reports), plain)
 

@@ -27,7 +27,7 @@ from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, m
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.options import DYNAMIC
-from gralora_fx.exporters.reports import AttentionReport
+from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
@@ -53,7 +53,7 @@ def decoder_models(conversion: Conversion) -> Models:
     log.
 
     Args:
-        conversion: What is converted, traced with a cache; its log gets an `AttentionReport` and a `RowsEntry`.
+        conversion: What is converted, traced with a cache; its log gets a `CachedAttentionReport` and a `RowsEntry`.
 
     Raises:
         ExportError: The graph cannot be expressed in ONNX.
@@ -90,8 +90,8 @@ def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.M
         raise RowsError(
             f"quantize={DYNAMIC!r} rounds a batch by its largest value, so a row would depend on the others"
         )
-    for report in found.summaries(AttentionReport):
-        if report.cached and report.plain:
+    for report in found.summaries(CachedAttentionReport):
+        if report.plain:
             layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)
             raise RowsError(f"rows of their own lengths need GroupQueryAttention, and it does not fit {layers}")
     by_rows: list[Pass[ir.Model]] = [batch_continuously, LogitsOfRows(conversion.options.logits)]

@@ -17,7 +17,7 @@ from gralora_fx.exporters.onnx_passes.builder import (
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.onnx_passes.pack_qkv import merge_heads, pack_qkv
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
-from gralora_fx.exporters.reports import AttentionReport
+from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode
 from gralora_fx.graph.pipeline import PassResult, Skip
@@ -46,7 +46,7 @@ class FuseAttention:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place; the result lists the decomposed layers as skipped.
 
-        The summary is an `AttentionReport`.
+        The summary is a `CachedAttentionReport`.
 
         Raises:
             ExportError: The number of heads of a layer is unknown. The model must be discarded.
@@ -69,7 +69,7 @@ class FuseAttention:
 
 
 def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:
-    return PassResult(fused, plain, summary=AttentionReport.of(fused, plain, cached=True))
+    return PassResult(fused, plain, summary=CachedAttentionReport.of(fused, plain))
 
 
 def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
