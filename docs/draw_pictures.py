@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.picture import svg_of
-from gralora_fx.picture.layout import lay_out
+from gralora_fx.picture.dot import lay_out
 
 IMAGES = Path(__file__).parent / "images"
 

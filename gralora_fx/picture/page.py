@@ -9,19 +9,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gralora_fx.picture.blocks import BlockMap
-from gralora_fx.picture.colours import MEANINGS
+from gralora_fx.picture.boxes import adapter_line
 from gralora_fx.picture.facts import AdaptedModel, ModelFacts, SiteFacts, read_facts
-from gralora_fx.picture.heat import draw_grid, draw_scale
-from gralora_fx.picture.labels import adapter_line
-from gralora_fx.picture.legend import headline
-from gralora_fx.picture.overview import overviews
-from gralora_fx.picture.picture import draw
-from gralora_fx.picture.text import printable
+from gralora_fx.picture.heat import draw_grid, draw_scale, short_number
+from gralora_fx.picture.style import MEANINGS, heat_colour, printable, text_on
+from gralora_fx.picture.svg import draw, headline
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
 
 _MOST_CELLS = 20_000  # of all heat maps of a page; beyond, large ones are drawn coarser
 _CELL = (44.0, 22.0)  # points, where cells hold text
+_FEWEST_LAYERS = 3  # of an overview; with fewer, the heat maps themselves are one
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,30 @@ class _Map:
     adapter: str
     norm: float
     svg: str
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A norm with the colours it is shown in."""
+
+    text: str
+    fill: str
+    ink: str
+
+
+@dataclass(frozen=True)
+class _Overview:
+    """A table of one adapter's block norms in the layers of one container: the root mean square at each site.
+
+    Attributes:
+        title: The adapter and the container.
+        columns: Paths of the sites within a layer.
+        rows: Paths of the layers, with a cell for each column; None where the layer has no such adapter.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[_Cell | None, ...]], ...]
 
 
 def html_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = None, full: bool = False) -> str:
@@ -82,7 +104,7 @@ def html_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = Non
         statuses=list(dict.fromkeys(row.status for row in rows)),
         meanings=MEANINGS,
         scale=None if largest is None else Markup(_scale(largest)),
-        overviews=overviews(facts, BlockMap(facts.sites)),
+        overviews=_overviews(facts, BlockMap(facts.sites)),
         maps=[(entry, Markup(entry.svg)) for entry in _maps(facts)],
     )
 
@@ -128,3 +150,32 @@ def _scale(largest: float) -> str:
 def _svg(width: float, height: float, label: str) -> ElementTree.Element:
     size: dict[str, Any] = {"width": f"{width:g}", "height": f"{height:g}", "viewBox": f"0 0 {width:g} {height:g}"}
     return ElementTree.Element("svg", size | {"role": "img", "aria-label": printable(label)})
+
+
+def _overviews(facts: ModelFacts, blocks: BlockMap) -> list[_Overview]:
+    """A table for each adapter and each container of three or more adapted layers."""
+    norms: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for path, entry in facts.sites.items():
+        layer = blocks.layer_of(path)
+        for adapter in entry.adapters:
+            norm = adapter.mean_block_norm
+            if layer is not None and norm is not None:
+                table = norms.setdefault((adapter.name, layer.rpartition(".")[0]), {})
+                table.setdefault(layer, {})[path.removeprefix(f"{layer}.")] = norm
+    tables = []
+    for (adapter_name, container), table in norms.items():
+        if len(table) >= _FEWEST_LAYERS:
+            columns = tuple(dict.fromkeys(column for row in table.values() for column in row))
+            largest = facts.largest_norm or 0.0  # the end of the one scale of a page
+            rows = tuple(
+                (layer, tuple(_cell(row.get(column), largest) for column in columns)) for layer, row in table.items()
+            )
+            tables.append(_Overview(f"{adapter_name}: {container or 'layers'}", columns, rows))
+    return tables
+
+
+def _cell(norm: float | None, largest: float) -> _Cell | None:
+    if norm is None:
+        return None
+    fill = heat_colour(norm, largest)
+    return _Cell("0" if norm == 0 else short_number(norm), fill, text_on(fill))

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from gralora_fx.picture.colours import DARK, NOT_FINITE, PAINTS, ZERO, dark_style, heat_colour, text_on
 from gralora_fx.picture.heat import coarser, short_number
+from gralora_fx.picture.style import DARK, NOT_FINITE, PAINTS, ZERO, dark_style, heat_colour, text_on
 
 
 def luminance(colour: str) -> float:

@@ -13,8 +13,8 @@ from traces import fresh_trace, traced
 
 from gralora_fx import GraloraConfig, plan, rewrite, trace
 from gralora_fx.picture import html_of
-from gralora_fx.picture.colours import heat_colour
 from gralora_fx.picture.facts import read_facts
+from gralora_fx.picture.style import heat_colour
 
 
 class Reader(HTMLParser):

@@ -16,8 +16,8 @@ from traces import traced
 import gralora_fx.picture
 from gralora_fx import GraloraConfig, GraloraModel, plan, rewrite, trace
 from gralora_fx.errors import RewriteError
-from gralora_fx.picture import PictureError, layout, svg_of
-from gralora_fx.picture.colours import DARK
+from gralora_fx.picture import PictureError, dot, svg_of
+from gralora_fx.picture.style import DARK
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -184,8 +184,8 @@ def test_what_cannot_be_drawn_is_refused() -> None:
 
 def test_a_failing_layout_says_what_to_do() -> None:
     with pytest.raises(PictureError, match=r"of 1 arrows .*draw it without full=True, or print the plan"):
-        layout.lay_out("digraph { a -> ")
-    assert "<svg" in layout.lay_out("digraph { a -> b }")
+        dot.lay_out("digraph { a -> ")
+    assert "<svg" in dot.lay_out("digraph { a -> b }")
 
 
 def test_missing_graphviz_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

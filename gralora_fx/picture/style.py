@@ -1,8 +1,9 @@
-"""Colours of the picture: one for each state of a site, and a scale for the heat maps."""
+"""How a picture looks: a colour for each state of a site, a scale for the heat maps, and the width of text."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import NamedTuple
 
 
@@ -70,6 +71,10 @@ NOT_FINITE = "#d1007a"
 # Nine samples of matplotlib's viridis (van der Walt and Smith, CC0), from light to dark: more ink is a larger update.
 _VIRIDIS = ("#fde725", "#addc30", "#5ec962", "#28ae80", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154")
 
+FONT = "Helvetica,Arial,sans-serif"
+_LONGEST_NAME = 44
+_NARROW, _WIDE = frozenset("iljtfrI.,:;'|!()[] "), frozenset("mwMW@%—→")
+
 
 def dark_style() -> str:
     """Style rules that give a picture its dark colours where the reader's screen is dark.
@@ -109,3 +114,33 @@ def _channels(colour: str) -> tuple[int, int, int]:
 
 def _linear(channel: float) -> float:
     return channel / 12.92 if channel <= 0.04045 else float(((channel + 0.055) / 1.055) ** 2.4)
+
+
+def text_width(text: str, size: float, *, bold: bool = False) -> float:
+    """Width of a line in points, by the wider of the sans-serif fonts that a reader may have (DejaVu Sans).
+
+    Args:
+        text: The line.
+        size: Size of the font in points.
+        bold: Whether it is bold.
+    """
+    ems = 0.0
+    for character in text:
+        if character in _NARROW:
+            ems += 0.38
+        elif character in _WIDE or unicodedata.east_asian_width(character) in "WF":
+            ems += 1.0
+        else:
+            ems += 0.7 if character.isupper() else 0.62
+    return ems * size * (1.08 if bold else 1.0)
+
+
+def clipped(name: str, longest: int = _LONGEST_NAME) -> str:
+    """A name that fits a box: the middle of a longer one is left out."""
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Text with every character that XML or a line cannot hold replaced; line ends stay."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
