@@ -27,11 +27,9 @@ from gralora_fx.demo.news import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions, Quantization
-from gralora_fx.exporters.verification.decoder_steps import DecoderSteps
-from gralora_fx.exporters.verification.model_steps import ModelSteps
-from gralora_fx.exporters.verification.quality import measure_quality
-from gralora_fx.exporters.verification.token_quality import kl_divergence
-from gralora_fx.exporters.verification.token_texts import given_texts
+from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, ModelSteps
+from gralora_fx.exporters.verification.measure_quality import measure_quality
+from gralora_fx.exporters.verification.token_quality import given_texts, kl_divergence
 from gralora_fx.runtime.session import Runtime, open_session, quiet_options
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/rounding")
@@ -138,9 +136,7 @@ def _measured(
             exported = export_onnx(model, directory, adapters=mode, quantize=quantization.kind, verify=False)  # type: ignore[arg-type]
         row.setdefault("MB", exported.files["model.onnx_data"] / 1e6)
         row.setdefault("export, CPU s", time.process_time() - begin)
-        found = measure_quality(
-            directory, model, DECODER.verification, logits="last", texts=texts, tokenizer=tokenizer
-        ).tokens[-1]
+        found = measure_quality(directory, model, DECODER.verification, texts=texts, tokenizer=tokenizer).tokens[-1]
         row |= {
             f"{column} KL": found.kl_divergence,
             f"{column} top-1 %": 100 * found.argmax_agreement,

@@ -30,7 +30,7 @@ from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
 from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, attention_report
-from gralora_fx.exporters.verification.quality import measure_quality
+from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
@@ -151,12 +151,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             if flavour.measures_quality(options):
                 with timed("quality", seconds):
                     quality = measure_quality(
-                        stage,
-                        model,
-                        flavour.verification,
-                        logits=manifest.logits,
-                        texts=options.texts,
-                        tokenizer=options.tokenizer,
+                        stage, model, flavour.verification, texts=options.texts, tokenizer=options.tokenizer
                     )
         files = digests.result()
         files |= describe_files(stage, [name for name in file_names(stage) if name not in files])

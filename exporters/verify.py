@@ -8,30 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import onnxruntime
+
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
-from gralora_fx.exporters.reports import TensorCheck, VerifyReport
-from gralora_fx.exporters.verification.adapter_variants import variants
-from gralora_fx.exporters.verification.arithmetic import arithmetic_of, provider_run
-from gralora_fx.exporters.verification.cases import Case, TokenRun, Verification
-from gralora_fx.exporters.verification.evaluating import evaluating
-from gralora_fx.exporters.verification.float32_copy import Comparable, open_comparable
+from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
+from gralora_fx.exporters.verification.cases import Case, PromptBatch, TokenRun, Verification
+from gralora_fx.exporters.verification.decoder_cases import given_prompts
+from gralora_fx.exporters.verification.float32_copy import open_comparable
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
 from gralora_fx.exporters.verification.integer_products import compare_products
-from gralora_fx.exporters.verification.outputs import OutputComparison
-from gralora_fx.exporters.verification.prompts import Prompts, given_prompts
+from gralora_fx.exporters.verification.output_comparison import OutputComparison
+from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
+from gralora_fx.exporters.verification.variants import Variant, variants
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.runtime.placement import placement_of
 from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
-from gralora_fx.runtime.session import Runtime
+from gralora_fx.runtime.session import CPU, Runtime
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -69,7 +71,7 @@ def verify_onnx(
             what the export's precision explains (see `tolerances`), or four times the rounding error of float32 itself
             if that is larger (see `float64_reference`).
         providers: Execution providers to run the export on, as `load` takes them; None for the CPU. Their arithmetic
-            sets the tolerance too (see `arithmetic`), and the report says which one ran which nodes.
+            sets the tolerance too (see `tolerances`), and the report says which one ran which nodes.
         provider_options: Options of each provider, if they are not given beside its name.
         seed: Seed of the fresh inputs.
         check: Whether to compare every file with its SHA-256 first; False if that has been done.
@@ -97,21 +99,25 @@ def verify_onnx(
         check_files(output_dir, manifest, digests=True)
     check_runnable(model)
     check_same_model(output_dir, manifest, model)
-    session, rows, arithmetic = _opened(Path(output_dir), manifest, runtime)
+    session, rows, arithmetic = open_comparable(Path(output_dir), manifest, runtime)
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
     check_inputs([value.name for value in session.get_inputs() if not is_adapter_input(value.name)], cases[0][1])
     cases += [] if inputs is None else [("given inputs", dict(inputs))]
-    drawn = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
-    given = [] if prompts is None else [_given(verification, prompts, output_dir, traced)]
-    compared = (manifest, verification, cases, [*drawn, *given], quick, arithmetic, runtime, tolerance, adapter_name)
-    comparison = _Comparison(Adapters(Path(output_dir), manifest), *compared)
+    batches = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
+    if prompts is not None and verification.prompts is None:
+        raise ExportError("the export has no cache, so it takes no prompts; give inputs")
+    batches += [] if prompts is None else [given_prompts(prompts, output_dir, traced)]
+    adapters = Adapters(Path(output_dir), manifest)
+    comparison = _Comparison(
+        model, adapters, manifest, verification, cases, batches, quick, arithmetic, runtime, tolerance, adapter_name
+    )
     report: VerifyReport | None = None
     for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows):
-        with variant.active(), evaluating(model, variant.reference()):
-            found = comparison.run(variant.session, model, variant.reference(), variant.rows)
-        report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)
+        with variant.active(), evaluating(model, variant.reference):
+            compared = comparison.run(variant)
+        report = compared if report is None else report.with_adapter(adapter_name or str(variant.name), compared)
     assert report is not None
     products = _compare_products(Path(output_dir), manifest)
     is_exact = all(product.max_rel_error <= PRODUCT_TOLERANCE for product in products)
@@ -122,28 +128,21 @@ def verify_onnx(
 class _Comparison:
     """What is compared of an export, with each adapter or the one that is folded into it."""
 
+    model: TracedModel | GraloraModel
     adapters: Adapters
     manifest: Manifest
     verification: Verification
     cases: Sequence[Case]
-    prompts: Sequence[Prompts]
+    prompts: Sequence[PromptBatch]
     quick: bool
     arithmetic: str
     runtime: Runtime | None
     tolerance: float | None
     adapter_name: str | None
 
-    def run(
-        self, session: Any, model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel, rows: Any = None
-    ) -> VerifyReport:
-        """Compare outputs and greedy tokens.
-
-        Args:
-            session: The export.
-            model: The model that was exported.
-            reference: The model with the export's weights, in evaluation mode.
-            rows: What runs the export's graph by rows (see `Variant`); None where that is not compared.
-        """
+    def run(self, variant: Variant) -> VerifyReport:
+        """Compare outputs and greedy tokens of the export in a state of its adapters, which the model has too."""
+        session, reference = variant.session, variant.reference
         is_rough = self.runtime is not None and self.arithmetic != "fp32"
         explained = tolerance_of(self.manifest.precision, self.arithmetic if is_rough else "fp32")
         check = ToleranceCheck(
@@ -152,9 +151,8 @@ class _Comparison:
             use_float64=self.tolerance is None,
             least_scale=LEAST_SCALE if is_rough and self.tolerance is None else 1.0,
         )
-        outputs = OutputComparison(session, reference, self.verification, self.manifest.logits, check)
-        tensors, passed = outputs.run(self.cases)
-        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick, self.adapters, rows)
+        tensors, passed = OutputComparison(session, reference, self.manifest.logits).run(self.cases, check)
+        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick, self.adapters, variant.rows)
         tokens = self.verification.compare_tokens(run)
         return VerifyReport(
             passed and tokens.passed,
@@ -166,8 +164,8 @@ class _Comparison:
             self.arithmetic,
             rounding=tuple(check.exceeded),
             level="quick" if self.quick else "full",
-            reference=_describe_reference(model, reference, self.adapter_name),
-            provider=None if self.runtime is None else provider_run(self.runtime, session),
+            reference=_describe_reference(self.model, reference, self.adapter_name),
+            provider=None if self.runtime is None else _provider_run(self.runtime, session),
             least_scale=check.least_scale,
             rows=tokens.rows,
         )
@@ -179,20 +177,15 @@ def _compare_products(directory: Path, manifest: Manifest) -> list[TensorCheck]:
     return [compare_products(directory)] if is_dynamic else []
 
 
-def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None) -> Comparable:
-    """The export's sessions, and the arithmetic that they compute in."""
-    found = open_comparable(directory, manifest, runtime)
-    if runtime is None:
-        return found
-    is_quantized = manifest.quantization is not None
-    return found._replace(precision=arithmetic_of(runtime, found.precision, is_quantized=is_quantized))
-
-
-def _given(verification: Verification, prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
-    """A user's prompts, checked."""
-    if verification.prompts is None:
-        raise ExportError("the export has no cache, so it takes no prompts; give inputs")
-    return given_prompts(prompts, output_dir, traced)
+def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:
+    """Where an export was run: the first provider, its device, and which provider took which nodes."""
+    name, _ = runtime.providers[0]
+    device = next((device for device in runtime.devices if device.provider == name), None)
+    placement = placement_of(session)
+    nodes = {} if placement is None else {provider: dict(counts) for provider, counts in placement.items()}
+    if device is None:
+        return ProviderRun(name, onnxruntime.__version__, "CPU" if name == CPU else "", nodes)
+    return ProviderRun(name, device.version, f"{device.kind} ({device.name})", nodes)
 
 
 def _describe_reference(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from gralora_fx.exporters.verification.decoder_rows import ExportedRows, RowSteps
+from collections.abc import Sequence
+
+from gralora_fx.exporters.verification.mixed_rows import RowSteps
 
 
 class ShiftedSteps(RowSteps):
     """Gives the third row the next adapter."""
 
     @staticmethod
-    def adapters(export: ExportedRows, rows: int) -> list[str | None]:
-        names = RowSteps.adapters(export, rows)
-        there = [export.name, *export.others]
+    def adapters(name: str | None, others: Sequence[str | None], rows: int) -> list[str | None]:
+        names = RowSteps.adapters(name, others, rows)
+        there = [name, *others]
         names[2] = there[(there.index(names[2]) + 1) % len(there)]
         return names

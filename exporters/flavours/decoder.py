@@ -32,9 +32,8 @@ from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.decoder_inputs import decoder_inputs, drop_padding
+from gralora_fx.exporters.verification.decoder_cases import decoder_inputs, random_prompts
 from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
-from gralora_fx.exporters.verification.prompts import random_prompts
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL
 from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
@@ -165,7 +164,7 @@ DECODER = Flavour(
     DECODER_KIND,
     fits=lambda traced: traced.cache_layout is CacheLayout.DECODER,
     convert=decoder_models,
-    verification=Verification(decoder_inputs, drop_padding, random_prompts, compare_tokens),
+    verification=Verification(decoder_inputs, random_prompts, compare_tokens),
     write_files=_write_files,
     has_last_logits=True,
     shares_weights=True,

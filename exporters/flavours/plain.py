@@ -37,9 +37,8 @@ from gralora_fx.exporters.onnx_pipeline import OnnxIrPass, OnnxPipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verification.adapters_by_row import compare_rows
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
+from gralora_fx.exporters.verification.plain_cases import compare_rows, plain_inputs
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, DATA
@@ -192,6 +191,6 @@ PLAIN = Flavour(
     PLAIN_KIND,
     fits=lambda traced: True,
     convert=plain_models,
-    verification=Verification(plain_inputs, drop_padding, compare_tokens=compare_rows),
+    verification=Verification(plain_inputs, compare_tokens=compare_rows),
     shares_weights=True,
 )

@@ -1,4 +1,4 @@
-"""What the verification of a kind of export consists of: inputs, prompts, and greedy tokens."""
+"""What is compared of a kind of export: inputs, prompts, and greedy tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,27 @@ from torch import Tensor
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
-from gralora_fx.exporters.verification.prompts import Prompts
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.tracing.traced_model import TracedModel
 
 Case = tuple[str, Mapping[str, Any]]  # a description, and inputs by name
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """A batch of prompts.
+
+    Attributes:
+        description: What they are.
+        ids: `[batch, length]`.
+        mask: `[batch, length]`, 0 where a position is padding.
+        steps: How many tokens to compare.
+    """
+
+    description: str
+    ids: Tensor
+    mask: Tensor
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -31,13 +47,14 @@ class TokenRun:
         tolerance_check: Decides which differences of the logits are acceptable.
         quick: Whether few tokens are enough.
         adapters: The export's adapters.
-        rows: Its graph whose rows have adapters, and those of a decoder lengths, of their own; None for none.
+        rows: Its graph whose rows have adapters, and those of a decoder lengths, of their own: of a decoder what
+            makes a `Step` of prompts, else a session; None for none.
     """
 
     session: Any
     model: TracedModel | GraloraModel
     cases: Sequence[Case]
-    prompts: Sequence[Prompts]
+    prompts: Sequence[PromptBatch]
     tolerance_check: ToleranceCheck
     quick: bool
     adapters: Adapters
@@ -72,14 +89,12 @@ class Verification:
 
     Attributes:
         inputs: Gives fresh inputs of a trace by a generator of random numbers, few where that is enough.
-        drop_padding: Takes the positions that inputs mask out of outputs, by name.
         prompts: Gives prompts of a trace by a seed, few where that is enough; None for a kind that takes none.
         compare_tokens: Compares greedy tokens.
     """
 
     inputs: Callable[[TracedModel, torch.Generator, bool], Iterator[Case]]
-    drop_padding: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
-    prompts: Callable[[TracedModel, int, bool], Iterator[Prompts]] | None = None
+    prompts: Callable[[TracedModel, int, bool], Iterator[PromptBatch]] | None = None
     compare_tokens: Callable[[TokenRun], TokenResult] = _compare_none
 
     def cases(self, model: TracedModel, seed: int, *, quick: bool) -> list[Case]:
@@ -90,5 +105,5 @@ class Verification:
             seed: Seed of the random values.
             quick: Whether a few short ones are enough.
         """
-        found = self.inputs(model, torch.Generator().manual_seed(seed), quick)
-        return [(description, {**model.constants, **case}) for description, case in found]
+        drawn = self.inputs(model, torch.Generator().manual_seed(seed), quick)
+        return [(description, {**model.constants, **case}) for description, case in drawn]

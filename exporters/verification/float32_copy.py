@@ -14,6 +14,7 @@ from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_va
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
+from gralora_fx.exporters.verification.tolerances import arithmetic_of
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.session import CPU, Runtime, check_external_data, open_session
@@ -29,12 +30,12 @@ class Comparable(NamedTuple):
         session: A session over it.
         rows: A session over its graph whose rows have lengths of their own; None where there is none, or the providers
             are not known to run it.
-        precision: Precision of its model.
+        arithmetic: Precision that it is run in.
     """
 
     session: Any
     rows: Any
-    precision: str
+    arithmetic: str
 
 
 def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> Comparable:
@@ -59,7 +60,10 @@ def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None
 def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str) -> Comparable:
     is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
     rows = open_session(directory, runtime, name=ROWS_NAME) if is_known and manifest.has_rows else None
-    return Comparable(open_session(directory, runtime), rows, precision)
+    session = open_session(directory, runtime)
+    if runtime is not None:
+        precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
+    return Comparable(session, rows, precision)
 
 
 def write_float32_copy(directory: Path, target: Path) -> None:

@@ -14,12 +14,13 @@ from gralora_fx.compat.torch_graphs import TorchDispatchMode, returns_alias
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.exporters.reports import RoundingCheck
+from gralora_fx.exporters.verification.decoder_steps import step_inputs
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_like, empty_cache, pairs_of, positions
+from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_like, empty_cache, pairs_of
 from gralora_fx.tracing.traced_model import TracedModel
 
 _ALLOWED = 4  # times the rounding error of float32 itself
@@ -116,10 +117,9 @@ class Float64Model:
             mask: As `ids`, 0 where a position is padding.
         """
         traced = base_trace(self._model)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-        named_inputs = {name: value for name, value in inputs.items() if name in traced.input_names}
+        inputs = step_inputs(ids, mask, traced.input_names)
         cache = empty_cache(traced.example_inputs[PAST], ids.shape[0])
-        return last_logits(self(**named_inputs, past_key_values=cache)["logits"], mask)[:, -1]
+        return last_logits(self(**inputs, past_key_values=cache)["logits"], mask)[:, -1]
 
 
 class _RoundingNoise:
@@ -145,8 +145,7 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         args, kwargs = tree_map(lambda v: torch.float64 if v is torch.float32 else v, (args, dict(kwargs or {})))
         result = func(*args, **kwargs)
-        shares = returns_alias(func)
-        is_computed = isinstance(result, Tensor) and result.dtype == torch.float64 and not shares
+        is_computed = isinstance(result, Tensor) and result.dtype == torch.float64 and not returns_alias(func)
         return self._noise(result) if is_computed else result
 
 

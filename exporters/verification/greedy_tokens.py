@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from gralora_fx.exporters.reports import TokenCheck
-from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
-from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, Step
+from gralora_fx.exporters.verification.cases import PromptBatch, TokenResult, TokenRun
+from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, ModelSteps, Step
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
-from gralora_fx.exporters.verification.model_steps import ModelSteps
-from gralora_fx.exporters.verification.prompts import Prompts
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.tracing.traced_model import TracedModel
 
-_Opener = Callable[[Prompts], Step]  # from prompts to what reads them
+Reader = Callable[[PromptBatch], Step]  # from prompts to what reads them
 
 
 def compare_tokens(run: TokenRun) -> TokenResult:
@@ -30,21 +28,31 @@ def compare_tokens(run: TokenRun) -> TokenResult:
     """
     if not run.prompts:  # of a context too short for any
         return TokenResult()
-    if run.rows is None:
-        tokens = compare_greedy(run.session, run.model, run.prompts, run.tolerance_check)
-        return TokenResult(tokens.passed, tokens)
-    opened = {"": _opener(run.session), "rows: ": run.rows.steps}
-    tokens, rows = _compare(opened, run.model, run.prompts, run.tolerance_check)
-    return TokenResult(tokens.passed and rows.passed, tokens, rows=rows)
+    readers: dict[str, Reader] = {"": reader(run.session)}
+    if run.rows is not None:
+        readers["rows: "] = run.rows
+    tokens, *rows = compare_greedy(readers, run.model, run.prompts, run.tolerance_check)
+    passed = all(check.passed for check in (tokens, *rows))
+    return TokenResult(passed, tokens, rows=rows[0] if rows else None)
+
+
+def reader(session: Any) -> Reader:
+    """How a session over `model.onnx` begins to read prompts."""
+    return lambda prompts: DecoderSteps(session, prompts.ids.shape[0], prompts.description)
 
 
 def compare_greedy(
-    session: Any, model: TracedModel | GraloraModel, cases: Iterable[Prompts], tolerance_check: ToleranceCheck
-) -> TokenCheck:
-    """Compare logits and the likeliest token at every step; both continue with the model's token.
+    readers: Mapping[str, Reader],
+    model: TracedModel | GraloraModel,
+    cases: Iterable[PromptBatch],
+    tolerance_check: ToleranceCheck,
+) -> list[TokenCheck]:
+    """Compare logits and the likeliest token of several graphs with one run of the model; all continue with its token.
+
+    The first one alone reads prompts with padding before what follows: rows of their own lengths have none.
 
     Args:
-        session: A session over an export with a cache.
+        readers: What reads prompts with each graph, by what a report calls the graph.
         model: The model in evaluation mode.
         cases: Batches of prompts.
         tolerance_check: Decides which differences of the logits are acceptable.
@@ -52,31 +60,12 @@ def compare_greedy(
     Raises:
         ExportError: The model or the export cannot run.
     """
-    (tokens,) = _compare({"": _opener(session)}, model, cases, tolerance_check)
-    return tokens
-
-
-def _opener(session: Any) -> _Opener:
-    """How a session over `model.onnx` begins to read prompts."""
-    return lambda prompts: DecoderSteps(session, prompts.ids.shape[0], prompts.description)
-
-
-def _compare(
-    openers: Mapping[str, _Opener],
-    model: TracedModel | GraloraModel,
-    cases: Iterable[Prompts],
-    tolerance_check: ToleranceCheck,
-) -> list[TokenCheck]:
-    """Compare several graphs with one run of the model; what each is called in a report is its key.
-
-    The first one alone reads prompts with padding before what follows: rows of their own lengths have none.
-    """
-    tallies = {label: _Tally(label) for label in openers}
+    tallies = {label: _Tally(label) for label in readers}
     for prompts in cases:
-        labels = list(openers) if prompts.mask[:, -1].all() else list(openers)[:1]
+        labels = list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]
         for label in labels:
             tallies[label].cases.append(prompts.description)
-        for index, step in enumerate(_steps([openers[label] for label in labels], model, prompts)):
+        for index, step in enumerate(_steps([readers[label] for label in labels], model, prompts)):
             for label, actual in zip(labels, step.actual, strict=True):
                 tallies[label].add(index, step, actual, tolerance_check, prompts.description)
     return [tally.result() for tally in tallies.values()]
@@ -98,11 +87,11 @@ class _Step(NamedTuple):
     mask: Tensor
 
 
-def _steps(openers: Sequence[_Opener], model: TracedModel | GraloraModel, prompts: Prompts) -> Iterator[_Step]:
+def _steps(readers: Sequence[Reader], model: TracedModel | GraloraModel, prompts: PromptBatch) -> Iterator[_Step]:
     """The last position's logits of model and export, step by step."""
     ids, mask, history = prompts.ids, prompts.mask, prompts.ids
     own = ModelSteps(model, ids.shape[0], prompts.description)
-    steps: list[Step] = [own, *(opener(prompts) for opener in openers)]
+    steps: list[Step] = [own, *(reader(prompts) for reader in readers)]
     for _ in range(prompts.steps):
         expected, *actual = (
             logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)

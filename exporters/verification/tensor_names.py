@@ -1,4 +1,4 @@
-"""Inputs and outputs of a model by the names of an exported graph."""
+"""Inputs and outputs of a model by the names of an exported graph, and the positions of them that count."""
 
 from __future__ import annotations
 
@@ -59,3 +59,29 @@ def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
     window = mask[:, mask.shape[1] - logits.shape[1] :]
     last = window.shape[1] - 1 - window.flip(1).argmax(1)
     return logits[torch.arange(logits.shape[0]), last].unsqueeze(1)
+
+
+def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Outputs without the positions that the attention mask hides, whose values no one defines.
+
+    Of keys and values, those of the mask's positions remain; of a decoder's logits, the last ones; of other outputs,
+    the positions of the text that the mask is of, which the encoder of an encoder-decoder reads.
+
+    Args:
+        outputs: Output tensors by name: `[batch, length, ...]`, keys and values `[batch, heads, length, size]`.
+        inputs: The inputs from which they were computed.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or bool(mask.all()):
+        return dict(outputs)
+    has_encoder, has_cache = "decoder_input_ids" in inputs, any(name.startswith("present.") for name in outputs)
+
+    def counted(name: str, value: Tensor) -> Tensor:
+        if name.startswith("present."):
+            return value.transpose(1, 2)[mask.bool()] if ".encoder." in name or not has_encoder else value
+        if has_cache and not has_encoder:
+            return value if value.shape[1] == 1 else last_logits(value, mask)
+        is_masked = name.startswith("encoder") if has_encoder else value.shape[:2] == mask.shape
+        return value[mask.bool()] if is_masked else value
+
+    return {name: counted(name, value) for name, value in outputs.items()}

@@ -1,27 +1,112 @@
-"""What quantization changes in a decoder's tokens: the export as it is run, step by step, and the float32 model."""
+"""What quantization changes in a decoder's tokens: the export as it is run, step by step, and the float32 model.
+
+Both read a user's texts, or beginnings of texts that the model draws.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, Step
-from gralora_fx.exporters.verification.finite import check_finite
-from gralora_fx.exporters.verification.model_steps import ModelSteps
-from gralora_fx.exporters.verification.token_texts import TokenTexts
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, ModelSteps, Step
+from gralora_fx.exporters.verification.random_values import context_of, vocabulary_of
+from gralora_fx.exporters.verification.tolerances import check_finite
+from gralora_fx.loading.tokenizers import prompt_ids
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.quantized_weights import TokenQuality
 from gralora_fx.tracing.traced_model import TracedModel
 
+_LONGEST = 128  # tokens that are read of a given text
+_COUNT, _DRAWN = 16, 24  # texts that the model draws, and tokens of each
+_CONTINUED = 24  # greedy tokens after each text
 _BATCH = 16  # texts at a time
 
 
+@dataclass(frozen=True)
+class MeasuredTexts:
+    """Texts, each of which the float32 model continues greedily.
+
+    Attributes:
+        rows: Token ids by text, at least one each.
+        drawn: Tokens that the float32 model draws after each row; they belong to the text.
+        continued: Greedy tokens after each text.
+        end: Tokens that end a text, which are not drawn.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    drawn: int
+    continued: int
+    end: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """How many there are, and where they are from."""
+        plural = "s" if len(self.rows) > 1 else ""
+        if self.drawn:
+            return f"{len(self.rows)} text{plural} of {self.drawn + 1} tokens that it drew"
+        return f"{len(self.rows)} given text{plural}"
+
+
+def drawn_texts(traced: TracedModel) -> MeasuredTexts:
+    """Sixteen texts of 24 tokens that the model draws: after the token that begins a text, or a random one without it.
+
+    Args:
+        traced: The model, traced with a cache.
+    """
+    vocabulary = vocabulary_of(traced) or 4
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(min(3, vocabulary - 1), vocabulary, (_COUNT,), generator=generator).tolist()
+    begins = _special_tokens(traced, "bos_token_id", vocabulary)
+    room = context_of(traced) or _DRAWN + _CONTINUED
+    length = min(_DRAWN, max(1, room // 2))
+    return MeasuredTexts(
+        rows=tuple((begins[0] if begins else token,) for token in first),
+        drawn=length - 1,
+        continued=max(1, min(_CONTINUED, room - length)),
+        end=_special_tokens(traced, "eos_token_id", vocabulary)[: vocabulary - 1],
+    )
+
+
+def given_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
+    """A user's texts, of each the first 128 tokens, or fewer where the context has no room for them.
+
+    Args:
+        texts: The texts.
+        tokenizer: A tokenizer.
+        traced: The model, traced with a cache.
+
+    Raises:
+        ExportError: The tokenizer gives no token for a text, or one outside the model's vocabulary.
+    """
+    vocabulary, room = vocabulary_of(traced), context_of(traced) or _LONGEST + _CONTINUED
+    continued = min(_CONTINUED, max(1, room // 2))
+    length = min(_LONGEST, max(1, room - continued))
+    rows: list[tuple[int, ...]] = []
+    for index, text in enumerate(texts):
+        row = tuple(prompt_ids(text, tokenizer, ExportError)[:length])
+        wrong = [token for token in row if vocabulary is not None and not 0 <= token < vocabulary]
+        if not row or wrong:
+            what = f"token {wrong[0]}, outside the vocabulary of {vocabulary} tokens," if wrong else "no token"
+            raise ExportError(f"the tokenizer gives {what} for text {index + 1}; leave the text out, or check both")
+        rows.append(row)
+    return MeasuredTexts(tuple(rows), 0, continued)
+
+
+def _special_tokens(traced: TracedModel, name: str, vocabulary: int) -> tuple[int, ...]:
+    """The ids that a configuration gives for a special token: none, one or several."""
+    config = None if traced.config is None else traced.config.get_text_config()
+    value = getattr(config, name, None)
+    tokens = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < vocabulary)
+
+
 def token_quality(
-    session: Any, model: TracedModel | GraloraModel, texts: TokenTexts, adapter: str | None = None
+    session: Any, model: TracedModel | GraloraModel, texts: MeasuredTexts, adapter: str | None = None
 ) -> TokenQuality:
     """Compare the probabilities of the next token at every position; both read the same tokens.
 
@@ -67,7 +152,7 @@ class _Step(NamedTuple):
 
 
 def _steps(
-    own: Step, export: Step, rows: Sequence[Sequence[int]], texts: TokenTexts, generator: torch.Generator
+    own: Step, export: Step, rows: Sequence[Sequence[int]], texts: MeasuredTexts, generator: torch.Generator
 ) -> Iterator[_Step]:
     """Read texts and their continuations token by token, so that every logit is one that the export serves."""
     lengths = torch.tensor([len(row) + texts.drawn for row in rows])

@@ -100,7 +100,7 @@ def verify(
     with StageProgress(), gc_pause():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.verification.manifest_adapters import check_given_adapters
+            from gralora_fx.exporters.verification.same_model import check_given_adapters
             from gralora_fx.loading.bases import load_traced
             from gralora_fx.model.model_class import without_trainer
             from gralora_fx.runtime.export_files import check_files

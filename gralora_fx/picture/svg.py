@@ -1,4 +1,4 @@
-"""The picture of a model's graph as SVG: Graphviz's drawing with a head, boxes, heat maps and text for screen readers."""
+"""A model's graph as SVG: Graphviz's drawing with a head, boxes, heat maps and text for screen readers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification import adapter_variants, decoder_rows
+from gralora_fx.exporters.verification import variants
 from gralora_fx.exporters.verification.mixed_rows import MixedRows
 from gralora_fx.runtime.joined_adapters import Stack
 from gralora_fx.runtime.manifest import read_manifest
@@ -145,7 +145,7 @@ def test_a_wrong_row_fails_verification(
             right = super().ids(rows)
             return np.where(np.arange(len(right)) == 2, (right + 1) % self.count, right)
 
-    monkeypatch.setattr(adapter_variants, "MixedRows", Shifted)
+    monkeypatch.setattr(variants, "MixedRows", Shifted)
     assert not verify_onnx(path, model, "quick").passed
 
 
@@ -184,7 +184,7 @@ def test_a_window_of_positions(tmp_path: Path) -> None:
 
 def test_a_wrong_row_of_a_decoder_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = adapted("llama", tmp_path, task=CACHED)
-    monkeypatch.setattr(decoder_rows, "RowSteps", ShiftedSteps)
+    monkeypatch.setattr(variants, "RowSteps", ShiftedSteps)
     with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(model, tmp_path / "onnx", adapters="data")
 

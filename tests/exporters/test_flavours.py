@@ -22,7 +22,7 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.plain_inputs import drop_padding, plain_inputs
+from gralora_fx.exporters.verification.plain_cases import plain_inputs
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.serving import load
 from gralora_fx.serving.flavours import registry as readings
@@ -87,7 +87,7 @@ DOUBLING = Flavour(
     "doubling",
     fits=lambda traced: traced.config is None,
     convert=convert,
-    verification=Verification(plain_inputs, drop_padding),
+    verification=Verification(plain_inputs),
     write_files=write_note,
 )
 
@@ -116,7 +116,7 @@ def test_a_flavours_own_inputs_are_those_that_verification_runs(
     def one(model: TracedModel, generator: torch.Generator, quick: bool) -> Any:
         yield "five rows" if quick else "seven rows", {"x": torch.randn(5 if quick else 7, 3, generator=generator)}
 
-    own = dataclasses.replace(DOUBLING, verification=Verification(one, drop_padding))
+    own = dataclasses.replace(DOUBLING, verification=Verification(one))
     monkeypatch.setattr(registry, "FLAVOURS", (own, *registry.FLAVOURS))
     traced = trace(Doubling(), (torch.randn(2, 3),))
     report = export_onnx(traced, tmp_path / "onnx")

@@ -17,7 +17,7 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import DECODER
-from gralora_fx.exporters.verification.quality import measure_quality
+from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verification.tensor_names import flat
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.quantized_weights import TokenQuality
@@ -101,9 +101,7 @@ def test_a_damaged_export_shows(tmp_path: Path) -> None:
     model = adapted()
     report = export_onnx(model, tmp_path / "onnx", quantize="int8")
     shift_weight(tmp_path / "onnx", "_Q8")
-    damaged = measure_quality(
-        tmp_path / "onnx", model, DECODER.verification, logits="last", texts=None, tokenizer=None
-    ).tokens[0]
+    damaged = measure_quality(tmp_path / "onnx", model, DECODER.verification, texts=None, tokenizer=None).tokens[0]
     assert damaged.kl_divergence > 10 * figures(report).kl_divergence
     assert damaged.argmax_agreement < figures(report).argmax_agreement
 

@@ -25,7 +25,7 @@ from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.rows_decoder import RowsDecoder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
-from gralora_fx.exporters.verification import decoder_rows
+from gralora_fx.exporters.verification import variants
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.joined_adapters import row_ids
@@ -345,7 +345,7 @@ def test_an_export_with_a_missing_or_another_graph_is_told(tmp_path: Path) -> No
 def test_a_wrong_adapter_of_a_row_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False)
     model = rewrite(fresh_trace("llama", task=CACHED), config)
-    monkeypatch.setattr(decoder_rows, "RowSteps", ShiftedSteps)
+    monkeypatch.setattr(variants, "RowSteps", ShiftedSteps)
     with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(model, tmp_path / "onnx", adapters="data")
 

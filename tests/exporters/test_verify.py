@@ -23,9 +23,9 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.exporters.verification import same_model
+from gralora_fx.exporters.verification.decoder_cases import pad_prompts, random_prompts
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
-from gralora_fx.exporters.verification.greedy_tokens import compare_greedy
-from gralora_fx.exporters.verification.prompts import pad_prompts, random_prompts
+from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, reader
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value, tolerance_of
 from gralora_fx.model.merge import merge_lazily
 from gralora_fx.runtime.manifest import read_manifest
@@ -259,9 +259,8 @@ def test_a_cache_that_is_given_back_wrong_is_seen_by_its_tokens(
         graph.graph.outputs[list(graph.graph.outputs).index(value)] = doubled.outputs[0]
 
     session = open_session(damaged(export, tmp_path / "onnx", damage))
-    tokens = compare_greedy(
-        session, model, [pad_prompts([[5, 9, 12]], steps=4)], ToleranceCheck(model, 1e-4, use_float64=False)
-    )
+    check = ToleranceCheck(model, 1e-4, use_float64=False)
+    (tokens,) = compare_greedy({"": reader(session)}, model, [pad_prompts([[5, 9, 12]], steps=4)], check)
     assert tokens.step_errors[0] <= 1e-6
     assert min(tokens.step_errors[1:]) > 1e-3
 
@@ -273,8 +272,11 @@ def test_a_near_tie_is_not_an_error(export: Path, model: GraloraModel) -> None:
         for parameter in other.parameters():
             parameter.mul_(1.01)
     cases = [pad_prompts([[5, 9, 12], [7, 3]], steps=16)]
-    wide = compare_greedy(open_session(export), other.eval(), cases, ToleranceCheck(other, 10.0, use_float64=False))
-    strict = compare_greedy(open_session(export), other.eval(), cases, ToleranceCheck(other, 0.0, use_float64=False))
+    readers = {"": reader(open_session(export))}
+    wide, strict = (
+        compare_greedy(readers, other.eval(), cases, ToleranceCheck(other, tolerance, use_float64=False))[0]
+        for tolerance in (10.0, 0.0)
+    )
     assert wide.compared == strict.compared == 32
     assert wide.near_ties == wide.compared - wide.equal > 0
     assert strict.near_ties == 0

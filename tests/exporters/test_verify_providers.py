@@ -16,8 +16,7 @@ from gralora_fx import TracedModel
 from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification.arithmetic import arithmetic_of
-from gralora_fx.exporters.verification.tolerances import tolerance_of
+from gralora_fx.exporters.verification.tolerances import arithmetic_of, tolerance_of
 from gralora_fx.runtime.plugins import Device
 from gralora_fx.runtime.session import Runtime
 

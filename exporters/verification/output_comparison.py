@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.reports import TensorCheck
-from gralora_fx.exporters.verification.cases import Case, Verification
+from gralora_fx.exporters.verification.cases import Case
 from gralora_fx.exporters.verification.float64_reference import Float64Model, ToleranceCheck
-from gralora_fx.exporters.verification.tensor_names import flat, last_logits, named_outputs
+from gralora_fx.exporters.verification.tensor_names import flat, last_logits, named_outputs, without_padding
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.ort_values import as_tensor, run_values
@@ -28,19 +29,19 @@ class OutputComparison:
     Attributes:
         session: The export.
         model: The model, in evaluation mode.
-        verification: What is compared of this kind of export.
         logits: Which positions' logits the export gives: `"last"` or `"all"`.
-        tolerance_check: Says which differences are allowed.
     """
 
     session: Any
     model: TracedModel | GraloraModel
-    verification: Verification
     logits: str
-    tolerance_check: ToleranceCheck
 
-    def run(self, cases: Sequence[Case]) -> tuple[list[TensorCheck], bool]:
+    def run(self, cases: Sequence[Case], tolerance_check: ToleranceCheck) -> tuple[list[TensorCheck], bool]:
         """Compare every output on inputs: how each differs at most, and whether all are close enough everywhere.
+
+        Args:
+            cases: The inputs.
+            tolerance_check: Says which differences are allowed.
 
         Raises:
             ExportError: The model or the export cannot run, or they give other outputs than each other.
@@ -48,11 +49,19 @@ class OutputComparison:
         differences: dict[str, list[tuple[float, float, float | None]]] = {}
         passed = True
         for description, case in cases:
-            exactly = self._exactly(case)
-            for index, (name, expected, actual) in enumerate(self._compare(case, description)):
-                differences.setdefault(name, []).append(_difference(name, expected, actual))
-                passed &= self.tolerance_check.accepts(f"{description}, {name}", expected, actual, exactly(index))
-        return [_summary(name, found) for name, found in differences.items()], passed
+            expected, actual = (without_padding(outputs, case) for outputs in self.both(case, description))
+            in_float64 = cache(partial(self._counted, case))  # by model: each runs once
+            for index, (name, value) in enumerate(expected.items()):
+                if value.shape != actual[name].shape:
+                    ours, models = list(actual[name].shape), list(value.shape)
+                    raise ExportError(
+                        f"{name} has shape {ours} in the export and {models} in the model on {description}; it is an "
+                        "export of another model"
+                    )
+                pair = value.float(), actual[name].float()
+                differences.setdefault(name, []).append(_difference(name, *pair))
+                passed &= tolerance_check.accepts(f"{description}, {name}", *pair, partial(_output, in_float64, index))
+        return [_summary(name, values) for name, values in differences.items()], passed
 
     def both(self, case: Mapping[str, Any], description: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All outputs of the model and of the export, by the export's names, padding included.
@@ -64,35 +73,22 @@ class OutputComparison:
         Raises:
             ExportError: The model or the export cannot run, or they give other outputs than each other.
         """
-        feed, names = flat(case), [value.name for value in self.session.get_inputs()]
+        values, names = flat(case), [value.name for value in self.session.get_inputs()]
         try:
             with torch.no_grad():
                 expected = self._outputs(self.model, case)
         except Exception as error:  # a model raises what it likes
             raise ExportError(f"the model itself fails on {description}: {first_line(error)}") from error
-        missing = [name for name in names if name not in feed]
+        missing = [name for name in names if name not in values]
         if missing:
             raise ExportError(f"{description} lack {', '.join(missing)}, which the export takes; give every input")
-        results = run_values(self.session, {name: feed[name] for name in names}, description)
+        results = run_values(self.session, {name: values[name] for name in names}, description)
         actual = {name: as_tensor(value) for name, value in results.items()}
         if len(expected) != len(actual):
             raise ExportError(f"the export gives {', '.join(actual)}, the model {', '.join(expected)}; export it again")
         if set(expected) != set(actual):
             expected = dict(zip(actual, expected.values(), strict=True))
         return expected, actual
-
-    def _compare(self, case: Mapping[str, Any], description: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-        expected, actual = self.both(case, description)
-        drop_padding = self.verification.drop_padding
-        kept_expected, kept_actual = drop_padding(expected, case), drop_padding(actual, case)
-        for name, value in kept_expected.items():
-            if value.shape != kept_actual[name].shape:
-                ours, models = list(kept_actual[name].shape), list(value.shape)
-                raise ExportError(
-                    f"{name} has shape {ours} in the export and {models} in the model on {description}; it is an "
-                    "export of another model"
-                )
-            yield name, value.float(), kept_actual[name].float()
 
     def _outputs(self, model: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
         """A model's outputs by name, with the logits that the export returns."""
@@ -101,20 +97,13 @@ class OutputComparison:
             outputs["logits"] = last_logits(outputs["logits"], flat(case)["attention_mask"])
         return outputs
 
-    def _exactly(self, case: Mapping[str, Any]) -> Callable[[int], Callable[[Float64Model], Tensor]]:
-        """A function from the index of an output to one that computes it with a float64 model, run once each."""
-        made: dict[int, list[Tensor]] = {}
+    def _counted(self, case: Mapping[str, Any], model: Float64Model) -> list[Tensor]:
+        """A float64 model's outputs in their order, without padding."""
+        return list(without_padding(self._outputs(model, case), case).values())
 
-        def at(index: int) -> Callable[[Float64Model], Tensor]:
-            def run(model: Float64Model) -> Tensor:
-                if model.draw not in made:
-                    outputs = self._outputs(model, case)
-                    made[model.draw] = list(self.verification.drop_padding(outputs, case).values())
-                return made[model.draw][index]
 
-            return run
-
-        return at
+def _output(run: Callable[[Float64Model], list[Tensor]], index: int, model: Float64Model) -> Tensor:
+    return run(model)[index]
 
 
 def _difference(name: str, expected: Tensor, actual: Tensor) -> tuple[float, float, float | None]:

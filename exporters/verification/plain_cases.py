@@ -1,20 +1,29 @@
-"""Fresh inputs for a model without a cache: other sizes than the trace's, padded on either side, a single row."""
+"""A model without a cache: fresh inputs, a user's texts, and its graph whose rows have an adapter each."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gralora_fx.compat.pytree import KeyPath, tree_map_with_path
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.translation.names import AXES
+from gralora_fx.exporters.verification.cases import Case, TokenResult, TokenRun
+from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.random_values import LENGTHS, like, longest_text, pad, text_like
+from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
 from gralora_fx.tracing.inputs.input_trees import path_of
 from gralora_fx.tracing.traced_model import TracedModel
+
+_BATCH = 16  # a user's texts that are compared at once
 
 
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -80,23 +89,6 @@ def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int |
     return next(filter(None, rows), None), next(filter(None, lengths), None)
 
 
-def drop_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Outputs without padding positions, whose values are undefined.
-
-    Args:
-        outputs: Output tensors by name.
-        inputs: The inputs from which they were computed.
-    """
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or bool(mask.all()):
-        return dict(outputs)
-    if "decoder_input_ids" in inputs:
-        aligned = {name for name in outputs if name.startswith("encoder")}
-    else:
-        aligned = {name for name, value in outputs.items() if value.shape[:2] == mask.shape}
-    return {name: value[mask.bool()] if name in aligned else value for name, value in outputs.items()}
-
-
 def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: torch.Generator) -> Any:
     """Random values with the structure of an example, with another batch size if the trace lets it vary."""
 
@@ -107,3 +99,68 @@ def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: 
         return like(value, rows or batch, None, generator)
 
     return tree_map_with_path(fresh, example)
+
+
+def text_cases(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Iterator[Case]:
+    """Batches of 16 texts, each padded to its longest, cut at the model's context.
+
+    Args:
+        texts: The texts.
+        tokenizer: A tokenizer, or the directory of one.
+        traced: The model.
+
+    Yields:
+        A description, and inputs by name.
+
+    Raises:
+        ExportError: There is no tokenizer, it does not take a text, or it does not give what the model takes.
+    """
+    loaded = text_tokenizer(tokenizer)
+    names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
+    for start in range(0, len(texts), _BATCH):
+        batch = list(texts[start : start + _BATCH])
+        where = f"texts {start + 1} to {start + len(batch)}"
+        encoded = _encoded(loaded, batch, longest_text(traced), where)
+        if "input_ids" in encoded:  # a tokenizer may leave token types out, and they are zeros in a single text
+            encoded.setdefault("token_type_ids", torch.zeros_like(encoded["input_ids"]))
+        if missing := [name for name in names if name not in encoded]:
+            raise ExportError(
+                f"the model takes {', '.join(names)}, but the tokenizer gives no {', '.join(missing)} for a text; "
+                "leave texts out"
+            )
+        yield where, {**traced.constants, **{name: encoded[name] for name in names}}
+
+
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of a user's texts.
+
+    Args:
+        tokenizer: A tokenizer, or the directory of one.
+
+    Raises:
+        ExportError: The directory has none.
+    """
+    loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if loaded is None:
+        raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
+    return loaded
+
+
+def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[str, Tensor]:
+    try:
+        return dict(tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+    except Exception as error:  # tokenizers raise types of their own
+        raise ExportError(f"the tokenizer does not take {where} ({first_line(error)})") from error
+
+
+def compare_rows(run: TokenRun) -> TokenResult:
+    """The outputs of `model_rows.onnx`, where there is one, on the inputs that were compared of `model.onnx`.
+
+    Raises:
+        ExportError: It cannot run, or its outputs are not made of rows.
+    """
+    if run.rows is None:
+        return TokenResult()
+    tensors, passed = OutputComparison(run.rows, run.model, "all").run(run.cases, run.tolerance_check)
+    named = (dataclasses.replace(tensor, name=f"{ROWS_NAME}: {tensor.name}") for tensor in tensors)
+    return TokenResult(passed, tensors=tuple(named))

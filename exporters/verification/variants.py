@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import fx, nn
 
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.active_adapters import installed_changes
 from gralora_fx.exporters.artifact.adapter_files import adapter_tensors
 from gralora_fx.exporters.artifact.trained_parameters import BaseParameters
-from gralora_fx.exporters.verification.decoder_rows import AdaptersAsTaken, ExportedRows
-from gralora_fx.exporters.verification.dequantized_model import reference_model
-from gralora_fx.exporters.verification.mixed_rows import MixedRows
-from gralora_fx.graph.parameters import map_parameters
-from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.methods import AdapterTensors, Update
-from gralora_fx.methods.fold import fold
-from gralora_fx.methods.gralora import Factors
-from gralora_fx.methods.lora import LoraFactors
+from gralora_fx.exporters.verification.cases import PromptBatch
+from gralora_fx.exporters.verification.mixed_rows import AdaptersAsTaken, MixedRows, RowSteps
+from gralora_fx.exporters.verification.reference_models import reference_model, with_folded
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.model.replace_weights import replace_weights
 from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
 from gralora_fx.runtime.adapter_file import read_record, read_tensors
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
@@ -48,8 +39,8 @@ class Variant:
 
     Attributes:
         session: The export's session in that state.
-        rows: Its graph whose rows have adapters, and those of a decoder lengths, of their own: an `ExportedRows` of a
-            decoder, else a session; None where that is not compared.
+        rows: What runs its graph whose rows have adapters, and those of a decoder lengths, of their own: of a decoder
+            what makes the `RowSteps` of prompts, else a session; None where that is not compared.
         model: The model that was exported.
         manifest: The export's manifest.
         name: The adapter; None for the base, or for an export whose adapters are folded.
@@ -69,19 +60,16 @@ class Variant:
             return nullcontext()
         return self.model.disable_adapter() if self.name is None else _only(self.model, self.name)
 
+    @cached_property
     def reference(self) -> TracedModel | GraloraModel:
         """What the export is compared with: the model, or one with the export's rounded weights."""
-        return self._reference
-
-    @cached_property
-    def _reference(self) -> TracedModel | GraloraModel:
         if self.manifest.adapter_inputs is None or not isinstance(self.model, GraloraModel):
             return reference_model(self.model, self.manifest)
         base = reference_model(self.model.traced, self.manifest)
         if base is self.model.traced:
             return self.model
         assert isinstance(base, TracedModel)
-        return _folded(base, self.tensors, self.manifest.adapter_inputs)
+        return with_folded(base, self.tensors, self.manifest.adapter_inputs)
 
 
 def variants(
@@ -132,13 +120,13 @@ def _session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
 
 def _rows_with(
     session: Any, adapters: AdaptersAsTaken | None, name: str | None, names: Sequence[str]
-) -> ExportedRows | MixedRows | None:
+) -> Callable[[PromptBatch], RowSteps] | MixedRows | None:
     """What runs `model_rows.onnx` with an adapter or none, beside rows with the others of some."""
     if adapters is None:
         return None
     if any(value.name == PAST_SEQLENS for value in session.get_inputs()):
         others = [other for other in (None, *names) if other != name] or [name]
-        return ExportedRows(session, adapters, name, others)
+        return partial(RowSteps, session, adapters, name, others)
     return MixedRows(session, adapters, name, names)
 
 
@@ -192,32 +180,6 @@ def _check_equal(name: str, path: Path, tensors: Arrays, expected: Arrays) -> No
             f"{path} holds another adapter than the model's {name!r}: {listed(differing or ['layers'], 3)} differ; "
             "export it again with export_adapter"
         )
-
-
-def _folded(base: TracedModel, tensors: Arrays, inputs: AdapterInputs) -> TracedModel:
-    """A float32 model with an adapter's tensors, as the export has them, folded into its weights."""
-    sites = {site.path: site for site in base.sites}
-    weights: dict[str, nn.Parameter] = {}
-    biases: dict[int, nn.Parameter] = {}
-    for entry in inputs.sites:
-        found = {
-            name: torch.from_numpy(tensors[name].astype(np.float32))
-            for name in entry.names(inputs.k)
-            if name in tensors
-        }
-        A, B, A_general, B_general, bias = entry.parts(found)
-        if A_general is not None and B_general is not None:
-            own, general = sites[entry.path], (A_general.t(), B_general.t())
-            factors: AdapterTensors = LoraFactors(*general) if A is None or B is None else Factors(A, B, *general)
-            folded = fold(own.weight.detach(), [Update(factors, 1.0)], transposed=own.kind == "conv1d")
-            weights[entry.path] = nn.Parameter(folded, requires_grad=False)
-        if bias is not None:
-            before = base.tree.parameters[f"{entry.path}.bias"]
-            biases[id(before)] = nn.Parameter(before.detach() + bias, requires_grad=False)
-    model = replace_weights(base, weights)
-    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "FoldedGraph")
-    map_parameters(graph_module, lambda parameter, _: biases.get(id(parameter), parameter))
-    return model.with_graph(graph_module, model.tree)
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Prompts whose greedy tokens are compared: random ones, and a user's own."""
+"""A decoder with a cache: fresh inputs of first and later steps, and prompts whose greedy tokens are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +10,78 @@ import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.verification.random_values import context_of, vocabulary_of
+from gralora_fx.exporters.verification.cases import PromptBatch
+from gralora_fx.exporters.verification.random_values import context_of, like, longest_text, text_like, vocabulary_of
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
+# rows, positions before, new positions, side of the padding
+_STEPS = (
+    (1, 0, 1, ""),
+    (1, 0, 24, ""),
+    (3, 0, 11, "left"),
+    (3, 0, 9, "right"),
+    (1, 24, 1, ""),
+    (4, 9, 1, "left"),
+    (1, 6, 5, ""),
+)
+_QUICK_STEPS = ((1, 0, 1, ""), (3, 0, 9, "right"), (1, 6, 5, ""))  # left padding and single steps: see `_QUICK_PROMPTS`
 _USER_STEPS = 16  # tokens that are compared after a user's own prompts
 _LONG = 1000  # positions of the longest prompt, if the model has as many
 # lengths of the prompts of one batch, padding side, and number of tokens to compare
-_DRAWN: tuple[tuple[tuple[int, ...], str, int], ...] = (
+_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (
     ((12,), "left", 16),
     ((17, 3, 11, 6), "left", 16),
     ((9, 5, 7), "right", 4),
     ((_LONG,), "left", 4),
 )
-_QUICK: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
+_QUICK_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """A batch of prompts.
+def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prompts with an empty cache, and steps after a long one, padded on the left.
 
-    Attributes:
-        description: What they are.
-        ids: `[batch, length]`.
-        mask: `[batch, length]`, 0 where a position is padding.
-        steps: How many tokens to compare.
+    Args:
+        model: The traced model.
+        generator: Draws the values.
+        quick: Whether a few short ones are enough, each kind once: a prompt, one of several rows padded, and what
+            follows after others.
+
+    Yields:
+        A description, and inputs by name.
     """
+    example = model.example_inputs[PAST]
+    limit = longest_text(model)
+    for batch, past, length, side in _QUICK_STEPS if quick else _STEPS:
+        if past + length > limit:
+            continue
+        case = {
+            name: text_like(name, value, model, batch, length, generator)
+            for name, value in model.example_inputs.items()
+            if isinstance(value, Tensor)
+        }
+        mask = torch.ones(batch, past + length, dtype=torch.long)
+        for row in range(1, batch) if side else ():
+            count = min(2 * row, past + length - 1)
+            mask[row, slice(count) if side == "left" else slice(-count, None)] = 0
+        case["attention_mask"] = mask
+        if "position_ids" in case:
+            case["position_ids"] = positions(mask, length)
+        cache = empty_cache(example, batch)
+        if past:  # computed by the model: errors on random keys and values would say nothing about texts
+            first = {name: value for name, value in case.items() if name not in ("attention_mask", "position_ids")}
+            first["input_ids"] = like(case["input_ids"], batch, past, generator, vocabulary_of(model))
+            first["attention_mask"] = mask[:, :past]
+            if "position_ids" in case:
+                first["position_ids"] = positions(mask[:, :past])
+            with torch.no_grad():
+                cache = returned_cache(model(**model.constants, **first)) or cache
+        name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
+        yield name, {**case, PAST: cache}
 
-    description: str
-    ids: Tensor
-    mask: Tensor
-    steps: int
 
-
-def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[Prompts]:
+def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[PromptBatch]:
     """Random prompts: one, several of unequal length padded on either side, and one that fills the context.
 
     Args:
@@ -54,7 +91,7 @@ def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterat
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary, context = vocabulary_of(model) or 4, context_of(model) or _LONG
-    for lengths, side, steps in _QUICK if quick else _DRAWN:
+    for lengths, side, steps in _QUICK_PROMPTS if quick else _PROMPTS:
         room = min(context, _LONG) - steps
         if room < 1:
             continue
@@ -65,7 +102,7 @@ def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterat
 
 def pad_prompts(
     rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 16, label: str = "prompt"
-) -> Prompts:
+) -> PromptBatch:
     """Batch prompts, the shorter ones padded.
 
     Args:
@@ -82,10 +119,10 @@ def pad_prompts(
         ids[index, filled], mask[index, filled] = torch.tensor(row), 1
     sizes = sorted({len(row) for row in rows})
     size = f"{sizes[0]} to {sizes[-1]} tokens padded {side}" if len(sizes) > 1 else f"{longest} tokens"
-    return Prompts(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
+    return PromptBatch(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
 
 
-def given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> Prompts:
+def given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
     """A user's prompts as one batch, padded on the left.
 
     Args:

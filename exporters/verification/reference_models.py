@@ -1,12 +1,15 @@
-"""A model with an export's weights: cast to its precision, quantized matrices dequantized."""
+"""Models that an export is compared with: with its weights, rounded as the export's are, or in float32."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from gralora_fx.errors import ExportError
@@ -19,14 +22,30 @@ from gralora_fx.exporters.options import DynamicQuantization, Quantization
 from gralora_fx.graph.parameters import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.methods import AdapterTensors, Update
+from gralora_fx.methods.fold import fold
+from gralora_fx.methods.gralora import Factors
+from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.replace_weights import replace_weights
+from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.normalize.modes import set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 
 _COLUMNS = 4096  # dequantized at once
+
+
+@contextmanager
+def evaluating(model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel) -> Iterator[None]:
+    """The reference in evaluation mode; afterwards it is in the model's again."""
+    was_training = model.training
+    reference.eval()
+    try:
+        yield
+    finally:
+        reference.train(was_training)
 
 
 def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> TracedModel | GraloraModel:
@@ -39,21 +58,21 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
     Raises:
         ExportError: The export holds quantized matrices that no linear layer of the model has.
     """
-    precision, found = manifest.precision, manifest.quantization
+    precision, blocks = manifest.precision, manifest.quantization
     traced = base_trace(model)
-    if found is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
+    if blocks is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
-    quantization = None if found is None else quantization_of(found)
+    quantization = None if blocks is None else quantization_of(blocks)
     called = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls}
     known = sum(called.values())
-    if found is not None and found.values != known:
+    if blocks is not None and blocks.values != known:
         raise ExportError(
-            f"the export holds {found.values:,} quantized values and the model's linear layers {known:,}, so it "
+            f"the export holds {blocks.values:,} quantized values and the model's linear layers {known:,}, so it "
             "cannot be compared with a model of the same rounded weights; export with verify=False and "
             "judge the export by its results"
         )
     return dequantized_model(
-        fold_adapters(model), precision, quantization, with_tables=found is not None and found.lookups > 0
+        fold_adapters(model), precision, quantization, with_tables=blocks is not None and blocks.lookups > 0
     )
 
 
@@ -83,10 +102,7 @@ def dequantized_model(
     block_size = quantization.block_size if with_tables and isinstance(quantization, Quantization) else None
     shared = [site for site in model.sites if block_size and _is_shared(model, site, block_size)]
     tables = {id(site.weight): blocks.pop(site.path) for site in shared}
-    model = replace_weights(model, blocks)
-    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
-    map_parameters(graph_module, lambda parameter, _: tables.get(id(parameter), parameter))
-    return model.with_graph(graph_module, model.tree)
+    return _with_parameters(replace_weights(model, blocks), tables)
 
 
 def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
@@ -132,3 +148,36 @@ def _parts(
             yield torch.from_numpy(dequantize_columns(values, name))
         else:
             yield torch.from_numpy(dequantize(values, quantization, dtype))
+
+
+def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: AdapterInputs) -> TracedModel:
+    """A float32 model with an adapter folded into its weights.
+
+    Args:
+        base: The model.
+        tensors: The adapter's tensors as the export has them, by name.
+        inputs: The layers whose adapters are data of the export.
+    """
+    sites = {site.path: site for site in base.sites}
+    weights: dict[str, nn.Parameter] = {}
+    biases: dict[int, nn.Parameter] = {}
+    for entry in inputs.sites:
+        names = [name for name in entry.names(inputs.k) if name in tensors]
+        own = {name: torch.from_numpy(tensors[name].astype(np.float32)) for name in names}
+        A, B, A_general, B_general, bias = entry.parts(own)
+        if A_general is not None and B_general is not None:
+            site, general = sites[entry.path], (A_general.t(), B_general.t())
+            factors: AdapterTensors = LoraFactors(*general) if A is None or B is None else Factors(A, B, *general)
+            folded = fold(site.weight.detach(), [Update(factors, 1.0)], transposed=site.kind == "conv1d")
+            weights[entry.path] = nn.Parameter(folded, requires_grad=False)
+        if bias is not None:
+            before = base.tree.parameters[f"{entry.path}.bias"]
+            biases[id(before)] = nn.Parameter(before.detach() + bias, requires_grad=False)
+    return _with_parameters(replace_weights(base, weights), biases)
+
+
+def _with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
+    """A copy of a model whose graph reads other parameters, by the ids of those that it read."""
+    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
+    map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
+    return model.with_graph(graph_module, model.tree)

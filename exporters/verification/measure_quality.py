@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,13 @@ from torch import Tensor
 
 from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
-from gralora_fx.exporters.verification.adapter_variants import variants
 from gralora_fx.exporters.verification.cases import Case, Verification
-from gralora_fx.exporters.verification.dequantized_model import dequantized_model
-from gralora_fx.exporters.verification.evaluating import evaluating
-from gralora_fx.exporters.verification.finite import check_finite
-from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
-from gralora_fx.exporters.verification.outputs import OutputComparison
-from gralora_fx.exporters.verification.texts import text_cases, text_tokenizer
-from gralora_fx.exporters.verification.token_quality import token_quality
-from gralora_fx.exporters.verification.token_texts import drawn_texts, given_texts
+from gralora_fx.exporters.verification.output_comparison import OutputComparison
+from gralora_fx.exporters.verification.plain_cases import text_cases, text_tokenizer
+from gralora_fx.exporters.verification.reference_models import dequantized_model, evaluating
+from gralora_fx.exporters.verification.token_quality import drawn_texts, given_texts, token_quality
+from gralora_fx.exporters.verification.tolerances import check_finite
+from gralora_fx.exporters.verification.variants import variants
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.quantized_weights import OutputQuality, Quality, TokenQuality
@@ -30,29 +28,22 @@ from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-def float32_model(model: TracedModel | GraloraModel) -> TracedModel | GraloraModel:
-    """The model that quantization is measured by: the model itself, or one of half precision in float32 arithmetic."""
-    if precision_of(base_trace(model).graph_module) == "fp32":
-        return model
-    return dequantized_model(fold_adapters(model), "fp32")
-
-
 def measure_quality(
     directory: Path,
     model: TracedModel | GraloraModel,
     verification: Verification,
     *,
-    logits: str,
     texts: Sequence[str] | None,
     tokenizer: Any,
 ) -> Quality:
     """Run a quantized export and the float32 model on the same inputs, both without adapters that are its data.
 
+    Of a decoder's export that takes adapters as data, tokens are compared without one and with each active one.
+
     Args:
         directory: The export directory.
         model: The model that was exported.
         verification: What is compared of this kind of export.
-        logits: Which positions' logits the export gives: `"last"` or `"all"`.
         texts: A user's texts; None for texts that a decoder with a cache draws itself, and for the random inputs of a
             quick verification of other models.
         tokenizer: For texts: a tokenizer, or the directory of one.
@@ -61,34 +52,35 @@ def measure_quality(
         ExportError: The texts do not fit the model, the model or the export cannot run, or the export gives values that
             are not finite where the model's are.
     """
-    if base_trace(model).cache_layout is CacheLayout.DECODER:
-        return _measure_tokens(directory, model, texts, tokenizer)
     traced, manifest = base_trace(model), read_manifest(directory)
-    base = next(variants(open_session(directory), model, manifest, directory))  # without adapters that are data
-    with base.active():
-        reference = float32_model(model)
-        check = ToleranceCheck(reference, 0.0, use_float64=False)
-        comparison = OutputComparison(base.session, reference, verification, logits, check)
-        with evaluating(model, reference):
-            if texts is None:
-                return compare_outputs(comparison, verification.cases(traced, seed=0, quick=True), "random inputs")
-            plural = "s" if len(texts) > 1 else ""
-            return compare_outputs(comparison, text_cases(texts, tokenizer, traced), f"{len(texts)} given text{plural}")
+    states = variants(open_session(directory), model, manifest, directory)
+    if traced.cache_layout is CacheLayout.DECODER:
+        chosen = drawn_texts(traced) if texts is None else given_texts(texts, text_tokenizer(tokenizer), traced)
+        tokens: list[TokenQuality] = []
+        for variant in states:
+            with variant.active(), _float32(model) as reference:
+                tokens.append(token_quality(variant.session, reference, chosen, variant.name))
+        return Quality(str(chosen), (), tuple(tokens))
+    base = next(states)  # without adapters that are data
+    cases: Iterable[Case]
+    if texts is None:
+        cases, inputs = verification.cases(traced, seed=0, quick=True), "random inputs"
+    else:
+        cases, inputs = text_cases(texts, tokenizer, traced), f"{len(texts)} given text{'s' * (len(texts) > 1)}"
+    with base.active(), _float32(model) as reference:
+        return compare_outputs(OutputComparison(base.session, reference, manifest.logits), cases, inputs)
 
 
-def _measure_tokens(
-    directory: Path, model: TracedModel | GraloraModel, texts: Sequence[str] | None, tokenizer: Any
-) -> Quality:
-    """Compare a decoder's tokens; of an export that takes adapters as data, without one and with each active one."""
-    traced = base_trace(model)
-    chosen = drawn_texts(traced) if texts is None else given_texts(texts, text_tokenizer(tokenizer), traced)
-    found: list[TokenQuality] = []
-    for variant in variants(open_session(directory), model, read_manifest(directory), directory):
-        with variant.active():
-            reference = float32_model(model)
-            with evaluating(model, reference):
-                found.append(token_quality(variant.session, reference, chosen, variant.name))
-    return Quality(str(chosen), (), tuple(found))
+@contextmanager
+def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | GraloraModel]:
+    """What quantization is measured by: the model itself, or one of half precision in float32 arithmetic.
+
+    It is in evaluation mode within a block.
+    """
+    is_float32 = precision_of(base_trace(model).graph_module) == "fp32"
+    reference = model if is_float32 else dequantized_model(fold_adapters(model), "fp32")
+    with evaluating(model, reference):
+        yield reference
 
 
 def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs: str) -> Quality:
