@@ -104,7 +104,7 @@ def _process(exported: Path, adapter: Path) -> dict[str, float]:
 
 def measured_fold() -> None:
     """What the other process runs: a fold, then its seconds and the peaks of memory in bytes."""
-    import gralora_fx.exporters.fold  # noqa: F401  # before the first measurement
+    import gralora_fx.exporters.onnx_fold  # noqa: F401  # before the first measurement
 
     imports, begin = peak_memory(), time.perf_counter()
     fold_onnx(*sys.argv[1:])

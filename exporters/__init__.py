@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gralora_fx.exporters.adapter import export_adapter
-    from gralora_fx.exporters.checkpoint import MergeReport, merge_checkpoint
-    from gralora_fx.exporters.fold import FoldReport, fold_onnx
-    from gralora_fx.exporters.lora import LoraReport, to_lora
+    from gralora_fx.exporters.checkpoint_merge import MergeReport, merge_checkpoint
+    from gralora_fx.exporters.lora_form import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
+    from gralora_fx.exporters.onnx_fold import FoldReport, fold_onnx
     from gralora_fx.exporters.reports import ExportReport, VerifyReport
     from gralora_fx.exporters.triton import TritonReport, export_triton
     from gralora_fx.exporters.verify import verify_onnx
@@ -33,17 +33,17 @@ __all__ = [
 # name of a function in it: as a submodule it would take the function's place in this package.
 _HOMES = {
     "ExportReport": "reports",
-    "FoldReport": "fold",
-    "LoraReport": "lora",
-    "MergeReport": "checkpoint",
+    "FoldReport": "onnx_fold",
+    "LoraReport": "lora_form",
+    "MergeReport": "checkpoint_merge",
     "TritonReport": "triton",
     "VerifyReport": "reports",
     "export_adapter": "adapter",
     "export_onnx": "onnx",
     "export_triton": "triton",
-    "fold_onnx": "fold",
-    "merge_checkpoint": "checkpoint",
-    "to_lora": "lora",
+    "fold_onnx": "onnx_fold",
+    "merge_checkpoint": "checkpoint_merge",
+    "to_lora": "lora_form",
     "verify_onnx": "verify",
 }
 

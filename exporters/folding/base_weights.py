@@ -120,28 +120,17 @@ def holds(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
         start: Output feature of the weight at which the matrix begins.
         values: `[out, in]`.
     """
-    outputs, inputs = values.shape
+    stored, first, features = values, start, slice(None)
+    if weight.transposed:
+        stored, first, features = values.T, 0, slice(start, start + len(values))
     dtype = dtype_of(weight.value)
     _, columns = rows_and_columns(weight.value)
     step = max(1, _READ_AT_ONCE // (columns * dtype.itemsize))
-    if weight.transposed:
-        for row in range(0, inputs, step):
-            stop = min(row + step, inputs)
-            if not np.array_equal(
-                read_rows(weight.value, row, stop)[:, start : start + outputs], _as(values, dtype, slice(row, stop))
-            ):
-                return False
-        return True
-    for row in range(0, outputs, step):
-        stop = min(row + step, outputs)
-        if not np.array_equal(read_rows(weight.value, start + row, start + stop), values[row:stop].astype(dtype)):
+    for row in range(0, len(stored), step):
+        part = stored[row : row + step].astype(dtype)
+        if not np.array_equal(read_rows(weight.value, first + row, first + row + len(part))[:, features], part):
             return False
     return True
-
-
-def _as(values: NDArray[Any], dtype: np.dtype[Any], inputs: slice) -> NDArray[Any]:
-    part: NDArray[Any] = values[:, inputs].T.astype(dtype)
-    return part
 
 
 def _first_input(weight: ProductWeight) -> NDArray[Any]:

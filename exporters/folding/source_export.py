@@ -15,7 +15,7 @@ from gralora_fx.runtime.export_directory import MANIFEST_NAME, not_an_export
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data
-from gralora_fx.sources.directory_kind import described
+from gralora_fx.sources.model_files import described
 from gralora_fx.sources.paths import usable_path
 
 # companions of a lone file: configuration and tokenizer

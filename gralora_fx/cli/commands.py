@@ -135,7 +135,7 @@ def to_lora(
     if rank is not None:
         check_integer("--rank", rank, 1)
     with StageProgress(), timed("convert"):
-        from gralora_fx.exporters.lora import to_lora as convert
+        from gralora_fx.exporters.lora_form import to_lora as convert
 
         report = convert(adapter, output, rank=rank, overwrite=overwrite)
     print(report)
@@ -152,7 +152,7 @@ def merge(
     """Fold an adapter into the safetensors files of its base, one tensor at a time, and copy the other files."""
     with StageProgress():
         with timed("import"):
-            from gralora_fx.exporters.checkpoint import merge_checkpoint
+            from gralora_fx.exporters.checkpoint_merge import merge_checkpoint
             from gralora_fx.loading.adapter_facts import base_name
         name = base_name(model, adapter)
         report = merge_checkpoint(name, adapter, output, overwrite=overwrite, strict_base=strict_base)

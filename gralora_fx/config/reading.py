@@ -10,7 +10,7 @@ from typing import Any
 
 from gralora_fx.config.checks import check_integer, is_number
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.sources.directory_kind import described
+from gralora_fx.sources.model_files import described
 
 ALL_LINEAR = "all-linear"
 

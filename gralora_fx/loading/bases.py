@@ -20,10 +20,9 @@ from gralora_fx.loading.model_classes import warn_of_another_head
 from gralora_fx.loading.models import load_streamed, load_with_report
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import timed
-from gralora_fx.sources.cross_encoder import score_function
 from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.same_base import SAME, BaseSource, compare_bases
-from gralora_fx.sources.sentence_modules import find_sentence_directory
+from gralora_fx.sources.sentence_modules import find_sentence_directory, score_function
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
 from gralora_fx.tracing.inputs.samples import infer_task
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK

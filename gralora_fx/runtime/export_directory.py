@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from gralora_fx.errors import GraloraError, first_line
-from gralora_fx.sources.directory_kind import EXPORT_FILE, described
+from gralora_fx.sources.model_files import EXPORT_FILE, described
 
 MANIFEST_NAME = EXPORT_FILE
 PLAIN_KIND, DECODER_KIND, ENCODER_DECODER_KIND = "plain", "decoder", "encoder-decoder"  # kinds of export

@@ -1,4 +1,4 @@
-"""Checks of a saved model's files other than its weights."""
+"""What a directory is by the files in it, and checks of a saved model's files other than its weights."""
 
 from __future__ import annotations
 
@@ -8,11 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import GraloraError
-from gralora_fx.sources.directory_kind import EXPORT_FILE, MODEL_FILE, described
 from gralora_fx.sources.paths import usable_path
 
+ADAPTER_FILE, MODEL_FILE, EXPORT_FILE = "adapter_config.json", "config.json", "gralora_export.json"
 GENERATION_CONFIG = "generation_config.json"
 _CONFIG_FILES = (MODEL_FILE, GENERATION_CONFIG)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a directory holds a saved model, and is not an export, which holds the configuration of one."""
+    return (path / MODEL_FILE).is_file() and not (path / EXPORT_FILE).is_file()
+
+
+def described(directory: str | Path) -> str:
+    """What is at a path, to go on from the path itself: `is empty`, `is an adapter`.
+
+    Args:
+        directory: The path.
+    """
+    path = Path(directory)
+    try:
+        if not path.exists():
+            return "is a broken link" if path.is_symlink() else "does not exist"
+        if not path.is_dir():
+            return "is a file"
+        if (path / EXPORT_FILE).is_file():
+            return "is an export"
+        if (path / ADAPTER_FILE).is_file():
+            return "is an adapter"
+        if is_model(path):
+            return "is a model"
+        if any(path.glob("*.onnx")):
+            return f"holds an ONNX model of another program, without {EXPORT_FILE}"
+        return "holds something else" if any(path.iterdir()) else "is empty"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
 def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:

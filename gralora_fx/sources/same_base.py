@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,7 @@ class BaseComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a record."""
-        return {
-            "made_for": self.made_for,
-            "revision": self.revision,
-            "used_with": self.used_with,
-            "compared": list(self.compared),
-            "outcome": self.outcome,
-            "reason": self.reason,
-        }
+        return {**asdict(self), "compared": list(self.compared)}
 
     def settle(self, adapter: object, *, strict: bool, error: type[GraloraError]) -> None:
         """Refuse an adapter of another base, or warn of it.

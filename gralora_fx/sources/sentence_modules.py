@@ -1,4 +1,4 @@
-"""The modules that sentence-transformers applies after a transformer, read from the files of its directory."""
+"""What sentence-transformers' files say of a model: the modules after a transformer, the function of a score."""
 
 from __future__ import annotations
 
@@ -166,6 +166,29 @@ def read_sentence_modules(directory: Path, error: type[GraloraError]) -> Sentenc
         truncate_dim=_size(settings, "truncate_dim", directory, error),
         settings=settings,
     )
+
+
+def score_function(name: str | Path, error: type[GraloraError]) -> str | None:
+    """The function that makes a score of a cross-encoder's output, as a path such as `torch.nn.Identity`.
+
+    Args:
+        name: Local directory or hub id; of the latter only a small file is downloaded.
+        error: The error type to raise.
+
+    Returns:
+        The path; None if it is not a cross-encoder's directory, or names none.
+
+    Raises:
+        GraloraError: Of the given type: the file is damaged.
+    """
+    path = resolve_directory(name, error, patterns=(SETTINGS_NAME,)) / SETTINGS_NAME
+    if not path.is_file():
+        return None
+    settings = read_json_object(path, error)
+    function = settings.get("activation_fn") if settings.get("model_type") == "CrossEncoder" else None
+    if not (function is None or isinstance(function, str)):
+        raise error(f"activation_fn is {shown(function)} in {path}, not a name; repair or copy the file")
+    return function
 
 
 def _check_order(steps: Sequence[Pooling | Normalize | Dense], path: Path, error: type[GraloraError]) -> None:

@@ -230,8 +230,8 @@ def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | No
     Raises:
         CheckpointError: It adapts others than its configuration selects.
     """
-    if source.manifest is not None and (known := layers_of_export(source.directory, source.manifest)) is not None:
-        adapter.check_layers(known)
+    if source.manifest is not None:
+        adapter.check_layers(layers_of_export(source.directory, source.manifest))
     made = BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision)
     return compare_bases(made, base_of_export(source.directory, source.manifest, base))
 
