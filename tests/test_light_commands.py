@@ -19,7 +19,7 @@ from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx import GraloraModel, rewrite
-from gralora_fx.exporters import checkpoint, export_onnx, fold_onnx, merge_checkpoint, to_lora
+from gralora_fx.exporters import checkpoint_merge, export_onnx, fold_onnx, merge_checkpoint, to_lora
 from gralora_fx.methods import METHODS, register
 from gralora_fx.serving import load
 
@@ -117,11 +117,11 @@ def test_what_the_files_show_is_what_the_model_says(
         warnings.simplefilter("ignore")
         peft_model(tiny_model(name), **fields).save_pretrained(str(tmp_path / "adapter"))
     asked: list[object] = []
-    ask = checkpoint.names_of
-    monkeypatch.setattr(checkpoint, "names_of", lambda *given: asked.append(given) or ask(*given))
+    ask = checkpoint_merge.names_of
+    monkeypatch.setattr(checkpoint_merge, "names_of", lambda *given: asked.append(given) or ask(*given))
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "one")
     assert bool(asked) is not alone
-    monkeypatch.setattr(checkpoint, "names_in_files", lambda *_: None)
+    monkeypatch.setattr(checkpoint_merge, "names_in_files", lambda *_: None)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "other")
     files = [sorted((tmp_path / place).iterdir()) for place in ("one", "other")]
     assert [file.name for file in files[0]] == [file.name for file in files[1]]
@@ -140,8 +140,8 @@ def test_two_names_of_one_stored_weight_ask_the_model(tmp_path: Path, monkeypatc
     save_file(tensors, file, metadata={"format": "pt"})
     saved_by_peft("llama", tmp_path / "adapter", **ADAPTERS["gralora"])
     asked: list[object] = []
-    ask = checkpoint.names_of
-    monkeypatch.setattr(checkpoint, "names_of", lambda *given: asked.append(given) or ask(*given))
+    ask = checkpoint_merge.names_of
+    monkeypatch.setattr(checkpoint_merge, "names_of", lambda *given: asked.append(given) or ask(*given))
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert asked
 

@@ -23,49 +23,44 @@ NOT_FINITE = (
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """What happens to one layer's weight `[out, in]` in a matrix.
+    """What happens to one layer's weight `[out, in]` in a matrix: an update is added, or other values take its place.
 
     Attributes:
         name: The layer, for messages.
         start: First of its output features in the matrix.
         stop: End of them.
-        content: Reads the update to fold in, or the values `[out, in]` to take instead of those that are there.
+        update: Reads the update; None to take the values.
+        values: The values `[out, in]`.
         takes_parts: Whether parts of the weight can be changed apart, rather than the whole weight at once.
     """
 
     name: str
     start: int
     stop: int
-    content: Callable[[], Update | NDArray[Any]]
+    update: Callable[[], Update] | None = None
+    values: NDArray[Any] | None = None
     takes_parts: bool = True
 
-    def apply(
-        self,
-        content: Update | NDArray[Any],
-        part: NDArray[Any],
-        rows: slice,
-        columns: slice,
-        in_features: int,
-        not_finite: str = NOT_FINITE,
-    ) -> None:
-        """Change a part of the weight in place.
+    def prepare(self, in_features: int, not_finite: str = NOT_FINITE) -> Callable[[NDArray[Any], slice, slice], None]:
+        """Read the update; the result changes a part of the weight in place.
+
+        It is given the part `[rows, columns]`, which may be a view, its output features, counted from the layer's
+        first, and its input features.
 
         Args:
-            content: What `content` has read.
-            part: `[rows, columns]` of the weight; it may be a view.
-            rows: The part's output features, counted from the layer's first.
-            columns: Its input features.
             in_features: Input features of the whole weight.
-            not_finite: Text of the error.
-
-        Raises:
-            MergeError: A result is not finite.
+            not_finite: Text of the error for results that are not finite, with places for `name` and `dtype`.
         """
-        if isinstance(content, Update):
-            fold_region(part, (content,), rows, columns, (self.stop - self.start, in_features))
-        else:
-            assign(part, content[rows, columns])
-        check_finite(part, self.name, not_finite)
+        updates = () if self.update is None else (self.update(),)
+
+        def change(part: NDArray[Any], rows: slice, columns: slice) -> None:
+            if self.values is not None:
+                assign(part, self.values[rows, columns])
+            else:
+                fold_region(part, updates, rows, columns, (self.stop - self.start, in_features))
+            check_finite(part, self.name, not_finite)
+
+        return change
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class MatrixEdit:
         layers: What happens to each of them.
         in_features: Input features of the matrix.
         transposed: Whether it is stored `[in, out]`.
-        not_finite: Text of the error for results that are not finite, with places for `name` and `dtype`.
+        not_finite: Text of the error, as of `LayerEdit.prepare`.
     """
 
     layers: tuple[LayerEdit, ...]
@@ -90,20 +85,19 @@ class MatrixEdit:
         return all(layer.takes_parts for layer in self.layers)
 
     def prepare(self) -> RowEdit:
-        """Read the updates and the values; the result changes rows of the matrix as it is stored."""
-        contents = [(layer, layer.content()) for layer in self.layers]
+        """Read the updates; the result changes rows of the matrix as it is stored."""
+        changes = [(layer, layer.prepare(self.in_features, self.not_finite)) for layer in self.layers]
 
         def change(rows: NDArray[Any], first: int) -> None:
-            inputs, end = self.in_features, first + len(rows)
-            for layer, content in contents:
+            end = first + len(rows)
+            for layer, apply in changes:
                 if self.transposed:
-                    part, outputs = rows[:, layer.start : layer.stop].T, slice(0, layer.stop - layer.start)
-                    layer.apply(content, part, outputs, slice(first, end), inputs, self.not_finite)
+                    apply(rows[:, layer.start : layer.stop].T, slice(0, layer.stop - layer.start), slice(first, end))
                     continue
                 start, stop = max(first, layer.start), min(end, layer.stop)
                 if start < stop:
-                    part, outputs = rows[start - first : stop - first], slice(start - layer.start, stop - layer.start)
-                    layer.apply(content, part, outputs, slice(0, inputs), inputs, self.not_finite)
+                    outputs = slice(start - layer.start, stop - layer.start)
+                    apply(rows[start - first : stop - first], outputs, slice(0, self.in_features))
 
         return change
 
@@ -116,7 +110,7 @@ class ValuesEdit:
         name: Name of the parameter.
         values: Reads the values `[rows, ...]`; those of a vector are one row.
         start: First of them in each stored row.
-        not_finite: Text of the error, as of `MatrixEdit`.
+        not_finite: Text of the error, as of `LayerEdit.prepare`.
     """
 
     name: str

@@ -188,9 +188,12 @@ def plan_rewriting(
     """
     layers: dict[tuple[str, int], list[LayerEdit]] = {}
     weights: dict[tuple[str, int], ProductWeight] = {}
-    in_parts = adapter.method.has_lora_form
-    adapted = [(p, LayerEdit(p.path, p.start, p.stop, partial(adapter.update, p.path), in_parts)) for p in places]
-    for place, edit in (*adapted, *replacements.layers):
+
+    def edit_of(place: Place) -> LayerEdit:
+        update, takes_parts = partial(adapter.update, place.path), adapter.method.has_lora_form
+        return LayerEdit(place.path, place.start, place.stop, update, takes_parts=takes_parts)
+
+    for place, edit in (*((place, edit_of(place)) for place in places), *replacements.layers):
         key = place.file, id(place.weight)
         weights[key] = place.weight
         layers.setdefault(key, []).append(edit)

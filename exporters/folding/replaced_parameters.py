@@ -115,7 +115,7 @@ def _layer_edits(export: Export, name: str, tensor: NDArray[Any]) -> Iterator[tu
             raise MergeError(f"it has shape {list(matrix.shape)} in the adapter and {shape} in {place.weight.name}")
         if place.weight.problem:
             raise MergeError(f"{place.weight.name} cannot be written: {place.weight.problem}")
-        yield place, LayerEdit(path, place.start, place.stop, constant(matrix))
+        yield place, LayerEdit(path, place.start, place.stop, values=matrix)
 
 
 def _weight_places(export: Export, path: str) -> list[Place]:

@@ -14,7 +14,6 @@ from gralora_fx.exporters.folding.edits import LayerEdit, check_finite
 from gralora_fx.exporters.folding.initializers import read_rows
 from gralora_fx.exporters.folding.products import ProductWeight
 from gralora_fx.exporters.options import Quantization
-from gralora_fx.methods.method import Update
 from gralora_fx.sources.rewriting import RowEdit
 
 _COLUMNS = 1024  # output features that are quantized at once
@@ -80,21 +79,24 @@ class QuantizedEdit:
         self.survival.clear()
         stored = _stored(self.weight)
         for layer in self.layers:
-            content = layer.content()
+            change = layer.prepare(self.weight.in_features)
             step = _COLUMNS if layer.takes_parts else layer.stop - layer.start
             for start in range(layer.start, layer.stop, step):
-                self._change(stored, layer, content, slice(start, min(start + step, layer.stop)))
+                self._change(stored, layer, change, slice(start, min(start + step, layer.stop)))
         return stored.parts
 
     def _change(
-        self, stored: _Blocks | _Columns, layer: LayerEdit, content: Update | NDArray[Any], outputs: slice
+        self,
+        stored: _Blocks | _Columns,
+        layer: LayerEdit,
+        change: Callable[[NDArray[Any], slice, slice], None],
+        outputs: slice,
     ) -> None:
         """Quantize some output features of a layer again."""
-        inputs, adds = self.weight.in_features, isinstance(content, Update)
         rows = slice(outputs.start - layer.start, outputs.stop - layer.start)
         before = stored.values(outputs)
         source = before
-        if self.base is not None and adds:
+        if self.base is not None and layer.values is None:
             source = self.base(layer.name)[rows].astype(np.float32)
             if not stored.is_rounded(source, outputs):
                 raise MergeError(
@@ -102,10 +104,10 @@ class QuantizedEdit:
                     "was exported, or leave base=... out"
                 )
         result = source.copy()
-        layer.apply(content, result, rows, slice(0, inputs), inputs)
+        change(result, rows, slice(0, self.weight.in_features))
         stored.store(outputs, result, layer.name)
         survival = self.survival.setdefault(layer.name, Survival())
-        if adds:
+        if layer.values is None:
             survival.add(before, stored.values(outputs), result - source)
 
 

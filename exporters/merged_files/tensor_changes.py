@@ -118,7 +118,9 @@ def _fold_at(
         elif tensor.shape != expected:
             problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(expected)}")
         else:
-            layer = LayerEdit(key, 0, out_features, partial(adapter.update, path), adapter.method.has_lora_form)
+            layer = LayerEdit(
+                key, 0, out_features, partial(adapter.update, path), takes_parts=adapter.method.has_lora_form
+            )
             edit = MatrixEdit((layer,), in_features, transposed, _NOT_FINITE)
             return NewTensor(tensor.dtype, tensor.shape, tensor, edit)
     return None

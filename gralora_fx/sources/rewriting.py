@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -176,7 +175,6 @@ def write_files(files: Sequence[NewFile], directory: Path, *, workers: int, dige
         OSError: Writing fails.
     """
     found: dict[str, str] = {}
-    scratch = _Scratch()
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         waiting: list[tuple[NewFile, int, list[tuple[int, Future[None]]]]] = []
@@ -185,7 +183,7 @@ def write_files(files: Sequence[NewFile], directory: Path, *, workers: int, dige
                 target = stack.enter_context((directory / file.name).open("x+b", buffering=0)).fileno()
                 os.ftruncate(target, file.nbytes)
                 _write_all(target, memoryview(file.head), 0)
-                tasks = [(part.begin, pool.submit(_write, part, target, scratch)) for part in _pieces(file.parts)]
+                tasks = [(part.begin, pool.submit(_write, part, target)) for part in _pieces(file.parts)]
                 waiting.append((file, target, tasks))
             for file, target, tasks in waiting:
                 digest, hashed = hashlib.sha256(), 0
@@ -202,21 +200,6 @@ def write_files(files: Sequence[NewFile], directory: Path, *, workers: int, dige
     return found
 
 
-class _Scratch(threading.local):
-    """Memory that a thread uses again for every tensor: fresh pages cost more than the arithmetic on them."""
-
-    def __init__(self) -> None:
-        """Start with none."""
-        self.kept = np.empty(0, np.uint8)
-
-    def matrix(self, rows: int, columns: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """A matrix without values, which the next one overwrites."""
-        size = rows * columns * dtype.itemsize
-        if self.kept.size < size:
-            self.kept = np.empty(size, np.uint8)
-        return self.kept[:size].view(dtype).reshape(rows, columns)
-
-
 def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
     """Parts for one thread each: long copies are cut."""
     for part in parts:
@@ -229,7 +212,7 @@ def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
             yield Part(part.begin + first, source.nbytes, source)
 
 
-def _write(part: Part, target: int, scratch: _Scratch) -> None:
+def _write(part: Part, target: int) -> None:
     """Write one part."""
     if part.edit is None:
         assert part.source is not None
@@ -239,8 +222,9 @@ def _write(part: Part, target: int, scratch: _Scratch) -> None:
     change, width = part.edit.prepare(), part.columns * part.dtype.itemsize
     count = part.nbytes // width if width else 0
     step = max(1, BLOCK // max(1, part.columns) if part.edit.takes_rows else count)
+    block = np.empty((min(step, count), part.columns), part.dtype)  # one for all, since fresh memory costs time
     for first in range(0, count, step):
-        rows = scratch.matrix(min(step, count - first), part.columns, part.dtype)
+        rows = block[: count - first]
         if part.source is not None:
             part.source.read_into(rows, first * width)
         change(rows, first)

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.quick
 class Inversion:
     """An edit that inverts every byte, and knows how often it was prepared and for which rows it was called."""
 
+    takes_rows = True
+
     def __init__(self) -> None:
         self.prepared, self.firsts = 0, list[int]()
 
