@@ -39,7 +39,7 @@ class OnnxPipeline(Pipeline[ir.Model]):
 
     error: type[GraloraError] = ExportError
 
-    def run(self, graph: ir.Model, log: PassLog) -> ir.Model:
+    def run(self, graph: ir.Model, log: PassLog | None = None) -> ir.Model:
         """Run every pass and lint its result (see `Pipeline.run`)."""
         graph = super().run(graph, log)
         import_domains(graph)

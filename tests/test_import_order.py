@@ -25,6 +25,7 @@ ORDER = [
     "operators",
     "tracing.failures",
     "tracing.inputs",
+    "tracing.draft",
     "tracing.patches",
     "tracing.normalize",
     "tracing",

@@ -9,7 +9,7 @@ from typing import Any
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
-from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -36,7 +36,7 @@ from gralora_fx.exporters.verification.decoder_cases import decoder_inputs, rand
 from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL
-from gralora_fx.tracing.inputs.decoder_cache import CacheLayout, cached_tensors
+from gralora_fx.tracing.inputs.cache import CacheLayout, cached_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -23,7 +23,7 @@ from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.encoder_decoder_cases import compare_tokens, encoder_decoder_inputs
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND
 from gralora_fx.runtime.manifest import RowsEntry
-from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
+from gralora_fx.tracing.inputs.cache import CacheLayout
 
 
 def encoder_decoder_models(conversion: Conversion) -> Models:

@@ -16,7 +16,7 @@ from gralora_fx.compat.pytree import tree_map
 from gralora_fx.compat.torch_graphs import OpOverload, base_name
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.module_tree import module_stack
-from gralora_fx.graph.parameters import map_parameters
+from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at

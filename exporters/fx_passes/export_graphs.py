@@ -15,7 +15,7 @@ from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.tracing.inputs.decoder_cache import PAST, returned_cache
+from gralora_fx.tracing.inputs.cache import PAST, returned_cache
 from gralora_fx.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.tracing.recapture import is_operator_graph, recapture

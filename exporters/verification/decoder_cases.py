@@ -13,7 +13,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.verification.cases import PromptBatch
 from gralora_fx.exporters.verification.random_values import context_of, like, longest_text, text_like, vocabulary_of
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions, returned_cache
+from gralora_fx.tracing.inputs.cache import PAST, empty_cache, positions, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
 # rows, positions before, new positions, side of the padding

@@ -13,7 +13,7 @@ from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.runtime.session_views import as_past
-from gralora_fx.tracing.inputs.decoder_cache import PAST, empty_cache, positions, returned_cache
+from gralora_fx.tracing.inputs.cache import PAST, empty_cache, positions, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
 Step = Callable[[Tensor, Tensor], Tensor]  # from new ids and the mask of all positions to logits

@@ -14,7 +14,7 @@ from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import TokenResult, TokenRun
 from gralora_fx.exporters.verification.mixed_rows import engine_errors
 from gralora_fx.exporters.verification.random_values import longest_text, pad, text_like
-from gralora_fx.tracing.inputs.decoder_cache import PAST, decoder_cache, pairs_of, returned_cache
+from gralora_fx.tracing.inputs.cache import PAST, decoder_cache, pairs_of, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
 # rows, length of the text, side of its padding, positions before, new positions

@@ -17,10 +17,10 @@ from gralora_fx.exporters.reports import RoundingCheck
 from gralora_fx.exporters.verification.decoder_steps import step_inputs
 from gralora_fx.exporters.verification.tensor_names import last_logits
 from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
-from gralora_fx.graph.parameters import map_parameters
+from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.tracing.inputs.decoder_cache import PAST, cache_like, empty_cache, pairs_of
+from gralora_fx.tracing.inputs.cache import PAST, cache_like, empty_cache, pairs_of
 from gralora_fx.tracing.traced_model import TracedModel
 
 _ALLOWED = 4  # times the rounding error of float32 itself

@@ -19,7 +19,7 @@ from gralora_fx.exporters.onnx_passes.quantization import quantization_of
 from gralora_fx.exporters.onnx_passes.quantize import dequantize
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import dequantize_columns
 from gralora_fx.exporters.options import DynamicQuantization, Quantization
-from gralora_fx.graph.parameters import map_parameters
+from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.methods import AdapterTensors, Update
@@ -27,7 +27,7 @@ from gralora_fx.methods.fold import fold
 from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.model.replace_weights import replace_weights
+from gralora_fx.model.merging import replace_weights
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.lazy_tensors import values_of

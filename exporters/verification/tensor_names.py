@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from gralora_fx.tracing.inputs.decoder_cache import pairs_of, returned_cache
+from gralora_fx.tracing.inputs.cache import pairs_of, returned_cache
 from gralora_fx.tracing.inputs.input_trees import tensor_paths
 
 

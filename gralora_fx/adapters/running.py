@@ -20,13 +20,13 @@ from gralora_fx.adapters.readers import Readers
 from gralora_fx.adapters.state import GraphState, Running, Source
 from gralora_fx.errors import RewriteError, first_line
 from gralora_fx.graph.overlay import overlay, share_adapters
-from gralora_fx.graph.pipeline import GraphPass, Pass, run_pass
+from gralora_fx.graph.pipeline import GraphPass, Pass, Pipeline, run_pass
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.methods import first_tensor
-from gralora_fx.passes.protect_outputs import protect_outputs
-from gralora_fx.passes.set_weights import SetWeights
-from gralora_fx.passes.untie_weights import UntieWeights
-from gralora_fx.tracing.normalize.modes import annotate_mode_args, set_mode
+from gralora_fx.operators.call import COMPUTING
+from gralora_fx.passes.insert_adapter import INSERTED, protect_outputs
+from gralora_fx.passes.set_weights import OWN_WEIGHTS, SetWeights, UntieWeights
+from gralora_fx.tracing.normalize.modes import AnnotateModes, set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -202,20 +202,20 @@ class RunningGraph:
         """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied."""
         traced = self.traced
         graph_module = overlay(self.base.tree, copy_graph(traced.graph_module), state.training)
-        for own_pass in self._passes(state):
-            own_pass(graph_module)
-        _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
-        graph_module.graph.lint()
+        graph, modes = graph_module.graph, AnnotateModes(known={node.name for node in traced.graph_module.graph.nodes})
+        holding = frozenset({OWN_WEIGHTS, COMPUTING})
+        Pipeline[fx.Graph]("adapters", (*self._passes(state), modes), given=holding).run(graph)
+        set_mode(graph, state.training)
         for graph_pass in state.passes:
             run_pass(graph_module, graph_pass)
         if state.passes:
-            protect_outputs(graph_module)
-            _set_fresh_modes(graph_module.graph, state.training, traced.graph_module.graph)
+            Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
+            set_mode(graph, state.training)
             self._adopt(graph_module)
         graph_module.recompile()
         return Running(state, graph_module, self._casts(state), self._sources(state, graph_module))
 
-    def _passes(self, state: GraphState) -> Iterator[Pass[fx.GraphModule]]:
+    def _passes(self, state: GraphState) -> Iterator[Pass[fx.Graph]]:
         """The passes that make the graph of a state from the base's, in order."""
         replaced = tuple(site for site in self.traced.sites if site.path in state.weights)
         yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
@@ -291,9 +291,3 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
         return root.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _set_fresh_modes(graph: fx.Graph, training: bool, traced: fx.Graph) -> None:
-    """Annotate a graph's new nodes and set its mode; nodes of the trace keep their annotations."""
-    annotate_mode_args(graph, known={node.name for node in traced.nodes})
-    set_mode(graph, training)

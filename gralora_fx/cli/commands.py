@@ -55,7 +55,7 @@ def inspect(
 ) -> None:
     """Trace a model and print its linear call sites, or what an adapter does at each of them."""
     check_inspection(model, adapter, task, (html, svg))
-    from gralora_fx.graph.site_table import site_table
+    from gralora_fx.graph.sites import site_table
     from gralora_fx.loading.bases import load_base, trace_base
     from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of

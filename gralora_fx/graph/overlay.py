@@ -1,8 +1,11 @@
-"""Module trees that overlay other trees: they share tables of tensors, but a replacement in one stays there."""
+"""Module trees that overlay other trees, and trees with other parameters.
+
+Overlaid trees share tables of tensors, but a replacement in one stays there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import fx, nn
 
@@ -80,6 +83,22 @@ def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) 
         owner, _, attribute = path.rpartition(".")
         module = _own_container(root, owner, copied)
         module.__dict__["_parameters"] = {**module._parameters, attribute: parameter}
+
+
+def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parameter]) -> None:
+    """Let modules hold other parameters; one that has several places is made once, so that what is tied stays tied.
+
+    Args:
+        root: The modules; they are changed in place, their parameters are not.
+        new: Gives what to hold in the place of a parameter, itself where it shall stay, by it and its first path.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tensor is equal to itself alone as a key
+    for path, module in root.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = new(parameter, f"{path}.{name}".lstrip("."))
+                module._parameters[name] = made[parameter]
 
 
 def _replace_module(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -159,12 +159,12 @@ class Pipeline(Generic[Graph]):
             holding = (holding - declared.ends) | declared.leaves
             ended_by |= dict.fromkeys(declared.ends, name)
 
-    def run(self, graph: Graph, log: PassLog) -> Graph:
+    def run(self, graph: Graph, log: PassLog | None = None) -> Graph:
         """Run every pass and lint its result: each node may read only what comes before it.
 
         Args:
             graph: The graph; it may be changed in place.
-            log: Receives a report for each pass.
+            log: Receives a report for each pass, if given.
 
         Returns:
             The graph after the last pass.
@@ -184,7 +184,8 @@ class Pipeline(Generic[Graph]):
             graph = graph if result.graph is None else result.graph
             for problem in self.problems(graph):
                 raise self.error(f"the pass {name} of {self.name} left a graph that does not lint: {problem}")
-            log.add(self.name, name, result, graph)
+            if log is not None:
+                log.add(self.name, name, result, graph)
         return graph
 
     def problems(self, graph: Graph) -> Iterator[str]:

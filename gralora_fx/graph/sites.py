@@ -1,25 +1,21 @@
-"""Linear call sites: places where a graph multiplies an activation by a weight parameter."""
+"""Linear sites: the layers whose weights a graph multiplies by, each with all of its calls."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import fx, nn
 
+from gralora_fx.graph.linear_calls import LinearCall, calls_at, match_linear_call, note_weight, subgraph_calls
 from gralora_fx.graph.module_tree import ModuleTree, module_stack
-from gralora_fx.graph.subgraph_calls import note_weight, noted_weights, operands_of, weight_operands
-from gralora_fx.graph.weight_views import Origin, origin_of, readers, tensor_at
+from gralora_fx.graph.weight_views import readers, tensor_at
 
 Kind = Literal["linear", "conv1d", "functional"]
 
-_aten = torch.ops.aten
-_LINEAR = {_aten.linear.default, torch.nn.functional.linear}
-_ADDMM = {_aten.addmm.default, torch.addmm}
-_MATMUL = {_aten.matmul.default, _aten.mm.default, torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
+_WORDS = 2  # columns of a table aligned to the left; the others are numbers
 
 
 @dataclass(frozen=True)
@@ -65,72 +61,6 @@ class LinearSite:
         return f"LinearSite({facts}, calls={len(self.calls)}{tied})"
 
 
-@dataclass(frozen=True)
-class LinearCall:
-    """One node that multiplies an input by a weight.
-
-    Attributes:
-        node: The node whose value is `input @ weight` (with the bias, if the operator adds it).
-        input: The activation, `[..., in]`.
-        weight: The `get_attr` node of the weight, or the node that computes it.
-        bias: The `get_attr` node of the bias, or None.
-        stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
-        rows: Range of output features, if the call uses only a part of the weight, as `nn.MultiheadAttention` does with
-            its `in_proj_weight`; None if it uses the whole.
-        operand: For a call inside a branch or a loop: the position of the weight among the operands of the node that
-            runs it. `input` is then that node itself, not the layer's input.
-        added: What the operator adds to the product: the bias's node, or one that computes it or cuts a part of it.
-    """
-
-    node: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    stored_transposed: bool
-    rows: tuple[int, int] | None = None
-    operand: tuple[int, int] | None = None
-    added: fx.Node | None = None
-
-
-def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | None:
-    """Match `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, where `w` is a parameter, its transpose or some rows.
-
-    Args:
-        node: Any node of a graph.
-        computed: Whether to match `linear(x, w, b)` with a computed `w` too, as with parametrizations.
-
-    Returns:
-        The call, or None if the node is not such a call.
-    """
-    if node.op not in ("call_function", "call_method"):
-        return None
-    operands: list[object] = [*node.args, *node.kwargs.values()]
-    bias: object = None
-    if node.target in _LINEAR and len(operands) in (2, 3):
-        x, operand, bias = operands if len(operands) == 3 else (*operands, None)
-        multiplies_transpose = True
-    elif node.target in _ADDMM and len(operands) == 3:
-        bias, x, operand = operands
-        multiplies_transpose = False
-    elif node.target in _MATMUL and len(operands) == 2:
-        x, operand = operands
-        multiplies_transpose = False
-    else:
-        return None
-    weight = origin_of(operand)
-    if weight is None and computed and multiplies_transpose and isinstance(operand, fx.Node):
-        weight = Origin(operand)
-    if not isinstance(x, fx.Node) or weight is None:
-        return None
-    stored_transposed = multiplies_transpose == weight.is_transposed
-    if weight.rows is not None and stored_transposed:
-        return None
-    bias_origin = origin_of(bias)
-    bias_node = None if bias_origin is None else bias_origin.node
-    added = bias if isinstance(bias, fx.Node) else None
-    return LinearCall(node, x, weight.node, bias_node, stored_transposed, weight.rows, added=added)
-
-
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
     """Every linear layer of the model, in the order of its modules, with the calls that the graph makes to it.
 
@@ -142,10 +72,13 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
         tree: The modules of the model it was traced from.
     """
     tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
-    weights = {call: tensors.get(str(call.weight.target)) for call in _calls(graph_module)}
+    nodes = graph_module.graph.nodes
+    plain = [call for node in nodes if (call := match_linear_call(node)) is not None]
+    weights = {call: tensors.get(str(call.weight.target)) for call in plain}
     weights |= {
         call: weight
-        for call in _subgraph_calls(graph_module)
+        for node in nodes
+        for call in subgraph_calls(node, graph_module)
         if _layer_of(weight := tensors.get(str(call.weight.target)), tree)
     }
     calls = {call: w for call, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
@@ -209,12 +142,6 @@ def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
     return others
 
 
-def _calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
-    for node in graph_module.graph.nodes:
-        if (call := match_linear_call(node)) is not None:
-            yield call
-
-
 def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> tuple[str, ...]:
     """Paths of the sites whose weight is computed in the graph, as by a parametrization."""
     by_name = {node.name: node for node in graph_module.graph.nodes}
@@ -224,31 +151,35 @@ def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
         if any(
             call.operand is None and match_linear_call(call.node) is None
             for name in site.calls
-            for call in calls_at(by_name[name], site)
+            for call in calls_at(by_name[name], site.path)
         )
     )
 
 
-def calls_at(node: fx.Node, site: LinearSite) -> tuple[LinearCall, ...]:
-    """The calls of a site made by a node, itself or in a subgraph that it runs."""
-    positions = noted_weights(node, site.path)
-    if positions:
-        operands: list[tuple[int, int]] = [(group, index) for group, index in positions]
-        return tuple(_subgraph_call(node, position) for position in operands)
-    call = match_linear_call(node, computed=True)
-    return () if call is None else (call,)
+def site_table(sites: Sequence[LinearSite], notes: Mapping[str, Mapping[str, str]]) -> str:
+    """A table with a line for each site: its path, kind and sizes, and what else is said of it.
 
+    Args:
+        sites: The sites, in the order of the lines.
+        notes: A column for each key: its texts by the path of a site. One without texts is left out.
 
-def _subgraph_calls(graph_module: fx.GraphModule) -> Iterator[LinearCall]:
-    for node in graph_module.graph.nodes:
-        for _, group, index in weight_operands(node, graph_module):
-            yield _subgraph_call(node, (group, index))
-
-
-def _subgraph_call(node: fx.Node, position: tuple[int, int]) -> LinearCall:
-    group, index = position
-    weight: fx.Node = operands_of(node, group)[index]
-    return LinearCall(node, node, weight, None, stored_transposed=False, operand=position)
+    Returns:
+        The lines, the first with the names of the columns.
+    """
+    columns = {name: texts for name, texts in notes.items() if texts}
+    rows = [("site", "kind", "in", "out", "calls", *columns)]
+    for site in sites:
+        sizes = (str(site.in_features), str(site.out_features), str(len(site.calls)))
+        rows.append((site.path, site.kind, *sizes, *(texts.get(site.path, "") for texts in columns.values())))
+    numbers = range(_WORDS, len(rows[0]) - len(columns))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def _layer_of(weight: object, tree: ModuleTree) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +247,7 @@ def trace_base(
                 without = task.removesuffix("-with-past")
                 raise TraceError(f"{error}; take task={without!r} for an export without a cache") from error
             raise
-    traced.tokenizer_source = traced.tokenizer_source or base.name
+    traced = dataclasses.replace(traced, tokenizer_source=traced.tokenizer_source or base.name)
     if base.adapter is None:
         return traced
     if base.strict_base and base.config is not None:

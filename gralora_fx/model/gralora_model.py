@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,7 @@ class GraloraModel(nn.Module):
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        self.traced.generation_config = value
+        self._state.base.traced = dataclasses.replace(self.traced, generation_config=value)
 
     # -- running and training ---------------------------------------------------------------------------------------
 

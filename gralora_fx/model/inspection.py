@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.annotations import annotation_of
 from gralora_fx.graph.sites import LinearSite
+from gralora_fx.graph.surgery import annotation_of
 from gralora_fx.methods import AdapterTensors, Update
 from gralora_fx.methods.fold import delta_weight
 from gralora_fx.methods.forms import block_norms, summed

@@ -13,10 +13,10 @@ from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.adapters.folded_weights import SiteUpdate, folded_weights, lazy_weights
 from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import MergeError
-from gralora_fx.graph.annotations import annotated_nodes, annotation_of, remove_annotation
-from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.graph.pipeline import Pipeline
+from gralora_fx.graph.surgery import annotated_nodes, annotation_of, copy_graph, remove_annotation
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.model.replace_weights import replace_weights
+from gralora_fx.model.merging import replace_weights
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
 
 
@@ -47,9 +47,8 @@ def merge(
     """
     names, work = _work(model, adapter_names)
     weights = folded_weights(model.traced.graph_module, work, safe=safe, untie=untie)
-    merged = _merged(model, names, weights)
-    merged.merged_adapters = describe_folded([model.installed(name) for name in names], model.traced, own=False)
-    return merged
+    described = describe_folded([model.installed(name) for name in names], model.traced, own=False)
+    return dataclasses.replace(_merged(model, names, weights), merged_adapters=described)
 
 
 def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
@@ -104,8 +103,7 @@ def _settle_copies(merged: TracedModel, adapter: InstalledAdapter) -> TracedMode
         settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
     for base, parameter in settled.items():
         put(graph_module, copy_path(adapter.name, base), parameter)
-    for graph_pass in adapter.redirections(merged.tree):
-        graph_pass(graph_module)
+    Pipeline("copies", tuple(adapter.redirections(merged.tree))).run(graph_module.graph)
     for node in list(annotated_nodes(graph_module.graph, adapter.name)):
         annotation = annotation_of(node) or {}
         if "beside" not in annotation:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import fx, nn
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.adapters.adapter_paths import adapter_names as as_names
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.adapters.folded_weights import SiteUpdate
 from gralora_fx.graph.overlay import copy_in_mode
+from gralora_fx.graph.pipeline import Pipeline
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.model.replace_weights import replace_weights
+from gralora_fx.passes.set_weights import OWN_WEIGHTS, SetWeights, UntieWeights, is_separated, separated_path
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -77,9 +81,7 @@ class Merging:
         folded = [self.graph[name] for name in names or self.graph.state.active]
         described = describe_folded(folded, self.graph.traced, own=True)
         untied = self.graph.fold_into_base(names, safe=safe_merge, untie=untie)
-        merged = replace_weights(self.unload(), untied)
-        merged.merged_adapters = described
-        return merged
+        return dataclasses.replace(replace_weights(self.unload(), untied), merged_adapters=described)
 
     def unload(self) -> TracedModel:
         """Remove every adapter and return the base model: its graph node for node, its weights as they are.
@@ -107,3 +109,35 @@ class Merging:
         site_updates = self.graph.updates(names)
         self.graph.check_copies_not_shared(names)
         return site_updates
+
+
+def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> TracedModel:
+    """A copy of the traced model with other weights; the given model and its parameters stay unchanged.
+
+    Of a shared weight, such as a head's tied to the embedding, only the layer gets the new one.
+
+    Args:
+        traced: A traced model.
+        weights: New weights by site path, of the shapes of the old ones.
+
+    Raises:
+        MergeError: A layer shares a view of its weight with something else.
+    """
+    if not weights:
+        return traced
+    sites = tuple(site for site in traced.sites if site.path in weights)
+    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
+    passes = (UntieWeights(sites), SetWeights(sites, weights))
+    Pipeline("weights", passes, given=frozenset({OWN_WEIGHTS})).run(graph_module.graph)
+    parameters = dict(traced.tree.parameters)
+    for site in sites:
+        names = set(traced.tree.names_of(site.weight)) - set(site.tied_with)
+        if is_separated(graph_module, site):
+            names = {separated_path(site)}
+        parameters |= dict.fromkeys(names, weights[site.path])
+    graph_module = fx.GraphModule(
+        graph_module, graph_module.graph, "MergedGraph"
+    )  # drops what the graph no longer reads
+    return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(
+        traced.training
+    )

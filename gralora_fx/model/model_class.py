@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gralora_fx.errors import RewriteError
-from gralora_fx.tracing.as_transformers import class_name, with_signature
 from gralora_fx.tracing.losses import label_names
+from gralora_fx.tracing.source_model import class_name, with_signature
 from gralora_fx.tracing.traced_model import TracedModel
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.compat.torch_graphs import FakeTensor, OpOverload, schema_of
+from gralora_fx.graph.pipeline import PassResult, contract
 
 NAMESPACE = "gralora"
+COMPUTING = "operators compute values"
 _SHAPES = "gralora_shapes"
 
 if TYPE_CHECKING:  # Python 3.11's has no default
@@ -178,7 +180,8 @@ def operator_for(target: Any, tensor: Tensor) -> Any:
     return _shape_only.get(target, target) if is_shape_only(tensor) else target
 
 
-def restore_aten(graph: fx.Graph) -> None:
+@contract(leaves={COMPUTING})
+def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace shape-only operators by the operators they stand for.
 
     Before: `y = gralora_shapes.linear(x, weight, bias); z = gralora_shapes.attention(y, ...)`
@@ -187,9 +190,12 @@ def restore_aten(graph: fx.Graph) -> None:
     Args:
         graph: A fresh trace; it is changed in place.
     """
+    changed = 0
     for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _stands_for.get(node.target, node.target)
+        if node.op == "call_function" and node.target in _stands_for:
+            node.target = _stands_for[node.target]
+            changed += 1
+    return PassResult(changed)
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:

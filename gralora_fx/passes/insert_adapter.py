@@ -1,4 +1,4 @@
-"""An adapter's subgraph at every call of its sites."""
+"""An adapter's subgraph at every call of its sites; it overwrites no output that something else reads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.annotations import annotate
-from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.graph.sites import LinearCall, LinearSite, calls_at
-from gralora_fx.graph.subgraph_calls import replace_operand
+from gralora_fx.graph.linear_calls import LinearCall, calls_at, replace_operand
+from gralora_fx.graph.pipeline import PassResult, contract
+from gralora_fx.graph.sites import LinearSite
+from gralora_fx.graph.surgery import annotate, annotation_of
 from gralora_fx.methods import AdapterMethod, AdapterTensors, LayerCall, Sizes
+from gralora_fx.methods.low_rank import accumulate
+from gralora_fx.passes.set_weights import OWN_WEIGHTS
+from gralora_fx.tracing.normalize.modes import MODES
+
+INSERTED = "adapters are inserted"
 
 
 class Insertion(NamedTuple):
@@ -41,6 +46,7 @@ class Insertion(NamedTuple):
         return self.site.in_features, self.site.out_features
 
 
+@contract(leaves={INSERTED}, ends={OWN_WEIGHTS, MODES})
 @dataclass(frozen=True)
 class InsertAdapter:
     """Add an adapter's output to that of its sites, at each of their calls.
@@ -62,18 +68,18 @@ class InsertAdapter:
     insertions: tuple[Insertion, ...]
     dropout: float = 0.0
 
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult[fx.GraphModule]:
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Insert it.
 
         Raises:
             RewriteError: A call of a site is no longer in the graph, or is not a linear call any more.
         """
-        by_name = {node.name: node for node in graph_module.graph.nodes}
+        by_name = {node.name: node for node in graph.nodes}
         count = 0
         for insertion in self.insertions:
             for name in insertion.site.calls:
                 for call in _calls(by_name, name, insertion.site):
-                    self._insert(graph_module.graph, call, insertion)
+                    self._insert(graph, call, insertion)
                     count += 1
         return PassResult(count)
 
@@ -146,7 +152,7 @@ class InsertAdapter:
 def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple[LinearCall, ...]:
     """The calls of a site at a node."""
     node = by_name.get(name)
-    calls = () if node is None else tuple(calls_at(node, site))
+    calls = () if node is None else calls_at(node, site.path)
     if not calls:
         raise RewriteError(
             f"{site.path}: node {name!r} is not a linear call of this graph any more; trace the model again"
@@ -156,3 +162,26 @@ def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple
 
 def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:
     return fx.Proxy(node, tracer)  # type: ignore[return-value]  # a proxy stands for a tensor
+
+
+@contract(needs={INSERTED})
+def protect_outputs(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Make an adapter add out of place where another node reads the layer's output.
+
+    Before: `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ...)`
+    After:  `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ..., in_place=False)`
+
+    Insertion redirects every reader to the adapter's result, so only a later pass can add such a reader.
+    """
+    changed = 0
+    for node in graph.find_nodes(op="call_function", target=accumulate):
+        annotation = annotation_of(node)
+        source = node.args[0]
+        while isinstance(source, fx.Node) and node.kwargs.get("in_place", True):
+            if any(annotation_of(user) != annotation for user in source.users):
+                node.update_kwarg("in_place", False)
+                changed += 1
+            if annotation_of(source) is None or not source.args:
+                break
+            source = source.args[0]
+    return PassResult(changed)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from torch import fx
 
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.annotations import annotate
 from gralora_fx.graph.module_tree import ModuleTree, module_stack
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult, contract
+from gralora_fx.graph.surgery import annotate, module_of
 from gralora_fx.graph.weight_views import tensor_at
+from gralora_fx.passes.set_weights import OWN_WEIGHTS
 
 
+@contract(ends={OWN_WEIGHTS})
 @dataclass(frozen=True)
 class RedirectParameters:
     """Redirect the uses of a module's parameters inside that module to an adapter's copies.
@@ -37,7 +39,7 @@ class RedirectParameters:
     adapter: str
     names: Mapping[str, str]
 
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult[fx.GraphModule]:
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Redirect them.
 
         Raises:
@@ -45,11 +47,11 @@ class RedirectParameters:
         """
         bases = {id(self.tree.parameters[name]): name for name in self.names}
         changed = 0
-        for node in [node for node in graph_module.graph.nodes if node.op == "get_attr"]:
-            base = bases.get(id(tensor_at(graph_module, str(node.target))))
+        for node in [node for node in graph.nodes if node.op == "get_attr"]:
+            base = bases.get(id(tensor_at(module_of(graph), str(node.target))))
             if base is not None and self.names[base] != node.target:
                 changed += self._redirect(node, base)
-        if not changed and any(str(node.target) == self.module for node in graph_module.graph.nodes):
+        if not changed and any(str(node.target) == self.module for node in graph.nodes):
             raise RewriteError(
                 f"{self.module} is a module call in this graph, so modules_to_save and bias cannot replace its "
                 "parameters; trace the model from its nn.Module instead"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gralora_fx.config import AdapterConfig
-from gralora_fx.graph.site_table import site_table
-from gralora_fx.graph.sites import LinearSite
+from gralora_fx.graph.sites import LinearSite, site_table
 from gralora_fx.methods import Sizes, method_of
 
 

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.tracing.generation import check_generation
-from gralora_fx.tracing.inputs.decoder_cache import PAST, own_cache
+from gralora_fx.tracing.inputs.cache import PAST, own_cache
 from gralora_fx.tracing.losses import counts_items, decoder_inputs, label_names
-from gralora_fx.tracing.normalize.embeddings import module_at
+from gralora_fx.tracing.source_model import Traced, class_name, main_input, module_at, source_class, with_signature
 
-
-class Traced(Protocol):
-    """What a view reads of a traced model; each is described there (`TracedModel`)."""
-
-    generation_config: GenerationConfig | None
-    config: PreTrainedConfig | None
-    loss_function: Callable[..., Tensor] | None
-    shift_labels: Callable[[Tensor], Tensor] | None
-    tree: ModuleTree
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """The inputs of the graph."""
-
-    def can_generate(self) -> bool:
-        """Whether the model generates."""
+# A class that overrides one of these methods customises generation. The cache is excluded, since a trace creates its
+# own; Phi-3 only overrides how a new cache is started where its long positions begin.
+_HOOKS = {name for name, value in vars(GenerationMixin).items() if inspect.isfunction(value)}
+_HOOKS -= {"_prepare_cache_for_generation"}
+_ALIKE = {"Phi3ForCausalLM", "PhimoeForCausalLM"}
+_UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "prefill_chunk_size")
 
 
 class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types
@@ -57,20 +44,12 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         super().__init__()
         self.traced = traced
         self.config = traced.config
+        self.generation_config = traced.generation_config
         self.is_encoder_decoder = bool(getattr(traced.config, "is_encoder_decoder", False))
         self.main_input_name = main_input(traced)
         self._run = run
         self._read = parameters
         self._given_cache: Cache | None = None
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        """The generation configuration."""
-        return self.traced.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        self.traced.generation_config = value
 
     @property
     def model(self) -> TransformersView:
@@ -238,49 +217,40 @@ def view_of(
     return view
 
 
-def with_signature(function: Callable[..., Any], inputs: Iterable[str], labels: Iterable[str]) -> Callable[..., Any]:
-    """A method that calls another, with a model's inputs and labels in its signature.
-
-    Args:
-        function: Takes the object, `*args` and `**kwargs`.
-        inputs: Names of the inputs, in order.
-        labels: Names of the labels.
-    """
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(self, *args, **kwargs)
-
-    kinds = inspect.Parameter
-    names = [name for name in dict.fromkeys((*inputs, *labels)) if name.isidentifier()]
-    forward.__doc__ = function.__doc__
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            kinds("self", kinds.POSITIONAL_OR_KEYWORD),
-            *(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names),
-            kinds("kwargs", kinds.VAR_KEYWORD),
-        ]
-    )
-    return forward
-
-
-def class_name(traced: Traced) -> str:
-    """Name of the class of the source model."""
-    return traced.tree.types.get("", "Module").rpartition(".")[2]
-
-
-def source_class(traced: Traced) -> type[Any] | None:
-    """The class of the source model, if it is imported under its name."""
-    module, _, name = traced.tree.types.get("", "").rpartition(".")
-    cls = getattr(sys.modules.get(module), name, None)
-    return cls if isinstance(cls, type) else None
-
-
-def main_input(traced: Traced) -> str:
-    """Name of a model's main input: token ids, pixels, or sound."""
-    name = getattr(source_class(traced), "main_input_name", None)
-    return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
-
-
 def _option(view: TransformersView, options: dict[str, Any], name: str) -> Any:
     config = options.get("generation_config") or view.generation_config
     return options.get(name, getattr(config, name, None))
+
+
+def check_generation(name: str, source: type[Any] | None, options: Mapping[str, Any]) -> None:
+    """Check that transformers' generation loop can run over a trace.
+
+    Args:
+        name: Name of the class that was traced.
+        source: The class itself, if it is known.
+        options: Keyword arguments of `generate`.
+
+    Raises:
+        TraceError: The class customises generation, or an option is not supported over a trace.
+    """
+    if source is not None and name not in _ALIKE:
+        overridden = sorted(
+            hook for hook in _HOOKS if getattr(source, hook, None) not in (None, getattr(GenerationMixin, hook))
+        )
+        if overridden:
+            raise TraceError(
+                f"{name} customises generation ({', '.join(overridden)}), which a trace does not support; generate "
+                "with "
+                "the source model"
+            )
+    config = options.get("generation_config")
+    for option in _UNSUPPORTED:
+        value = options.get(option, getattr(config, option, None))
+        if value is not None and value != "dynamic":
+            raise TraceError(f"generate over a trace does not support {option}; leave it out")
+    cache = options.get("past_key_values", options.get("cache"))
+    if cache is not None and not isinstance(cache, (DynamicCache, EncoderDecoderCache)):
+        raise TraceError(
+            f"generate over a trace takes a DynamicCache, but got a {type(cache).__name__}; give the cache that the "
+            "model returned"
+        )

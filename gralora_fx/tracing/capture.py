@@ -1,8 +1,11 @@
-"""Capture of transformers models as exported programs, with operators for a decoder's attention."""
+"""Capture of a live model as a graph, by transformers' exporter or PyTorch's, with patches while it is traced.
+
+The attention of a decoder with a cache becomes one node for each layer.
+"""
 
 from __future__ import annotations
 
-import enum
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -15,28 +18,47 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
+from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
+from gralora_fx.tracing.draft import Axes, Draft
+from gralora_fx.tracing.failures import reason, where
+from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.attention import attention_as_operators
-from gralora_fx.tracing.patches.recognised import IN_DECODERS, replaced
+from gralora_fx.tracing.patches.recognised import IN_DECODERS, IN_EVERY_MODEL, replaced
 from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
+from gralora_fx.tracing.patches.traceable import experts_as_products, traceable_modes
+
+NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 
 
-class Axes(enum.Enum):
-    """Which axes of a trace may vary."""
+def capture(draft: Draft) -> Draft:
+    """The draft with the graph of its model in the model's current mode, as it was exported.
 
-    NONE = "none"
-    SEQUENCES = "all but height and width of images"
-    IMAGES = "all"
+    Raises:
+        TraceError: The model cannot be traced; the message says where and why.
+    """
+    model, sample = draft.model, draft.sample
+    try:
+        with quiet(), replaced(model, IN_EVERY_MODEL), experts_as_products(model), traceable_modes() as checkpoints:
+            if isinstance(model, PreTrainedModel):
+                program = export_transformers_model(model, sample, draft.axes)
+            else:
+                shapes = dynamic_axes(sample, draft.axes)
+                # with gradients, so that regions without gradients are recorded
+                with torch.enable_grad():
+                    program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises errors of every type
+        raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason(error)}") from error
+    if checkpoints:
+        warn_caller(f"{NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
+    return dataclasses.replace(draft, graph_module=program.module(check_guards=False))
 
 
 def export_transformers_model(
     model: PreTrainedModel, inputs: Mapping[str, Any], axes: Axes
 ) -> torch.export.ExportedProgram:
     """Export a transformers model in its current mode, with a cache if one is given.
-
-    The attention of a decoder with a cache becomes one node for each layer.
 
     Args:
         model: The model; its modules and parameters stay unchanged.
@@ -47,11 +69,18 @@ def export_transformers_model(
         A program over the model's own parameters.
     """
     shapes = dynamic_axes(inputs, axes)
-    noted = inputs if cache_layout(inputs) is CacheLayout.DECODER else None
-    operators = nullcontext() if noted is None else _operators(model)
-    forward = _step_forward(model, use_cache=PAST in inputs, noted=noted)
-    with quiet(), patch.object(model, "forward", forward), operators:
-        return export_program(model, copied(inputs), shapes, dynamic=axes is not Axes.NONE)
+    is_decoder = cache_layout(inputs) is CacheLayout.DECODER
+    own, forward = copied(inputs), model.forward
+    if "use_cache" in inspect.signature(forward).parameters:
+        forward = functools.partial(forward, use_cache=PAST in inputs)
+    if is_decoder:
+        forward = _with_noted_sizes(forward, inputs)
+    with (
+        quiet(),
+        patch.object(model, "forward", forward),
+        _attention_as_operators(model) if is_decoder else nullcontext(),
+    ):
+        return export_program(model, own, shapes, dynamic=axes is not Axes.NONE)
 
 
 def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict[str, Any] | None:
@@ -74,7 +103,7 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
 
 
 @contextmanager
-def _operators(model: PreTrainedModel) -> Iterator[None]:
+def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
     """Let a decoder call single operators for attention and for functions recognised by their code.
 
     The nodes get no stack traces, which take a tenth of the time; each still records its module. torch 2.11 has no such
@@ -83,19 +112,6 @@ def _operators(model: PreTrainedModel) -> Iterator[None]:
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
     with attention_as_operators(model), replaced(model, IN_DECODERS), shape_only_ops(), without_stacks:
         yield
-
-
-def _step_forward(
-    model: PreTrainedModel, *, use_cache: bool, noted: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
-    """The model's forward with this `use_cache`, whether its config or only its forward knows the flag.
-
-    With `noted`, example inputs of a step, it tells the tracer first which sizes are one.
-    """
-    forward = model.forward
-    if "use_cache" in inspect.signature(forward).parameters:
-        forward = functools.partial(forward, use_cache=use_cache)
-    return forward if noted is None else _with_noted_sizes(forward, noted)
 
 
 def _with_noted_sizes(forward: Callable[..., Any], example: Mapping[str, Any]) -> Callable[..., Any]:

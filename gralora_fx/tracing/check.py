@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -15,17 +16,28 @@ from transformers import PreTrainedModel
 from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
+from gralora_fx.tracing.draft import Axes, Draft
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.inputs.decoder_cache import PAST, other_cached_sizes
-from gralora_fx.tracing.inputs.encoder_decoder_cache import other_step_sizes
+from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.input_trees import own_inputs, same_value, shown
-from gralora_fx.tracing.inputs.samples import other_sizes
 from gralora_fx.tracing.inputs.signature import default_input
-from gralora_fx.tracing.normalize.modes import set_mode
+from gralora_fx.tracing.inputs.sizes import other_sizes
+from gralora_fx.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.tracing.patches.meta_parameters import is_without_values
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def check(draft: Draft) -> Draft:
+    """The draft with what is wrong with its graph in evaluation mode, as its problem; None if nothing is.
+
+    Raises:
+        TraceError: The model itself fails on the sample.
+    """
+    drawn = None if draft.evaluates else find_rng_op(draft.captured.graph)
+    problem = f"it draws random numbers ({drawn})" if drawn else difference(draft.model, draft.captured, draft.sample)
+    return dataclasses.replace(draft, problem=problem)
 
 
 def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> str | None:
@@ -163,13 +175,18 @@ def _is_close(want: Any, got: Any) -> bool:
     return type(want) is type(got) and (same_value(want, got) or not isinstance(want, (bool, int, str, type(None))))
 
 
-def check_dynamic_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
-    """Check that a trace holds for other sizes: a branch or a loop over a size would be baked in."""
-    if is_without_values(model):
+def check_other_sizes(draft: Draft) -> None:
+    """Check that a trace holds for other sizes, if they may vary: a branch or a loop over a size would be baked in.
+
+    Raises:
+        TraceError: It does not.
+    """
+    model = draft.model
+    if draft.axes is Axes.NONE or is_without_values(model):
         return
-    for description, other in _other_calls(model, sample):
+    for description, other in other_sizes(model, draft.sample):
         try:
-            problem = difference(model, graph_module, other)
+            problem = difference(model, draft.captured, other)
         except TraceError:  # the model itself does not support this size
             continue
         if problem is not None:
@@ -179,12 +196,6 @@ def check_dynamic_sizes(model: nn.Module, graph_module: fx.GraphModule, sample: 
                 f"The forward{where_defined(model)} branches or loops on a size: trace with dynamic=False for one "
                 "size, or rewrite it"
             )
-
-
-def _other_calls(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    if PAST not in sample or not isinstance(model, PreTrainedModel):
-        return other_sizes(sample)
-    return other_step_sizes(model, sample) if model.config.is_encoder_decoder else other_cached_sizes(model)
 
 
 def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:

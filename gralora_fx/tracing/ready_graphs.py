@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,93 +12,81 @@ from torch import Tensor, fx
 from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.operators.call import restore_aten
 from gralora_fx.tracing.check import check_example
-from gralora_fx.tracing.inputs.arguments import check_leaves
+from gralora_fx.tracing.draft import Draft
+from gralora_fx.tracing.inputs.arguments import Arguments, check_leaves
 from gralora_fx.tracing.inputs.input_trees import fixed_axes, leaf_paths
 from gralora_fx.tracing.inputs.signature import CallSignature
-from gralora_fx.tracing.normalize.clean import without_guards
+from gralora_fx.tracing.normalize.clean import CLEANING, INLINING, run_passes
 from gralora_fx.tracing.normalize.leaves import inline_leaves
-from gralora_fx.tracing.normalize.modes import annotate_mode_args
-from gralora_fx.tracing.traced_model import TracedModel
-
-_Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+from gralora_fx.tracing.normalize.modes import AnnotateModes, is_in_training
 
 
-def trace_program(program: torch.export.ExportedProgram, arguments: _Arguments | None, task: str | None) -> TracedModel:
-    """The traced model of an exported program.
+def trace_ready_graph(
+    model: fx.GraphModule | torch.export.ExportedProgram, arguments: Arguments | None, task: str | None
+) -> Draft:
+    """The draft of a trace of a graph: an exported program, or an exported or symbolic `GraphModule`.
 
     Args:
-        program: The program.
-        arguments: Example inputs, positional and by name; None for those it was exported with.
+        model: The graph; it is left unchanged.
+        arguments: Example inputs, positional and by name; None for those that a program was exported with.
         task: The task it is for, or None.
 
     Raises:
         TraceError: The example inputs do not fit it.
     """
-    graph_module = without_guards(program.module(check_guards=False))
-    given_to_export: Any = program.example_inputs or ((), {})
-    args, kwargs = given_to_export
-    names = _call_names(graph_module)
+    exported_with: Any = None
+    if isinstance(model, fx.GraphModule):
+        graph_module = model
+    else:
+        graph_module, exported_with = model.module(check_guards=False), model.example_inputs
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    is_exported = tree_info(graph_module.graph) is not None
+    names = _call_names(graph_module) if is_exported else tuple(str(node.target) for node in placeholders)
+    optional = frozenset(str(node.target) for node in placeholders if node.args)
+    arguments = exported_with if arguments is None else arguments
+    sample = {} if arguments is None else _named(names, optional, *arguments)
+    signature = CallSignature(inputs=names, positional=names, optional=optional, has_form=is_exported)
+    draft = Draft(model=graph_module, sample=sample, signature=signature, task=task, graph_module=graph_module)
+    draft = run_passes(draft, (*CLEANING, restore_aten, inline_leaves, *INLINING, AnnotateModes()))
+    if exported_with is not None:
+        _check_distinct(draft.captured, *exported_with)
+    fixed = fixed_axes(draft.captured.graph, sample) if is_exported else {}
+    is_dynamic = not fixed or any(size is None for sizes in fixed.values() for size in sizes)
+    is_training = is_in_training(draft.captured.graph) or (graph_module.training and not is_exported)
+    if sample:
+        check_example(draft.captured, sample)
+    signature = dataclasses.replace(signature, fixed=fixed, dynamic=is_dynamic)
+    return dataclasses.replace(draft, signature=signature, evaluates=not is_training)
+
+
+def tree_of(draft: Draft) -> ModuleTree:
+    """The modules that a graph holds, and those that its nodes record."""
+    tree, noted = ModuleTree.of_module(draft.model), ModuleTree.of_graph(draft.captured)
+    if not tree.linear:
+        return noted
+    # a layer with its own forward, which a symbolic trace goes into, is only recorded in the nodes
+    kinds = {path: noted.types[path] for path in noted.linear if path in tree.types}
+    return dataclasses.replace(tree, types={**tree.types, **kinds}, linear=tree.linear | kinds.keys())
+
+
+def _check_distinct(graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check that a program was exported with a tensor for each of its inputs."""
+    inputs = {**dict(zip(_call_names(graph_module), args, strict=False)), **kwargs}
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     seen: dict[int, tuple[str, bool]] = {}
-    for (path, leaf), node in zip(
-        leaf_paths({**dict(zip(names, args, strict=False)), **kwargs}), placeholders, strict=False
-    ):
+    for (path, leaf), node in zip(leaf_paths(inputs), placeholders, strict=False):
         other, is_read = seen.setdefault(id(leaf), (path, bool(node.users)))
         if isinstance(leaf, Tensor) and other != path and not (is_read and node.users):
             raise TraceError(
                 f"the program was exported with one tensor for {other!r} and {path!r}, so it reads one of them for "
                 "both; export it again with a tensor for each"
             )
-    return trace_graph(graph_module, program.example_inputs if arguments is None else arguments, task)
-
-
-def trace_graph(graph_module: fx.GraphModule, arguments: _Arguments | None, task: str | None) -> TracedModel:
-    """The traced model of a graph.
-
-    Args:
-        graph_module: The graph; it is left unchanged.
-        arguments: Example inputs, positional and by name; None for a trace without any.
-        task: The task it is for, or None.
-
-    Raises:
-        TraceError: The example inputs do not fit it.
-    """
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    is_exported = tree_info(graph_module.graph) is not None
-    names = _call_names(graph_module) if is_exported else tuple(str(node.target) for node in placeholders)
-    defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
-    sample = {} if arguments is None else _named(names, defaults, *arguments)
-    clean = inline_leaves(without_guards(graph_module))
-    is_training = annotate_mode_args(clean.graph) or (graph_module.training and not is_exported)
-    tree, noted = ModuleTree.of_module(graph_module), ModuleTree.of_graph(clean)
-    if len(tree.linear) == 0:
-        tree = noted
-    else:  # a layer with its own forward, which a symbolic trace goes into, is only recorded in the nodes
-        kinds = {path: noted.types[path] for path in noted.linear if path in tree.types}
-        tree = dataclasses.replace(tree, types={**tree.types, **kinds}, linear=tree.linear | kinds.keys())
-    fixed = fixed_axes(clean.graph, sample) if is_exported else {}
-    traced = TracedModel(
-        clean,
-        tree=tree,
-        example_inputs=sample,
-        signature=CallSignature(
-            inputs=names,
-            positional=names,
-            fixed=fixed,
-            dynamic=not fixed or any(size is None for sizes in fixed.values() for size in sizes),
-            has_form=is_exported,
-        ),
-        task=task,
-        training=is_training,
-    )
-    if sample:
-        check_example(clean, sample)
-    return traced.train(is_training)
 
 
 def _named(
-    names: tuple[str, ...], defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    names: tuple[str, ...], optional: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Example inputs by name, in the graph's order."""
     takes = f"the graph takes {', '.join(names)}"
@@ -112,7 +100,7 @@ def _named(
     if twice:
         raise TraceError(f"example input {twice[0]!r} is given twice, by position and by name")
     sample |= kwargs
-    missing = [name for name in names if name not in sample and name not in defaults]
+    missing = [name for name in names if name not in sample and name not in optional]
     if missing:
         raise TraceError(f"{takes}, but the example inputs lack {', '.join(missing)}; give every input")
     check_leaves(sample)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.compat.torch_graphs import HigherOrderOperator, OpOverload
+from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.capture import Axes, dynamic_axes
-from gralora_fx.tracing.normalize.clean import without_guards
+from gralora_fx.tracing.capture import dynamic_axes
+from gralora_fx.tracing.draft import Axes
+from gralora_fx.tracing.normalize.clean import CLEANING, normalized
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 
 _CONTROL_FLOW = {"cond", "scan"}  # control flow with an ONNX form
@@ -64,7 +66,7 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
     with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():
         wrapper, shapes = _Named(graph_module, inputs), dynamic_axes(inputs, Axes.SEQUENCES if dynamic else Axes.NONE)
         program = torch.export.export(wrapper, (), dict(inputs), dynamic_shapes=shapes, strict=False)
-        captured = without_guards(program.run_decompositions({}).module(check_guards=False))
+        captured = normalized(program.run_decompositions({}).module(check_guards=False), CLEANING, PassLog())
     restore_parameters(captured, originals)
     for node in captured.graph.nodes:
         if node.op in ("get_attr", "call_module") and str(node.target).startswith(_PREFIX):

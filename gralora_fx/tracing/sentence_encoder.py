@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -118,20 +118,6 @@ def followed_by(model: nn.Module, modules: SentenceModules | None) -> Iterator[N
             yield
     finally:
         delattr(model, _NAME)
-
-
-def drop_unread(model: nn.Module, graph: fx.Graph) -> None:
-    """Erase what a sentence encoder computes and does not read, such as the output of BERT's pooler.
-
-    Args:
-        model: The model that was traced; one without the modules of a sentence encoder changes nothing.
-        graph: Its graph, changed in place.
-    """
-    if not hasattr(model, _NAME):
-        return
-    for node in reversed(graph.nodes):  # parameters stay, as those of a layer that a model does not call
-        if node.op == "call_function" and not node.users and not node.is_impure():
-            graph.erase_node(node)
 
 
 def _pooled(model: PreTrainedModel) -> Callable[..., SentenceEncoderOutput]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,81 +15,70 @@ from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTraine
 
 from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.graph.out_of_reach import why_out_of_reach
-from gralora_fx.graph.pipeline import GraphPass, run_pass
-from gralora_fx.graph.sites import LinearSite, find_sites
-from gralora_fx.graph.subgraph_calls import layers_in_subgraphs
+from gralora_fx.graph.out_of_reach import layers_of
+from gralora_fx.graph.pipeline import GraphPass, PassReport, run_pass
+from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
 from gralora_fx.sources.sentence_modules import SentenceModules
-from gralora_fx.tracing.as_transformers import TransformersView, main_input, view_of
+from gralora_fx.tracing.as_transformers import TransformersView, view_of
 from gralora_fx.tracing.graph_record import deep_copy, pack_module, unpack_module
-from gralora_fx.tracing.inputs.decoder_cache import PAST, CacheLayout, batch_of, cache_layout, empty_cache, own_cache
+from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, batch_of, cache_layout, empty_cache, own_cache
 from gralora_fx.tracing.inputs.signature import CallSignature, check_step_shapes, with_cache_name
 from gralora_fx.tracing.normalize.modes import set_mode
+from gralora_fx.tracing.source_model import main_input
 
 CALL_TRACE = "trace it first: call trace() with the model,"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class TracedModel:
     """A traced model: callable like the model, its graph open to passes.
 
-    It shares the source model's parameters and copies none.
+    It shares the source model's parameters and copies none. It is made by `trace`, and a changed one by
+    `dataclasses.replace` or, where the graph is another, by `with_graph`. Only its mode changes in place, which is that
+    of its graph, as of any module.
 
     Attributes:
         graph_module: The graph; calling it takes every traced input by name.
         tree: Module paths and parameters of the source model.
         example_inputs: The arguments it was traced with, by name: inputs, and constants that are part of the graph.
         signature: Its call signature, with the value of every argument that is part of the graph.
+        sites: Every linear layer of the model, in the order of its modules.
+        out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
+        in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
         task: The task it was traced for, or None.
         config: The model's transformers configuration, or None.
         generation_config: The model's generation configuration, or None.
         tokenizer_source: Where the model's tokenizer can be loaded from, or None.
         loss_function: transformers' loss for the model's class, or None.
         shift_labels: The model's own function from labels to decoder inputs, or None.
-        training: Whether the graph is in training mode.
-        out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
-        in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
         merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
         sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        passes: What each pass that normalized the graph did, in order.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        *,
-        tree: ModuleTree,
-        example_inputs: Mapping[str, Any],
-        signature: CallSignature,
-        task: str | None = None,
-        config: PreTrainedConfig | None = None,
-        generation_config: GenerationConfig | None = None,
-        tokenizer_source: str | None = None,
-        loss_function: Callable[..., torch.Tensor] | None = None,
-        shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        training: bool = False,
-        merged_adapters: Mapping[str, Any] | None = None,
-        sentence: SentenceModules | None = None,
-    ) -> None:
-        """Wrap a cleaned graph; use `trace`."""
-        self.graph_module = graph_module
-        self.tree = tree
-        self.example_inputs = dict(example_inputs)
-        self.signature = signature
-        self.task = task
-        self.config = config
-        self.generation_config = generation_config
-        self.tokenizer_source = tokenizer_source
-        self.loss_function = loss_function
-        self.shift_labels = shift_labels
-        self.training = training
-        self.merged_adapters: Mapping[str, Any] = merged_adapters or {}
-        self.sentence = sentence
-        self._sites = find_sites(graph_module, tree)
-        self.out_of_reach = why_out_of_reach(graph_module, tree, self._sites)
-        self.in_subgraphs = layers_in_subgraphs(graph_module.graph)
-        placeholders = graph_module.graph.find_nodes(op="placeholder")
-        self._optional = {str(node.target) for node in placeholders if node.args}
+    graph_module: fx.GraphModule
+    tree: ModuleTree
+    example_inputs: Mapping[str, Any]
+    signature: CallSignature
+    sites: tuple[LinearSite, ...]
+    out_of_reach: Mapping[str, str]
+    in_subgraphs: Mapping[str, str]
+    task: str | None = None
+    config: PreTrainedConfig | None = None
+    generation_config: GenerationConfig | None = None
+    tokenizer_source: str | None = None
+    loss_function: Callable[..., torch.Tensor] | None = None
+    shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
+    merged_adapters: Mapping[str, Any] = field(default_factory=dict)
+    sentence: SentenceModules | None = None
+    passes: tuple[PassReport, ...] = ()
+
+    @property
+    def training(self) -> bool:
+        """Whether the graph is in training mode."""
+        return self.graph_module.training
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -109,11 +100,6 @@ class TracedModel:
         """The example inputs without the constants that are part of the graph."""
         return {name: value for name, value in self.example_inputs.items() if name in self.input_names}
 
-    @property
-    def sites(self) -> tuple[LinearSite, ...]:
-        """Every linear layer of the model, in the order of its modules."""
-        return self._sites
-
     def site(self, path: str) -> LinearSite:
         """The linear layer at a module path.
 
@@ -123,9 +109,9 @@ class TracedModel:
         Raises:
             TargetError: There is none.
         """
-        match = next((site for site in self._sites if site.path == path), None)
+        match = next((site for site in self.sites if site.path == path), None)
         if match is None:
-            near = ", ".join(difflib.get_close_matches(str(path), [site.path for site in self._sites], n=3, cutoff=0.4))
+            near = ", ".join(difflib.get_close_matches(str(path), [site.path for site in self.sites], n=3, cutoff=0.4))
             raise TargetError(f"there is no linear layer at {path!r}; nearest: {near or 'none'}")
         return match
 
@@ -216,7 +202,7 @@ class TracedModel:
             and PAST not in self.signature.positional[: len(args)]
         ):
             kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
-        inputs = self.signature.bind(args, kwargs, self.example_inputs, optional=self._optional)
+        inputs = self.signature.bind(args, kwargs, self.example_inputs)
         if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
             inputs[PAST] = own_cache(cache)  # the graph contains the encoder and reads its output directly
         check_step_shapes(inputs)
@@ -231,7 +217,6 @@ class TracedModel:
         self.graph_module.train(mode)
         if set_mode(self.graph_module.graph, mode):
             self.graph_module.recompile()
-        self.training = mode
         return self
 
     def eval(self) -> TracedModel:
@@ -245,21 +230,8 @@ class TracedModel:
             graph_module: The graph.
             tree: The modules that hold its parameters.
         """
-        return TracedModel(
-            graph_module,
-            tree=tree,
-            example_inputs=self.example_inputs,
-            signature=self.signature,
-            task=self.task,
-            config=self.config,
-            generation_config=self.generation_config,
-            tokenizer_source=self.tokenizer_source,
-            loss_function=self.loss_function,
-            shift_labels=self.shift_labels,
-            training=self.training,
-            merged_adapters=self.merged_adapters,
-            sentence=self.sentence,
-        )
+        layers = layers_of(graph_module, tree)
+        return dataclasses.replace(self, graph_module=graph_module, tree=tree, **layers._asdict())
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for pickle: the graph as a record of its nodes (see `graph_record`).
@@ -272,14 +244,11 @@ class TracedModel:
                 f"{streamed[0]} is read from its file when it is needed, so the model cannot be pickled; load it with "
                 "its weights"
             )
-        state = {key: value for key, value in self.__dict__.items() if key != "_sites"}
-        return {**state, "graph_module": pack_module(self.graph_module)}
+        return {**self.__dict__, "graph_module": pack_module(self.graph_module)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the graph from its record."""
-        self.__dict__.update(state)
-        self.graph_module = unpack_module(state["graph_module"])  # type: ignore[assignment]
-        self._sites = find_sites(self.graph_module, self.tree)
+        self.__dict__.update(state, graph_module=unpack_module(state["graph_module"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
         """A copy with its own parameters, tied as in the original."""
@@ -288,11 +257,9 @@ class TracedModel:
         for parameter in self.tree.parameters.values():
             if is_lazy(parameter):
                 memo[id(parameter)] = copy_lazy(parameter)
-        for key, value in self.__dict__.items():
-            if key not in ("graph_module", "_sites"):
-                other.__dict__[key] = copy.deepcopy(value, memo)
-        other.graph_module = deep_copy(self.graph_module, memo)
-        other._sites = find_sites(other.graph_module, other.tree)
+        graph_module = deep_copy(self.graph_module, memo)
+        fields = {name: value for name, value in self.__dict__.items() if name != "graph_module"}
+        other.__dict__.update(copy.deepcopy(fields, memo), graph_module=graph_module)
         return other
 
     def __repr__(self) -> str:

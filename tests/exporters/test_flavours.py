@@ -26,7 +26,7 @@ from gralora_fx.exporters.verification.plain_cases import plain_inputs
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.serving import load
 from gralora_fx.serving.flavours import registry as readings
-from gralora_fx.tracing.inputs.decoder_cache import CacheLayout
+from gralora_fx.tracing.inputs.cache import CacheLayout
 
 CACHED = "text-generation-with-past"
 

@@ -22,7 +22,7 @@ from gralora_fx.exporters.verification.tensor_names import flat
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.quantized_weights import TokenQuality
 from gralora_fx.serving import load
-from gralora_fx.tracing.inputs.decoder_cache import empty_cache
+from gralora_fx.tracing.inputs.cache import empty_cache
 
 CACHED = "text-generation-with-past"
 CONFIG = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=16, target_modules="all-linear", init_weights=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,9 @@ def test_losses_that_are_means_are_weighed_by_the_count(problem: str, labels: in
 
 def test_a_loss_that_takes_no_count_says_so(pair_of: Any) -> None:
     traced = pair_of("sequences")[0].traced
-    traced.loss_function = lambda pooled_logits, labels: torch.nn.functional.cross_entropy(pooled_logits, labels)
+    traced = replace(
+        traced, loss_function=lambda pooled_logits, labels: torch.nn.functional.cross_entropy(pooled_logits, labels)
+    )
     model = rewrite(traced, GraloraConfig(r=4, target_modules=["query"]))
     assert not model.accepts_loss_kwargs
     with pytest.raises(RewriteError, match="takes no num_items_in_batch; leave it out"):

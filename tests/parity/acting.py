@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from gralora_fx import GraloraModel
 from gralora_fx.compat.pytree import tree_leaves
-from gralora_fx.graph.annotations import annotation_of
+from gralora_fx.graph.surgery import annotation_of
 
 
 class _Recorder(fx.Interpreter):

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, fx, nn
 
 import gralora_fx.passes
+import gralora_fx.tracing.normalize
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.adapters.adapter_paths import put
 from gralora_fx.adapters.folded_weights import SiteUpdate, fold_in_place, folded_weights
 from gralora_fx.errors import MergeError, RewriteError
-from gralora_fx.graph.annotations import annotate, annotated_nodes, annotation_of, remove_annotation
+from gralora_fx.graph.pipeline import Pipeline
+from gralora_fx.graph.surgery import annotate, annotated_nodes, annotation_of, remove_annotation
 from gralora_fx.methods.gralora import Factors, GraloraSizes, initial_factors
 from gralora_fx.methods.method import Update
 from gralora_fx.methods.registry import GRALORA
 from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
 from gralora_fx.passes.redirect_parameters import RedirectParameters
-from gralora_fx.passes.set_weights import SetWeights
+from gralora_fx.passes.set_weights import OWN_WEIGHTS, SetWeights, UntieWeights
 
 
 class Mlp(nn.Module):
@@ -163,7 +165,9 @@ def test_a_node_that_is_gone_is_named(base: TracedModel) -> None:
     before = str(graph_module.graph)
     names = {"A": "a", "B": "b"}
     with pytest.raises(RewriteError, match="up: node 'linear' is not a linear call of this graph any more; trace the"):
-        InsertAdapter("default", GRALORA, (Insertion(base.sites[0], names, GraloraSizes(2, 2), 1.0),))(graph_module)
+        InsertAdapter("default", GRALORA, (Insertion(base.sites[0], names, GraloraSizes(2, 2), 1.0),))(
+            graph_module.graph
+        )
     assert str(graph_module.graph) == before
 
 
@@ -179,25 +183,41 @@ def test_owned_parameters_are_read(base: TracedModel) -> None:
     for own in names.values():
         put(graph_module, own, nn.Parameter(torch.zeros(2, 6) if own.endswith("weight") else torch.ones(2)))
     redirection = RedirectParameters(tree, "down", "mine", names)
-    assert redirection(graph_module).changed == 2
+    assert redirection(graph_module.graph).changed == 2
     targets = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
     assert targets == ["up.weight", "up.bias", "mine.down.weight", "mine.down.bias"]
     graph_module.recompile()
     assert torch.equal(graph_module(torch.randn(3, 4)), torch.ones(3, 2))
-    assert redirection(graph_module).changed == 0
+    assert redirection(graph_module.graph).changed == 0
 
 
 @pytest.mark.parametrize(
-    "module", list(pkgutil.iter_modules(gralora_fx.passes.__path__)), ids=lambda module: module.name
+    "module",
+    [
+        f"{package.__name__}.{module.name}"
+        for package in (gralora_fx.passes, gralora_fx.tracing.normalize)
+        for module in pkgutil.iter_modules(package.__path__)
+    ],
 )
-def test_every_module_holds_a_pass_of_its_name(module: pkgutil.ModuleInfo) -> None:
-    contents = vars(importlib.import_module(f"gralora_fx.passes.{module.name}"))
-    graph_pass = contents.get(module.name) or contents[module.name.title().replace("_", "")]
-    call = graph_pass.__call__ if isinstance(graph_pass, type) else graph_pass
-    signature = inspect.signature(call)
-    assert [name for name in signature.parameters if name != "self"] == ["graph_module"]
-    assert signature.return_annotation == "PassResult[fx.GraphModule]"
-    assert not isinstance(graph_pass, type) or graph_pass.__dataclass_params__.frozen
+def test_every_module_holds_passes_of_one_protocol(module: str) -> None:
+    """Functions, or frozen dataclasses, from a graph to a result."""
+    contents = [value for value in vars(importlib.import_module(module)).values() if hasattr(value, "contract")]
+    assert contents
+    for graph_pass in contents:
+        signature = inspect.signature(graph_pass.__call__ if isinstance(graph_pass, type) else graph_pass)
+        assert [name for name in signature.parameters if name != "self"] == ["graph"]
+        assert signature.return_annotation == "PassResult[fx.Graph]"
+        assert not isinstance(graph_pass, type) or graph_pass.__dataclass_params__.frozen
+
+
+def test_weights_are_set_once_they_are_untied_and_before_adapters_are_inserted() -> None:
+    own = frozenset({OWN_WEIGHTS})
+    untie, weights, insert = UntieWeights(()), SetWeights((), {}), InsertAdapter("default", GRALORA, ())
+    Pipeline("adapters", (untie, weights, insert), given=own)
+    with pytest.raises(ValueError, match="the pass set_weights of adapters needs 'weights are untied', which no pass"):
+        Pipeline("adapters", (weights, untie, insert), given=own)
+    with pytest.raises(ValueError, match=f"untie_weights of adapters needs '{OWN_WEIGHTS}', which the pass insert_"):
+        Pipeline("adapters", (insert, untie, weights), given=own)
 
 
 # -- fold ---------------------------------------------------------------------------------------------------------
@@ -220,7 +240,7 @@ def test_folded_weights_are_new_and_reuse_a_buffer(base: TracedModel) -> None:
 def test_weights_go_in_and_out_without_a_node_changing(base: TracedModel) -> None:
     graph_module = copy.deepcopy(base.graph_module)
     weight = nn.Parameter(torch.zeros(6, 4))
-    assert SetWeights(base.sites, {"up": weight})(graph_module).changed == 1
+    assert SetWeights(base.sites, {"up": weight})(graph_module.graph).changed == 1
     assert graph_module.up.weight is weight
     assert graph_module.down.weight is not base.graph_module.down.weight
     assert str(graph_module.graph) == BASE

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
 from gralora_fx.operators.attention import Attention
-from gralora_fx.tracing.inputs.decoder_cache import PAST, cached_inputs, copied
+from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, copied
 
 DECODERS = ("llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral", "gpt2", "opt")
 TASK = "text-generation-with-past"

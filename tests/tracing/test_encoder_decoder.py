@@ -14,8 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.decoder_cache import PAST, copied
-from gralora_fx.tracing.inputs.encoder_decoder_cache import decoder_step
+from gralora_fx.tracing.inputs.cache import PAST, copied, decoder_step
 
 NAMES = ("t5", "bart", "whisper")
 ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1}

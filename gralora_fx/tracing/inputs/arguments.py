@@ -17,13 +17,15 @@ from transformers import Cache, PreTrainedModel
 
 from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.decoder_cache import PAST
+from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.input_trees import has_tensor, leaf_paths
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional ones, and those by name
 
-def example_arguments(example_inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+
+def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:
     """Split example inputs, a tuple or a dict, into positional and keyword arguments.
 
     Raises:

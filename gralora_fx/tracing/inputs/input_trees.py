@@ -20,7 +20,7 @@ from gralora_fx.compat.pytree import (
     tree_map_only,
 )
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.decoder_cache import copied
+from gralora_fx.tracing.inputs.cache import copied
 
 FixedAxes = Mapping[str, tuple[int | None, ...]]
 
@@ -60,23 +60,6 @@ def has_tensor(value: Any) -> bool:
     """Whether a value is a tensor, a cache, or holds either."""
     leaves = tree_leaves(value, is_leaf=lambda part: isinstance(part, Cache))
     return any(isinstance(leaf, (Tensor, Cache)) for leaf in leaves)
-
-
-def distinct(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs without repeated tensors, since `torch.export` makes a tensor passed twice a single input.
-
-    Args:
-        inputs: Inputs by name.
-    """
-    seen: set[int] = set()
-
-    def unshared(tensor: Tensor) -> Tensor:
-        is_first = id(tensor) not in seen
-        seen.add(id(tensor))
-        return tensor if is_first else tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-    result: dict[str, Any] = tree_map_only(Tensor, unshared, dict(inputs), is_leaf=lambda part: isinstance(part, Cache))
-    return result
 
 
 def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,17 @@
-"""Example inputs for a trace: generated for a task, or a user's own, enlarged so that no axis is fixed by accident."""
+"""Example inputs for a trace, generated for a task from the model's configuration."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from gralora_fx.compat.pytree import tree_leaves, tree_map
 from gralora_fx.config.tasks import check_task
-from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.tracing.inputs.decoder_cache import PAST, cached_inputs
-from gralora_fx.tracing.inputs.encoder_decoder_cache import decoder_step
+from gralora_fx.errors import TraceError
+from gralora_fx.tracing.inputs.cache import cached_inputs, decoder_step
+from gralora_fx.tracing.inputs.sizes import padded
 
 _HEADS = {
     "ForSequenceClassification": "text-classification",
@@ -34,9 +31,6 @@ _TAKES = {
     "automatic-speech-recognition": ("input_features", "input_values"),
 }
 _MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-_DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
-_MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
 _FRAMES = 20  # of speech
 _SAMPLES = 4000  # a quarter of a second of speech
@@ -121,7 +115,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
         if "token_type_ids" in accepted and _has_token_types(model, task):
             inputs["token_type_ids"] = torch.zeros_like(inputs[main])
     if with_past:
-        return decoder_step(model, _padded(inputs))
+        return decoder_step(model, padded(inputs))
     feeds_decoder = task.startswith(("text2text", "automatic-speech")) or task == "feature-extraction"
     if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
@@ -132,77 +126,6 @@ def _has_token_types(model: PreTrainedModel, task: str) -> bool:
     """Whether token types are an input; a sentence encoder with a single type needs none, nor do tokenizers give it."""
     count = getattr(model.config, "type_vocab_size", None) or 0
     return bool(count > 1 if task == "sentence-similarity" else count)
-
-
-def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Enlarge inputs to at least two rows, three positions and one padded row, so that no axis is fixed.
-
-    `torch.export` treats an axis of size 1 as constant, and drops a mask that masks nothing.
-
-    Args:
-        model: The model to run.
-        inputs: A user's inputs, a single text included.
-    """
-    sample = {name: value for name, value in inputs.items() if value is not None}
-    if PAST in sample and isinstance(model, PreTrainedModel):
-        if model.config.is_encoder_decoder:
-            return _widen_step(model, sample)
-        return cached_inputs(model)  # the values do not matter, and the sizes would have to be changed consistently
-    if isinstance(model, PreTrainedModel):
-        accepted = inspect.signature(model.forward).parameters
-        for mask, ids in _MASKS.items():
-            if mask == "attention_mask" and ids in sample and mask in accepted and mask not in sample:
-                sample[mask] = torch.ones_like(sample[ids])
-        for group in (_TEXT_INPUTS, _DECODER_INPUTS):
-            sample = _with_positions(sample, group)
-    tensors = [leaf for leaf in tree_leaves(sample) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
-    if tensors and all(leaf.shape[0] == 1 for leaf in tensors):
-        sample = tree_map(_with_two_rows, sample)
-    for name, value in sample.items():
-        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 1:
-            warn_caller(
-                f"axis 1 of the example input {name!r} has size 1 and stays fixed; a longer example lets it vary"
-            )
-    return _padded(sample)
-
-
-def _widen_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
-    source = {name: value for name, value in sample.items() if name not in (*_DECODER_INPUTS, PAST)}
-    return decoder_step(model, widen(model, source))
-
-
-def other_sizes(sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The inputs with one row, with one more row, and with longer sequences, to check a trace with.
-
-    Args:
-        sample: The inputs that a model was traced with.
-    """
-    tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
-    if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
-        yield "one row", tree_map(lambda value: _rows(value, slice(0, 1)), dict(sample))
-        yield "another row", tree_map(_with_another_row, dict(sample))
-    text = [name for name in _TEXT_INPUTS if _is_sequence(sample.get(name))]
-    if text:
-        longer = {name: torch.cat([v, v[:, :3]], dim=1) if name in text else v for name, v in sample.items()}
-        yield "a longer sequence", longer
-    elif all(leaf.ndim == 3 for leaf in tensors) and len({leaf.shape[1] for leaf in tensors}) == 1:
-        yield "a longer sequence", tree_map(_with_another_position, dict(sample))
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim >= 2
-
-
-def _rows(value: Any, rows: slice) -> Any:
-    return value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-
-
-def _with_another_row(value: Any) -> Any:
-    return torch.cat([value, value[:1]]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-
-
-def _with_another_position(value: Any) -> Any:
-    return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
 
 
 def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor:
@@ -276,24 +199,3 @@ def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) 
     if isinstance(end, int) and end < size:  # models that pool at the end token need one in every row
         ids[:, -1] = end
     return ids
-
-
-def _with_positions(sample: dict[str, Any], group: tuple[str, ...]) -> dict[str, Any]:
-    present = [name for name in group if isinstance(sample.get(name), torch.Tensor) and sample[name].ndim >= 2]
-    if not present or any(sample[name].shape[1] >= 3 for name in present):
-        return sample
-    return {name: torch.cat([value] * 4, dim=1) if name in present else value for name, value in sample.items()}
-
-
-def _with_two_rows(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-
-
-def _padded(sample: dict[str, Any]) -> dict[str, Any]:
-    for mask in _MASKS:
-        value = sample.get(mask)
-        if isinstance(value, torch.Tensor) and value.ndim == 2 and bool(value.all()) and value.shape[1] > 1:
-            value = value.clone()
-            value[-1, -1] = 0
-            sample[mask] = value
-    return sample

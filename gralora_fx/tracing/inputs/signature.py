@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.decoder_cache import PAST, positions
+from gralora_fx.tracing.inputs.cache import PAST, positions
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
 
@@ -29,6 +29,7 @@ class CallSignature:
         values: The value of every other argument while tracing, which is part of the graph.
         defaults: The source's default of each argument.
         nullable: Arguments for which None means the default, though the default is another value.
+        optional: Inputs for which the graph has a default itself; left out if not given.
         takes_any: Whether the source accepts arbitrary keyword arguments.
         fillable: Inputs that may be left out, since `default_input` gives the source's default.
         counts_padding: Whether default positions count the padding before them.
@@ -43,6 +44,7 @@ class CallSignature:
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     nullable: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
     takes_any: bool = False
     fillable: frozenset[str] = frozenset()
     counts_padding: bool = False
@@ -56,14 +58,7 @@ class CallSignature:
         """Optional inputs of the source for which there is a default rule."""
         return tuple(name for name in _RULES if name in self.inputs and name in self.defaults)
 
-    def bind(
-        self,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        examples: Mapping[str, Any],
-        *,
-        optional: Collection[str] = (),
-    ) -> dict[str, Any]:
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], examples: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one call by name, in the graph's order.
 
         A mask that was traced but not given is all ones, token types are zeros, positions count from zero, if these are
@@ -73,7 +68,6 @@ class CallSignature:
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
             examples: The inputs that the model was traced with; those of the call must have their structure.
-            optional: Inputs for which the graph has a default itself; left out if not given.
 
         Raises:
             TraceError: An input is missing, given twice, has another structure, or was not part of the trace; or an
@@ -86,7 +80,7 @@ class CallSignature:
         for name in self.values:
             if arguments.get(name) is None:
                 self._check_left_out(name, arguments)
-        inputs = {name: arguments.get(name) for name in self.inputs if name in arguments or name not in optional}
+        inputs = {name: arguments.get(name) for name in self.inputs if name in arguments or name not in self.optional}
         for name in inputs:
             if inputs[name] is None and not (name in examples and examples[name] is None):
                 inputs[name] = self._filled(name, inputs)

@@ -1,16 +1,25 @@
-"""Cleaning of a fresh trace: removal of guards on sizes, inlining of subgraphs."""
+"""Normalization of a fresh trace: the passes of every trace, and those that clean it of what only guards need."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import torch
 from torch import fx
 
 from gralora_fx.compat.torch_graphs import is_mutable
+from gralora_fx.errors import TraceError
+from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Pipeline, contract
 from gralora_fx.graph.surgery import copy_graph, erase_unused
+from gralora_fx.operators.call import restore_aten
+from gralora_fx.tracing.draft import Draft
 from gralora_fx.tracing.normalize.inline import inline_subgraphs
+from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
+from gralora_fx.tracing.normalize.modes import AnnotateModes
+from gralora_fx.tracing.normalize.regions import INLINED, drop_idle_grad_regions, leave_after_errors
 
+_UNGUARDED = "there are no guards"
 _ASSERTIONS = {
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
@@ -19,37 +28,30 @@ _ASSERTIONS = {
 }
 
 
-def without_guards(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of an exported graph without size checks, so that batch 1 and length 1 run, and with subgraphs inlined.
+@contract(needs={INLINED}, leaves={_UNGUARDED})
+def drop_guards(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Remove size checks, so that batch 1 and length 1 run.
 
     Before: `_guards_fn(x); _assert_tensor_metadata(x, None, None, torch.float32); y = linear(x, w)`
     After:  `y = linear(x, w)`
-
-    Args:
-        graph_module: The result of `ExportedProgram.module()`; it is left unchanged.
-
-    Returns:
-        A plain `GraphModule` over the same parameters and buffers.
     """
-    graph = copy_graph(graph_module)
-    inline_subgraphs(graph, graph_module)
-    for node in reversed(graph.nodes):
-        if (node.op == "call_module" and "_guards_fn" in str(node.target)) or node.target in _ASSERTIONS:
-            graph.erase_node(node)
-    _drop_empty_parts(graph)
-    _drop_dead_scalars(graph)
-    _drop_unread_writes(graph)
-    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
-    result.graph.lint()
-    return result
+    guards = [
+        node
+        for node in reversed(graph.nodes)
+        if (node.op == "call_module" and "_guards_fn" in str(node.target)) or node.target in _ASSERTIONS
+    ]
+    for node in guards:
+        graph.erase_node(node)
+    return PassResult(len(guards))
 
 
-def _drop_empty_parts(graph: fx.Graph) -> None:
+def drop_empty_parts(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Remove concatenations with empty tensors, as from a cache that starts empty.
 
     Before: `keys = cat([detach_(lift_fresh_copy(empty)), new_keys], -2)`
     After:  `keys = new_keys`
     """
+    changed = 0
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten.cat.default:
             continue
@@ -60,6 +62,8 @@ def _drop_empty_parts(graph: fx.Graph) -> None:
             graph.erase_node(node)
             for chain in empty:
                 erase_unused(graph, chain)
+            changed += 1
+    return PassResult(changed)
 
 
 def _is_empty(node: fx.Node) -> bool:
@@ -70,25 +74,32 @@ def _is_empty(node: fx.Node) -> bool:
     )
 
 
-def _drop_dead_scalars(graph: fx.Graph) -> None:
+@contract(needs={_UNGUARDED})
+def drop_dead_scalars(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Erase size comparisons that were only used by the guards."""
+    changed = 0
     for node in reversed(graph.nodes):
         is_size = node.target is torch.ops.aten.sym_size.int or getattr(node.target, "__module__", "") == "_operator"
         if node.op == "call_function" and is_size and not node.users and node.target is not operator.setitem:
             graph.erase_node(node)
+            changed += 1
+    return PassResult(changed)
 
 
-def _drop_unread_writes(graph: fx.Graph) -> None:
+def drop_unread_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Erase writes into fresh memory that nothing reads, such as initial weights of a layer that a forward makes.
 
     Before: `w = empty([8, 8]); u = uniform_(w, -1, 1)`, and no more
     After:  nothing
     """
+    changed = 0
     for root in graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format):
         family = _users(root)
         if all(_only_writes(node) for node in family):
             for node in [*reversed([node for node in graph.nodes if node in family]), root]:
                 graph.erase_node(node)
+            changed += 1
+    return PassResult(changed)
 
 
 def _users(node: fx.Node) -> set[fx.Node]:
@@ -102,3 +113,73 @@ def _users(node: fx.Node) -> set[fx.Node]:
 def _only_writes(node: fx.Node) -> bool:
     """Whether a node gives its first argument's memory again, or only writes into it."""
     return is_mutable(node.target) or node.target is torch.ops.aten.detach.default
+
+
+def drop_unread_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Erase what a sentence encoder computes and does not read, such as the output of BERT's pooler."""
+    changed = 0
+    for node in reversed(graph.nodes):  # parameters stay, as those of a layer that a model does not call
+        if node.op == "call_function" and not node.users and not node.is_impure():
+            graph.erase_node(node)
+            changed += 1
+    return PassResult(changed)
+
+
+INLINING: tuple[Pass[fx.Graph], ...] = (
+    inline_subgraphs,
+    drop_idle_grad_regions,  # some of those that were inlined
+    leave_after_errors,
+)
+CLEANING: tuple[Pass[fx.Graph], ...] = (
+    *INLINING,
+    drop_guards,  # those of subgraphs too
+    drop_empty_parts,
+    drop_dead_scalars,
+    drop_unread_writes,
+)
+
+
+def normalize(draft: Draft) -> Draft:
+    """The draft with the graph of a live module normalized, over the same parameters and buffers."""
+    passes: tuple[Pass[fx.Graph], ...] = (
+        *CLEANING,
+        restore_aten,
+        without_empty_blocks,
+        padding_as_argument,
+        *((drop_unread_calls,) if draft.sentence is not None else ()),
+        AnnotateModes(in_training=False if draft.evaluates else None),  # a training trace has no argument on in both
+    )
+    return run_passes(draft, passes)
+
+
+def run_passes(draft: Draft, passes: tuple[Pass[fx.Graph], ...]) -> Draft:
+    """The draft with a copy of its graph, exported or symbolic, on which passes have run.
+
+    The copy is a plain `GraphModule`, without what its graph does not read.
+
+    Args:
+        draft: The draft.
+        passes: What to run, `CLEANING` first.
+    """
+    log = PassLog()
+    graph_module = normalized(draft.captured, passes, log)
+    return dataclasses.replace(draft, graph_module=graph_module, passes=tuple(log.reports))
+
+
+def normalized(graph_module: fx.GraphModule, passes: tuple[Pass[fx.Graph], ...], log: PassLog) -> fx.GraphModule:
+    """A copy of an exported or symbolic graph on which passes have run, over the same parameters and buffers.
+
+    Args:
+        graph_module: The result of `ExportedProgram.module()`, or a symbolic trace; it is left unchanged.
+        passes: What to run, `CLEANING` first.
+        log: Receives a report for each pass.
+
+    Returns:
+        A plain `GraphModule`, without what its graph does not read.
+    """
+    graph = copy_graph(graph_module)
+    graph.owning_module = graph_module
+    graph = Pipeline("normalize", passes, error=TraceError).run(graph, log)
+    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
+    result.graph.lint()
+    return result

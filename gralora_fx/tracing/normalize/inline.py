@@ -13,13 +13,9 @@ from torch import fx, nn
 from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.graph.module_tree import module_stack
-from gralora_fx.tracing.normalize.regions import (
-    LEAVE,
-    drop_idle_grad_regions,
-    enter_autocast,
-    enter_grad_mode,
-    leave_after_errors,
-)
+from gralora_fx.graph.pipeline import PassResult, contract
+from gralora_fx.graph.surgery import module_of
+from gralora_fx.tracing.normalize.regions import INLINED, LEAVE, enter_autocast, enter_grad_mode
 
 _hop = torch.ops.higher_order
 # operator that runs a subgraph once: position of the subgraph, and of its first operand
@@ -38,8 +34,9 @@ _REGIONS: dict[Any, Any] = {
 }
 
 
-def inline_subgraphs(graph: fx.Graph, root: nn.Module) -> None:
-    """Inline subgraphs that run exactly once into the calling graph; in place.
+@contract(leaves={INLINED})
+def inline_subgraphs(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Inline subgraphs that run exactly once into the calling graph.
 
     Before: `y = wrap_with_set_grad_enabled(False, self.submod, x, w)[0]`
     After:  `before = enter_grad_mode(False); y = linear(x, w); leave_grad_mode(before)`
@@ -48,9 +45,9 @@ def inline_subgraphs(graph: fx.Graph, root: nn.Module) -> None:
     the same but saves no memory. Branches and loops (`torch.cond` and the like) stay subgraphs.
 
     Args:
-        graph: A graph.
-        root: The module to which its targets refer.
+        graph: A graph; it is changed in place.
     """
+    root, count = module_of(graph), 0
     waiting = deque(graph.nodes)
     while waiting:
         node = waiting.popleft()
@@ -60,14 +57,15 @@ def inline_subgraphs(graph: fx.Graph, root: nn.Module) -> None:
             operands = _operands(module, node)
             if isinstance(module, fx.GraphModule) and operands is not None:
                 waiting.extendleft(inline_call(node, module.graph, operands, path))
+                count += 1
         elif node.target in _WRAPPERS:
             position, first = _WRAPPERS[node.target]
             path = str(node.args[position].target)
             module = root.get_submodule(path)
             if isinstance(module, fx.GraphModule):
                 waiting.extendleft(inline_call(node, module.graph, node.args[first:], path))
-    drop_idle_grad_regions(graph, root)
-    leave_after_errors(graph)
+                count += 1
+    return PassResult(count)
 
 
 def inline_call(node: fx.Node, inner: fx.Graph, operands: Sequence[Any], path: str) -> list[fx.Node]:

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 
 from gralora_fx.errors import first_line
 from gralora_fx.graph.module_tree import LINEAR_TYPES, module_stack
 from gralora_fx.graph.out_of_reach import note_opaque
-from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.tracing.normalize.inline import has_hooks, inline_call, inline_subgraphs
-from gralora_fx.tracing.normalize.modes import annotate_mode_args, set_mode
+from gralora_fx.graph.pipeline import PassResult, Skip, contract
+from gralora_fx.graph.surgery import module_of
+from gralora_fx.tracing.normalize.inline import has_hooks, inline_call
+from gralora_fx.tracing.normalize.modes import AnnotateModes, set_mode
+from gralora_fx.tracing.normalize.regions import INLINED
 
 _INNER = "leaf"
 
 
-def inline_leaves(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a symbolic trace with modules that contain linear layers replaced by calls on their parameters.
+@contract(ends={INLINED})
+def inline_leaves(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Replace modules that contain linear layers, in a symbolic trace, by calls on their parameters.
 
     Before: `y = self.fc(x); z = self.feed_forward(y)`
     After:  `y = linear(x, self.fc.weight, self.fc.bias); ...; z = linear(h, self.feed_forward.2.weight, ...)`
@@ -31,23 +33,30 @@ def inline_leaves(graph_module: fx.GraphModule) -> fx.GraphModule:
     A module that cannot be traced by itself, or has hooks, stays a call annotated with why (see `out_of_reach`).
 
     Args:
-        graph_module: A symbolic trace; it is left unchanged.
+        graph: A symbolic trace; it is changed in place.
     """
-    graph = copy_graph(graph_module)
+    root, count = module_of(graph), 0
+    skipped: list[Skip] = []
     waiting = deque(graph.nodes)
     while waiting:
         node = waiting.popleft()
         if node.op != "call_module":
             continue
-        module = graph_module.get_submodule(str(node.target))
-        if _is_plain(module, nn.Linear, nn.Linear.forward) or _is_plain(module, Conv1D, Conv1D.forward):
+        module = root.get_submodule(str(node.target))
+        if _is_plain_linear(module):
             _inline_linear(graph, node, module)
+            count += 1
         elif holds_linear(module):
-            waiting.extendleft(_inline_traced(node, module))
-    inline_subgraphs(graph, graph_module)
-    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
-    result.graph.lint()
-    return result
+            template = (node.args, dict(node.kwargs))
+            try:
+                inner = _traced(module, template)
+            except _Untraced as error:
+                note_opaque(node, str(error))
+                skipped.append(Skip(str(node.target), str(error)))
+            else:
+                waiting.extendleft(inline_call(node, inner, _nodes_of(template), str(node.target)))
+                count += 1
+    return PassResult(count, tuple(skipped))
 
 
 def holds_linear(module: nn.Module) -> bool:
@@ -55,14 +64,10 @@ def holds_linear(module: nn.Module) -> bool:
     return any(isinstance(part, LINEAR_TYPES) for part in module.modules())
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module], forward: Any) -> bool:
+def _is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a plain linear layer: without overrides, hooks or parametrizations."""
-    return (
-        isinstance(module, kind)
-        and type(module).forward is forward
-        and not has_hooks(module)
-        and not parametrize.is_parametrized(module)
-    )
+    is_linear = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LINEAR_TYPES)
+    return is_linear and not has_hooks(module) and not parametrize.is_parametrized(module)
 
 
 def _inline_linear(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
@@ -81,20 +86,6 @@ def _inline_linear(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
     graph.erase_node(node)
 
 
-def _inline_traced(node: fx.Node, module: nn.Module) -> list[fx.Node]:
-    """Replace a module call by the nodes of the module's own trace, or annotate it with why there is none."""
-    template = (node.args, dict(node.kwargs))
-    if has_hooks(module):
-        note_opaque(node, "it has hooks")
-        return []
-    try:
-        inner = _traced(module, template)
-    except _Untraced as error:
-        note_opaque(node, str(error))
-        return []
-    return inline_call(node, inner, _nodes_of(template), str(node.target))
-
-
 class _Untraced(Exception):
     """A module cannot be traced by itself; the message says why."""
 
@@ -103,8 +94,7 @@ class _Tracer(fx.Tracer):
     """Traces into modules that contain linear layers, and leaves the others as calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        plain = _is_plain(m, nn.Linear, nn.Linear.forward) or _is_plain(m, Conv1D, Conv1D.forward)
-        return plain or has_hooks(m) or not holds_linear(m)
+        return _is_plain_linear(m) or has_hooks(m) or not holds_linear(m)
 
 
 class _Call(nn.Module):
@@ -132,8 +122,10 @@ def _traced(module: nn.Module, template: Any) -> fx.Graph:
     """Trace a module for one call of it, with a placeholder for each node that the call reads.
 
     Raises:
-        _Untraced: It cannot be traced, or its two modes differ by more than mode arguments.
+        _Untraced: It has hooks, cannot be traced, or its two modes differ by more than mode arguments.
     """
+    if has_hooks(module):
+        raise _Untraced("it has hooks")
     graphs = []
     for training in (True, False):
         with _in_mode(module, training):
@@ -141,7 +133,7 @@ def _traced(module: nn.Module, template: Any) -> fx.Graph:
                 graphs.append(_Tracer().trace(_Call(module, template)))
             except Exception as error:  # a forward raises what it likes of symbolic values
                 raise _Untraced(f"torch.fx cannot trace it ({type(error).__name__}: {first_line(error)})") from error
-        annotate_mode_args(graphs[-1])
+        AnnotateModes()(graphs[-1])
         set_mode(graphs[-1], module.training)
     first, second = graphs
     if str(first) != str(second):

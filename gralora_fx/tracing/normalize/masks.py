@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.graph.surgery import erase_unused
 from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
+from gralora_fx.operators.call import COMPUTING
 
+_ONE_MASK = "a mask has one form"
 _CASTS = (
     torch.ops.aten.to.dtype,
     torch.ops.aten.to.device,
@@ -19,7 +22,8 @@ _CASTS = (
 )
 
 
-def without_empty_blocks(graph: fx.Graph) -> None:
+@contract(needs={COMPUTING}, leaves={_ONE_MASK})
+def without_empty_blocks(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Keep one of the two masks: the plain one if no position is in a block.
 
     Before: `blocks = full(size, -1); m = mask_of_blocks(blocks, mask(padding, ...), whole)`
@@ -28,9 +32,11 @@ def without_empty_blocks(graph: fx.Graph) -> None:
     Args:
         graph: A fresh trace; it is changed in place.
     """
-    for node, mask in MaskOfBlocks.all_in(graph):
+    masks = list(MaskOfBlocks.all_in(graph))
+    for node, mask in masks:
         node.replace_all_uses_with(mask.plain if _holds_only(mask.blocks, -1) else mask.whole)
         erase_unused(graph, node)
+    return PassResult(len(masks))
 
 
 def _holds_only(node: Any, number: int) -> bool:
@@ -44,7 +50,8 @@ def _holds_only(node: Any, number: int) -> bool:
     return node.target is torch.ops.aten.full.default and node.args[1:] == (number,)
 
 
-def padding_as_argument(graph: fx.Graph) -> None:
+@contract(needs={COMPUTING, _ONE_MASK})
+def padding_as_argument(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace attention's causal mask by the padding mask and the window that it was computed from.
 
     Before: `m = gralora.mask(to(padding, bool), length, 4); y = attention(query, key, value, m, window=0)`
@@ -55,6 +62,7 @@ def padding_as_argument(graph: fx.Graph) -> None:
     Args:
         graph: A fresh trace; it is changed in place.
     """
+    changed = 0
     for node, attention in Attention.all_in(graph):
         mask = Mask.of(attention.mask)
         if mask is not None and attention.mask is not None:
@@ -63,3 +71,5 @@ def padding_as_argument(graph: fx.Graph) -> None:
                 padding = padding.args[0]
             replace(attention, mask=padding, window=mask.window).write(node)
             erase_unused(graph, attention.mask)
+            changed += 1
+    return PassResult(changed)

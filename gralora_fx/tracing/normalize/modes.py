@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.attention import Attention
+from gralora_fx.operators.call import COMPUTING
 from gralora_fx.operators.layers import DropPath
 from gralora_fx.tracing.failures import line_of
 
+MODES = "modes are annotated"
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
 
@@ -44,32 +48,40 @@ _FUNCTIONAL = {
 }
 
 
-def annotate_mode_args(graph: fx.Graph, *, in_training: bool | None = None, known: Collection[str] = ()) -> bool:
+@contract(needs={COMPUTING}, leaves={MODES})
+@dataclass(frozen=True)
+class AnnotateModes:
     """Annotate every node whose behaviour depends on the mode with its argument in training and in evaluation.
 
     The annotation is in `node.meta["custom"]`, which copies and re-exports keep. An attention node has its dropout only
     in a graph traced in training mode: a trace in evaluation mode has lost it.
 
-    Args:
-        graph: A traced graph; its nodes are annotated.
+    Attributes:
         in_training: The mode that the model was traced in. An argument that is on in an evaluation trace, such as a
             dropout that ignores the mode, is on in both and not annotated. None if unknown.
         known: Names of nodes that were annotated before, or do not depend on the mode.
-
-    Returns:
-        Whether the graph is in training mode, as far as its nodes tell.
     """
-    is_training = False
-    for node in graph.nodes:
-        switch = None if node.name in known else _mode_argument_values(node)
-        if switch is not None:
-            argument, trained, evaluated = switch
-            is_on = _read(node, argument) == trained
-            if in_training is False and is_on:
-                continue
-            is_training |= is_on
-            annotate_mode_arg(node, argument, trained, evaluated)
-    return is_training
+
+    in_training: bool | None = None
+    known: Collection[str] = ()
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Annotate them."""
+        changed = 0
+        for node in graph.nodes:
+            switch = None if node.name in self.known else _mode_argument_values(node)
+            if switch is not None and not (self.in_training is False and _read(node, switch[0]) == switch[1]):
+                argument, trained, evaluated = switch
+                note = {"argument": argument, "train": trained, "eval": evaluated}
+                node.meta.setdefault("custom", {})[_KEY] = note
+                changed += 1
+        return PassResult(changed)
+
+
+def is_in_training(graph: fx.Graph) -> bool:
+    """Whether a graph is in training mode, as far as its annotated nodes tell."""
+    switches = ((node, node.meta.get("custom", {}).get(_KEY)) for node in graph.nodes)
+    return any(switch is not None and _read(node, switch["argument"]) == switch["train"] for node, switch in switches)
 
 
 def find_rng_op(graph: fx.Graph) -> str | None:
@@ -94,19 +106,6 @@ def _is_on(node: fx.Node) -> bool:
     return argument is None or bool(_read(node, argument))
 
 
-def annotate_mode_arg(node: fx.Node, argument: int | str, in_training: Any, in_evaluation: Any) -> None:
-    """Annotate a node with an argument's value in each mode.
-
-    Args:
-        node: The node.
-        argument: Position or keyword of the argument.
-        in_training: Its value in training.
-        in_evaluation: Its value in evaluation.
-    """
-    note = {"argument": argument, "train": in_training, "eval": in_evaluation}
-    node.meta.setdefault("custom", {})[_KEY] = note
-
-
 def set_mode(graph: fx.Graph, training: bool) -> bool:
     """Set every annotated argument to its value in a mode.
 
@@ -114,7 +113,7 @@ def set_mode(graph: fx.Graph, training: bool) -> bool:
     After (evaluation): `dropout(x, 0.1, False)`
 
     Args:
-        graph: A graph annotated by `annotate_mode_args`.
+        graph: A graph annotated by `AnnotateModes`.
         training: The mode to set.
 
     Returns:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gralora_fx.graph.parameters import map_parameters
+from gralora_fx.graph.overlay import map_parameters
 
 _MARK = "_gralora_placeholder"
 
@@ -39,7 +39,8 @@ def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.P
         originals[placeholders] = parameter
         return placeholders
 
-    map_parameters(model, placeholder)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        map_parameters(model, placeholder)
     try:
         yield originals
     finally:
@@ -53,7 +54,8 @@ def restore_parameters(module: nn.Module, originals: Mapping[nn.Parameter, nn.Pa
         module: The model itself, or a trace of it that was made within `placeholder_parameters`.
         originals: What that yielded.
     """
-    map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
+    if originals:
+        map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
 
 
 def is_without_values(model: nn.Module) -> bool:

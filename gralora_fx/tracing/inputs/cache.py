@@ -1,9 +1,12 @@
-"""Example inputs of a decoder with a cache: ids, mask, positions, and past keys and values."""
+"""Example inputs of a model with a cache: one step of a decoder, with ids, mask, positions, past keys and values.
+
+Of an encoder-decoder they are the encoder's inputs too.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +196,38 @@ def tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return tensors
 
 
-def other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
-    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1)
-    yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5)
+def decoder_step(
+    model: PreTrainedModel, source: Mapping[str, Tensor], *, past: int = _PAST, length: int = _LENGTH
+) -> dict[str, Any]:
+    """Inputs of one call: the encoder's inputs, and `length` new decoder positions after `past` cached ones.
+
+    The cache holds the decoder's own keys and values. Those of the encoder's output are computed in every call of a
+    trace, which holds encoder and decoder in one graph; an export splits the two and caches them.
+
+    Args:
+        model: An encoder-decoder.
+        source: Inputs of its encoder by name.
+        past: Number of cached positions; 0 for an empty cache.
+        length: Number of new positions.
+
+    Returns:
+        The source, `decoder_input_ids [batch, length]` and an `EncoderDecoderCache` with keys and values
+        `[batch, heads, past, size]` a layer.
+
+    Raises:
+        TraceError: The model has no such cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
+    batch, cached = next(iter(source.values())).shape[0], max(past, 1)
+    ids = torch.randint(min(3, size - 1), size, (batch, cached + length), generator=generator)
+    try:
+        with torch.no_grad():
+            cache = returned_cache(model(**source, decoder_input_ids=ids[:, :cached], use_cache=True))
+        layers = pairs_of(cache)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    if not isinstance(cache, EncoderDecoderCache):
+        raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
+    cut = [[tensor[:, :, :past].contiguous() for tensor in pair] for pair in layers]
+    return {**source, "decoder_input_ids": ids[:, cached:], PAST: decoder_cache(cut)}
