@@ -93,9 +93,9 @@ class CastGraph:
 def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
     """A model's graph in a precision, itself where it has that (see `CastGraph`)."""
     graph = CastGraph(precision)(graph_module.graph).graph
-    found = graph_module if graph is None else graph.owning_module
-    assert found is not None
-    return found
+    owner = graph_module if graph is None else graph.owning_module
+    assert owner is not None
+    return owner
 
 
 def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:

@@ -68,19 +68,19 @@ def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:
     """Rewrite PyTorch's own operator, if it has four axes and no dropout."""
-    given = named_arguments(node)
-    query, key, value = given["query"], given["key"], given["value"]
-    if given["dropout_p"] or any(len(shape(part)) != 4 for part in (query, key, value)):
+    arguments = named_arguments(node)
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    if arguments["dropout_p"] or any(len(shape(part)) != 4 for part in (query, key, value)):
         return False
     size = expression(shape(query)[3])
-    scale = given["scale"]
+    scale = arguments["scale"]
     if scale is None and not isinstance(size, int):
         return False
     scale = float(size) ** -0.5 if scale is None else float(scale)
-    mask = given["attn_mask"]
+    mask = arguments["attn_mask"]
     rest, padding = (None, None) if mask is None else split_mask(mask)
     with graph.inserting_before(node):
-        call = DotProductAttention(query, key, value, rest, padding, scale, bool(given["is_causal"]))
+        call = DotProductAttention(query, key, value, rest, padding, scale, bool(arguments["is_causal"]))
         new = call.insert(graph)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
@@ -214,10 +214,10 @@ def _mask(graph: fx.Graph, scores: _Scores) -> Mask:
     mask: fx.Node | None = None
     padding = scores.padding
     for bias in scores.biases:
-        found = split_mask(bias)
+        parts = split_mask(bias)
         rest: fx.Node | None = bias
-        if found.padding is not None and padding in (None, found.padding):
-            padding, rest = found.padding, found.rest
+        if parts.padding is not None and padding in (None, parts.padding):
+            padding, rest = parts.padding, parts.rest
         if mask is None or rest is None:
             mask = rest if mask is None else mask
         else:

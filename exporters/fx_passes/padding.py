@@ -62,8 +62,8 @@ def _expanded(mask: fx.Node) -> Mask | None:
     """Of `expand(mask)`, which an attention operator does by itself."""
     if not is_call(mask, *_EXPAND) or not isinstance(mask.args[0], fx.Node):
         return None
-    found = split_mask(mask.args[0]) if len(shape(mask.args[0])) == 4 else None
-    return None if found is None or found.padding is None else found
+    parts = split_mask(mask.args[0]) if len(shape(mask.args[0])) == 4 else None
+    return None if parts is None or parts.padding is None else parts
 
 
 def _conjunction(mask: fx.Node) -> Mask | None:
@@ -234,8 +234,8 @@ def _is_number(value: Any, wanted: float) -> bool:
 
 def hides(value: Any) -> bool:
     """Whether a value, added to a score, hides the key."""
-    found = _constant(value)
-    return found is not None and found <= _HIDDEN
+    constant = _constant(value)
+    return constant is not None and constant <= _HIDDEN
 
 
 def _constant(value: Any) -> float | None:

@@ -56,10 +56,10 @@ class Grouping:
     def __post_init__(self) -> None:
         """Add the input that says which adapter each row has, unless the model has it."""
         graph = self.model.graph
-        self._found: dict[ir.Value, Groups | str] = {}
+        self._groups: dict[ir.Value, Groups | str] = {}
         self.batch = next((value.shape[0] for value in graph.inputs if value.shape), None)
-        found = next((value for value in graph.inputs if value.name == ADAPTER_IDS), None)
-        self.ids = found or add_input(graph, ADAPTER_IDS, ir.DataType.INT64, [self.batch or 1])
+        ids = next((value for value in graph.inputs if value.name == ADAPTER_IDS), None)
+        self.ids = ids or add_input(graph, ADAPTER_IDS, ir.DataType.INT64, [self.batch or 1])
         self._tiles: TokenGroups | None = None
         self._of_adapters: TokenGroups | None = None
         inputs = {str(value.name): value for value in graph.inputs}
@@ -83,8 +83,9 @@ class Grouping:
         inputs = {str(value.name): value for value in graph.inputs}
         build = Builder(graph)
         adapters = build("Squeeze", build("Shape", stacked, start=0, end=1), build.ints(0))
-        given = (inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids, adapters)
-        self._of_adapters, self.is_short = tokens_of_adapters(build, *given)
+        self._of_adapters, self.is_short = tokens_of_adapters(
+            build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids, adapters
+        )
         build.insert_before(graph[0])
 
     def of(self, x: ir.Value) -> Groups | str:
@@ -93,11 +94,11 @@ class Grouping:
         Args:
             x: The input of a linear layer.
         """
-        if x not in self._found:
+        if x not in self._groups:
             build = Builder(self.model.graph)
-            self._found[x] = self.within(build, x)
+            self._groups[x] = self.within(build, x)
             build.insert_after(x)
-        return self._found[x]
+        return self._groups[x]
 
     def within(self, build: Builder, x: ir.Value, *, by_adapter: bool = False) -> Groups | str:
         """The same, made where it is needed.
@@ -143,15 +144,15 @@ def _groups_of_tokens(build: Builder, x: ir.Value, groups: TokenGroups) -> Group
 def _rows_of_matrix(build: Builder, x: ir.Value, flat: FlatTokens, ids: ir.Value) -> Groups | str:
     if not flat.is_batch:
         return "the rows of its input are not those of the batch"
-    parts = [part for part in (flat.tokens, flat.places, flat.sizes) if part is not None]
+    parts = [part for part in (flat.tokens, flat.row_at, flat.sizes) if part is not None]
     if any(part.producer() is None or part.producer().graph is None for part in parts):  # type: ignore[union-attr]
         return "the positions of its input are not known any more"
     assert x.shape is not None
-    if flat.places is None:
+    if flat.row_at is None:
         shape = build("Concat", flat.sizes, build.ints(x.shape[-1]), axis=0)
         rows = build("Reshape", x, shape)
     else:
-        rows = build("Gather", x, flat.places, axis=0)
+        rows = build("Gather", x, flat.row_at, axis=0)
 
     def restored(build: Builder, output: ir.Value) -> ir.Value:
         matrix = build("Flatten", output, axis=2)

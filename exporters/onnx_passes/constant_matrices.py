@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
-from gralora_fx.exporters.translation.weights import transposed_tensor
+from gralora_fx.exporters.translation.weights import parts_of, transposed_tensor
 from gralora_fx.graph.pipeline import PassResult, Skip
 
+_COLUMNS = 4096  # in a group
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _KEPT = {  # operators that multiply by weights or by activations, and keep their precision
     "Attention": "attention multiplies activations by activations",
@@ -37,6 +39,39 @@ class ConstantMatrix(NamedTuple):
 
     value: ir.Value
     is_transposed: bool
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        """The values, as they are stored."""
+        tensor = self.value.const_value
+        assert tensor is not None
+        return tensor
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """K and N."""
+        rows, columns = (int(size) for size in self.tensor.shape.numpy())
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
+    def free_name(self, graph: ir.Graph, suffix: str) -> str:
+        """What names of its quantized parts begin with: its own, unless the same matrix the other way round has it.
+
+        Args:
+            graph: The graph that they are added to.
+            suffix: How the name of such a part ends.
+        """
+        is_taken = f"{self.value.name}{suffix}" in graph.initializers
+        return f"{self.value.name}_transposed" if is_taken else str(self.value.name)
+
+    def column_groups(self) -> Iterator[NDArray[Any]]:
+        """The matrix `[K, N]` as groups of columns, one after the other; of a concatenated one, part by part.
+
+        A copy of the whole matrix would be the largest thing in memory.
+        """
+        for part in (self.tensor,) if self.is_transposed else parts_of(self.tensor):
+            values = part.numpy().T if self.is_transposed else part.numpy()
+            for start in range(0, values.shape[1], _COLUMNS):
+                yield values[:, start : start + _COLUMNS]
 
 
 class Counts(NamedTuple):

@@ -21,7 +21,7 @@ class FlatTokens:
     Attributes:
         is_batch: Whether their rows are those of the model's inputs.
         tokens: `[tokens]`, the index of each among all positions; None where none was left out.
-        places: `[batch, length]`, the row of the matrix at each position; None where none was left out.
+        row_at: `[batch, length]`, the row of the matrix at each position; None where none was left out.
         sizes: `[2]`, batch and length.
     """
 
@@ -29,7 +29,7 @@ class FlatTokens:
 
     is_batch: bool
     tokens: ir.Value | None
-    places: ir.Value | None
+    row_at: ir.Value | None
     sizes: ir.Value
 
 
@@ -53,7 +53,7 @@ def copied(model: ir.Model) -> ir.Model:
             axis: dataclasses.replace(
                 noted,
                 tokens=None if noted.tokens is None else of_copy(noted.tokens),
-                places=None if noted.places is None else of_copy(noted.places),
+                row_at=None if noted.row_at is None else of_copy(noted.row_at),
                 sizes=of_copy(noted.sizes),
             )
             for axis, noted in flat.items()
@@ -98,7 +98,7 @@ class FlattenTokens:
             changed += flattening.run()
             if flattening.sizes is not None:
                 flat[str(flattening.num_rows.value)] = FlatTokens(
-                    region.dims[0] == batch, flattening.tokens, flattening.places, flattening.sizes
+                    region.dims[0] == batch, flattening.tokens, flattening.row_at, flattening.sizes
                 )
         return PassResult(changed, tuple(skipped))
 
@@ -174,7 +174,7 @@ class _Flattening:
         self.restored: dict[tuple[ir.Value, bool], ir.Value] = {}  # token tensors, and whether padding is zero in them
         self.kept: ir.Value | None = None  # [batch, length, 1], false for padding
         self.tokens: ir.Value | None = None  # [tokens], their positions
-        self.places: ir.Value | None = None  # [batch, length], the row of the token at each position
+        self.row_at: ir.Value | None = None  # [batch, length], the row of the token at each position
         self.sizes: ir.Value | None = None  # [2], batch and length
         self.num_rows = ir.SymbolicDim(f"tokens of {' x '.join(region.dims)}")
 
@@ -239,7 +239,7 @@ class _Flattening:
         flat = build("Reshape", kept, build.ints(-1))
         self.tokens = build("Reshape", build("NonZero", flat), build.ints(-1))
         count = build("CumSum", build("Cast", flat, to=ir.DataType.INT64), build.scalar(0))
-        self.places = build("Reshape", build("Sub", count, build.scalar(1)), self.sizes)
+        self.row_at = build("Reshape", build("Sub", count, build.scalar(1)), self.sizes)
         self.kept = build("Unsqueeze", kept, build.ints(2))
 
     def _read_restored(self, node: ir.Node) -> None:
@@ -257,8 +257,8 @@ class _Flattening:
         """The token tensor of a matrix; positions of padding are zero, or repeat the token before them."""
         assert matrix.shape is not None
         build, width = self.build, matrix.shape[1]
-        if self.places is not None:
-            tokens = build("Gather", matrix, self.places, axis=0)
+        if self.row_at is not None:
+            tokens = build("Gather", matrix, self.row_at, axis=0)
         else:
             tokens = build("Reshape", matrix, self._shape(width))
         if is_zero and self.kept is not None:
@@ -278,9 +278,9 @@ class _Flattening:
         """Let a node that takes the first token of each row take its row of the matrix.
 
         Before: `y = Gather(x, 0, axis=1)`
-        After:  `y = Gather(matrix, Gather(places, 0, axis=1), axis=0)`
+        After:  `y = Gather(matrix, Gather(row_at, 0, axis=1), axis=0)`
         """
-        rows = self.build("Gather", self.places, node.inputs[1], axis=1)
+        rows = self.build("Gather", self.row_at, node.inputs[1], axis=1)
         node.replace_input_with(1, rows)
         node.attributes["axis"] = ir.AttrInt64("axis", 0)
         self.build.insert_before(node)

@@ -24,7 +24,7 @@ class _Masks:
     """Masks, each made once for all layers that share it."""
 
     graph: ir.Graph
-    made: dict[tuple[ir.Value | None, ir.Value | None, str], ir.Value] = field(default_factory=dict)
+    additive_masks: dict[tuple[ir.Value | None, ir.Value | None, str], ir.Value] = field(default_factory=dict)
     keys: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def of_keys(self, padding: ir.Value, node: ir.Node) -> ir.Value:
@@ -43,15 +43,15 @@ class _Masks:
         if mask is None and padding is None:
             return None
         key = mask, padding, str(None if query.shape is None else query.shape[2])
-        if key not in self.made:
+        if key not in self.additive_masks:
             build = Builder(self.graph)
             dtype = query.dtype or ir.DataType.FLOAT
             bias = _bias(build, attention, dtype)
             if bias.shape is None:
                 bias.shape, bias.type = ir.Shape([None, None, None, None]), ir.TensorType(dtype)
-            self.made[key] = bias
+            self.additive_masks[key] = bias
             build.insert_before(node)
-        return self.made[key]
+        return self.additive_masks[key]
 
 
 def _bias(build: Builder, attention: DotProductAttentionNode, dtype: ir.DataType) -> ir.Value:
@@ -159,19 +159,19 @@ def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, 
 
 def _merging_reshapes(output: ir.Value) -> list[ir.Value]:
     """The values `[batch, length, heads * size]` that are made of attention's output and of nothing else."""
-    found = []
+    merged = []
     for usage in list(output.uses()):
         node = usage.node
         if node.op_type == "Reshape" and _same_shape(node.outputs[0], output):
-            found += _merging_reshapes(node.outputs[0])
+            merged += _merging_reshapes(node.outputs[0])
         elif node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == SWAP:
             heads, size = static_dim(output, 1), static_dim(output, 3)
             for end in list(node.outputs[0].uses()):
                 shape = end.node.outputs[0].shape
                 joins = end.node.op_type == "Reshape" and shape is not None and len(shape) == 3
                 if joins and shape is not None and heads and size and shape[2] == heads * size:
-                    found.append(end.node.outputs[0])
-    return found
+                    merged.append(end.node.outputs[0])
+    return merged
 
 
 def _same_shape(one: ir.Value, other: ir.Value) -> bool:

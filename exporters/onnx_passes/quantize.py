@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer
 from gralora_fx.exporters.onnx_passes.constant_matrices import (
+    ConstantMatrix,
     Counts,
     drop_unread,
     matrix_of,
@@ -23,10 +24,8 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     unquantized,
 )
 from gralora_fx.exporters.options import Quantization
-from gralora_fx.exporters.translation.weights import LazyTensor, derived, parts_of
+from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.graph.pipeline import PassResult
-
-_COLUMNS = 4096  # quantized at once
 
 
 @dataclass(frozen=True)
@@ -67,28 +66,27 @@ def quantize_weights(model: ir.Model, quantization: Quantization, *, tables: Col
     Returns:
         The number of nodes replaced.
     """
-    blocks: dict[tuple[str, bool], Blocks] = {}
+    blocks: dict[ConstantMatrix, Blocks] = {}
     replaced = lookups = 0
     for node in list(model.graph.all_nodes()):
-        match = matrix_of(node)
-        if match is None:
+        matrix = matrix_of(node)
+        if matrix is None:
             continue
-        weight, is_transposed = match
-        key = (str(weight.name), is_transposed)
-        if key not in blocks:
-            blocks[key] = _blocks(model.graph, weight, is_transposed, quantization)
-        _multiply(node, blocks[key], quantization)
+        if matrix not in blocks:
+            blocks[matrix] = _blocks(model.graph, matrix, quantization)
+        _multiply(node, matrix, blocks[matrix], quantization)
         replaced += 1
-    values = num_values(model.graph.initializers[name] for name, _ in blocks)
+    values = num_values(matrix.value for matrix in blocks)
     for name in sorted(tables):
         table = model.graph.initializers.get(name)
-        if table is not None and (name, True) not in blocks and _is_looked_up(table, quantization):
-            blocks[name, True] = _blocks(model.graph, table, True, quantization)
-    for (name, is_transposed), matrix in blocks.items():
-        if is_transposed:
-            lookups += _gather(model.graph.initializers[name], matrix, quantization)
+        if table is not None and (table, True) not in blocks and _is_looked_up(table, quantization):
+            matrix = ConstantMatrix(table, True)
+            blocks[matrix] = _blocks(model.graph, matrix, quantization)
+    for matrix, parts in blocks.items():
+        if matrix.is_transposed:
+            lookups += _gather(matrix.value, parts, quantization)
     if blocks:
-        drop_unread(model.graph, [name for name, _ in blocks])
+        drop_unread(model.graph, [str(matrix.value.name) for matrix in blocks])
     return Counts(replaced, lookups, values)
 
 
@@ -107,37 +105,27 @@ class Blocks(NamedTuple):
 
 
 @dataclass
-class _Matrix:
-    """A matrix and its blocks, whose parts are computed together, and dropped once all are written."""
+class _QuantizedBlocks:
+    """A matrix's blocks, whose parts are computed together, and dropped once all are written."""
 
-    weight: ir.TensorProtocol
-    is_transposed: bool
+    matrix: ConstantMatrix
     quantization: Quantization
-    dtype: ir.DataType
     _parts: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
 
     def part(self, index: int) -> ir.TensorProtocol:
         """Packed integers, scales or zero points, by their place in `Blocks`."""
         if index not in self._parts:
-            columns = zip(*self._columns(), strict=True)
-            self._parts = {place: np.concatenate(arrays) for place, arrays in enumerate(columns)}
+            groups = zip(*map(self._group, self.matrix.column_groups()), strict=True)
+            self._parts = {place: np.concatenate(arrays) for place, arrays in enumerate(groups)}
         return ir.tensor(self._parts.pop(index))
 
-    def _columns(self) -> Iterator[list[NDArray[Any]]]:
-        """The blocks of successive groups of columns; of a concatenated matrix, one part at a time."""
-        for matrix in (self.weight,) if self.is_transposed else parts_of(self.weight):
-            values = matrix.numpy()
-            for start in range(0, values.shape[0 if self.is_transposed else 1], _COLUMNS):
-                yield self._group(values, start)
-
-    def _group(self, values: NDArray[Any], start: int) -> list[NDArray[Any]]:
-        """The blocks of a group of columns; a copy of the whole matrix would be the largest thing in memory."""
-        columns = slice(start, start + _COLUMNS)
-        group = np.ascontiguousarray(values[columns].T if self.is_transposed else values[:, columns])
-        group = group if group.dtype in (np.float32, np.float16) else group.astype(np.float32)
-        blocks = quantize_blocks(group, self.quantization)
-        found = [blocks.packed, blocks.scales.astype(self.dtype.numpy())]
-        return found if blocks.zero_points is None else [*found, blocks.zero_points]
+    def _group(self, columns: NDArray[Any]) -> list[NDArray[Any]]:
+        """The blocks of a group of columns."""
+        columns = np.ascontiguousarray(columns)
+        columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
+        blocks = quantize_blocks(columns, self.quantization)
+        scales = blocks.scales.astype(self.matrix.tensor.dtype.numpy())
+        return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
 
 
 @functools.cache
@@ -221,48 +209,35 @@ def _integers(packed: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
     return packed.astype(np.float32)
 
 
-def _blocks(graph: ir.Graph, weight: ir.Value, is_transposed: bool, quantization: Quantization) -> Blocks:
+def _blocks(graph: ir.Graph, matrix: ConstantMatrix, quantization: Quantization) -> Blocks:
     """Add initializers for a matrix's packed integers, scales and zero points."""
-    tensor = weight.const_value
-    assert tensor is not None
-    sizes = [int(size) for size in tensor.shape.numpy()]
-    inputs, outputs = reversed(sizes) if is_transposed else sizes
+    (inputs, outputs), dtype = matrix.sizes, matrix.tensor.dtype
     count, bits = -(-inputs // quantization.block_size), quantization.bits
-    is_taken = f"{weight.name}_Q{bits}" in graph.initializers  # by the same matrix the other way round
-    name = f"{weight.name}_transposed" if is_taken else str(weight.name)
+    name = matrix.free_name(graph, f"_Q{bits}")
     parts = [
         (f"{name}_Q{bits}", ir.DataType.UINT8, (outputs, count, quantization.block_size * bits // 8)),
-        (f"{name}_scales", tensor.dtype, (outputs, count)),
+        (f"{name}_scales", dtype, (outputs, count)),
     ]
     if quantization.zero_points:
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
 
     def quantized() -> list[LazyTensor]:
-        matrix = _Matrix(tensor, is_transposed, quantization, tensor.dtype)
+        computed = _QuantizedBlocks(matrix, quantization)
         return [
-            LazyTensor(label, dtype, ir.Shape(shape), functools.partial(matrix.part, index))
-            for index, (label, dtype, shape) in enumerate(parts)
+            LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.part, index))
+            for index, (label, kind, shape) in enumerate(parts)
         ]
 
-    tensors = derived([tensor], ("blocks", name, is_transposed, quantization), quantized)
-    values: list[ir.Value | None] = [None] * len(Blocks._fields)
-    values[: len(tensors)] = [add_initializer(graph, part) for part in tensors]
-    packed, scales, zero_points = values
-    assert packed is not None
-    assert scales is not None
-    return Blocks(packed, scales, zero_points)
+    tensors = derived([matrix.tensor], ("blocks", name, matrix.is_transposed, quantization), quantized)
+    packed, scales, *zero_points = [add_initializer(graph, part) for part in tensors]
+    return Blocks(packed, scales, zero_points[0] if zero_points else None)
 
 
-def _multiply(node: ir.Node, blocks: Blocks, quantization: Quantization) -> None:
-    assert blocks.packed.shape is not None
-    matrix = matrix_of(node)
-    assert matrix is not None
-    weight, is_transposed = matrix
-    assert weight.shape is not None
-    inputs = weight.shape[1] if is_transposed else weight.shape[0]
+def _multiply(node: ir.Node, matrix: ConstantMatrix, blocks: Blocks, quantization: Quantization) -> None:
+    inputs, outputs = matrix.sizes
     attributes: dict[str, Any] = {
         "K": inputs,
-        "N": blocks.packed.shape[0],
+        "N": outputs,
         "bits": quantization.bits,
         "block_size": quantization.block_size,
     }
@@ -318,7 +293,8 @@ def _is_looked_up(table: ir.Value, quantization: Quantization) -> bool:
 
 def tables_of_heads(model: ir.Model) -> set[str]:
     """Names of the matrices that are both looked up and multiplied by."""
-    weights = [found[0] for node in model.graph.all_nodes() if (found := matrix_of(node)) is not None and found[1]]
+    matrices = [matrix for node in model.graph.all_nodes() if (matrix := matrix_of(node)) is not None]
+    weights = [matrix.value for matrix in matrices if matrix.is_transposed]
     return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}
 
 

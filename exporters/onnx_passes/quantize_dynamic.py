@@ -20,13 +20,12 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     replace_product,
     unquantized,
 )
-from gralora_fx.exporters.translation.weights import LazyTensor, derived, parts_of
+from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.graph.pipeline import PassResult
 
 # Largest absolute value of a weight: 7 bits, `reduce_range` of onnxruntime's quantizer. x86 processors without VNNI
 # add two products of uint8 and int8 in int16, which saturates at 32,767: 2 * 255 * 64 = 32,640 fits, 2 * 255 * 127 not.
 LARGEST = 64
-_COLUMNS = 4096  # quantized at once
 
 
 def quantize_dynamically(model: ir.Model) -> PassResult[ir.Model]:
@@ -90,18 +89,18 @@ def _product(node: ir.Node) -> QuantizedProduct:
     product = None if cast is None else _only_reader(cast)
     scales = None if product is None else _producer(product, 1)
     rounding = _producer(node, 0)
-    nodes = [found for found in (rounding, node, cast, scales, product) if found is not None]
-    kinds = [found.op_type for found in nodes]
+    nodes = [part for part in (rounding, node, cast, scales, product) if part is not None]
+    kinds = [part.op_type for part in nodes]
     if kinds != ["DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul", "Mul"]:
         raise ExportError(
             f"the product {node.name or node.outputs[0].name} is not one of an int8-dynamic export (its nodes are "
             f"{', '.join(kinds)}); export the model again"
         )
-    found, weight, scale = nodes[0].inputs[0], node.inputs[1], nodes[3].inputs[1]
-    assert found is not None
+    source, weight, scale = nodes[0].inputs[0], node.inputs[1], nodes[3].inputs[1]
+    assert source is not None
     assert weight is not None
     assert scale is not None
-    return QuantizedProduct(tuple(nodes), found, weight, scale, nodes[-1].outputs[0])
+    return QuantizedProduct(tuple(nodes), source, weight, scale, nodes[-1].outputs[0])
 
 
 def _only_reader(node: ir.Node) -> ir.Node | None:
@@ -147,11 +146,10 @@ def dequantize_columns(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 
 @dataclass
-class _Matrix:
-    """A matrix, its integers and its scales, which are computed together; the scales are dropped once written."""
+class _QuantizedColumns:
+    """A matrix's integers and scales, which are computed together; the scales are dropped once written."""
 
-    weight: ir.TensorProtocol
-    is_transposed: bool
+    matrix: ConstantMatrix
     _scales: NDArray[np.float32] | None = field(default=None, init=False)
 
     def values(self) -> ir.TensorProtocol:
@@ -166,36 +164,25 @@ class _Matrix:
         return ir.tensor(scales)
 
     def _quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """All columns, a group at a time: a copy of the whole matrix would be the largest thing in memory."""
-        sizes = [int(size) for size in self.weight.shape.numpy()]
-        inputs, outputs = reversed(sizes) if self.is_transposed else sizes
+        inputs, outputs = self.matrix.sizes
         values, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
         end = 0
-        for matrix in (self.weight,) if self.is_transposed else parts_of(self.weight):
-            part = matrix.numpy().T if self.is_transposed else matrix.numpy()
-            for start in range(0, part.shape[1], _COLUMNS):
-                columns = part[:, start : start + _COLUMNS]
-                begin, end = end, end + columns.shape[1]
-                values[:, begin:end], scales[begin:end] = quantize_columns(columns, str(self.weight.name))
+        for columns in self.matrix.column_groups():
+            begin, end = end, end + columns.shape[1]
+            values[:, begin:end], scales[begin:end] = quantize_columns(columns, str(self.matrix.value.name))
         return values, scales
 
 
-def _initializers(graph: ir.Graph, match: ConstantMatrix) -> tuple[ir.Value, ir.Value]:
+def _initializers(graph: ir.Graph, matrix: ConstantMatrix) -> tuple[ir.Value, ir.Value]:
     """Add initializers for a matrix's integers and scales."""
-    weight, is_transposed = match
-    tensor = weight.const_value
-    assert tensor is not None
-    sizes = [int(size) for size in tensor.shape.numpy()]
-    inputs, outputs = reversed(sizes) if is_transposed else sizes
-    is_taken = f"{weight.name}_quantized" in graph.initializers  # by the same matrix the other way round
-    name = f"{weight.name}_transposed" if is_taken else str(weight.name)
+    (inputs, outputs), name = matrix.sizes, matrix.free_name(graph, "_quantized")
 
     def quantized() -> tuple[LazyTensor, LazyTensor]:
-        matrix = _Matrix(tensor, is_transposed)
-        values = LazyTensor(f"{name}_quantized", ir.DataType.INT8, ir.Shape((inputs, outputs)), matrix.values)
-        return values, LazyTensor(f"{name}_scale", ir.DataType.FLOAT, ir.Shape((outputs,)), matrix.scales)
+        computed = _QuantizedColumns(matrix)
+        values = LazyTensor(f"{name}_quantized", ir.DataType.INT8, ir.Shape((inputs, outputs)), computed.values)
+        return values, LazyTensor(f"{name}_scale", ir.DataType.FLOAT, ir.Shape((outputs,)), computed.scales)
 
-    values, scales = derived([tensor], ("columns", name, is_transposed), quantized)
+    values, scales = derived([matrix.tensor], ("columns", name, matrix.is_transposed), quantized)
     return add_initializer(graph, values), add_initializer(graph, scales)
 
 

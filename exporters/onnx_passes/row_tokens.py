@@ -31,7 +31,7 @@ class RowTokens:
         ids: `[1, tokens]`, the tokens.
         positions: `[1, tokens]`, the position of each in its row.
         tokens: `[1, tokens]`, the index of each among all `batch * length`.
-        places: `[batch, length]`, the token at each position; any at positions that do not count.
+        token_at: `[batch, length]`, the token at each position; any at positions that do not count.
         query: `[batch]` int32, how many tokens of each row count.
         cached: `[batch]` int32, the index of the last position that is cached afterwards.
         total: `[1]` int32, the most positions that a row has cached afterwards.
@@ -41,14 +41,14 @@ class RowTokens:
     ids: ir.Value
     positions: ir.Value
     tokens: ir.Value
-    places: ir.Value
+    token_at: ir.Value
     query: ir.Value
     cached: ir.Value
     total: ir.Value
 
     def to_rows(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[batch, length, width]` of `[1, tokens, width]`."""
-        return take_tokens(build, value, self.places, self.sizes)
+        return take_tokens(build, value, self.token_at, self.sizes)
 
     def of_rows(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[1, tokens, width]` of `[batch, length, width]`."""
@@ -62,12 +62,12 @@ class TokenGroups:
     Attributes:
         ids: `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order.
         tokens: `[groups, size]`, the tokens of each; any after its last.
-        places: `[1, tokens]`, the index of each token among all `groups * size`.
+        slots: `[1, tokens]`, the index of each token among all `groups * size`.
     """
 
     ids: ir.Value | None
     tokens: ir.Value
-    places: ir.Value
+    slots: ir.Value
 
     def grouped(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[groups, size, width]` of `[1, tokens, width]` or `[tokens, width]`."""
@@ -75,7 +75,7 @@ class TokenGroups:
 
     def restored(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[1, tokens, width]` of `[groups, size, width]`."""
-        return _flat_tokens(build, value, self.places)
+        return _flat_tokens(build, value, self.slots)
 
 
 def take_tokens(build: Builder, value: ir.Value, index: ir.Value, sizes: Sequence[int | ir.SymbolicDim]) -> ir.Value:
@@ -103,7 +103,7 @@ def row_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Va
     """
     lengths = _Lengths(build, input_ids, query)
     order = build("Sub", build("CumSum", build("Cast", lengths.flat, to=ir.DataType.INT64), lengths.zero), lengths.one)
-    places = build("Reshape", build("Max", order, lengths.zero), build("Shape", input_ids))
+    token_at = build("Reshape", build("Max", order, lengths.zero), build("Shape", input_ids))
     before = build("Unsqueeze", build("Cast", past, to=ir.DataType.INT64), build.ints(1))
     ids, positions = (
         build("Gather", build("Reshape", value, build.ints(-1)), lengths.tokens)
@@ -116,7 +116,7 @@ def row_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Va
     most = build("Add", build("ReduceMax", cached, keepdims=1), one)
     total = build("Max", most, build("Cast", build("Shape", input_ids, start=1, end=2), to=ir.DataType.INT32))
     assert input_ids.shape is not None
-    return RowTokens(tuple(input_ids.shape), ids, positions, lengths.tokens, places, query, cached, total)
+    return RowTokens(tuple(input_ids.shape), ids, positions, lengths.tokens, token_at, query, cached, total)
 
 
 def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
@@ -190,9 +190,9 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
     tokens = build("Min", build("Add", as_column(first), build("Range", zero, size, one)), final)
     numbers = number_of(counts)
     begins = build("Mul", build("Sub", build("CumSum", numbers, zero), numbers), size)  # [batch]
-    places = build("Reshape", build("Add", as_column(begins), build("Range", zero, length, one)), build.ints(-1))
+    slots = build("Reshape", build("Add", as_column(begins), build("Range", zero, length, one)), build.ints(-1))
     order = build("Where", is_one, build("Range", zero, number, one), lengths.tokens)
-    return TokenGroups(build("Gather", ids, row), tokens, build("Gather", places, order))
+    return TokenGroups(build("Gather", ids, row), tokens, build("Gather", slots, order))
 
 
 def tokens_of_adapters(
@@ -215,21 +215,21 @@ def tokens_of_adapters(
     """
     lengths = _Lengths(build, input_ids, query)
     zero, one = lengths.zero, lengths.one
-    places = build("Squeeze", lengths.tokens, build.ints(0))
-    number = build("Squeeze", build("Shape", places), build.ints(0))
-    own = build("Gather", ids, build("Div", places, lengths.length))  # [tokens]
+    indices = build("Squeeze", lengths.tokens, build.ints(0))
+    number = build("Squeeze", build("Shape", indices), build.ints(0))
+    own = build("Gather", ids, build("Div", indices, lengths.length))  # [tokens]
     column = build("Unsqueeze", own, build.ints(1))
     hits = build("Cast", build("Equal", column, build("Range", zero, adapters, one)), to=ir.DataType.INT64)
     most = build("ReduceMax", build("ReduceSum", hits, build.ints(0), keepdims=0), keepdims=0)
     before = build("ReduceSum", build("Mul", build("CumSum", hits, zero), hits), build.ints(1), keepdims=0)
-    places = build("Add", build("Mul", own, most), build("Sub", before, one))
+    slots = build("Add", build("Mul", own, most), build("Sub", before, one))
     shape = build("Concat", *(build("Unsqueeze", size, build.ints(0)) for size in (adapters, most)), axis=0)
     room = build("Mul", adapters, most)
     none = build("Expand", zero, build("Unsqueeze", room, build.ints(0)))
-    tokens = build("Reshape", build("ScatterElements", none, places, build("Range", zero, number, one)), shape)
+    tokens = build("Reshape", build("ScatterElements", none, slots, build("Range", zero, number, one)), shape)
     is_short = build("LessOrEqual", most, build.scalar(TILE))
     is_used = build("LessOrEqual", room, build("Add", build("Mul", number, build.scalar(_COPY)), one))
-    groups = TokenGroups(None, tokens, build("Unsqueeze", places, build.ints(0)))
+    groups = TokenGroups(None, tokens, build("Unsqueeze", slots, build.ints(0)))
     return groups, build("And", is_short, is_used)
 
 

@@ -39,8 +39,8 @@ class SiteOutput:
 
 def sites_in(value: ir.Value | None) -> tuple[SiteOutput, ...]:
     """The outputs of linear layers that a value is made of."""
-    found: tuple[SiteOutput, ...] = () if value is None else value.meta.get(SITES, ())
-    return found
+    marks: tuple[SiteOutput, ...] = () if value is None else value.meta.get(SITES, ())
+    return marks
 
 
 def mark_concat(whole: ir.Value, parts: Sequence[ir.Value]) -> None:
@@ -75,7 +75,7 @@ class MarkSites:
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Mark them in a model as it was translated, weights under their names; the summary is `MarkedSites`."""
-        found: set[str] = set()
+        paths_marked: set[str] = set()
         count = 0
         for name, paths in self.weights.items():
             weight = model.graph.initializers.get(name)
@@ -86,15 +86,15 @@ class MarkSites:
                 if path is None or width is None:
                     continue
                 output.meta[SITES] = (SiteOutput(path, 0, width, rows),)
-                found.add(path)
+                paths_marked.add(path)
                 count += 1
         for name, path in self.norm_biases.items():
             for output in _norms(model.graph.initializers.get(name)):
                 output.meta[SITES] = (SiteOutput(path, 0, static_dim(output, -1) or 0),)
-                found.add(path)
+                paths_marked.add(path)
                 count += 1
-        model.meta[MARKED] = frozenset(found)
-        return PassResult(count, summary=MarkedSites(frozenset(found)))
+        model.meta[MARKED] = frozenset(paths_marked)
+        return PassResult(count, summary=MarkedSites(frozenset(paths_marked)))
 
 
 def _norms(bias: ir.Value | None) -> Iterator[ir.Value]:

@@ -53,10 +53,10 @@ def token_regions(graph: ir.Graph) -> list[TokenRegion]:
         dims = _tokens_of(node)
         if dims is not None:
             candidates.setdefault(dims, []).append(node)
-        elif node.op_type in ATTENTION and (found := token_dims(node.inputs[0])) is not None:
+        elif node.op_type in ATTENTION and (query_dims := token_dims(node.inputs[0])) is not None:
             if node.outputs[0].shape is None or len(node.outputs[0].shape) != 3:
                 continue
-            attention.setdefault(found, []).append(node)
+            attention.setdefault(query_dims, []).append(node)
     for dims, nodes in attention.items():
         region = TokenRegion(dims, attention=nodes)
         region.nodes = _connected(candidates.get(dims, []), [*_attention_around(attention, dims)])
@@ -123,8 +123,8 @@ def _width(weight: ir.Value | None) -> int | None:
 def _same_tokens(node: ir.Node) -> Dims | None:
     """Of an elementwise node: its inputs are tokens of one sequence, or the same for every token."""
     tokens = [value for value in node.inputs if value is not None and not _is_of_features(value)]
-    found = {token_dims(value) for value in tokens}
-    dims = found.pop() if len(found) == 1 else None
+    all_dims = {token_dims(value) for value in tokens}
+    dims = all_dims.pop() if len(all_dims) == 1 else None
     output = node.outputs[0]
     if dims is not None and output.shape is None and len({str(value.shape) for value in tokens}) == 1:
         output.shape = tokens[0].shape
@@ -147,21 +147,21 @@ def _along_features(node: ir.Node) -> Dims | None:
     else:
         axis = node.attributes.get("axis")
         last = axis is not None and axis.as_int() in (-1, 2)
-    found = {token_dims(value) for value in tokens}
-    dims = found.pop() if len(found) == 1 and last else None
+    all_dims = {token_dims(value) for value in tokens}
+    dims = all_dims.pop() if len(all_dims) == 1 and last else None
     return dims if all(token_dims(output) == dims for output in node.outputs) else None
 
 
 def _connected(nodes: list[ir.Node], attention: list[ir.Node]) -> list[ir.Node]:
     """Those nodes that attention depends on or that depend on it, through each other."""
-    inside, found = set(nodes), set()
+    inside, connected = set(nodes), set()
     waiting = list(attention)
     while waiting:
         node = waiting.pop()
         before = [value.producer() for value in node.inputs if value is not None]
         after = [usage.node for output in node.outputs for usage in output.uses()]
         for other in (*before, *after):
-            if other is not None and other in inside and other not in found:
-                found.add(other)
+            if other is not None and other in inside and other not in connected:
+                connected.add(other)
                 waiting.append(other)
-    return [node for node in nodes if node in found]
+    return [node for node in nodes if node in connected]

@@ -51,11 +51,11 @@ def fenced(package: str) -> Iterator[None]:
 def warn_of_untested() -> None:
     """Warn of each installed package whose version is outside the tested range; of a package that is missing, not."""
     for package in TESTED:
-        found = installed_version(package)
-        if found is not None and not _is_tested(package, found):
+        installed = installed_version(package)
+        if installed is not None and not _is_tested(package, installed):
             warn_caller(
-                f"{package} {found} is outside the versions that gralora-fx was tested with ({range_of(package)}), so "
-                "it may fail or give other results: install one of these, or update gralora-fx"
+                f"{package} {installed} is outside the versions that gralora-fx was tested with ({range_of(package)}), "
+                "so it may fail or give other results: install one of these, or update gralora-fx"
             )
 
 
@@ -82,11 +82,11 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(others[0]) if others else None
 
 
-def _is_tested(package: str, found: str) -> bool:
+def _is_tested(package: str, installed: str) -> bool:
     """Whether a version is in the tested range; a development version of what comes after the newest is not."""
     lowest, newest = map(Version, TESTED[package])
     try:
-        version = Version(found)
+        version = Version(installed)
     except InvalidVersion:  # of someone's own build; what cannot be compared was not tested
         return False
     return version >= lowest and version.release[: len(newest.release)] <= newest.release

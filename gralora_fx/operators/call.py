@@ -210,5 +210,5 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     if not isinstance(node.target, OpOverload):
         raise TypeError(f"{node.name} calls {node.target}, which is not an operator; read its arguments by hand")
     arguments = schema_of(node.target).arguments
-    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
-    return {argument.name: given.get(argument.name, argument.default_value) for argument in arguments}
+    passed = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
+    return {argument.name: passed.get(argument.name, argument.default_value) for argument in arguments}

@@ -116,18 +116,23 @@ def make_mask(
     """The mask behind transformers' mask interface, as one operator if it is causal with at most a window."""
     window = local_size or 0
     plain = sliding_window_causal_mask_function(window) if window else causal_mask_function
-    given = {"attention_mask": attention_mask, "local_size": local_size, "dtype": dtype, **options}
-    made: Tensor | None = None
     if attention_mask is not None and _is_same(mask_function, plain):
         torch._check(attention_mask.shape[1] == kv_length)  # type: ignore[no-untyped-call]
-        made = Mask.compute(padding=attention_mask, length=q_length, window=window, dtype=dtype)
-    else:
-        made = eager_mask(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **given)
-        blocks = _blocks_beside(mask_function, plain)
-        if attention_mask is not None and blocks is not None:
-            other = Mask.compute(padding=attention_mask, length=q_length, window=window, dtype=dtype)
-            made = MaskOfBlocks.compute(blocks=blocks, plain=other, whole=made)
-    return made
+        return Mask.compute(padding=attention_mask, length=q_length, window=window, dtype=dtype)
+    whole: Tensor | None = eager_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        dtype=dtype,
+        **options,
+    )
+    blocks = _blocks_beside(mask_function, plain)
+    if attention_mask is None or blocks is None:
+        return whole
+    without = Mask.compute(padding=attention_mask, length=q_length, window=window, dtype=dtype)
+    return MaskOfBlocks.compute(blocks=blocks, plain=without, whole=whole)
 
 
 def _blocks_beside(mask_function: Any, plain: Callable[..., Any]) -> Tensor | None:
