@@ -16,6 +16,23 @@ from gralora_fx.sources.paths import usable_directory
 
 DUMP = "GRALORA_FX_DUMP"  # environment variable: the directory that graphs are written to
 
+# facts of `torch.fx` graphs that passes need, leave and end
+UNSHARED_WRITES = "no tensor that is written into shares memory"
+FUNCTIONAL = "no operator writes into its arguments"
+SIMPLIFIED = "nodes that compute nothing are gone"
+NOTED_VALUES = "every node has its traced value"
+ONE_SPELLING = "each expression is computed once"
+
+# facts of ONNX models
+FLOAT_MATRICES = "constant matrices are of floats"
+OWN_WEIGHTS = "layers read weights of their own"
+APART_ADDITIONS = "residual additions are apart from normalizations"
+ROTARY_NODES = "rotary embeddings are a node each"
+FOLDED_TRANSPOSES = "weights that are read transposed are stored so"
+FUSED_ATTENTION = "attention without a cache is a node a layer"
+FUSED_CACHED_ATTENTION = "attention over a cache is a node a layer"
+TRANSLATED = frozenset({FLOAT_MATRICES, OWN_WEIGHTS, APART_ADDITIONS, ROTARY_NODES})  # of a model as it was translated
+
 
 @dataclass(frozen=True)
 class OnnxIrPass:
@@ -37,6 +54,7 @@ class OnnxIrPass:
 class OnnxPipeline(Pipeline[ir.Model]):
     """A pipeline after which the model imports the domains of its operators."""
 
+    given: frozenset[str] = TRANSLATED
     error: type[GraloraError] = ExportError
 
     def run(self, graph: ir.Model, log: PassLog | None = None) -> ir.Model:

@@ -25,7 +25,13 @@ from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAtten
 from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
-from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
+from gralora_fx.exporters.onnx_pipeline import (
+    FOLDED_TRANSPOSES,
+    FUSED_CACHED_ATTENTION,
+    ROTARY_NODES,
+    TRANSLATED,
+    OnnxPipeline,
+)
 from gralora_fx.exporters.options import DYNAMIC
 from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import name_axes
@@ -108,7 +114,7 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
         "decoder",
         (
             *marking_passes(conversion),  # first: weights have their own names
-            fold_transposes,  # first: packing and merging of matmuls look for weights, not for their transposes
+            fold_transposes,
             FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
@@ -128,7 +134,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
     return OnnxPipeline(
         name,
         (
-            *positions,  # before norms, which fused they could not cut
+            *positions,
             LowerNorms(),
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,
@@ -138,8 +144,9 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
             *insertion_passes(conversion),  # what was packed stays packed
-            *quantization_passes(conversion.options.quantization),  # last: all others look for matrices
+            *quantization_passes(conversion.options.quantization),
         ),
+        given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
     )
 
 

@@ -22,9 +22,10 @@ from gralora_fx.exporters.fx_passes.matching import (
     shape,
 )
 from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, selection_of, split_mask
+from gralora_fx.exporters.onnx_pipeline import ONE_SPELLING, SIMPLIFIED
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.graph.module_tree import innermost_path
-from gralora_fx.graph.pipeline import PassResult, Skip
+from gralora_fx.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.operators.attention import DotProductAttention
 from gralora_fx.operators.call import named_arguments
 
@@ -33,6 +34,7 @@ _PRODUCT = (aten.matmul.default, aten.bmm.default)
 _DIVISION = (aten.div.Tensor, aten.div.Scalar)
 
 
+@contract(needs={SIMPLIFIED, ONE_SPELLING})
 def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Rewrite attention without a cache as one operator, with padding apart from the rest of its mask.
 

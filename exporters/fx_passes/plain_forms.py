@@ -12,7 +12,8 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from gralora_fx.compat import torch_onnx
 from gralora_fx.compat.transformers_exporters import fix_for_onnx
 from gralora_fx.exporters.fx_passes.matching import aten, expression, is_call, shape
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES, ONE_SPELLING
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.progress.stages import quiet
@@ -32,6 +33,7 @@ _MIXED = {
 }
 
 
+@contract(ends={NOTED_VALUES, ONE_SPELLING})
 def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Rewrite calls that torch's translation gets wrong, as transformers' exporter does; in place."""
     before = len(graph.nodes)
@@ -39,6 +41,7 @@ def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
     return PassResult(abs(len(graph.nodes) - before))
 
 
+@contract(needs={NOTED_VALUES}, leaves={ONE_SPELLING})
 def eliminate_common_subexpressions(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Compute equal expressions once; the result is a new graph."""
     cse_result = CSEPass(banned_ops=get_CSE_banned_ops())(_module_of(graph))
@@ -77,6 +80,7 @@ def _promotes(node: fx.Node) -> bool:
 _ARITHMETIC = (aten.div.Tensor, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.pow.Tensor_Scalar)
 
 
+@contract(needs={NOTED_VALUES})
 def plain_sizes(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace numbers of elements by products of sizes, and cast sizes that floats are computed with.
 

@@ -19,7 +19,8 @@ from gralora_fx.exporters.fx_passes.matching import (
     same_size,
     shape,
 )
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.exporters.onnx_pipeline import FUNCTIONAL, SIMPLIFIED, UNSHARED_WRITES
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.layers import DropPath, Reshape
 
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
@@ -31,6 +32,7 @@ _SHAPES = {*_VIEWS, aten.reshape.default, aten.flatten.using_ints}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
 
 
+@contract(needs={FUNCTIONAL}, leaves={SIMPLIFIED})
 def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Remove nodes that compute nothing.
 
@@ -183,6 +185,7 @@ def constant_slices(graph: fx.Graph) -> PassResult[fx.Graph]:
     return PassResult(count)
 
 
+@contract(needs={SIMPLIFIED})
 def addmm_to_matmul(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace `addmm` on flattened rows by a batched matmul and an addition.
 
@@ -214,6 +217,7 @@ def addmm_to_matmul(graph: fx.Graph) -> PassResult[fx.Graph]:
     return PassResult(count)
 
 
+@contract(needs={UNSHARED_WRITES}, leaves={FUNCTIONAL})
 def out_of_place(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace in-place operators by out-of-place ones; later readers read the result. The graph is changed in place.
 

@@ -17,16 +17,24 @@ from gralora_fx.exporters.onnx_passes.builder import (
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.onnx_passes.pack_qkv import merge_heads, pack_qkv
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
+from gralora_fx.exporters.onnx_pipeline import (
+    FLOAT_MATRICES,
+    FOLDED_TRANSPOSES,
+    FUSED_CACHED_ATTENTION,
+    OWN_WEIGHTS,
+    ROTARY_NODES,
+)
 from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode
-from gralora_fx.graph.pipeline import PassResult, Skip
+from gralora_fx.graph.pipeline import PassResult, Skip, contract
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention supports only multiples of it as head size
 
 _Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with the same mask share
 
 
+@contract(needs={FLOAT_MATRICES, FOLDED_TRANSPOSES, ROTARY_NODES}, leaves={FUSED_CACHED_ATTENTION}, ends={OWN_WEIGHTS})
 @dataclass(frozen=True)
 class FuseAttention:
     """Replace every attention operator and the concatenation of its cache by `GroupQueryAttention`.

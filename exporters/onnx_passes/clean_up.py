@@ -9,14 +9,16 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
 
+from gralora_fx.exporters.onnx_pipeline import FOLDED_TRANSPOSES
 from gralora_fx.exporters.translation.weights import LazyTensor
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.progress.stages import quiet
 
 _SMALL = 1024  # values
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 
+@contract(needs={FOLDED_TRANSPOSES})
 @dataclass(frozen=True)
 class FoldConstants:
     """Fold constants.

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
+from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES, FOLDED_TRANSPOSES, OWN_WEIGHTS
 from gralora_fx.exporters.translation.weights import parts_of, transposed_tensor
-from gralora_fx.graph.pipeline import PassResult, Skip
+from gralora_fx.graph.pipeline import PassResult, Skip, contract
 
 _COLUMNS = 4096  # in a group
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -186,6 +187,7 @@ def _is_scaled(node: ir.Node) -> bool:
     return bool(numbers.get("transA")) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0
 
 
+@contract(needs={FLOAT_MATRICES}, leaves={FOLDED_TRANSPOSES})
 def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
     """Fold the transposes of weights that are only read transposed into their initializers.
 
@@ -220,6 +222,7 @@ def _transposes(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
 
 
+@contract(needs={FLOAT_MATRICES, FOLDED_TRANSPOSES}, ends={OWN_WEIGHTS})
 def merge_matmuls(model: ir.Model) -> PassResult[ir.Model]:
     """Merge matmuls of one tensor with weights of equal width into one over their concatenation.
 

@@ -24,8 +24,9 @@ from gralora_fx.exporters.onnx_passes.row_tokens import (
     row_tokens,
     take_tokens,
 )
+from gralora_fx.exporters.onnx_pipeline import APART_ADDITIONS, FUSED_CACHED_ATTENTION
 from gralora_fx.exporters.translation.names import layer_of
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 
 GQA = "GroupQueryAttention"
@@ -36,6 +37,7 @@ _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax",
 _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
 
 
+@contract(needs={FUSED_CACHED_ATTENTION})
 def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     """Let each row of a decoder's step read as many tokens as `query_seqlens` says, after `past_seqlens` cached ones.
 
@@ -188,6 +190,7 @@ def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
         raise RowsError(f"the model needs more than the lengths of its rows: {listed(sorted(set(problems)), 6)}")
 
 
+@contract(needs={APART_ADDITIONS})
 @dataclass(frozen=True)
 class LogitsOfRows:
     """Give logits of rows: of the last token of each, or of every position.

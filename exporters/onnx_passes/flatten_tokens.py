@@ -11,7 +11,8 @@ import onnx_ir as ir
 from gralora_fx.exporters.onnx_passes.builder import Builder, const_ints
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION, PADDING
 from gralora_fx.exporters.onnx_passes.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
-from gralora_fx.graph.pipeline import PassResult, Skip
+from gralora_fx.exporters.onnx_pipeline import FUSED_ATTENTION
+from gralora_fx.graph.pipeline import PassResult, Skip, contract
 
 
 @dataclass
@@ -61,6 +62,7 @@ def copied(model: ir.Model) -> ir.Model:
     return copy
 
 
+@contract(needs={FUSED_ATTENTION})
 @dataclass(frozen=True)
 class FlattenTokens:
     """Compute what lies between attention on matrices `[tokens, features]`, and leave padding out.

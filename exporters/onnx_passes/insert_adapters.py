@@ -14,12 +14,14 @@ from gralora_fx.exporters.onnx_passes.adapter_groups import Grouping, Groups
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, choice, replace_readers, static_dim
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_passes.site_marks import MARKED, SITES, SiteOutput, sites_in
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.runtime.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite
 
 _NORMS = ("LayerNormalization", "SkipLayerNormalization")
 
 
+@contract(needs={FLOAT_MATRICES})
 @dataclass(frozen=True)
 class InsertAdapters:
     """Add the output of an adapter at every marked site; its tensors become inputs of the model.

@@ -9,12 +9,14 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.fx_passes.matching import END
 from gralora_fx.exporters.onnx_passes.builder import Builder
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.exporters.onnx_pipeline import APART_ADDITIONS
+from gralora_fx.graph.pipeline import PassResult, contract
 
 # operators that may follow the last projection, such as a soft cap or a factor
 _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
 
 
+@contract(needs={APART_ADDITIONS})
 def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
     """Compute logits only for the last position of each row that is not padding, all that a prompt needs."""
     head = head_of(model)

@@ -14,12 +14,14 @@ from torch import fx
 from gralora_fx.exporters.fx_passes.matching import ADD, MUL, aten, is_call, number, operands, shape
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.site_marks import SITES
+from gralora_fx.exporters.onnx_pipeline import APART_ADDITIONS, ONE_SPELLING, SIMPLIFIED
 from gralora_fx.exporters.translation.operators import RmsNormNode
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.call import named_arguments
 from gralora_fx.operators.layers import RmsNorm
 
 
+@contract(needs={SIMPLIFIED, ONE_SPELLING})
 def match_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Rewrite root-mean-square normalisations as one operator each.
 
@@ -117,6 +119,7 @@ def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
     return (users[0], weight) if same else (node, None)
 
 
+@contract(needs={APART_ADDITIONS}, ends={APART_ADDITIONS})
 @dataclass(frozen=True)
 class LowerNorms:
     """Replace normalisations by the runtime's operators, an RMS norm by ONNX's `RMSNormalization`.

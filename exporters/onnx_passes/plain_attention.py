@@ -10,10 +10,11 @@ import onnx_ir as ir
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
+from gralora_fx.exporters.onnx_pipeline import FUSED_ATTENTION
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode, DotProductAttentionNode
-from gralora_fx.graph.pipeline import PassResult, Skip
+from gralora_fx.graph.pipeline import PassResult, Skip, contract
 
 PADDING = "gralora.padding"  # metadata of attention: the padding mask that hides keys
 ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
@@ -84,6 +85,7 @@ def _length(build: Builder, query: ir.Value) -> ir.Value:
     return build("Shape", query, start=2, end=3)
 
 
+@contract(leaves={FUSED_ATTENTION})
 @dataclass(frozen=True)
 class FuseDotProductAttention:
     """Replace attention without a cache by one operator, which takes queries, keys and values with heads merged.

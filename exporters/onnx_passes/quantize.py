@@ -23,11 +23,13 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     replace_product,
     unquantized,
 )
+from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.options import Quantization
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult, contract
 
 
+@contract(needs={FLOAT_MATRICES}, ends={FLOAT_MATRICES})
 @dataclass(frozen=True)
 class QuantizeWeights:
     """Store constant matrices as blocks of small integers (see `quantize_weights`).

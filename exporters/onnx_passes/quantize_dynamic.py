@@ -20,14 +20,16 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     replace_product,
     unquantized,
 )
+from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult, contract
 
 # Largest absolute value of a weight: 7 bits, `reduce_range` of onnxruntime's quantizer. x86 processors without VNNI
 # add two products of uint8 and int8 in int16, which saturates at 32,767: 2 * 255 * 64 = 32,640 fits, 2 * 255 * 127 not.
 LARGEST = 64
 
 
+@contract(needs={FLOAT_MATRICES}, ends={FLOAT_MATRICES})
 def quantize_dynamically(model: ir.Model) -> PassResult[ir.Model]:
     """Multiply by constant matrices in int8; in place, the summary is `Counts`.
 

@@ -24,11 +24,13 @@ from gralora_fx.exporters.fx_passes.matching import (
     shape,
 )
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_pipeline import ONE_SPELLING, ROTARY_NODES, SIMPLIFIED
 from gralora_fx.exporters.translation.operators import RotaryNode
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.layers import Reshape, Rotary, Rotate
 
 
+@contract(needs={SIMPLIFIED, ONE_SPELLING})
 def match_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Rewrite rotary embeddings as one operator each.
 
@@ -289,6 +291,7 @@ class RotaryTables:
         return self._memo[values, *key]
 
 
+@contract(needs={ROTARY_NODES}, ends={ROTARY_NODES})
 @dataclass(frozen=True)
 class LowerRotary:
     """Replace rotary operators by `com.microsoft.RotaryEmbedding`.

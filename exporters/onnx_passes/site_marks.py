@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import const_ints, static_dim
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.exporters.onnx_pipeline import OWN_WEIGHTS
+from gralora_fx.graph.pipeline import PassResult, contract
 
 SITES = "gralora_sites"  # key of the marks in a value's metadata
 MARKED = "gralora_marked"  # key of the paths of all layers with marks, in a model's
@@ -61,6 +62,7 @@ class MarkedSites:
     paths: frozenset[str]
 
 
+@contract(needs={OWN_WEIGHTS})
 @dataclass(frozen=True)
 class MarkSites:
     """Mark the outputs of linear layers, bias included, so that adapters can be inserted once all is fused.

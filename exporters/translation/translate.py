@@ -25,15 +25,15 @@ from gralora_fx.compat.torch_onnx import (
 )
 from gralora_fx.compat.transformers_exporters import onnx_translations
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.fx_passes.decompose import Decompose, FoldNumbers
 from gralora_fx.exporters.fx_passes.plain_forms import (
     eliminate_common_subexpressions,
     fix_calls,
     plain_sizes,
     promote_types,
 )
-from gralora_fx.exporters.fx_passes.retrace import functionalize, note_values
+from gralora_fx.exporters.fx_passes.retrace import Decompose, FoldNumbers, functionalize, note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
+from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn, histc, update_forms
 from gralora_fx.exporters.translation.weights import weight_tensor
@@ -123,20 +123,21 @@ def _translate_into(
     graph = Pipeline[fx.Graph](
         name,
         (
-            functionalize,  # first: in-place writes must be resolved before any node is moved
+            functionalize,
             out_of_place,
             simplify,
             addmm_to_matmul,
-            fix_calls,  # transformers' own; before common subexpressions, since it makes arguments explicit
+            fix_calls,  # transformers' own
             note_values,  # of the nodes it added
             eliminate_common_subexpressions,
-            *passes,  # on a graph in which each expression has one spelling
+            *passes,
             Decompose(known, lambda: decomposition_table(known)),  # what no pass has replaced
             FoldNumbers(known, lambda path: _constant(weights[path][1]) if path in weights else None),
             plain_sizes,  # of those that decompositions compute too
             constant_slices,
             promote_types,  # last: it runs the whole graph
         ),
+        given=frozenset({NOTED_VALUES}),
         error=ExportError,
     ).run(graph, log)
     try:
