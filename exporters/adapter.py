@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.adapters.stored import open_adapter
+from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError
 from gralora_fx.exporters.artifact.adapter_files import write_adapter
 from gralora_fx.exporters.artifact.changes import Changes

@@ -117,9 +117,7 @@ def _trained(model: GraloraModel) -> set[str]:
     Raises:
         ExportError: One is neither the weight of a linear layer nor a bias.
     """
-    names = {
-        name: [base for owned in model.installed(name).copies.values() for base in owned] for name in model.configs
-    }
+    names = {name: [base for owned in model.adapter(name).copies.values() for base in owned] for name in model.configs}
     known = {parameter for site in model.sites for parameter in _parameters_of(site)}
     known |= {name for name, value in model.traced.tree.parameters.items() if name.endswith(_BIAS) and value.ndim == 1}
     for name, trained in names.items():

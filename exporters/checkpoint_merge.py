@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from gralora_fx.adapters.stored import StoredAdapter, open_adapter
-from gralora_fx.config.adapter_tasks import task_of
+from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
+from gralora_fx.config.tasks import task_of
 from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.merged_files.model_names import names_in_files, names_of

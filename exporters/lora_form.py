@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.adapters.adapter_files import KEY_PREFIX, adapter_writers
-from gralora_fx.adapters.stored import StoredAdapter, open_adapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.checks import check_integer
 from gralora_fx.config.expressions import fullmatch

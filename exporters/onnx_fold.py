@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gralora_fx.adapters.stored import StoredAdapter, open_adapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters.artifact.staging import (
     check_output,

@@ -152,7 +152,7 @@ def test_a_method_of_tensors_alone_changes_files_too(tmp_path: Path) -> None:
     try:
         traced = fresh_trace("llama")
         model = rewrite(traced, OuterConfig(target_modules={"q_proj"}, scale=0.5))
-        for factors in model.installed("default").factors.values():
+        for factors in model.adapter("default").factors.values():
             torch.nn.init.normal_(factors.u)
         model.save_pretrained(tmp_path / "adapter")
         tiny_model("llama").save_pretrained(tmp_path / "base")

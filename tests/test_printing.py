@@ -19,7 +19,7 @@ def test_objects_print_no_tensors() -> None:
     ):
         planned = plan(traced, config)
         model = rewrite(traced, planned)
-        installed = model.installed("default")
+        installed = model.adapter("default")
         site = planned.selected[0]
         objects = [traced, traced.tree, traced.sites[0], site, planned.rejected[0], planned, installed, model.plans]
         objects += [installed.update(site.site.path), model.adapted_sites()[0], model.site(site.site.path)]

@@ -30,7 +30,7 @@ def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manife
     base.check()
     assert manifest.adapter_inputs is not None
     for name in model.active_adapters:
-        adapter = model.installed(name)
+        adapter = model.adapter(name)
         config = json.loads(saved_config(adapter, model.traced).to_json())
         changes = installed_changes(model, name, base)
         write_adapter(
@@ -49,7 +49,7 @@ def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> C
     Raises:
         ExportError: It trains parameters that do not fit the export.
     """
-    adapter = model.installed(name)
+    adapter = model.adapter(name)
     updates = {path: adapter.update(path) for path in adapter.factors}
     copies = {base_name: to_numpy(value) for owned in adapter.copies.values() for base_name, value in owned.items()}
     return base.changes(updates, copies, name)

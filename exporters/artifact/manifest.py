@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from gralora_fx.adapters.base_of_adapter import base_of
+from gralora_fx.adapters.checkpoint import base_of
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.compat.versions import installed_version
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
@@ -87,7 +87,7 @@ def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, AdapterEnt
 
 
 def _active(model: GraloraModel) -> Mapping[str, Any]:
-    adapters = [model.installed(name) for name in model.active_adapters]
+    adapters = [model.adapter(name) for name in model.active_adapters]
     return describe_folded(adapters, model.traced, own=True)
 
 

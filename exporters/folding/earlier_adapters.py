@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gralora_fx.adapters.adapter_files import adapter_digest
-from gralora_fx.adapters.stored import StoredAdapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import MergeError, listed, warn_caller
 from gralora_fx.methods import config_from_fields, method_of

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.adapters.stored import StoredAdapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
 from gralora_fx.exporters.folding.initializers import (

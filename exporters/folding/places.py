@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.adapters.stored import StoredAdapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.base_weights import BaseWeights, find_values, holds
 from gralora_fx.exporters.folding.initializer_names import foreign_names, parameter_names, ranges, reduced

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.adapters.stored import StoredAdapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.base_weights import holds
 from gralora_fx.exporters.folding.edits import LayerEdit, ValuesEdit, constant

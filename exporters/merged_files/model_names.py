@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gralora_fx.adapters.agreement import KnownLayers, disagreements
-from gralora_fx.adapters.stored import StoredAdapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, TraceError, bulleted, first_line
 from gralora_fx.sources.model_files import read_json_object
 from gralora_fx.sources.safetensors_files import SavedWeights, StoredTensor

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from gralora_fx.adapters.stored import StoredAdapter
+from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
 from gralora_fx.exporters.merged_files.model_names import Names

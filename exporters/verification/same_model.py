@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gralora_fx.adapters.checkpoint import read_adapter, tensors_digest
+from gralora_fx.adapters.adapter_files import read_adapter, tensors_digest
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.fingerprint import fingerprint_of

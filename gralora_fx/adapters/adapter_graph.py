@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from gralora_fx.adapters.adapter_paths import drop
+from gralora_fx.adapters.adapter import ModelAdapter, drop
 from gralora_fx.adapters.base import Base
 from gralora_fx.adapters.folded_weights import (
     SiteUpdate,
@@ -19,7 +19,6 @@ from gralora_fx.adapters.folded_weights import (
     replace_values,
     shared_sites,
 )
-from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.running import RunningGraph
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
 from gralora_fx.graph.pipeline import GraphPass
@@ -52,7 +51,7 @@ class AdapterGraph(RunningGraph):
             self.check_not_merged("add an adapter")
             is_first = not self.adapters
             try:
-                adapter = InstalledAdapter.create(self.base.tree, name, planned, self.traced.tree, factors)
+                adapter = ModelAdapter.create(self.base.tree, name, planned, self.traced.tree, factors)
                 adapter.requires_grad_(is_first)
                 self.adapters = {**self.adapters, name: adapter}
                 if is_first:

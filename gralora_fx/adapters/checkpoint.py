@@ -1,4 +1,4 @@
-"""PEFT-format adapter files: `adapter_config.json` and `adapter_model.safetensors`."""
+"""A model's adapters as files in PEFT's format, and the base that an adapter was made for."""
 
 from __future__ import annotations
 
@@ -8,34 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gralora_fx.adapters.adapter import ModelAdapter
 from gralora_fx.adapters.adapter_files import (
     KEY_PREFIX,
     SAVED_COPY,
-    WEIGHTS_NAME,
     adapter_writers,
-    read_adapter,
-    tensors_digest,
 )
-from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
 from gralora_fx.sources.atomic_save import Writer, save_together
 from gralora_fx.sources.lazy_tensors import values_of
+from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
 from gralora_fx.tracing.traced_model import TracedModel
-
-__all__ = [  # those of `adapter_files` too
-    "WEIGHTS_NAME",
-    "base_names",
-    "check_state_dict",
-    "checkpoint_parameters",
-    "load_tensors",
-    "read_adapter",
-    "saved_config",
-    "tensors_digest",
-    "write_adapters",
-]
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
@@ -47,7 +33,7 @@ def base_names(keys: Iterable[str]) -> set[str]:
     return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
-def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
+def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
     """Copy a checkpoint's tensors into an adapter, all or none.
 
     Args:
@@ -82,7 +68,7 @@ def load_tensors(adapter: InstalledAdapter, tensors: Mapping[str, Tensor], tree:
             parameter.copy_(tensors[key])
 
 
-def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]) -> None:
+def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> None:
     """Check that a state dict holds the current values of an adapter.
 
     Args:
@@ -101,7 +87,7 @@ def check_state_dict(adapter: InstalledAdapter, state_dict: Mapping[str, Tensor]
             )
 
 
-def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Path, traced: TracedModel) -> None:
+def write_adapters(adapters: Mapping[str, ModelAdapter], directory: str | Path, traced: TracedModel) -> None:
     """Write adapters in PEFT's format, with the same meaning there: all of them, or none after an error.
 
     Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. So do targets with
@@ -125,13 +111,13 @@ def write_adapters(adapters: Mapping[str, InstalledAdapter], directory: str | Pa
             )
 
 
-def _writers(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, Writer]:
+def _writers(adapter: ModelAdapter, traced: TracedModel) -> dict[str, Writer]:
     """The functions that write an adapter's files, by file name."""
     # a parameter with two names is written under both
     return adapter_writers(saved_config(adapter, traced), lambda: checkpoint_parameters(adapter))
 
 
-def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfig:
+def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
     """An adapter's configuration as saved, with its shorthands expanded."""
     config = adapter.config
     source = config.base_model_name_or_path or traced.tokenizer_source
@@ -147,7 +133,7 @@ def saved_config(adapter: InstalledAdapter, traced: TracedModel) -> AdapterConfi
     return config.changed(**changes)
 
 
-def _own_targets(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, object]:
+def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object]:
     """The fields that select layers, so that by PEFT's rules over paths alone they select the adapted ones.
 
     Names and layers that are not in the model are left out. Where the rules select a layer that has no adapter, since
@@ -167,12 +153,12 @@ def _own_targets(adapter: InstalledAdapter, traced: TracedModel) -> dict[str, ob
     return {"target_modules": set(rule.names) - set(unmatched_names(rule.names, paths))}
 
 
-def _within_saved(paths: Iterable[str], adapter: InstalledAdapter) -> set[str]:
+def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
     """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
     return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}
 
 
-def checkpoint_parameters(adapter: InstalledAdapter) -> dict[str, Tensor]:
+def checkpoint_parameters(adapter: ModelAdapter) -> dict[str, Tensor]:
     """An adapter's trainable tensors by the keys of PEFT's file."""
     parameters: dict[str, Tensor] = {}
     for site_path, factors in adapter.factors.items():
@@ -217,3 +203,31 @@ def _match_keys(
 def _repeats(tensor: Tensor, other: Tensor) -> bool:
     """Whether a tensor equals another one cast to its dtype."""
     return tensor.shape == other.shape and bool(torch.equal(other.cpu().to(tensor), tensor))
+
+
+# -- the base that an adapter was made for --------------------------------------------------------------------------
+
+
+def base_of(traced: TracedModel) -> BaseSource:
+    """What is known of a traced model: the name that it was loaded by, and its configuration."""
+    config = traced.config
+    if config is None:
+        return BaseSource(None)
+    return BaseSource(traced.tokenizer_source, getattr(config, "_commit_hash", None), config.to_dict())
+
+
+def settled_base(config: AdapterConfig, traced: TracedModel, directory: str | Path, *, strict: bool) -> BaseComparison:
+    """Compare an adapter's base with a traced model, and warn or refuse where it is not known to be the same.
+
+    Args:
+        config: The adapter's configuration.
+        traced: The model.
+        directory: The adapter, for messages.
+        strict: Whether to refuse.
+
+    Raises:
+        CheckpointError: It is not known to be the same base, and `strict` is set.
+    """
+    compared = compare_bases(BaseSource(config.base_model_name_or_path, config.revision), base_of(traced))
+    compared.settle(directory, strict=strict, error=CheckpointError)
+    return compared

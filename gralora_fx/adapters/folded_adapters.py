@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gralora_fx.adapters.checkpoint import checkpoint_parameters, saved_config, tensors_digest
-from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.adapter import ModelAdapter
+from gralora_fx.adapters.adapter_files import tensors_digest
+from gralora_fx.adapters.checkpoint import checkpoint_parameters, saved_config
 from gralora_fx.errors import warn_caller
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-def describe_folded(adapters: Iterable[InstalledAdapter], traced: TracedModel, *, own: bool) -> FoldedAdapters:
+def describe_folded(adapters: Iterable[ModelAdapter], traced: TracedModel, *, own: bool) -> FoldedAdapters:
     """Describe the adapters folded into a model, by name.
 
     Args:
@@ -37,14 +38,14 @@ def describe_folded(adapters: Iterable[InstalledAdapter], traced: TracedModel, *
 class _Folded:
     """An adapter as it was when it was folded."""
 
-    adapter: InstalledAdapter
+    adapter: ModelAdapter
     traced: TracedModel
     tensors: Mapping[str, Tensor]
 
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, adapter: InstalledAdapter, traced: TracedModel, *, own: bool) -> _Folded:
+    def of(cls, adapter: ModelAdapter, traced: TracedModel, *, own: bool) -> _Folded:
         tensors = {key: tensor.detach() for key, tensor in checkpoint_parameters(adapter).items()}
         tensors = tensors if own else {key: tensor.clone() for key, tensor in tensors.items()}
         return cls(adapter, traced, tensors, _versions(tensors))

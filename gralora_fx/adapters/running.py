@@ -13,9 +13,9 @@ from typing import Any, Self
 import torch
 from torch import fx, nn
 
+from gralora_fx.adapters.adapter import ModelAdapter
 from gralora_fx.adapters.base import Base
 from gralora_fx.adapters.graph_cache import GraphCache
-from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.adapters.readers import Readers
 from gralora_fx.adapters.state import GraphState, Running, Source
 from gralora_fx.errors import RewriteError, first_line
@@ -47,14 +47,14 @@ class RunningGraph:
 
     def _begin(self, base: Base) -> None:
         self.base = base
-        self.adapters: dict[str, InstalledAdapter] = {}
+        self.adapters: dict[str, ModelAdapter] = {}
         self._lock = threading.RLock()
         self._readers = Readers()
         self._running: Running | None = None  # built on first access, possibly after adapters were added
         self._cache = GraphCache()
         self._suspended: GraphState | None = None  # to which the end of a `disabled()` block returns
 
-    def __getitem__(self, name: str) -> InstalledAdapter:
+    def __getitem__(self, name: str) -> ModelAdapter:
         """An adapter by name; raises `RewriteError` if there is none."""
         if not isinstance(name, str) or name not in self.adapters:
             raise RewriteError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")

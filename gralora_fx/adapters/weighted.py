@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.adapter import ModelAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.methods import AdapterTensors, SummableMethod, Update
@@ -15,7 +15,7 @@ from gralora_fx.methods.registry import GRALORA
 
 
 def weighted_sum(
-    adapters: Sequence[InstalledAdapter], weights: Sequence[float]
+    adapters: Sequence[ModelAdapter], weights: Sequence[float]
 ) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
     """The adapter whose update at every site is the weighted sum of the given ones.
 
@@ -73,7 +73,7 @@ def weighted_sum(
 
 
 def _sums(
-    adapters: Sequence[InstalledAdapter], updates: Mapping[str, Sequence[Update]]
+    adapters: Sequence[ModelAdapter], updates: Mapping[str, Sequence[Update]]
 ) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
     """The sum at every site in one method and one size: that of the adapters if it takes any update, else GraLoRA."""
     method = adapters[0].method

@@ -109,7 +109,7 @@ def export(
     )
     with StageProgress(), gc_pause():
         with timed("import"):
-            from gralora_fx.adapters.adapter_paths import check_adapter_name
+            from gralora_fx.config.checks import check_adapter_name
             from gralora_fx.exporters import export_onnx
             from gralora_fx.loading.bases import load_traced
             from gralora_fx.loading.tokenizers import load_tokenizer

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gralora_fx.config.adapter_config import config_fields
-from gralora_fx.config.adapter_tasks import check_adapter_task, requested_task
-from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.config.tasks import ENCODER_DECODERS, check_adapter_task, requested_task
 from gralora_fx.errors import ConfigError, ExportError, TraceError
 from gralora_fx.exporters.artifact.staging import (
     check_base_replaced,

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from gralora_fx.config.adapter_names import check_adapter_letters
+from gralora_fx.config.checks import check_adapter_letters
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import ConfigError, first_line, shown
 from gralora_fx.runtime.adapter_paths import check_name

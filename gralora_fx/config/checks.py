@@ -1,7 +1,8 @@
-"""Checks of single configuration values; each error names the field, the value and a remedy."""
+"""Checks of single configuration values, and of adapters' names; each error names the value and a remedy."""
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -60,3 +61,43 @@ def check_names(name: str, values: Iterable[object]) -> None:
             raise ConfigError(
                 f"{name} must hold non-empty strings, but it holds {shown(value)}; name modules as in the model"
             )
+
+
+def _unfit_name(name: object) -> ConfigError:
+    """The error for a name that cannot be one of an adapter."""
+    return ConfigError(
+        f"{name!r} cannot name an adapter; use letters, digits, _ and -, no dots, no attribute of nn.Module and no "
+        "Python keyword"
+    )
+
+
+def check_adapter_letters(name: object) -> None:
+    """Check that a name can be part of an attribute path, of code and of a file path, as far as its letters tell.
+
+    Raises:
+        ConfigError: It is not a string, is empty or a Python keyword, or holds a dot, a slash, a quote or an
+            unprintable character.
+    """
+    is_fit = (
+        isinstance(name, str)
+        and bool(name)
+        and name.isprintable()
+        and not set(name) & set("./\\'\"")
+        and not keyword.iskeyword(name)
+    )
+    if not is_fit:
+        raise _unfit_name(name)
+
+
+def check_adapter_name(name: object) -> None:
+    """Check that a name can be part of an attribute path, of code and of a file path.
+
+    Raises:
+        ConfigError: It is not a string, is empty, is an attribute of every module or a Python keyword, or holds a dot,
+            a slash, a quote or an unprintable character.
+    """
+    from torch import nn
+
+    check_adapter_letters(name)
+    if hasattr(nn.Module(), str(name)):
+        raise _unfit_name(name)

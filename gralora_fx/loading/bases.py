@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from gralora_fx.adapters.base_of_adapter import settled_base
-from gralora_fx.adapters.checkpoint import base_names, read_adapter
+from gralora_fx.adapters.adapter_files import read_adapter
+from gralora_fx.adapters.checkpoint import base_names, settled_base
 from gralora_fx.config import AdapterConfig
-from gralora_fx.config.adapter_tasks import task_of, with_past
+from gralora_fx.config.tasks import task_of, with_past
 from gralora_fx.errors import CheckpointError, GraloraError, TargetError, TraceError, bulleted, warn_caller
 from gralora_fx.loading.adapter_facts import base_name, head_classes
 from gralora_fx.loading.load_report import LoadReport
@@ -257,7 +257,7 @@ def trace_base(
             rewritten = GraloraModel.from_pretrained(traced, base.adapter, adapter_name=adapter_name)
         except (TargetError, CheckpointError) as error:
             raise type(error)(_misfit(error, base)) from error
-    if all(rewritten.installed(name).is_zero for name in rewritten.configs):
+    if all(rewritten.adapter(name).is_zero for name in rewritten.configs):
         warn_caller(
             f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"
         )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gralora_fx.adapters.adapter import ModelAdapter
+from gralora_fx.adapters.adapter import adapter_names as as_names
+from gralora_fx.adapters.adapter_files import read_adapter
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.adapter_paths import adapter_names as as_names
-from gralora_fx.adapters.base_of_adapter import settled_base
-from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, read_adapter, write_adapters
-from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, settled_base, write_adapters
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.model.switching import Switching, planned_for
 from gralora_fx.planning.rewrite_plan import RewritePlan
@@ -114,7 +114,7 @@ class AdapterFiles:
             self.graph[adapter_name].requires_grad_(is_trainable)
 
 
-def _check_same_config(adapter: InstalledAdapter, other: RewritePlan, name: str) -> None:
+def _check_same_config(adapter: ModelAdapter, other: RewritePlan, name: str) -> None:
     mine, theirs = (
         {planned.site.path: (planned.sizes, planned.scale) for planned in chosen.selected}
         for chosen in (adapter.plan, other)

@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from transformers import GenerationConfig
 
+from gralora_fx.adapters.adapter import ModelAdapter
+from gralora_fx.adapters.adapter_files import read_adapter
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.base_of_adapter import settled_base
-from gralora_fx.adapters.checkpoint import load_tensors, read_adapter
-from gralora_fx.adapters.installed import InstalledAdapter
+from gralora_fx.adapters.checkpoint import load_tensors, settled_base
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite
@@ -96,7 +96,7 @@ class GraloraModel(nn.Module):
         base = settled_base(config, traced, directory, strict=strict_base)
         model = cls(traced)
         model.add_adapter(adapter_name, config)
-        load_tensors(model.installed(adapter_name), tensors, traced.tree, str(directory))
+        load_tensors(model.adapter(adapter_name), tensors, traced.tree, str(directory))
         model._state.note_base(adapter_name, base)
         model.freeze_base()
         return model
@@ -139,7 +139,7 @@ class GraloraModel(nn.Module):
         """One line for the base model and one for each adapter."""
         return self._inspection.description()
 
-    def installed(self, adapter_name: str) -> InstalledAdapter:
+    def adapter(self, adapter_name: str) -> ModelAdapter:
         """An adapter's plan and tensors.
 
         Args:
@@ -239,7 +239,7 @@ class GraloraModel(nn.Module):
         """The model as a transformers model, adapters included, as in PEFT."""
         parameters = dict(self.traced.tree.parameters)
         for name in self.active_adapters:
-            for copies in self.installed(name).copies.values():
+            for copies in self.adapter(name).copies.values():
                 parameters |= copies
         return view_of(self.traced, self.forward, parameters, labels=True)
 

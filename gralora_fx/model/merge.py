@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
-from gralora_fx.adapters.adapter_paths import adapter_names as as_names
-from gralora_fx.adapters.adapter_paths import copy_path, put
+from gralora_fx.adapters.adapter import ModelAdapter, copy_path, put
+from gralora_fx.adapters.adapter import adapter_names as as_names
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.adapters.folded_weights import SiteUpdate, folded_weights, lazy_weights
-from gralora_fx.adapters.installed import InstalledAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.graph.pipeline import Pipeline
 from gralora_fx.graph.surgery import annotated_nodes, annotation_of, copy_graph, remove_annotation
@@ -47,7 +46,7 @@ def merge(
     """
     names, work = _work(model, adapter_names)
     weights = folded_weights(model.traced.graph_module, work, safe=safe, untie=untie)
-    described = describe_folded([model.installed(name) for name in names], model.traced, own=False)
+    described = describe_folded([model.adapter(name) for name in names], model.traced, own=False)
     return dataclasses.replace(_merged(model, names, weights), merged_adapters=described)
 
 
@@ -86,11 +85,11 @@ def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tup
 def _merged(model: GraloraModel, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> TracedModel:
     merged = replace_weights(model.traced, weights)
     for name in names:
-        merged = _settle_copies(merged, model.installed(name))
+        merged = _settle_copies(merged, model.adapter(name))
     return merged.train(model.training)
 
 
-def _settle_copies(merged: TracedModel, adapter: InstalledAdapter) -> TracedModel:
+def _settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
     """Replace the base's parameters by an adapter's copies, under the base's names.
 
     A parameter that other modules read too (a tied head) stays for them; the module gets the copy beside it.

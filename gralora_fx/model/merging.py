@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from gralora_fx.adapters.adapter import adapter_names as as_names
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.adapter_paths import adapter_names as as_names
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.adapters.folded_weights import SiteUpdate
 from gralora_fx.graph.overlay import copy_in_mode

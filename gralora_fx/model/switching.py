@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from gralora_fx.adapters.adapter import adapter_names as as_names
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.adapter_paths import adapter_names as as_names
-from gralora_fx.adapters.adapter_paths import check_adapter_name
 from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import AdapterConfig
+from gralora_fx.config.checks import check_adapter_name
 from gralora_fx.errors import ConfigError, RewriteError
 from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.methods import not_a_config

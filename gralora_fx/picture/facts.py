@@ -195,7 +195,7 @@ def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = Non
     if isinstance(model, TracedModel):
         traced, plans, states = model, {} if plan is None else {PLANNED: plan}, {PLANNED: PLANNED}
         _check_plan(traced, plan)
-    elif not hasattr(model, "installed"):
+    elif not hasattr(model, "adapter"):
         raise RewriteError(f"cannot draw a {type(model).__name__}; give what trace() or rewrite() returned")
     elif plan is not None:
         raise RewriteError("a rewritten model has plans of its own; leave plan out, or give the traced model with it")

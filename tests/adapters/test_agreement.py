@@ -18,7 +18,7 @@ from tiny_models import tiny_model
 from traces import fresh, inputs_of, relative_error, run
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, TracedModel, rewrite
-from gralora_fx.adapters.stored import open_adapter
+from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, GraloraError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, to_lora
 from gralora_fx.loading.bases import load_base

@@ -17,7 +17,8 @@ from torch import Tensor
 from traces import fresh, fresh_trace, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
-from gralora_fx.adapters.checkpoint import WEIGHTS_NAME, checkpoint_parameters
+from gralora_fx.adapters.adapter_files import WEIGHTS_NAME
+from gralora_fx.adapters.checkpoint import checkpoint_parameters
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError, TargetError
 
 SIZES = {
@@ -118,7 +119,7 @@ def test_a_trained_head_of_ours_loads_in_peft(tmp_path: Path) -> None:
     config = GraloraConfig(r=8, target_modules={"query"}, task_type="SEQ_CLS", init_weights=False)
     model = rewrite(traced("bert"), config)
     with torch.no_grad():
-        for parameter in model.installed("default").copies["classifier"].values():
+        for parameter in model.adapter("default").copies["classifier"].values():
             parameter.normal_()
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path)).eval()
@@ -132,7 +133,7 @@ def test_a_trained_head_of_ours_loads_in_peft(tmp_path: Path) -> None:
 def test_keys_are_pefts() -> None:
     model = rewrite(traced("bert"), GraloraConfig(r=8, hybrid_r=4, target_modules={"layer.0.attention.self.query"}))
     path = "base_model.model.bert.encoder.layer.0.attention.self.query"
-    assert {key: tuple(p.shape) for key, p in checkpoint_parameters(model.installed("default")).items()} == {
+    assert {key: tuple(p.shape) for key, p in checkpoint_parameters(model.adapter("default")).items()} == {
         f"{path}.gralora_A": (2, 16, 8),
         f"{path}.gralora_B": (2, 8, 16),
         f"{path}.gralora_A_general.weight": (4, 32),
@@ -395,7 +396,7 @@ def test_loading_onto_an_existing_name_replaces_its_tensors(checkpoint: Path, mo
     inputs = inputs_of("bert")
     expected = run(model, inputs)
     with torch.no_grad():
-        for _, parameter in model.installed("default").named_parameters():
+        for _, parameter in model.adapter("default").named_parameters():
             parameter.zero_()
     assert relative_error(run(model, inputs), expected) > 1e-3
     model.load_adapter(checkpoint, "default")
@@ -418,7 +419,7 @@ def test_a_half_precision_checkpoint_loads_into_float32_adapters(damaged: Path) 
     tensors = {key: t.to(torch.bfloat16) for key, t in tensors_of(damaged / WEIGHTS_NAME).items()}
     save_file(tensors, damaged / WEIGHTS_NAME)
     model = GraloraModel.from_pretrained(traced("bert"), damaged)
-    for key, parameter in checkpoint_parameters(model.installed("default")).items():
+    for key, parameter in checkpoint_parameters(model.adapter("default")).items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, tensors[key].float())
 

@@ -114,7 +114,7 @@ def test_an_adapter_that_is_loaded_anew_is_the_old_or_the_new_one(model: Gralora
         model.save_pretrained(tmp_path / name, "default")
         legal.append(output(model))
         with torch.no_grad():
-            for factors in model.installed("default").factors.values():
+            for factors in model.adapter("default").factors.values():
                 factors.B.mul_(-2)
     model.load_adapter(tmp_path / "first")
     with reading(model, legal) as wrong:

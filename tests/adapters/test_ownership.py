@@ -38,7 +38,7 @@ def adapted(seed: int = 0, dtype: torch.dtype = torch.float32) -> GraloraModel:
     model = rewrite(base, GraloraConfig(r=4, target_modules=["first"], modules_to_save=["last"], init_weights=False))
     model.add_adapter("other", GraloraConfig(r=2, target_modules=["first", "last"], init_weights=False))
     with torch.no_grad():
-        for parameter in model.installed("default").copies["last"].values():
+        for parameter in model.adapter("default").copies["last"].values():
             parameter.add_(0.1)
     return model
 

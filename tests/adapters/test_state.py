@@ -196,7 +196,7 @@ def test_sums_of_adapters_whose_sites_end_alike(tmp_path: Path) -> None:
     source = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
     model = rewrite(trace(source, (X,)), GraloraConfig(r=1, gralora_k=1, target_modules="0", init_weights=False))
     model.add_weighted_adapter(["default"], [2.0], "twice")
-    assert list(model.installed("twice").factors) == ["0"]
+    assert list(model.adapter("twice").factors) == ["0"]
     model.set_adapter("twice")
     model.save_pretrained(tmp_path)
     again = GraloraModel.from_pretrained(trace(source, (X,)), tmp_path / "twice")
@@ -326,7 +326,7 @@ def _replaced(model: GraloraModel) -> None:
         lambda model: model.load_state_dict(
             {k: torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True
         ),
-        lambda model: model.installed("default").factors["0"].A.data.mul_(2),
+        lambda model: model.adapter("default").factors["0"].A.data.mul_(2),
         lambda model: (model.delete_adapter("default"), model.add_adapter("default", TWO)),
         lambda model: model.add_pass(lambda graph_module: None),
         lambda model: _halved(model.graph_module),

@@ -54,10 +54,10 @@ def test_the_update_is_the_weighted_sum_at_every_site(configs: list[dict[str, An
     assert model.active_adapters == ["a0"]
     expected: dict[str, torch.Tensor] = {}
     for name, weight in zip(names, weights, strict=True):
-        adapter = model.installed(name)
+        adapter = model.adapter(name)
         for path in adapter.factors:
             expected[path] = expected.get(path, 0) + weight * delta_weight(adapter.update(path))  # type: ignore[assignment]
-    combined = model.installed("sum")
+    combined = model.adapter("sum")
     assert set(combined.factors) == set(expected)
     for path, delta in expected.items():
         assert relative_error(delta_weight(combined.update(path)), delta) < 1e-6
@@ -73,7 +73,7 @@ def test_with_weights_of_one_it_is_the_active_sum(configs: list[dict[str, Any]])
     model.set_adapter("sum")
     assert relative_error(run(model, inputs), expected) < 1e-10
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"graph_module.{path}" for path, _ in model.installed("sum").named_parameters()
+        f"graph_module.{path}" for path, _ in model.adapter("sum").named_parameters()
     }
 
 
@@ -92,7 +92,7 @@ def test_a_sum_is_saved_and_loads_in_peft(tmp_path: Path) -> None:
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, ["sum"])
     theirs = peft.PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "sum")).eval()
-    assert adapted_paths(theirs) == set(model.installed("sum").factors)
+    assert adapted_paths(theirs) == set(model.adapter("sum").factors)
     assert relative_error(run(model, inputs), run(theirs, inputs)) < 1e-5
 
 
@@ -158,7 +158,7 @@ def test_any_sum_is_saved_without_a_pattern_and_gives_pefts_logits(case: str, tm
         warnings.simplefilter("error", UserWarning)
         model.save_pretrained(tmp_path, ["sum"])
     theirs = peft.PeftModel.from_pretrained(tiny_model(name, **sizes), str(tmp_path / "sum")).eval()
-    assert adapted_paths(theirs) == set(model.installed("sum").factors)
+    assert adapted_paths(theirs) == set(model.adapter("sum").factors)
     assert relative_error(run(theirs, inputs), expected) < 1e-5
     again = GraloraModel.from_pretrained(model.traced, tmp_path / "sum")
     assert torch.equal(run(again, inputs), expected)
@@ -169,7 +169,7 @@ def test_what_is_filled_with_zeros_stays_zero_in_training() -> None:
     model.add_weighted_adapter(["a0", "a1"], [1.0, 1.0], "sum")
     model.set_adapter("sum")
     model(**inputs).logits.square().sum().backward()
-    for factors in model.installed("sum").factors.values():
+    for factors in model.adapter("sum").factors.values():
         unused = (factors.A == 0).all(dim=1).all(dim=0)  # [r]
         assert factors.A.grad is not None
         assert not factors.A.grad[:, :, unused].any()
@@ -198,7 +198,7 @@ def test_what_is_excluded_is_saved_in_pefts_terms(exclude: Any, tmp_path: Path) 
         warnings.simplefilter("error", UserWarning)
         model.save_pretrained(tmp_path)
         theirs = peft.PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "a0")).eval()
-    assert adapted_paths(theirs) == set(model.installed("a0").factors)
+    assert adapted_paths(theirs) == set(model.adapter("a0").factors)
     assert relative_error(run(theirs, inputs), run(model, inputs)) < 1e-5
 
 

@@ -263,7 +263,7 @@ def test_a_folded_weight_that_is_not_finite_leaves_nothing(tmp_path: Path) -> No
     model = rewrite(fresh_trace("llama", task=CACHED), ADAPTER)
     path = "model.layers.1.mlp.up_proj"
     with torch.no_grad():
-        model.installed("default").factors[path].A.fill_(float("inf"))
+        model.adapter("default").factors[path].A.fill_(float("inf"))
     with pytest.raises(MergeError, match=f"the merged weight of {path} is not finite"):
         export_onnx(model, tmp_path / "onnx", verify=False)
     assert list(tmp_path.iterdir()) == []

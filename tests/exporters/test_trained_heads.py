@@ -237,7 +237,7 @@ def test_a_weighted_sum_is_that_of_the_heads_too(bert: tuple[Path, GraloraModel,
     parameters = dict(merged.named_parameters())
     with torch.no_grad():
         for name, weight, of in (("a", 0.25, model), ("b", 0.75, second)):
-            adapter = of.installed(name)
+            adapter = of.adapter(name)
             for path in adapter.factors:
                 parameters[f"{path}.weight"] += weight * of.delta_weight(path, name)
             for owned in adapter.copies.values():
@@ -261,7 +261,7 @@ def test_another_head_than_the_models_fails_verification(
     other = GraloraModel.from_pretrained(trace(tiny_model("bert", num_labels=3)), folder / "a", adapter_name="a")
     assert verify_onnx(folder / "onnx", other, "quick").passed
     with torch.no_grad():
-        next(iter(other.installed("a").copies["classifier"].values())).add_(0.01)
+        next(iter(other.adapter("a").copies["classifier"].values())).add_(0.01)
     with pytest.raises(ExportError, match=r"another adapter than the model's 'a': classifier\.gralora_"):
         verify_onnx(folder / "onnx", other, "quick")
 

@@ -103,7 +103,7 @@ def test_a_weight_whose_elements_share_memory_gets_its_own() -> None:
 def test_merge_and_unload_looks_for_what_is_wrong_before_it_changes_a_weight(make: Callable[[Pair], None]) -> None:
     net, model = adapted(make, ["one", "two", "three"])
     before, expected = [weight.clone() for weight in net.parameters()], model(X)
-    factor = model.installed("default").factors["three"].B
+    factor = model.adapter("default").factors["three"].B
     was = factor.detach().clone()
     factor.data[0, 0, 0] = float("inf")
     with pytest.raises(MergeError, match="three is not finite"):
@@ -150,7 +150,7 @@ def test_a_copy_of_a_module_in_shared_memory_is_not_written_into_the_base() -> N
     config = GraloraConfig(r=4, target_modules=["three"], modules_to_save=["one"], init_weights=False)
     model = rewrite(trace(net, (X,)), config)
     with torch.no_grad():
-        model.installed("default").copies["one"]["one.weight"].mul_(2)
+        model.adapter("default").copies["one"]["one.weight"].mul_(2)
     expected, before = model(X), net.one.weight.clone()
     with pytest.raises(MergeError, match=r"one\.weight of one is tied with two\.weight, which would change too"):
         model.merge_and_unload()

@@ -328,7 +328,7 @@ def test_attention_multiplies_by_parts_of_one_weight(
     model = rewrite(result, GraloraConfig(**rank, target_modules=["in_proj_weight"], init_weights=False))
     expected = copy.deepcopy(source)
     with torch.no_grad():
-        expected.attn.in_proj_weight += delta_weight(model.installed("default").update("attn"))
+        expected.attn.in_proj_weight += delta_weight(model.adapter("default").update("attn"))
         assert torch.allclose(model(*arguments), expected(*arguments), atol=1e-5)
         assert not torch.allclose(source(*arguments), expected(*arguments), atol=1e-3)
         assert torch.allclose(merge(model)(*arguments), expected(*arguments), atol=1e-5)
@@ -376,7 +376,7 @@ def test_ways_to_take_rows(view: str, symbolic: bool) -> None:
     assert (site.in_features, site.out_features, len(site.calls)) == (8, 12, 1 if view == "method" else 2)
     model = rewrite(result, GraloraConfig(r=4, target_modules=["weight"], init_weights=False))
     with torch.no_grad():
-        expected = x @ (source.weight + delta_weight(model.installed("default").update(site.path))).T
+        expected = x @ (source.weight + delta_weight(model.adapter("default").update(site.path))).T
         assert torch.allclose(model(x), expected, atol=1e-5)
         assert torch.allclose(merge(model)(x), expected, atol=1e-5)
 

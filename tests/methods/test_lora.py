@@ -224,7 +224,7 @@ def test_both_methods_train_together(mixed: GraloraModel) -> None:
     mixed.train()
     main_output(mixed(**text_batch())).square().mean().backward()
     for name in ("lora", "gralora"):
-        assert all(p.grad is not None and bool(p.grad.any()) for p in mixed.installed(name).parameters()), name
+        assert all(p.grad is not None and bool(p.grad.any()) for p in mixed.adapter(name).parameters()), name
 
 
 def test_a_sum_of_lora_adapters_is_a_lora_adapter(mixed: GraloraModel, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_parts_of_a_copy_share_its_own_graph(copied: object) -> None:
     other = copied(model)  # type: ignore[operator]
     other.merge_adapter()
     with torch.no_grad():
-        other.installed("default").factors["0"].A.zero_()
+        other.adapter("default").factors["0"].A.zero_()
     assert (model.merged_adapters, other.merged_adapters) == ([], ["default"])
     assert other.delta_weight("0").count_nonzero() == 0
     assert model.delta_weight("0").count_nonzero() > 0

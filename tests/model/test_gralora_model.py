@@ -75,7 +75,7 @@ def test_a_layer_called_twice_has_one_adapter_at_two_calls() -> None:
     marks = [node.meta["custom"]["gralora"] for node in model.graph_module.graph.nodes if is_marked(node)]
     assert {mark["site"] for mark in marks} == {"albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query"}
     assert len({mark["call"] for mark in marks}) == 2
-    assert len(checkpoint_parameters(model.installed("default"))) == 2
+    assert len(checkpoint_parameters(model.adapter("default"))) == 2
 
 
 def is_marked(node: Any) -> bool:
@@ -251,7 +251,7 @@ def test_gradients_and_a_step_are_pefts(name: str, tmp_path: Any) -> None:
     loss_of(ours(**inputs)).backward()
     loss_of(theirs(**inputs)).backward()
     expected = trainable_gradients(theirs)
-    own = checkpoint_parameters(ours.installed("default"))
+    own = checkpoint_parameters(ours.adapter("default"))
     assert own.keys() == expected.keys()
     for key, gradient in expected.items():
         assert gradient.abs().max() > 0, key
@@ -431,7 +431,7 @@ def test_deleting(pair: GraloraModel) -> None:
     pair.delete_adapter("other")
     assert list(pair.configs) == ["default"]
     assert not any(".other." in name for name, _ in pair.named_parameters())
-    for call in (pair.set_adapter, pair.delete_adapter, pair.installed):
+    for call in (pair.set_adapter, pair.delete_adapter, pair.adapter):
         with pytest.raises(RewriteError, match="no adapter 'other'; there are default"):
             call("other")
 
@@ -457,7 +457,7 @@ def test_a_trained_head_is_a_copy(pair: GraloraModel) -> None:
     model = adapted(target_modules=["query"], modules_to_save=["classifier"], init_weights=True)
     assert torch.equal(run(model, inputs), base)
     with torch.no_grad():
-        for parameter in model.installed("default").copies["classifier"].values():
+        for parameter in model.adapter("default").copies["classifier"].values():
             parameter.add_(1)
     assert relative_error(run(model, inputs), base) > 0.1
     with model.disable_adapter():
@@ -470,7 +470,7 @@ def test_a_trained_tied_head_leaves_the_embedding_alone() -> None:
     inputs = inputs_of("gpt2")
     base = run(traced("gpt2"), inputs)
     with torch.no_grad():
-        for parameter in model.installed("default").copies["lm_head"].values():
+        for parameter in model.adapter("default").copies["lm_head"].values():
             parameter.mul_(2)
     assert relative_error(run(model, inputs), 2 * base) < 1e-6
     with model.disable_adapter():
@@ -591,7 +591,7 @@ def test_disabling_while_merged_is_the_base_and_comes_back_merged(pair: GraloraM
 
 def test_a_damaged_adapter_is_not_merged(pair: GraloraModel) -> None:
     with torch.no_grad():
-        next(iter(pair.installed("default").factors.values())).B[0, 0, 0] = float("inf")
+        next(iter(pair.adapter("default").factors.values())).B[0, 0, 0] = float("inf")
     before = text(pair)
     with pytest.raises(MergeError, match=r"the merged weight of bert\.\S+query is not finite"):
         pair.merge_adapter(safe_merge=True)
@@ -605,7 +605,7 @@ def test_merge_and_unload_changes_the_base(safe: bool) -> None:
     torch.manual_seed(1)
     model = rewrite(base, GraloraConfig(**QUERY, modules_to_save=["classifier"]))
     with torch.no_grad():
-        for parameter in model.installed("default").copies["classifier"].values():
+        for parameter in model.adapter("default").copies["classifier"].values():
             parameter.add_(1)
     inputs = inputs_of("bert")
     expected, graph = run(model, inputs), text(base)
@@ -620,7 +620,7 @@ def test_a_failed_merge_and_unload_changes_no_weight() -> None:
     model = rewrite(base, GraloraConfig(**{**QUERY, "target_modules": ["query", "key"]}))
     weights = {key: p.detach().clone() for key, p in source.named_parameters()}
     with torch.no_grad():
-        list(model.installed("default").factors.values())[-1].B[0, 0, 0] = float("nan")
+        list(model.adapter("default").factors.values())[-1].B[0, 0, 0] = float("nan")
     before = text(model)
     with pytest.raises(MergeError, match="is not finite"):
         model.merge_and_unload(safe_merge=True)

@@ -67,7 +67,7 @@ def test_only_folded_weights_are_new() -> None:
 def test_a_trained_head_and_biases_are_merged_too() -> None:
     model = adapted("bert", target_modules=["query"], modules_to_save=["classifier"], bias="gralora_only")
     with torch.no_grad():
-        for owned in model.installed("default").copies.values():
+        for owned in model.adapter("default").copies.values():
             for parameter in owned.values():
                 parameter.add_(0.5)
     inputs = inputs_of("bert")
@@ -107,7 +107,7 @@ def test_a_damaged_adapter_is_named_and_nothing_changes(value: float) -> None:
     model = adapted("bert", target_modules=["query", "key"])
     path = "bert.encoder.layer.1.attention.self.key"
     with torch.no_grad():
-        model.installed("default").factors[path].A[0, 0, 0] = value
+        model.adapter("default").factors[path].A[0, 0, 0] = value
     before: dict[str, Tensor] = {key: p.detach().clone() for key, p in model.traced.tree.parameters.items()}
     text = str(model.graph_module.graph)
     with pytest.raises(MergeError, match=f"the merged weight of {path} is not finite; the adapter is damaged"):
@@ -207,7 +207,7 @@ def test_half_precision_weights_are_rounded_once(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     model = rewrite(trace(source), GraloraConfig(r=8, target_modules=["query"], init_weights=False))
     merged = merge(model)
-    for path, factors in model.installed("default").factors.items():
+    for path, factors in model.adapter("default").factors.items():
         base = model.traced.tree.parameters[f"{path}.weight"].float()
         doubles = Factors(*(None if t is None else t.detach().double() for t in factors))
         exact = base.double() + delta_weight(Update(doubles, model.configs["default"].scale))
@@ -232,7 +232,7 @@ def test_a_trained_copy_of_a_tied_module_stays_its_own(name: str, module: str, s
     config = GraloraConfig(r=4, target_modules=targets, modules_to_save=[module], init_weights=False)
     model = rewrite(fresh_trace(name, **sizes), config)
     with torch.no_grad():
-        for owned in model.installed("default").copies.values():
+        for owned in model.adapter("default").copies.values():
             for parameter in owned.values():
                 parameter += 0.3 * torch.randn(parameter.shape)
     inputs = inputs_of(name)

@@ -323,7 +323,7 @@ def test_an_adapter_of_another_name_resumes_from_its_folder(pair_of: Any, tmp_pa
     trainer = Trainer(model=other, args=arguments(tmp_path), train_dataset=rows("sequences"))
     trainer.train(resume_from_checkpoint=True)
     before = GraloraModel.from_pretrained(traced, tmp_path / "checkpoint-4/news")
-    kept, loaded = model.installed("news").named_parameters(), other.installed("news").named_parameters()
+    kept, loaded = model.adapter("news").named_parameters(), other.adapter("news").named_parameters()
     assert all(torch.equal(left, right) for (_, left), (_, right) in zip(kept, loaded, strict=True))
     assert before.active_adapters == ["default"]
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from traces import main_output
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, merge, plan
-from gralora_fx.adapters.checkpoint import WEIGHTS_NAME, checkpoint_parameters
+from gralora_fx.adapters.adapter_files import WEIGHTS_NAME
+from gralora_fx.adapters.checkpoint import checkpoint_parameters
 from gralora_fx.methods import DoraConfig
 
 
@@ -289,7 +290,7 @@ def peft_parameters(pair: Pair) -> dict[str, nn.Parameter]:
 
 
 def _our_parameters(pair: Pair) -> dict[str, nn.Parameter]:
-    return checkpoint_parameters(pair.ours.installed("default"))
+    return checkpoint_parameters(pair.ours.adapter("default"))
 
 
 # -- distances ----------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def distances(
     for wrapped, given in ((theirs, inputs), (exact, doubled)):
         pair: Any = Trained(wrapped.train(), given, Named(name, next(wrapped.parameters()).dtype))
         found.append(gradients(peft_output(wrapped, pair), peft_parameters(pair)))
-    mine = gradients(main_output(ours(**inputs)), checkpoint_parameters(ours.installed("default")))
+    mine = gradients(main_output(ours(**inputs)), checkpoint_parameters(ours.adapter("default")))
     largest = max(float(tensor.abs().max()) for tensor in found[1].values())
     return [
         Distance(

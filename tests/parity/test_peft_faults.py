@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from traces import fresh_trace, main_output, relative_error, run
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, plan, rewrite, trace
-from gralora_fx.adapters.checkpoint import WEIGHTS_NAME
+from gralora_fx.adapters.adapter_files import WEIGHTS_NAME
 from gralora_fx.errors import ConfigError, MergeError, TargetError, TraceError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -213,7 +213,7 @@ def test_a_safe_merge_that_fails_midway_changes_nothing(tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in ours.traced.tree.parameters.items()}
     graph = str(ours.graph_module.graph)
     with torch.no_grad():
-        ours.installed("default").factors[late].B[0, 0, 0] = float("nan")
+        ours.adapter("default").factors[late].B[0, 0, 0] = float("nan")
         theirs.base_model.model.get_submodule(late).gralora_B["default"][0, 0, 0] = float("nan")
     with pytest.raises(MergeError, match="not finite"):
         ours.merge_adapter(safe_merge=True)

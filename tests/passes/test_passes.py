@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import gralora_fx.passes
 import gralora_fx.tracing.normalize
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.adapters.adapter_paths import put
+from gralora_fx.adapters.adapter import put
 from gralora_fx.adapters.folded_weights import SiteUpdate, fold_in_place, folded_weights
 from gralora_fx.errors import MergeError, RewriteError
 from gralora_fx.graph.pipeline import Pipeline

@@ -41,7 +41,7 @@ def test_trained_layers_fold_with_a_strip_of_their_updates() -> None:
     model = rewrite(deep(), GraloraConfig(r=8, gralora_k=4, target_modules=["q_proj"]))
     paths = [f"model.layers.{index}.self_attn.q_proj" for index in range(6)]
     for index, path in enumerate(paths[1:]):
-        torch.nn.init.normal_(model.installed("default").factors[path].B, std=float(index + 1))
+        torch.nn.init.normal_(model.adapter("default").factors[path].B, std=float(index + 1))
     folded, full = svg_of(model), svg_of(model, full=True)
     box = boxes(folded)[paths[0]]
     assert "layers 0 to 5, alike" in folded

@@ -53,7 +53,7 @@ def test_a_page_of_a_trained_model() -> None:
         traced("bert"), GraloraConfig(r=8, gralora_k=4, target_modules=["query"], modules_to_save=["classifier"])
     )
     path = "bert.encoder.layer.1.attention.self.query"
-    torch.nn.init.normal_(model.installed("default").factors[path].B)
+    torch.nn.init.normal_(model.adapter("default").factors[path].B)
     page = html_of(model)
     reader = Reader(page)
     assert reader.open == []
@@ -91,7 +91,7 @@ def test_deep_models_get_an_overview_by_layer() -> None:
         fresh_trace("llama", task="text-generation-with-past", num_hidden_layers=4),
         GraloraConfig(r=8, target_modules=["q_proj"]),
     )
-    torch.nn.init.normal_(model.installed("default").factors["model.layers.2.self_attn.q_proj"].B)
+    torch.nn.init.normal_(model.adapter("default").factors["model.layers.2.self_attn.q_proj"].B)
     rows = {row[0]: row[1:] for row in Reader(html_of(model)).rows if len(row) == 2}
     assert rows["block norms, root mean square"] == ["self_attn.q_proj"]
     assert [rows[f"model.layers.{index}"] == ["0"] for index in range(4)] == [True, True, False, True]
@@ -102,7 +102,7 @@ def test_one_scale_holds_for_every_colour_of_a_page() -> None:
     model = rewrite(fresh_trace("llama", num_hidden_layers=3), GraloraConfig(r=8, target_modules=["q_proj"]))
     model.add_adapter("large", GraloraConfig(r=8, target_modules=["q_proj"]))
     for name, std in (("default", 0.1), ("large", 10.0)):
-        for factors in model.installed(name).factors.values():
+        for factors in model.adapter(name).factors.values():
             torch.nn.init.normal_(factors.B, std=std)
     page = html_of(model)
     assert page.count('class="scale"') == 2  # the picture's and the page's, which are the same

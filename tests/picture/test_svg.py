@@ -93,7 +93,7 @@ def test_a_part_that_trains_whole_is_drawn_within_its_layer() -> None:
 def test_zero_and_trained_updates_look_different() -> None:
     model = adapted("bert", target_modules=["query", "value"], gralora_k=4, hybrid_r=4)
     assert "every update is still zero" in svg_of(model)
-    factors = model.installed("default").factors[QUERY]
+    factors = model.adapter("default").factors[QUERY]
     torch.nn.init.normal_(factors.B)
     svg = svg_of(model)
     drawn = boxes(svg)
@@ -113,7 +113,7 @@ def test_zero_and_trained_updates_look_different() -> None:
 
 def test_updates_that_are_not_finite_are_drawn_and_keep_the_scale() -> None:
     model = adapted("bert", target_modules=["query"])
-    factors = model.installed("default").factors[QUERY]
+    factors = model.adapter("default").factors[QUERY]
     torch.nn.init.normal_(factors.B)
     with torch.no_grad():
         factors.B[0, 0, 0] = float("nan")

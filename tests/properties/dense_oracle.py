@@ -59,7 +59,7 @@ class Dense:
 
     @classmethod
     def of(cls, model: GraloraModel, name: str = "default") -> Dense:
-        adapter = model.installed(name)
+        adapter = model.adapter(name)
         return cls(
             {path: dense(factors, adapter.planned()[path].scale) for path, factors in adapter.factors.items()},
             {

@@ -169,7 +169,7 @@ def trained(model: GraloraModel, adapter_name: str = "default", seed: int = 3) -
     """Move an adapter's tensors and copies, as training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in model.installed(adapter_name).named_parameters():
+        for _, parameter in model.adapter(adapter_name).named_parameters():
             parameter += (0.3 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
     return model
 

@@ -208,7 +208,7 @@ class ChangesOfAdapters(RuleBasedStateMachine):
     @invariant()
     def only_what_was_set_trains_and_the_base_keeps_every_bit(self) -> None:
         for name in self.expected:
-            flags = {parameter.requires_grad for _, parameter in self.model.installed(name).named_parameters()}
+            flags = {parameter.requires_grad for _, parameter in self.model.adapter(name).named_parameters()}
             assert flags == {name in self.trainable}
         for name, parameter in self.case.source.named_parameters():
             assert torch.equal(parameter, self.base[name])

@@ -133,7 +133,7 @@ def test_unloading_gives_the_base_back(data: st.DataObject, case: Case) -> None:
     assert not any(parameter.requires_grad for parameter in tree.parameters.values())
     if data.draw(st.booleans(), label="with another adapter"):
         model.add_adapter("other", data.draw(configs(case.traced, with_copies=False)))
-        model.set_adapter("other" if model.installed("default").copies else ["other", "default"])
+        model.set_adapter("other" if model.adapter("default").copies else ["other", "default"])
     if data.draw(st.booleans(), label="while merged"):
         model.merge_adapter(untie=True)
     result = model.unload()
@@ -163,7 +163,7 @@ def test_a_saved_adapter_loads_with_every_bit_and_the_same_meaning(
         loads_in_peft = case.is_net and is_for_peft(model, case)
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(case.source), directory) if loads_in_peft else None
     assert meaning(again) == meaning(model)
-    tensors, saved = (dict(m.installed("default").named_parameters()) for m in (again, model))
+    tensors, saved = (dict(m.adapter("default").named_parameters()) for m in (again, model))
     assert tensors.keys() == saved.keys()
     assert all(torch.equal(tensors[name], parameter) for name, parameter in saved.items())
     assert torch.equal(output(again, case), output(model, case))

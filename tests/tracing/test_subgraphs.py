@@ -341,7 +341,7 @@ def test_a_region_of_a_transformers_model_keeps_gradients_out_as_in_peft(grad: b
     expected.square().mean().backward()
     actual.square().mean().backward()
     tensors = dict(theirs.named_parameters())
-    for site in ours.installed("default").factors:
+    for site in ours.adapter("default").factors:
         for name in "AB":
             other = tensors[f"base_model.model.{site}.gralora_{name}.default"].grad
             mine = getattr(ours.factors(site), name).grad

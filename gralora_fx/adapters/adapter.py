@@ -1,4 +1,4 @@
-"""One adapter in a rewritten model: its tensors, and how it is inserted into a graph."""
+"""One adapter of a rewritten model: its tensors in the module tree, and how it is inserted into a graph."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.adapters.adapter_paths import copy_path, factor_paths, put
-from gralora_fx.adapters.storage import CopyTable, FactorTable
 from gralora_fx.config import AdapterConfig
+from gralora_fx.errors import RewriteError
 from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.graph.overlay import ROOT
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
 from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
@@ -26,7 +27,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class InstalledAdapter:
+class ModelAdapter:
     """An adapter whose tensors are owned by a module tree and read from there at every access.
 
     Attributes:
@@ -46,7 +47,7 @@ class InstalledAdapter:
 
     def __repr__(self) -> str:
         """One line without tensors."""
-        return f"InstalledAdapter({self.name!r}, {self.plan!r})"
+        return f"ModelAdapter({self.name!r}, {self.plan!r})"
 
     @classmethod
     def create(
@@ -56,7 +57,7 @@ class InstalledAdapter:
         plan: RewritePlan,
         tree: ModuleTree,
         initial: Mapping[str, AdapterTensors] | None = None,
-    ) -> InstalledAdapter:
+    ) -> ModelAdapter:
         """Store an adapter's tensors, given ones or newly initialized ones; no graph reads them yet.
 
         Adapters of a half-precision layer are float32, as PEFT's are.
@@ -132,7 +133,7 @@ class InstalledAdapter:
     def _planned(self) -> dict[str, PlannedSite]:
         return {planned.site.path: planned for planned in self.plan.selected}
 
-    def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> InstalledAdapter:
+    def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> ModelAdapter:
         """The same adapter over sites with the same paths in another tree, which owns the tensors.
 
         Args:
@@ -143,7 +144,7 @@ class InstalledAdapter:
         rejected = tuple(dataclasses.replace(r, site=sites[r.site.path]) for r in self.plan.rejected)
         plan = dataclasses.replace(self.plan, selected=selected, rejected=rejected)
         copies = {module: CopyTable(root, owned.paths) for module, owned in self.copies.items()}
-        return InstalledAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies, self.base)
+        return ModelAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies, self.base)
 
     def insertion(self) -> InsertAdapter:
         """The pass that inserts its subgraphs."""
@@ -178,3 +179,149 @@ def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig)
     features = site.in_features, site.out_features
     drawn = method.initial(features, planned.sizes, config, weight=weight, scale=planned.scale)
     return method.tensors(*(None if tensor is None else tensor.to(device, dtype) for tensor in drawn))
+
+
+class _Table:
+    """Tensors of a tree by path; pickle and copies leave the tree out, and its owner rebuilds the table."""
+
+    _root: nn.Module
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_root", "_last")}
+
+
+class FactorTable(_Table, Mapping[str, AdapterTensors]):
+    """An adapter's tensors by site path.
+
+    Attributes:
+        method: The adapter's method.
+        paths: Their attribute paths in the tree, by site path and field of the method's named tuple.
+    """
+
+    def __init__(self, root: nn.Module, method: AdapterMethod, paths: Mapping[str, Mapping[str, str]]) -> None:
+        """Read from a tree, which owns the tensors."""
+        self.method = method
+        self.paths = paths
+        self._root = root
+        self._last: dict[str, AdapterTensors] = {}
+
+    def __getitem__(self, site_path: str) -> AdapterTensors:
+        """The tensors at a site."""
+        factors = self.method.tensors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
+        last = self._last.get(site_path)
+        if last is None or any(a is not b for a, b in zip(last, factors, strict=True)):
+            self._last[site_path] = last = factors
+        return last
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths of the sites."""
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        """Number of sites."""
+        return len(self.paths)
+
+    def __contains__(self, site_path: object) -> bool:
+        """Whether there are tensors at a site."""
+        return site_path in self.paths
+
+    def attributes(self) -> Iterator[str]:
+        """The attribute path of every tensor."""
+        for paths in self.paths.values():
+            yield from paths.values()
+
+    def tensor(self, path: str) -> Tensor:
+        """The tensor at an attribute path."""
+        return tensor_in(self._root, path)
+
+    def container(self, adapter: str) -> nn.Module:
+        """The module that holds an adapter's tensors, its copies of base parameters included."""
+        return self._root.get_submodule(f"{ROOT}.{adapter}")
+
+    def owners(self, site_path: str) -> Iterator[tuple[nn.Module, str]]:
+        """The modules that hold the tensors at a site, each with the name of the tensor in it."""
+        for path in self.paths[site_path].values():
+            owner, _, name = path.rpartition(".")
+            yield self._root.get_submodule(owner), name
+
+
+class CopyTable(_Table, Mapping[str, nn.Parameter]):
+    """An adapter's own copies of a module's parameters, by the full names of the base's.
+
+    Attributes:
+        paths: Their attribute paths in the tree, by the same names.
+    """
+
+    def __init__(self, root: nn.Module, paths: Mapping[str, str]) -> None:
+        """Read from a tree, which owns the tensors, at an attribute path for each name."""
+        self.paths = paths
+        self._root = root
+
+    def __getitem__(self, base: str) -> nn.Parameter:
+        """The copy of a parameter."""
+        return tensor_in(self._root, self.paths[base])  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the base's parameters."""
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        """Number of parameters."""
+        return len(self.paths)
+
+
+def tensor_in(root: nn.Module, path: str) -> Tensor:
+    """The tensor at an attribute path of a module tree, a parametrization's result included."""
+    *owners, name = path.split(".")
+    module = root
+    for owner in owners:
+        module = module._modules[owner]  # type: ignore[assignment]
+    tensor: Tensor = getattr(module, name)
+    return tensor
+
+
+def adapter_names(names: object) -> list[str]:
+    """The name of an adapter, or several, as a list.
+
+    Raises:
+        RewriteError: It is neither a string nor a list of strings.
+    """
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in listed):
+        raise RewriteError(f"expected the name of an adapter or a list of names, but got {names!r}")
+    return list(listed)
+
+
+# -- attribute paths: `gralora.<adapter>.<site path>.gralora_A` and so on ------------------------------------------
+
+
+def put(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Register a parameter at a dotted path, creating missing modules."""
+    *owners, attribute = path.split(".")
+    module = root
+    for owner in owners:
+        if owner not in module._modules:
+            module.add_module(owner, nn.Module())
+        module = module.get_submodule(owner)
+    module.register_parameter(attribute, parameter)
+
+
+def drop(root: nn.Module, adapter: str) -> None:
+    """Remove everything an adapter stored."""
+    adapters = root._modules.get(ROOT)
+    if adapters is not None:
+        adapters._modules.pop(adapter, None)
+        if not adapters._modules:
+            del root._modules[ROOT]
+
+
+def factor_paths(adapter: str, site_path: str, method: AdapterMethod, factors: AdapterTensors) -> dict[str, str]:
+    """Attribute paths of an adapter's tensors at one site, by field of the method's named tuple."""
+    present = {field for field, tensor in factors._asdict().items() if tensor is not None}
+    return {field: f"{ROOT}.{adapter}.{site_path}.{name}" for field, name in method.names().items() if field in present}
+
+
+def copy_path(adapter: str, name: str) -> str:
+    """Attribute path of an adapter's own copy of the base's parameter `name`."""
+    return f"{ROOT}.{adapter}.{name}"
