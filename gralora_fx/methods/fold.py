@@ -18,7 +18,7 @@ from gralora_fx.methods.arrays import (
     to_torch,
     without_gradients,
 )
-from gralora_fx.methods.method import LowRankTensors, Update, WeightTensors, first_tensor
+from gralora_fx.methods.method import Update, WeightTensors, first_tensor, is_low_rank, needs_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +72,10 @@ def _fold_region(
     accumulator = accumulator_of(source)
     (top, bottom), (left, right) = ((part.start, part.stop) for part in region)
     for update in updates:
-        if isinstance(update.factors, WeightTensors):
+        if needs_weight(update.factors):
             assert (top, bottom, left, right) == (0, shape[0], 0, shape[1]), "an update that needs the whole weight"
             source = _new_weight(cast(source, accumulator), update.factors, update.scale)
-    summands = [(u.factors, u.scale) for u in updates if isinstance(u.factors, LowRankTensors)]
+    summands = [(u.factors, u.scale) for u in updates if is_low_rank(u.factors)]
     grid = math.lcm(*(factors.grid for factors, _ in summands))
     for rows, columns in product(_cut(top, bottom, shape[0] // grid), _cut(left, right, shape[1] // grid)):
         within = slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)

@@ -21,7 +21,7 @@ from gralora_fx.methods.arrays import (
 )
 from gralora_fx.methods.gralora import Factors
 from gralora_fx.methods.lora import LoraFactors
-from gralora_fx.methods.method import AdapterTensors, LowRankTensors, Update, first_tensor
+from gralora_fx.methods.method import AdapterTensors, Update, first_tensor, is_low_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def as_gralora(factors: AdapterTensors) -> Factors:
     """The same update in GraLoRA's form, exactly; of another method it is a plain LoRA beside blocks of rank 0."""
     if isinstance(factors, Factors):
         return factors
-    assert isinstance(factors, LowRankTensors)
+    assert is_low_rank(factors)
     A, B = factors.lora_form()
     return Factors(zeros((1, A.shape[1], 0), A), zeros((1, 0, B.shape[0]), B), A, B)
 

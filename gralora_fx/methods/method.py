@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 from gralora_fx.config import AdapterConfig
 
@@ -50,7 +50,6 @@ class AdapterTensors(Protocol):
     def __iter__(self) -> Iterator[Tensor | None]: ...  # noqa: D105
 
 
-@runtime_checkable
 class LowRankTensors(AdapterTensors, Protocol):
     """Tensors whose update is added to the weight, and is that of a plain LoRA.
 
@@ -76,7 +75,6 @@ class LowRankTensors(AdapterTensors, Protocol):
         ...
 
 
-@runtime_checkable
 class WeightTensors(AdapterTensors, Protocol):
     """Tensors of whatever update, which needs the whole weight."""
 
@@ -88,6 +86,16 @@ class WeightTensors(AdapterTensors, Protocol):
             scale: Factor of the update.
         """
         ...
+
+
+def is_low_rank(factors: AdapterTensors) -> TypeGuard[LowRankTensors]:
+    """Whether tensors have a LoRA form, by their type."""
+    return hasattr(type(factors), "lora_form")
+
+
+def needs_weight(factors: AdapterTensors) -> TypeGuard[WeightTensors]:
+    """Whether tensors make the new weight from the whole old one, by their type."""
+    return not is_low_rank(factors)
 
 
 def first_tensor(factors: AdapterTensors) -> Tensor:
@@ -105,11 +113,11 @@ class Update:
     @property
     def is_low_rank(self) -> bool:
         """Whether it is a plain LoRA in another form; then each part of a weight can be folded by itself."""
-        return isinstance(self.factors, LowRankTensors)
+        return is_low_rank(self.factors)
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
         """The unscaled update as a plain LoRA pair; `AdapterMethod.check_lora_form` says first that there is one."""
-        assert isinstance(self.factors, LowRankTensors)
+        assert is_low_rank(self.factors)
         return self.factors.lora_form()
 
     def __repr__(self) -> str:
