@@ -154,8 +154,8 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: p
     loaded(service, "live", "small")
     model = models[0]
     complete(service, "live", PROMPT)
-    key = versions.key("live")
-    old = weakref.ref(model.adapters[key])
+    with versions.held("live") as key:
+        old = weakref.ref(model.adapters[key])
     loaded(service, "live", "wide", load_inplace=True)
     complete(service, "live", PROMPT)
     wait_for(lambda: len(versions) == len(versions.names))

@@ -18,9 +18,9 @@ from gralora_fx.serving.http.metrics import note_rejection
 from gralora_fx.serving.scheduling.adapter_versions import TooManyChangesError, UnknownAdapterError, UnknownModelError
 from gralora_fx.serving.scheduling.queue import DeadlineError, QueueFullError, RunError, StoppedError
 
-RETRY_AFTER = {"Retry-After": "1"}
+_RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long
-_HEADERS = {429: RETRY_AFTER, 503: RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
+_HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
 _INFERENCE = "/v2"
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words
 # which of the kinds that a field may be, classes among them, a problem is of: pydantic says it between names of fields

@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from gralora_fx.engine.limits import TooLargeError
 
-_KEY = "gralora_fx.rejection"
+_KEY, _COUNTED = "gralora_fx.rejection", "gralora_fx.counted"
 _BY_STATUS = {
     401: "unauthorized",
     404: "not_found",
@@ -28,6 +28,11 @@ REASONS = ("invalid", *sorted(set(_BY_STATUS.values())))
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def mark_counted(scope: Scope) -> None:
+    """Say that a request is counted, here or by another process, which answered it."""
+    scope[_COUNTED] = True
 
 
 def note_rejection(scope: Any, error: Exception) -> None:
@@ -146,12 +151,15 @@ class Metrics:
             self._in_flight -= 1
 
     def answered(self, scope: Scope, code: int) -> None:
-        """A request was answered. Labels are bounded: all methods that HTTP does not have count as one.
+        """A request was answered, which is counted once; methods that HTTP does not have are one, to bound the labels.
 
         Args:
             scope: The request's scope.
             code: The status; of a request that was rejected, the reason is counted too.
         """
+        if _COUNTED in scope:
+            return
+        mark_counted(scope)
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._requests.labels(route, method, str(code)).inc()

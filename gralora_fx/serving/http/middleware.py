@@ -28,7 +28,6 @@ _logger = logging.getLogger("uvicorn.error")
 # for probes, which have no key, and for the page, which asks for it
 OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
 _METRICS = "/metrics"
-_COUNTED = "gralora_fx.counted"
 _WINDOW_BITS = {"gzip": zlib.MAX_WBITS + 16, "x-gzip": zlib.MAX_WBITS + 16, "deflate": zlib.MAX_WBITS}  # of zlib
 
 
@@ -92,11 +91,6 @@ def _request(scope: Scope, began: datetime) -> str:
     return f'{client} - - [{began:%d/%b/%Y:%H:%M:%S %z}] "{asked}"'
 
 
-def mark_counted(scope: Scope) -> None:
-    """Say that a request was counted by another process, which answered it."""
-    scope[_COUNTED] = True
-
-
 def add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -> None:
     """Let requests pass what counts them, asks for the key, and reads their bodies, in this order."""
     app.add_middleware(BodyMiddleware, max_body=settings.max_body)
@@ -150,17 +144,9 @@ class CountingMiddleware:
             await self._app(scope, receive, send)
             return
 
-        status: int | None = None
-
-        def count(code: int) -> None:
-            if _COUNTED not in scope:
-                self._metrics.answered(scope, code)
-
         async def counted(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                count(message["status"])
+                self._metrics.answered(scope, message["status"])
             await send(message)
 
         is_scrape = scope["path"] == _METRICS  # which would count itself whenever anybody looks
@@ -168,8 +154,7 @@ class CountingMiddleware:
             with nullcontext() if is_scrape else self._metrics.in_flight():
                 await self._app(scope, receive, counted)
         except Exception:
-            if status is None:  # starlette answers it outside of every middleware
-                count(500)
+            self._metrics.answered(scope, 500)  # starlette answers it outside of every middleware
             raise
 
 

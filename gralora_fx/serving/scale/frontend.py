@@ -24,8 +24,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.serving.http.error_responses import add_handlers, error_body, error_response
-from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.middleware import AccessLogMiddleware, add_middleware, mark_counted
+from gralora_fx.serving.http.metrics import Metrics, mark_counted
+from gralora_fx.serving.http.middleware import AccessLogMiddleware, add_middleware
 from gralora_fx.serving.http.page.routes import page_routes
 from gralora_fx.serving.http.replies import END, event
 from gralora_fx.serving.http.service_info import health_routes

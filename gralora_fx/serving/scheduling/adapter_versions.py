@@ -10,10 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_paths import check_name
+from gralora_fx.serving.model import OrtModel
 
 _NAME_IN_KEY = 100  # characters of a name that a version's key begins with
 _MOST_CHANGES = 16  # that wait
@@ -31,20 +32,6 @@ class UnknownAdapterError(ServingError):
 
 class TooManyChangesError(ServingError):
     """There is no room for more loads now."""
-
-
-class AdapterHost(Protocol):
-    """What holds the tensors of adapters, each under a key: an `OrtModel`."""
-
-    @property
-    def adapters(self) -> Any:
-        """The adapters, by key."""
-
-    def load_adapter(self, name: str, path: str | Path) -> None:
-        """Load one, checked; no change after an error."""
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget one."""
 
 
 @dataclass
@@ -72,7 +59,7 @@ class AdapterVersions:
     request ends. Changes run one after the other in a thread of their own.
     """
 
-    def __init__(self, host: AdapterHost) -> None:
+    def __init__(self, host: OrtModel) -> None:
         """Take the adapters that the host has, each under its key as its name.
 
         Args:
@@ -93,14 +80,6 @@ class AdapterVersions:
     def __len__(self) -> int:
         """How many versions are in memory."""
         return len(self._versions)
-
-    def key(self, name: str) -> str:
-        """The key of a name's version now; it is freed when the name gets another, unless it is held.
-
-        Raises:
-            UnknownAdapterError: There is no adapter of the name.
-        """
-        return self._named(name).key
 
     @contextmanager
     def held(self, name: str) -> Iterator[str]:
@@ -267,14 +246,14 @@ class ModelNames:
         """The adapters that are loaded now."""
         return self.versions.names
 
-    def adapter(self, model: str) -> str | None:
-        """The key of the adapter that a model's name means now; None for the base. `held` keeps it for a while.
+    def check(self, model: str) -> None:
+        """Check that a model is served now.
 
         Raises:
             UnknownModelError: There is no such model.
         """
-        with self.held(model) as key:
-            return key
+        with self.held(model):
+            pass
 
     @contextmanager
     def held(self, model: str) -> Iterator[str | None]:

@@ -155,7 +155,7 @@ def _check_model(names: ModelNames, name: str, version: str) -> None:
     Raises:
         UnknownModelError: There is no such model or version.
     """
-    names.adapter(name)
+    names.check(name)
     if version != _VERSION:
         raise UnknownModelError(f"no version {shown(version)} of model {name!r}; there is {_VERSION}")
 

@@ -36,7 +36,7 @@ def model_routes(names: ModelNames) -> APIRouter:
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        names.adapter(name)
+        names.check(name)
         return described(name)
 
     return router
