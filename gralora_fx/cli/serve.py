@@ -136,7 +136,7 @@ def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: i
                 from gralora_fx.serving.scale import prepare
 
                 prepare()
-                from gralora_fx.serving.http.adapters import converted
+                from gralora_fx.serving.http.adapter_loads import converted
                 from gralora_fx.serving.scale.ray_service import check, run_replicas
             with timed("open and warm up"):
                 settings = stack.enter_context(converted(settings))

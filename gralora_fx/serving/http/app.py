@@ -11,8 +11,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.serving.http.adapter_loads import load_given
 from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.adapters import load_given
 from gralora_fx.serving.http.engines import EncoderEngine, Engine, TextEngine, open_engine
 from gralora_fx.serving.http.error_responses import add_handlers
 from gralora_fx.serving.http.inference.routes import inference_routes, server_routes

@@ -20,7 +20,7 @@ from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import DeadlineError, RunError
 from gralora_fx.serving.scheduling.text_jobs import Piece, Sink, TextRequest
 
-HEADER = "X-Request-Timeout"
+_HEADER = "X-Request-Timeout"
 END = b"data: [DONE]\n\n"
 _CLIENT_CLOSED = 499  # nginx's status; nobody reads it
 
@@ -35,7 +35,7 @@ def timeout_of(request: Request) -> float | None:
         ServingError: The header is not a number of seconds.
     """
     limit: float | None = request.app.state.timeout
-    header = request.headers.get(HEADER)
+    header = request.headers.get(_HEADER)
     if header is None:
         return limit
     try:
@@ -43,7 +43,7 @@ def timeout_of(request: Request) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise ServingError(f"{HEADER} must be a number of seconds above 0, but got {shown(header)}")
+        raise ServingError(f"{_HEADER} must be a number of seconds above 0, but got {shown(header)}")
     return seconds if limit is None else min(seconds, limit)
 
 
@@ -79,8 +79,8 @@ async def _disconnected(request: Request) -> None:
 
 def _too_late(seconds: float | None) -> DeadlineError:
     return DeadlineError(
-        f"the request was not answered within {seconds:g} s, and was given up; give it more time with {HEADER}, or ask "
-        "for fewer tokens"
+        f"the request was not answered within {seconds:g} s, and was given up; give it more time with {_HEADER}, or "
+        "ask for fewer tokens"
     )
 
 

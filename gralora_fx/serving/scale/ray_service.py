@@ -22,7 +22,7 @@ from starlette.types import Message
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.runtime.run_options import available_threads
-from gralora_fx.serving.http.adapters import load_given
+from gralora_fx.serving.http.adapter_loads import load_given
 from gralora_fx.serving.http.app import create_app
 from gralora_fx.serving.http.engines import EncoderEngine, open_engine
 from gralora_fx.serving.http.metrics import Metrics

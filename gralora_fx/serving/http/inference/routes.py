@@ -25,7 +25,6 @@ from gralora_fx.serving.scheduling.adapter_versions import ModelNames, UnknownMo
 
 _VERSION = "1"
 _LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it
-Endpoint = Callable[..., Any]
 
 
 class ServerMetadata(BaseModel):
@@ -143,7 +142,7 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
     return router
 
 
-def _add(method: Callable[..., Any], path: str, endpoint: Endpoint, model: type[BaseModel]) -> None:
+def _add(method: Callable[..., Any], path: str, endpoint: Callable[..., Any], model: type[BaseModel]) -> None:
     """Add an endpoint of a model, with and without the model's version."""
     for prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
         method(f"{prefix}{path}", response_model=model, response_model_exclude_none=True)(endpoint)

@@ -13,8 +13,8 @@ from fastapi.exceptions import HTTPException
 from fastapi.responses import PlainTextResponse
 
 from gralora_fx.errors import GraloraError
+from gralora_fx.serving.http.adapter_loads import load_adapter
 from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.adapters import load_adapter
 from gralora_fx.serving.http.engines import Engine
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.openai.requests import StrictModel

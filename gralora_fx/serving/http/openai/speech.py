@@ -29,7 +29,7 @@ from gralora_fx.serving.scheduling.text_jobs import TextRequest
 from gralora_fx.serving.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
 from gralora_fx.serving.token_choice import TokenScore
 
-FORM = "multipart/form-data"
+_FORM = "multipart/form-data"
 _FILE = "file"
 _FIELDS = 64  # the most of a form
 _TIMED = ("verbose_json", "srt", "vtt", "diarized_json")  # forms that say when something was said
@@ -111,9 +111,9 @@ async def read_form(request: Request, kind: type[TranslationRequest]) -> tuple[T
         RequestValidationError: A field is unknown, missing or wrong.
     """
     content_type = request.headers.get("content-type")
-    if content_type is None or content_type.partition(";")[0].strip().lower() != FORM:
+    if content_type is None or content_type.partition(";")[0].strip().lower() != _FORM:
         what = "is missing" if content_type is None else f"is {shown(content_type)}"
-        raise ServingError(f"the header Content-Type {what}; send the file and the fields beside it as {FORM}")
+        raise ServingError(f"the header Content-Type {what}; send the file and the fields beside it as {_FORM}")
     async with request.form(max_files=2, max_fields=_FIELDS) as form:
         files = [value for name, value in form.multi_items() if name == _FILE]
         fields: dict[str, Any] = {}
@@ -156,7 +156,7 @@ def form_schema(kind: type[TranslationRequest]) -> dict[str, Any]:
         "required": [_FILE, *fields["required"]],
         "additionalProperties": False,
     }
-    return {"requestBody": {"required": True, "content": {FORM: {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {_FORM: {"schema": schema}}}}
 
 
 def speech_routes(engine: TextEngine) -> APIRouter:
