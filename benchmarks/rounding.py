@@ -29,7 +29,7 @@ from gralora_fx.exporters.flavours.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions, Quantization
 from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, ModelSteps
 from gralora_fx.exporters.verification.measure_quality import measure_quality
-from gralora_fx.exporters.verification.token_quality import given_texts, kl_divergence
+from gralora_fx.exporters.verification.token_quality import kl_divergence, user_texts
 from gralora_fx.runtime.session import Runtime, open_session, quiet_options
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/rounding")
@@ -107,7 +107,7 @@ def _reorder(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None 
 
 def _effect(model: GraloraModel, tokenizer: Any, texts: list[str]) -> str:
     """What the adapter itself changes, in the terms of the tables."""
-    rows = given_texts(texts, tokenizer, model.traced).rows
+    rows = user_texts(texts, tokenizer, model.traced).rows
     divergences: list[Tensor] = []
     same: list[Tensor] = []
     for row in rows:

@@ -17,7 +17,7 @@ from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
 from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
 from gralora_fx.exporters.verification.cases import Case, PromptBatch, TokenRun, Verification
-from gralora_fx.exporters.verification.decoder_cases import given_prompts
+from gralora_fx.exporters.verification.decoder_cases import user_prompts
 from gralora_fx.exporters.verification.float32_copy import open_comparable
 from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
@@ -108,7 +108,7 @@ def verify_onnx(
     batches = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
     if prompts is not None and verification.prompts is None:
         raise ExportError("the export has no cache, so it takes no prompts; give inputs")
-    batches += [] if prompts is None else [given_prompts(prompts, output_dir, traced)]
+    batches += [] if prompts is None else [user_prompts(prompts, output_dir, traced)]
     adapters = Adapters(Path(output_dir), manifest)
     comparison = _Comparison(
         model, adapters, manifest, verification, cases, batches, quick, arithmetic, runtime, tolerance, adapter_name

@@ -122,7 +122,7 @@ def pad_prompts(
     return PromptBatch(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
 
 
-def given_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
+def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
     """A user's prompts as one batch, padded on the left.
 
     Args:

@@ -79,21 +79,21 @@ def _equal_share(run: TokenRun) -> float:
     source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
     tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
     start = case["decoder_input_ids"][:, :1]
-    found = _greedy_tokens(run, tensors, start, steps)
-    read = torch.cat([start, found], dim=1)
+    generated = _greedy_tokens(run, tensors, start, steps)
+    read = torch.cat([start, generated], dim=1)
     cache, equal = None, []
     for place in range(steps):
         with torch.no_grad():
             result = run.model(**source, decoder_input_ids=read[:, place : place + 1], past_key_values=cache)
         cache = returned_cache(result)
-        equal.append(result.logits[:, -1].argmax(-1) == found[:, place])
+        equal.append(result.logits[:, -1].argmax(-1) == generated[:, place])
     return float(torch.cat(equal).float().mean())
 
 
 def _greedy_tokens(run: TokenRun, source: Mapping[str, Tensor], start: Tensor, steps: int) -> Tensor:
     """The export's tokens after `start`, `[batch, 1]`, for what its encoder reads: `[batch, steps]`."""
     limits = DecoderLimits(None, steps, frozenset())
-    found: dict[int, list[int]] = {}
+    generated: dict[int, list[int]] = {}
     with engine_errors("greedy tokens"):
         decoder = EncoderDecoder(run.session, run.adapters, limits, DecoderSize(len(start)), Encodings())
         last: dict[int, list[int]] = {}
@@ -103,5 +103,5 @@ def _greedy_tokens(run: TokenRun, source: Mapping[str, Tensor], start: Tensor, s
         for _ in range(steps):
             last = {row: [int(logits.argmax())] for row, logits in decoder.step(last).items()}
             for row, tokens in last.items():
-                found.setdefault(row, []).extend(tokens)
-    return torch.tensor([found[row] for row in sorted(found)])
+                generated.setdefault(row, []).extend(tokens)
+    return torch.tensor([generated[row] for row in sorted(generated)])

@@ -55,7 +55,7 @@ def compare_products(directory: Path) -> TensorCheck:
     Raises:
         ExportError: A product is not one that the export writes, cannot run, or the disk has no room for a copy.
     """
-    differences = [found for path in _models(directory) for found in _differences(path)]
+    differences = [pair for path in _models(directory) for pair in _differences(path)]
     absolute = max((absolute for absolute, _ in differences), default=0.0)
     relative = max((relative for _, relative in differences), default=0.0)
     return TensorCheck("int8 products", absolute, relative, None)
@@ -77,8 +77,8 @@ def _differences(path: Path) -> Iterator[tuple[float, float]]:
         ir.save(model, Path(copy) / MODEL_NAME, external_data=f"{MODEL_NAME}_data", size_threshold_bytes=1024)
         session = open_session(copy)
         inputs = {case.input: _activations(int(case.weight.shape.numpy()[0])) for case in cases}
-        feed = {name: torch.from_numpy(values) for name, values in inputs.items()}
-        results = run_values(session, feed, f"the int8 products of {path.name}")
+        tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+        results = run_values(session, tensors, f"the int8 products of {path.name}")
         for case in cases:
             yield _difference(case, inputs[case.input], as_tensor(results[case.output]).numpy())
 

@@ -17,7 +17,7 @@ from gralora_fx.exporters.verification.cases import Case, Verification
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.plain_cases import text_cases, text_tokenizer
 from gralora_fx.exporters.verification.reference_models import dequantized_model, evaluating
-from gralora_fx.exporters.verification.token_quality import drawn_texts, given_texts, token_quality
+from gralora_fx.exporters.verification.token_quality import drawn_texts, token_quality, user_texts
 from gralora_fx.exporters.verification.tolerances import check_finite
 from gralora_fx.exporters.verification.variants import variants
 from gralora_fx.model.gralora_model import GraloraModel
@@ -55,7 +55,7 @@ def measure_quality(
     traced, manifest = base_trace(model), read_manifest(directory)
     states = variants(open_session(directory), model, manifest, directory)
     if traced.cache_layout is CacheLayout.DECODER:
-        chosen = drawn_texts(traced) if texts is None else given_texts(texts, text_tokenizer(tokenizer), traced)
+        chosen = drawn_texts(traced) if texts is None else user_texts(texts, text_tokenizer(tokenizer), traced)
         tokens: list[TokenQuality] = []
         for variant in states:
             with variant.active(), _float32(model) as reference:

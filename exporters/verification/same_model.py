@@ -55,13 +55,13 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
     Raises:
         ExportError: The model is of another base, or other adapters are active.
     """
-    expected, found = manifest.base_fingerprint, fingerprint_of(model)
-    if expected not in (None, found) and not _is_merged(model, manifest):
+    expected, own = manifest.base_fingerprint, fingerprint_of(model)
+    if expected not in (None, own) and not _is_merged(model, manifest):
         if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # of a single file
             check_inputs(manifest.inputs, base_trace(model).example_inputs)
         raise ExportError(
             f"{output_dir} was exported from another base: its weights have fingerprint {str(expected)[:12]}, those of "
-            f"the given model {found[:12]}; give the base that was exported, with its adapters active rather than "
+            f"the given model {own[:12]}; give the base that was exported, with its adapters active rather than "
             "folded"
         )
     if manifest.adapter_inputs is None:
@@ -98,8 +98,8 @@ def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
     Raises:
         ExportError: It does not; the message names those that are missing.
     """
-    given = flat(case)
-    missing = [name for name in names if name not in given]
+    taken = flat(case)
+    missing = [name for name in names if name not in taken]
     if missing:
         raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
 
@@ -119,7 +119,7 @@ def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel |
     raise ExportError(f"{origin} was exported with {_all(exported)}, but {state}; give the model that was exported")
 
 
-def check_given_adapters(manifest: Manifest, origin: str, adapters: Sequence[str]) -> None:
+def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[str]) -> None:
     """Check that adapter directories are what was exported, in any order, before a base is loaded.
 
     Args:
@@ -160,9 +160,9 @@ def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, st
     """The entry that an adapter is, and None; or the name of another one, and what differs from it."""
     config, tensors = read_adapter(adapter)
     digests = _possible_digests(config, tensors)
-    found = {name: _difference(entry, config, digests) for name, entry in entries.items()}
-    same = next((name for name, differing in found.items() if not differing), None)
-    return (same, None) if same is not None else next(iter(found.items()), ("", ""))
+    differences = {name: _difference(entry, config, digests) for name, entry in entries.items()}
+    same = next((name for name, differing in differences.items() if not differing), None)
+    return (same, None) if same is not None else next(iter(differences.items()), ("", ""))
 
 
 def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -> str:

@@ -15,13 +15,13 @@ from gralora_fx.tracing.inputs.input_trees import tensor_paths
 
 def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Input or output tensors by the names of an exported graph: nested ones by path, a cache by layer."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in values.items():
         if isinstance(value, Cache):
-            found |= _named(value, "present" if "logits" in values else "past_key_values")
+            tensors |= _named(value, "present" if "logits" in values else "past_key_values")
         else:
-            found |= tensor_paths({name: value})
-    return found
+            tensors |= tensor_paths({name: value})
+    return tensors
 
 
 def _named(cache: Cache, prefix: str) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def drawn_texts(traced: TracedModel) -> MeasuredTexts:
     )
 
 
-def given_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
+def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
     """A user's texts, of each the first 128 tokens, or fewer where the context has no room for them.
 
     Args:

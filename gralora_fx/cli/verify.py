@@ -100,7 +100,7 @@ def verify(
     with StageProgress(), gc_pause():
         with timed("import"):
             from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.verification.same_model import check_given_adapters
+            from gralora_fx.exporters.verification.same_model import check_exported_adapters
             from gralora_fx.loading.bases import load_traced
             from gralora_fx.model.model_class import without_trainer
             from gralora_fx.runtime.export_files import check_files
@@ -116,7 +116,7 @@ def verify(
             raise ConfigError(
                 f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out"
             )
-        check_given_adapters(manifest, str(onnx), given)
+        check_exported_adapters(manifest, str(onnx), given)
         named = _exported_name(onnx, manifest, adapter_name)
         if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
             with timed("files"):

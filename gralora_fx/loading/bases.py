@@ -195,8 +195,8 @@ def sentence_source(task: str | None, names: Iterable[str | None], *, is_asked: 
     """
     if task != SENTENCE_TASK and (is_asked or task not in _BARE):
         return task, None
-    found = (find_sentence_directory(name, TraceError) for name in names if name is not None)
-    directory = next((path for path in found if path is not None), None)
+    directories = (find_sentence_directory(name, TraceError) for name in names if name is not None)
+    directory = next((path for path in directories if path is not None), None)
     return (task, None) if directory is None else (SENTENCE_TASK, directory)
 
 
@@ -204,7 +204,7 @@ def _check_bases(name: str, configs: Mapping[str, AdapterConfig]) -> None:
     """Refuse adapters of another base before anything is loaded.
 
     A hub id may not have been downloaded yet, or may have moved: of it, only what is proven is refused here, and the
-    rest when the adapter is installed in what was loaded.
+    rest when the adapter is added to what was loaded.
 
     Args:
         name: Local directory or hub id of the base.
@@ -269,8 +269,8 @@ def _misfit(error: GraloraError, base: LoadedBase) -> str:
     lines = str(error).splitlines()
     problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
     if base.config is not None and base.made_for:
-        made = BaseSource(base.made_for, base.config.revision)
-        if compare_bases(made, BaseSource(base.name)).outcome == SAME:
+        original = BaseSource(base.made_for, base.config.revision)
+        if compare_bases(original, BaseSource(base.name)).outcome == SAME:
             return (
                 f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}), the base that it "
                 "was made for: its adapter_config.json and its tensors do not agree, or not with this model; save it "
