@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from gralora_fx.picture.facts import ModelFacts, SiteAdapter
+from gralora_fx.picture.facts import ModelFacts, SiteAdapter, is_within
 
 _SHORTEST_RUN = 3  # two layers are drawn faster than explained
 
@@ -72,11 +72,11 @@ class BlockMap:
     def layer_of(self, path: str, *, apart_from: str = "") -> str | None:
         """The outermost numbered layer around a module that does not contain another module."""
         layers = [above for above in ancestors(path) if above in self._layers]
-        return next((layer for layer in layers if not f"{apart_from}.".startswith(f"{layer}.")), None)
+        return next((layer for layer in layers if not is_within(apart_from, layer)), None)
 
     def has_frames_in(self, path: str) -> bool:
         """Whether a module is or contains a frame."""
-        return any(frame == path or frame.startswith(f"{path}.") for frame in self._layers | self._branches)
+        return any(is_within(frame, path) for frame in self._layers | self._branches)
 
     def tree(self, items: Iterable[str]) -> Block:
         """The frames as a tree, with items in the order given.

@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from gralora_fx.picture.facts import ModelFacts, SiteAdapter, SiteFacts
 from gralora_fx.picture.flow import Item
-from gralora_fx.picture.heat import draw_grid, draw_strip, grid_size, strip_size
+from gralora_fx.picture.heat import Rect, draw_grid, draw_strip, grid_size, strip_size
 from gralora_fx.picture.style import FONT, PAINTS, clipped, printable, text_width
 
 _LONGEST_REASON = 42
@@ -167,12 +167,12 @@ def draw_box(box: Box, middle: float, centre: float, largest_norm: float) -> lis
         if isinstance(row, Line):
             elements.append(draw_line(row, middle, y + 0.78 * height, paint.text))
         else:
-            left, inner = middle - width / 2, height - 2 * _GAP
-            if isinstance(row, Strip):
-                cells = _cells_of(row)
-                elements.append(draw_strip(cells, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
-            else:
-                elements.append(draw_grid(row, largest_norm, left=left, top=y + _GAP, width=width, height=inner))
+            rect = Rect(middle - width / 2, y + _GAP, width, height - 2 * _GAP)
+            elements.append(
+                draw_strip(_cells_of(row), largest_norm, rect)
+                if isinstance(row, Strip)
+                else draw_grid(row, largest_norm, rect)
+            )
         y += height
     return elements
 

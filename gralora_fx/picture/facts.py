@@ -256,7 +256,9 @@ def _sites(
         for path in {bias.rpartition(".")[0] for bias in plan.trained_biases} & set(sites):
             notes.setdefault(path, []).append(f"bias trains ({name})")
     saved_by = {
-        path: tuple(name for name, plan in plans.items() if any(_in(path, module) for module in plan.saved_modules))
+        path: tuple(
+            name for name, plan in plans.items() if any(is_within(path, module) for module in plan.saved_modules)
+        )
         for path in sites
     }
     return {
@@ -280,7 +282,8 @@ def _status(adapters: list[SiteAdapter], *, is_saved: bool, is_rejected: bool) -
     return "saved" if is_saved else "rejected" if is_rejected else "base"
 
 
-def _in(path: str, module: str) -> bool:
+def is_within(path: str, module: str) -> bool:
+    """Whether a module is another one, or in it."""
     return path == module or path.startswith(f"{module}.")
 
 

@@ -13,7 +13,7 @@ from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.graph.sites import other_readers
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.picture.blocks import BlockMap
-from gralora_fx.picture.facts import ModelFacts
+from gralora_fx.picture.facts import ModelFacts, is_within
 
 _SHAPES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, getattr}
 
@@ -106,7 +106,7 @@ class _Owners:
 
     def holds_sites(self, path: str) -> bool:
         """Whether a module is or contains a site."""
-        return any(site == path or site.startswith(f"{path}.") for site in self._site_paths)
+        return any(is_within(site, path) for site in self._site_paths)
 
     def _owner_of_parameters(self, node: fx.Node) -> str | None:
         """The module whose parameters a node applies to a value."""
@@ -128,7 +128,7 @@ class _Owners:
         if self.holds_sites(path):
             return None
         for module in self._whole:
-            if path == module or path.startswith(f"{module}."):
+            if is_within(path, module):
                 return Item("part", module)
         if not path or self._blocks.layer_of(path) is not None:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 from xml.etree.ElementTree import Element, SubElement
 
 from gralora_fx.picture.style import FONT, ZERO, heat_colour, printable, text_on
@@ -15,9 +16,22 @@ _LARGEST_TEXT_GRID = 4  # blocks a side up to which the cells of a grid hold the
 _LARGEST_GRID = 16  # blocks a side of the grids in boxes; larger ones are drawn coarser
 
 
-def draw_grid(
-    norms: Grid, largest: float, *, left: float, top: float, width: float, height: float, coarse: bool = True
-) -> Element:
+class Rect(NamedTuple):
+    """A rectangle of the picture, in points."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """As those of an SVG element, which is outlined thinly."""
+        numbers = zip(("x", "y", "width", "height"), self, strict=True)
+        return {**{name: f"{number:.2f}" for name, number in numbers}, "stroke-width": "0.4"}
+
+
+def draw_grid(norms: Grid, largest: float, rect: Rect, *, coarse: bool = True) -> Element:
     """A grid as a group of cells, each with its value as a tooltip and, where there are few, as text.
 
     A zero block is a white cell with a small dot, so that a zero update can be recognised; the scale begins above.
@@ -25,10 +39,7 @@ def draw_grid(
     Args:
         norms: Norms, rows for output blocks.
         largest: The value at the end of the scale.
-        left: Place of the grid.
-        top: Place of the grid.
-        width: Size of the grid.
-        height: Size of the grid.
+        rect: Where the grid is drawn.
         coarse: Whether large grids are drawn with fewer cells.
     """
     k = len(norms)
@@ -36,13 +47,13 @@ def draw_grid(
     side, step = len(shown), k // len(shown)
     is_zero = all(value == 0 for row in shown for value in row)
     group = Element("g", {"class": "heat zero" if is_zero else "heat"})
-    cell_width, cell_height = width / side, height / side
+    cell_width, cell_height = rect.width / side, rect.height / side
     for j, row in enumerate(shown):
         for n, value in enumerate(row):
-            x, y, colour = left + n * cell_width, top + j * cell_height, heat_colour(value, largest)
+            x, y, colour = rect.left + n * cell_width, rect.top + j * cell_height, heat_colour(value, largest)
             cell = SubElement(group, "g")
             SubElement(cell, "title").text = f"output {_span(j, step)}, input {_span(n, step)}: {value:.4g}"
-            SubElement(cell, "rect", _box(x, y, cell_width, cell_height) | {"fill": colour, "stroke": _LINE})
+            SubElement(cell, "rect", Rect(x, y, cell_width, cell_height).attributes | {"fill": colour, "stroke": _LINE})
             if value == 0:
                 _dot(cell, x + cell_width / 2, y + cell_height / 2, min(cell_height / 6, 1.5))
             elif k <= _LARGEST_TEXT_GRID:
@@ -52,28 +63,23 @@ def draw_grid(
     return group
 
 
-def draw_strip(
-    cells: Sequence[tuple[str, float]], largest: float, *, left: float, top: float, width: float, height: float
-) -> Element:
+def draw_strip(cells: Sequence[tuple[str, float]], largest: float, rect: Rect) -> Element:
     """A row of cells on the scale of the grids, each with a text as its tooltip.
 
     Args:
         cells: Tooltips and values, left to right.
         largest: The value at the end of the scale.
-        left: Place of the strip.
-        top: Place of the strip.
-        width: Size of the strip.
-        height: Size of the strip.
+        rect: Where the strip is drawn.
     """
     group = Element("g", {"class": "heat strip zero" if all(value == 0 for _, value in cells) else "heat strip"})
-    cell_width = width / len(cells)
+    cell_width = rect.width / len(cells)
     for index, (title, value) in enumerate(cells):
-        x, cell = left + index * cell_width, SubElement(group, "g")
+        x, cell = rect.left + index * cell_width, SubElement(group, "g")
         SubElement(cell, "title").text = printable(title)
         colour = {"fill": heat_colour(value, largest), "stroke": _LINE}
-        SubElement(cell, "rect", _box(x, top, cell_width, height) | colour)
+        SubElement(cell, "rect", Rect(x, rect.top, cell_width, rect.height).attributes | colour)
         if value == 0:
-            _dot(cell, x + cell_width / 2, top + height / 2, min(cell_width / 4, 1.5))
+            _dot(cell, x + cell_width / 2, rect.top + rect.height / 2, min(cell_width / 4, 1.5))
     return group
 
 
@@ -86,8 +92,9 @@ def draw_scale(largest: float, *, left: float, top: float) -> Element:
     _text(group, "norm of a block of the update (rows: outputs, columns: inputs)", left, top - 5, 10, anchor="start")
     for index in range(steps if largest else 0):
         colour = heat_colour((index + 0.5) / steps, 1.0)
-        SubElement(group, "rect", _box(left + 40 + index * step, top, step + 0.3, height) | {"fill": colour})
-    zero = _box(left, top, 18, height) | {"fill": ZERO, "stroke": _LINE}
+        cell = Rect(left + 40 + index * step, top, step + 0.3, height)
+        SubElement(group, "rect", cell.attributes | {"fill": colour})
+    zero = Rect(left, top, 18, height).attributes | {"fill": ZERO, "stroke": _LINE}
     SubElement(group, "rect", zero)
     _dot(group, left + 9, top + height / 2, 1.5)
     _text(group, "zero", left + 9, top + height + 11, 9)
@@ -140,10 +147,6 @@ def _grid_blocks(k: int) -> int:
 
 def _span(index: int, step: int) -> str:
     return f"block {index}" if step == 1 else f"blocks {index * step} to {(index + 1) * step - 1}"
-
-
-def _box(x: float, y: float, width: float, height: float) -> dict[str, str]:
-    return {"x": f"{x:.2f}", "y": f"{y:.2f}", "width": f"{width:.2f}", "height": f"{height:.2f}", "stroke-width": "0.4"}
 
 
 def _dot(parent: Element, x: float, y: float, radius: float) -> None:

@@ -11,13 +11,13 @@ from xml.etree import ElementTree
 from gralora_fx.picture.blocks import BlockMap
 from gralora_fx.picture.boxes import adapter_line
 from gralora_fx.picture.facts import AdaptedModel, ModelFacts, SiteFacts, read_facts
-from gralora_fx.picture.heat import draw_grid, draw_scale, short_number
+from gralora_fx.picture.heat import Rect, draw_grid, draw_scale, short_number
 from gralora_fx.picture.style import MEANINGS, heat_colour, printable, text_on
 from gralora_fx.picture.svg import draw, headline
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
 
-_MOST_CELLS = 20_000  # of all heat maps of a page; beyond, large ones are drawn coarser
+MOST_CELLS = 20_000  # of all heat maps of a page; beyond, large ones are drawn coarser
 _CELL = (44.0, 22.0)  # points, where cells hold text
 _FEWEST_LAYERS = 3  # of an overview; with fewer, the heat maps themselves are one
 
@@ -125,7 +125,7 @@ def _row(entry: SiteFacts) -> _Row:
 
 def _maps(facts: ModelFacts) -> Iterator[_Map]:
     pairs = [(path, adapter) for path, entry in facts.sites.items() for adapter in entry.adapters]
-    is_coarse = sum(adapter.k**2 for _, adapter in pairs) > _MOST_CELLS
+    is_coarse = sum(adapter.k**2 for _, adapter in pairs) > MOST_CELLS
     for path, adapter in pairs:
         norm = adapter.update_norm
         if adapter.norms is None or norm is None:
@@ -134,10 +134,8 @@ def _maps(facts: ModelFacts) -> Iterator[_Map]:
         width, height = (_CELL[0] * k, _CELL[1] * k) if k <= 4 else (max(180.0, 12.0 * k),) * 2
         label = f"Block norms of {adapter.name} at {path}"
         svg = _svg(width + 2, height + 2, label)
-        grid = draw_grid(
-            adapter.norms, facts.largest_norm or 0.0, left=1, top=1, width=width, height=height, coarse=is_coarse
-        )
-        svg.append(grid)
+        rect = Rect(1, 1, width, height)
+        svg.append(draw_grid(adapter.norms, facts.largest_norm or 0.0, rect, coarse=is_coarse))
         yield _Map(path, adapter_line(adapter), norm, ElementTree.tostring(svg, encoding="unicode"))
 
 

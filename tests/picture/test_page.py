@@ -133,7 +133,7 @@ def test_the_filter_knows_every_box() -> None:
 def test_large_grids_are_drawn_coarser_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     model = rewrite(traced("bert"), GraloraConfig(r=32, gralora_k=32, target_modules=["query"]))
     whole = Reader(html_of(model)).tags.count("rect")
-    monkeypatch.setattr("gralora_fx.picture.page._MOST_CELLS", 100)
+    monkeypatch.setattr("gralora_fx.picture.page.MOST_CELLS", 100)
     coarse = Reader(html_of(model)).tags.count("rect")
     assert whole - coarse == 2 * (32 * 32 - 16 * 16)
 
