@@ -89,7 +89,7 @@ _DECODER_PREFIXES = ("decoder_", PAST)
 
 
 @dataclass(frozen=True)
-class EncoderDecoder:
+class SplitGraph:
     """A graph split in two.
 
     Attributes:
@@ -104,7 +104,7 @@ class EncoderDecoder:
     outputs: tuple[str, ...]
 
 
-def split(graph_module: fx.GraphModule) -> EncoderDecoder:
+def split(graph_module: fx.GraphModule) -> SplitGraph:
     """Split a traced encoder-decoder at the encoder's output.
 
     Before: `logits, keys and values, hidden = forward(input_ids, attention_mask, decoder_input_ids, past)`
@@ -142,7 +142,7 @@ def split(graph_module: fx.GraphModule) -> EncoderDecoder:
         for part, layer in zip(("decoder", "encoder"), layers, strict=True):
             named_outputs |= {f"present.{index}.{part}.key": layer.keys, f"present.{index}.{part}.value": layer.values}
     decoder = _part(graph_module, decoder_feed, named_outputs)
-    return EncoderDecoder(encoder, decoder, tuple(named_outputs))
+    return SplitGraph(encoder, decoder, tuple(named_outputs))
 
 
 def _part(

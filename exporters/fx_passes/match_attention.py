@@ -21,7 +21,7 @@ from gralora_fx.exporters.fx_passes.matching import (
     same_size,
     shape,
 )
-from gralora_fx.exporters.fx_passes.padding import Mask, hidden_padding, hides, selection_of, split_mask
+from gralora_fx.exporters.fx_passes.padding import MaskParts, hidden_padding, hides, selection_of, split_mask
 from gralora_fx.exporters.onnx_pipeline import ONE_SPELLING, SIMPLIFIED
 from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.graph.module_tree import innermost_path
@@ -211,7 +211,7 @@ def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:
     graph.erase_node(product)
 
 
-def _mask(graph: fx.Graph, scores: _Scores) -> Mask:
+def _mask(graph: fx.Graph, scores: _Scores) -> MaskParts:
     """What is added to scores and what replaces them as one mask, with the padding apart."""
     mask: fx.Node | None = None
     padding = scores.padding
@@ -241,7 +241,7 @@ def _mask(graph: fx.Graph, scores: _Scores) -> Mask:
                 smallest,
             )
             mask = _added(graph, aten.minimum.default, mask, wide)
-    return Mask(mask, padding)
+    return MaskParts(mask, padding)
 
 
 def _added(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -28,7 +28,7 @@ _NONZERO = (aten.ne.Scalar, aten.gt.Scalar)
 _EXPAND = (aten.expand.default, aten.expand_as.default)
 
 
-class Mask(NamedTuple):
+class MaskParts(NamedTuple):
     """A mask in two parts, both of which hide keys.
 
     Attributes:
@@ -40,7 +40,7 @@ class Mask(NamedTuple):
     padding: fx.Node | None
 
 
-def split_mask(mask: fx.Node) -> Mask:
+def split_mask(mask: fx.Node) -> MaskParts:
     """A mask of `[batch or 1, heads or 1, queries or 1, keys]` in its two parts; what is not understood is the rest.
 
     Understood are transformers' own masks, in either form: `allowed & padding[batch, key]`, `where(mask, bias, min)`,
@@ -49,8 +49,8 @@ def split_mask(mask: fx.Node) -> Mask:
     is_boolean = bool(mask.meta["val"].dtype == torch.bool)  # numbers are added to scores, ones and zeros too
     padding = _shown_keys(mask) if is_boolean else _added_padding(mask)
     if padding is not None or _is_true(mask):
-        return Mask(None, padding)
-    return _expanded(mask) or _conjunction(mask) or _selected(mask) or _sum(mask) or Mask(mask, None)
+        return MaskParts(None, padding)
+    return _expanded(mask) or _conjunction(mask) or _selected(mask) or _sum(mask) or MaskParts(mask, None)
 
 
 def hidden_padding(hidden: fx.Node) -> fx.Node | None:
@@ -58,7 +58,7 @@ def hidden_padding(hidden: fx.Node) -> fx.Node | None:
     return _hidden_keys(hidden) if len(shape(hidden)) == 4 else None
 
 
-def _expanded(mask: fx.Node) -> Mask | None:
+def _expanded(mask: fx.Node) -> MaskParts | None:
     """Of `expand(mask)`, which an attention operator does by itself."""
     if not is_call(mask, *_EXPAND) or not isinstance(mask.args[0], fx.Node):
         return None
@@ -66,7 +66,7 @@ def _expanded(mask: fx.Node) -> Mask | None:
     return None if parts is None or parts.padding is None else parts
 
 
-def _conjunction(mask: fx.Node) -> Mask | None:
+def _conjunction(mask: fx.Node) -> MaskParts | None:
     """Of `rest & padding`."""
     both = operands(mask, *_AND)
     parts = [split_mask(part) for part in both or () if isinstance(part, fx.Node) and len(shape(part)) == 4]
@@ -74,27 +74,27 @@ def _conjunction(mask: fx.Node) -> Mask | None:
         return None
     rests = [part.rest for part in parts if part.rest is not None and not _is_true(part.rest)]
     paddings = [part.padding for part in parts if part.padding is not None]
-    return Mask(rests[0] if rests else None, paddings[0]) if len(rests) < 2 and len(set(paddings)) == 1 else None
+    return MaskParts(rests[0] if rests else None, paddings[0]) if len(rests) < 2 and len(set(paddings)) == 1 else None
 
 
-def _selected(mask: fx.Node) -> Mask | None:
+def _selected(mask: fx.Node) -> MaskParts | None:
     """Of `where(padding, bias, smallest)`."""
     selection = selection_of(mask)
     padding = None if selection is None else _shown_keys(selection[0])
     if selection is None or padding is None or not hides(selection[2]) or not isinstance(selection[1], fx.Node):
         return None
     bias = selection[1]
-    return Mask(bias, padding) if len(shape(bias)) == 4 else None
+    return MaskParts(bias, padding) if len(shape(bias)) == 4 else None
 
 
-def _sum(mask: fx.Node) -> Mask | None:
+def _sum(mask: fx.Node) -> MaskParts | None:
     """Of `bias + mask`."""
     terms = operands(mask, *ADD)
     for bias, other in (terms, terms[::-1]) if terms is not None else ():
         if isinstance(bias, fx.Node) and isinstance(other, fx.Node) and len(shape(bias)) == 4:
             padding = _added_padding(other)
             if padding is not None:
-                return Mask(bias, padding)
+                return MaskParts(bias, padding)
     return None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -38,28 +39,33 @@ def adapter_function(model: ir.Model, k: int, num_axes: int, opset: int) -> ir.O
     name = f"{NAME}_k{k}_{num_axes}d" if k else f"{NAME}_lora"
     identifier = (FUNCTIONS, name, "")
     if identifier not in model.functions:
-        model.functions[identifier] = _function(name, k, num_axes, opset) if k else _lora_function(name, opset)
+        factors, body = ["A_general", "B_general"], _lora
+        if k:
+            factors, body = ["A", "B", *factors], functools.partial(_gralora, k, num_axes)
+        model.functions[identifier] = _function(name, opset, ["x", *factors], body)
     return identifier
 
 
-def _lora_function(name: str, opset: int) -> ir.Function:
-    x, A_general, B_general = inputs = [ir.Value(name=n) for n in ("x", "A_general", "B_general")]
-    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
-    build = Builder(graph)
-    general = build("MatMul", build("MatMul", x, A_general), B_general)
-    general.name = "general"
-    graph.extend(build.take())
-    graph.outputs.append(general)
-    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+def _lora(build: Builder, x: ir.Value, A_general: ir.Value, B_general: ir.Value) -> dict[str, ir.Value]:
+    return {"general": build("MatMul", build("MatMul", x, A_general), B_general)}
 
 
-def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
-    x, A, B, A_general, B_general = inputs = [ir.Value(name=n) for n in ("x", "A", "B", "A_general", "B_general")]
-    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
-    build = Builder(graph)
-    lead = num_axes - 2  # axes before those of tokens and features
-    kept = [0] * lead
-    front = list(range(lead))
+def _gralora(
+    k: int,
+    num_axes: int,
+    build: Builder,
+    x: ir.Value,
+    A: ir.Value,
+    B: ir.Value,
+    A_general: ir.Value,
+    B_general: ir.Value,
+) -> dict[str, ir.Value]:
+    return {"blocks": _blocks(build, x, A, B, k, num_axes - 2), **_lora(build, x, A_general, B_general)}
+
+
+def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int, lead: int) -> ir.Value:
+    """What blocks give; `lead` axes are before those of tokens and features, with one group of tokens each or not."""
+    kept, front = [0] * lead, list(range(lead))
     swap = [*front, lead + 1, lead]  # of blocks and tokens, before the features
     blocks = build("Reshape", x, build.ints(*kept, 0, k, -1))  # [..., tokens, input block, in/k]
     blocks = build("Transpose", blocks, perm=[*swap, lead + 2])
@@ -68,11 +74,19 @@ def _function(name: str, k: int, num_axes: int, opset: int) -> ir.Function:
     hidden = build("Transpose", hidden, perm=[*front, lead + 2, lead + 1, lead, lead + 3])
     hidden = build("Reshape", hidden, build.ints(*kept, 0, 0, -1))  # [..., output block, tokens, r]
     output = build("MatMul", hidden, B)  # [..., output block, tokens, out/k]
-    output = build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), build.ints(*kept, 0, -1))
-    general = build("MatMul", build("MatMul", x, A_general), B_general)
-    output.name, general.name = "blocks", "general"
+    return build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), build.ints(*kept, 0, -1))
+
+
+def _function(name: str, opset: int, inputs: Sequence[str], body: Callable[..., Mapping[str, ir.Value]]) -> ir.Function:
+    """A function of named inputs, and of the outputs that the body builds, by name."""
+    values = [ir.Value(name=input_name) for input_name in inputs]
+    graph = ir.Graph(values, [], nodes=[], opset_imports={"": opset}, name=name)
+    build = Builder(graph)
+    outputs = body(build, *values)
+    for output_name, output in outputs.items():
+        output.name = output_name
     graph.extend(build.take())
-    graph.outputs.extend([output, general])
+    graph.outputs.extend(outputs.values())
     return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
 
 
@@ -114,34 +128,21 @@ def batched_adapter_function(
 
 def _batched_function(name: str, site: AdapterSite, k: int, opset: int, chooses: bool) -> ir.Function:
     tensors = [tensor.rpartition(".gralora_")[2] for tensor in site.names(k)]
-    x, *others = inputs = [ir.Value(name=n) for n in ("x", *(["ids"] if chooses else []), *tensors)]
-    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
-    build = Builder(graph)
-    own = dict(zip(tensors, others[-len(tensors) :], strict=True))
-    if chooses:
-        own = {tensor: build("Gather", value, others[0], axis=0) for tensor, value in own.items()}
-    parts = []
-    if k:
-        parts.append(_blocks_of_groups(build, x, own["A"], own["B"], k))
-    if site.form != BIAS:
-        parts.append(build("MatMul", build("MatMul", x, own["A_general"]), own["B_general"]))
-    if site.has_bias:
-        parts.append(_bias_of_groups(build, x, own["bias"]))
-    result = _total(build, parts)
-    result.name = "output"
-    graph.extend(build.take())
-    graph.outputs.append(result)
-    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
 
+    def body(build: Builder, x: ir.Value, *others: ir.Value) -> dict[str, ir.Value]:
+        own = dict(zip(tensors, others[-len(tensors) :], strict=True))
+        if chooses:
+            own = {tensor: build("Gather", value, others[0], axis=0) for tensor, value in own.items()}
+        parts = []
+        if k:
+            parts.append(_blocks(build, x, own["A"], own["B"], k, lead=1))
+        if site.form != BIAS:
+            parts.append(build("MatMul", build("MatMul", x, own["A_general"]), own["B_general"]))
+        if site.has_bias:
+            parts.append(_bias_of_groups(build, x, own["bias"]))
+        return {"output": _total(build, parts)}
 
-def _blocks_of_groups(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int) -> ir.Value:
-    blocks = build("Reshape", x, build.ints(0, 0, k, -1))  # [groups, length, input block, in/k]
-    hidden = build("MatMul", build("Transpose", blocks, perm=[0, 2, 1, 3]), A)  # [groups, input block, length, r]
-    hidden = build("Reshape", hidden, build.ints(0, 0, 0, k, -1))  # [groups, input block, length, output block, s]
-    hidden = build("Transpose", hidden, perm=[0, 3, 2, 1, 4])
-    hidden = build("Reshape", hidden, build.ints(0, 0, 0, -1))  # [groups, output block, length, r]
-    output = build("MatMul", hidden, B)  # [groups, output block, length, out/k]
-    return build("Reshape", build("Transpose", output, perm=[0, 2, 1, 3]), build.ints(0, 0, -1))
+    return _function(name, opset, ["x", *(["ids"] if chooses else []), *tensors], body)
 
 
 def _bias_of_groups(build: Builder, x: ir.Value, bias: ir.Value) -> ir.Value:

@@ -69,6 +69,12 @@ class Builder:
         self.graph.insert_before(node, self.nodes)
         self.nodes = []
 
+    def replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Put the created nodes in the place of a node; one of their values takes that of its first output."""
+        replace_value(value, node.outputs[0])
+        self.insert_before(node)
+        self.graph.remove(node, safe=True)
+
     def insert_after(self, value: ir.Value) -> None:
         """Insert the created nodes after the producer of a value, or at the beginning if it has none."""
         producer = value.producer()

@@ -125,10 +125,8 @@ def replace_product(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
-    new = nodes[-1].outputs[0]
-    new.type, new.shape, new.name = old.type, old.shape, old.name
+    replace_value(nodes[-1].outputs[0], old)
     graph.insert_before(node, nodes)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     operand = node.inputs[1]
     assert operand is not None
     graph.remove(node, safe=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gralora_fx.errors import listed
-from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, replace_value
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
@@ -108,8 +108,7 @@ def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
     new.outputs[0].type = node.outputs[0].type
     before.insert_before(node)
     for fresh, old in zip((output, *new.outputs[1:]), node.outputs, strict=True):
-        fresh.shape, fresh.type, fresh.name = old.shape, old.type, old.name
-        ir.convenience.replace_all_uses_with(old, fresh, replace_graph_outputs=True)
+        replace_value(fresh, old)
     graph.remove(node, safe=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import Builder, fixed_dim, replace_value, smallest_number
+from gralora_fx.exporters.onnx_passes.builder import Builder, fixed_dim, smallest_number
 from gralora_fx.exporters.translation.operators import AttentionNode, MaskNode
 
 
@@ -58,7 +58,7 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
     result = build("MatMul", weights, value)
     if shared:
         result = build("Reshape", result, build.ints(0, heads, -1, value_size))
-    _replace(node, build("Transpose", result, perm=[0, 2, 1, 3]), build)
+    build.replace(node, build("Transpose", result, perm=[0, 2, 1, 3]))
 
 
 def decompose_masks(graph: ir.Graph) -> int:
@@ -77,7 +77,7 @@ def decompose_masks(graph: ir.Graph) -> int:
     for node, mask in MaskNode.all_in(graph):
         build = Builder(graph)
         length, dtype = build("Reshape", node.inputs[1], build.ints(1)), ir.DataType(node.attributes["dtype"].as_int())
-        _replace(node, _causal(build, mask.padding, length, mask.window, dtype), build)
+        build.replace(node, _causal(build, mask.padding, length, mask.window, dtype))
         count += 1
     return count
 
@@ -109,10 +109,3 @@ def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dt
     real = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
     seen = build("And", build("Unsqueeze", seen, build.ints(0, 1)), real)
     return build("Where", seen, build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype))
-
-
-def _replace(node: ir.Node, new: ir.Value, build: Builder) -> None:
-    replace_value(new, node.outputs[0])
-    build.insert_before(node)
-    assert isinstance(node.graph, ir.Graph)
-    node.graph.remove(node, safe=True)

@@ -153,10 +153,7 @@ class LowerNorms:
             elif norm is not None:
                 build = Builder(model.graph)
                 weight = norm.weight or _ones(build, node, norm.x)
-                y = build("RMSNormalization", norm.x, weight, epsilon=norm.eps)
-                replace_value(y, node.outputs[0])
-                build.insert_before(node)
-                model.graph.remove(node, safe=True)
+                build.replace(node, build("RMSNormalization", norm.x, weight, epsilon=norm.eps))
                 changed += 1
             if self.fuses_additions:
                 model.graph.sort()

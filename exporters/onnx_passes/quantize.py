@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import (
     ConstantMatrix,
     Counts,
@@ -277,10 +277,8 @@ def _gather(table: ir.Value, blocks: Blocks, quantization: Quantization) -> int:
             attributes=attributes,
             domain=MICROSOFT,
         )
-        old, new = node.outputs[0], lookup.outputs[0]
-        new.type, new.shape, new.name = old.type, old.shape, old.name
+        replace_value(lookup.outputs[0], node.outputs[0])
         graph.insert_before(node, [shape, flattened, lookup])
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return len(readers)
 

@@ -24,7 +24,7 @@ from gralora_fx.tracing.draft import Axes, Draft
 from gralora_fx.tracing.failures import reason, where
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
-from gralora_fx.tracing.patches.attention import attention_as_operators
+from gralora_fx.tracing.patches.decoder_attention import attention_as_operators
 from gralora_fx.tracing.patches.recognised import IN_DECODERS, IN_EVERY_MODEL, replaced
 from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
 from gralora_fx.tracing.patches.traceable import experts_as_products, traceable_modes

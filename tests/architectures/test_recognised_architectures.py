@@ -17,7 +17,7 @@ import pytest
 import transformers.models
 from torch import nn
 
-from gralora_fx.tracing.patches.attention import ATTENTIONS
+from gralora_fx.tracing.patches.decoder_attention import ATTENTIONS
 from gralora_fx.tracing.patches.recognised import DROP_PATH, RMS_NORM, ROTARY_EMBEDDING, Recognised
 
 NORMS = """
