@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gralora_fx.adapters.adapter import ModelAdapter, drop
 from gralora_fx.adapters.base import Base
+from gralora_fx.adapters.current_graph import CurrentGraph
 from gralora_fx.adapters.folded_weights import (
     SiteUpdate,
     check_foldable,
@@ -19,7 +20,6 @@ from gralora_fx.adapters.folded_weights import (
     replace_values,
     shared_sites,
 )
-from gralora_fx.adapters.running import RunningGraph
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
 from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.graph.shared_memory import overlapping
@@ -28,7 +28,7 @@ from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.sources.same_base import BaseComparison
 
 
-class AdapterGraph(RunningGraph):
+class AdapterGraph(CurrentGraph):
     """A graph with its changes of state, each of which is applied completely or not at all."""
 
     def _begin(self, base: Base) -> None:
@@ -171,7 +171,7 @@ class AdapterGraph(RunningGraph):
     def unmerge(self) -> None:
         """Restore the base's own weights and the adapters' nodes; the memory is kept for the next merge."""
         with self._lock:
-            retired = self.running
+            retired = self.current
             if not retired.state.merged:
                 raise MergeError("nothing is merged, so there is nothing to unmerge")
             self._make(merged=(), weights={}, unties=False)
@@ -272,7 +272,7 @@ class AdapterGraph(RunningGraph):
         """Rebuild the graph if tensors that it was built from were replaced, converted or written to."""
         with self._lock:
             state = self.state
-            if not (self.base.is_current and self._is_valid(self.running)):
+            if not (self.base.is_current and self._is_valid(self.current)):
                 self._make(weights=self._folded(state.merged) if state.merged else {})
 
     # -- within -----------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ class AdapterGraph(RunningGraph):
         suspended, self._suspended = self._suspended, None
         state = dataclasses.replace(suspended, training=self.state.training, passes=self.state.passes)
         if (before := self._cached(state)) is not None:
-            self.running = before
+            self.current = before
             self._remember()
             return
         active, merged = (

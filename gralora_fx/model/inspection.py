@@ -97,7 +97,7 @@ class Inspection:
         if path is not None and not any(path in adapter.copies for adapter in self.graph.adapters.values()):
             self.site(path)
         nodes = []
-        for node in self.graph.running.graph_module.graph.nodes:
+        for node in self.graph.current.graph_module.graph.nodes:
             annotation = annotation_of(node)
             if (
                 annotation is not None

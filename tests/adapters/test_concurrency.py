@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.adapters.readers import Readers
+from gralora_fx.adapters.current_graph import ReadWriteLock
 from gralora_fx.errors import GraloraError
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
@@ -198,7 +198,7 @@ def test_a_backward_after_the_next_merge_has_the_weights_of_its_forward(model: G
 
 
 def test_a_writer_waits_for_readers_and_not_for_itself() -> None:
-    readers = Readers()
+    readers = ReadWriteLock()
     order: list[str] = []
     inside, go_on = threading.Event(), threading.Event()
 

@@ -40,8 +40,8 @@ FIELDS = {field.name for config in (GraloraConfig, LoraConfig) for field in data
 # reached from Python alone: what a user does with a model in hand, and what a trace is given by hand
 PYTHON = (
     "adapters.adapter_graph",
-    "adapters.running",
-    "adapters.state",
+    "adapters.current_graph",
+    "adapters.state_graph",
     "demo",
     "graph",
     "model",
