@@ -149,8 +149,9 @@ class _Rows:
     """`model_rows.onnx` with a row for each adapter."""
 
     def __init__(self, path: Path, prompts: np.ndarray[Any, Any]) -> None:
-        self.stack = Adapters(path, read_manifest(path)).stack(NAMES)
-        self.ids = np.array([self.stack.ids[name] for name in NAMES], dtype=np.int64)
+        loaded = Adapters(path, read_manifest(path))
+        self.stack = loaded.stack_of([loaded[name] for name in NAMES])
+        self.ids = np.array([self.stack.id_of(loaded[name].tensors) for name in NAMES], dtype=np.int64)
         session = open_session(path, Runtime(session_options=quiet_options(THREADS)), name=ROWS_NAME)
         self.steps = BufferedSteps(session, rows=ROWS, length=4 * PROMPT + 2 * CHUNK)
         self.past = np.zeros(ROWS, dtype=np.int32)

@@ -19,13 +19,12 @@ from gralora_fx.exporters.artifact.staging import check_converted, require_space
 from gralora_fx.exporters.onnx_passes.adapter_groups import ConstantAdapters
 from gralora_fx.exporters.triton_files.config import TritonConfig, tensors_of
 from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.adapter_arrays import as_arrays
+from gralora_fx.runtime.adapter_arrays import BASE, as_arrays, stacked
 from gralora_fx.runtime.adapter_file import read_record, read_tensors
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, own_adapters
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.joined_adapters import AdapterStack
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data, open_session
 from gralora_fx.sources.paths import usable_directory, usable_path
@@ -165,13 +164,11 @@ def _write_model(
         for path in (source / MODEL_NAME, *sorted(data)):
             shutil.copyfile(path, folder / path.name)
         return {}
-    stack = AdapterStack(manifest.adapter_inputs.by_row())
-    for name, path in _files_of_adapters(source, adapters).items():
-        stack.add(name, _tensors(name, path, manifest.adapter_inputs, manifest.base_fingerprint))
-    current = stack.current()
-    ConstantAdapters(as_arrays(current.values))(model)
+    inputs, files = manifest.adapter_inputs, _files_of_adapters(source, adapters)
+    tensors = [_tensors(name, path, inputs, manifest.base_fingerprint) for name, path in files.items()]
+    ConstantAdapters(as_arrays(stacked(tensors, inputs.by_row()).values))(model)
     save_models({Path(MODEL_NAME).stem: model}, folder, output)
-    return dict(current.ids)
+    return {name: number for number, name in enumerate(files, BASE + 1)}
 
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:

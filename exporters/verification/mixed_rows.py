@@ -24,8 +24,8 @@ from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.rows_decoder import RowsDecoder
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.verification.cases import PromptBatch
+from gralora_fx.runtime.adapter_arrays import BASE, Stack
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, is_adapter_input
-from gralora_fx.runtime.joined_adapters import BASE, Stack
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.ort_values import as_tensor, as_value, own_value
 from gralora_fx.runtime.session_views import SessionView

@@ -17,7 +17,7 @@ from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.adapter_paths import check_name, check_takes_adapters, given_adapter, own_adapters
+from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_takes_adapters, own_adapters
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.sources.paths import usable_path
 
@@ -215,7 +215,7 @@ def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tup
         if name not in there:
             raise ServingError(f"no adapter {name!r}; there is {listed(there) or 'none'}: load it with load_adapter()")
         return name, None
-    return name, given_adapter(path, ServingError)
+    return name, adapter_path(path, ServingError)
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:

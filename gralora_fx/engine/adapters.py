@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.runtime.adapter_arrays import Arrays, as_ort_value
+from gralora_fx.runtime.adapter_arrays import BASE, Arrays, Stack, as_ort_value, mixed, names_of_rows, stacked
 from gralora_fx.runtime.adapter_file import AdapterRecord, check_rank, read_record, read_tensors, record_in_memory
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters, own_adapters
-from gralora_fx.runtime.joined_adapters import AdapterStack, Stack, mixed, row_ids
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.session_views import adapter_values, empty_adapter
 from gralora_fx.sources.paths import usable_path
@@ -62,9 +60,8 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """
         self._directory, self._manifest, self._max_rank = directory, manifest, max_rank
         self._loaded: dict[str, LoadedAdapter] = {}
-        inputs = manifest.adapter_inputs
-        self._by_row = None if inputs is None else AdapterStack(inputs.by_row())
-        self._lock = threading.Lock()
+        self._stack: Stack | None = None
+        self._lock, self._stacking = threading.Lock(), threading.Lock()
 
     def __getitem__(self, name: str) -> LoadedAdapter:
         """An adapter that is loaded, or that the export's own directory holds.
@@ -119,43 +116,46 @@ class Adapters(Mapping[str, LoadedAdapter]):
         values = {} if name is None else self[name].values
         return values if inputs is None else adapter_values(values, inputs, session)
 
-    def stack(self, names: Sequence[str | None]) -> Stack:
-        """Adapters with all of some, each with an id.
-
-        Raises:
-            ServingError: There is none of a name, or its file may not be used.
-        """
-        needed = [self[name].name for name in names if name is not None]
-        return self._stack.current(needed)
-
     def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
-        """Adapters as rows hold them, those too that were unloaded or replaced since.
+        """A stack that has some adapters, those too that were unloaded or replaced since.
+
+        It has all that are loaded, and is made anew when a run needs one that the last stack lacks. Runs in other
+        threads go on with the stack that they have, and wait for none that is being made for adapters of others.
 
         Args:
             used: The adapters, each once.
         """
-        if all(self._loaded.get(adapter.name) is adapter for adapter in used):
-            stack = self._stack.current([adapter.name for adapter in used])
-            if all(stack.has(adapter.tensors) for adapter in used):
-                return stack
-        own = AdapterStack(self.inputs().by_row())
-        for number, adapter in enumerate(used):
-            own.add(str(number), adapter.tensors)
-        return own.current()
+        if (found := self._stack_with(used)) is not None:
+            return found
+        inputs, loaded = self.inputs().by_row(), self._loaded
+        if any(loaded.get(adapter.name) is not adapter for adapter in used):
+            return stacked([adapter.tensors for adapter in used], inputs)  # gone with the rows
+        with self._stacking:
+            if (found := self._stack_with(used)) is None:
+                found = stacked([adapter.tensors for adapter in loaded.values()], inputs)
+                if all(self._loaded.get(name) is adapter for name, adapter in loaded.items()):
+                    self._stack = found  # a later unload takes it away
+            return found
 
-    def rows(self, adapter: object, feed: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    def _stack_with(self, used: Sequence[LoadedAdapter]) -> Stack | None:
+        """The last stack, if it has some adapters."""
+        stack = self._stack
+        return stack if stack is not None and all(stack.has(adapter.tensors) for adapter in used) else None
+
+    def rows(self, adapter: object, count: int) -> dict[str, Any]:
         """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has.
 
         Args:
             adapter: A name or None for all rows, or a list of one for each.
-            feed: The call's inputs; the first axis of the first is the batch.
+            count: How many rows there are.
 
         Raises:
             ServingError: An adapter is not there, or there are not as many names as rows.
         """
-        names: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter]
-        stack = self.stack(names)
-        return {**stack.values, ADAPTER_IDS: row_ids(stack, adapter, next(iter(feed.values())).shape[0])}
+        chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
+        stack = self.stack_of(list({id(each): each for each in chosen if each is not None}.values()))
+        ids = [BASE if each is None else stack.id_of(each.tensors) for each in chosen]
+        return {**stack.values, ADAPTER_IDS: np.array(ids, dtype=np.int64)}
 
     def load(self, name: str, path: str | Path, *, exist_ok: bool = False) -> LoadedAdapter:
         """Load an adapter file, checked against its record and the export.
@@ -215,7 +215,10 @@ class Adapters(Mapping[str, LoadedAdapter]):
             if not isinstance(name, str) or name not in self._loaded:
                 raise ServingError(f"no adapter {shown(name)} is loaded; loaded is {listed(self) or 'none'}")
             self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
-            self._stack.remove(name)
+            with self._stacking:  # frees the memory of the stack that has it, once no run does
+                if self._stack is not None:
+                    adapters = [adapter.tensors for adapter in self._loaded.values()]
+                    self._stack = stacked(adapters, self.inputs().by_row()) if adapters else None
 
     def _add(self, adapter: LoadedAdapter, *, exist_ok: bool = False) -> LoadedAdapter:
         name = adapter.name
@@ -224,15 +227,8 @@ class Adapters(Mapping[str, LoadedAdapter]):
                 return self._loaded[name]
             if name in self._loaded:
                 raise ServingError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
-            self._stack.add(name, adapter.tensors)
             self._loaded = {**self._loaded, name: adapter}
         return adapter
-
-    @property
-    def _stack(self) -> AdapterStack:
-        self.inputs()  # an export that takes none says so
-        assert self._by_row is not None
-        return self._by_row
 
     def inputs(self) -> AdapterInputs:
         """The inputs of the export for adapters.

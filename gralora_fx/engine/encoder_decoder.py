@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnxruntime import OrtValue
 
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.decoder import Decoder, Source
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.export_directory import FLAG
 from gralora_fx.runtime.input_arrays import as_array
-from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
+from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.runtime.session_views import EncoderDecoderSession, as_past, with_adapter
 
 _MOST_ENCODINGS = 8  # sources
@@ -118,10 +119,10 @@ class EncoderDecoder(Decoder):
         hidden = self._encodings.get(source, adapter, loaded, lambda: _encoded(session.encoder, source))
         fixed = {"encoder_hidden_states": hidden}
         if "attention_mask" in source:
-            fixed["encoder_attention_mask"] = torch.tensor(source["attention_mask"])
+            mask = np.ascontiguousarray(source["attention_mask"])
+            fixed["encoder_attention_mask"] = OrtValue.ortvalue_from_numpy(mask)
         outputs = [value.name for value in session.decoder.get_outputs()]
-        cache = empty_values(session.decoder, 1)
-        self._open[row] = _Row(session.decoder, _taken(session.decoder, fixed), cache, outputs)
+        self._open[row] = _Row(session.decoder, fixed, empty_values(session.decoder, 1), outputs)
 
     def _end(self, row: int) -> None:
         del self._open[row]
@@ -151,14 +152,14 @@ def _checked(source: Source, session: EncoderDecoderSession) -> Source:
 
 def _encoded(encoder: Any, source: Source) -> Any:
     inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in source.items()}
-    return _run_session(encoder, _taken(encoder, inputs), ["last_hidden_state"], "the encoder")["last_hidden_state"]
+    return run_values(encoder, inputs, "the encoder", ["last_hidden_state"], ServingError)["last_hidden_state"]
 
 
 def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArray[Any]]:
     """The row after it has read tokens, and the logits `[vocabulary]` after the last."""
     own = {"input_ids": torch.from_numpy(tokens[None]), FLAG: torch.tensor([past > 0])}
-    feed = {**row.fixed, **row.cache, **_taken(row.decoder, own)}
-    results = _run_session(row.decoder, feed, row.outputs, f"the decoder, for {len(tokens)} tokens")
+    feed, description = {**row.fixed, **row.cache, **own}, f"the decoder, for {len(tokens)} tokens"
+    results = run_values(row.decoder, feed, description, row.outputs, ServingError)
     cache = as_past(results)
     of_source = {name: value for name, value in cache.items() if _OF_SOURCE in name}
     after = _Row(
@@ -169,23 +170,6 @@ def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArra
     )
     logits: NDArray[Any] = as_tensor(results["logits"])[0, -1].float().numpy().copy()
     return after, logits
-
-
-def _taken(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a feed what a session takes, as its values."""
-    kinds = {value.name: value.type for value in session.get_inputs()}
-    return {
-        name: as_value(value, kinds[name]) if isinstance(value, torch.Tensor) else value
-        for name, value in feed.items()
-        if name in kinds
-    }
-
-
-def _run_session(session: Any, feed: Mapping[str, Any], names: Sequence[str], part: str) -> dict[str, Any]:
-    try:
-        return dict(zip(names, session.run_with_ort_values(names, feed), strict=True))
-    except Exception as error:  # ONNX Runtime raises types of its own
-        raise ServingError(f"ONNX Runtime fails on {part} ({first_line(error)})") from error
 
 
 def _digest(source: Source) -> bytes:

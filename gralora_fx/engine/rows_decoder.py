@@ -14,9 +14,9 @@ from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError
+from gralora_fx.runtime.adapter_arrays import BASE, Stack
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
-from gralora_fx.runtime.joined_adapters import BASE, Stack
 from gralora_fx.runtime.ort_values import as_tensor
 
 
@@ -44,7 +44,7 @@ class RowsDecoder(Decoder):
         super().__init__(limits, size, gives_all=gives_all(session))
         self._adapters = adapters
         self._takes_adapters = any(value.name == ADAPTER_IDS for value in session.get_inputs())
-        self._given: dict[int, LoadedAdapter | None] = {}
+        self._row_adapters: dict[int, LoadedAdapter | None] = {}
         self._stack: Stack | None = None
         widest = min(self.chunk, self.capacity)  # the operator writes a chunk as long as the longest, wherever a row is
         try:
@@ -66,11 +66,11 @@ class RowsDecoder(Decoder):
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
         if source is not None:
             raise ServingError("a decoder has no encoder to read a source; leave it out")
-        self._given[row] = None if adapter is None else self._adapters[adapter]
+        self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
 
     def _end(self, row: int) -> None:
-        del self._given[row]
-        if not self._given:  # frees the memory of adapters that are gone
+        del self._row_adapters[row]
+        if not self._row_adapters:  # frees the memory of adapters that are gone
             self._stack = None
             self._steps.forget_adapters()
 
@@ -94,11 +94,11 @@ class RowsDecoder(Decoder):
         """The id of each row's adapter, and the stacked tensors; neither for a graph without adapters."""
         if not self._takes_adapters:
             return None, {}
-        used = list({id(adapter): adapter for adapter in self._given.values() if adapter is not None}.values())
+        used = list({id(adapter): adapter for adapter in self._row_adapters.values() if adapter is not None}.values())
         if self._stack is None or not all(self._stack.has(adapter.tensors) for adapter in used):
             self._stack = self._adapters.stack_of(used)
         numbers = np.full(self.rows, BASE, dtype=np.int64)
-        for row, adapter in self._given.items():
+        for row, adapter in self._row_adapters.items():
             if adapter is not None:
                 numbers[row] = self._stack.id_of(adapter.tensors)
         return numbers, self._stack.values

@@ -1,8 +1,12 @@
-"""Adapter tensors as arrays, of bfloat16 too, which numpy lacks."""
+"""Adapter tensors as arrays, of bfloat16 too, which numpy lacks; those of several stacked or summed, exactly.
+
+Rows of a batch choose an adapter of a stack by its id. In a weighted sum the ranks add up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +14,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto
+
+from gralora_fx.errors import ServingError
+from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
@@ -46,4 +53,147 @@ def _array(value: Any) -> NDArray[Any]:
         half: NDArray[Any] = raw.view(_BFLOAT16).copy()
         return half
     found: NDArray[Any] = np.array(value.numpy())
+    return found
+
+
+BASE = 0  # the id of no adapter
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Adapters as `model_rows.onnx` takes them, each with an id, by which rows of a batch choose it.
+
+    Attributes:
+        adapters: The tensors of each adapter; its id is its place, from 1 on.
+        values: The export's adapter tensors as `OrtValue`s, by name.
+    """
+
+    adapters: Sequence[Arrays]
+    values: Mapping[str, Any]
+
+    def has(self, tensors: Arrays) -> bool:
+        """Whether an adapter has some tensors, the very same."""
+        return any(own is tensors for own in self.adapters)
+
+    def id_of(self, tensors: Arrays) -> int:
+        """The id of the adapter that has some tensors, the very same, which one has."""
+        return next(number for number, own in enumerate(self.adapters, BASE + 1) if own is tensors)
+
+
+def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> Stack:
+    """Adapters stacked, padded with zeros to the largest rank at each layer.
+
+    Args:
+        adapters: The tensors of each, which fit the export.
+        inputs: The adapter tensors of the export.
+    """
+    by_id = dict(enumerate(adapters, BASE + 1))
+    arrays = (item for site in inputs.sites for item in _stacked_site(site, by_id, inputs))
+    return Stack(tuple(adapters), {name: as_ort_value(array) for name, array in arrays})
+
+
+def names_of_rows(adapter: object, batch: int) -> list[Any]:
+    """What is given as the name of each row's adapter.
+
+    Args:
+        adapter: A name or None for all rows, or a list of one for each.
+        batch: How many rows there are.
+
+    Raises:
+        ServingError: There are not as many names as rows.
+    """
+    names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
+    if len(names) != batch:
+        raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
+    return names
+
+
+def _stacked_site(
+    site: AdapterSite, adapters: Mapping[int, Arrays], inputs: AdapterInputs
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """A layer's tensors of all adapters, `[adapters, ...]`, zeros where there is none.
+
+    Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
+    belong to output block j, and so for the rows of `B`.
+    """
+    given = {number: site.parts(tensors) for number, tensors in adapters.items()}
+    r = max((A.shape[2] for A, *_ in given.values() if A is not None), default=0)
+    hybrid_r = max((general.shape[1] for _, _, general, *_ in given.values() if general is not None), default=0)
+    for place, (name, shape) in zip(_places(site, inputs.k), site.shapes(inputs.k, r, hybrid_r).items(), strict=True):
+        stacked = cast(np.zeros((1 + len(adapters), *map(int, shape)), np.float32), inputs.dtype)
+        for number, tensors in adapters.items():
+            if name in tensors:
+                own = tensors[name]
+                within = tuple(slice(size) for size in place(own).shape)
+                place(stacked[number])[within] = place(own)
+        yield name, stacked
+
+
+def _places(site: AdapterSite, k: int) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
+    """For each tensor at a layer, the view of it in which a smaller one is padded at the end of each axis."""
+    k, ins, outs = site.blocks(k), site.in_features, site.out_features
+
+    def of_A(array: NDArray[Any]) -> NDArray[Any]:
+        return array.reshape(k, ins // k, k, array.shape[-1] // k)
+
+    def of_B(array: NDArray[Any]) -> NDArray[Any]:
+        return array.reshape(k, k, array.shape[1] // k, outs // k)
+
+    yield from (of_A, of_B) if k else ()
+    yield from [lambda array: array] * (len(site.names(k)) - (2 if k else 0))
+
+
+def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
+    """The adapter whose update is the weighted sum of others'.
+
+    The weights become part of the `B` tensors, in float32, rounded once. Each block pair (j, n) of GraLoRA has its own
+    s columns of `A[n]` and rows of `B[j]`, so those are joined pair by pair; plain LoRA's are joined as they are.
+    Changes of biases are added.
+
+    Args:
+        parts: The tensors of each adapter by name, and its weight; at least one.
+        inputs: The adapter tensors of the export.
+
+    Returns:
+        Tensors by name at every layer that one of them adapts.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    for site in inputs.sites:
+        names = site.names(inputs.k)
+        found = [(arrays, weight) for arrays, weight in parts if names[0] in arrays]
+        if found:
+            tensors |= dict(zip(names, _sum_at(site, found, inputs.k), strict=True))
+    return tensors
+
+
+def _sum_at(site: AdapterSite, found: Sequence[tuple[Arrays, float]], k: int) -> Iterator[NDArray[Any]]:
+    """The sum's tensors at a layer, in the order of their names."""
+    parts = [(site.parts(arrays), weight) for arrays, weight in found]
+    blocks = [(A, _scaled(B, weight)) for (A, B, *_), weight in parts if A is not None and B is not None]
+    if blocks:
+        yield from _blocks(site, blocks, k)
+    general = [(A, _scaled(B, weight)) for (_, _, A, B, _), weight in parts if A is not None and B is not None]
+    if general:
+        yield np.concatenate([A for A, _ in general], 1)
+        yield np.concatenate([B for _, B in general], 0)
+    biases = [bias.astype(np.float32) * weight for (*_, bias), weight in parts if bias is not None]
+    if biases:
+        dtype = next(bias.dtype for (*_, bias), _ in parts if bias is not None)
+        yield sum(biases[1:], biases[0]).astype(dtype)
+
+
+def _blocks(site: AdapterSite, parts: Sequence[tuple[NDArray[Any], NDArray[Any]]], k: int) -> Iterator[NDArray[Any]]:
+    ins, outs = site.in_features // k, site.out_features // k
+    ranks = [A.shape[2] // k for A, _ in parts]  # of a block pair
+    pairs = list(zip(parts, ranks, strict=True))
+    r = k * sum(ranks)
+    A = np.concatenate([A.reshape(k, ins, k, s) for (A, _), s in pairs], 3)  # [n, in/k, j, s]
+    yield A.reshape(k, ins, r)
+    B = np.concatenate([B.reshape(k, k, s, outs) for (_, B), s in pairs], 2)  # [j, n, s, out/k]
+    yield B.reshape(k, r, outs)
+
+
+def _scaled(array: NDArray[Any], weight: float) -> NDArray[Any]:
+    """An array times a weight, in its own dtype."""
+    found: NDArray[Any] = array if weight == 1.0 else (array.astype(np.float32) * weight).astype(array.dtype)
     return found

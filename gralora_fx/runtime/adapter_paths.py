@@ -74,7 +74,7 @@ def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
     return found
 
 
-def given_adapter(value: object, error: type[GraloraError]) -> Path:
+def adapter_path(value: object, error: type[GraloraError]) -> Path:
     """The path of an adapter that a user gave: an `.onnx_adapter` file, or a directory that PEFT saved.
 
     Raises:

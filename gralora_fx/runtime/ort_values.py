@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnxruntime import OrtValue
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from gralora_fx.errors import ExportError, first_line
+from gralora_fx.errors import ExportError, GraloraError, first_line
 
 _DTYPES = {
     "float": torch.float32,
@@ -26,29 +26,39 @@ _DTYPES = {
 }
 
 
-def run_values(session: Any, feed: Mapping[str, Any], description: str) -> dict[str, Any]:
+def run_values(
+    session: Any,
+    feed: Mapping[str, Any],
+    description: str,
+    names: Sequence[str] | None = None,
+    error: type[GraloraError] = ExportError,
+) -> dict[str, Any]:
     """Run a session on tensors, which are cast to its input dtypes, or on its own output values.
 
     Args:
         session: An ONNX Runtime session.
-        feed: A tensor or an `OrtValue` for every input.
+        feed: A tensor or an `OrtValue` for every input; what the session does not take is left out.
         description: What is being run, for messages.
+        names: Outputs to return; None for all.
+        error: The error type to raise.
 
     Returns:
         Outputs by name, as `OrtValue`; `as_tensor` makes tensors of them.
 
     Raises:
-        ExportError: ONNX Runtime fails.
+        GraloraError: Of the given type: ONNX Runtime fails.
     """
     kinds = {value.name: value.type for value in session.get_inputs()}
     values = {
-        name: as_value(value, kinds[name]) if isinstance(value, Tensor) else value for name, value in feed.items()
+        name: as_value(value, kinds[name]) if isinstance(value, Tensor) else value
+        for name, value in feed.items()
+        if name in kinds
     }
-    names = [value.name for value in session.get_outputs()]
+    names = [value.name for value in session.get_outputs()] if names is None else names
     try:
         results = session.run_with_ort_values(names, values)
-    except Exception as error:  # ONNX Runtime raises types of its own
-        raise ExportError(f"ONNX Runtime fails on {description}: {first_line(error)}") from error
+    except Exception as failure:  # ONNX Runtime raises types of its own
+        raise error(f"ONNX Runtime fails on {description}: {first_line(failure)}") from failure
     return dict(zip(names, results, strict=True))
 
 

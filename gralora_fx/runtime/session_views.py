@@ -45,21 +45,17 @@ class EncoderDecoderSession:
         self._past_inputs = [value for value in decoder.get_inputs() if value.name.startswith(PAST)]
         self._decoder_names = {value.name for value in decoder.get_inputs()}
 
-    def get_inputs(self) -> list[Argument]:
+    def get_inputs(self) -> list[Any]:
         """The inputs of the whole model."""
         ids = next(value for value in self.decoder.get_inputs() if value.name == "input_ids")
         shape = [ids.shape[0], "decoder_sequence_length"]
-        pasts = [
-            Argument(value.name, value.shape, value.type) for value in self._past_inputs if ".decoder." in value.name
-        ]
-        encoder_inputs = [Argument(value.name, value.shape, value.type) for value in self.encoder.get_inputs()]
-        return [*encoder_inputs, Argument("decoder_input_ids", shape, ids.type), *pasts]
+        pasts = [value for value in self._past_inputs if ".decoder." in value.name]
+        return [*self.encoder.get_inputs(), Argument("decoder_input_ids", shape, ids.type), *pasts]
 
-    def get_outputs(self) -> list[Argument]:
+    def get_outputs(self) -> list[Any]:
         """`logits`, the keys and values, and `encoder_last_hidden_state`."""
         (hidden,) = self.encoder.get_outputs()
-        decoder_outputs = [Argument(value.name, value.shape, value.type) for value in self.decoder.get_outputs()]
-        return [*decoder_outputs, Argument("encoder_last_hidden_state", hidden.shape, hidden.type)]
+        return [*self.decoder.get_outputs(), Argument("encoder_last_hidden_state", hidden.shape, hidden.type)]
 
     def get_providers(self) -> list[str]:
         """The execution providers that both sessions run on."""

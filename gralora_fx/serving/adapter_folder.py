@@ -9,7 +9,7 @@ def as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Path:
     """An adapter as data of an export: the file itself, or one made of a directory that PEFT saved.
 
     Args:
-        source: The file or the directory (see `given_adapter`).
+        source: The file or the directory (see `adapter_path`).
         onnx_dir: The export, which takes adapters as data.
         folder: Where a file is made.
         name: The adapter's name.

@@ -26,7 +26,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skipped = _special_tokens(tokenizer)
         self._window: list[int] = []
-        self._given = 0  # letters of the window's text
+        self._released = 0  # letters of the window's text
         self._cleaner = _Cleaner(tokenizer) if _cleans_spaces(tokenizer) else None
 
     def step(self, token: int) -> str:
@@ -50,8 +50,8 @@ class TextStream:
         return piece if self._cleaner is None else self._cleaner.finish(piece)
 
     def _take(self, text: str, end: int) -> str:
-        piece = text[self._given : end]
-        self._given = max(self._given, end)
+        piece = text[self._released : end]
+        self._released = max(self._released, end)
         return piece
 
     def _shorten(self) -> None:
@@ -59,9 +59,9 @@ class TextStream:
         start = len(self._window) - _LEAST
         while start > 0 and _BYTE.match(_name_of(self._tokenizer, self._window[start]) or ""):
             start -= 1
-        waiting = len(self._decode(self._window)) - self._given
+        waiting = len(self._decode(self._window)) - self._released
         self._window = self._window[start:]
-        self._given = len(self._decode(self._window)) - waiting
+        self._released = len(self._decode(self._window)) - waiting
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -20,7 +20,6 @@ from gralora_fx.runtime.session_views import EncoderDecoderSession, with_adapter
 from gralora_fx.serving.call_arrays import CallInputs, Outputs
 from gralora_fx.serving.completion import Completions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
-from gralora_fx.serving.flavours import READINGS
 from gralora_fx.serving.open_export import OpenExport
 from gralora_fx.serving.prompts import GenerateInputs, stop_strings
 from gralora_fx.serving.sampling import Sampling
@@ -66,12 +65,10 @@ def load(
 class OrtModel(OpenExport):
     """An exported model, called with arrays or tensors by the names of the PyTorch model's inputs."""
 
-    readings = READINGS
-
     @cached_property
     def input_names(self) -> tuple[str, ...]:
         """Inputs of the graph that calls run, without those for adapters."""
-        return tuple(self._call_inputs.inputs)
+        return tuple(self.call_inputs.inputs)
 
     @cached_property
     def output_names(self) -> tuple[str, ...]:
@@ -84,7 +81,8 @@ class OrtModel(OpenExport):
         return self.first_session if self.reading.calls_rows else self.session
 
     @cached_property
-    def _call_inputs(self) -> CallInputs:
+    def call_inputs(self) -> CallInputs:
+        """Makes the arrays that calls run on of what they are given; of use with I/O binding."""
         inputs = {value.name: value for value in self._called.get_inputs() if not is_adapter_input(value.name)}
         is_pair = isinstance(self._called, EncoderDecoderSession)
         return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
@@ -162,9 +160,9 @@ class OrtModel(OpenExport):
         """
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
-        parts = self._call_inputs.parts({name: value for name, value in inputs.items() if value is not None})
+        parts = self.call_inputs.parts({name: value for name, value in inputs.items() if value is not None})
         gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
-        feed = self._call_inputs.arrays(parts)
+        feed = self.call_inputs.arrays(parts)
         session, values = self._with_adapter(adapter, feed)
         try:
             results = session.run(None, {**feed, **values}, quiet_run())
@@ -177,7 +175,7 @@ class OrtModel(OpenExport):
     def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         """The session that runs a call with an adapter, or one for each row, and what to feed it besides."""
         if not (adapter is None or isinstance(adapter, str)):
-            return self._rows_for(adapter), self.adapters.rows(adapter, feed)
+            return self._rows_for(adapter), self.adapters.rows(adapter, next(iter(feed.values())).shape[0])
         return with_adapter(self.session, self.adapters.tensors_for(adapter, self.session)), {}
 
     def _rows_for(self, adapter: object) -> Any:

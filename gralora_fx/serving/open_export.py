@@ -1,20 +1,34 @@
-"""An export directory that is open: its files checked, its adapters, and a session over each of its graphs."""
+"""An export directory that is open: its files checked, its adapters, a session over each graph, and how it generates.
+
+How each kind of export is opened and generates is a `Reading`: the reading half of `gralora_fx.exporters.flavours`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.adapters import Adapters
+from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
+from gralora_fx.engine.limits import DecoderLimits
+from gralora_fx.engine.rows_decoder import RowsDecoder
+from gralora_fx.engine.sequential_decoder import SequentialDecoder, takes_buffers
 from gralora_fx.errors import ServingError, listed
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.adapter_paths import own_adapters
-from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME, check_own_file
+from gralora_fx.runtime.export_directory import (
+    DECODER_KIND,
+    ENCODER_DECODER_KIND,
+    MODEL_NAME,
+    PLAIN_KIND,
+    ROWS_NAME,
+    check_own_file,
+)
 from gralora_fx.runtime.export_files import check_files, check_requirements
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.placement import (
@@ -25,6 +39,7 @@ from gralora_fx.runtime.placement import (
     warn_of_idle,
 )
 from gralora_fx.runtime.session import CPU, Runtime, open_session
+from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.generation import Generation
 from gralora_fx.sources.model_files import read_json_object
 from gralora_fx.sources.paths import usable_path
@@ -52,7 +67,6 @@ class OpenExport:
     """An export that is open.
 
     Attributes:
-        readings: How each kind is read, by its name.
         directory: The export directory, whose path stays valid if the process changes its working directory.
         manifest: What `gralora_export.json` says, typed.
         config: The model's `config.json`; empty if there is none.
@@ -61,8 +75,6 @@ class OpenExport:
         first_session: The session of the file that was opened first.
         first_is_rows: Whether that is `model_rows.onnx`.
     """
-
-    readings: ClassVar[Mapping[str, Reading]] = {}
 
     def __init__(
         self,
@@ -96,12 +108,12 @@ class OpenExport:
         config = self.directory / "config.json"
         self.config = read_json_object(config, ServingError) if config.is_file() else {}
         self.adapters = Adapters(self.directory, self.manifest, max_rank)
-        if self.manifest.flavour not in self.readings:
+        if self.manifest.flavour not in READINGS:
             raise ServingError(
                 f"{self.directory} is an export of the kind {self.manifest.flavour!r:.80}, and this version reads "
-                f"{listed(self.readings)}; update gralora-fx, or add the kind to gralora_fx.serving.flavours"
+                f"{listed(READINGS)}; update gralora-fx, or add the kind to gralora_fx.serving.open_export"
             )
-        self.reading = self.readings[self.manifest.flavour]
+        self.reading = READINGS[self.manifest.flavour]
         self._runtime, self._threads = runtime or Runtime(), threads
         is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
         self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
@@ -193,3 +205,50 @@ class OpenExport:
             raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
         if read_manifest(self.directory, ServingError) != self.manifest:
             raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
+
+
+def _no_generation(export: OpenExport) -> Generation:
+    """A model without a cache has one run a call."""
+    raise ServingError(
+        f"this export (task {export.manifest.task!r}) has no cache, so it cannot generate; "
+        "export the model for a task with one, such as text-generation-with-past"
+    )
+
+
+def _decoder_generation(export: OpenExport) -> Generation:
+    """A decoder's rows run together in `model_rows.onnx`, or one after the other in `model.onnx`."""
+    limits = _limits(export)
+    if export.first_is_rows:
+        return Generation(limits, partial(RowsDecoder, export.first_session, export.adapters, limits))
+    is_buffer = takes_buffers(export.directory / MODEL_NAME)
+    return Generation(
+        limits, partial(SequentialDecoder, export.first_session, export.adapters, limits, takes_buffers=is_buffer)
+    )
+
+
+def _encoder_decoder_generation(export: OpenExport) -> Generation:
+    """A row of an encoder-decoder is opened with what the encoder reads, and rows run one after the other."""
+    limits, session = _limits(export), export.first_session
+    inputs = EncoderInputs(export.directory, export.config, session, limits, export.manifest.position_offset)
+    make = partial(EncoderDecoder, session, export.adapters, limits, encodings=Encodings())
+    return Generation(limits, make, inputs)
+
+
+def _limits(export: OpenExport) -> DecoderLimits:
+    return DecoderLimits.of(export.directory, export.config, export.manifest.position_offset)
+
+
+READINGS = {
+    reading.name: reading
+    for reading in (
+        Reading(PLAIN_KIND, lambda is_on_cpu, by_row: by_row, calls_rows=True, generation=_no_generation),
+        # other providers lack the operators of rows
+        Reading(DECODER_KIND, lambda is_on_cpu, by_row: is_on_cpu, calls_rows=False, generation=_decoder_generation),
+        Reading(
+            ENCODER_DECODER_KIND,
+            lambda is_on_cpu, by_row: False,
+            calls_rows=False,
+            generation=_encoder_decoder_generation,
+        ),
+    )
+}

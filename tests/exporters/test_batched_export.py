@@ -22,7 +22,7 @@ from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.verification import variants
 from gralora_fx.exporters.verification.mixed_rows import MixedRows
-from gralora_fx.runtime.joined_adapters import Stack
+from gralora_fx.runtime.adapter_arrays import Stack
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 
@@ -54,7 +54,8 @@ def adapted(
 
 
 def stack_of(path: Path) -> Stack:
-    return Adapters(path, read_manifest(path)).stack(["two", "one"])  # ids 1 and 2, not in the order of the export
+    adapters = Adapters(path, read_manifest(path))
+    return adapters.stack_of([adapters["two"], adapters["one"]])  # ids 1 and 2, not in the order of the export
 
 
 def run_rows(path: Path, inputs: dict[str, torch.Tensor], ids: list[int]) -> list[np.ndarray[Any, Any]]:

@@ -25,7 +25,7 @@ from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_cases import plain_inputs
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.serving import load
-from gralora_fx.serving.flavours import registry as readings
+from gralora_fx.serving.open_export import registry as readings
 from gralora_fx.tracing.inputs.cache import CacheLayout
 
 CACHED = "text-generation-with-past"

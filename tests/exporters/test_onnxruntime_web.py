@@ -70,7 +70,7 @@ def test_an_adapter_runs_in_a_browser(exports: Exports, name: str, project: Path
         ("web-lora", {"method": "LORA", "r": 4, "target_modules": [kind.first]}),
     ):
         add(served, kind, tmp_path / adapter, adapter, **{"target_modules": kind.targets, **method})
-    given = served._feed.arrays(arrays(kind.batch()))
+    given = served.call_inputs.arrays(arrays(kind.batch()))
     names = ("web-gralora", None, "web-lora")
     feeds = [given | adapter_tensors(served, adapter) for adapter in names]
     results = in_web(project, served, "logits", feeds, tmp_path)

@@ -28,7 +28,6 @@ from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.exporters.verification import variants
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime.export_directory import ROWS_NAME
-from gralora_fx.runtime.joined_adapters import row_ids
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
 
@@ -53,8 +52,7 @@ def answers(
     }
     fixed: dict[str, Any] = {}
     if adapters is not None:
-        stack = Adapters(directory, read_manifest(directory)).stack(adapters)
-        fixed = {**stack.values, "adapter_ids": row_ids(stack, adapters, count)}
+        fixed = Adapters(directory, read_manifest(directory)).rows(adapters, count)
     waiting, past, found = [list(prompt) for prompt in prompts], [0] * count, [[] for _ in prompts]
     while any(len(row) < STEPS for row in found):
         reads = [row[:chunk] for row in waiting]
@@ -219,7 +217,8 @@ def test_a_step_without_an_adapter_computes_none(tmp_path: Path) -> None:
     config = GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False)
     model = rewrite(fresh_trace("llama", task=CACHED), config)
     export_onnx(model, tmp_path / "onnx", adapters="data", verify=False)
-    current = Adapters(tmp_path / "onnx", read_manifest(tmp_path / "onnx")).stack(["default"])
+    adapters = Adapters(tmp_path / "onnx", read_manifest(tmp_path / "onnx"))
+    current = adapters.stack_of([adapters["default"]])
     feed = {"input_ids": [[5, 9], [7, 0], [0, 0]], "query_seqlens": [2, 1, 0], "past_seqlens": [0, 0, 0]}
     sums, logits = [], []
     for ids in ([0, 0, 0], [0, 0, 1], [0, 1, 0]):

@@ -156,7 +156,7 @@ def test_required_inputs_need_no_adapter(exports: Exports, mode: str, name: str)
 @pytest.mark.parametrize("mode", ["data", "inputs"])
 def test_an_adapter_is_bound(exports: Exports, two: Two, mode: str) -> None:
     model = exports.adapted("llama", 2, mode)
-    inputs = model._feed.arrays(arrays(KIND.batch()))
+    inputs = model.call_inputs.arrays(arrays(KIND.batch()))
     names: list[str | None] = ["formal", None, "brief"]
     try:
         for name in two.peft:

@@ -33,7 +33,7 @@ from gralora_fx import trace
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime import adapter_name
+from gralora_fx.runtime import adapter_paths
 from gralora_fx.serving import Decoder, load
 from gralora_fx.serving.recordings import read_audio
 
@@ -177,7 +177,7 @@ def decoder(folder: Path) -> Path:
 def text_service(decoder: Path, services: Any) -> tuple[str, Any]:
     hostile = {HOSTILE: decoder / "adapters" / "wide.onnx_adapter"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter_name, "_NAME", re.compile(".+"))  # the service itself takes plain names alone
+        patch.setattr(adapter_paths, "_NAME", re.compile(".+"))  # the service itself takes plain names alone
         return services(ServiceSettings(decoder, max_batch=1, adapters=hostile))  # type: ignore[no-any-return]
 
 

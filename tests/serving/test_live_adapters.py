@@ -22,8 +22,8 @@ from starlette.testclient import TestClient
 from tiny_models import text_batch
 
 from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.engine import adapters as adapters_in_memory
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.joined_adapters import AdapterStack
 from gralora_fx.serving import OrtModel
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.app import create_app
@@ -166,9 +166,9 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: p
     unload(service, "live")
 
 
-@pytest.mark.parametrize("place", [(AdapterRoot, "copy"), (AdapterTrial, "__call__"), (AdapterStack, "_stacked")])
+@pytest.mark.parametrize("place", [(AdapterRoot, "copy"), (AdapterTrial, "__call__"), (adapters_in_memory, "stacked")])
 def test_requests_are_answered_while_an_adapter_is_loaded(
-    data_service: TestClient, made: Made, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str]
+    data_service: TestClient, made: Made, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
 ) -> None:
     reached, opened, work = threading.Event(), threading.Event(), getattr(*place)
 

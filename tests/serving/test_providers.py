@@ -21,8 +21,7 @@ from benchmarks import providers
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime import options as runtime_options
-from gralora_fx.runtime import plugins, session
+from gralora_fx.runtime import plugins, run_options, session
 from gralora_fx.runtime.plugins import Device, devices_of
 from gralora_fx.serving import load
 
@@ -137,8 +136,8 @@ def as_plugin(monkeypatch: pytest.MonkeyPatch) -> Device:
     """ONNX Runtime's CPU provider taken as a plug-in, by the device that it lists."""
     handle = next(handle for handle in onnxruntime.get_ep_devices() if handle.ep_name == CPU)
     device = Device(CPU, "CPU", "a processor", "1.0", {}, handle)
-    monkeypatch.setattr(runtime_options, "CPU", "another")
-    monkeypatch.setattr(runtime_options, "devices_of", lambda name: (device,) if name == CPU else ())
+    monkeypatch.setattr(run_options, "CPU", "another")
+    monkeypatch.setattr(run_options, "devices_of", lambda name: (device,) if name == CPU else ())
     return device
 
 
