@@ -145,11 +145,11 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
         ServingError: The field is not an id or a list of ids.
     """
     path = directory / GENERATION_CONFIG
-    found = read_json_object(path, ServingError).get(_ENDS) if path.is_file() else None
-    if found is None:
+    named = read_json_object(path, ServingError).get(_ENDS) if path.is_file() else None
+    if named is None:
         text = config.get("text_config")
-        found = config.get(_ENDS, text.get(_ENDS) if isinstance(text, Mapping) else None)
-    ends = found if isinstance(found, list) else [] if found is None else [found]
+        named = config.get(_ENDS, text.get(_ENDS) if isinstance(text, Mapping) else None)
+    ends = named if isinstance(named, list) else [] if named is None else [named]
     if wrong := [end for end in ends if type(end) is not int or end < 0]:
         raise ServingError(
             f"{_ENDS} of {directory} has {shown(wrong[0])}, not an id of a token; export the model again"

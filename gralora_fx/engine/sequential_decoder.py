@@ -116,8 +116,8 @@ class SequentialDecoder(Decoder):
         else:
             own = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
             values = {**own, **row.cache, **row.values}
-            found = self._session.run_with_ort_values(self._outputs, values, quiet_run())
-            results = dict(zip(self._outputs, found, strict=True))
+            outputs = self._session.run_with_ort_values(self._outputs, values, quiet_run())
+            results = dict(zip(self._outputs, outputs, strict=True))
             cache, logits = as_past(results), as_tensor(results["logits"])
         array: NDArray[Any] = logits[0].float().numpy()
         return cache, array if self.gives_all else array[-1]

@@ -160,15 +160,15 @@ def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[
     tensors: dict[str, NDArray[Any]] = {}
     for site in inputs.sites:
         names = site.names(inputs.k)
-        found = [(arrays, weight) for arrays, weight in parts if names[0] in arrays]
-        if found:
-            tensors |= dict(zip(names, _sum_at(site, found, inputs.k), strict=True))
+        there = [(arrays, weight) for arrays, weight in parts if names[0] in arrays]
+        if there:
+            tensors |= dict(zip(names, _sum_at(site, there, inputs.k), strict=True))
     return tensors
 
 
-def _sum_at(site: AdapterSite, found: Sequence[tuple[Arrays, float]], k: int) -> Iterator[NDArray[Any]]:
+def _sum_at(site: AdapterSite, adapters: Sequence[tuple[Arrays, float]], k: int) -> Iterator[NDArray[Any]]:
     """The sum's tensors at a layer, in the order of their names."""
-    parts = [(site.parts(arrays), weight) for arrays, weight in found]
+    parts = [(site.parts(arrays), weight) for arrays, weight in adapters]
     blocks = [(A, _scaled(B, weight)) for (A, B, *_), weight in parts if A is not None and B is not None]
     if blocks:
         yield from _blocks(site, blocks, k)

@@ -74,14 +74,14 @@ class AdapterSite:
             hybrid_r: Rank of the plain LoRA part, or the name of a symbolic axis.
         """
         inner, outer, k = self.in_features, self.out_features, self.blocks(k)
-        found: dict[str, tuple[int | str, ...]] = {}
+        by_field: dict[str, tuple[int | str, ...]] = {}
         if k:
-            found |= {FIELDS[0]: (k, inner // k, r), FIELDS[1]: (k, r, outer // k)}
+            by_field |= {FIELDS[0]: (k, inner // k, r), FIELDS[1]: (k, r, outer // k)}
         if self.form != BIAS:
-            found |= {FIELDS[2]: (inner, hybrid_r), FIELDS[3]: (hybrid_r, outer)}
+            by_field |= {FIELDS[2]: (inner, hybrid_r), FIELDS[3]: (hybrid_r, outer)}
         if self.has_bias:
-            found[FIELDS[4]] = (outer,)
-        return {f"{self.path}.{field}": shape for field, shape in found.items()}
+            by_field[FIELDS[4]] = (outer,)
+        return {f"{self.path}.{field}": shape for field, shape in by_field.items()}
 
     def parts(self, tensors: Mapping[str, _Tensor]) -> tuple[_Tensor | None, ...]:
         """Its tensors among others, in the order of `FIELDS`; None for those that it lacks."""

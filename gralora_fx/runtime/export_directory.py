@@ -26,26 +26,26 @@ QUERY_SEQLENS, PAST_SEQLENS = "query_seqlens", "past_seqlens"  # inputs of a dec
 
 def not_an_export(directory: Path) -> str:
     """Why a directory is not an export, and what to do."""
-    found = described(directory)
-    if found == "is a file":
-        return f"{directory} {found}; give the directory of the export, {directory.parent}"
+    kind = described(directory)
+    if kind == "is a file":
+        return f"{directory} {kind}; give the directory of the export, {directory.parent}"
     if is_export(directory.parent):
         return f"{directory} is a part of an export; give the directory of the export, {directory.parent}"
-    if found == "is a model":
+    if kind == "is a model":
         call = f"export_onnx(trace(AutoModel.from_pretrained({str(directory)!r})), output_dir)"
-        return f"{directory} {found}, not an export; export it first: {call}"
-    if found == "is an adapter":
-        return f"{directory} {found}, not an export; give the directory of an export, and this one as adapter=..."
-    return f"no {MANIFEST_NAME} in {directory}, which {found}; give the directory of an export"
+        return f"{directory} {kind}, not an export; export it first: {call}"
+    if kind == "is an adapter":
+        return f"{directory} {kind}, not an export; give the directory of an export, and this one as adapter=..."
+    return f"no {MANIFEST_NAME} in {directory}, which {kind}; give the directory of an export"
 
 
 def is_export(directory: Path) -> bool:
     """Whether a directory holds a manifest, of whatever schema."""
     try:
-        found = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        fields = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and "schema_version" in found
+    return isinstance(fields, dict) and "schema_version" in fields
 
 
 def check_own_file(path: Path, error: type[GraloraError]) -> None:

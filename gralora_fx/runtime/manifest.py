@@ -199,7 +199,7 @@ class Manifest:
 
         What an export may lack is left out where it does.
         """
-        found = dataclasses.asdict(self)
+        entries = dataclasses.asdict(self)
         optional = (
             "adapter_inputs",
             "attention",
@@ -211,7 +211,7 @@ class Manifest:
             "rows",
             "weights",
         )
-        fields = {name: value for name, value in found.items() if name not in optional or value is not None}
+        fields = {name: value for name, value in entries.items() if name not in optional or value is not None}
         folded = fields.pop("adapters")
         ordered: dict[str, Any] = json.loads(json.dumps(fields | {"adapters": None}, sort_keys=True))
         ordered["adapters"] = {name: json.loads(json.dumps(entry, sort_keys=True)) for name, entry in folded.items()}
@@ -231,27 +231,27 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
     """
     path = usable_path(directory, error, remedy="give the directory of an export") / MANIFEST_NAME
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as failure:
         raise error(not_an_export(path.parent)) from failure
     except PermissionError as failure:
         raise error(f"{path} cannot be read ({failure.strerror}); check its permissions") from failure
     except (OSError, ValueError, RecursionError) as failure:
         raise error(f"{path} cannot be read ({failure}); export the model again") from failure
-    version = found.get("schema_version") if isinstance(found, dict) else None
+    version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int:
         raise error(f"{path} has no schema_version, so it is not the manifest of an export; export the model again")
     if version > SCHEMA_VERSION:
         raise error(f"{path} has schema {version}, newer than {SCHEMA_VERSION}; update gralora-fx")
     if version < SCHEMA_VERSION:
-        remedy = f"make it anew with {_command(found, path.parent)}"
+        remedy = f"make it anew with {_command(content, path.parent)}"
         raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; {remedy}")
-    if "batched" in (found.get("adapters_mode"), _object(found, "adapter_inputs").get("mode")):
+    if "batched" in (content.get("adapters_mode"), _object(content, "adapter_inputs").get("mode")):
         raise error(
             f"{path} is of an export with adapters='batched', which is a part of adapters='data' now; make it anew "
-            f"with {_command(found, path.parent)}"
+            f"with {_command(content, path.parent)}"
         )
-    fields = _in_todays_form(found)
+    fields = _in_todays_form(content)
     if (name := _undescribed_file(fields)) is not MISSING:
         raise error(f"{path} does not describe its files as an export does ({name!r:.80}); export the model again")
     try:
@@ -264,13 +264,13 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
 
 def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An object in a manifest; empty where it holds none."""
-    found = fields.get(name)
-    return found if isinstance(found, dict) else {}
+    value = fields.get(name)
+    return value if isinstance(value, dict) else {}
 
 
-def _in_todays_form(found: Mapping[str, Any]) -> dict[str, Any]:
+def _in_todays_form(content: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a manifest as they are written today: an older one has other words, and says less."""
-    fields = dict(found)
+    fields = dict(content)
     if fields.get("adapters_mode") == "swappable":
         fields["adapters_mode"] = EARLIER_MODES["swappable"]
     if (inputs := _object(fields, "adapter_inputs")).get("mode") == "swappable":
@@ -315,17 +315,17 @@ def _undescribed_file(fields: Mapping[str, Any]) -> Any:
     return MISSING
 
 
-def _command(found: Mapping[str, Any], directory: Path) -> str:
+def _command(content: Mapping[str, Any], directory: Path) -> str:
     """The command that makes an export anew, with the options that a manifest of another schema still tells."""
-    model, mode = _object(found, "base").get("name"), found.get("adapters_mode")
-    has_adapter = bool(found.get("adapters")) or mode not in (None, "merged")
+    model, mode = _object(content, "base").get("name"), content.get("adapters_mode")
+    has_adapter = bool(content.get("adapters")) or mode not in (None, "merged")
     options = {
         "--model": model if isinstance(model, str) else "MODEL",
         "--adapter": "ADAPTER" if has_adapter else None,
-        "--task": found.get("task"),
+        "--task": content.get("task"),
         "--adapters": EARLIER_MODES.get(str(mode), mode) if mode != "merged" else None,
-        "--precision": found.get("precision"),
-        "--quantize": _object(found, "quantization").get("kind"),
+        "--precision": content.get("precision"),
+        "--quantize": _object(content, "quantization").get("kind"),
         "--output": str(directory),
     }
     told = [word for option, value in options.items() if isinstance(value, str) for word in (option, value)]

@@ -98,14 +98,14 @@ def arithmetic(options: Mapping[str, Any], device: Device, *, is_quantized: bool
 
 
 def _load_config(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    given = options.get("load_config", {})
+    value = options.get("load_config", {})
     try:
-        config = json.loads(given) if isinstance(given, str) else given
+        config = json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ServingError(f"load_config is not JSON ({error}): {shown(given)}") from error
+        raise ServingError(f"load_config is not JSON ({error}): {shown(value)}") from error
     if not isinstance(config, Mapping) or not all(isinstance(section, Mapping) for section in config.values()):
         raise ServingError(
             f"load_config must be properties by device, such as {{'CPU': {{'INFERENCE_PRECISION_HINT': 'f32'}}}}, "
-            f"but got {shown(given)}"
+            f"but got {shown(value)}"
         )
     return {str(name): dict(section) for name, section in config.items()}

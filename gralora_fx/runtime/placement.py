@@ -43,10 +43,10 @@ def placement_of(session: Any) -> Placement | None:
         session.get_session_options().get_session_config_entry(_RECORD)
     except RuntimeError:  # it has no such entry
         return None
-    found: dict[str, Counter[str]] = {name: Counter() for name in session.get_providers()}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in session.get_providers()}
     for subgraph in session.get_provider_graph_assignment_info():
-        found[subgraph.ep_name].update(node.op_type for node in subgraph.get_nodes())
-    return found
+        counts[subgraph.ep_name].update(node.op_type for node in subgraph.get_nodes())
+    return counts
 
 
 def describe_placement(placement: Placement) -> str:

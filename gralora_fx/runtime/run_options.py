@@ -64,7 +64,7 @@ def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *
     """Session options that hold the providers, if a plug-in is among them; else providers beside the options."""
     if [name for name, _ in chosen] != [CPU]:
         record_placement(options)
-    plugins = {name: found for name, _ in chosen if name != CPU and (found := devices_of(name))}
+    plugins = {name: its_devices for name, _ in chosen if name != CPU and (its_devices := devices_of(name))}
     if not plugins:
         return Runtime(chosen, options)
     devices: list[Device] = []

@@ -217,9 +217,9 @@ class _Rows:
         return self._logits
 
     def _read(self, tokens: Mapping[int, Sequence[int]]) -> None:
-        found = self._decoder.step({self._rows[row]: given for row, given in tokens.items()})
+        logits_of = self._decoder.step({self._rows[row]: given for row, given in tokens.items()})
         for row in tokens:
-            logits = found[self._rows[row]]
+            logits = logits_of[self._rows[row]]
             self._logits[row] = logits[-1].copy() if self._decoder.gives_all else logits
 
 

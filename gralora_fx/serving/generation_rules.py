@@ -81,10 +81,10 @@ class GenerationRules:
         path = directory / GENERATION_CONFIG
         fields = read_json_object(path, ServingError) if path.is_file() else {}
         names = ("decoder_start_token_id", "bos_token_id", "forced_decoder_ids")
-        found = {name: model_config[name] for name in names if model_config.get(name) is not None}
+        named = {name: model_config[name] for name in names if model_config.get(name) is not None}
         try:
             with quiet():
-                config = GenerationConfig.from_dict({**found, **fields})
+                config = GenerationConfig.from_dict({**named, **fields})
             is_whisper = model_config.get("model_type") == "whisper"
             positions = model_config.get("max_target_positions") if is_whisper else None
             rules = cls(directory, config, ends, positions // 2 - 1 if isinstance(positions, int) else 0)

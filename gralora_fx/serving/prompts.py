@@ -82,8 +82,8 @@ class GenerateInputs:
         Raises:
             ServingError: One is given.
         """
-        if given := [name for name in names if getattr(self, name) is not None]:
-            raise ServingError(f"{given[0]} has no effect: {reason}; leave it out")
+        if unused := [name for name in names if getattr(self, name) is not None]:
+            raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
 
     def read(self, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
         """Prompts, or a tokenizer's result, as token ids.

@@ -238,11 +238,11 @@ class SpeechReader:
         samples = audio.at(self.rate)
         try:
             with quiet():
-                found = self._extractor(samples, sampling_rate=self.rate, return_tensors="np", **self._more)
+                values = self._extractor(samples, sampling_rate=self.rate, return_tensors="np", **self._more)
         except Exception as error:  # transformers raises types of its own
             raise ServingError(f"the feature extractor does not take the audio ({first_line(error)})") from error
-        names = [name for name in self._inputs if name in found]
-        return {name: as_array(name, found[name], self._inputs[name]) for name in names}
+        names = [name for name in self._inputs if name in values]
+        return {name: as_array(name, values[name], self._inputs[name]) for name in names}
 
 
 def is_recording(value: Any) -> bool:

@@ -129,8 +129,8 @@ class Sampling:
             )
         if new is not None:
             return [int(new)] * len(prompts)
-        given = defaults or [None] * len(prompts)
-        return [min(most or _NEW_TOKENS, limits.context - len(row)) for row, most in zip(prompts, given, strict=True)]
+        named = defaults or [None] * len(prompts)
+        return [min(most or _NEW_TOKENS, limits.context - len(row)) for row, most in zip(prompts, named, strict=True)]
 
     def check_tokens(self, limits: DecoderLimits) -> None:
         """Check the tokens that options name.

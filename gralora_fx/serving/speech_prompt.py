@@ -114,15 +114,15 @@ class SpeechPrompt:
 
     def _forced(self) -> list[int | None]:
         """Tokens that old checkpoints force after the start token, where nobody says a language or a task."""
-        given = self._field("forced_decoder_ids")
-        if not given or self._language is not None or self._task is not None:
+        value = self._field("forced_decoder_ids")
+        if not value or self._language is not None or self._task is not None:
             return []
-        pairs = [pair for pair in given if isinstance(pair, (list, tuple)) and len(pair) == 2]
+        pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
         tokens = [token for _, token in pairs]
-        is_right = len(pairs) == len(given) and all(token is None or type(token) is int for token in tokens)
+        is_right = len(pairs) == len(value) and all(token is None or type(token) is int for token in tokens)
         if not is_right or [place for place, _ in pairs] != list(range(1, len(pairs) + 1)):
             raise ServingError(
-                f"forced_decoder_ids of {self.rules.directory} is {shown(given)}, not the tokens of places 1, 2 and so "
+                f"forced_decoder_ids of {self.rules.directory} is {shown(value)}, not the tokens of places 1, 2 and so "
                 f"on; {_REPAIR}"
             )
         return tokens
