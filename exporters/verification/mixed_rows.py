@@ -85,7 +85,7 @@ class MixedRows(SessionView):
         super().__init__(session)
         stack = adapters.stack_of([adapters[other] for other in names])
         self.count, self.tensors = 1 + len(names), stack.values
-        self.number = BASE if name is None else stack.ids[name]
+        self.number = BASE if name is None else stack.id_of(adapters[name].tensors)
 
     def get_inputs(self) -> list[Any]:
         """The inputs of the model."""
