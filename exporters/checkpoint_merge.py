@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
+from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.config.tasks import task_of
 from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
@@ -96,8 +96,9 @@ def merge_checkpoint(
         ExportError: The output may not be written, or writing fails.
     """
     with open_adapter(adapter_dir) as adapter:
-        directory = _base_directory(model_dir, adapter)
-        used = BaseSource(str(model_dir), adapter.config.revision if _is_named(adapter, model_dir) else None)
+        is_named = adapter.config.base_model_name_or_path == str(model_dir)
+        revision = adapter.config.revision if is_named else None  # of the base that the adapter names in these words
+        directory, used = _base_directory(model_dir, revision), BaseSource(str(model_dir), revision)
         compared = compare_bases(BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision), used)
         compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         check = functools.partial(
@@ -131,14 +132,9 @@ def merge_checkpoint(
     )
 
 
-def _base_directory(model_dir: str | Path, adapter: StoredAdapter) -> Path:
+def _base_directory(model_dir: str | Path, revision: str | None) -> Path:
+    """The directory of the base, downloaded if a hub id is given, checked before and after."""
     check_model_files(model_dir, CheckpointError)
-    revision = adapter.config.revision if _is_named(adapter, model_dir) else None
     directory = resolve_directory(model_dir, CheckpointError, revision=revision, patterns=_DOWNLOADED)
     check_model_files(directory, CheckpointError)
     return directory
-
-
-def _is_named(adapter: StoredAdapter, model_dir: str | Path) -> bool:
-    """Whether the adapter names the base in the same words; then it is read at the adapter's revision."""
-    return adapter.config.base_model_name_or_path == str(model_dir)

@@ -27,10 +27,10 @@ from gralora_fx.exporters.artifact.staging import (
 from gralora_fx.exporters.folding.base_weights import BaseWeights
 from gralora_fx.exporters.folding.earlier_adapters import check_earlier_adapters, digest_of, with_adapter
 from gralora_fx.exporters.folding.onnx_rewriting import OnnxRewriting, plan_rewriting
-from gralora_fx.exporters.folding.places import Export, Place, find_places
 from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_replacements
 from gralora_fx.exporters.folding.requantize import Survival, check_survival, overall_share, survival_by_layer
 from gralora_fx.exporters.folding.source_export import SourceExport, is_lone_file, open_export, source_directory
+from gralora_fx.exporters.folding.weight_locations import Export, WeightLocation, find_locations
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files, layers_of_export
@@ -178,11 +178,11 @@ def fold_onnx(
             compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
             graphs = {file: model.graph for file, model in source.models.items()}
             export = Export(graphs, manifest, None if base is None else BaseWeights(base))
-            places = find_places(export, adapter)
-            replacements = find_replacements(export, adapter, places)
-            _check_quantized(export, places, replacements, requantize=requantize)
+            locations = find_locations(export, adapter)
+            replacements = find_replacements(export, adapter, locations)
+            _check_quantized(export, locations, replacements, requantize=requantize)
         with timed("fold", seconds), staged(output_dir) as stage:
-            rewriting, quantized = plan_rewriting(source.models, export, adapter, places, replacements)
+            rewriting, quantized = plan_rewriting(source.models, export, adapter, locations, replacements)
             files = rewriting.files(source.data)
             require_space(output_dir, sum(file.nbytes for file in files))
             written = _write(stage, source, rewriting.changed, files)
@@ -197,7 +197,7 @@ def fold_onnx(
     return FoldReport(
         Path(output_dir),
         name,
-        tuple(_site(place, rewriting, survival) for place in places),
+        tuple(_site(location, rewriting, survival) for location in locations),
         tuple(adapter.copies),
         rewriting.bytes_changed,
         overall_share(survival),
@@ -236,14 +236,16 @@ def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | No
     return compare_bases(made, base_of_export(source.directory, source.manifest, base))
 
 
-def _check_quantized(export: Export, places: list[Place], replacements: Replacements, *, requantize: bool) -> None:
+def _check_quantized(
+    export: Export, locations: list[WeightLocation], replacements: Replacements, *, requantize: bool
+) -> None:
     """Check that weights are floats, or may be quantized again.
 
     Raises:
         MergeError: They are not, or the base cannot be used for that.
     """
-    every = [*places, *(place for place, _ in replacements.layers)]
-    quantized = list(dict.fromkeys(place.path for place in every if place.weight.storage != "float"))
+    every = [*locations, *(location for location, _ in replacements.layers)]
+    quantized = list(dict.fromkeys(location.path for location in every if location.weight.storage != "float"))
     if quantized and not requantize:
         raise MergeError(
             f"the weights of {quantized[0]}{f' and {len(quantized) - 1} other layers' if len(quantized) > 1 else ''} "
@@ -308,8 +310,8 @@ def _renamed(manifest: Manifest, rewriting: OnnxRewriting) -> Mapping[str, tuple
     }
 
 
-def _site(place: Place, rewriting: OnnxRewriting, survival: Mapping[str, Survival]) -> FoldedSite:
-    old = place.weight.name
-    name = rewriting.renamed.get((place.file, place.path, old), old)
-    share = survival[place.path].share if place.path in survival else None
-    return FoldedSite(place.path, place.file, name, place.start, place.stop, place.how, share)
+def _site(location: WeightLocation, rewriting: OnnxRewriting, survival: Mapping[str, Survival]) -> FoldedSite:
+    old = location.weight.name
+    name = rewriting.renamed.get((location.file, location.path, old), old)
+    share = survival[location.path].share if location.path in survival else None
+    return FoldedSite(location.path, location.file, name, location.start, location.stop, location.how, share)

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.changes import Changes
-from gralora_fx.exporters.folding.initializers import read_rows
-from gralora_fx.exporters.folding.places import Export
-from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.exporters.folding.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.folding.replaced_parameters import named_values
 from gralora_fx.exporters.folding.requantize import dequantized
+from gralora_fx.exporters.folding.weight_locations import Export
 from gralora_fx.methods.forms import as_update
 from gralora_fx.methods.method import Update
 from gralora_fx.runtime.adapter_inputs import BIAS, WHOLE, AdapterInputs

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import CheckpointError, MergeError, TraceError
-from gralora_fx.exporters.folding.initializers import dtype_of, read_rows, rows_and_columns
-from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.exporters.folding.initializers import ProductWeight, dtype_of, read_rows, rows_and_columns
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.safetensors_files import read_weights
 
@@ -74,14 +73,14 @@ class BaseWeights:
     def _renamed(self) -> Mapping[str, str]:
         """The keys by the names that transformers gives the tensors when it loads the model; parts are left out."""
         from gralora_fx.loading.models import make_empty  # it imports transformers
-        from gralora_fx.sources.streamed_models import parameter_names
+        from gralora_fx.sources.streamed_models import keys_by_name
 
         try:
             model = make_empty(self.directory, None)
         except TraceError:
             return {}
-        names, parts = parameter_names(model, self._stored)
-        return {name: key for key, name in names.items() if key not in parts}
+        keys, parts = keys_by_name(model, self._stored)
+        return {name: key for name, key in keys.items() if key not in parts}
 
     def _key_among(self, keys: Mapping[str, str], name: str, outputs: int) -> str | None:
         """The key of a weight among keys by their names."""

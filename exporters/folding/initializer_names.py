@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.folding.products import ProductWeight, product_weights
+from gralora_fx.exporters.folding.initializers import ProductWeight, product_weights
 from gralora_fx.runtime.manifest import WeightEntry
 
 if TYPE_CHECKING:
@@ -90,16 +90,16 @@ def ranges(names: Sequence[str], total: int, width_of: Callable[[str], int | Non
 
 def _widths(names: Sequence[str], total: int, width_of: Callable[[str], int | None]) -> list[int | None]:
     """The known widths, and those that follow from the total and from projections that have one width."""
-    found: dict[str, int | None] = {name: width_of(name) for name in names}
+    widths: dict[str, int | None] = {name: width_of(name) for name in names}
     twins = _twins(names)
     for name, other in twins.items():
-        found[name] = found[name] or found[other]
-    unknown = [name for name, width in found.items() if width is None]
-    rest = total - sum(width or 0 for width in found.values())
+        widths[name] = widths[name] or widths[other]
+    unknown = [name for name, width in widths.items() if width is None]
+    rest = total - sum(width or 0 for width in widths.values())
     is_pair = len(unknown) == 2 and twins.get(unknown[0]) == unknown[1]
     if len(unknown) == 1 or is_pair:
-        found |= dict.fromkeys(unknown, rest // len(unknown) if rest > 0 else None)
-    return [found[name] for name in names]
+        widths |= dict.fromkeys(unknown, rest // len(unknown) if rest > 0 else None)
+    return [widths[name] for name in names]
 
 
 def _twins(names: Sequence[str]) -> Mapping[str, str]:
@@ -122,7 +122,7 @@ def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[
         for name in of_site:
             sites.setdefault(name, []).append(path)
     widths = {site.path: site.out_features for site in traced.sites}
-    found: dict[str, list[WeightEntry]] = {}
+    entries: dict[str, list[WeightEntry]] = {}
     for file, graph in graphs.items():
         for weight in product_weights(graph):
             start = 0
@@ -130,9 +130,9 @@ def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[
                 stop = start + widths[sites[part][0]]
                 entry = WeightEntry(f"{file}.onnx", weight.name, start, stop, weight.transposed)
                 for path in sites[part]:
-                    found.setdefault(path, []).append(entry)
+                    entries.setdefault(path, []).append(entry)
                 start = stop
-    return {path: tuple(entries) for path, entries in found.items()}
+    return {path: tuple(of_layer) for path, of_layer in entries.items()}
 
 
 def _parts(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mapping[str, int]) -> tuple[str, ...]:

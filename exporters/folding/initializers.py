@@ -1,17 +1,24 @@
-"""Initializers of ONNX models: where their bytes lie in data files, and rows of them as arrays."""
+"""Initializers of ONNX models: where their bytes lie, and which are weights that products multiply by."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
 from gralora_fx.sources.rewriting import StoredBytes
+
+Storage = Literal["float", "blocks", "columns"]
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_ONNX = ("", "ai.onnx")
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol:
@@ -62,3 +69,231 @@ def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> NDArr
     values = np.empty((stop - start, columns), dtype)
     stored_bytes(tensor).read_into(values, start * columns * dtype.itemsize)
     return values
+
+
+class Reader(NamedTuple):
+    """An input of a node."""
+
+    node: ir.Node
+    position: int
+
+    @property
+    def text(self) -> str:
+        """The node's operator and name."""
+        return f"{self.node.op_type} {self.node.name or self.node.outputs[0].name}"
+
+
+@dataclass(frozen=True)
+class ProductWeight:
+    """A weight that products multiply by, of one or several linear layers.
+
+    Attributes:
+        value: The initializer: floats `[in, out]` or `[out, in]`, blocks `[out, in/block, bytes]` of `MatMulNBits`, or
+            int8 `[in, out]` of `MatMulInteger`.
+        storage: Which of these it is: `"float"`, `"blocks"` or `"columns"`.
+        transposed: Whether it is stored `[in, out]`, not `[out, in]` as in PyTorch.
+        in_features: Width of the products' input.
+        out_features: Width of their output.
+        readers: The inputs that products read it by, of a transpose or a cast before them too.
+        others: Other inputs that read it, such as a lookup's.
+        scales: The scales of blocks `[out, in/block]` or of columns `[out]`; None for floats.
+        zero_points: The packed zero points of blocks `[out, bytes]`; None where they have none.
+        block_size: Values of a block; 0 for other storage.
+        bits: Bits of a quantized value; 0 for floats.
+        problem: Why nothing can be folded into it; empty if it can.
+    """
+
+    value: ir.Value
+    storage: Storage
+    transposed: bool
+    in_features: int
+    out_features: int
+    readers: tuple[Reader, ...]
+    others: tuple[Reader, ...]
+    scales: ir.Value | None = None
+    zero_points: ir.Value | None = None
+    block_size: int = 0
+    bits: int = 0
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the initializer."""
+        return str(self.value.name)
+
+    @property
+    def parts(self) -> tuple[ir.Value, ...]:
+        """Its initializers, in the order of a product's inputs: the values, then scales and zero points it has."""
+        return (self.value, *(value for value in (self.scales, self.zero_points) if value is not None))
+
+
+def product_weights(graph: ir.Graph) -> list[ProductWeight]:
+    """The weights that the products of a graph multiply by, those in branches included, in the order of first use.
+
+    Args:
+        graph: A model's graph; weights are not read.
+    """
+    return [weight for value in initializers(graph) if (weight := _product_weight(value)) is not None]
+
+
+def initializers(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The initializers that the nodes of a graph read, those of branches included, each once."""
+    seen: set[int] = set()
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+class _Product(NamedTuple):
+    """How a product reads a weight."""
+
+    storage: Storage
+    transposed: bool
+    problem: str = ""
+
+
+def _product_weight(value: ir.Value) -> ProductWeight | None:
+    products: list[tuple[Reader, _Product]] = []
+    others: list[Reader] = []
+    for use in value.uses():
+        reader = Reader(use.node, use.idx)
+        through = list(_products(reader, value))
+        products += [(reader, product) for product in through if product is not None]
+        others += [reader] if None in through else []
+    if not products:
+        return None
+    kinds = {(product.storage, product.transposed) for _, product in products}
+    problems = [product.problem for _, product in products if product.problem]
+    mixed = [reader for reader, _ in products if reader in others]
+    if len(kinds) > 1 or mixed:
+        problems.append("products read it both as it is and transposed, or after an operator that others read too")
+    readers = tuple(dict.fromkeys(reader for reader, _ in products))
+    return _described(value, products[0][1], readers, tuple(dict.fromkeys(others)), problems)
+
+
+def _described(
+    value: ir.Value, product: _Product, readers: Sequence[Reader], others: Sequence[Reader], problems: Iterable[str]
+) -> ProductWeight | None:
+    """The weight with its widths; None for a tensor of another shape than products have."""
+    assert value.const_value is not None
+    sizes = [int(size) for size in value.const_value.shape.numpy()]
+    problem = next(iter(problems), "")
+    if product.storage == "blocks":
+        node = readers[0].node
+        ints = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+        block_size, bits = ints.get("block_size", 0), ints.get("bits", 4)
+        problem = problem or _why_not_apart(readers, others)
+        return ProductWeight(
+            value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), node.inputs[2],
+            _input(node, 3), block_size, bits, problem,
+        )  # fmt: skip
+    if len(sizes) != 2:
+        return None
+    inputs, outputs = sizes if product.transposed else reversed(sizes)
+    if product.storage == "columns":
+        scales = _column_scales(readers[0].node)
+        problem = problem or ("" if scales is not None else "the nodes behind MatMulInteger are not those of an export")
+        return ProductWeight(
+            value, "columns", True, inputs, outputs, tuple(readers), tuple(others), scales, bits=8, problem=problem
+        )
+    return ProductWeight(
+        value, "float", product.transposed, inputs, outputs, tuple(readers), tuple(others), problem=problem
+    )
+
+
+def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> Iterator[_Product | None]:
+    """The products that an input leads to, through transposes and casts; None for each reader of another kind.
+
+    Args:
+        reader: The input.
+        value: The initializer.
+        transposed: Whether the matrix as the input has it is the initializer, not its transpose.
+    """
+    node, index = reader
+    if index == 0 and node.op_type in ("Transpose", "Cast", "Identity") and node.domain in _ONNX:
+        order = node.attributes.get("perm")
+        swaps = node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
+        uses = [Reader(use.node, use.idx) for use in node.outputs[0].uses()]
+        if (node.op_type == "Transpose") == swaps and uses and not node.outputs[0].is_graph_output():
+            for use in uses:
+                yield from _products(use, value, transposed=transposed != swaps)
+            return
+    yield _product(node, index, value, transposed)
+
+
+def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _Product | None:
+    """How a node multiplies by a matrix; None if it does something else with it."""
+    flags = {name: attribute.value for name, attribute in node.attributes.items()}
+    is_float = value.const_value is not None and value.const_value.dtype in _FLOATS
+    if index != 1:
+        return None
+    if node.domain == MICROSOFT:
+        if node.op_type == "MatMulNBits":
+            return _Product("blocks", False, _why_not_blocks(node))
+        if node.op_type == "FusedMatMul" and is_float and not flags.get("transBatchB"):
+            scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
+            return _Product("float", transposed != bool(flags.get("transB")), scaled)
+        return _Product("float", transposed) if node.op_type == "Attention" and is_float else None
+    if node.domain not in _ONNX:
+        return None
+    if node.op_type == "MatMulInteger":
+        return _Product("columns", True, "" if _input(node, 3) is None else "its columns have zero points")
+    if node.op_type == "MatMul" and is_float:
+        return _Product("float", transposed)
+    if node.op_type == "Gemm" and is_float:
+        scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
+        return _Product("float", transposed != bool(flags.get("transB")), scaled)
+    return None
+
+
+def _why_not_blocks(node: ir.Node) -> str:
+    """Why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
+    if _input(node, 4) is not None:
+        return "its blocks have a group index, which is not re-quantized"
+    bits = node.attributes.get("bits")
+    if bits is not None and bits.as_int() not in (4, 8):
+        return f"its blocks have {bits.as_int()} bits; 4 and 8 are re-quantized"
+    scales, zero_points = _input(node, 2), _input(node, 3)
+    if scales is None or not scales.is_initializer():
+        return "its scales are not an initializer"
+    if zero_points is None:
+        return ""
+    if not zero_points.is_initializer():
+        return "its zero points are not an initializer"
+    assert zero_points.const_value is not None
+    is_packed = zero_points.const_value.dtype == ir.DataType.UINT8
+    return "" if is_packed else "its zero points are not packed integers, and only those are re-quantized"
+
+
+def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:
+    """Why blocks cannot change without those of another matrix; empty if they can."""
+    nodes = {id(reader.node) for reader in readers}
+    for index, name in ((2, "scales"), (3, "zero points")):
+        part, *rest = (_input(reader.node, index) for reader in readers)
+        users = set() if part is None else {id(use.node) for use in part.uses()}
+        if any(other is not part for other in rest) or (users - nodes and not others):  # else the blocks are copied
+            return f"its {name} are not its own alone"
+    return ""
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
+def _column_scales(node: ir.Node) -> ir.Value | None:
+    """The scales `[N]` of the columns of a `MatMulInteger`, from the nodes that the export writes behind it."""
+    cast = _only_reader(node)
+    product = None if cast is None or cast.op_type != "Cast" else _only_reader(cast)
+    if product is None or product.op_type != "Mul":
+        return None
+    scaling = next((p for v in product.inputs if v is not None and (p := v.producer()) is not cast), None)
+    if scaling is None or scaling.op_type != "Mul":
+        return None
+    return next((value for value in scaling.inputs if value is not None and value.is_initializer()), None)
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    readers = [use.node for use in node.outputs[0].uses()]
+    return readers[0] if len(readers) == 1 else None

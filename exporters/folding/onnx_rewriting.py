@@ -17,6 +17,8 @@ from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
 from gralora_fx.exporters.folding.initializers import (
+    ProductWeight,
+    Reader,
     dtype_of,
     external_tensors,
     read_rows,
@@ -24,10 +26,9 @@ from gralora_fx.exporters.folding.initializers import (
     stored_bytes,
     tensor_of,
 )
-from gralora_fx.exporters.folding.places import Export, Place
-from gralora_fx.exporters.folding.products import ProductWeight, Reader
-from gralora_fx.exporters.folding.replaced_parameters import Replacements, ValuePlace
+from gralora_fx.exporters.folding.replaced_parameters import Replacements, ValueLocation
 from gralora_fx.exporters.folding.requantize import QuantizedEdit
+from gralora_fx.exporters.folding.weight_locations import Export, WeightLocation
 from gralora_fx.sources.rewriting import Edit, NewFile, Part, StoredBytes
 
 _ALIGNED = 4096  # bytes; where a new tensor begins, as ONNX Runtime maps files into memory
@@ -51,7 +52,7 @@ class OnnxRewriting:
     _parts: dict[Path, list[Part]] = field(default_factory=dict)  # of data files: the tensors that change
     _edited: dict[tuple[Path, int], tuple[int, object]] = field(default_factory=dict)
     _added: dict[tuple[Path, int, str], int] = field(default_factory=dict)  # where copies begin
-    _names: set[tuple[str, str]] = field(default_factory=set)  # files and initializers that are edited in place
+    _names: set[tuple[str, str]] = field(default_factory=set)  # files and initializers that are edited in location
 
     def fold_matrix(self, file: str, weight: ProductWeight, layers: tuple[LayerEdit, ...]) -> None:
         """Fold into a matrix of floats; one that others read too is left to them."""
@@ -79,12 +80,13 @@ class OnnxRewriting:
             self._add(file, value, f"{name}{endings[index]}", part, readers)
         self._note(file, edit.layers, weight.name, f"{name}{endings[0]}")
 
-    def replace(self, place: ValuePlace, edit: ValuesEdit) -> None:
+    def replace(self, location: ValueLocation, edit: ValuesEdit) -> None:
         """Replace the values of a parameter that is not multiplied by; products that read it keep the old ones."""
-        if place.is_shared:
-            self._add(place.file, place.value, self._new_name(place.file, f"{place.name}_trained"), edit, place.readers)
+        file, value = location.file, location.value
+        if location.is_shared:
+            self._add(file, value, self._new_name(file, f"{location.name}_trained"), edit, location.readers)
         else:
-            self._edit(place.file, place.value, edit, (place.name, place.start))
+            self._edit(file, value, edit, (location.name, location.start))
 
     def files(self, data: Iterable[Path]) -> list[NewFile]:
         """What is written instead of data files: changed tensors where they are, new ones behind, all else as it is.
@@ -171,7 +173,7 @@ def plan_rewriting(
     models: Mapping[str, ir.Model],
     export: Export,
     adapter: StoredAdapter,
-    places: Iterable[Place],
+    locations: Iterable[WeightLocation],
     replacements: Replacements,
 ) -> tuple[OnnxRewriting, list[QuantizedEdit]]:
     """What is to be rewritten, and the edits of quantized weights.
@@ -180,7 +182,7 @@ def plan_rewriting(
         models: The models by file; their initializers are changed in place.
         export: What was searched.
         adapter: The adapter, open until all is written.
-        places: Where its layers' weights lie.
+        locations: Where its layers' weights lie.
         replacements: What it replaces.
 
     Raises:
@@ -189,13 +191,13 @@ def plan_rewriting(
     layers: dict[tuple[str, int], list[LayerEdit]] = {}
     weights: dict[tuple[str, int], ProductWeight] = {}
 
-    def edit_of(place: Place) -> LayerEdit:
-        update, takes_parts = partial(adapter.update, place.path), adapter.method.has_lora_form
-        return LayerEdit(place.path, place.start, place.stop, update, takes_parts=takes_parts)
+    def edit_of(location: WeightLocation) -> LayerEdit:
+        update, takes_parts = partial(adapter.update, location.path), adapter.method.has_lora_form
+        return LayerEdit(location.path, location.start, location.stop, update, takes_parts=takes_parts)
 
-    for place, edit in (*((place, edit_of(place)) for place in places), *replacements.layers):
-        key = place.file, id(place.weight)
-        weights[key] = place.weight
+    for location, edit in (*((location, edit_of(location)) for location in locations), *replacements.layers):
+        key = location.file, id(location.weight)
+        weights[key] = location.weight
         layers.setdefault(key, []).append(edit)
     rewriting = OnnxRewriting(models)
     quantized: list[QuantizedEdit] = []
@@ -209,8 +211,8 @@ def plan_rewriting(
         else:
             quantized.append(QuantizedEdit(weights[key], tuple(edits), None if export.base is None else base_weight))
             rewriting.fold_quantized(key[0], quantized[-1])
-    for value_place, values in replacements.values:
-        rewriting.replace(value_place, values)
+    for value_location, values in replacements.values:
+        rewriting.replace(value_location, values)
     return rewriting, quantized
 
 

@@ -15,24 +15,23 @@ from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.base_weights import holds
 from gralora_fx.exporters.folding.edits import LayerEdit, ValuesEdit, constant
 from gralora_fx.exporters.folding.initializer_names import foreign_names, parameter_names, ranges, reduced
-from gralora_fx.exporters.folding.initializers import read_rows, rows_and_columns
-from gralora_fx.exporters.folding.places import (
+from gralora_fx.exporters.folding.initializers import ProductWeight, Reader, initializers, read_rows, rows_and_columns
+from gralora_fx.exporters.folding.requantize import is_rounding_of
+from gralora_fx.exporters.folding.weight_locations import (
     Export,
-    Place,
+    WeightLocation,
     is_named,
-    named_places,
-    places_by_value,
-    recorded_places,
+    locations_by_value,
+    named_locations,
+    recorded_locations,
     unique,
 )
-from gralora_fx.exporters.folding.products import ProductWeight, Reader, initializers
-from gralora_fx.exporters.folding.requantize import is_rounding_of
 
 _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
-class ValuePlace:
+class ValueLocation:
     """An initializer that holds a parameter which is not multiplied by.
 
     Attributes:
@@ -61,36 +60,36 @@ class Replacements:
         values: Other parameters: likewise.
     """
 
-    layers: tuple[tuple[Place, LayerEdit], ...]
-    values: tuple[tuple[ValuePlace, ValuesEdit], ...]
+    layers: tuple[tuple[WeightLocation, LayerEdit], ...]
+    values: tuple[tuple[ValueLocation, ValuesEdit], ...]
 
 
-def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[Place]) -> Replacements:
+def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[WeightLocation]) -> Replacements:
     """Where the parameters lie that an adapter replaces; those that it only repeats are compared.
 
     Args:
         export: The export.
         adapter: The adapter.
-        adapted: The places of its adapted layers, whose weights it may repeat.
+        adapted: The locations of its adapted layers, whose weights it may repeat.
 
     Raises:
         MergeError: A parameter is not found, has another shape, is shared with others, or one that should repeat the
             base's does not; all are named.
     """
-    layers: list[tuple[Place, LayerEdit]] = []
-    values: list[tuple[ValuePlace, ValuesEdit]] = []
+    layers: list[tuple[WeightLocation, LayerEdit]] = []
+    values: list[tuple[ValueLocation, ValuesEdit]] = []
     problems: list[str] = []
     for name, trained in adapter.copies.items():
         try:
             tensor = trained.array()
-            found = list(_layer_edits(export, name, tensor))
-            layers += found
-            values += [] if found else _value_edits(export, name, tensor)
+            edits = list(_layer_edits(export, name, tensor))
+            layers += edits
+            values += [] if edits else _value_edits(export, name, tensor)
         except MergeError as error:
             problems.append(f"{name}: {error}")
-    known: dict[str, list[Place]] = {}
-    for place in adapted:
-        known.setdefault(place.path, []).append(place)
+    known: dict[str, list[WeightLocation]] = {}
+    for location in adapted:
+        known.setdefault(location.path, []).append(location)
     for name, repeated in adapter.repeats.items():
         if not _repeats(export, known, name, repeated.array()):
             problems.append(f"{name}: the adapter holds values for it that are not the export's, and does not train it")
@@ -99,86 +98,86 @@ def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[
     return Replacements(tuple(layers), tuple(values))
 
 
-def _layer_edits(export: Export, name: str, tensor: NDArray[Any]) -> Iterator[tuple[Place, LayerEdit]]:
-    """Places of a parameter that is the weight of a linear layer, and what happens there."""
+def _layer_edits(export: Export, name: str, tensor: NDArray[Any]) -> Iterator[tuple[WeightLocation, LayerEdit]]:
+    """Locations of a parameter that is the weight of a linear layer, and what happens there."""
     path = name.removesuffix(_WEIGHT)
     if tensor.ndim != 2 or path == name:
         return
-    places = _weight_places(export, path)
-    if not places and export.manifest is None and not any(named_values(export, name)):
+    locations = _weight_locations(export, path)
+    if not locations and export.manifest is None and not any(named_values(export, name)):
         outputs, inputs = tensor.shape  # an unnamed matrix is a linear layer's transposed weight
-        places = list(places_by_value(export, path, (inputs, outputs)))
-    for place in places:
-        shape = [place.stop - place.start, place.weight.in_features]
-        matrix = _as_matrix(export, place, tensor, shape)
+        locations = list(locations_by_value(export, path, (inputs, outputs)))
+    for location in locations:
+        shape = [location.stop - location.start, location.weight.in_features]
+        matrix = _as_matrix(export, location, tensor, shape)
         if list(matrix.shape) != shape:
-            raise MergeError(f"it has shape {list(matrix.shape)} in the adapter and {shape} in {place.weight.name}")
-        if place.weight.problem:
-            raise MergeError(f"{place.weight.name} cannot be written: {place.weight.problem}")
-        yield place, LayerEdit(path, place.start, place.stop, values=matrix)
+            raise MergeError(f"it has shape {list(matrix.shape)} in the adapter and {shape} in {location.weight.name}")
+        if location.weight.problem:
+            raise MergeError(f"{location.weight.name} cannot be written: {location.weight.problem}")
+        yield location, LayerEdit(path, location.start, location.stop, values=matrix)
 
 
-def _weight_places(export: Export, path: str) -> list[Place]:
-    """Places of a linear layer's weight, as recorded or by its exact name; none for other modules."""
+def _weight_locations(export: Export, path: str) -> list[WeightLocation]:
+    """Locations of a linear layer's weight, as recorded or by its exact name; none for other modules."""
     if export.record is not None:
-        places = recorded_places(export, path)
-        if sharing := export.sharing(places):
+        locations = recorded_locations(export, path)
+        if sharing := export.sharing(locations):
             raise MergeError(f"it is the weight of {', '.join(sharing)} too, which would change with it")
-        return places
-    places = list(named_places(export, path))
-    if not places and export.manifest is None:  # under a prefix, as of a model within another module
-        places = list(named_places(export, path, foreign=True))
-        places = [] if len(places) > 1 and export.base is not None else unique(places)  # else its values tell
-    for place in places:
-        if place.weight.others or len(place.weight.readers) > 1:
-            raise MergeError(f"{place.weight.name} has several readers, and nothing says that all are of one layer")
-    return places
+        return locations
+    locations = list(named_locations(export, path))
+    if not locations and export.manifest is None:  # under a prefix, as of a model within another module
+        locations = list(named_locations(export, path, foreign=True))
+        locations = [] if len(locations) > 1 and export.base is not None else unique(locations)  # else its values tell
+    for location in locations:
+        if location.weight.others or len(location.weight.readers) > 1:
+            raise MergeError(f"{location.weight.name} has several readers, and nothing says that all are of one layer")
+    return locations
 
 
-def _as_matrix(export: Export, place: Place, tensor: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+def _as_matrix(export: Export, location: WeightLocation, tensor: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     """A layer's trained weight as `[out, in]`, of `shape` if it fits.
 
     Raises:
         MergeError: Nothing says whether a square one has the layout of a linear layer or of transformers' `Conv1D`.
     """
-    if export.manifest is not None or not place.weight.transposed:
-        return tensor.T if export.is_conv1d(place.path) else tensor
+    if export.manifest is not None or not location.weight.transposed:
+        return tensor.T if export.is_conv1d(location.path) else tensor
     if shape[0] != shape[1]:
         return tensor if list(tensor.shape) == shape else tensor.T
-    readings = () if export.base is None else export.base_values(place.path, (shape[1], shape[0]))
-    found = [index for index, values in enumerate(readings) if holds(place.weight, place.start, values)]
-    if not found:
-        raise MergeError(f"nothing says whether {place.weight.name} is stored transposed; give base=...")
-    return tensor.T if found[0] else tensor
+    readings = () if export.base is None else export.base_values(location.path, (shape[1], shape[0]))
+    fitting = [index for index, values in enumerate(readings) if holds(location.weight, location.start, values)]
+    if not fitting:
+        raise MergeError(f"nothing says whether {location.weight.name} is stored transposed; give base=...")
+    return tensor.T if fitting[0] else tensor
 
 
-def _value_edits(export: Export, name: str, tensor: NDArray[Any]) -> list[tuple[ValuePlace, ValuesEdit]]:
-    """Places of any other parameter, and what happens there.
+def _value_edits(export: Export, name: str, tensor: NDArray[Any]) -> list[tuple[ValueLocation, ValuesEdit]]:
+    """Locations of any other parameter, and what happens there.
 
     Raises:
         MergeError: There are none, or what is there has another shape or other readers.
     """
-    places = list(named_values(export, name))
-    if not places:
+    locations = list(named_values(export, name))
+    if not locations:
         raise MergeError("no initializer of the export has its name; export the merged model instead")
     edits = []
-    for place in places:
-        if not place.readers and place.is_shared:
-            raise MergeError(f"{place.value.name} is read by products alone; export the merged model instead")
-        if export.record is None and (place.is_shared or len(place.readers) > 1):
-            raise MergeError(f"{place.value.name} has several readers, and nothing says that all are of this module")
-        assert place.value.shape is not None
-        shape = [int(size) for size in place.value.shape.numpy()]
-        is_alone = place.value.name == name or str(place.value.name).endswith(f".{name}")
+    for location in locations:
+        if not location.readers and location.is_shared:
+            raise MergeError(f"{location.value.name} is read by products alone; export the merged model instead")
+        if export.record is None and (location.is_shared or len(location.readers) > 1):
+            raise MergeError(f"{location.value.name} has several readers, and nothing says that all are of this module")
+        assert location.value.shape is not None
+        shape = [int(size) for size in location.value.shape.numpy()]
+        is_alone = location.value.name == name or str(location.value.name).endswith(f".{name}")
         if is_alone and list(tensor.shape) != shape:
             raise MergeError(f"it has shape {list(tensor.shape)} in the adapter and {shape} in the export")
-        rows = tensor.reshape(rows_and_columns(place.value)[0], -1)
-        edits.append((place, ValuesEdit(name, constant(rows), place.start)))
+        rows = tensor.reshape(rows_and_columns(location.value)[0], -1)
+        edits.append((location, ValuesEdit(name, constant(rows), location.start)))
     return edits
 
 
-def named_values(export: Export, name: str) -> Iterator[ValuePlace]:
-    """Places of a parameter by its name, alone in an initializer or beside others.
+def named_values(export: Export, name: str) -> Iterator[ValueLocation]:
+    """Locations of a parameter by its name, alone in an initializer or beside others.
 
     Args:
         export: The export.
@@ -187,17 +186,17 @@ def named_values(export: Export, name: str) -> Iterator[ValuePlace]:
     Raises:
         MergeError: None has the name itself, and several of a file of another exporter end with it.
     """
-    found = list(_named_values(export, name, foreign=False))
-    if not found and export.manifest is None:
-        found = list(_named_values(export, name, foreign=True))
-        for file in {place.file for place in found}:
-            names = [str(place.value.name) for place in found if place.file == file]
+    locations = list(_named_values(export, name, foreign=False))
+    if not locations and export.manifest is None:
+        locations = list(_named_values(export, name, foreign=True))
+        for file in {location.file for location in locations}:
+            names = [str(location.value.name) for location in locations if location.file == file]
             if len(names) > 1:
                 raise MergeError(f"it may be any of {', '.join(names)} in {file}; export the merged model instead")
-    yield from found
+    yield from locations
 
 
-def _named_values(export: Export, name: str, *, foreign: bool) -> Iterator[ValuePlace]:
+def _named_values(export: Export, name: str, *, foreign: bool) -> Iterator[ValueLocation]:
     wanted = reduced(name) if foreign else name
     widths = {f"{path}.bias": width for path, width in export.widths.items()}
     for file, graph in export.graphs.items():
@@ -205,26 +204,26 @@ def _named_values(export: Export, name: str, *, foreign: bool) -> Iterator[Value
         for value in initializers(graph):
             product = products.get(id(value))
             readings = foreign_names(value) if foreign else parameter_names(value)
-            found = next(((names, own) for names in readings for own in names if is_named(own, wanted, foreign)), None)
-            if found is None:
+            match = next(((names, own) for names in readings for own in names if is_named(own, wanted, foreign)), None)
+            if match is None:
                 continue
-            names, own = found
+            names, own = match
             parts = [(0, 0)] if len(names) == 1 else list(ranges(names, rows_and_columns(value)[1], widths.get))
             if parts:
                 uses = tuple(Reader(use.node, use.idx) for use in value.uses())
                 readers = uses if product is None else product.others
-                yield ValuePlace(name, file, value, parts[names.index(own)][0], readers, product is not None)
+                yield ValueLocation(name, file, value, parts[names.index(own)][0], readers, product is not None)
 
 
-def _repeats(export: Export, known: Mapping[str, list[Place]], name: str, tensor: NDArray[Any]) -> bool:
+def _repeats(export: Export, known: Mapping[str, list[WeightLocation]], name: str, tensor: NDArray[Any]) -> bool:
     """Whether the export holds these values of a parameter already."""
     path = name.removesuffix(_WEIGHT)
-    places = known.get(path) or (_weight_places(export, path) if path != name else [])
-    if places and tensor.ndim == 2:
+    locations = known.get(path) or (_weight_locations(export, path) if path != name else [])
+    if locations and tensor.ndim == 2:
         matrix = tensor.T if export.is_conv1d(path) else tensor
-        return all(_holds(place.weight, place.start, matrix) for place in places)
-    found = list(named_values(export, name))
-    return bool(found) and all(_equal(place, tensor) for place in found)
+        return all(_holds(location.weight, location.start, matrix) for location in locations)
+    values = list(named_values(export, name))
+    return bool(values) and all(_equal(location, tensor) for location in values)
 
 
 def _holds(weight: ProductWeight, start: int, matrix: NDArray[Any]) -> bool:
@@ -233,10 +232,10 @@ def _holds(weight: ProductWeight, start: int, matrix: NDArray[Any]) -> bool:
     return holds(weight, start, matrix) if weight.storage == "float" else is_rounding_of(weight, start, matrix)
 
 
-def _equal(place: ValuePlace, tensor: NDArray[Any]) -> bool:
-    rows = read_rows(place.value)
+def _equal(location: ValueLocation, tensor: NDArray[Any]) -> bool:
+    rows = read_rows(location.value)
     if tensor.size % len(rows):
         return False
     expected = tensor.reshape(len(rows), -1)
-    found = rows[:, place.start : place.start + expected.shape[1]]
-    return found.shape == expected.shape and np.array_equal(found, expected.astype(found.dtype))
+    stored = rows[:, location.start : location.start + expected.shape[1]]
+    return stored.shape == expected.shape and np.array_equal(stored, expected.astype(stored.dtype))

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, check_finite
-from gralora_fx.exporters.folding.initializers import read_rows
-from gralora_fx.exporters.folding.products import ProductWeight
+from gralora_fx.exporters.folding.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.options import Quantization
 from gralora_fx.sources.rewriting import RowEdit
 
@@ -146,8 +145,8 @@ class _Blocks:
     @property
     def parts(self) -> tuple[NDArray[Any], ...]:
         """The tensors of `weight.parts`."""
-        found = (self.integers, self.all_scales)
-        return found if self.all_zero_points is None else (*found, self.all_zero_points)
+        parts = (self.integers, self.all_scales)
+        return parts if self.all_zero_points is None else (*parts, self.all_zero_points)
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""

@@ -102,7 +102,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
         CheckpointError: No model can be made, or none has these parameters; they are named.
     """
     from gralora_fx.loading.models import make_empty  # they import torch and transformers
-    from gralora_fx.sources.streamed_models import parameter_names
+    from gralora_fx.sources.streamed_models import keys_by_name
 
     needed = list(needed)
     tries: list[tuple[list[str], PreTrainedModel]] = []
@@ -121,8 +121,8 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
     if tries:
         lacking, model = min(tries, key=lambda entry: len(entry[0]))
         if not lacking:
-            keys, parts = parameter_names(model, base.tensors)
-            return Names(model, {name: key for key, name in keys.items()}, {keys[key] for key in parts})
+            keys, parts = keys_by_name(model, base.tensors)
+            return Names(model, keys, set(parts.values()))
     if all(name in base.tensors for name in needed):
         return Names(None, {key: key for key in base.tensors}, frozenset())
     if not tries:

@@ -117,7 +117,7 @@ def find_sentence_directory(name: str | Path, error: type[GraloraError]) -> Path
     directory = resolve_directory(name, error, patterns=_FILES)
     if not (directory / _MODULES_NAME).is_file():
         return None
-    kind = _settings(directory, error).get("model_type", "SentenceTransformer")
+    kind = _object_if_there(directory / SETTINGS_NAME, error).get("model_type", "SentenceTransformer")
     return directory if kind == "SentenceTransformer" else None
 
 
@@ -152,7 +152,7 @@ def read_sentence_modules(directory: Path, error: type[GraloraError]) -> Sentenc
         steps.append(_READERS[kind](directory / entry["path"], error))
     _check_order(steps, path, error)
     options = _transformer_options(directory, error)
-    settings = _settings(directory, error)
+    settings = _object_if_there(directory / SETTINGS_NAME, error)
     if prompt := settings.get("default_prompt_name"):
         warn_caller(
             f"{directory / SETTINGS_NAME} has the default prompt {shown(prompt)}, which sentence-transformers puts "
@@ -209,8 +209,8 @@ def _size(options: Mapping[str, Any], name: str, directory: Path, error: type[Gr
     return size
 
 
-def _settings(directory: Path, error: type[GraloraError]) -> dict[str, Any]:
-    path = directory / SETTINGS_NAME
+def _object_if_there(path: Path, error: type[GraloraError]) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
     return read_json_object(path, error) if path.is_file() else {}
 
 
@@ -240,11 +240,6 @@ def _kind(entry: Mapping[str, Any], path: Path, error: type[GraloraError]) -> st
     return str(name)
 
 
-def _config(folder: Path, error: type[GraloraError]) -> dict[str, Any]:
-    path = folder / "config.json"
-    return read_json_object(path, error) if path.is_file() else {}
-
-
 def _read_pooling(folder: Path, error: type[GraloraError]) -> Pooling:
     path = folder / "config.json"
     config = read_json_object(path, error)
@@ -268,7 +263,7 @@ def _read_pooling(folder: Path, error: type[GraloraError]) -> Pooling:
 
 
 def _read_normalize(folder: Path, error: type[GraloraError]) -> Normalize:
-    return Normalize(*_ends(folder, _config(folder, error), error))
+    return Normalize(*_ends(folder, _object_if_there(folder / "config.json", error), error))
 
 
 def _read_dense(folder: Path, error: type[GraloraError]) -> Dense:

@@ -76,44 +76,44 @@ def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = 
     return model
 
 
-def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """The model's names for the keys of its files, as transformers renames them when it loads the model.
+def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The keys in a model's files by the model's names, as transformers renames them when it loads the model.
 
     Args:
         model: The model; its values are not read.
         keys: Keys of tensors in safetensors files.
 
     Returns:
-        The name of each key, and those keys that hold only a part of a parameter.
+        The keys by name, and the name of each key that holds only a part of a parameter.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     model_keys = model.state_dict()
     prefix = model.base_model_prefix
-    names: dict[str, str] = {}
-    parts: set[str] = set()
+    by_name: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, model_keys)
         if name not in model_keys and key in model_keys:
             name, pattern = rename_source_key(key, [], [], prefix, model_keys)
         if pattern is not None and name in model_keys:
-            parts.add(key)
-        names[key] = name
-    return names, parts
+            parts[key] = name
+        by_name[name] = key
+    return by_name, parts
 
 
 def _by_parameter_name(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Stored tensors by the model's parameter names."""
-    names, partial = parameter_names(model, stored)
-    if partial:
-        parts = [f"{key} is a part of {names[key]}" for key in stored if key in partial]
-        shown = "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
+    keys, parts = keys_by_name(model, stored)
+    if parts:
+        texts = [f"{key} is a part of {name}" for key, name in parts.items()]
+        shown = "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
         raise CheckpointError(
             f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
             "cannot be streamed; load the model whole instead"
         )
-    return {names[key]: tensor for key, tensor in stored.items()}
+    return {name: stored[key] for name, key in keys.items()}
 
 
 def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str]:

@@ -14,14 +14,14 @@ from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.base_weights import BaseWeights, find_values, holds
 from gralora_fx.exporters.folding.initializer_names import foreign_names, parameter_names, ranges, reduced
-from gralora_fx.exporters.folding.products import ProductWeight, product_weights
+from gralora_fx.exporters.folding.initializers import ProductWeight, product_weights
 from gralora_fx.runtime.manifest import Manifest, WeightEntry
 
 RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightLocation:
     """Where a layer's weight lies.
 
     Attributes:
@@ -81,24 +81,24 @@ class Export:
 
     @cached_property
     def _layers(self) -> Mapping[tuple[str, str], list[tuple[str, int, int]]]:
-        """The layers that the record places in each initializer, with their first and last output feature."""
-        found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+        """The layers whose weights the record has in each initializer, with their first and last output feature."""
+        layers: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
         for path, entries in (self.record or {}).items():
             for entry in entries:
-                found.setdefault((entry.file, entry.initializer), []).append((path, entry.start, entry.stop))
-        return found
+                layers.setdefault((entry.file, entry.initializer), []).append((path, entry.start, entry.stop))
+        return layers
 
     def is_conv1d(self, path: str) -> bool:
         """Whether a layer is transformers' `Conv1D`, whose weight is `[in, out]` in the model."""
         return self._kinds.get(path) == "conv1d"
 
-    def sharing(self, places: Iterable[Place]) -> list[str]:
-        """Other layers that the record gives a weight in these places."""
+    def sharing(self, locations: Iterable[WeightLocation]) -> list[str]:
+        """Other layers that the record gives a weight at these locations."""
         sharing = [
             path
-            for place in places
-            for path, start, stop in self._layers.get((place.file, place.weight.name), ())
-            if path != place.path and start < place.stop and place.start < stop
+            for location in locations
+            for path, start, stop in self._layers.get((location.file, location.weight.name), ())
+            if path != location.path and start < location.stop and location.start < stop
         ]
         return list(dict.fromkeys(sharing))
 
@@ -121,7 +121,7 @@ class Export:
         return (values.T if self.is_conv1d(path) else values,)
 
 
-def find_places(export: Export, adapter: StoredAdapter) -> list[Place]:
+def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocation]:
     """Where the weight of every adapted layer lies; one may lie in several files.
 
     Args:
@@ -132,66 +132,68 @@ def find_places(export: Export, adapter: StoredAdapter) -> list[Place]:
         MergeError: A layer's weight is not found, has other widths, is shared with another layer, or differs from that
             of the given base; every layer is named.
     """
-    places: list[Place] = []
+    locations: list[WeightLocation] = []
     problems: list[str] = []
     for path, site in adapter.sites.items():
         try:
-            found = _find(export, adapter, path)
-            _check_widths(found, site.features)
-            _check_shared(export, found)
-            _check_base(export, found, site.features)
+            of_layer = _locate(export, adapter, path)
+            _check_widths(of_layer, site.features)
+            _check_shared(export, of_layer)
+            _check_base(export, of_layer, site.features)
         except MergeError as error:
             problems.append(f"{path}: {error}")
         else:
-            places += found
-    problems += list(_overlaps(places))
+            locations += of_layer
+    problems += list(_overlaps(locations))
     if problems:
         raise MergeError(f"{adapter.directory} cannot be folded into this export:\n{bulleted(problems)}")
-    return places
+    return locations
 
 
-def _find(export: Export, adapter: StoredAdapter, path: str) -> list[Place]:
-    """The places of a layer's weight."""
+def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLocation]:
+    """The locations of a layer's weight."""
     if export.record is not None:
-        found = recorded_places(export, path)
-        if not found:
+        locations = recorded_locations(export, path)
+        if not locations:
             raise MergeError(
                 "its weight is not one that the exported graph multiplies by"
                 if path in export.widths
                 else "the export has no such layer"
             )
-        return found
+        return locations
     widths = {other: site.features[1] for other, site in adapter.sites.items()}
-    found = list(named_places(export, path, widths))
-    found = found or unique(list(named_places(export, path, widths, foreign=True)))
-    found = found or list(places_by_value(export, path, adapter.sites[path].features))
-    if not found:
+    locations = (
+        list(named_locations(export, path, widths))
+        or unique(list(named_locations(export, path, widths, foreign=True)))
+        or list(locations_by_value(export, path, adapter.sites[path].features))
+    )
+    if not locations:
         hint = "" if export.base is not None else "; give base=..., the base model's directory, to find it by value"
         raise MergeError(f"no initializer that a product multiplies by is named after it, or holds its values{hint}")
-    return found
+    return locations
 
 
-def recorded_places(export: Export, path: str) -> list[Place]:
-    """Places of a layer's weight as the manifest says; none for a layer that it does not have.
+def recorded_locations(export: Export, path: str) -> list[WeightLocation]:
+    """Locations of a layer's weight as the manifest says; none for a layer that it does not have.
 
     Raises:
         MergeError: The files do not hold it there.
     """
-    places = []
+    locations = []
     for entry in (export.record or {}).get(path, ()):
         weight = export.by_name.get((entry.file, entry.initializer))
         if weight is None or not 0 <= entry.start < entry.stop <= weight.out_features or (
             weight.transposed != entry.transposed
         ):  # fmt: skip
             raise MergeError(f"{entry.file} does not hold {entry.initializer} as the manifest says; export it again")
-        places.append(Place(path, entry.file, weight, entry.start, entry.stop, RECORDED))
-    return places
+        locations.append(WeightLocation(path, entry.file, weight, entry.start, entry.stop, RECORDED))
+    return locations
 
 
-def named_places(
+def named_locations(
     export: Export, path: str, widths: Mapping[str, int] | None = None, *, foreign: bool = False
-) -> Iterator[Place]:
-    """Places of a layer's weight by the names of initializers.
+) -> Iterator[WeightLocation]:
+    """Locations of a layer's weight by the names of initializers.
 
     Args:
         export: The export.
@@ -209,7 +211,7 @@ def named_places(
                 index = next((i for i, name in enumerate(names) if is_named(name, wanted, foreign)), None)
                 parts = [] if index is None else list(ranges(names, weight.out_features, known.get))
                 if index is not None and parts:
-                    yield Place(path, file, weight, *parts[index], BY_NAME)
+                    yield WeightLocation(path, file, weight, *parts[index], BY_NAME)
                     break
 
 
@@ -219,21 +221,21 @@ def is_named(name: str, wanted: str, foreign: bool) -> bool:
     return name == wanted or (foreign and is_end)
 
 
-def unique(places: list[Place]) -> list[Place]:
-    """Places, if there is one in each file.
+def unique(locations: list[WeightLocation]) -> list[WeightLocation]:
+    """Locations, if there is one in each file.
 
     Raises:
         MergeError: A file has several.
     """
-    for file in {place.file for place in places}:
-        names = [place.weight.name for place in places if place.file == file]
+    for file in {location.file for location in locations}:
+        names = [location.weight.name for location in locations if location.file == file]
         if len(names) > 1:
             raise MergeError(f"its weight may be any of {', '.join(names)} in {file}; give base=... to tell them")
-    return places
+    return locations
 
 
-def places_by_value(export: Export, path: str, features: tuple[int, int]) -> Iterator[Place]:
-    """Places of a layer's weight by the values of the given base; none without one.
+def locations_by_value(export: Export, path: str, features: tuple[int, int]) -> Iterator[WeightLocation]:
+    """Locations of a layer's weight by the values of the given base; none without one.
 
     Args:
         export: The export.
@@ -248,37 +250,37 @@ def places_by_value(export: Export, path: str, features: tuple[int, int]) -> Ite
     readings, stop = export.base_values(path, features), features[1]
     for file, weights in export.weights.items():
         matches = [match for values in readings for match in find_values(weights, values)]
-        found = [Place(path, file, weight, start, start + stop, BY_VALUE) for weight, start in matches]
-        if len(found) > 1:
-            names = ", ".join(f"{place.weight.name} from {place.start}" for place in found)
+        locations = [WeightLocation(path, file, weight, start, start + stop, BY_VALUE) for weight, start in matches]
+        if len(locations) > 1:
+            names = ", ".join(f"{location.weight.name} from {location.start}" for location in locations)
             raise MergeError(
                 f"its values occur several times in {file} ({names}), so which one is its weight is unknown"
             )
-        yield from found
+        yield from locations
 
 
-def _check_widths(places: Iterable[Place], features: tuple[int, int]) -> None:
-    for place in places:
-        here = place.weight.in_features, place.stop - place.start
+def _check_widths(locations: Iterable[WeightLocation], features: tuple[int, int]) -> None:
+    for location in locations:
+        here = location.weight.in_features, location.stop - location.start
         if here != features:
             raise MergeError(
-                f"the adapter is for {features[0]} inputs and {features[1]} outputs, but {place.weight.name} has "
+                f"the adapter is for {features[0]} inputs and {features[1]} outputs, but {location.weight.name} has "
                 f"{here[0]} and {here[1]}; give an adapter of this model"
             )
-        if place.weight.problem:
-            raise MergeError(f"{place.weight.name} cannot be folded into: {place.weight.problem}")
+        if location.weight.problem:
+            raise MergeError(f"{location.weight.name} cannot be folded into: {location.weight.problem}")
 
 
-def _check_shared(export: Export, places: Iterable[Place]) -> None:
+def _check_shared(export: Export, locations: Iterable[WeightLocation]) -> None:
     """Check that only the layer's own products read its weight.
 
     Raises:
         MergeError: Others do, or nothing says that they do not.
     """
-    for place in places:
-        weight = place.weight
+    for location in locations:
+        weight = location.weight
         if export.record is not None:
-            if same := export.sharing([place]):
+            if same := export.sharing([location]):
                 raise MergeError(
                     f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
                     "merged model (merge with untie=True), or leave the layer out (exclude_modules)"
@@ -302,28 +304,29 @@ def _is_named_apart(export: Export, weight: ProductWeight) -> bool:
         return False
     widths = weight.in_features, weight.out_features
     alike = [site.path for site in export.manifest.sites if (site.in_features, site.out_features) == widths]
-    return all(any(named_places(export, path)) for path in alike)
+    return all(any(named_locations(export, path)) for path in alike)
 
 
-def _check_base(export: Export, places: Iterable[Place], features: tuple[int, int]) -> None:
+def _check_base(export: Export, locations: Iterable[WeightLocation], features: tuple[int, int]) -> None:
     """Check that a weight found by name is the given base's; one that an adapter was folded into is not."""
     if export.base is None or (export.manifest is not None and export.manifest.adapters):
         return
-    for place in places:
-        if place.how == BY_VALUE or place.weight.storage != "float":
+    for location in locations:
+        if location.how == BY_VALUE or location.weight.storage != "float":
             continue
-        if not any(holds(place.weight, place.start, values) for values in export.base_values(place.path, features)):
+        readings = export.base_values(location.path, features)
+        if not any(holds(location.weight, location.start, values) for values in readings):
             raise MergeError(
-                f"{place.weight.name} does not hold the weight of {export.base.directory}; give the base that was "
+                f"{location.weight.name} does not hold the weight of {export.base.directory}; give the base that was "
                 "exported"
             )
 
 
-def _overlaps(places: Sequence[Place]) -> Iterator[str]:
-    """Problems of layers that were found in the same place."""
-    earlier: dict[int, list[Place]] = {}
-    for place in places:
-        for other in earlier.setdefault(id(place.weight), []):
-            if other.path != place.path and other.start < place.stop and place.start < other.stop:
-                yield f"{place.path} and {other.path} have one weight, {place.weight.name}; adapt one of them"
-        earlier[id(place.weight)].append(place)
+def _overlaps(locations: Sequence[WeightLocation]) -> Iterator[str]:
+    """Problems of layers that were found at the same location."""
+    earlier: dict[int, list[WeightLocation]] = {}
+    for location in locations:
+        for other in earlier.setdefault(id(location.weight), []):
+            if other.path != location.path and other.start < location.stop and location.start < other.stop:
+                yield f"{location.path} and {other.path} have one weight, {location.weight.name}; adapt one of them"
+        earlier[id(location.weight)].append(location)
