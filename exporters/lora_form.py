@@ -23,7 +23,7 @@ from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, s
 from gralora_fx.methods.arrays import to_numpy
 from gralora_fx.methods.forms import truncate, update_norm
 from gralora_fx.methods.lora import Lora, LoraConfig
-from gralora_fx.planning.targets import TargetRule
+from gralora_fx.planning.targets import rule_of
 
 if TYPE_CHECKING:
     import torch
@@ -235,13 +235,7 @@ def _targets(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
     """
     targets = config.target_modules
     if targets is not None and not config.adapts_all_linear:
-        is_pattern = isinstance(targets, str)
-        rule = TargetRule(
-            names=frozenset() if isinstance(targets, str) else frozenset(targets),
-            pattern=targets if isinstance(targets, str) else None,
-            indices=None if is_pattern else config.layer_indices,
-            layer_patterns=config.layer_patterns,
-        )
+        rule = rule_of(config, None)
         if all(rule.rejection(path) is None for path in paths):
             return {"target_modules": targets}
     return {"target_modules": set(paths), "layers_to_transform": None, "layers_pattern": None}

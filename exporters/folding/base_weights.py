@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from gralora_fx.errors import CheckpointError, MergeError, TraceError
 from gralora_fx.exporters.folding.initializers import ProductWeight, dtype_of, read_rows, rows_and_columns
 from gralora_fx.sources.hub import resolve_directory
 from gralora_fx.sources.safetensors_files import read_weights
+from gralora_fx.sources.same_base import read_config_fields
 
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 _READ_AT_ONCE = 2**22  # bytes
@@ -34,11 +34,8 @@ class BaseWeights:
         """
         self.directory = resolve_directory(base, CheckpointError)
         self._stored = read_weights(self.directory).tensors
-        try:
-            config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = {}
-        self._is_tied = bool(config.get("tie_word_embeddings", True)) if isinstance(config, dict) else True
+        config = read_config_fields(self.directory) or {}
+        self._is_tied = bool(config.get("tie_word_embeddings", True))
 
     def weight(self, path: str, features: tuple[int, int]) -> NDArray[Any]:
         """The weight `[out, in]` of a layer.

@@ -171,7 +171,7 @@ def load_base(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # so that an export with a random head can be verified later
                 loaded, report = load_with_report(name, task, num_labels=num_labels)
-    if getattr(loaded.config, "num_labels", None) == 1 and (function := score_function(name, TraceError)) is not None:
+    if getattr(loaded.config, "num_labels", None) == 1 and (function := score_function(name)) is not None:
         loaded.config.sentence_transformers = {"activation_fn": function}  # where sentence-transformers reads it, too
     if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
         warn_of_another_head(loaded, name)
@@ -195,7 +195,7 @@ def sentence_source(task: str | None, names: Iterable[str | None], *, is_asked: 
     """
     if task != SENTENCE_TASK and (is_asked or task not in _BARE):
         return task, None
-    directories = (find_sentence_directory(name, TraceError) for name in names if name is not None)
+    directories = (find_sentence_directory(name) for name in names if name is not None)
     directory = next((path for path in directories if path is not None), None)
     return (task, None) if directory is None else (SENTENCE_TASK, directory)
 

@@ -45,20 +45,25 @@ def described(directory: str | Path) -> str:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
-def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+def read_json(path: Path, error: type[GraloraError]) -> Any:
+    """Read a JSON file.
 
     Args:
         path: The file.
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type: the file cannot be read, is not JSON in UTF-8, or does not hold an object.
+        GraloraError: Of the given type: the file cannot be read, or is not JSON in UTF-8.
     """
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as failure:  # a UnicodeDecodeError is a ValueError too
         raise error(f"{path} cannot be read as JSON ({failure}); it may be truncated, so copy it again") from failure
+
+
+def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
+    """Read a JSON file that holds an object; otherwise as `read_json`."""
+    content = read_json(path, error)
     if not isinstance(content, dict):
         raise error(f"{path} holds {'null' if content is None else f'a {type(content).__name__}'}, not a JSON object")
     return content

@@ -6,7 +6,6 @@ weights decide, as far as the files are at hand.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import GraloraError, listed, shown, warn_caller
+from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
 
 SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
 NAME, REVISION, CONFIG, WEIGHTS = "name", "revision", "config.json", "weights"
@@ -163,10 +163,9 @@ def compare_bases(made: BaseSource, used: BaseSource) -> BaseComparison:
 def read_config_fields(directory: Path) -> Mapping[str, Any] | None:
     """The fields of a directory's `config.json`; None if it has none that can be read."""
     try:
-        found: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(directory / MODEL_FILE, GraloraError)
+    except GraloraError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str, str]:

@@ -71,9 +71,9 @@ def sentence_modules_of(model: object, task: str | None, source: str | Path | No
         )
     check_head(model, task)
     origin = str(source or model.config._name_or_path)
-    directory = described.find_sentence_directory(origin, TraceError) if origin else None
+    directory = described.find_sentence_directory(origin) if origin else None
     if directory is not None:
-        return described.read_sentence_modules(directory, TraceError)
+        return described.read_sentence_modules(directory)
     if source is not None:
         raise TraceError(f"{source} holds no modules.json of a sentence encoder; give a directory that does")
     return _default_modules(model, origin)

@@ -39,7 +39,7 @@ def entries(*kinds: str, package: str = OLD) -> list[dict[str, str]]:
 
 
 def read(directory: Path, **files: Any) -> SentenceModules:
-    return read_sentence_modules(write(directory, files), TraceError)
+    return read_sentence_modules(write(directory, files))
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_a_default_prompt_is_not_part_of_an_export(tmp_path: Path) -> None:
 
 
 def test_only_a_sentence_encoder_is_found(tmp_path: Path) -> None:
-    assert find_sentence_directory(tmp_path, TraceError) is None
+    assert find_sentence_directory(tmp_path) is None
     write(tmp_path, GOOD)
-    assert find_sentence_directory(tmp_path, TraceError) == tmp_path
+    assert find_sentence_directory(tmp_path) == tmp_path
     write(tmp_path, {"config_sentence_transformers.json": {"model_type": "CrossEncoder"}})
-    assert find_sentence_directory(tmp_path, TraceError) is None
+    assert find_sentence_directory(tmp_path) is None
     with pytest.raises(TraceError, match="no directory"):
-        find_sentence_directory(tmp_path / "missing", TraceError)
+        find_sentence_directory(tmp_path / "missing")
