@@ -21,7 +21,7 @@ _LINEAR = {_aten.linear.default, torch.nn.functional.linear}
 _ADDMM = {_aten.addmm.default, torch.addmm}
 _MATMUL = {_aten.matmul.default, _aten.mm.default, torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
 
-_KEY = "gralora_weights"
+WEIGHTS = "gralora_weights"  # of the annotation that names layers by their operands
 _hop = torch.ops.higher_order
 # operator: positions of its subgraphs, of its operand lists, and of the list that is the same for every run
 _OPERATORS: dict[Any, tuple[tuple[int, ...], tuple[int, ...], int]] = {
@@ -132,19 +132,14 @@ def _subgraph_call(node: fx.Node, position: tuple[int, int]) -> LinearCall:
 
 def note_weight(node: fx.Node, path: str, position: tuple[int, int]) -> None:
     """Annotate a node that runs subgraphs with the operand that is a layer's weight."""
-    notes = node.meta.setdefault("custom", {}).setdefault(_KEY, {})
+    notes = node.meta.setdefault("custom", {}).setdefault(WEIGHTS, {})
     notes[path] = [*(other for other in notes.get(path, []) if other != list(position)), list(position)]
 
 
 def noted_weights(node: fx.Node, path: str) -> Sequence[Sequence[int]]:
     """Positions of the operands of a node that are a layer's weight."""
-    positions: Sequence[Sequence[int]] = node.meta.get("custom", {}).get(_KEY, {}).get(path, ())
+    positions: Sequence[Sequence[int]] = node.meta.get("custom", {}).get(WEIGHTS, {}).get(path, ())
     return positions
-
-
-def layers_in_subgraphs(graph: fx.Graph) -> dict[str, str]:
-    """The operators that call layers from their subgraphs, by path of the layer."""
-    return {path: str(node.target) for node in graph.nodes for path in node.meta.get("custom", {}).get(_KEY, {})}
 
 
 def replace_operand(node: fx.Node, position: tuple[int, int], value: fx.Node) -> None:

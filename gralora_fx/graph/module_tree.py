@@ -86,6 +86,11 @@ class ModuleTree:
         """The first path of the module that `path` reaches."""
         return self.aliases.get(path, path)
 
+    def innermost(self, node: fx.Node, default: str) -> str:
+        """The first path of the innermost module that a node was traced in; a default where none is noted."""
+        stack = [path for path, _ in module_stack(node)]
+        return self.canonical(stack[-1]) if stack else default
+
     def names_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
         """Every name of this parameter in the model."""
         return tuple(name for name, other in self.parameters.items() if other is parameter)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from gralora_fx.compat.torch_graphs import HigherOrderOperator, OpOverload
-from gralora_fx.graph.linear_calls import layers_in_subgraphs, match_linear_call, noted_weights
+from gralora_fx.graph.linear_calls import WEIGHTS, match_linear_call, noted_weights
 from gralora_fx.graph.module_tree import LINEAR_TYPES, ModuleTree, module_stack
 from gralora_fx.graph.sites import LinearSite, find_sites
 from gralora_fx.graph.weight_views import origin_of, tensor_at
@@ -62,7 +62,9 @@ def layers_of(graph_module: fx.GraphModule, tree: ModuleTree) -> Layers:
         tree: The modules of the model it was traced from.
     """
     sites = find_sites(graph_module, tree)
-    return Layers(sites, why_out_of_reach(graph_module, tree, sites), layers_in_subgraphs(graph_module.graph))
+    notes = ((node, node.meta.get("custom", {}).get(WEIGHTS, {})) for node in graph_module.graph.nodes)
+    in_subgraphs = {path: str(node.target) for node, paths in notes for path in paths}
+    return Layers(sites, why_out_of_reach(graph_module, tree, sites), in_subgraphs)
 
 
 def note_opaque(node: fx.Node, reason: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.graph.linear_calls import LinearCall, calls_at, match_linear_call, note_weight, subgraph_calls
-from gralora_fx.graph.module_tree import ModuleTree, module_stack
+from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.weight_views import readers, tensor_at
 
 Kind = Literal["linear", "conv1d", "functional"]
@@ -73,19 +73,23 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     """
     tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
     nodes = graph_module.graph.nodes
-    plain = [call for node in nodes if (call := match_linear_call(node)) is not None]
+    plain: list[LinearCall] = []
+    inner: list[LinearCall] = []
+    for node in nodes:
+        plain += [call] if (call := match_linear_call(node)) is not None else []
+        inner += subgraph_calls(node, graph_module)
     weights = {call: tensors.get(str(call.weight.target)) for call in plain}
     weights |= {
-        call: weight
-        for node in nodes
-        for call in subgraph_calls(node, graph_module)
-        if _layer_of(weight := tensors.get(str(call.weight.target)), tree)
+        call: weight for call in inner if _layer_of(weight := tensors.get(str(call.weight.target)), tree) is not None
     }
     calls = {call: w for call, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
-    called = {path for call in calls if (path := _innermost(call, tree)) in tree.linear}
+    paths = {call: tree.innermost(call.node, str(call.weight.target).rpartition(".")[0]) for call in calls}
+    names = {id(weight): tree.names_of(weight) for weight in calls.values()}
+    called = {path for path in paths.values() if path in tree.linear}
     groups: dict[tuple[str, int, bool], list[LinearCall]] = {}
     for call, weight in calls.items():
-        groups.setdefault((_owner(call, weight, tree, called), id(weight), call.stored_transposed), []).append(call)
+        owner = _owner(call, weight, paths[call], names[id(weight)], tree, called)
+        groups.setdefault((owner, id(weight), call.stored_transposed), []).append(call)
     sites: dict[str, LinearSite] = {}
     shared_paths = [path for path, _, _ in groups]
     for (path, _, _), group in groups.items():
@@ -203,7 +207,7 @@ def _computed_calls(
     runs: list[tuple[str, str]] = []
     for node in graph_module.graph.nodes:
         call = match_linear_call(node, computed=True)
-        path = None if call is None else _innermost(call, tree)
+        path = None if call is None else tree.innermost(node, str(call.weight.target).rpartition(".")[0])
         if call is not None and path in tree.linear and path not in known:
             by_path.setdefault(path, []).append(call)
             runs.append((path, str(list(node.meta.get("nn_module_stack", {}).values())[-1:])))
@@ -239,13 +243,9 @@ def _site(
     )
 
 
-def _innermost(call: LinearCall, tree: ModuleTree) -> str:
-    """Path of the innermost module that a call was traced in."""
-    stack = [path for path, _ in module_stack(call.node)]
-    return tree.canonical(stack[-1]) if stack else str(call.weight.target).rpartition(".")[0]
-
-
-def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree, called: set[str]) -> str:
+def _owner(
+    call: LinearCall, weight: nn.Parameter, innermost: str, names: Sequence[str], tree: ModuleTree, called: set[str]
+) -> str:
     """Path of the linear layer to which a call belongs, or of the module around a functional call.
 
     If a layer is never called itself, a use of its weight counts as its call, as `nn.MultiheadAttention` uses its
@@ -253,11 +253,10 @@ def _owner(call: LinearCall, weight: nn.Parameter, tree: ModuleTree, called: set
     """
     if call.operand is not None and (layer := _layer_of(weight, tree)) is not None:
         return layer
-    innermost = _innermost(call, tree)
     if innermost in tree.linear:
         return innermost
     prefix = f"{innermost}." if innermost else ""
-    for name in tree.names_of(weight):
+    for name in names:
         path = tree.canonical(name.removesuffix(".weight"))
         is_child = name.endswith(".weight") and name.startswith(prefix) and path in tree.linear
         if is_child and path not in called and call.stored_transposed == tree.types[path].endswith("Conv1D"):

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx, nn
+from transformers import PreTrainedModel
 
-from gralora_fx.compat.torch_graphs import schema_of
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.tracing.capture import NO_CHECKPOINTS, capture
 from gralora_fx.tracing.check import check, check_other_sizes, difference
-from gralora_fx.tracing.draft import Draft
+from gralora_fx.tracing.draft import Captured, Draft
 from gralora_fx.tracing.failures import where_defined
-from gralora_fx.tracing.normalize.clean import normalize
-from gralora_fx.tracing.normalize.modes import find_rng_op, mode_argument
+from gralora_fx.tracing.inputs.arguments import register_dataclasses
+from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.normalize.modes import mode_argument
+from gralora_fx.tracing.normalize.stage import normalize
 from gralora_fx.tracing.patches.traceable import without_layerdrop
 
 _SHOWN = 6  # names of modules in a message
 
 
-def trace_both_modes(draft: Draft) -> Draft:
+@contextmanager
+def called_as(draft: Draft) -> Iterator[None]:
+    """Let a model be called with the inputs of its draft alone within the block, and return a cache if it takes one."""
+    model = draft.model
+    forward = forward_with(model, tuple(draft.sample), draft.constants)
+    with patch.object(model, "forward", forward), configured_cache(model, use_cache=PAST in draft.sample):
+        yield
+
+
+def trace_both_modes(draft: Draft) -> Captured:
     """The draft with a graph for both modes: captured in training mode, where every dropout has its probability.
 
     If that fails, or differs from the model in evaluation mode, the modules with a separate training branch are traced
@@ -34,64 +48,66 @@ def trace_both_modes(draft: Draft) -> Draft:
         TraceError: The model cannot be traced, or differs from its trace, if only for other sizes that may vary.
     """
     with _unchanged(draft.model), without_layerdrop(draft.model):
-        draft = _first_right(draft)
-        check_other_sizes(draft)
-        return draft
+        captured = _first_right(draft)
+        check_other_sizes(captured)
+        return captured
 
 
-def _first_right(draft: Draft) -> Draft:
-    """The draft with the first graph that equals the model in evaluation mode."""
-    model = draft.model
-    trained = _attempt(draft)
-    updated = () if trained.graph_module is None else updated_buffers(trained.graph_module)
-    if trained.problem is None and not updated:
+def _first_right(draft: Draft) -> Captured:
+    """The first graph that equals the model in evaluation mode."""
+    kind = type(draft.model).__name__
+    trained, reason = _in_training(draft)
+    if trained is not None and reason is None and not trained.updated:
         return trained
     evaluated = _attempt(dataclasses.replace(draft, evaluates=True))
     if evaluated.problem is not None:
         raise TraceError(
-            f"the trace of {type(model).__name__} differs from the model: {evaluated.problem}; check what the "
-            f"forward{where_defined(model)} does outside PyTorch or at random"
+            f"the trace of {kind} differs from the model: {evaluated.problem}; check what the "
+            f"forward{where_defined(draft.model)} does outside PyTorch or at random"
         )
-    graph = evaluated.captured.graph
-    paths = () if trained.graph_module is None else differing_modules(trained.graph_module.graph, graph)
-    if trained.problem is None and not paths:  # the model updates its buffers in both modes
-        return trained
-    reason = trained.problem or f"it updates {', '.join(updated)}"
-    if rng_op := find_rng_op(graph):
-        reason = f"it draws random numbers in evaluation too ({rng_op})"
-        if trained.graph_module is not None and not paths:
-            if difference(model, trained.graph_module, draft.sample) is None:
-                warn_caller(f"{type(model).__name__} and its trace give other values in every run: {reason}")
-                return trained
+    paths: tuple[str, ...] = ()
+    if trained is not None:
+        paths = differing_modules(trained.graph_module.graph, evaluated.graph_module.graph)
+        if reason is None and not paths:  # the model updates its buffers in both modes
+            return trained
+        reason = reason or f"it updates {', '.join(trained.updated)}"
+    if evaluated.drawn is not None:
+        reason = f"it draws random numbers in evaluation too ({evaluated.drawn})"
+        if trained is not None and not paths and difference(trained) is None:
+            warn_caller(f"{kind} and its trace give other values in every run: {reason}")
+            return trained
     if paths:
-        mixed = _attempt(draft, evaluated=paths)
-        reason = f"{names_of_modules(model, paths)} differs in training ({reason})"
-        if mixed.problem is None and updated_buffers(mixed.captured) == updated_buffers(evaluated.captured):
+        mixed, other_reason = _in_training(draft, evaluated=paths)
+        reason = f"{names_of_modules(draft.model, paths)} differs in training ({reason})"
+        if mixed is not None and other_reason is None and mixed.updated == evaluated.updated:
             warn_caller(f"{reason}; that is not part of the trace, and training runs it as in evaluation")
             return mixed
     warn_caller(
-        f"{type(model).__name__} was traced in evaluation mode, so training runs without its attention dropout and "
-        f"noise: {reason}"
+        f"{kind} was traced in evaluation mode, so training runs without its attention dropout and noise: {reason}"
     )
     return evaluated
 
 
-def _attempt(draft: Draft, *, evaluated: Collection[str] = ()) -> Draft:
-    """Capture, normalize and check a model's graph in the draft's mode; in training mode a failure is a problem.
+def _in_training(draft: Draft, *, evaluated: Collection[str] = ()) -> tuple[Captured | None, str | None]:
+    """An attempt in training mode, or None, and why it is wrong in evaluation mode, or None.
 
     Args:
-        draft: The draft; its model's mode changes.
-        evaluated: Paths of modules to put into evaluation mode though the model trains.
+        draft: The draft.
+        evaluated: Paths of modules to put into evaluation mode.
     """
+    try:
+        captured = _attempt(draft, evaluated=evaluated)
+    except TraceError as error:
+        return None, str(error)
+    return captured, captured.problem
+
+
+def _attempt(draft: Draft, *, evaluated: Collection[str] = ()) -> Captured:
+    """Capture, normalize and check a model's graph in the draft's mode; the model's own mode changes."""
     draft.model.train(not draft.evaluates)
     for path in evaluated:
         draft.model.get_submodule(path).training = False
-    try:
-        return check(normalize(capture(draft)))
-    except TraceError as error:
-        if draft.evaluates:
-            raise
-        return dataclasses.replace(draft, problem=str(error))
+    return check(normalize(capture(draft)))
 
 
 @contextmanager
@@ -116,6 +132,53 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             setattr(module, "gradient_checkpointing", True)  # noqa: B010
 
 
+def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
+    """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
+
+    A plain module may also return dataclasses and take keywords that its signature does not name.
+
+    Args:
+        model: The model.
+        inputs: Names of the arguments that are passed by name.
+        constants: The other arguments by name.
+    """
+    if isinstance(model, PreTrainedModel):
+        return functools.partial(model.forward, **constants) if constants else model.forward
+    return _flat(functools.partial(model.forward, **constants), inputs)
+
+
+def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:
+    def flat(**kwargs: Any) -> Any:
+        outputs = forward(**kwargs)
+        register_dataclasses(outputs)
+        return outputs
+
+    flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
+    )
+    return flat
+
+
+@contextmanager
+def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
+    """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
+
+    Such a forward passes its keywords on, and the text model in it decides by the configuration.
+
+    Args:
+        model: A model; its configuration is as before when the block ends.
+        use_cache: Whether it returns a cache.
+    """
+    configs: list[Any] = []
+    if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:
+        configs = [model.config, model.config.get_text_config()]
+    with ExitStack() as stack:
+        for config in configs:
+            if isinstance(getattr(config, "use_cache", None), bool):
+                stack.enter_context(patch.object(config, "use_cache", use_cache))
+        yield
+
+
 def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[str, ...]:
     """Paths of the modules whose own operators differ between traces of a model in its two modes.
 
@@ -128,22 +191,6 @@ def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[s
     training, evaluation = _operators_by_module(in_training), _operators_by_module(in_evaluation)
     paths = dict.fromkeys([*training, *evaluation])
     return tuple(path for path in paths if training.get(path) != evaluation.get(path))
-
-
-def updated_buffers(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Names of buffers that a graph updates in either mode, unlike batch norm's, which change only in training."""
-    names = set(dict(graph_module.named_buffers(remove_duplicate=False)))
-    updated = []
-    for node in graph_module.graph.nodes:
-        schema = schema_of(node.target)
-        if node.op != "call_function" or schema is None or mode_argument(node) is not None:
-            continue
-        values = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
-        for argument, value in zip(schema.arguments, values, strict=True):
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target) in names:
-                updated.append(str(value.target))
-    return tuple(dict.fromkeys(updated))
 
 
 def names_of_modules(model: nn.Module, paths: Iterable[str]) -> str:

@@ -5,10 +5,9 @@ The attention of a decoder with a cache becomes one node for each layer.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.draft import Axes, Draft
+from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.failures import reason, where
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
@@ -32,7 +31,7 @@ from gralora_fx.tracing.patches.traceable import experts_as_products, traceable_
 NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 
 
-def capture(draft: Draft) -> Draft:
+def capture(draft: Draft) -> Captured:
     """The draft with the graph of its model in the model's current mode, as it was exported.
 
     Raises:
@@ -52,7 +51,7 @@ def capture(draft: Draft) -> Draft:
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason(error)}") from error
     if checkpoints:
         warn_caller(f"{NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
-    return dataclasses.replace(draft, graph_module=program.module(check_guards=False))
+    return Captured(**vars(draft), graph_module=program.module(check_guards=False))
 
 
 def export_transformers_model(
@@ -71,10 +70,11 @@ def export_transformers_model(
     shapes = dynamic_axes(inputs, axes)
     is_decoder = cache_layout(inputs) is CacheLayout.DECODER
     own, forward = copied(inputs), model.forward
+    equal = equal_sizes(inputs) if is_decoder else []
     if "use_cache" in inspect.signature(forward).parameters:
         forward = functools.partial(forward, use_cache=PAST in inputs)
     if is_decoder:
-        forward = _with_noted_sizes(forward, inputs)
+        forward = _with_noted_sizes(forward, equal)
     with (
         quiet(),
         patch.object(model, "forward", forward),
@@ -114,12 +114,13 @@ def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _with_noted_sizes(forward: Callable[..., Any], example: Mapping[str, Any]) -> Callable[..., Any]:
+def _with_noted_sizes(
+    forward: Callable[..., Any], equal: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> Callable[..., Any]:
     """A step's forward that first tells the tracer which sizes are equal.
 
     Otherwise every layer adds a guard for its own cache, and the tracer proves the same facts anew each time.
     """
-    equal = equal_sizes(example)
 
     @functools.wraps(forward)
     def noted(*args: Any, **inputs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,39 +16,43 @@ from transformers import PreTrainedModel
 from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.draft import Axes, Draft
+from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.failures import where, where_defined
 from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.input_trees import own_inputs, same_value, shown
+from gralora_fx.tracing.inputs.input_trees import fixed_axes, own_inputs, same_value, shown
 from gralora_fx.tracing.inputs.signature import default_input
 from gralora_fx.tracing.inputs.sizes import other_sizes
-from gralora_fx.tracing.normalize.modes import find_rng_op, set_mode
-from gralora_fx.tracing.patches.meta_parameters import is_without_values
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def check(draft: Draft) -> Draft:
+def check(draft: Captured) -> Captured:
     """The draft with what is wrong with its graph in evaluation mode, as its problem; None if nothing is.
 
     Raises:
         TraceError: The model itself fails on the sample.
     """
-    drawn = None if draft.evaluates else find_rng_op(draft.captured.graph)
-    problem = f"it draws random numbers ({drawn})" if drawn else difference(draft.model, draft.captured, draft.sample)
-    return dataclasses.replace(draft, problem=problem)
+    if draft.drawn is not None and not draft.evaluates:
+        return dataclasses.replace(draft, problem=f"it draws random numbers ({draft.drawn})")
+    return dataclasses.replace(draft, problem=difference(draft))
 
 
-def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> str | None:
-    """A description of how the graph differs from the eager model in evaluation mode, or None.
+def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str | None:
+    """A description of how a graph differs from the eager model in evaluation mode, or None.
 
     Both run with the same random seed.
+
+    Args:
+        draft: The draft, its graph in evaluation mode.
+        sample: Inputs by name; None for those that it was captured from.
+
+    Raises:
+        TraceError: The model itself fails on them.
     """
-    if is_without_values(model):
+    if not draft.has_values:
         return None
-    set_mode(graph_module.graph, False)
-    graph_module.recompile()
+    model, sample = draft.model, draft.sample if sample is None else sample
     with _in_evaluation(model), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         try:
@@ -59,7 +63,7 @@ def difference(model: nn.Module, graph_module: fx.GraphModule, sample: Mapping[s
             ) from error
         torch.manual_seed(0)
         try:
-            actual = graph_module(**own_inputs(sample))
+            actual = draft.graph_module(**own_inputs(sample))
         except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
             return f"it fails with {type(error).__name__}: {first_line(error)}"
     return _gap(expected, actual)
@@ -75,18 +79,28 @@ def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
     return None
 
 
-def fillable_inputs(model: nn.Module, sample: Mapping[str, Any], names: Collection[str]) -> tuple[frozenset[str], bool]:
-    """Inputs that may be left out of a call, because the value of `default_input` equals the eager model's default.
+def with_call_signature(draft: Captured) -> Captured:
+    """The draft with what its graph shows of the inputs: which may be left out, and which sizes are fixed."""
+    fillable, counts_padding = fillable_inputs(draft)
+    signature = dataclasses.replace(
+        draft.signature,
+        fillable=fillable,
+        counts_padding=counts_padding,
+        dynamic=draft.axes is not Axes.NONE,
+        fixed=fixed_axes(draft.graph_module.graph, draft.sample),
+        image_sizes=draft.image_sizes,
+    )
+    return dataclasses.replace(draft, signature=signature)
 
-    Args:
-        model: The model that was traced.
-        sample: The inputs it was traced with.
-        names: Inputs that are optional for the model.
+
+def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
+    """Inputs that may be left out of a call, because the value of `default_input` equals the eager model's default.
 
     Returns:
         Their names, and whether default positions count the padding before them.
     """
-    if is_without_values(model):
+    model, sample, names = draft.model, draft.sample, draft.signature.may_be_left_out
+    if not draft.has_values:
         return frozenset(names), False
     fillable, counts_padding = set(), False
     for name in names:
@@ -175,18 +189,18 @@ def _is_close(want: Any, got: Any) -> bool:
     return type(want) is type(got) and (same_value(want, got) or not isinstance(want, (bool, int, str, type(None))))
 
 
-def check_other_sizes(draft: Draft) -> None:
+def check_other_sizes(draft: Captured) -> None:
     """Check that a trace holds for other sizes, if they may vary: a branch or a loop over a size would be baked in.
 
     Raises:
         TraceError: It does not.
     """
     model = draft.model
-    if draft.axes is Axes.NONE or is_without_values(model):
+    if draft.axes is Axes.NONE or not draft.has_values:
         return
     for description, other in other_sizes(model, draft.sample):
         try:
-            problem = difference(model, draft.captured, other)
+            problem = difference(draft, other)
         except TraceError:  # the model itself does not support this size
             continue
         if problem is not None:

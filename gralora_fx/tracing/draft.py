@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
+from transformers import PreTrainedModel
 
+from gralora_fx.config.tasks import check_task
+from gralora_fx.errors import TraceError
 from gralora_fx.graph.pipeline import PassReport
 from gralora_fx.sources.sentence_modules import SentenceModules
+from gralora_fx.tracing.inputs.arguments import Arguments, named_arguments, split_constants
+from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes
-from gralora_fx.tracing.inputs.signature import CallSignature
+from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task
+from gralora_fx.tracing.inputs.signature import CallSignature, signature_of
+from gralora_fx.tracing.inputs.sizes import at_image_size, distinct, takes_images, widen
 
 
 class Axes(enum.Enum):
@@ -25,23 +32,21 @@ class Axes(enum.Enum):
 
 @dataclass(frozen=True)
 class Draft:
-    """What is known of a trace so far.
+    """A model, and what it is captured from.
 
     Attributes:
         model: The model, or the graph that was given for one.
-        sample: Inputs of the graph by name, from which it is captured.
-        constants: Arguments that become part of the graph.
+        sample: Inputs of the graph by name.
         signature: The call signature.
+        constants: Arguments that become part of the graph.
         task: The task, or None.
         sentence: The modules after the transformer that make a sentence encoder of it, or None.
         image_size: The requested size of images.
+        has_images: Whether it takes images.
+        has_values: Whether every parameter has values, so that the graph can be compared with the model.
         axes: Which axes may vary.
         evaluates: Whether the model is captured in evaluation mode; else in training mode, where every dropout has its
             probability.
-        graph_module: The graph, once it is captured.
-        passes: What the passes that normalized it did.
-        problem: How the graph differs from the model, once it was compared; None if it does not.
-        image_sizes: Heights and widths of images that the graph takes; None if it takes no images.
     """
 
     model: nn.Module
@@ -51,15 +56,82 @@ class Draft:
     task: str | None = None
     sentence: SentenceModules | None = None
     image_size: ImageSize = None
+    has_images: bool = False
+    has_values: bool = True
     axes: Axes = Axes.SEQUENCES
     evaluates: bool = False
-    graph_module: fx.GraphModule | None = None
+
+
+@dataclass(frozen=True)
+class Captured(Draft):
+    """A draft with its graph.
+
+    Attributes:
+        graph_module: The graph.
+        passes: What the passes that normalized it did.
+        drawn: An operator of it that draws random numbers in either mode, as text, or None.
+        updated: Names of the buffers that it updates in either mode.
+        problem: How it differs from the model; None if it does not, or was not compared.
+        image_sizes: Heights and widths of images that it takes; None if it takes no images.
+    """
+
+    graph_module: fx.GraphModule = field(kw_only=True)
     passes: tuple[PassReport, ...] = ()
+    drawn: str | None = None
+    updated: tuple[str, ...] = ()
     problem: str | None = None
     image_sizes: ImageSizes | None = None
 
-    @property
-    def captured(self) -> fx.GraphModule:
-        """The graph, of a draft in which it is captured."""
-        assert self.graph_module is not None
-        return self.graph_module
+
+def first_draft(
+    model: nn.Module,
+    arguments: Arguments | None,
+    *,
+    task: str | None,
+    dynamic: bool,
+    sentence: SentenceModules | None,
+    image_size: ImageSize,
+    has_values: bool,
+) -> Draft:
+    """The draft of a live module: the inputs to capture it from, and how it is called.
+
+    Args:
+        model: The module.
+        arguments: Example inputs, positional and by name; None for those of the task.
+        task: As of `trace`.
+        dynamic: As of `trace`.
+        sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        image_size: As of `trace`.
+        has_values: Whether every parameter has values.
+
+    Raises:
+        TraceError: The task does not fit the model, or inputs are missing or do not fit.
+    """
+    if isinstance(model, PreTrainedModel):
+        if task:
+            check_task(task)
+        else:
+            task = infer_task(model)
+        check_head(model, task)
+    if arguments is None:
+        if not isinstance(model, PreTrainedModel):
+            raise TraceError(
+                f"example_inputs are missing; {type(model).__name__} is not a transformers model, so give them"
+            )
+        arguments = (), inputs_for_task(model, task or "")
+    tensors, constants = split_constants(model, named_arguments(model, *arguments))
+    tensors, constants = at_image_size(model, tensors, constants, image_size)
+    sample = distinct(widen(model, tensors) if dynamic else tensors)
+    has_images = takes_images(sample)
+    return Draft(
+        model,
+        sample,
+        signature_of(model, sample, constants, has_cache=PAST in sample),
+        constants,
+        task=task,
+        sentence=sentence,
+        image_size=image_size,
+        has_images=has_images,
+        has_values=has_values,
+        axes=Axes.SEQUENCES if dynamic else Axes.NONE,
+    )

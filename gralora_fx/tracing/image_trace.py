@@ -14,19 +14,18 @@ from transformers import PreTrainedModel
 from gralora_fx.compat.pytree import tree_leaves
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.tracing.check import difference, eager_failure
-from gralora_fx.tracing.draft import Axes, Draft
+from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, IMAGES, ImageSizes, pixels
 from gralora_fx.tracing.inputs.input_trees import fixed_axes
 from gralora_fx.tracing.inputs.sizes import INTERPOLATE, may_interpolate, resized
-from gralora_fx.tracing.patches.meta_parameters import is_without_values
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _STRIDE = 32  # of most models from an image to their last features
 _LARGE = 8192  # a height and a width for which no size in a model is empty
 
 
-def trace_images(draft: Draft, trace: Callable[[Draft], Draft]) -> Draft:
+def trace_images(draft: Draft, trace: Callable[[Draft], Captured]) -> Captured:
     """Trace a model that takes images, with their height and width dynamic where that equals the eager model.
 
     Args:
@@ -77,7 +76,7 @@ def _why_fixed(draft: Draft) -> str | None:
     others = [name for name in draft.sample if name not in (IMAGES, *_TEXT)]
     if others:
         return f"its input {others[0]!r} may depend on the size"
-    if is_without_values(draft.model):
+    if not draft.has_values:
         return "its weights are not in memory, so other sizes cannot be compared with the model"
     return None
 
@@ -101,13 +100,13 @@ def _other_size(size: tuple[int, int], step: int) -> tuple[int, int]:
     return free[0], free[1]
 
 
-def _sizes_of(draft: Draft, own: tuple[int, int], step: int) -> ImageSizes:
+def _sizes_of(draft: Captured, own: tuple[int, int], step: int) -> ImageSizes:
     """The sizes for which a trace equals the eager model.
 
     Raises:
         TraceError: Height or width is fixed in the trace, or it differs from the model for other multiples of the step.
     """
-    graph = draft.captured.graph
+    graph = draft.graph_module.graph
     fixed = fixed_axes(graph, draft.sample)[IMAGES][2:]
     if any(axis is not None for axis in fixed):
         raise TraceError("its forward branches on height or width")
@@ -115,7 +114,7 @@ def _sizes_of(draft: Draft, own: tuple[int, int], step: int) -> ImageSizes:
 
     def gap(size: tuple[int, int]) -> str | None:
         try:
-            problem = difference(draft.model, draft.captured, resized(draft.sample, size, rows=1))
+            problem = difference(draft, resized(draft.sample, size, rows=1))
         except TraceError as error:  # the model itself does not support this size
             return str(error)
         return None if problem is None else f"with images of {pixels(size)} {problem}"

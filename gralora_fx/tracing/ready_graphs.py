@@ -14,18 +14,18 @@ from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.operators.call import restore_aten
 from gralora_fx.tracing.check import check_example
-from gralora_fx.tracing.draft import Draft
+from gralora_fx.tracing.draft import Captured
 from gralora_fx.tracing.inputs.arguments import Arguments, check_leaves
 from gralora_fx.tracing.inputs.input_trees import fixed_axes, leaf_paths
 from gralora_fx.tracing.inputs.signature import CallSignature
-from gralora_fx.tracing.normalize.clean import CLEANING, INLINING, run_passes
 from gralora_fx.tracing.normalize.leaves import inline_leaves
 from gralora_fx.tracing.normalize.modes import AnnotateModes, is_in_training
+from gralora_fx.tracing.normalize.stage import CLEANING, INLINING, run_passes
 
 
 def trace_ready_graph(
     model: fx.GraphModule | torch.export.ExportedProgram, arguments: Arguments | None, task: str | None
-) -> Draft:
+) -> Captured:
     """The draft of a trace of a graph: an exported program, or an exported or symbolic `GraphModule`.
 
     Args:
@@ -48,22 +48,22 @@ def trace_ready_graph(
     arguments = exported_with if arguments is None else arguments
     sample = {} if arguments is None else _named(names, optional, *arguments)
     signature = CallSignature(inputs=names, positional=names, optional=optional, has_form=is_exported)
-    draft = Draft(model=graph_module, sample=sample, signature=signature, task=task, graph_module=graph_module)
+    draft = Captured(graph_module, sample, signature, task=task, graph_module=graph_module)
     draft = run_passes(draft, (*CLEANING, restore_aten, inline_leaves, *INLINING, AnnotateModes()))
     if exported_with is not None:
-        _check_distinct(draft.captured, *exported_with)
-    fixed = fixed_axes(draft.captured.graph, sample) if is_exported else {}
+        _check_distinct(draft.graph_module, *exported_with)
+    fixed = fixed_axes(draft.graph_module.graph, sample) if is_exported else {}
     is_dynamic = not fixed or any(size is None for sizes in fixed.values() for size in sizes)
-    is_training = is_in_training(draft.captured.graph) or (graph_module.training and not is_exported)
+    is_training = is_in_training(draft.graph_module.graph) or (graph_module.training and not is_exported)
     if sample:
-        check_example(draft.captured, sample)
+        check_example(draft.graph_module, sample)
     signature = dataclasses.replace(signature, fixed=fixed, dynamic=is_dynamic)
     return dataclasses.replace(draft, signature=signature, evaluates=not is_training)
 
 
-def tree_of(draft: Draft) -> ModuleTree:
+def tree_of(draft: Captured) -> ModuleTree:
     """The modules that a graph holds, and those that its nodes record."""
-    tree, noted = ModuleTree.of_module(draft.model), ModuleTree.of_graph(draft.captured)
+    tree, noted = ModuleTree.of_module(draft.model), ModuleTree.of_graph(draft.graph_module)
     if not tree.linear:
         return noted
     # a layer with its own forward, which a symbolic trace goes into, is only recorded in the nodes

@@ -15,7 +15,7 @@ from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.capture import dynamic_axes
 from gralora_fx.tracing.draft import Axes
-from gralora_fx.tracing.normalize.clean import CLEANING, normalized
+from gralora_fx.tracing.normalize.stage import CLEANING, normalized
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 
 _CONTROL_FLOW = {"cond", "scan"}  # control flow with an ONNX form

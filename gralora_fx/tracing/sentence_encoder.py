@@ -95,8 +95,8 @@ _MODE_NAMES = {"mean": "the mean of its token embeddings", "lasttoken": "the emb
 
 
 @contextmanager
-def followed_by(model: nn.Module, modules: SentenceModules | None) -> Iterator[None]:
-    """Let a model's forward end with the modules of a sentence encoder, within the block; None changes nothing.
+def followed_by(model: nn.Module, modules: SentenceModules) -> Iterator[None]:
+    """Let a model's forward end with the modules of a sentence encoder, within the block.
 
     The paths of the model's own modules stay as they are, so that adapters find them.
 
@@ -107,9 +107,6 @@ def followed_by(model: nn.Module, modules: SentenceModules | None) -> Iterator[N
     Raises:
         TraceError: The weights of a module cannot be read, or do not fit.
     """
-    if modules is None:
-        yield
-        return
     assert isinstance(model, PreTrainedModel)
     device = "cpu" if model.device.type == "meta" else model.device
     model.add_module(_NAME, _Steps(modules).to(device, model.dtype))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import fx, nn
@@ -17,25 +15,12 @@ from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.out_of_reach import layers_of
 from gralora_fx.progress.stages import gc_pause
-from gralora_fx.sources.sentence_modules import SentenceModules
-from gralora_fx.tracing.both_modes import trace_both_modes
-from gralora_fx.tracing.check import fillable_inputs
-from gralora_fx.tracing.draft import Axes, Draft
+from gralora_fx.tracing.both_modes import called_as, trace_both_modes
+from gralora_fx.tracing.check import with_call_signature
+from gralora_fx.tracing.draft import Captured, first_draft
 from gralora_fx.tracing.image_trace import trace_images
-from gralora_fx.tracing.inputs.arguments import (
-    Arguments,
-    configured_cache,
-    example_arguments,
-    forward_with,
-    named_arguments,
-    split_constants,
-)
-from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.inputs.arguments import example_arguments
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
-from gralora_fx.tracing.inputs.input_trees import fixed_axes
-from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task
-from gralora_fx.tracing.inputs.signature import signature_of
-from gralora_fx.tracing.inputs.sizes import at_image_size, distinct, takes_images, widen
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
 from gralora_fx.tracing.sentence_encoder import followed_by, sentence_modules_of
@@ -95,78 +80,38 @@ def trace(
         )
     if not isinstance(model, nn.Module):
         raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
-    if isinstance(model, PreTrainedModel):
-        task = task or infer_task(model)
-        check_head(model, task)
     with ExitStack() as patches:
-        patches.enter_context(followed_by(model, sentence))
+        if sentence is not None:
+            patches.enter_context(followed_by(model, sentence))
         originals = patches.enter_context(placeholder_parameters(model))
-        draft = _with_inputs(model, arguments, task, image_size, sentence, dynamic=dynamic)
-        forward = forward_with(model, tuple(draft.sample), draft.constants)
-        patches.enter_context(patch.object(model, "forward", forward))
-        patches.enter_context(configured_cache(model, use_cache=PAST in draft.sample))
-        with gc_pause():
-            draft = trace_images(draft, trace_both_modes) if takes_images(draft.sample) else trace_both_modes(draft)
-        draft = _with_call_signature(draft)
-        restore_parameters(draft.captured, originals)
+        first = first_draft(
+            model,
+            arguments,
+            task=task,
+            dynamic=dynamic,
+            sentence=sentence,
+            image_size=image_size,
+            has_values=not originals,
+        )
+        patches.enter_context(gc_pause())
+        patches.enter_context(called_as(first))
+        draft = trace_images(first, trace_both_modes) if first.has_images else trace_both_modes(first)
+        draft = with_call_signature(draft)
+        if originals:
+            restore_parameters(draft.graph_module, originals)
     return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
 
 
-def _with_inputs(
-    model: nn.Module,
-    arguments: Arguments | None,
-    task: str | None,
-    image_size: ImageSize,
-    sentence: SentenceModules | None,
-    *,
-    dynamic: bool,
-) -> Draft:
-    """The first draft of a live module: the inputs to capture it from, and how it is called."""
-    if arguments is None:
-        if not isinstance(model, PreTrainedModel):
-            raise TraceError(
-                f"example_inputs are missing; {type(model).__name__} is not a transformers model, so give them"
-            )
-        arguments = (), inputs_for_task(model, task or "")
-    tensors, constants = split_constants(model, named_arguments(model, *arguments))
-    tensors, constants = at_image_size(model, tensors, constants, image_size)
-    sample = distinct(widen(model, tensors) if dynamic else tensors)
-    return Draft(
-        model=model,
-        sample=sample,
-        constants=constants,
-        signature=signature_of(model, sample, constants, has_cache=PAST in sample),
-        task=task,
-        sentence=sentence,
-        image_size=image_size,
-        axes=Axes.SEQUENCES if dynamic else Axes.NONE,
-    )
-
-
-def _with_call_signature(draft: Draft) -> Draft:
-    """The draft with what its graph shows of the inputs: which may be left out, and which sizes are fixed."""
-    fillable, counts_padding = fillable_inputs(draft.model, draft.sample, draft.signature.may_be_left_out)
-    signature = dataclasses.replace(
-        draft.signature,
-        fillable=fillable,
-        counts_padding=counts_padding,
-        dynamic=draft.axes is not Axes.NONE,
-        fixed=fixed_axes(draft.captured.graph, draft.sample),
-        image_sizes=draft.image_sizes,
-    )
-    return dataclasses.replace(draft, signature=signature)
-
-
-def _with_layers(draft: Draft, tree: ModuleTree, *, training: bool) -> TracedModel:
+def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> TracedModel:
     """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
     model = draft.model
     config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
     traced = TracedModel(
-        draft.captured,
+        draft.graph_module,
         tree=tree,
         example_inputs={**draft.sample, **draft.constants},
         signature=draft.signature,
-        **layers_of(draft.captured, tree)._asdict(),
+        **layers_of(draft.graph_module, tree)._asdict(),
         task=draft.task,
         config=config,
         generation_config=getattr(model, "generation_config", None) if config is not None else None,

@@ -14,10 +14,10 @@ from tiny_models import text_batch, tiny_model
 from torch import Tensor, nn
 from traces import fresh, fresh_trace, inputs_of, relative_error, run, traced
 
-import gralora_fx.passes.insert_adapter
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, plan, rewrite, trace
 from gralora_fx.adapters.checkpoint import checkpoint_parameters
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, TargetError
+from gralora_fx.methods.registry import GRALORA
 
 QUERY = {"r": 8, "target_modules": ["query"], "init_weights": False}
 
@@ -121,16 +121,16 @@ def test_a_peft_object_is_not_a_configuration_here() -> None:
 
 def fail_at_the_last_site(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
     """Let the insertion of the last of so many sites raise."""
-    insert, count = gralora_fx.passes.insert_adapter._insert_at, 0
+    add_output, count = type(GRALORA).add_output, 0
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         if count == sites:
             raise RewriteError("the last site cannot be rewritten")
-        return insert(*args, **kwargs)
+        return add_output(*args, **kwargs)
 
-    monkeypatch.setattr(gralora_fx.passes.insert_adapter, "_insert_at", failing)
+    monkeypatch.setattr(type(GRALORA), "add_output", failing)
 
 
 @pytest.mark.quick

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -76,9 +73,6 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             inputs.update(value)
         elif value is not None or parameter.default is not None:
             inputs[name] = value
-    check_leaves(inputs)
-    if not any(has_tensor(value) for value in inputs.values()):
-        raise TraceError(f"the example inputs of {kind} hold no tensor; give at least one")
     return inputs
 
 
@@ -86,8 +80,11 @@ def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[s
     """Split arguments into those with tensors, which become inputs, and constants, which become part of the graph.
 
     Raises:
-        TraceError: One of transformers' arguments cannot be part of a trace.
+        TraceError: There are none with tensors, or one cannot be part of a trace.
     """
+    check_leaves(inputs)
+    if not any(has_tensor(value) for value in inputs.values()):
+        raise TraceError(f"the example inputs of {type(model).__name__} hold no tensor; give at least one")
     constants = {name: value for name, value in inputs.items() if not has_tensor(value)}
     tensors = {name: value for name, value in inputs.items() if name not in constants}
     if isinstance(model, PreTrainedModel):
@@ -133,50 +130,3 @@ def register_dataclasses(value: Any) -> None:
             kind = type(leaf)
             torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
             register_dataclasses(leaf)
-
-
-def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
-    """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
-
-    A plain module may also return dataclasses and take keywords that its signature does not name.
-
-    Args:
-        model: The model.
-        inputs: Names of the arguments that are passed by name.
-        constants: The other arguments by name.
-    """
-    if isinstance(model, PreTrainedModel):
-        return functools.partial(model.forward, **constants) if constants else model.forward
-    return _flat(functools.partial(model.forward, **constants), inputs)
-
-
-@contextmanager
-def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
-    """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
-
-    Such a forward passes its keywords on, and the text model in it decides by the configuration.
-
-    Args:
-        model: A model; its configuration is as before when the block ends.
-        use_cache: Whether it returns a cache.
-    """
-    configs: list[Any] = []
-    if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:
-        configs = [model.config, model.config.get_text_config()]
-    with ExitStack() as stack:
-        for config in configs:
-            if isinstance(getattr(config, "use_cache", None), bool):
-                stack.enter_context(patch.object(config, "use_cache", use_cache))
-        yield
-
-
-def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:
-    def flat(**kwargs: Any) -> Any:
-        outputs = forward(**kwargs)
-        register_dataclasses(outputs)
-        return outputs
-
-    flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
-    )
-    return flat

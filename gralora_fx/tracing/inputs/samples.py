@@ -60,7 +60,6 @@ def check_head(model: PreTrainedModel, task: str) -> None:
     Raises:
         TraceError: The task takes another input, or the head is for another task and one of the two is classification.
     """
-    check_task(task)
     _check_main_input(model, task)
     model_task, requested = infer_task(model), task.removesuffix("-with-past")
     if task.endswith("-with-past"):  # whether it has a cache is checked when its inputs are generated

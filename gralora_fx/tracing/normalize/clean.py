@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 
 import torch
 from torch import fx
 
 from gralora_fx.compat.torch_graphs import is_mutable
-from gralora_fx.errors import TraceError
-from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Pipeline, contract
-from gralora_fx.graph.surgery import copy_graph, erase_unused
-from gralora_fx.operators.call import restore_aten
-from gralora_fx.tracing.draft import Draft
-from gralora_fx.tracing.normalize.inline import inline_subgraphs
-from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
-from gralora_fx.tracing.normalize.modes import AnnotateModes
-from gralora_fx.tracing.normalize.regions import INLINED, drop_idle_grad_regions, leave_after_errors
+from gralora_fx.graph.pipeline import PassResult, contract
+from gralora_fx.graph.surgery import erase_unused
+from gralora_fx.tracing.normalize.regions import INLINED
 
 _UNGUARDED = "there are no guards"
 _ASSERTIONS = {
@@ -123,63 +116,3 @@ def drop_unread_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
             graph.erase_node(node)
             changed += 1
     return PassResult(changed)
-
-
-INLINING: tuple[Pass[fx.Graph], ...] = (
-    inline_subgraphs,
-    drop_idle_grad_regions,  # some of those that were inlined
-    leave_after_errors,
-)
-CLEANING: tuple[Pass[fx.Graph], ...] = (
-    *INLINING,
-    drop_guards,  # those of subgraphs too
-    drop_empty_parts,
-    drop_dead_scalars,
-    drop_unread_writes,
-)
-
-
-def normalize(draft: Draft) -> Draft:
-    """The draft with the graph of a live module normalized, over the same parameters and buffers."""
-    passes: tuple[Pass[fx.Graph], ...] = (
-        *CLEANING,
-        restore_aten,
-        without_empty_blocks,
-        padding_as_argument,
-        *((drop_unread_calls,) if draft.sentence is not None else ()),
-        AnnotateModes(in_training=False if draft.evaluates else None),  # a training trace has no argument on in both
-    )
-    return run_passes(draft, passes)
-
-
-def run_passes(draft: Draft, passes: tuple[Pass[fx.Graph], ...]) -> Draft:
-    """The draft with a copy of its graph, exported or symbolic, on which passes have run.
-
-    The copy is a plain `GraphModule`, without what its graph does not read.
-
-    Args:
-        draft: The draft.
-        passes: What to run, `CLEANING` first.
-    """
-    log = PassLog()
-    graph_module = normalized(draft.captured, passes, log)
-    return dataclasses.replace(draft, graph_module=graph_module, passes=tuple(log.reports))
-
-
-def normalized(graph_module: fx.GraphModule, passes: tuple[Pass[fx.Graph], ...], log: PassLog) -> fx.GraphModule:
-    """A copy of an exported or symbolic graph on which passes have run, over the same parameters and buffers.
-
-    Args:
-        graph_module: The result of `ExportedProgram.module()`, or a symbolic trace; it is left unchanged.
-        passes: What to run, `CLEANING` first.
-        log: Receives a report for each pass.
-
-    Returns:
-        A plain `GraphModule`, without what its graph does not read.
-    """
-    graph = copy_graph(graph_module)
-    graph.owning_module = graph_module
-    graph = Pipeline("normalize", passes, error=TraceError).run(graph, log)
-    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
-    result.graph.lint()
-    return result

@@ -47,13 +47,13 @@ def inline_subgraphs(graph: fx.Graph) -> PassResult[fx.Graph]:
     Args:
         graph: A graph; it is changed in place.
     """
-    root, count = module_of(graph), 0
+    count = 0
     waiting = deque(graph.nodes)
     while waiting:
         node = waiting.popleft()
         if node.op == "call_module":
             path = str(node.target)
-            module = root.get_submodule(path)
+            module = module_of(graph).get_submodule(path)
             operands = _operands(module, node)
             if isinstance(module, fx.GraphModule) and operands is not None:
                 waiting.extendleft(inline_call(node, module.graph, operands, path))
@@ -61,7 +61,7 @@ def inline_subgraphs(graph: fx.Graph) -> PassResult[fx.Graph]:
         elif node.target in _WRAPPERS:
             position, first = _WRAPPERS[node.target]
             path = str(node.args[position].target)
-            module = root.get_submodule(path)
+            module = module_of(graph).get_submodule(path)
             if isinstance(module, fx.GraphModule):
                 waiting.extendleft(inline_call(node, module.graph, node.args[first:], path))
                 count += 1

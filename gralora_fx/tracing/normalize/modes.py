@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from gralora_fx.compat.torch_graphs import schema_of
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.attention import Attention
 from gralora_fx.operators.call import COMPUTING
@@ -130,6 +131,12 @@ def set_mode(graph: fx.Graph, training: bool) -> bool:
     return has_changed
 
 
+@contract(needs={MODES})
+def evaluate(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Put a graph into evaluation mode, in which it is compared with its model."""
+    return PassResult(int(set_mode(graph, False)))
+
+
 def mode_argument(node: fx.Node) -> int | str | None:
     """Position or keyword of a node's mode-dependent argument, whatever its current value, or None.
 
@@ -140,6 +147,21 @@ def mode_argument(node: fx.Node) -> int | str | None:
         return _PROBABILITIES[node.target]
     switch = _mode_argument_values(node)
     return None if switch is None else switch[0]
+
+
+def updated_buffers(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Names of buffers that a graph updates in either mode, unlike batch norm's, which change only in training."""
+    names = set(dict(graph_module.named_buffers(remove_duplicate=False)))
+    updated = []
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or mode_argument(node) is not None or (schema := schema_of(node.target)) is None:
+            continue
+        values = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
+        for argument, value in zip(schema.arguments, values, strict=True):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target) in names:
+                updated.append(str(value.target))
+    return tuple(dict.fromkeys(updated))
 
 
 def _mode_argument_values(node: fx.Node) -> tuple[int | str, Any, Any] | None:

@@ -79,6 +79,8 @@ def drop_idle_grad_regions(graph: fx.Graph) -> PassResult[fx.Graph]:
     Args:
         graph: A graph, every node with its traced value; it is changed in place.
     """
+    if not any(node.target is enter_grad_mode for node in graph.nodes):
+        return PassResult(0)
     differentiable: set[fx.Node] = set()
     is_idle: dict[fx.Node, bool] = {}
     within: list[fx.Node] = []
@@ -153,7 +155,7 @@ def leave_after_errors(graph: fx.Graph) -> PassResult[fx.Graph]:
     Args:
         graph: A graph; it must be compiled afterwards.
     """
-    if isinstance(code_transformer(graph), _Blocks):
+    if not any(node.target in LEAVE for node in graph.nodes) or isinstance(code_transformer(graph), _Blocks):
         return PassResult(0)
     graph.set_codegen(copy.copy(convention_of(graph)))  # copies of a graph share it
     graph.on_generate_code(_Blocks)

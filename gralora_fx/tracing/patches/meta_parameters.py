@@ -15,8 +15,6 @@ from torch import nn
 
 from gralora_fx.graph.overlay import map_parameters
 
-_MARK = "_gralora_placeholder"
-
 
 @contextmanager
 def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
@@ -35,12 +33,13 @@ def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.P
             return parameter
         zero = torch.zeros((), dtype=parameter.dtype)
         placeholders = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
-        setattr(placeholders, _MARK, True)
         originals[placeholders] = parameter
         return placeholders
 
-    if any(parameter.is_meta for parameter in model.parameters()):
-        map_parameters(model, placeholder)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        yield {}
+        return
+    map_parameters(model, placeholder)
     try:
         yield originals
     finally:
@@ -54,10 +53,4 @@ def restore_parameters(module: nn.Module, originals: Mapping[nn.Parameter, nn.Pa
         module: The model itself, or a trace of it that was made within `placeholder_parameters`.
         originals: What that yielded.
     """
-    if originals:
-        map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
-
-
-def is_without_values(model: nn.Module) -> bool:
-    """Whether parameters of a model have no values, so that it can be traced, but its results are meaningless."""
-    return any(parameter.is_meta or hasattr(parameter, _MARK) for parameter in model.parameters())
+    map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
