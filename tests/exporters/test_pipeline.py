@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.decoder import attention_pipeline, decoder_pipeline
+from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, merge_matmuls
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
+from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_dynamically
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.onnx_pipeline import DUMP, OnnxPipeline, export_log, import_domains
 from gralora_fx.exporters.options import ExportOptions
@@ -184,3 +187,12 @@ def test_a_pipeline_reads_as_the_list_of_its_passes() -> None:
     assert fused[:3] == ["fold_transposes", "fuse_attention", "lower_rotary"]
     assert last == ["keep_last_position", *every]
     assert small == [*every, "quantize_weights"]
+
+
+def test_an_order_that_breaks_what_a_pass_needs_is_refused() -> None:
+    why = (
+        "the pass merge_matmuls of some needs 'constant matrices are of floats', which the pass quantize_dynamically "
+        "ends; change their order"
+    )
+    with pytest.raises(ValueError, match=re.escape(why)):
+        OnnxPipeline("some", (fold_transposes, quantize_dynamically, merge_matmuls))
