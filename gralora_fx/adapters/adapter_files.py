@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save, save_file
 
 from gralora_fx.adapters.agreement import check_target_names
@@ -22,9 +22,12 @@ from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.methods.arrays import Array, to_numpy
 from gralora_fx.sources.atomic_save import Writer, read_together
 from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.safetensors_files import Layout, read_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."  # of every key of PEFT's file
@@ -46,13 +49,42 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
         CheckpointError: The tensors are missing, a pickle, cannot be read, or are of other layers than
             `target_modules` names.
     """
-    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
-    fields, tensors, sizes = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
-    config = config_from_fields(fields, str(path / CONFIG_NAME))
-    check_sizes(config, sizes, path)
-    sites = sites_of(tensors, config)
-    check_target_names(config, sites, path, trained=modules_of(tensors))
+
+    def values_of(layout: Layout) -> dict[str, Tensor]:
+        return {key: tensor() for key, tensor in layout.tensors.items()}
+
+    path, config, tensors = read_files(directory, values_of, revision=revision)
+    check_target_names(config, sites_of(tensors, config), path, trained=modules_of(tensors))
     return config, tensors
+
+
+def read_files(
+    directory: str | Path, read: Callable[[Layout], T], *, revision: str | None = None
+) -> tuple[Path, AdapterConfig, T]:
+    """The directory of a saved adapter, its configuration, and what is read of its tensors, of one save.
+
+    Args:
+        directory: Local directory or hub id.
+        read: Reads what is wanted of the tensors' file.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: The configuration is missing or invalid.
+        CheckpointError: The tensors are missing, a pickle, cannot be read, or were saved with other sizes than those of
+            the configuration.
+    """
+
+    def read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Any], T]:
+        fields = read_fields(config)
+        _check_weights_file(weights)
+        layout = read_layout(weights)
+        return fields, _recorded_sizes(layout), read(layout)
+
+    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    fields, sizes, found = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], read_both)
+    config = config_from_fields(fields, str(path / CONFIG_NAME))
+    _check_sizes(config, sizes, path)
+    return path, config, found
 
 
 def modules_of(keys: Iterable[str]) -> set[str]:
@@ -67,32 +99,21 @@ def sites_of(keys: Iterable[str], config: AdapterConfig) -> set[str]:
     return {name.removesuffix(end) for name in names for end in ends if name.endswith(end)}
 
 
-def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """The fields of a configuration, the tensors, and the sizes recorded with them (empty if unknown)."""
-    fields = read_fields(config)
-    tensors, metadata = _read_weights(weights)
-    return fields, tensors, recorded_sizes(metadata, weights)
-
-
-def recorded_sizes(metadata: Mapping[str, str], weights: Path) -> dict[str, Any]:
+def _recorded_sizes(layout: Layout) -> dict[str, Any]:
     """The sizes recorded with an adapter's tensors; empty if unknown.
-
-    Args:
-        metadata: Texts of the safetensors file.
-        weights: The file, for messages.
 
     Raises:
         CheckpointError: The record is damaged.
     """
-    record = metadata.get(_SIZES)
+    record = layout.metadata.get(_SIZES)
     try:
         sizes = {} if record is None else json.loads(record)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{weights} has a damaged header ({error}); copy or save it again") from error
+        raise CheckpointError(f"{layout.file} has a damaged header ({error}); copy or save it again") from error
     return sizes if isinstance(sizes, dict) else {}
 
 
-def check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
+def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
     """Check that tensors were saved with the sizes and the scale of their configuration.
 
     Raises:
@@ -110,24 +131,7 @@ def check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path
         )
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: The file does not exist, is truncated or is not a safetensors file.
-    """
-    check_weights_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last one from PyTorch, which opens it again
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); it is truncated or not a safetensors file, so copy or save it again"
-        ) from error
-
-
-def check_weights_file(path: Path) -> None:
+def _check_weights_file(path: Path) -> None:
     """Check that an adapter's safetensors file exists.
 
     Raises:

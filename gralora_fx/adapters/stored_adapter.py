@@ -13,23 +13,17 @@ import numpy as np
 from gralora_fx.adapters.adapter_files import (
     KEY_PREFIX,
     SAVED_COPY,
-    WEIGHTS_NAME,
-    check_sizes,
-    check_weights_file,
     modules_of,
-    recorded_sizes,
+    read_files,
 )
 from gralora_fx.adapters.agreement import KnownLayers, check_agreement, warn_of_unused
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import pattern_key
-from gralora_fx.config.reading import read_fields
 from gralora_fx.errors import CheckpointError, bulleted, listed
-from gralora_fx.methods import AdapterMethod, AdapterTensors, Sizes, Update, config_from_fields, method_of
+from gralora_fx.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of
 from gralora_fx.methods.arrays import to_torch
 from gralora_fx.planning.targets import trains_whole_at
-from gralora_fx.sources.atomic_save import read_together
-from gralora_fx.sources.hub import resolve_directory
-from gralora_fx.sources.safetensors_files import FLOATS, Layout, StoredTensor, read_layout
+from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor
 
 _ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
 
@@ -106,10 +100,7 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
         CheckpointError: The tensors are missing, a pickle, damaged or not finite, or do not fit the configuration; each
             is named.
     """
-    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
-    fields, layout = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], _read_both)
-    config = config_from_fields(fields, str(path / CONFIG_NAME))
-    check_sizes(config, recorded_sizes(layout.metadata, layout.file), path)
+    path, config, layout = read_files(directory, lambda layout: layout, revision=revision)
     method = method_of(config)
     problems = [
         f"{key} is {tensor.dtype}, not a float tensor"
@@ -134,12 +125,6 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
         ]
         _check(path, problems)
         yield StoredAdapter(path, config, method, sites, copies, repeats, others)
-
-
-def _read_both(config: Path, weights: Path) -> tuple[dict[str, Any], Layout]:
-    fields = read_fields(config)
-    check_weights_file(weights)
-    return fields, read_layout(weights)
 
 
 def _check(path: Path, problems: list[str]) -> None:

@@ -12,7 +12,7 @@ from gralora_fx.config.expressions import pattern_key
 from gralora_fx.errors import TargetError
 from gralora_fx.graph.sites import LinearSite, names_of_site
 from gralora_fx.methods import method_of, not_a_config
-from gralora_fx.planning.checks import out_of_reach, problems_of, stores_transposed, trains_whole, warn_of_gaps
+from gralora_fx.planning.problems import out_of_reach, problems_of, stores_transposed, trains_whole, warn_of_gaps
 from gralora_fx.planning.rewrite_plan import PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.planning.targets import TargetRule, resolve_targets, saved_modules
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
