@@ -29,7 +29,7 @@ from gralora_fx.exporters.folding.earlier_adapters import check_earlier_adapters
 from gralora_fx.exporters.folding.onnx_rewriting import OnnxRewriting, plan_rewriting
 from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_replacements
 from gralora_fx.exporters.folding.requantize import Survival, check_survival, overall_share, survival_by_layer
-from gralora_fx.exporters.folding.source_export import SourceExport, is_lone_file, open_export, source_directory
+from gralora_fx.exporters.folding.source_export import SourceExport, open_export
 from gralora_fx.exporters.folding.weight_locations import Export, WeightLocation, find_locations
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
@@ -164,8 +164,8 @@ def fold_onnx(
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         with timed("find", seconds):
-            _check_apart(onnx_dir, output_dir)
             source = open_export(onnx_dir)
+            _check_apart(source, onnx_dir, output_dir)
             manifest = source.manifest
             adapter = stack.enter_context(open_adapter(adapter_dir))
             compared, sha256 = _compare(adapter, source, base), digest_of(adapter)
@@ -208,16 +208,16 @@ def fold_onnx(
     )
 
 
-def _check_apart(onnx_dir: str | Path, output_dir: str | Path) -> None:
+def _check_apart(source: SourceExport, onnx_dir: str | Path, output_dir: str | Path) -> None:
     """Check that the output is neither the source nor around or within it.
 
     Raises:
         ExportError: It is, or may not be written.
     """
     output = Path(os.path.realpath(check_output(output_dir)))  # of loops, too
-    source = Path(os.path.realpath(source_directory(onnx_dir)))
-    is_within = source in output.parents and not is_lone_file(onnx_dir)  # beside a file there may be anything
-    if output == source or is_within or output in source.parents:
+    directory = Path(os.path.realpath(source.directory))
+    is_within = directory in output.parents and not source.is_lone_file  # beside a file there may be anything
+    if output == directory or is_within or output in directory.parents:
         raise ExportError(
             f"the output {output_dir} is the export {onnx_dir} itself, or one lies within the other; give another "
             "output directory"

@@ -32,6 +32,7 @@ class SourceExport:
         models: Its models by file; external weights are not read.
         companions: Its other files, data files left out, as POSIX paths.
         data: Its data files.
+        is_lone_file: Whether an ONNX file is given that no manifest describes, so that it alone is folded into.
     """
 
     directory: Path
@@ -39,6 +40,7 @@ class SourceExport:
     models: Mapping[str, ir.Model]
     companions: tuple[str, ...]
     data: tuple[Path, ...]
+    is_lone_file: bool
 
 
 def open_export(onnx_dir: str | Path) -> SourceExport:
@@ -52,10 +54,8 @@ def open_export(onnx_dir: str | Path) -> SourceExport:
             file is missing, truncated or a link; or the manifest says that files differ or that adapters are not
             merged.
     """
-    file = _given_file(_usable(onnx_dir))
-    directory = source_directory(onnx_dir)
-    found = sorted(path for path in directory.glob("*.onnx")) if os.path.isdir(directory) else []
-    files = found if file is None else [file]
+    directory, file = _directory_and_file(onnx_dir)
+    files = [file] if file is not None else sorted(directory.glob("*.onnx")) if os.path.isdir(directory) else []
     if not files:
         if os.path.isdir(directory) and described(directory) not in ("is a model", "is an adapter"):
             raise ExportError(f"{directory} holds no ONNX model (*.onnx); give the directory of an export")
@@ -75,35 +75,21 @@ def open_export(onnx_dir: str | Path) -> SourceExport:
     if links := [path for path in others if path.is_symlink()]:
         raise ExportError(f"{links[0]} is a link; copy the file itself into the directory")
     companions = tuple(path.relative_to(directory).as_posix() for path in others)
-    return SourceExport(directory, manifest, models, companions, tuple(sorted(data)))
+    return SourceExport(directory, manifest, models, companions, tuple(sorted(data)), file is not None)
 
 
-def _usable(onnx_dir: str | Path) -> Path:
-    return usable_path(onnx_dir, ExportError, remedy="give the directory of an export, or an ONNX file")
-
-
-def source_directory(onnx_dir: str | Path) -> Path:
-    """The directory of an export that is given as such or as its ONNX file."""
-    given = _usable(onnx_dir)
-    return given.parent if given.is_file() else given
-
-
-def is_lone_file(onnx_dir: str | Path) -> bool:
-    """Whether an ONNX file is given that no manifest describes, so that it alone is folded into."""
-    return _given_file(_usable(onnx_dir)) is not None
-
-
-def _given_file(given: Path) -> Path | None:
-    """The ONNX file that is given; None for a directory, and for a file of an export with a manifest: that is one.
+def _directory_and_file(onnx_dir: str | Path) -> tuple[Path, Path | None]:
+    """The directory of an export that is given as such or as its ONNX file, and that file if no manifest describes it.
 
     Raises:
-        ExportError: The file is of another kind, or not one of those that the manifest describes.
+        ExportError: The path is not usable, or is a file of another kind.
     """
-    if not given.is_file():
-        return None
-    if given.suffix != ".onnx":
-        raise ExportError(f"{given} is not an ONNX file (*.onnx); give one, or the directory of an export")
-    return None if (given.parent / MANIFEST_NAME).is_file() else given
+    path = usable_path(onnx_dir, ExportError, remedy="give the directory of an export, or an ONNX file")
+    if not path.is_file():
+        return path, None
+    if path.suffix != ".onnx":
+        raise ExportError(f"{path} is not an ONNX file (*.onnx); give one, or the directory of an export")
+    return path.parent, None if (path.parent / MANIFEST_NAME).is_file() else path
 
 
 def _others(directory: Path, file: Path | None) -> Iterator[Path]:
