@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -18,15 +17,14 @@ from gralora_fx.model.switching import Switching, planned_for
 from gralora_fx.planning.rewrite_plan import RewritePlan
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
+class AdapterFiles(Switching):
     """The files of a model's adapters.
 
     Attributes:
-        graph: The graph and its adapters.
+        _state: The graph and its adapters, of the model.
     """
 
-    graph: AdapterGraph
+    _state: AdapterGraph
 
     def save_pretrained(
         self,
@@ -64,12 +62,12 @@ class AdapterFiles:
         if adapter_names is not None and selected_adapters is not None:
             raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
         chosen = selected_adapters if adapter_names is None else adapter_names
-        names = list(self.graph.adapters) if chosen is None else as_names(chosen)
-        adapters = {"" if name == "default" else name: self.graph[name] for name in names}
+        names = list(self._state.adapters) if chosen is None else as_names(chosen)
+        adapters = {"" if name == "default" else name: self._state[name] for name in names}
         for adapter in adapters.values() if state_dict is not None else ():
             check_state_dict(adapter, state_dict or {})
         if is_main_process:
-            write_adapters(adapters, directory, self.graph.traced)
+            write_adapters(adapters, directory, self._state.traced)
 
     def load_adapter(
         self,
@@ -96,22 +94,22 @@ class AdapterFiles:
                 Nothing has changed, after any error.
         """
         config, tensors = read_adapter(directory, revision=revision)
-        base = settled_base(config, self.graph.traced, directory, strict=strict_base)
-        if adapter_name in self.graph.adapters:
-            with self.graph.writing():
-                self.graph.check_not_merged("load tensors")
-                _check_same_config(self.graph[adapter_name], planned_for(self.graph.traced, config), adapter_name)
-                load_tensors(self.graph[adapter_name], tensors, self.graph.traced.tree, str(directory))
+        base = settled_base(config, self._state.traced, directory, strict=strict_base)
+        if adapter_name in self._state.adapters:
+            with self._state.writing():
+                self._state.check_not_merged("load tensors")
+                _check_same_config(self._state[adapter_name], planned_for(self._state.traced, config), adapter_name)
+                load_tensors(self._state[adapter_name], tensors, self._state.traced.tree, str(directory))
         else:
-            Switching(self.graph).add_adapter(adapter_name, config)
+            self.add_adapter(adapter_name, config)
             try:
-                load_tensors(self.graph[adapter_name], tensors, self.graph.traced.tree, str(directory))
+                load_tensors(self._state[adapter_name], tensors, self._state.traced.tree, str(directory))
             except CheckpointError:
-                self.graph.discard(adapter_name)
+                self._state.discard(adapter_name)
                 raise
-        self.graph.note_base(adapter_name, base)
+        self._state.note_base(adapter_name, base)
         if is_trainable is not None:
-            self.graph[adapter_name].requires_grad_(is_trainable)
+            self._state[adapter_name].requires_grad_(is_trainable)
 
 
 def _check_same_config(adapter: ModelAdapter, other: RewritePlan, name: str) -> None:

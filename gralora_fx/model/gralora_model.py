@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
@@ -18,23 +19,36 @@ from gralora_fx.adapters.checkpoint import load_tensors, settled_base
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite
-from gralora_fx.model import recomputing
 from gralora_fx.model.adapter_files import AdapterFiles
-from gralora_fx.model.delegate import delegate
 from gralora_fx.model.inspection import Inspection
 from gralora_fx.model.merging import Merging
-from gralora_fx.model.model_class import class_for
-from gralora_fx.model.switching import Switching
+from gralora_fx.model.model_class import class_for, do_nothing, is_on, refuse
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.as_transformers import TransformersView, view_of
 from gralora_fx.tracing.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
 _TREE = "graph_module"  # names of parameters begin with it
 
 
-class GraloraModel(nn.Module):
+def _of_base_model(
+    method: Callable[Concatenate[Any, _Arguments], _Result],
+) -> Callable[Concatenate[Any, _Arguments], _Result]:
+    """A method that calls that of the model as transformers sees it, with its signature and documentation."""
+
+    @functools.wraps(method)
+    def delegated(self: Any, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        result: _Result = getattr(self.base_model, method.__name__)(*args, **kwargs)
+        return result
+
+    return delegated
+
+
+class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
     """A traced model with adapters (GraLoRA, LoRA) in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
@@ -42,7 +56,8 @@ class GraloraModel(nn.Module):
     nothing. The first switch to a state builds its graph and compiles it, which takes milliseconds for each hundred
     nodes; the graphs of the last 32 states are kept.
 
-    The verbs are those of its parts, which share one `AdapterGraph`: the base, the adapters and the graph that runs.
+    Its verbs are those of its parts, the classes it is made of, over one `AdapterGraph`: the base, the adapters and the
+    graph that runs.
     """
 
     def __new__(cls, traced: TracedModel) -> GraloraModel:
@@ -58,10 +73,6 @@ class GraloraModel(nn.Module):
         """Copy a traced model's graph, without an adapter; use `rewrite` to create a model."""
         nn.Module.__init__(self)
         self._state = AdapterGraph(traced)
-        self._inspection = Inspection(self._state)
-        self._switching = Switching(self._state)
-        self._merging = Merging(self._state)
-        self._files = AdapterFiles(self._state)
         self._modules[_TREE] = self._state.base.tree
         self.register_load_state_dict_post_hook(_keep_up)  # type: ignore[no-untyped-call]
         super().train(traced.training)
@@ -101,43 +112,7 @@ class GraloraModel(nn.Module):
         model.freeze_base()
         return model
 
-    # -- adapters: changing, merging, files -------------------------------------------------------------------------
-
-    add_adapter = delegate("_switching", Switching.add_adapter)
-    set_adapter = delegate("_switching", Switching.set_adapter)
-    disable_adapter = delegate("_switching", Switching.disable_adapter)
-    delete_adapter = delegate("_switching", Switching.delete_adapter)
-    add_weighted_adapter = delegate("_switching", Switching.add_weighted_adapter)
-    add_pass = delegate("_switching", Switching.add_pass)
-    remove_pass = delegate("_switching", Switching.remove_pass)
-    set_requires_grad = delegate("_switching", Switching.set_requires_grad)
-
-    merge_adapter = delegate("_merging", Merging.merge_adapter)
-    unmerge_adapter = delegate("_merging", Merging.unmerge_adapter)
-    merge_and_unload = delegate("_merging", Merging.merge_and_unload)
-    unload = delegate("_merging", Merging.unload)
-    updates = delegate("_merging", Merging.updates)
-
-    save_pretrained = delegate("_files", AdapterFiles.save_pretrained)
-    load_adapter = delegate("_files", AdapterFiles.load_adapter)
-
     # -- questions --------------------------------------------------------------------------------------------------
-
-    site = delegate("_inspection", Inspection.site)
-    adapted_sites = delegate("_inspection", Inspection.adapted_sites)
-    adapters_at = delegate("_inspection", Inspection.adapters_at)
-    nodes = delegate("_inspection", Inspection.nodes)
-    factors = delegate("_inspection", Inspection.factors)
-    delta_weight = delegate("_inspection", Inspection.delta_weight)
-    block_norms = delegate("_inspection", Inspection.block_norms)
-    all_parameters = delegate("_inspection", Inspection.all_parameters)
-    num_parameters = delegate("_inspection", Inspection.num_parameters)
-    get_nb_trainable_parameters = delegate("_inspection", Inspection.get_nb_trainable_parameters)
-    print_trainable_parameters = delegate("_inspection", Inspection.print_trainable_parameters)
-
-    def __repr__(self) -> str:
-        """One line for the base model and one for each adapter."""
-        return self._inspection.description()
 
     def adapter(self, adapter_name: str) -> ModelAdapter:
         """An adapter's plan and tensors.
@@ -222,17 +197,15 @@ class GraloraModel(nn.Module):
 
     # -- the model as transformers sees it --------------------------------------------------------------------------
 
-    generate = delegate("base_model", TransformersView.generate)
-    get_input_embeddings = delegate("base_model", TransformersView.get_input_embeddings)
-    get_output_embeddings = delegate("base_model", TransformersView.get_output_embeddings)
-    prepare_decoder_input_ids_from_labels = delegate(
-        "base_model", TransformersView.prepare_decoder_input_ids_from_labels
-    )
+    generate = _of_base_model(TransformersView.generate)
+    get_input_embeddings = _of_base_model(TransformersView.get_input_embeddings)
+    get_output_embeddings = _of_base_model(TransformersView.get_output_embeddings)
+    prepare_decoder_input_ids_from_labels = _of_base_model(TransformersView.prepare_decoder_input_ids_from_labels)
 
-    activation_checkpointing_enable = gradient_checkpointing_enable = enable_input_require_grads = recomputing.refuse
-    activation_checkpointing_disable = gradient_checkpointing_disable = recomputing.do_nothing
-    disable_input_require_grads = recomputing.do_nothing
-    is_activation_checkpointing = is_gradient_checkpointing = recomputing.is_on
+    activation_checkpointing_enable = gradient_checkpointing_enable = enable_input_require_grads = refuse
+    activation_checkpointing_disable = gradient_checkpointing_disable = do_nothing
+    disable_input_require_grads = do_nothing
+    is_activation_checkpointing = is_gradient_checkpointing = is_on
 
     @property
     def base_model(self) -> TransformersView:

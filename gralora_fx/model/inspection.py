@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,21 +19,20 @@ from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.sources.lazy_tensors import values_of
 
 
-@dataclass(frozen=True)
 class Inspection:
     """Questions about a rewritten graph; none changes it.
 
     Attributes:
-        graph: The graph and its adapters.
+        _state: The graph and its adapters, of the model.
     """
 
-    graph: AdapterGraph
+    _state: AdapterGraph
 
-    def description(self) -> str:
+    def __repr__(self) -> str:
         """One line for the base model and one for each adapter."""
-        lines = [f"GraloraModel({self.graph.traced!r})"]
-        for name, adapter in self.graph.adapters.items():
-            state = self.graph.state
+        lines = [f"GraloraModel({self._state.traced!r})"]
+        for name, adapter in self._state.adapters.items():
+            state = self._state.state
             status = "merged" if name in state.merged else "active" if name in state.active else "waiting"
             config, count = adapter.config, len(adapter.plan.selected)
             sizes = adapter.method.text(adapter.method.sizes(config, partial(getattr, config))[0])
@@ -50,7 +48,7 @@ class Inspection:
         Raises:
             TargetError: There is none.
         """
-        return self.graph.traced.site(path)
+        return self._state.traced.site(path)
 
     def adapted_sites(self, adapter_name: str | None = None) -> tuple[PlannedSite, ...]:
         """The adapted sites of one adapter or of all, with their ranks, in the order of the modules.
@@ -62,9 +60,9 @@ class Inspection:
             RewriteError: An adapter does not exist.
         """
         if adapter_name is not None:
-            return self.graph[adapter_name].plan.selected
-        entries = [entry for adapter in self.graph.adapters.values() for entry in adapter.plan.selected]
-        order = {site.path: index for index, site in enumerate(self.graph.traced.sites)}
+            return self._state[adapter_name].plan.selected
+        entries = [entry for adapter in self._state.adapters.values() for entry in adapter.plan.selected]
+        order = {site.path: index for index, site in enumerate(self._state.traced.sites)}
         return tuple(sorted(entries, key=lambda entry: order[entry.site.path]))
 
     def adapters_at(self, path: str) -> tuple[str, ...]:
@@ -77,7 +75,7 @@ class Inspection:
             TargetError: The site does not exist.
         """
         self.site(path)
-        return tuple(name for name, adapter in self.graph.adapters.items() if path in adapter.factors)
+        return tuple(name for name, adapter in self._state.adapters.items() if path in adapter.factors)
 
     def nodes(self, path: str | None = None, adapter_name: str | None = None) -> tuple[fx.Node, ...]:
         """The nodes that belong to a site, to an adapter, or to an adapter at a site, in graph order.
@@ -93,11 +91,11 @@ class Inspection:
             RewriteError: An adapter does not exist.
         """
         if adapter_name is not None:
-            self.graph[adapter_name]
-        if path is not None and not any(path in adapter.copies for adapter in self.graph.adapters.values()):
+            self._state[adapter_name]
+        if path is not None and not any(path in adapter.copies for adapter in self._state.adapters.values()):
             self.site(path)
         nodes = []
-        for node in self.graph.current.graph_module.graph.nodes:
+        for node in self._state.current.graph_module.graph.nodes:
             annotation = annotation_of(node)
             if (
                 annotation is not None
@@ -117,11 +115,11 @@ class Inspection:
         Raises:
             RewriteError: The adapter does not exist, does not adapt the site, or several are active.
         """
-        if adapter_name is None and len(self.graph.state.active) != 1:
+        if adapter_name is None and len(self._state.state.active) != 1:
             raise RewriteError(
-                f"{len(self.graph.state.active)} adapters are active; name one of {list(self.graph.adapters)}"
+                f"{len(self._state.state.active)} adapters are active; name one of {list(self._state.adapters)}"
             )
-        adapter = self.graph[self.graph.state.active[0] if adapter_name is None else adapter_name]
+        adapter = self._state[self._state.state.active[0] if adapter_name is None else adapter_name]
         if path not in adapter.factors:
             raise RewriteError(f"adapter {adapter.name!r} has no tensors at {path!r}; adapted_sites() lists its sites")
         return adapter.factors[path]
@@ -171,8 +169,8 @@ class Inspection:
 
     def all_parameters(self) -> list[nn.Parameter]:
         """The base model's parameters and those of every adapter, each once."""
-        adapters = [p for adapter in self.graph.adapters.values() for p in adapter.parameters()]
-        return list({id(p): p for p in (*self.graph.traced.tree.parameters.values(), *adapters)}.values())
+        adapters = [p for adapter in self._state.adapters.values() for p in adapter.parameters()]
+        return list({id(p): p for p in (*self._state.traced.tree.parameters.values(), *adapters)}.values())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters of the base model and all adapters, tied ones counted once.
@@ -181,7 +179,7 @@ class Inspection:
             only_trainable: Whether to count only trainable ones.
             exclude_embeddings: Whether to leave embedding tables out.
         """
-        tree = self.graph.traced.tree
+        tree = self._state.traced.tree
         tables = {f"{path}.weight" for path, kind in tree.types.items() if kind.endswith("Embedding")}
         left_out = {id(p) for name, p in tree.parameters.items() if name in tables} if exclude_embeddings else set()
         return sum(
@@ -201,8 +199,8 @@ class Inspection:
 
     def _updates(self, path: str, adapter_name: str | None) -> list[Update]:
         self.site(path)
-        names = self.graph.state.active if adapter_name is None else [adapter_name]
-        updates = [adapter.update(path) for name in names if path in (adapter := self.graph[name]).factors]
+        names = self._state.state.active if adapter_name is None else [adapter_name]
+        updates = [adapter.update(path) for name in names if path in (adapter := self._state[name]).factors]
         if not updates:
             raise RewriteError(f"no adapter of {names} adapts {path!r}; adapters_at() lists those that do")
         return updates

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import fx, nn
 
@@ -19,15 +18,14 @@ from gralora_fx.passes.set_weights import OWN_WEIGHTS, SetWeights, UntieWeights,
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-@dataclass(frozen=True)
 class Merging:
     """The verbs, over a graph and its adapters.
 
     Attributes:
-        graph: The graph and its adapters.
+        _state: The graph and its adapters, of the model.
     """
 
-    graph: AdapterGraph
+    _state: AdapterGraph
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
@@ -47,7 +45,7 @@ class Merging:
                 would not be finite. Nothing has changed after an error.
         """
         names = None if adapter_names is None else as_names(adapter_names)
-        self.graph.merge(names, safe=safe_merge, untie=untie)
+        self._state.merge(names, safe=safe_merge, untie=untie)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
@@ -55,7 +53,7 @@ class Merging:
         Raises:
             MergeError: Nothing is merged.
         """
-        self.graph.unmerge()
+        self._state.unmerge()
 
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
@@ -78,9 +76,9 @@ class Merging:
             MergeError: There is nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
         """
         names = None if adapter_names is None else as_names(adapter_names)
-        folded = [self.graph[name] for name in names or self.graph.state.active]
-        described = describe_folded(folded, self.graph.traced, own=True)
-        untied = self.graph.fold_into_base(names, safe=safe_merge, untie=untie)
+        folded = [self._state[name] for name in names or self._state.state.active]
+        described = describe_folded(folded, self._state.traced, own=True)
+        untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
         return dataclasses.replace(replace_weights(self.unload(), untied), merged_adapters=described)
 
     def unload(self) -> TracedModel:
@@ -88,12 +86,12 @@ class Merging:
 
         The model is empty afterwards; parameters that required gradients before the rewrite require them again.
         """
-        self.graph.clear()
-        traced, training = self.graph.traced, self.graph.state.training
-        for name in self.graph.base.trainable:
+        self._state.clear()
+        traced, training = self._state.traced, self._state.state.training
+        for name in self._state.base.trainable:
             traced.tree.parameters[name].requires_grad_(True)
         graph = copy_graph(traced.graph_module)
-        graph_module = copy_in_mode(self.graph.base.tree, graph, training, "GraloraGraph")
+        graph_module = copy_in_mode(self._state.base.tree, graph, training, "GraloraGraph")
         return traced.with_graph(graph_module, traced.tree).train(training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
@@ -105,9 +103,9 @@ class Merging:
         Raises:
             RewriteError: An adapter does not exist, or two of them cannot be active together.
         """
-        names = self.graph.state.active if adapter_names is None else adapter_names
-        site_updates = self.graph.updates(names)
-        self.graph.check_copies_not_shared(names)
+        names = self._state.state.active if adapter_names is None else adapter_names
+        site_updates = self._state.updates(names)
+        self._state.check_copies_not_shared(names)
         return site_updates
 
 

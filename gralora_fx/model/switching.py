@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from gralora_fx.adapters.adapter import adapter_names as as_names
 from gralora_fx.adapters.adapter_graph import AdapterGraph
@@ -19,15 +18,14 @@ from gralora_fx.planning.targets import exact_targets
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-@dataclass(frozen=True)
 class Switching:
     """Changes of a model's adapters and passes, each applied completely or not at all.
 
     Attributes:
-        graph: The graph and its adapters.
+        _state: The graph and its adapters, of the model.
     """
 
-    graph: AdapterGraph
+    _state: AdapterGraph
 
     def add_adapter(self, adapter_name: str, config_or_plan: AdapterConfig | RewritePlan) -> None:
         """Add an adapter; the first one becomes active, later ones stay inactive until `set_adapter`.
@@ -42,7 +40,7 @@ class Switching:
             RewriteError: The plan is for another model. Nothing has changed after an error.
         """
         check_adapter_name(adapter_name)
-        self.graph.add(adapter_name, planned_for(self.graph.traced, config_or_plan))
+        self._state.add(adapter_name, planned_for(self._state.traced, config_or_plan))
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Activate one adapter, or several whose outputs are summed; the others leave the graph and stop training.
@@ -55,12 +53,12 @@ class Switching:
                 another trains as a copy, or a `disable_adapter` block is open.
             MergeError: Adapters are merged; unmerge first.
         """
-        self.graph.switch(list(dict.fromkeys(as_names(adapter_name))))
+        self._state.switch(list(dict.fromkeys(as_names(adapter_name))))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base model within the block: its graph, node for node, over its own parameters."""
-        with self.graph.disabled():
+        with self._state.disabled():
             yield
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -72,7 +70,7 @@ class Switching:
         Raises:
             RewriteError: The adapter does not exist or is active.
         """
-        self.graph.remove(adapter_name)
+        self._state.remove(adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -105,9 +103,9 @@ class Switching:
             raise ConfigError(f"adapters must be a list of names, but got {adapters!r}; give [{adapters!r}]")
         if not isinstance(weights, (list, tuple)):
             raise ConfigError(f"weights must be a list of numbers, but got {weights!r}")
-        config, factors = weighted_sum([self.graph[name] for name in as_names(adapters)], weights)
-        config = config.changed(target_modules=exact_targets(factors, self.graph.traced.tree))
-        self.graph.add(adapter_name, planned_for(self.graph.traced, config), factors=factors)
+        config, factors = weighted_sum([self._state[name] for name in as_names(adapters)], weights)
+        config = config.changed(target_modules=exact_targets(factors, self._state.traced.tree))
+        self._state.add(adapter_name, planned_for(self._state.traced, config), factors=factors)
 
     # -- passes of the user -----------------------------------------------------------------------------------------
 
@@ -125,7 +123,7 @@ class Switching:
             RewriteError: The pass failed, returned another module, or left a graph that does not lint. The model is
                 unchanged.
         """
-        self.graph.add_pass(graph_pass)
+        self._state.add_pass(graph_pass)
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
         """Remove a pass that was added.
@@ -136,7 +134,7 @@ class Switching:
         Raises:
             RewriteError: It was not added.
         """
-        self.graph.remove_pass(graph_pass)
+        self._state.remove_pass(graph_pass)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -150,7 +148,7 @@ class Switching:
         Raises:
             RewriteError: An adapter does not exist.
         """
-        for adapter in [self.graph[name] for name in as_names(adapter_names)]:
+        for adapter in [self._state[name] for name in as_names(adapter_names)]:
             adapter.requires_grad_(requires_grad)
 
 

@@ -15,16 +15,23 @@ from gralora_fx.model.adapter_files import AdapterFiles
 from gralora_fx.model.inspection import Inspection
 from gralora_fx.model.merging import Merging
 from gralora_fx.model.switching import Switching
+from gralora_fx.tracing.as_transformers import TransformersView
 
 PARTS = (Switching, Merging, AdapterFiles, Inspection)
-VERBS = [(part, name) for part in PARTS for name in vars(part) if not name.startswith("_") and name != "description"]
+VERBS = [(part, name) for part in PARTS for name in vars(part) if not name.startswith("_")]
 
 
 @pytest.mark.parametrize(("part", "name"), VERBS, ids=lambda value: getattr(value, "__name__", value))
-def test_a_model_has_each_verb_with_its_signature_and_documentation(part: type, name: str) -> None:
-    ours, its = getattr(GraloraModel, name), getattr(part, name)
-    assert inspect.signature(ours) == inspect.signature(its)
-    assert inspect.getdoc(ours) == inspect.getdoc(its) is not None
+def test_a_model_has_each_verb_of_its_parts_documented(part: type, name: str) -> None:
+    assert getattr(GraloraModel, name) is getattr(part, name)
+    assert inspect.getdoc(getattr(GraloraModel, name)) is not None
+
+
+def test_what_transformers_asks_has_the_signature_and_documentation_of_its_view() -> None:
+    for name in ("generate", "get_input_embeddings", "get_output_embeddings", "prepare_decoder_input_ids_from_labels"):
+        ours, its = getattr(GraloraModel, name), getattr(TransformersView, name)
+        assert inspect.signature(ours) == inspect.signature(its)
+        assert inspect.getdoc(ours) == inspect.getdoc(its) is not None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
