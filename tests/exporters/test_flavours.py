@@ -25,7 +25,7 @@ from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.plain_cases import plain_inputs
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.serving import load
-from gralora_fx.serving.open_export import registry as readings
+from gralora_fx.serving import open_export as readings
 from gralora_fx.tracing.inputs.cache import CacheLayout
 
 CACHED = "text-generation-with-past"
@@ -105,7 +105,7 @@ def test_a_flavour_is_a_line_of_the_registry(tmp_path: Path, monkeypatch: pytest
     assert registry.flavour_of(fresh_trace("bert")) is plain.PLAIN
     with pytest.raises(ServingError, match="of the kind 'doubling', and this version reads plain, decoder, encod"):
         load(tmp_path / "onnx")
-    reading = dataclasses.replace(readings.PLAIN, name=DOUBLING.name)
+    reading = dataclasses.replace(readings.READINGS[plain.PLAIN.name], name=DOUBLING.name)
     monkeypatch.setitem(readings.READINGS, reading.name, reading)
     assert load(tmp_path / "onnx")(x=torch.ones(2, 3))["output"].tolist() == [[2.0] * 3] * 2
 
