@@ -9,8 +9,7 @@ from typing import Any
 
 from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError
-from gralora_fx.exporters.artifact.adapter_files import write_adapter
-from gralora_fx.exporters.artifact.changes import Changes
+from gralora_fx.exporters.artifact.adapter_files import Changes, write_adapter
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
 from gralora_fx.runtime.export_directory import ADAPTERS
 from gralora_fx.runtime.export_files import base_of_export, layers_of_export
@@ -102,7 +101,7 @@ def convert_adapter(
         copies = {parameter: tensor.array() for parameter, tensor in stored.copies.items()}
         changes = Changes(updates)
         if copies:
-            from gralora_fx.exporters.artifact.trained_parameters import BaseParameters  # it imports onnx_ir
+            from gralora_fx.exporters.artifact.base_parameters import BaseParameters  # it imports onnx_ir
 
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())

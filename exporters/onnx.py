@@ -13,8 +13,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.adapters_as_data import check_found
 from gralora_fx.exporters.artifact.active_adapters import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
-from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
-from gralora_fx.exporters.artifact.manifest import describe, write_manifest
+from gralora_fx.exporters.artifact.manifest import describe, fingerprint_of, write_manifest
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import (
     check_folder,

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError, listed, shown
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, require_space, staged
+from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
 from gralora_fx.exporters.onnx_passes.adapter_groups import ConstantAdapters
-from gralora_fx.exporters.triton_files.config import TritonConfig, tensors_of
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.adapter_arrays import BASE, as_arrays, stacked
 from gralora_fx.runtime.adapter_file import read_record, read_tensors

@@ -51,7 +51,6 @@ ORDER = [
     "exporters.folding",
     "exporters.artifact",
     "exporters.merged_files",
-    "exporters.triton_files",
     "exporters.verification",
     "exporters.flavours",
     "exporters.verify",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.artifact.changes import Changes
 from gralora_fx.methods.arrays import to_numpy
 from gralora_fx.methods.forms import as_data
+from gralora_fx.methods.method import Update
 from gralora_fx.runtime.adapter_arrays import cast
 from gralora_fx.runtime.adapter_file import record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import BIAS, AdapterInputs, AdapterSite
@@ -20,6 +21,19 @@ from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, record_path
 from gralora_fx.runtime.export_directory import ADAPTERS
 from gralora_fx.sources.atomic_save import save_together
 from gralora_fx.sources.same_base import BaseComparison
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an adapter changes at layers of an export.
+
+    Attributes:
+        updates: The update of a weight by the layer's path.
+        biases: The change of a bias `[out]` by the layer's path.
+    """
+
+    updates: Mapping[str, Update]
+    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def write_adapter(

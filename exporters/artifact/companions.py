@@ -1,4 +1,4 @@
-"""Files written with an export's models: the configuration and the tokenizer."""
+"""Files for other programs beside an export's models: configurations, the tokenizer, `genai_config.json`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+from transformers import PreTrainedConfig
+
+from gralora_fx.engine.limits import UNLIMITED, context_length
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
+from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
 from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.traced_model import TracedModel
@@ -65,3 +70,92 @@ def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer
     places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
     place = next((place for place in places if place), None)
     return None if place is None else load_feature_extractor(place, ExportError)
+
+
+def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Model) -> None:
+    """Write the configuration beside the model.
+
+    Args:
+        directory: The export directory.
+        config: The model's transformers configuration.
+        model: The exported graph, whose inputs and outputs are named.
+    """
+    text = json.dumps(genai_config(config, model), indent=2) + "\n"
+    (directory / GENAI_CONFIG).write_text(text, encoding="utf-8")
+
+
+def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
+    """The configuration as it is written; sizes of the cache are read from the graph itself."""
+    text = config.get_text_config()
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    presents = [value for value in model.graph.outputs if str(value.name).startswith("present.")]
+    pasts = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
+    layers = sum(name.endswith(".key") for name in inputs)
+    shape = inputs["past_key_values.0.key"].shape
+    assert shape is not None
+    heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or shape[1]
+    context = context_length(text.to_dict()) or UNLIMITED
+    start, end, padding = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+    ends = end if isinstance(end, list) else [end]
+    ends = [token for token in ends if _is_token(token, text)] or [0]
+    start, padding = (token if _is_token(token, text) else ends[0] for token in (start, padding))
+    names = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    decoder: dict[str, Any] = {
+        "session_options": {"log_id": "gralora-fx", "provider_options": []},
+        "filename": MODEL_NAME,
+        "head_size": int(shape[3]),  # type: ignore[arg-type]
+        "hidden_size": int(getattr(text, "hidden_size", 0)),
+        "num_attention_heads": int(heads),  # type: ignore[arg-type]
+        "num_key_value_heads": int(shape[1]),  # type: ignore[arg-type]
+        "num_hidden_layers": layers,
+        "inputs": {
+            **names,
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": start,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": padding,
+            "vocab_size": text.vocab_size,
+            "context_length": context,
+            "decoder": decoder,
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": all(map(_is_in_place, presents)) and all(map(_is_attentions_own, pasts)),
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _is_in_place(present: ir.Value) -> bool:
+    """Whether an operator can update a layer's cache in place: fused attention can, a concatenation cannot."""
+    producer = present.producer()
+    return producer is not None and producer.op_type == "GroupQueryAttention"
+
+
+def _is_attentions_own(past: ir.Value) -> bool:
+    """Whether fused attention alone reads a cache; others would take a buffer's length for that of what it holds."""
+    return all(usage.node.op_type == "GroupQueryAttention" for usage in past.uses())
+
+
+def _is_token(token: object, config: Any) -> bool:
+    """Whether a token id lies within the configuration's vocabulary; onnxruntime-genai refuses others."""
+    return isinstance(token, int) and 0 <= token < config.vocab_size

@@ -1,19 +1,20 @@
-"""The manifest of an export: what its directory holds, and what it was made from."""
+"""The manifest of an export: what its directory holds, what it was made from, and the fingerprint of its base."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from gralora_fx.adapters.checkpoint import base_of
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.compat.versions import installed_version
-from gralora_fx.exporters.artifact.fingerprint import fingerprint_of
-from gralora_fx.exporters.artifact.position_offset import position_offset
+from gralora_fx.engine.limits import context_length
 from gralora_fx.exporters.conversion import Conversion, base_trace
 from gralora_fx.exporters.folding.initializer_names import weight_entries
 from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
@@ -22,9 +23,11 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, ROWS
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
+from gralora_fx.sources.lazy_tensors import raw_values_of
 from gralora_fx.tracing.traced_model import TracedModel
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_SAMPLES = 64  # of a parameter, for the fingerprint
 
 
 def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour: str, logits: str) -> Manifest:
@@ -101,3 +104,59 @@ def _shapes(values: Iterable[ir.Value]) -> dict[str, list[int | str | None]]:
 
 def _shape(value: ir.Value) -> list[int | str | None]:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
+
+
+def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and a sample of the values of every parameter.
+
+    Args:
+        parameters: Parameters by name; tied ones may repeat.
+
+    Raises:
+        ExportError: A parameter is on the meta device and has no source of values.
+
+    Returns:
+        Hexadecimal digest, the same whether the tensors come from a live model or from its files.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        tensor = parameters[name]
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        if tensor.numel():
+            flat = raw_values_of(parameters[name], name).reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().to(tensor.dtype)
+            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_of(model: TracedModel | GraloraModel) -> str:
+    """The fingerprint of a model's base, without the parameters that its active adapters hold copies of.
+
+    What a copy replaces has no meaning for an export, and differs in every run where it is a fresh head.
+
+    Args:
+        model: A traced model, or a rewritten one with its active adapters.
+    """
+    if isinstance(model, TracedModel):
+        return base_fingerprint(model.tree.parameters)
+    copies = [model.installed(name).copies for name in model.active_adapters]
+    replaced = {base for owners in copies for owned in owners.values() for base in owned}
+    parameters = model.traced.tree.parameters
+    return base_fingerprint({name: value for name, value in parameters.items() if name not in replaced})
+
+
+def position_offset(traced: TracedModel) -> int:
+    """Number of unused rows at the start of the position table: RoBERTa counts from its padding index + 1.
+
+    Args:
+        traced: A traced model.
+    """
+    limit = context_length(traced.config.to_dict()) if traced.config is not None else None
+    parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
+    for node in traced.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        table = node.args[0]
+        name = str(table.target) if isinstance(table, torch.fx.Node) and table.op == "get_attr" else ""
+        padding = node.args[2] if len(node.args) > 2 else node.kwargs.get("padding_idx", -1)
+        if "position" in name and name in parameters and parameters[name].shape[0] == limit and padding >= 0:
+            return int(padding) + 1
+    return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.artifact.genai_config import write_genai_config
+from gralora_fx.exporters.artifact.companions import write_genai_config
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, marking_passes, with_rows
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs

@@ -14,7 +14,6 @@ import gralora_fx.cli.options as opt
 from gralora_fx.cli.export import export
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.help import Command
-from gralora_fx.cli.request import check_inspection
 from gralora_fx.cli.serve import serve
 from gralora_fx.cli.values import export_directory, read_adapters
 from gralora_fx.cli.verify import verify

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +11,29 @@ import typer
 
 import gralora_fx.cli.options as opt
 from gralora_fx.cli.declared import Declared, takes
-from gralora_fx.cli.request import check_request
 from gralora_fx.cli.values import graph_name, read_image_size, read_texts, utf8
 from gralora_fx.cli.wording import notes
+from gralora_fx.config.adapter_config import config_fields
+from gralora_fx.config.adapter_tasks import check_adapter_task, requested_task
 from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
-from gralora_fx.errors import ConfigError, ExportError
+from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.errors import ConfigError, ExportError, TraceError
+from gralora_fx.exporters.artifact.staging import (
+    check_base_replaced,
+    check_folder,
+    check_output,
+    check_replaced,
+)
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.loading.adapter_facts import base_name
+from gralora_fx.methods import method_described
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
+from gralora_fx.sources.model_files import check_model_files, local_directory, read_json_object
+from gralora_fx.sources.same_base import BaseSource
+from gralora_fx.tracing.inputs.image_sizes import ImageSize
+
+_IMAGES = "image-classification"
 
 ExportedName = Annotated[
     str | None,
@@ -173,3 +188,89 @@ def _check_together(
     if verify is not None and without:
         other = "--stream, which leaves nothing to compare with" if without[0] == "--stream" else without[0]
         raise ConfigError(f"--verify {verify} contradicts {other}; leave one of them out")
+
+
+def check_request(
+    options: ExportOptions,
+    output: Path,
+    *,
+    model: str | None,
+    adapter: str | None,
+    adapter_name: str | None,
+    task: str | None,
+    image_size: ImageSize,
+) -> str:
+    """Check what is exported and where it is written, as far as their files tell.
+
+    Args:
+        options: The options of the export.
+        output: The export directory.
+        model: Local directory or hub id of the base, or None.
+        adapter: PEFT-format adapter, or None.
+        adapter_name: Its name in the export, or None.
+        task: Task, or None.
+        image_size: The size of images, or None.
+
+    Returns:
+        The name of the base.
+
+    Raises:
+        GraloraError: Something is missing, or does not go with the rest; nothing was written.
+    """
+    check_output(output)
+    if options.dump is not None:
+        check_folder(options.dump)
+    if adapter_name is not None and adapter is None:
+        raise ConfigError(f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out")
+    if adapter is None:
+        options.check_model(methods={}, task=task)
+    fields = None if adapter is None else config_fields(adapter)[0]  # once: of a hub id, each time is a look-up
+    known = requested_task((fields or {}).get("task_type"), task, with_cache=True)
+    if known is not None and not options.overwrite:
+        check_replaced(output, task=known)
+    base = check_base(model, adapter, task, fields)
+    if not options.overwrite:
+        check_base_replaced(output, BaseSource(base))
+    methods = {} if fields is None else {str(adapter): method_described(fields, str(adapter))}
+    options.check_model(methods=methods, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))
+    if image_size is not None and known not in (None, _IMAGES):
+        raise ConfigError(f"--image-size is for {_IMAGES}, and the task is {known}; leave it out")
+    _check_apart(output, (base, adapter))
+    return base
+
+
+def check_base(model: str | None, adapter: str | None, task: str | None, fields: Mapping[str, object] | None) -> str:
+    """The name of the base.
+
+    Raises:
+        GraloraError: Neither names a base, one of both is not there, or the adapter is for another task.
+    """
+    if adapter is not None and fields is not None:
+        check_adapter_task(str(fields.get("task_type")), task, adapter)
+    base = base_name(model, adapter, fields)
+    check_model_files(base, TraceError, named_by=None if model else adapter)
+    return base
+
+
+def _is_pair(base: str) -> bool:
+    """Whether a base is an encoder-decoder that is exported with its cache where no task is named."""
+    directory = local_directory(base, TraceError)
+    if directory is None:
+        return False
+    fields = read_json_object(directory / "config.json", TraceError)
+    return bool(fields.get("is_encoder_decoder")) and "ForConditionalGeneration" in str(fields.get("architectures"))
+
+
+def _check_apart(output: Path, sources: Iterable[str | None]) -> None:
+    """Check that what is read does not lie where the output is replaced.
+
+    Raises:
+        ExportError: It does.
+    """
+    target = output.resolve()
+    for source in filter(None, sources):
+        directory = local_directory(source, ExportError)
+        if directory is not None and (found := directory.resolve()) and (found == target or target in found.parents):
+            raise ExportError(
+                f"{source} lies within the output {output}, which is replaced whole; give another output directory"
+            )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gralora_fx.cli import main
-from gralora_fx.cli.request import check_request
+from gralora_fx.cli.export import check_request
 from gralora_fx.config import adapter_config
 from gralora_fx.exporters.options import ExportOptions
 
