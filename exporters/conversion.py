@@ -60,14 +60,16 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
         options: The options of the export.
 
     Raises:
-        ExportError: The model is of another type or the options do not fit it, an adapter cannot be data, or graphs
-            cannot be dumped.
+        ExportError: The model is of another type, the options do not fit it, it is to be compared and cannot be run,
+            an adapter cannot be data, or graphs cannot be dumped.
         MergeError: An adapter cannot be folded.
     """
     if isinstance(model, (TracedModel, GraloraModel)):
         configs = model.configs if isinstance(model, GraloraModel) else {}
         methods = {name: method_of(config) for name, config in configs.items()}
         options.check_model(methods=methods, task=base_trace(model).task)
+        if options.level is not None:
+            check_runnable(model)
     log = export_log(options.dump)
     if options.adapters == "merged" or not isinstance(model, GraloraModel):
         return Conversion(model, fold_adapters(model), options, log)
@@ -93,3 +95,20 @@ def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
 def base_trace(model: TracedModel | GraloraModel) -> TracedModel:
     """The trace of the base model, without adapters."""
     return model.traced if isinstance(model, GraloraModel) else model
+
+
+def check_runnable(model: TracedModel | GraloraModel) -> None:
+    """Check that a model is a traced or rewritten one whose weights are in memory.
+
+    Raises:
+        ExportError: It is not.
+    """
+    if not isinstance(model, (TracedModel, GraloraModel)):
+        raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
+    traced = base_trace(model)
+    missing = next((name for name, parameter in traced.tree.parameters.items() if parameter.is_meta), None)
+    if missing is not None:
+        raise ExportError(
+            f"{missing} has no values in memory, so there is nothing to compare with; export a streamed model with "
+            "verify=False, and compare the export with the model loaded whole (verify_onnx)"
+        )

@@ -30,7 +30,6 @@ from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, attention_report
 from gralora_fx.exporters.verification.measure_quality import measure_quality
-from gralora_fx.exporters.verification.same_model import check_runnable
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import gc_pause, timed
@@ -120,8 +119,6 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         flavour = flavour_of(conversion.traced)
         check_exportable(conversion.traced, verify=options.level is not None)
         flavour.check(options)
-        if options.level is not None:
-            check_runnable(model)
         if not options.overwrite:
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=fingerprint_of(model))
         warn_of_lost_adapters(output_dir, conversion.data_adapters)

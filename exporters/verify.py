@@ -12,7 +12,7 @@ import onnxruntime
 
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.conversion import base_trace
+from gralora_fx.exporters.conversion import base_trace, check_runnable
 from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
 from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
@@ -24,7 +24,7 @@ from gralora_fx.exporters.verification.integer_products import TOLERANCE as PROD
 from gralora_fx.exporters.verification.integer_products import compare_products
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.reference_models import evaluating
-from gralora_fx.exporters.verification.same_model import check_inputs, check_runnable, check_same_model
+from gralora_fx.exporters.verification.same_model import check_inputs, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
 from gralora_fx.exporters.verification.variants import Variant, variants
 from gralora_fx.model.gralora_model import GraloraModel

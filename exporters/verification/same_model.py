@@ -21,26 +21,9 @@ from gralora_fx.methods import method_described, method_of
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.merge import merge_lazily
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest
-from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
+from gralora_fx.tracing.traced_model import TracedModel
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def check_runnable(model: TracedModel | GraloraModel) -> None:
-    """Check that a model is a traced or rewritten one whose weights are in memory.
-
-    Raises:
-        ExportError: It is not.
-    """
-    if not isinstance(model, (TracedModel, GraloraModel)):
-        raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
-    traced = base_trace(model)
-    missing = next((name for name, parameter in traced.tree.parameters.items() if parameter.is_meta), None)
-    if missing is not None:
-        raise ExportError(
-            f"{missing} has no values in memory, so there is nothing to compare with; export a streamed model with "
-            "verify=False, and compare the export with the model loaded whole (verify_onnx)"
-        )
 
 
 def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedModel | GraloraModel) -> None:
