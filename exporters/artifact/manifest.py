@@ -139,7 +139,7 @@ def fingerprint_of(model: TracedModel | GraloraModel) -> str:
     """
     if isinstance(model, TracedModel):
         return base_fingerprint(model.tree.parameters)
-    copies = [model.installed(name).copies for name in model.active_adapters]
+    copies = [model.adapter(name).copies for name in model.active_adapters]
     replaced = {base for owners in copies for owned in owners.values() for base in owned}
     parameters = model.traced.tree.parameters
     return base_fingerprint({name: value for name, value in parameters.items() if name not in replaced})

@@ -11,14 +11,16 @@ import typer
 from rich.console import Console
 
 import gralora_fx.cli.options as opt
-from gralora_fx.cli.export import export
+from gralora_fx.cli.export import check_base, export
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.help import Command
 from gralora_fx.cli.serve import serve
 from gralora_fx.cli.values import export_directory, read_adapters
 from gralora_fx.cli.verify import verify
 from gralora_fx.cli.wording import notes
+from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.checks import check_integer
+from gralora_fx.exporters.artifact.staging import check_file
 from gralora_fx.progress.console import Heartbeat, StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
 
@@ -53,7 +55,9 @@ def inspect(
     strict_base: opt.StrictBase = False,
 ) -> None:
     """Trace a model and print its linear call sites, or what an adapter does at each of them."""
-    check_inspection(model, adapter, task, (html, svg))
+    check_base(model, adapter, task, None if adapter is None else config_fields(adapter)[0])
+    for path in filter(None, (html, svg)):
+        check_file(path)
     from gralora_fx.graph.sites import site_table
     from gralora_fx.loading.bases import load_base, trace_base
     from gralora_fx.model.gralora_model import GraloraModel

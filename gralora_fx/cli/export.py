@@ -14,9 +14,8 @@ from gralora_fx.cli.declared import Declared, takes
 from gralora_fx.cli.values import graph_name, read_image_size, read_texts, utf8
 from gralora_fx.cli.wording import notes
 from gralora_fx.config.adapter_config import config_fields
-from gralora_fx.config.adapter_tasks import check_adapter_task, requested_task
 from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
-from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.config.tasks import ENCODER_DECODERS, check_adapter_task, requested_task
 from gralora_fx.errors import ConfigError, ExportError, TraceError
 from gralora_fx.exporters.artifact.staging import (
     check_base_replaced,
