@@ -168,8 +168,8 @@ class LoraConfig(AdapterConfig):
         """
         if fields.get("use_dora"):
             raise ConfigError(
-                f"{origin}: use_dora={shown(fields['use_dora'])} is DoRA, which also trains the magnitude of each row "
-                "of the weights; read it with gralora_fx.DoraConfig"
+                f"{origin}: it is a DoRA adapter (use_dora), which also trains the magnitude of each row of the "
+                "weights; read it with gralora_fx.DoraConfig"
             )
         forms = [f"{name}={shown(fields[name])} ({what})" for name, what in _OTHER_FORMS.items() if fields.get(name)]
         if forms:

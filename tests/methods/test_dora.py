@@ -215,7 +215,7 @@ def test_configurations_are_pefts(tmp_path: Path) -> None:
 
 def test_each_of_both_configurations_names_the_other() -> None:
     fields = {"peft_type": "LORA", "use_dora": True}
-    with pytest.raises(ConfigError, match=r"use_dora=True is DoRA, .*; read it with gralora_fx.DoraConfig"):
+    with pytest.raises(ConfigError, match=r"it is a DoRA adapter \(use_dora\), .*; read it with gralora_fx.DoraConfig"):
         LoraConfig.from_fields(fields, "a file")
     with pytest.raises(ConfigError, match="a file: use_dora must be True, but got False; take LoraConfig"):
         DoraConfig.from_fields({"peft_type": "LORA"}, "a file")
