@@ -112,7 +112,7 @@ def generate(
         with StageProgress():
             with timed("import"):
                 from gralora_fx.serving import load
-                from gralora_fx.serving.adapter_folder import as_data
+                from gralora_fx.serving.open_export import adapter_as_data
             with timed("open"):
                 model = load(path, threads=threads)
                 has_template = getattr(model.tokenizer, "chat_template", None) is not None
@@ -120,7 +120,7 @@ def generate(
                     raise ConfigError(f"the tokenizer of {path} has no chat template; leave --chat out")
                 if name is not None and source is not None:
                     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gralora-fx-"))
-                    model.load_adapter(name, as_data(source, path, Path(folder), name))
+                    model.load_adapter(name, adapter_as_data(source, path, Path(folder), name))
             given: Any = [{"role": "user", "content": text}] if chat else text
             with timed("read the prompt"):
                 if data is not None:

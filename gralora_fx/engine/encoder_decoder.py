@@ -119,7 +119,7 @@ class EncoderDecoder(Decoder):
         hidden = self._encodings.get(source, adapter, loaded, lambda: _encoded(session.encoder, source))
         fixed = {"encoder_hidden_states": hidden}
         if "attention_mask" in source:
-            mask = np.ascontiguousarray(source["attention_mask"])
+            mask = np.array(source["attention_mask"], order="C")  # the caller's own may change between steps
             fixed["encoder_attention_mask"] = OrtValue.ortvalue_from_numpy(mask)
         outputs = [value.name for value in session.decoder.get_outputs()]
         self._open[row] = _Row(session.decoder, fixed, empty_values(session.decoder, 1), outputs)

@@ -207,6 +207,25 @@ class OpenExport:
             raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
 
 
+def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Path:
+    """An adapter as data of an export: the file itself, or one made of a directory that PEFT saved.
+
+    Args:
+        source: The file or the directory (see `adapter_path`).
+        onnx_dir: The export, which takes adapters as data.
+        folder: Where a file is made.
+        name: The adapter's name.
+
+    Raises:
+        GraloraError: It cannot be converted (see `export_adapter`).
+    """
+    if not source.is_dir():
+        return source
+    from gralora_fx.exporters.adapter import convert_adapter  # serving needs no exporter otherwise
+
+    return convert_adapter(source, onnx_dir, folder, name)
+
+
 def _no_generation(export: OpenExport) -> Generation:
     """A model without a cache has one run a call."""
     raise ServingError(

@@ -13,8 +13,8 @@ from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import GraloraError, ServingError, shown, warn_caller
 from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_takes_adapters
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.serving.adapter_folder import as_data
 from gralora_fx.serving.http.engines import Engine
+from gralora_fx.serving.open_export import adapter_as_data
 
 
 def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, may_replace: bool) -> None:
@@ -84,7 +84,7 @@ def _file(name: str, path: Path, settings: ServiceSettings, folder: Path) -> Pat
     """
     check_name(name, ServingError)
     check_takes_adapters(read_manifest(settings.directory, ServingError), settings.base_name, ServingError)
-    return as_data(adapter_path(path, ServingError), settings.directory, folder, name)
+    return adapter_as_data(adapter_path(path, ServingError), settings.directory, folder, name)
 
 
 @contextmanager

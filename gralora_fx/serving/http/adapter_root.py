@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown
 from gralora_fx.runtime.adapter_paths import check_adapter_kind, record_path
-from gralora_fx.serving.adapter_folder import as_data
+from gralora_fx.serving.open_export import adapter_as_data
 from gralora_fx.sources.paths import usable_path
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
@@ -86,7 +86,7 @@ class AdapterRoot:
                 self._copy_all([path, record_path(path)], [copy, record_path(copy)])
         except OSError as error:
             raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
-        return as_data(copy, onnx_dir, copy, name)
+        return adapter_as_data(copy, onnx_dir, copy, name)
 
     def _within(self, text: str) -> Path:
         """A path below the root by its letters alone."""
