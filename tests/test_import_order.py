@@ -76,7 +76,6 @@ SAME_NAMES = {
 OPEN_NAMES = {
     ("adapters.adapter", "exporters.adapter"),
     ("adapters.adapter_files", "exporters.artifact.adapter_files", "model.adapter_files"),
-    ("config.checks", "planning.checks"),
 }
 OPEN_FILES = {"model.gralora_model"}
 PROTOCOLS = "serving.http"  # each folder in it is a protocol, whose files are named alike
