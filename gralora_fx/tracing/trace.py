@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,26 +80,24 @@ def trace(
         )
     if not isinstance(model, nn.Module):
         raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
-    with ExitStack() as patches:
-        if sentence is not None:
-            patches.enter_context(followed_by(model, sentence))
-        originals = patches.enter_context(placeholder_parameters(model))
-        first = first_draft(
-            model,
-            arguments,
-            task=task,
-            dynamic=dynamic,
-            sentence=sentence,
-            image_size=image_size,
-            has_values=not originals,
-        )
-        patches.enter_context(gc_pause())
-        patches.enter_context(called_as(first))
-        draft = trace_images(first, trace_both_modes) if first.has_images else trace_both_modes(first)
-        draft = with_call_signature(draft)
-        if originals:
-            restore_parameters(draft.graph_module, originals)
-    return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
+    with followed_by(model, sentence) if sentence is not None else nullcontext():
+        with placeholder_parameters(model) as originals, gc_pause():
+            first = first_draft(
+                model,
+                arguments,
+                task=task,
+                dynamic=dynamic,
+                sentence=sentence,
+                image_size=image_size,
+                has_values=not originals,
+            )
+            with called_as(first):
+                draft = trace_images(first, trace_both_modes) if first.has_images else trace_both_modes(first)
+                draft = with_call_signature(draft)
+            if originals:
+                restore_parameters(draft.graph_module, originals)
+        # the modules of a sentence encoder are still among the model's
+        return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
 
 
 def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> TracedModel:
