@@ -44,6 +44,7 @@ class AdapterConfig(ABC):
         PATTERN_OF: Such a field by the one that it overrides.
         SIZE_FIELDS: Fields without which an adapter's tensors have no meaning: sizes and scale.
         BEYOND_PEFT: Fields that PEFT does not have; they are saved only where they are used.
+        SAVED_IF_USED: Other fields that are saved only where they are used.
         DROPOUT, ALPHA: Names of the fields for the dropout and for the numerator of the scale.
     """
 
@@ -55,6 +56,7 @@ class AdapterConfig(ABC):
     PATTERN_OF: ClassVar[Mapping[str, str]]
     SIZE_FIELDS: ClassVar[tuple[str, ...]]
     BEYOND_PEFT: ClassVar[tuple[str, ...]] = ()
+    SAVED_IF_USED: ClassVar[tuple[str, ...]] = ()
     DROPOUT: ClassVar[str]
     ALPHA: ClassVar[str]
 
@@ -189,7 +191,8 @@ class AdapterConfig(ABC):
     def to_json(self) -> str:
         """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}  # type: ignore[arg-type]
-        fields = {name: value for name, value in values.items() if value or name not in self.BEYOND_PEFT}
+        optional = {*self.BEYOND_PEFT, *self.SAVED_IF_USED}
+        fields = {name: value for name, value in values.items() if value or name not in optional}
         fields["peft_type"] = self.peft_type
         for name in ("target_modules", "exclude_modules"):
             if isinstance(fields.get(name), set):

@@ -24,7 +24,7 @@ _LORA = Lora()
 
 
 @dataclass(frozen=True)
-class DoraConfig(LoraConfig):
+class DoraConfig(LoraConfig, asked_for_by="use_dora"):
     """A DoRA adapter: a LoRA adapter that trains the norms of the rows of the weights too.
 
     An adapter of a layer with `in` inputs and `out` outputs has `A [r, in]`, `B [out, r]` and a magnitude `[out]`. The
@@ -56,12 +56,6 @@ class DoraConfig(LoraConfig):
     def describes(cls, fields: Mapping[str, Any]) -> bool:
         """Whether the fields of a file are those of a DoRA adapter."""
         return super().describes(fields) and bool(fields.get("use_dora"))
-
-    @classmethod
-    def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-        """The fields without those that do not concern a saved adapter, as of LoRA."""
-        others = {name: value for name, value in fields.items() if name != "use_dora"}
-        return {**super().translate(others, origin), "use_dora": bool(fields.get("use_dora"))}
 
 
 class DoraFactors(NamedTuple):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
@@ -85,6 +85,7 @@ class LoraConfig(AdapterConfig):
         base_model_name_or_path: The model that the adapter belongs to.
         revision: Revision of that model.
         inference_mode: Whether the adapter was saved for inference.
+        use_dora: Whether the norms of the weights' rows train too: `LoraConfig(use_dora=True)` is a `DoraConfig`.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.
@@ -112,6 +113,7 @@ class LoraConfig(AdapterConfig):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    use_dora: bool = False
 
     PEFT_TYPE = "LORA"
     TITLE = "LoRA"
@@ -124,6 +126,19 @@ class LoraConfig(AdapterConfig):
     PATTERN_OF: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     SIZE_FIELDS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
     DROPOUT, ALPHA = "lora_dropout", "lora_alpha"
+    SAVED_IF_USED = ("use_dora",)
+    _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that asks for one
+
+    def __init_subclass__(cls, asked_for_by: str | None = None, **kwargs: Any) -> None:
+        """Make a form of LoRA known by the field that asks for it."""
+        super().__init_subclass__(**kwargs)
+        if asked_for_by is not None:
+            LoraConfig._FORMS[asked_for_by] = cls
+
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        """An object of the form that the fields ask for, since PEFT has one class for all forms."""
+        form = next((form for name, form in cls._FORMS.items() if fields.get(name) is True), cls)
+        return super().__new__(form if issubclass(form, cls) else cls)
 
     @property
     def scale(self) -> float:
@@ -149,6 +164,11 @@ class LoraConfig(AdapterConfig):
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         check_flag("use_rslora", self.use_rslora)
+        for name, form in self._FORMS.items():
+            if not isinstance(self, form) and getattr(self, name) is not False:
+                raise ConfigError(
+                    f"{name} must be True, given by its name, or False, but got {shown(getattr(self, name))}"
+                )
         if not any(self.init_lora_weights is value or self.init_lora_weights == "gaussian" for value in _INITIAL):
             raise ConfigError(
                 f"init_lora_weights must be True, False or 'gaussian', but got {shown(self.init_lora_weights)}; "
@@ -166,18 +186,13 @@ class LoraConfig(AdapterConfig):
         Raises:
             ConfigError: A field asks for another form of LoRA.
         """
-        if fields.get("use_dora"):
-            raise ConfigError(
-                f"{origin}: it is a DoRA adapter (use_dora), which also trains the magnitude of each row of the "
-                "weights; read it with gralora_fx.DoraConfig"
-            )
         forms = [f"{name}={shown(fields[name])} ({what})" for name, what in _OTHER_FORMS.items() if fields.get(name)]
         if forms:
             raise ConfigError(
                 f"{origin}: {', '.join(forms)} is not supported, only plain LoRA, rsLoRA and DoRA are; merge the "
                 "adapter with PEFT (merge_and_unload) and use the merged model, or train without it"
             )
-        kept = {name: v for name, v in fields.items() if name not in (*_OTHER_FORMS, *_WITHOUT_EFFECT, "use_dora")}
+        kept = {name: v for name, v in fields.items() if name not in (*_OTHER_FORMS, *_WITHOUT_EFFECT)}
         kept |= {name: {} for name in cls.PATTERNS if kept.get(name, {}) is None}
         initial = kept.get("init_lora_weights", True)
         if isinstance(initial, str):
@@ -194,7 +209,7 @@ class LoraConfig(AdapterConfig):
                 kept["init_lora_weights"] = True
             elif initial.lower() == "gaussian":
                 kept["init_lora_weights"] = "gaussian"
-        return kept
+        return {**kept, "use_dora": bool(kept.get("use_dora"))}
 
 
 class LoraSizes(NamedTuple):

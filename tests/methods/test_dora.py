@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -204,19 +206,27 @@ def test_a_weighted_sum_is_refused() -> None:
 def test_configurations_are_pefts(tmp_path: Path) -> None:
     theirs = peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, use_dora=True, target_modules=BOTH)
     ours = DoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=BOTH)
-    assert config_from_peft(theirs) == DoraConfig.from_peft(theirs) == ours
+    assert config_from_peft(theirs) == DoraConfig.from_peft(theirs) == LoraConfig.from_peft(theirs) == ours
+    assert LoraConfig(r=4, lora_alpha=3, use_rslora=True, use_dora=True, target_modules=BOTH) == ours
     ours.save_pretrained(tmp_path)
     again = peft.PeftConfig.from_pretrained(str(tmp_path))
     assert (again.use_dora, again.r, again.use_rslora) == (True, 4, True)
     assert read_config(tmp_path) == ours
     assert method_of(ours).config is DoraConfig
     assert method_of(LoraConfig()).config is LoraConfig
+    assert type(LoraConfig(use_dora=False)) is LoraConfig
 
 
-def test_each_of_both_configurations_names_the_other() -> None:
+def test_copies_of_a_configuration_keep_its_method() -> None:
+    ours = LoraConfig(r=4, use_dora=True)
+    again = (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), dataclasses.replace(LoraConfig(r=4), use_dora=True))
+    assert [(type(config), config) for config in again] == [(DoraConfig, ours)] * 3
+
+
+def test_what_no_configuration_of_dora_is() -> None:
     fields = {"peft_type": "LORA", "use_dora": True}
-    with pytest.raises(ConfigError, match=r"it is a DoRA adapter \(use_dora\), .*; read it with gralora_fx.DoraConfig"):
-        LoraConfig.from_fields(fields, "a file")
+    with pytest.raises(ConfigError, match="use_dora must be True, given by its name, or False, but got 1"):
+        LoraConfig(use_dora=1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="a file: use_dora must be True, but got False; take LoraConfig"):
         DoraConfig.from_fields({"peft_type": "LORA"}, "a file")
     with pytest.raises(ConfigError, match=r"lora_bias=True .* is not supported, only plain LoRA, rsLoRA and DoRA are"):
