@@ -48,7 +48,8 @@ def problems(place: str, value: Any) -> Iterator[str]:
     if not value.__doc__ or value.__doc__.startswith(f"{value.__name__}("):  # what a dataclass writes by itself
         yield f"{place} has no docstring"
         return
-    described = {name for title in ("Args", "Attributes") for name in _entries(value.__doc__, title)}
+    texts = [base.__doc__ or "" for base in value.__mro__ if dataclasses.is_dataclass(base)] or [value.__doc__]
+    described = {name for text in texts for title in ("Args", "Attributes") for name in _entries(text, title)}
     fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     for name in fields:
         if not name.startswith("_") and name not in described:

@@ -54,7 +54,11 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
 
     @classmethod
     def describes(cls, fields: Mapping[str, Any]) -> bool:
-        """Whether the fields of a file are those of a DoRA adapter."""
+        """Whether the fields of a file are those of a DoRA adapter.
+
+        Args:
+            fields: The fields.
+        """
         return super().describes(fields) and bool(fields.get("use_dora"))
 
 
