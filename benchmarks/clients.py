@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.harness import Claim, Report, Table, progress
 from benchmarks.http_clients import Load, ask, served
-from gralora_fx.demo.news import load_news
+from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.demo.news import load_news
+from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions, Quantization

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gralora_fx.exporters.adapter import export_adapter
+    from gralora_fx.exporters.adapter_export import export_adapter
     from gralora_fx.exporters.checkpoint_merge import MergeReport, merge_checkpoint
     from gralora_fx.exporters.lora_form import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
@@ -38,7 +38,7 @@ _HOMES = {
     "MergeReport": "checkpoint_merge",
     "TritonReport": "triton",
     "VerifyReport": "reports",
-    "export_adapter": "adapter",
+    "export_adapter": "adapter_export",
     "export_onnx": "onnx",
     "export_triton": "triton",
     "fold_onnx": "onnx_fold",

@@ -10,13 +10,12 @@ from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.config.tasks import task_of
 from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
-from gralora_fx.exporters.merged_files.model_names import names_in_files, names_of
-from gralora_fx.exporters.merged_files.other_files import CONFIG_FILE, edited_config, files_to_copy, write_other_files
-from gralora_fx.exporters.merged_files.tensor_changes import find_changes
+from gralora_fx.exporters.folding.checkpoint_changes import find_changes
+from gralora_fx.exporters.folding.checkpoint_files import CONFIG_FILE, edited_config, files_to_copy, write_other_files
+from gralora_fx.exporters.folding.checkpoint_names import names_in_files, names_of
 from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.stages import timed
-from gralora_fx.sources.hub import resolve_directory
-from gralora_fx.sources.model_files import check_model_files
+from gralora_fx.sources.model_files import check_model_files, resolve_directory
 from gralora_fx.sources.rewriting import write_files
 from gralora_fx.sources.safetensors_files import read_weights
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases

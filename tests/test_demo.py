@@ -11,7 +11,7 @@ import pytest
 
 from gralora_fx.demo import news as news_module
 from gralora_fx.demo import run as run_demo
-from gralora_fx.demo.news import load_news
+from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.progress import console
 from gralora_fx.serving import load
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from gralora_fx.adapters.checkpoint import saved_config
-from gralora_fx.exporters.artifact.adapter_files import Changes, write_adapter
 from gralora_fx.exporters.artifact.base_parameters import BaseParameters
+from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapter
 from gralora_fx.methods.arrays import to_numpy
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import Manifest

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.artifact.adapter_files import Changes
+from gralora_fx.exporters.artifact.exported_adapters import Changes
 from gralora_fx.exporters.folding.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.folding.replaced_parameters import named_values
 from gralora_fx.exporters.folding.requantize import dequantized

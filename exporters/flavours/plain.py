@@ -16,8 +16,7 @@ from onnx_ir.passes.common import (
 )
 from torch import Tensor, fx
 
-from gralora_fx.compat import pytree
-from gralora_fx.compat.torch_graphs import tree_info
+from gralora_fx.compat.torch_graphs import tree_info, tree_map, tree_unflatten
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.errors import listed
 from gralora_fx.exporters.conversion import Conversion
@@ -137,7 +136,7 @@ def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, li
     info = tree_info(graph)
     results: Any = output.args[0]
     if info is not None:
-        results = pytree.tree_unflatten(results, info.out_spec)
+        results = tree_unflatten(results, info.out_spec)
     nodes: dict[int, fx.Node] = {}
 
     def token(value: Any) -> Any:
@@ -149,7 +148,7 @@ def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, li
         return placeholder
 
     tokens: list[Tensor] = []
-    named_tokens = leaf_names(pytree.tree_map(token, results))
+    named_tokens = leaf_names(tree_map(token, results))
     output.args = (tuple(nodes[id(tensor)] for tensor in named_tokens.values()),)
     for node in graph.find_nodes(op="placeholder"):
         if not node.users and not isinstance(node.meta.get("val"), Tensor):

@@ -1,1 +1,1 @@
-"""Folding of adapters into the weights of exported ONNX files, without a model: where weights lie, and their bytes."""
+"""Folding of adapters into weight files, without a model: those of an export, and a checkpoint's safetensors files."""

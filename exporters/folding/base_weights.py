@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import CheckpointError, MergeError, TraceError
 from gralora_fx.exporters.folding.initializers import ProductWeight, dtype_of, read_rows, rows_and_columns
-from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.model_files import resolve_directory
 from gralora_fx.sources.safetensors_files import read_weights
 from gralora_fx.sources.same_base import read_config_fields
 

@@ -12,8 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.compat.pytree import tree_map
-from gralora_fx.compat.torch_graphs import OpOverload, base_name
+from gralora_fx.compat.torch_graphs import OpOverload, base_name, tree_map
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.graph.overlay import map_parameters

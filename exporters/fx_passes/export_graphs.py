@@ -10,8 +10,7 @@ import torch
 from torch import fx
 from transformers import EncoderDecoderCache
 
-from gralora_fx.compat import pytree
-from gralora_fx.compat.torch_graphs import tree_info
+from gralora_fx.compat.torch_graphs import tree_info, tree_unflatten
 from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.graph.surgery import copy_graph
@@ -120,7 +119,7 @@ def split(graph_module: fx.GraphModule) -> SplitGraph:
     graph = graph_module.graph
     results: Any = graph.output_node().args[0]
     spec = tree_info(graph).out_spec
-    outputs = pytree.tree_unflatten(results, spec)
+    outputs = tree_unflatten(results, spec)
     hidden, cache = outputs.get("encoder_last_hidden_state"), returned_cache(outputs)
     if not isinstance(hidden, fx.Node) or not isinstance(cache, EncoderDecoderCache):
         raise ExportError("the trace gives no encoder_last_hidden_state with a cache; trace it with a -with-past task")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import Cache
 
-from gralora_fx.compat.pytree import tree_map, tree_map_only
-from gralora_fx.compat.torch_graphs import TorchDispatchMode, returns_alias
+from gralora_fx.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.exporters.reports import RoundingCheck

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_fx.compat.pytree import KeyPath, tree_map_with_path
+from gralora_fx.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verification.cases import Case, TokenResult, TokenRun

@@ -21,7 +21,7 @@ from gralora_fx.errors import CheckpointError, shown
 from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.methods.arrays import Array, to_numpy
 from gralora_fx.sources.atomic_save import Writer, read_together
-from gralora_fx.sources.hub import resolve_directory
+from gralora_fx.sources.model_files import resolve_directory
 from gralora_fx.sources.safetensors_files import Layout, read_layout
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What torch has no public name for in graphs: kinds of operators, fake tensors, calling conventions, autocast."""
+"""What torch has no public name for: operators, fake tensors, calling conventions, autocast, nested inputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,34 @@ with fenced("torch"):
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses import FakeTensor
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import (
+        SUPPORTED_NODES,
+        GetAttrKey,
+        KeyPath,
+        MappingKey,
+        SequenceKey,
+        TreeSpec,
+        tree_flatten_with_path,
+        tree_leaves,
+        tree_map,
+        tree_map_only,
+        tree_map_with_path,
+        tree_unflatten,
+        treespec_leaf,
+    )
 
 __all__ = [
+    "SUPPORTED_NODES",
     "FakeTensor",
+    "GetAttrKey",
     "HigherOrderOperator",
+    "KeyPath",
+    "MappingKey",
     "OpOverload",
     "OpOverloadPacket",
+    "SequenceKey",
     "TorchDispatchMode",
+    "TreeSpec",
     "base_name",
     "code_transformer",
     "convention_of",
@@ -31,7 +52,14 @@ __all__ = [
     "returns_alias",
     "schema_of",
     "set_convention",
+    "tree_flatten_with_path",
     "tree_info",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_map_with_path",
+    "tree_unflatten",
+    "treespec_leaf",
 ]
 
 

@@ -15,8 +15,7 @@ from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, 
 from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, peft_fields, read_fields, warn_of_unknown
 from gralora_fx.errors import ConfigError, shown, warn_caller
 from gralora_fx.sources.atomic_save import read_together, save_together
-from gralora_fx.sources.hub import resolve_directory
-from gralora_fx.sources.model_files import ADAPTER_FILE
+from gralora_fx.sources.model_files import ADAPTER_FILE, resolve_directory
 
 CONFIG_NAME = ADAPTER_FILE
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gralora_fx.config import GraloraConfig
-from gralora_fx.demo.classifier import accuracy, logits_of, train
-from gralora_fx.demo.news import load_news, package_folder
+from gralora_fx.demo.news_classifier import accuracy, load_news, logits_of, package_folder, train
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.artifact.staging import check_output

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.graph.weight_views import Origin, origin_of
 
 _aten = torch.ops.aten

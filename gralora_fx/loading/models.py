@@ -14,8 +14,7 @@ from gralora_fx.errors import GraloraError, TraceError, first_line
 from gralora_fx.loading.load_report import LoadReport
 from gralora_fx.loading.model_classes import class_for, warn_of_another_head
 from gralora_fx.progress.stages import quiet
-from gralora_fx.sources.hub import resolve_directory
-from gralora_fx.sources.model_files import check_model_files
+from gralora_fx.sources.model_files import check_model_files, resolve_directory
 from gralora_fx.sources.safetensors_files import check_readable
 from gralora_fx.sources.streamed_models import attach_shards, empty_model
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK

@@ -19,10 +19,10 @@ from gralora_fx.adapters.checkpoint import load_tensors, settled_base
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite
-from gralora_fx.model.adapter_files import AdapterFiles
 from gralora_fx.model.inspection import Inspection
 from gralora_fx.model.merging import Merging
 from gralora_fx.model.model_class import class_for, do_nothing, is_on, refuse
+from gralora_fx.model.saved_adapters import AdapterFiles
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.as_transformers import TransformersView, view_of

@@ -221,7 +221,7 @@ def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Pa
     """
     if not source.is_dir():
         return source
-    from gralora_fx.exporters.adapter import convert_adapter  # serving needs no exporter otherwise
+    from gralora_fx.exporters.adapter_export import convert_adapter  # serving needs no exporter otherwise
 
     return convert_adapter(source, onnx_dir, folder, name)
 

@@ -1,4 +1,4 @@
-"""What a directory is by the files in it, and checks of a saved model's files other than its weights."""
+"""The directory of a model by its name, what a directory holds, and checks of files other than weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.errors import GraloraError
+from gralora_fx.errors import GraloraError, shown
 from gralora_fx.sources.paths import usable_path
 
 ADAPTER_FILE, MODEL_FILE, EXPORT_FILE = "adapter_config.json", "config.json", "gralora_export.json"
@@ -136,3 +136,41 @@ def check_json_objects(directory: Path, names: Sequence[str], error: type[Gralor
     for file in names:
         if (directory / file).is_file():
             read_json_object(directory / file, error)
+
+
+def resolve_directory(
+    name_or_path: str | Path,
+    error: type[GraloraError],
+    *,
+    revision: str | None = None,
+    patterns: Sequence[str] | None = None,
+) -> Path:
+    """The local directory for `name_or_path`, downloaded from the hub if it is a hub id.
+
+    Args:
+        name_or_path: A local directory, or a hub id such as `owner/name`.
+        error: The error type to raise.
+        revision: Revision of the hub repository.
+        patterns: Files to download, as glob patterns; None for all.
+
+    Raises:
+        GraloraError: Of the given type, when neither such a directory nor a reachable repository exists.
+    """
+    remedy = "give a directory or a hub id"
+    path, name = usable_path(name_or_path, error, remedy=remedy), str(name_or_path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise error(f"{path} is a file; give the directory that holds it")
+    if not name.isprintable():
+        raise error(f"{shown(name_or_path)} is not a usable path; {remedy}")
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise error(f"no directory {path}; give an existing directory or a hub id")
+    from huggingface_hub import snapshot_download  # the hub client is slow to import and seldom needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns and list(patterns)))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise error(f"no directory {name}, and no such repository can be reached on the hub ({reason})") from failure

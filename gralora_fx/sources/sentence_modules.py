@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import TraceError, shown, warn_caller
-from gralora_fx.sources.hub import resolve_directory
-from gralora_fx.sources.model_files import read_json, read_json_object
+from gralora_fx.sources.model_files import read_json, read_json_object, resolve_directory
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"

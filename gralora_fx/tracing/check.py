@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft

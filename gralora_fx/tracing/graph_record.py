@@ -17,13 +17,15 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from transformers import Cache
 
-from gralora_fx.compat import pytree
 from gralora_fx.compat.torch_graphs import (
+    SUPPORTED_NODES,
     HigherOrderOperator,
     OpOverload,
     OpOverloadPacket,
+    TreeSpec,
     convention_of,
     set_convention,
+    treespec_leaf,
 )
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.surgery import copy_graph
@@ -69,17 +71,17 @@ class _Spec:
     children: tuple[_Spec, ...]
 
     @classmethod
-    def of(cls, spec: pytree.TreeSpec) -> _Spec:
+    def of(cls, spec: TreeSpec) -> _Spec:
         if spec.is_leaf():
             return cls(None, None, ())
         return cls(spec.type, spec.context, tuple(map(cls.of, spec.children())))
 
-    def spec(self) -> pytree.TreeSpec:
+    def spec(self) -> TreeSpec:
         if self.type is None:
-            return pytree.treespec_leaf()
-        if self.type not in pytree.SUPPORTED_NODES:
+            return treespec_leaf()
+        if self.type not in SUPPORTED_NODES:
             _register(self.type)
-        return pytree.TreeSpec(self.type, self.context, [child.spec() for child in self.children])
+        return TreeSpec(self.type, self.context, [child.spec() for child in self.children])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.tracing.check import difference, eager_failure
 from gralora_fx.tracing.draft import Axes, Captured, Draft

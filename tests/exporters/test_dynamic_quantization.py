@@ -24,7 +24,7 @@ from traces import fresh_trace
 from transformers import AutoModel
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.demo.news import package_folder
+from gralora_fx.demo.news_classifier import package_folder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
 from gralora_fx.exporters.onnx_passes.quantize_dynamic import LARGEST, dequantize_columns, quantize_columns

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.model.adapter_files import AdapterFiles
 from gralora_fx.model.inspection import Inspection
 from gralora_fx.model.merging import Merging
+from gralora_fx.model.saved_adapters import AdapterFiles
 from gralora_fx.model.switching import Switching
 from gralora_fx.tracing.as_transformers import TransformersView
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx import GraloraModel
-from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.graph.surgery import annotation_of
 
 

@@ -28,7 +28,7 @@ from tiny_models import tiny_model
 from gralora_fx import trace
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx, fold_onnx
-from gralora_fx.exporters.adapter import convert_adapter
+from gralora_fx.exporters.adapter_export import convert_adapter
 from gralora_fx.runtime.adapter_paths import record_path
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.manifest import read_manifest

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from gralora_fx.compat.pytree import tree_leaves
+from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.input_trees import has_tensor, leaf_paths

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from transformers import Cache
 
-from gralora_fx.compat.pytree import (
+from gralora_fx.compat.torch_graphs import (
     GetAttrKey,
     KeyPath,
     MappingKey,

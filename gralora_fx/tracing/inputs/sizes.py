@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from gralora_fx.compat.pytree import tree_leaves, tree_map, tree_map_only
+from gralora_fx.compat.torch_graphs import tree_leaves, tree_map, tree_map_only
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, decoder_step
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, IMAGES, ImageSize, check_image_size

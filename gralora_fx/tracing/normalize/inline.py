@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from gralora_fx.compat.pytree import tree_leaves
-from gralora_fx.compat.torch_graphs import tree_info
+from gralora_fx.compat.torch_graphs import tree_info, tree_leaves
 from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.graph.surgery import module_of

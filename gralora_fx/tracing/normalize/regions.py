@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from gralora_fx.compat import torch_graphs
-from gralora_fx.compat.pytree import tree_leaves
-from gralora_fx.compat.torch_graphs import code_transformer, convention_of
+from gralora_fx.compat.torch_graphs import code_transformer, convention_of, tree_leaves
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.module_tree import innermost_path
 from gralora_fx.graph.pipeline import PassResult, contract

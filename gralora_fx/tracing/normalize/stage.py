@@ -17,9 +17,10 @@ from gralora_fx.tracing.normalize.clean import (
     drop_guards,
     drop_unread_calls,
     drop_unread_writes,
+    padding_as_argument,
+    without_empty_blocks,
 )
 from gralora_fx.tracing.normalize.inline import inline_subgraphs
-from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
 from gralora_fx.tracing.normalize.modes import AnnotateModes, evaluate, find_rng_op, updated_buffers
 from gralora_fx.tracing.normalize.regions import drop_idle_grad_regions, leave_after_errors
 

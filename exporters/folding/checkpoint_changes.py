@@ -12,8 +12,8 @@ import numpy as np
 
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.exporters.folding.checkpoint_names import Names
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
-from gralora_fx.exporters.merged_files.model_names import Names
 from gralora_fx.sources.rewriting import bytes_of
 from gralora_fx.sources.safetensors_files import (
     FLOATS,

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gralora_fx.errors import CheckpointError
+from gralora_fx.exporters.folding.checkpoint_changes import TensorChanges
+from gralora_fx.exporters.folding.checkpoint_names import Names
 from gralora_fx.exporters.folding.edits import ValuesEdit
-from gralora_fx.exporters.merged_files.model_names import Names
-from gralora_fx.exporters.merged_files.tensor_changes import TensorChanges
 from gralora_fx.sources.model_files import read_json_object
 from gralora_fx.sources.safetensors_files import INDEX_NAME, NewShard, SavedWeights
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError
-from gralora_fx.exporters.artifact.adapter_files import Changes, write_adapter
+from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapter
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
 from gralora_fx.runtime.export_directory import ADAPTERS
 from gralora_fx.runtime.export_files import base_of_export, layers_of_export

@@ -1,1 +1,0 @@
-"""An adapter folded into the safetensors files of a model, one tensor at a time."""
