@@ -157,13 +157,14 @@ def fold_onnx(
     Raises:
         ConfigError: The adapter's configuration is missing or invalid.
         CheckpointError: The adapter's or the base's tensors are missing, damaged or do not fit their configuration,
-            or the adapter is of another base.
+            the adapter is of another base, or a file of weights changes while it is read.
         ExportError: `onnx_dir` holds no ONNX model or damaged files, or the output may not be written.
         MergeError: The adapter does not fit the export, a weight is shared or quantized, or a result is not finite.
     """
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         with timed("find", seconds):
+            check_output(output_dir)  # before anything is loaded
             source = open_export(onnx_dir)
             _check_apart(source, onnx_dir, output_dir)
             manifest = source.manifest
@@ -212,9 +213,9 @@ def _check_apart(source: SourceExport, onnx_dir: str | Path, output_dir: str | P
     """Check that the output is neither the source nor around or within it.
 
     Raises:
-        ExportError: It is, or may not be written.
+        ExportError: It is.
     """
-    output = Path(os.path.realpath(check_output(output_dir)))  # of loops, too
+    output = Path(os.path.realpath(output_dir))  # of loops, too
     directory = Path(os.path.realpath(source.directory))
     is_within = directory in output.parents and not source.is_lone_file  # beside a file there may be anything
     if output == directory or is_within or output in directory.parents:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gralora_fx.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ExportError
-from gralora_fx.methods import AdapterMethod
 from gralora_fx.runtime.adapter_inputs import AS_DATA, EARLIER_MODES
+
+if TYPE_CHECKING:
+    from gralora_fx.methods import AdapterMethod
 
 DYNAMIC = "int8-dynamic"
 LEVELS = ("quick", "full")

@@ -49,11 +49,7 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
         CheckpointError: The tensors are missing, a pickle, cannot be read, or are of other layers than
             `target_modules` names.
     """
-
-    def values_of(layout: Layout) -> dict[str, Tensor]:
-        return {key: tensor() for key, tensor in layout.tensors.items()}
-
-    path, config, tensors = read_files(directory, values_of, revision=revision)
+    path, config, tensors = read_files(directory, Layout.mapped, revision=revision)
     check_target_names(config, sites_of(tensors, config), path, trained=modules_of(tensors))
     return config, tensors
 

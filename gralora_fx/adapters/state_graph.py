@@ -193,6 +193,7 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
         Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
         set_mode(graph, state.training)
         _adopt(graph_module, base.tree)
+    graph.lint()
     graph_module.recompile()
     return StateGraph(state, graph_module, dtypes_of(state, adapters), _sources(state, graph_module, base, adapters))
 

@@ -125,6 +125,8 @@ class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
         """
         return self._state[adapter_name]
 
+    installed = adapter  # its earlier name
+
     @property
     def traced(self) -> TracedModel:
         """The base model as it was traced."""
@@ -214,7 +216,13 @@ class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
         for name in self.active_adapters:
             for copies in self.adapter(name).copies.values():
                 parameters |= copies
-        return view_of(self.traced, self.forward, parameters, labels=True)
+        return view_of(
+            self.traced,
+            self.forward,
+            parameters,
+            labels=True,
+            assign=functools.partial(setattr, self, "generation_config"),
+        )
 
     def get_base_model(self) -> TransformersView:
         """The model as a transformers model, adapters included, as in PEFT; `traced` is the base without them."""

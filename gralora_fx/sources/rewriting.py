@@ -261,6 +261,8 @@ def _hash_up_to(end: int, digest: Any, target: int, position: int) -> int:
     """Add what is written up to an offset to a digest; the result is that offset."""
     while position < end:
         data = os.pread(target, min(_HASHED, end - position), position)
+        if not data:
+            raise OSError("a new file has become shorter while it is written")
         digest.update(data)
         position += len(data)
     return position

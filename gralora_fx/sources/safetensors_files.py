@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+_UNREADABLE = (SafetensorError, OSError, RuntimeError)  # the last one from PyTorch, which opens a file again
 FLOATS: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -67,8 +68,8 @@ class StoredTensor(StoredBytes):
         try:
             with safe_open(self.file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(self.key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.file} cannot be read ({error}); copy or save the model again") from error
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{self.file} cannot be read ({error}); copy or save it again") from error
         return tensor
 
     def array(self) -> NDArray[Any]:
@@ -127,6 +128,18 @@ class Layout:
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     data: int
+
+    def mapped(self) -> dict[str, Tensor]:
+        """All values by key as tensors that are mapped from the file, which is opened once.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                return {key: opened.get_tensor(key) for key in self.tensors}
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{self.file} cannot be read ({error}); copy or save it again") from error
 
     @contextmanager
     def opened(self) -> Iterator[Layout]:

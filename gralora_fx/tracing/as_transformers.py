@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -32,6 +32,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         traced: The traced model.
         run: Runs the graph; called like the model.
         parameters: The parameters that `run` reads, by the names of the source model.
+        assign: Takes a generation configuration that is assigned to the view, for the model that it is a view of.
     """
 
     main_input_name = "input_ids"
@@ -39,12 +40,19 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     _is_stateful = False
     input_modalities = ("text",)
 
-    def __init__(self, traced: Traced, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        run: Callable[..., Any],
+        parameters: Mapping[str, nn.Parameter],
+        assign: Callable[[GenerationConfig], None] | None,
+    ) -> None:
         """View a traced model; use `view_of`."""
         super().__init__()
         self.traced = traced
         self.config = traced.config
-        self.generation_config = traced.generation_config
+        self._generation_config = traced.generation_config
+        self._assign = assign
         self.is_encoder_decoder = bool(getattr(traced.config, "is_encoder_decoder", False))
         self.main_input_name = main_input(traced)
         self._run = run
@@ -55,6 +63,17 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     def model(self) -> TransformersView:
         """The view itself, for users of PEFT's `base_model.model`."""
         return self
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The generation configuration; what is assigned to it is the model's from then on."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self._generation_config = value
+        if self._assign is not None:
+            self._assign(value)
 
     @property
     def loss_type(self) -> str | None:
@@ -198,7 +217,12 @@ class _Source(nn.Module):
 
 
 def view_of(
-    traced: Traced, run: Callable[..., Any], parameters: Mapping[str, nn.Parameter], *, labels: bool
+    traced: Traced,
+    run: Callable[..., Any],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    labels: bool,
+    assign: Callable[[GenerationConfig], None] | None = None,
 ) -> TransformersView:
     """A traced model as a transformers model.
 
@@ -207,13 +231,14 @@ def view_of(
         run: Runs the graph; called like the model.
         parameters: The parameters that `run` reads, by the names of the source model.
         labels: Whether `run` takes labels.
+        assign: Takes a generation configuration that is assigned to the view; None for a traced model, which is frozen.
     """
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
     if getattr(traced.config, "is_encoder_decoder", False):
         inputs.append("encoder_outputs")
     forward = with_signature(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
     cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
-    view: TransformersView = cls(traced, run, parameters)
+    view: TransformersView = cls(traced, run, parameters, assign)
     return view
 
 

@@ -50,6 +50,8 @@ def trace_ready_graph(
     signature = CallSignature(inputs=names, positional=names, optional=optional, has_form=is_exported)
     draft = Captured(graph_module, sample, signature, task=task, graph_module=graph_module)
     draft = run_passes(draft, (*CLEANING, restore_aten, inline_leaves, *INLINING, AnnotateModes()))
+    if exported_with is not None:  # what its graph does not read is left out
+        draft = dataclasses.replace(draft, model=draft.graph_module)
     if exported_with is not None:
         _check_distinct(draft.graph_module, *exported_with)
     fixed = fixed_axes(draft.graph_module.graph, sample) if is_exported else {}

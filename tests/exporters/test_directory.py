@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import multiprocessing
 import os
@@ -146,7 +147,7 @@ def test_an_export_of_another_model_is_replaced_only_when_asked(tmp_path: Path) 
     before = (path / "gralora_export.json").read_bytes()
     with pytest.raises(ExportError, match=r"holds an export of another base; give overwrite=True to"):
         export_onnx(big(4), path, verify=False)
-    small.task = "feature-extraction"
+    small = dataclasses.replace(small, task="feature-extraction")
     with pytest.raises(ExportError, match="holds an export for the task None, not feature-extraction; give over"):
         export_onnx(small, path, verify=False)
     assert (path / "gralora_export.json").read_bytes() == before
