@@ -216,13 +216,8 @@ class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
         for name in self.active_adapters:
             for copies in self.adapter(name).copies.values():
                 parameters |= copies
-        return view_of(
-            self.traced,
-            self.forward,
-            parameters,
-            labels=True,
-            assign=functools.partial(setattr, self, "generation_config"),
-        )
+        assign = functools.partial(setattr, self, "generation_config")
+        return view_of(self.traced, self.forward, parameters, labels=True, assign=assign)
 
     def get_base_model(self) -> TransformersView:
         """The model as a transformers model, adapters included, as in PEFT; `traced` is the base without them."""
