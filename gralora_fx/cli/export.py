@@ -25,7 +25,6 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.loading.adapter_facts import base_name
-from gralora_fx.methods import method_described
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.sources.model_files import check_model_files, local_directory, read_json_object
@@ -230,6 +229,8 @@ def check_request(
     base = check_base(model, adapter, task, fields)
     if not options.overwrite:
         check_base_replaced(output, BaseSource(base))
+    from gralora_fx.methods import method_described  # numpy comes with it
+
     methods = {} if fields is None else {str(adapter): method_described(fields, str(adapter))}
     options.check_model(methods=methods, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))
     if image_size is not None and known not in (None, _IMAGES):
