@@ -9,6 +9,7 @@ PEFT's `LoraConfig` has compute something else and are refused by name.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,8 @@ class LoraConfig(AdapterConfig):
         for name, form in self._FORMS.items():
             if not isinstance(self, form) and getattr(self, name) is not False:
                 raise ConfigError(
-                    f"{name} must be True, given by its name, or False, but got {shown(getattr(self, name))}"
+                    f"{name} must be False, or True in LoraConfig({name}=True) itself, but got "
+                    f"{shown(getattr(self, name))} in a {type(self).__name__}"
                 )
         if not any(self.init_lora_weights is value or self.init_lora_weights == "gaussian" for value in _INITIAL):
             raise ConfigError(
@@ -210,6 +212,9 @@ class LoraConfig(AdapterConfig):
             elif initial.lower() == "gaussian":
                 kept["init_lora_weights"] = "gaussian"
         return {**kept, "use_dora": bool(kept.get("use_dora"))}
+
+
+LoraConfig.__new__.__signature__ = inspect.signature(LoraConfig.__init__)  # type: ignore[attr-defined]  # for editors
 
 
 class LoraSizes(NamedTuple):

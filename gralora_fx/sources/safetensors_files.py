@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-_UNREADABLE = (SafetensorError, OSError, RuntimeError)  # the last one from PyTorch, which opens a file again
 FLOATS: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_LENGTH = 8  # bytes at the beginning of a file: the length of its header
-_METADATA = "__metadata__"
+_LENGTH, _METADATA = 8, "__metadata__"  # bytes of the length of a header, and its entry that is no tensor
 _EXPONENTS = {FLOATS["F16"]: np.uint16(0x7C00), FLOATS["BF16"]: np.uint16(0x7F80)}  # all set: infinite or no number
 
 
@@ -65,12 +63,7 @@ class StoredTensor(StoredBytes):
         Raises:
             CheckpointError: The file cannot be read.
         """
-        try:
-            with safe_open(self.file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(self.key)
-        except _UNREADABLE as error:
-            raise CheckpointError(f"{self.file} cannot be read ({error}); copy or save it again") from error
-        return tensor
+        return _mapped(self.file, [self.key])[self.key]
 
     def array(self) -> NDArray[Any]:
         """The values as a numpy array in memory of its own; of bfloat16 too.
@@ -101,6 +94,14 @@ class StoredTensor(StoredBytes):
     def is_finite(self) -> bool:
         """Whether all values of a float tensor are finite."""
         return all(extremes_are_finite(values) for values in self.blocks())
+
+
+def _mapped(file: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last one from PyTorch, which opens it again
+        raise CheckpointError(f"{file} cannot be read ({error}); copy or save it again") from error
 
 
 def extremes_are_finite(values: NDArray[Any]) -> bool:
@@ -135,11 +136,7 @@ class Layout:
         Raises:
             CheckpointError: The file cannot be read.
         """
-        try:
-            with safe_open(self.file, framework="pt") as opened:
-                return {key: opened.get_tensor(key) for key in self.tensors}
-        except _UNREADABLE as error:
-            raise CheckpointError(f"{self.file} cannot be read ({error}); copy or save it again") from error
+        return _mapped(self.file, self.tensors)
 
     @contextmanager
     def opened(self) -> Iterator[Layout]:
@@ -171,8 +168,8 @@ def read_layout(file: Path) -> Layout:
     metadata = fields.pop(_METADATA, None) or {}
     tensors = {}
     for key, entry in fields.items():
-        begin, end = entry["data_offsets"]
-        tensors[key] = StoredTensor(file, data + begin, data + end, key, entry["dtype"], tuple(entry["shape"]))
+        begin, end = (data + offset for offset in entry["data_offsets"])
+        tensors[key] = StoredTensor(file, begin, end, key, entry["dtype"], tuple(entry["shape"]))
     return Layout(file, tensors, metadata, data)
 
 
