@@ -302,3 +302,25 @@ def test_rows_of_one_key_run_together_and_a_wrong_one_fails_alone() -> None:
         jobs[6].result.result()
     with pytest.raises(StoppedError):
         batches.put([RowJob("x", 1, "late")])
+
+
+def test_jobs_are_counted_while_others_come_and_go() -> None:
+    jobs = RowBatches(lambda _: [], Recorder(), max_batch=4, max_queue=1_000_000)
+    stopped = threading.Event()
+    errors: list[Exception] = []
+
+    def count() -> None:
+        try:
+            while not stopped.is_set():
+                assert jobs.in_flight >= 0
+        except Exception as error:
+            errors.append(error)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    for _ in range(200):
+        jobs.put([RowJob("x", 1, None)] * 50)
+    stopped.set()
+    counter.join()
+    assert errors == []
+    assert jobs.in_flight == 10_000

@@ -126,7 +126,8 @@ class JobQueue(ABC, Generic[_Job]):
     @property
     def in_flight(self) -> int:
         """How many rows of jobs run or wait, with those that were given up and not removed yet."""
-        return sum(job.rows for job in self._waiting) + self.running
+        with self._condition:  # a caller may hold it already
+            return sum(job.rows for job in self._waiting) + self.running
 
     @property
     @abstractmethod
