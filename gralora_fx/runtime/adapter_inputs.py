@@ -108,7 +108,7 @@ class AdapterInputs:
     mode: str
     k: int
     dtype: str
-    sites: tuple[AdapterSite, ...]
+    sites: tuple[AdapterSite, ...] = ()
     uncalled: tuple[str, ...] = ()
 
     def ranks(self, site: AdapterSite) -> tuple[str, str]:

@@ -103,7 +103,7 @@ class Quality:
     """
 
     inputs: str
-    outputs: tuple[OutputQuality, ...]
+    outputs: tuple[OutputQuality, ...] = ()
     tokens: tuple[TokenQuality, ...] = ()
 
     def __str__(self) -> str:

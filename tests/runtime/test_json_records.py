@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import pytest
 
+from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.json_records import Count, FieldError, read_object, wrong_fields
+from gralora_fx.runtime.quantized_weights import Quality
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,9 @@ def test_what_does_not_fit_is_named(fields: dict[str, Any], message: str) -> Non
     with pytest.raises(FieldError, match=f"^{message}"):
         read_object(Whole, given)
     assert list(wrong_fields(Whole, given)) == list(fields)
+
+
+def test_lists_of_a_manifest_may_be_missing() -> None:
+    assert read_object(Quality, {"inputs": "200 given texts"}) == Quality("200 given texts", ())
+    fields = {"mode": "data", "k": 2, "dtype": "float32"}
+    assert read_object(AdapterInputs, fields) == AdapterInputs("data", 2, "float32", ())
