@@ -122,7 +122,9 @@ class EncoderDecoder(Decoder):
             mask = np.array(source["attention_mask"], order="C")  # the caller's own may change between steps
             fixed["encoder_attention_mask"] = OrtValue.ortvalue_from_numpy(mask)
         outputs = [value.name for value in session.decoder.get_outputs()]
-        self._open[row] = _Row(session.decoder, fixed, empty_values(session.decoder, 1), outputs)
+        self._open[row] = _Row(
+            session.decoder, _taken(session.decoder, fixed), empty_values(session.decoder, 1), outputs
+        )
 
     def _end(self, row: int) -> None:
         del self._open[row]
@@ -152,13 +154,14 @@ def _checked(source: Source, session: EncoderDecoderSession) -> Source:
 
 def _encoded(encoder: Any, source: Source) -> Any:
     inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in source.items()}
-    return run_values(encoder, inputs, "the encoder", ["last_hidden_state"], ServingError)["last_hidden_state"]
+    feed = _taken(encoder, inputs)
+    return run_values(encoder, feed, "the encoder", ["last_hidden_state"], ServingError)["last_hidden_state"]
 
 
 def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArray[Any]]:
     """The row after it has read tokens, and the logits `[vocabulary]` after the last."""
     own = {"input_ids": torch.from_numpy(tokens[None]), FLAG: torch.tensor([past > 0])}
-    feed, description = {**row.fixed, **row.cache, **own}, f"the decoder, for {len(tokens)} tokens"
+    feed, description = {**row.fixed, **row.cache, **_taken(row.decoder, own)}, f"the decoder, for {len(tokens)} tokens"
     results = run_values(row.decoder, feed, description, row.outputs, ServingError)
     cache = as_past(results)
     of_source = {name: value for name, value in cache.items() if _OF_SOURCE in name}
@@ -170,6 +173,12 @@ def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArra
     )
     logits: NDArray[Any] = as_tensor(results["logits"])[0, -1].float().numpy().copy()
     return after, logits
+
+
+def _taken(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a feed what a session takes: an encoder may be given more, and a decoder need not take the mask or the flag."""
+    names = {value.name for value in session.get_inputs()}
+    return {name: value for name, value in feed.items() if name in names}
 
 
 def _digest(source: Source) -> bytes:

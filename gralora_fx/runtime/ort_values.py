@@ -37,7 +37,7 @@ def run_values(
 
     Args:
         session: An ONNX Runtime session.
-        feed: A tensor or an `OrtValue` for every input; what the session does not take is left out.
+        feed: A tensor or an `OrtValue` for every input.
         description: What is being run, for messages.
         names: Outputs to return; None for all.
         error: The error type to raise.
@@ -49,10 +49,10 @@ def run_values(
         GraloraError: Of the given type: ONNX Runtime fails.
     """
     kinds = {value.name: value.type for value in session.get_inputs()}
+    if unknown := [name for name in feed if name not in kinds]:
+        raise error(f"{description}: the session takes no {', '.join(unknown)}")
     values = {
-        name: as_value(value, kinds[name]) if isinstance(value, Tensor) else value
-        for name, value in feed.items()
-        if name in kinds
+        name: as_value(value, kinds[name]) if isinstance(value, Tensor) else value for name, value in feed.items()
     }
     names = [value.name for value in session.get_outputs()] if names is None else names
     try:
