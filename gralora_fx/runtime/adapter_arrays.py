@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BASE = 0  # the id of no adapter
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -56,9 +58,6 @@ def _array(value: Any) -> NDArray[Any]:
     return found
 
 
-BASE = 0  # the id of no adapter
-
-
 @dataclass(frozen=True)
 class Stack:
     """Adapters as `model_rows.onnx` takes them, each with an id, by which rows of a batch choose it.
@@ -73,11 +72,16 @@ class Stack:
 
     def has(self, tensors: Arrays) -> bool:
         """Whether an adapter has some tensors, the very same."""
-        return any(own is tensors for own in self.adapters)
+        return id(tensors) in self._numbers
 
     def id_of(self, tensors: Arrays) -> int:
         """The id of the adapter that has some tensors, the very same, which one has."""
-        return next(number for number, own in enumerate(self.adapters, BASE + 1) if own is tensors)
+        return self._numbers[id(tensors)]
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        """The id of each adapter by Python's own of its tensors, which live as long as the stack."""
+        return {id(own): number for number, own in enumerate(self.adapters, BASE + 1)}
 
 
 def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> Stack:
