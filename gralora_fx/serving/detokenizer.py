@@ -91,8 +91,7 @@ class TokenBytes:
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        added = getattr(self._tokenizer, "added_tokens_decoder", {})
-        return frozenset(self._tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        return _special_tokens(self._tokenizer)
 
     @cached_property
     def _byte_letters(self) -> dict[str, int]:
