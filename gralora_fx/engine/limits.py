@@ -99,7 +99,7 @@ class DecoderSize:
     Attributes:
         rows: How many rows.
         capacity: How many tokens of each, prompt and answer; None for the model's context.
-        chunk: The most tokens that a row may read in a step.
+        chunk: The most tokens that a row may read in a step. A step is as wide as its longest chunk.
     """
 
     rows: int = 8

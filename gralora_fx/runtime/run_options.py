@@ -21,6 +21,8 @@ Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]]
 Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
 ProviderOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
+_V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")  # where control groups of the first version are mounted
+
 
 def runtime_of(
     providers: Providers | None,
@@ -192,9 +194,6 @@ def _provider_options(name: str, options: Any) -> Mapping[str, Any]:
     if name == CPU and options:
         warn_caller(f"{', '.join(options)} has no effect: {CPU} has no options; give session_options for the session's")
     return dict(options)
-
-
-_V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")  # where control groups of the first version are mounted
 
 
 def available_threads(root: Path = Path("/")) -> int:

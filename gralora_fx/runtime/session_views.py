@@ -15,6 +15,7 @@ from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.export_directory import FLAG
 
 Arrays = Mapping[str, NDArray[Any]]
+Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
 PAST, PRESENT = "past_key_values.", "present."
 
 
@@ -135,9 +136,6 @@ def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
         for value in inputs
         if value.name.startswith(PAST)
     }
-
-
-Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
 
 
 class SessionView:

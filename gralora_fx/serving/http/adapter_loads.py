@@ -18,14 +18,14 @@ from gralora_fx.serving.open_export import adapter_as_data
 
 
 def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, may_replace: bool) -> None:
-    """Load an adapter, and let its name mean it.
+    """Load an adapter under a name.
 
     Args:
         engine: What runs it; no other change of its adapters may run meanwhile.
         name: The adapter's name.
         file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with. The folder
             lasts as long as the adapter.
-        may_replace: Whether the name may have meant another adapter before.
+        may_replace: Whether the name may be taken from another adapter.
 
     Raises:
         GraloraError: The name is taken or is not one, the export takes no adapters, the file may not be used, or the

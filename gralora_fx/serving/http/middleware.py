@@ -115,9 +115,8 @@ class ApiKeyMiddleware:
         """Pass a request on, or answer 401."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             authorization = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            scheme, space, key = authorization.partition(
-                b" "
-            )  # the scheme's letters may be of either case, the key's not
+            # the scheme's letters may be of either case, the key's not
+            scheme, space, key = authorization.partition(b" ")
             if not secrets.compare_digest(scheme.lower() + space + key, self._expected):
                 message = "the API key is missing or wrong; give it as Authorization: Bearer KEY"
                 response = error_response(scope["path"], 401, message, headers={"WWW-Authenticate": "Bearer"})

@@ -207,7 +207,7 @@ async def _answer(
 
 
 def finite(output: NDArray[Any]) -> NDArray[Any]:
-    """An output of a text, checked: no score and no number of JSON means what is not finite.
+    """An output of a text, checked: JSON has no number for what is not finite.
 
     Raises:
         ServingError: It is not finite.
