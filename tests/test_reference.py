@@ -103,3 +103,15 @@ def leaves(entry: Any) -> list[str]:
         return [entry]
     inner = entry.values() if isinstance(entry, dict) else entry
     return [page for part in inner for page in leaves(part)]
+
+
+def test_methods_of_the_base_model_are_functions_of_the_reference() -> None:
+    griffe = pytest.importorskip("griffe", reason="pip install 'gralora-fx[docs]'")
+    extensions = griffe.load_extensions(DOCS / "base_model_methods.py")
+    package = griffe.load("gralora_fx", search_paths=[DOCS.parent], extensions=extensions)
+    model = package["model.gralora_model.GraloraModel"]
+    for name in ("generate", "get_input_embeddings", "get_output_embeddings", "prepare_decoder_input_ids_from_labels"):
+        method = model.members[name]
+        assert method.is_function, name
+        assert method.parameters[0].name == "self", name
+        assert method.docstring, name

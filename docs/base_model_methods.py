@@ -1,4 +1,4 @@
-"""The methods that `GraloraModel` takes from its parts, for the API reference: `name = delegate("_part", P.name)`."""
+"""The methods that `GraloraModel` has of the base model, for the API reference: `name = _of_base_model(View.name)`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import griffe
 
 
-class DelegatedMethods(griffe.Extension):
-    """Gives a class the method that an attribute delegates to, with its signature and its documentation."""
+class BaseModelMethods(griffe.Extension):
+    """Gives a class the method that an attribute is made of, with its signature and its documentation."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Replace the attributes, now that the classes of the parts are loaded."""
+        """Replace the attributes, now that the classes whose methods they are made of are loaded."""
         for module in _modules(pkg):
             for cls in (found for found in module.classes.values() if not found.is_alias):
                 for name, attribute in list(cls.attributes.items()):
                     value = attribute.value
-                    if isinstance(value, griffe.ExprCall) and value.canonical_path.endswith(".delegate"):
-                        part, _, method = str(value.arguments[1]).rpartition(".")
-                        found = copy.copy(pkg.modules_collection[f"{cls.resolve(part)}.{method}"])
+                    if isinstance(value, griffe.ExprCall) and value.canonical_path.endswith("._of_base_model"):
+                        view, _, method = str(value.arguments[0]).rpartition(".")
+                        found = copy.copy(pkg.modules_collection[f"{cls.resolve(view)}.{method}"])
                         found.lineno, found.endlineno = attribute.lineno, attribute.endlineno  # the order of the page
                         cls.set_member(name, found)
 
