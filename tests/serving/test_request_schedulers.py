@@ -307,13 +307,13 @@ def test_rows_of_one_key_run_together_and_a_wrong_one_fails_alone() -> None:
 def test_jobs_are_counted_while_others_come_and_go() -> None:
     jobs = RowBatches(lambda _: [], Recorder(), max_batch=4, max_queue=1_000_000)
     stopped = threading.Event()
-    errors: list[Exception] = []
+    errors: list[RuntimeError] = []
 
     def count() -> None:
         try:
             while not stopped.is_set():
                 assert jobs.in_flight >= 0
-        except Exception as error:
+        except RuntimeError as error:
             errors.append(error)
 
     counter = threading.Thread(target=count)
