@@ -31,8 +31,8 @@ _TASK_HEADS = {
 class AdapterConfig(ABC):
     """The configuration of an adapter, of whatever method: a frozen dataclass with at least the fields below.
 
-    A subclass lists its fields in PEFT's order, names those that set its sizes, and calls `check_common` after the
-    checks of its own fields.
+    A subclass lists its fields in PEFT's order, names those that set its sizes, and checks its own fields in
+    `check_sizes`; those that all methods have are checked here.
 
     Attributes:
         PEFT_TYPE: PEFT's name of the method, as in the files.
