@@ -176,7 +176,7 @@ def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArra
 
 
 def _taken(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a feed what a session takes: an encoder may be given more, and a decoder need not take the mask or the flag."""
+    """Of a feed what a session takes: an encoder may be given more, and a decoder may lack the mask or the flag."""
     names = {value.name for value in session.get_inputs()}
     return {name: value for name, value in feed.items() if name in names}
 
