@@ -79,7 +79,7 @@ def merge_checkpoint(
 
     Args:
         model_dir: The base: a local directory or a hub id, of safetensors files.
-        adapter_dir: PEFT-format GraLoRA, LoRA or rsLoRA adapter: a local directory or a hub id.
+        adapter_dir: PEFT-format GraLoRA, LoRA, rsLoRA or DoRA adapter: a local directory or a hub id.
         output_dir: Where to write: a new or empty directory.
         overwrite: Whether an earlier model in `output_dir` is replaced.
         strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.

@@ -138,7 +138,7 @@ def fold_onnx(
         onnx_dir: An export of the base model, of `export_onnx` with `adapters="merged"` or of another exporter, or its
             ONNX file. An adapter that was folded into it before stays, and this one is added. Of another exporter's
             file, that file alone is written, with its data and with configuration and tokenizer that lie beside it.
-        adapter_dir: A PEFT-format GraLoRA or LoRA adapter: local directory or hub id.
+        adapter_dir: A PEFT-format GraLoRA, LoRA or DoRA adapter: local directory or hub id.
         output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
         base: The base model's directory or hub id, with safetensors files: to find weights whose names do not tell, to
             check the others, and to quantize from. None where none is needed.

@@ -26,7 +26,7 @@ from gralora_fx.progress.stages import gc_pause, timed
 
 app = typer.Typer(
     name="gralora-fx",
-    help="Rewrite traced models with GraLoRA or LoRA adapters, export them to ONNX and check the result.",
+    help="Rewrite traced models with GraLoRA, LoRA or DoRA adapters, export them to ONNX and check the result.",
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -88,7 +88,7 @@ command()(export)
 @command("export-adapter")
 def export_adapter(
     onnx: opt.Onnx,
-    adapter: opt.SavedAdapter,
+    adapter: opt.LoraFormAdapter,
     name: opt.AdapterName = "default",
     overwrite: opt.OverwriteAdapter = False,
     strict_base: opt.StrictBase = False,
@@ -129,7 +129,7 @@ command()(verify)
 
 @command()
 def to_lora(
-    adapter: opt.SavedAdapter, output: opt.Result, rank: opt.Rank = None, overwrite: opt.Replace = False
+    adapter: opt.LoraFormAdapter, output: opt.Result, rank: opt.Rank = None, overwrite: opt.Replace = False
 ) -> None:
     """Write a GraLoRA adapter as the exact plain LoRA checkpoint, for PEFT and whatever serves LoRA.
 

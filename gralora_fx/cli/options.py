@@ -34,7 +34,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|ID",
-        help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id.",
+        help="PEFT-format GraLoRA, LoRA or DoRA adapter: a local directory or a hub id.",
         callback=model_name,
         rich_help_panel=MODEL,
     ),
@@ -87,6 +87,15 @@ OnnxOrFile = Annotated[
     ),
 ]
 SavedAdapter = Annotated[
+    str,
+    typer.Option(
+        "--adapter",
+        metavar="DIR|ID",
+        help="PEFT-format GraLoRA, LoRA or DoRA adapter: a local directory or a hub id.",
+        callback=model_name,
+    ),
+]
+LoraFormAdapter = Annotated[  # DoRA's update is no plain LoRA
     str,
     typer.Option(
         "--adapter",

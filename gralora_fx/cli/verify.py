@@ -22,7 +22,8 @@ FoldedAdapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="DIR|ID",
-        help="PEFT-format GraLoRA or LoRA adapter: a local directory or a hub id; repeated for each that is folded in.",
+        help="PEFT-format GraLoRA, LoRA or DoRA adapter: a local directory or a hub id; repeated for each that is "
+        "folded in.",
         callback=model_names,
         rich_help_panel=MODEL,
     ),

@@ -49,7 +49,7 @@ def _of_base_model(
 
 
 class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
-    """A traced model with adapters (GraLoRA, LoRA) in its graph.
+    """A traced model with adapters (GraLoRA, LoRA, DoRA) in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
     copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost
