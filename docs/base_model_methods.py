@@ -18,7 +18,7 @@ class BaseModelMethods(griffe.Extension):
                 for name, attribute in list(cls.attributes.items()):
                     value = attribute.value
                     if isinstance(value, griffe.ExprCall) and value.canonical_path.endswith("._of_base_model"):
-                        view, _, method = str(value.arguments[0]).rpartition(".")
+                        view, method = str(value.arguments[0]).rsplit(".", 1)
                         found = copy.copy(pkg.modules_collection[f"{cls.resolve(view)}.{method}"])
                         found.lineno, found.endlineno = attribute.lineno, attribute.endlineno  # the order of the page
                         cls.set_member(name, found)
