@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 
-from gralora_fx.demo import news as news_module
+from gralora_fx.demo import news_classifier as news_module
 from gralora_fx.demo import run as run_demo
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.progress import console
