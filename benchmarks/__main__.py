@@ -33,6 +33,7 @@ NAMES = (
     "rounding",
     "clients",
     "batch-lengths",
+    "structure",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"
