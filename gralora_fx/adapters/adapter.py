@@ -155,12 +155,9 @@ class ModelAdapter:
             insertions.append(Insertion(site, self.factors.paths[site.path], planned.sizes, planned.scale, own_dtype))
         return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout)
 
-    def redirections(self, tree: ModuleTree) -> list[RedirectParameters]:
-        """The passes that redirect a graph to its copies of base parameters."""
-        return [
-            RedirectParameters(tree, module, self.name, {base: copy_path(self.name, base) for base in owned})
-            for module, owned in self.copies.items()
-        ]
+    def redirection(self, tree: ModuleTree) -> RedirectParameters:
+        """The pass that redirects a graph to its copies of base parameters."""
+        return RedirectParameters(tree, self.name, {module: owned.paths for module, owned in self.copies.items()})
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Set whether the adapter's tensors require gradients."""

@@ -206,7 +206,8 @@ def _passes(state: GraphState, traced: TracedModel, adapters: Mapping[str, Model
     for name in state.active:
         if name not in state.merged:
             yield adapters[name].insertion()
-        yield from adapters[name].redirections(traced.tree)  # copies are not folded into anything
+        if adapters[name].copies:  # which are not folded into anything
+            yield adapters[name].redirection(traced.tree)
 
 
 def _adopt(graph_module: fx.GraphModule, tree: nn.Module) -> None:

@@ -102,7 +102,7 @@ def _settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
         settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
     for base, parameter in settled.items():
         put(graph_module, copy_path(adapter.name, base), parameter)
-    Pipeline("copies", tuple(adapter.redirections(merged.tree))).run(graph_module.graph)
+    Pipeline("copies", (adapter.redirection(merged.tree),)).run(graph_module.graph)
     for node in list(annotated_nodes(graph_module.graph, adapter.name)):
         annotation = annotation_of(node) or {}
         if "beside" not in annotation:

@@ -182,7 +182,7 @@ def test_owned_parameters_are_read(base: TracedModel) -> None:
     names = {f"down.{name}": f"mine.down.{name}" for name in ("weight", "bias")}
     for own in names.values():
         put(graph_module, own, nn.Parameter(torch.zeros(2, 6) if own.endswith("weight") else torch.ones(2)))
-    redirection = RedirectParameters(tree, "down", "mine", names)
+    redirection = RedirectParameters(tree, "mine", {"down": names})
     assert redirection(graph_module.graph).changed == 2
     targets = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
     assert targets == ["up.weight", "up.bias", "mine.down.weight", "mine.down.bias"]
