@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from gralora_fx.errors import MergeError
 from gralora_fx.graph.shared_memory import is_writable, overlapping
 from gralora_fx.graph.sites import LinearSite, computed_sites, other_readers
+from gralora_fx.methods.arrays import accumulator_of
 from gralora_fx.methods.fold import fold
 from gralora_fx.methods.method import Update
 from gralora_fx.sources.lazy_tensors import lazy_parameter, raw_values_of
@@ -82,7 +83,7 @@ def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
 
     def folded() -> Tensor:
         stored = raw_values_of(site.weight, site.path)
-        weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        weight = stored.to(accumulator_of(stored))
         out = weight if weight is not stored else None  # fold into the copy, not into the base's own
         result = fold(weight, entry.updates, transposed=site.kind == "conv1d", out=out)
         _check_finite({site.path: result})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gralora_fx.errors import ConfigError, shown
-from gralora_fx.methods.arrays import Array, cast, row_norms
+from gralora_fx.methods.arrays import Array, accumulator_of, cast, row_norms
 from gralora_fx.methods.lora import Lora, LoraConfig, LoraSizes
 from gralora_fx.methods.method import AdapterMethod, LayerCall
 
@@ -122,11 +122,9 @@ class Dora(AdapterMethod):
         scale: float,
     ) -> DoraFactors:
         """Fresh tensors: A and B are LoRA's, and the magnitudes are the norms of the weight with them."""
-        import torch
-
         A, B = _LORA.initial(features, sizes, config)
         base = weight().detach()
-        base = base.to("cpu", torch.promote_types(base.dtype, torch.float32))
+        base = base.to("cpu", accumulator_of(base))
         return DoraFactors(A, B, row_norms(base + scale * (B @ A)))
 
     def forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,9 +79,7 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
     """
     import torch
 
-    dtype = functools.reduce(
-        torch.promote_types, (first_tensor(update.factors).dtype for update in updates), torch.float32
-    )
+    dtype = accumulator_of(*(first_tensor(update.factors) for update in updates))
     parts = [(Factors(*(None if t is None else t.to(dtype) for t in as_gralora(u.factors))), u.scale) for u in updates]  # type: ignore[arg-type]
     ks = {factors.sizes.k for factors, _ in parts}
     k = k or (ks.pop() if len(ks) == 1 else 1)
@@ -117,7 +114,7 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
     import torch
 
     pairs = [(*update.lora_form(), update.scale) for update in updates]
-    dtype = functools.reduce(torch.promote_types, (A.dtype for A, _, _ in pairs), torch.float32)
+    dtype = accumulator_of(*(A for A, _, _ in pairs))
     A = torch.cat([A.to(dtype) for A, _, _ in pairs])
     B = torch.cat([B.to(dtype) * scale for _, B, scale in pairs], dim=1)
     missing = max(0, r - A.shape[0])
