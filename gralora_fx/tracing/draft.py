@@ -19,7 +19,7 @@ from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes
 from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task
 from gralora_fx.tracing.inputs.signature import CallSignature, signature_of
-from gralora_fx.tracing.inputs.sizes import at_image_size, distinct, takes_images, widen
+from gralora_fx.tracing.inputs.sizes import at_image_size, distinct, widen
 
 
 class Axes(enum.Enum):
@@ -42,7 +42,6 @@ class Draft:
         task: The task, or None.
         sentence: The modules after the transformer that make a sentence encoder of it, or None.
         image_size: The requested size of images.
-        has_images: Whether it takes images.
         has_values: Whether every parameter has values, so that the graph can be compared with the model.
         axes: Which axes may vary.
         evaluates: Whether the model is captured in evaluation mode; else in training mode, where every dropout has its
@@ -56,7 +55,6 @@ class Draft:
     task: str | None = None
     sentence: SentenceModules | None = None
     image_size: ImageSize = None
-    has_images: bool = False
     has_values: bool = True
     axes: Axes = Axes.SEQUENCES
     evaluates: bool = False
@@ -122,7 +120,6 @@ def first_draft(
     tensors, constants = split_constants(model, named_arguments(model, *arguments))
     tensors, constants = at_image_size(model, tensors, constants, image_size)
     sample = distinct(widen(model, tensors) if dynamic else tensors)
-    has_images = takes_images(sample)
     return Draft(
         model,
         sample,
@@ -131,7 +128,6 @@ def first_draft(
         task=task,
         sentence=sentence,
         image_size=image_size,
-        has_images=has_images,
         has_values=has_values,
         axes=Axes.SEQUENCES if dynamic else Axes.NONE,
     )

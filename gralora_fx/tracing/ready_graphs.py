@@ -52,7 +52,6 @@ def trace_ready_graph(
     draft = run_passes(draft, (*CLEANING, restore_aten, inline_leaves, *INLINING, AnnotateModes()))
     if exported_with is not None:  # what its graph does not read is left out
         draft = dataclasses.replace(draft, model=draft.graph_module)
-    if exported_with is not None:
         _check_distinct(draft.graph_module, *exported_with)
     fixed = fixed_axes(draft.graph_module.graph, sample) if is_exported else {}
     is_dynamic = not fixed or any(size is None for sizes in fixed.values() for size in sizes)

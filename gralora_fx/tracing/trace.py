@@ -21,6 +21,7 @@ from gralora_fx.tracing.draft import Captured, first_draft
 from gralora_fx.tracing.image_trace import trace_images
 from gralora_fx.tracing.inputs.arguments import example_arguments
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
+from gralora_fx.tracing.inputs.sizes import takes_images
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
 from gralora_fx.tracing.sentence_encoder import followed_by, sentence_modules_of
@@ -92,7 +93,7 @@ def trace(
                 has_values=not originals,
             )
             with called_as(first):
-                draft = trace_images(first, trace_both_modes) if first.has_images else trace_both_modes(first)
+                draft = trace_images(first, trace_both_modes) if takes_images(first.sample) else trace_both_modes(first)
                 draft = with_call_signature(draft)
             if originals:
                 restore_parameters(draft.graph_module, originals)
