@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from gralora_fx.errors import ExportError, listed, shown
 from gralora_fx.exporters.artifact.save import save_models
-from gralora_fx.exporters.artifact.staging import check_converted, require_space, staged
+from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
+from gralora_fx.exporters.folding.initializers import external_tensors
 from gralora_fx.exporters.onnx_passes.adapter_groups import ConstantAdapters
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.adapter_arrays import BASE, as_arrays, stacked
@@ -114,8 +115,7 @@ def export_triton(
         (stage / _CONFIG).write_text(config.to_text(), encoding="utf-8")
         if ids:
             (stage / _IDS).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    files = {path.relative_to(output).as_posix(): path.stat().st_size for path in sorted(output.rglob("*.*"))}
-    return TritonReport(output, files, config, ids, tuple(notes))
+    return TritonReport(output, file_sizes(output), config, ids, tuple(notes))
 
 
 def _checked_manifest(source: Path, adapters: Mapping[str, str | Path] | None) -> Manifest:
@@ -159,7 +159,7 @@ def _write_model(
     check_external_data(path)
     model = ir.load(path)
     if not has_rows or manifest.adapter_inputs is None:
-        data = {Path(tensor.path) for tensor in _external(model)}
+        data = {Path(tensor.path) for _, tensor in external_tensors(model)}
         require_space(output, sum(path.stat().st_size for path in data))
         for path in (source / MODEL_NAME, *sorted(data)):
             shutil.copyfile(path, folder / path.name)
@@ -169,13 +169,6 @@ def _write_model(
     ConstantAdapters(as_arrays(stacked(tensors, inputs.by_row()).values))(model)
     save_models({Path(MODEL_NAME).stem: model}, folder, output)
     return {name: number for number, name in enumerate(files, BASE + 1)}
-
-
-def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in (model.graph, *model.graph.subgraphs()):
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
 
 
 def _files_of_adapters(source: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
