@@ -11,7 +11,7 @@ from gralora_fx.config.tasks import task_of
 from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.folding.checkpoint_changes import find_changes
-from gralora_fx.exporters.folding.checkpoint_files import CONFIG_FILE, edited_config, files_to_copy, write_other_files
+from gralora_fx.exporters.folding.checkpoint_files import CONFIG_FILE, edited_config, write_other_files
 from gralora_fx.exporters.folding.checkpoint_names import names_in_files, names_of
 from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.stages import timed
@@ -118,7 +118,7 @@ def merge_checkpoint(
             require_space(output_dir, sum(shard.file.nbytes for shard in shards))
             with staged(output_dir, check) as stage:
                 write_files([shard.file for shard in shards], stage, workers=_WORKERS)
-                write_other_files(base, changes, shards, config if notes else None, stage)
+                left_out = write_other_files(base, changes, shards, config if notes else None, stage)
     return MergeReport(
         output_dir=Path(output_dir),
         files=file_sizes(output_dir),
@@ -126,14 +126,16 @@ def merge_checkpoint(
         replaced=tuple(changes.replaced),
         added=tuple(sorted(changes.added)),
         config_changes=tuple(notes),
-        left_out=tuple(files_to_copy(base)[1]),
+        left_out=tuple(left_out),
         base=compared,
     )
 
 
 def _base_directory(model_dir: str | Path, revision: str | None) -> Path:
-    """The directory of the base, downloaded if a hub id is given, checked before and after."""
-    check_model_files(model_dir, CheckpointError)
+    """The directory of the base, checked; downloaded first if a hub id is given."""
+    local = check_model_files(model_dir, CheckpointError)
+    if local is not None:
+        return local
     directory = resolve_directory(model_dir, CheckpointError, revision=revision, patterns=_DOWNLOADED)
     check_model_files(directory, CheckpointError)
     return directory

@@ -133,7 +133,7 @@ def _is_left_out(path: Path) -> bool:
 
 def write_other_files(
     base: SavedWeights, changes: TensorChanges, shards: list[NewShard], config: dict[str, Any] | None, stage: Path
-) -> None:
+) -> list[str]:
     """Write everything but the weights.
 
     Args:
@@ -142,16 +142,25 @@ def write_other_files(
         shards: The files of weights.
         config: Fields of the new `config.json`; None to copy the base's.
         stage: Where to write.
+
+    Returns:
+        The base's files that are left out (see `files_to_copy`).
     """
-    for path in files_to_copy(base)[0]:
+    copied, left_out = files_to_copy(base)
+    for path in copied:
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.directory / path, stage / path)
     if config is None:
         shutil.copyfile(base.directory / CONFIG_FILE, stage / CONFIG_FILE)
     else:
         _write_json(stage / CONFIG_FILE, config)
-    if not base.has_index:
-        return
+    if base.has_index:
+        _write_index(base, changes, shards, stage)
+    return left_out
+
+
+def _write_index(base: SavedWeights, changes: TensorChanges, shards: list[NewShard], stage: Path) -> None:
+    """Write which file holds which tensor, with the new totals."""
     if all(len(shard.tensors) == len(shard.old.tensors) and not shard.more_bytes for shard in shards):
         shutil.copyfile(base.directory / INDEX_NAME, stage / INDEX_NAME)
         return
