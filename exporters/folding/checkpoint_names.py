@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gralora_fx.adapters.agreement import KnownLayers, disagreements
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, TraceError, bulleted, first_line
-from gralora_fx.sources.model_files import read_json_object
+from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
 from gralora_fx.sources.safetensors_files import SavedWeights, StoredTensor
 
 if TYPE_CHECKING:
@@ -145,11 +146,12 @@ def names_in_files(base: SavedWeights, adapter: StoredAdapter) -> Names | None:
     keys = [f"{path}.weight" for path in adapter.sites]
     if adapter.copies or adapter.repeats or not all(key in base.tensors for key in keys):
         return None
-    if _ties_parts(base) or not all(_is_of_a_series(key, base.tensors) for key in keys):
+    fields = read_json_object(base.directory / MODEL_FILE, CheckpointError)
+    if _ties_parts(fields) or not all(_is_of_a_series(key, base.tensors) for key in keys):
         return None
-    if any(_has_a_twin(key, base) for key in keys):
+    if _have_twins(keys, base):
         return None
-    if disagreements(adapter.config, adapter.sites, _known_layers(base)):
+    if disagreements(adapter.config, adapter.sites, _known_layers(base, fields)):
         return None  # the model's own layers decide
     layouts = {_is_transposed(path, base) for path in adapter.sites}
     if len(layouts) != 1 or None in layouts:
@@ -157,17 +159,15 @@ def names_in_files(base: SavedWeights, adapter: StoredAdapter) -> Names | None:
     return Names(None, {key: key for key in base.tensors}, frozenset(), layouts.pop())
 
 
-def _known_layers(base: SavedWeights) -> KnownLayers:
+def _known_layers(base: SavedWeights, fields: Mapping[str, Any]) -> KnownLayers:
     """Matrices of numbered layers, which are those of linear layers but for parameters of a model's own."""
-    fields = read_json_object(base.directory / "config.json", CheckpointError)
     weights = [key for key in base.tensors if key.endswith(".weight") and _NUMBER.search(key)]
     matrices = [key for key in weights if len(base.tensors[key].shape) == 2]
     return KnownLayers([key.removesuffix(".weight") for key in matrices], fields.get("model_type"))
 
 
-def _ties_parts(base: SavedWeights) -> bool:
+def _ties_parts(fields: Mapping[str, Any]) -> bool:
     """Whether the configuration says that parts of the model are one, other than the embedding and the head."""
-    fields = read_json_object(base.directory / "config.json", CheckpointError)
     return any(name.startswith("tie_") and name != "tie_word_embeddings" and value for name, value in fields.items())
 
 
@@ -186,15 +186,13 @@ def _is_of_a_series(key: str, keys: Iterable[str]) -> bool:
     return own == layers == {str(index) for index in range(len(own))} and len(own) > 1
 
 
-def _has_a_twin(key: str, base: SavedWeights) -> bool:
-    """Whether another tensor begins with the same values, as the second name of a tied weight does."""
-    own = base.tensors[key]
-    first = _first_bytes(own)
-    return any(
-        _first_bytes(tensor) == first
-        for other, tensor in base.tensors.items()
-        if other != key and (tensor.dtype, tensor.shape) == (own.dtype, own.shape)
-    )
+def _have_twins(keys: Iterable[str], base: SavedWeights) -> bool:
+    """Whether another tensor begins with the same values as one of some, as the second name of a tied weight does."""
+    kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in base.tensors.items()}
+    asked = {kinds[key] for key in keys}
+    firsts = {key: (kind, _first_bytes(base.tensors[key])) for key, kind in kinds.items() if kind in asked}
+    counts = Counter(firsts.values())
+    return any(counts[firsts[key]] > 1 for key in keys)
 
 
 def _first_bytes(tensor: StoredTensor) -> bytes:
