@@ -103,8 +103,9 @@ def variants(
         yield Variant(session, _rows_with(rows, taken, None, ()), model, manifest, None, {})
         return
     names = model.active_adapters if isinstance(model, GraloraModel) else []
-    adapters = {name: _tensors_of(name, adapter_name or name, model, manifest, directory) for name in names}
     there = {name: adapter_name or name for name in names}
+    base = BaseParameters(directory, manifest)
+    adapters = {name: _tensors_of(name, exported, model, base) for name, exported in there.items()}
     for name in (None, *names):
         tensors: Arrays = {} if name is None else adapters[name]
         by_row = _rows_with(rows, taken, None if name is None else there[name], list(there.values()))
@@ -147,14 +148,13 @@ def _check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterIn
         )
 
 
-def _tensors_of(
-    name: str, exported: str, model: TracedModel | GraloraModel, manifest: Manifest, directory: Path
-) -> Arrays:
+def _tensors_of(name: str, exported: str, model: TracedModel | GraloraModel, base: BaseParameters) -> Arrays:
     """The tensors of an active adapter as the export, where it may have another name, holds them.
 
     Raises:
         ExportError: They are not in the export, or are another's there.
     """
+    directory, manifest = base.directory, base.manifest
     inputs = manifest.adapter_inputs
     assert inputs is not None
     assert isinstance(model, GraloraModel)
@@ -168,7 +168,7 @@ def _tensors_of(
             "it with export_adapter, or make another one active"
         )
     tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
-    changes = installed_changes(model, name, BaseParameters(directory, manifest))
+    changes = installed_changes(model, name, base)
     _check_equal(exported, path, tensors, adapter_tensors(name, changes, inputs))
     return tensors
 
