@@ -16,7 +16,7 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verification.cases import Case, TokenResult, TokenRun
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
-from gralora_fx.exporters.verification.random_values import LENGTHS, like, longest_text, pad, text_like
+from gralora_fx.exporters.verification.random_values import LENGTHS, is_text, like, longest_text, pad, text_like
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
@@ -39,9 +39,7 @@ def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) ->
     """
     inputs = model.graph_inputs
     sample = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    if len(sample) < len(inputs) or not any(
-        AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",)) for name in sample
-    ):
+    if len(sample) < len(inputs) or not any(map(is_text, sample)):
         for batch in (1, 3):
             yield (
                 f"batch {batch}",

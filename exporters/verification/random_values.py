@@ -33,6 +33,11 @@ def longest_text(model: TracedModel) -> int:
     return context_of(model) or max(LENGTHS)
 
 
+def is_text(name: str) -> bool:
+    """Whether the second axis of an input is positions of a text."""
+    return AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",))
+
+
 def text_like(
     name: str, value: Tensor, model: TracedModel, batch: int, length: int, generator: torch.Generator
 ) -> Tensor:
@@ -46,7 +51,7 @@ def text_like(
         length: Number of positions.
         generator: Draws the values.
     """
-    if AXES.get(name, ("", ""))[1:2] not in (("sequence_length",), ("decoder_sequence_length",)):
+    if not is_text(name):
         return like(value, batch, None, generator)
     if name.endswith("attention_mask"):
         return torch.ones(batch, length, dtype=value.dtype)
