@@ -11,11 +11,11 @@ from gralora_fx.config.tasks import task_of
 from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.folding.checkpoint_changes import find_changes
-from gralora_fx.exporters.folding.checkpoint_files import CONFIG_FILE, edited_config, write_other_files
+from gralora_fx.exporters.folding.checkpoint_files import edited_config, write_other_files
 from gralora_fx.exporters.folding.checkpoint_names import names_in_files, names_of
 from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.stages import timed
-from gralora_fx.sources.model_files import check_model_files, resolve_directory
+from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, resolve_directory
 from gralora_fx.sources.rewriting import write_files
 from gralora_fx.sources.safetensors_files import read_weights
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
@@ -57,7 +57,7 @@ class MergeReport:
         lines += [f"  {name:<40}{size:>16,} bytes" for name, size in self.files.items()]
         lines.append(f"{len(self.merged)} weights merged, {len(self.replaced)} tensors replaced")
         lines += [f"added {key}" for key in self.added]
-        lines += [f"{CONFIG_FILE}: {change}" for change in self.config_changes]
+        lines += [f"{MODEL_FILE}: {change}" for change in self.config_changes]
         if self.left_out:
             lines.append(f"not copied, since the merge does not change them: {', '.join(self.left_out)}")
         return "\n".join(lines)
@@ -101,7 +101,7 @@ def merge_checkpoint(
         compared = compare_bases(BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision), used)
         compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         check = functools.partial(
-            check_converted, sources=[directory, adapter.directory], marker=CONFIG_FILE, overwrite=overwrite
+            check_converted, sources=[directory, adapter.directory], marker=MODEL_FILE, overwrite=overwrite
         )
         check(output_dir)
         weights = read_weights(directory)

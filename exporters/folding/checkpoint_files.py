@@ -14,13 +14,12 @@ from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.folding.checkpoint_changes import TensorChanges
 from gralora_fx.exporters.folding.checkpoint_names import Names
 from gralora_fx.exporters.folding.edits import ValuesEdit
-from gralora_fx.sources.model_files import read_json_object
+from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
 from gralora_fx.sources.safetensors_files import INDEX_NAME, NewShard, SavedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG_FILE = "config.json"
 _TIE = "tie_word_embeddings"
 _FORMATS = (
     *(".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".npz", ".tflite"),
@@ -47,7 +46,7 @@ def edited_config(
     Raises:
         CheckpointError: The configuration cannot be read, or its model cannot have the weights that are untied.
     """
-    fields = read_json_object(base.directory / CONFIG_FILE, CheckpointError)
+    fields = read_json_object(base.directory / MODEL_FILE, CheckpointError)
     notes: list[str] = []
     if changes.untied:
         _untie(fields)
@@ -108,7 +107,7 @@ def files_to_copy(base: SavedWeights) -> tuple[list[str], list[str]]:
     would add to what is merged.
     """
     shards = {shard.file.name for shard in base.shards}
-    written = {*shards, CONFIG_FILE, INDEX_NAME} if base.has_index else {*shards, CONFIG_FILE}
+    written = {*shards, MODEL_FILE, INDEX_NAME} if base.has_index else {*shards, MODEL_FILE}
     kept: list[str] = []
     left_out: list[str] = []
     for path in _files(base.directory):
@@ -151,9 +150,9 @@ def write_other_files(
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.directory / path, stage / path)
     if config is None:
-        shutil.copyfile(base.directory / CONFIG_FILE, stage / CONFIG_FILE)
+        shutil.copyfile(base.directory / MODEL_FILE, stage / MODEL_FILE)
     else:
-        _write_json(stage / CONFIG_FILE, config)
+        _write_json(stage / MODEL_FILE, config)
     if base.has_index:
         _write_index(base, changes, shards, stage)
     return left_out
