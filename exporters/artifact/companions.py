@@ -47,11 +47,7 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     if tokenizer is None:
         return
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
-    if isinstance(tokenizer, (str, Path)):
-        loaded = load_tokenizer(tokenizer, ExportError)
-        if loaded is None:
-            raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
-        tokenizer = loaded
+    tokenizer = loaded_tokenizer(tokenizer)
     if traced.sentence is not None:
         tokenizer = with_sentence_settings(tokenizer, traced.sentence, traced.config)
     features = getattr(tokenizer, "feature_extractor", None) or _feature_extractor(traced, source, tokenizer)
@@ -61,6 +57,21 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
             features.save_pretrained(stage)
     except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
+
+
+def loaded_tokenizer(tokenizer: Any) -> Any:
+    """A given tokenizer.
+
+    Args:
+        tokenizer: A tokenizer, or the directory of one.
+
+    Raises:
+        ExportError: The directory has none.
+    """
+    loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if loaded is None:
+        raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
+    return loaded
 
 
 def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> Any | None:

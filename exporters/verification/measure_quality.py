@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.verification.cases import Case, Verification
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
-from gralora_fx.exporters.verification.plain_cases import text_cases, text_tokenizer
+from gralora_fx.exporters.verification.plain_cases import text_cases
 from gralora_fx.exporters.verification.reference_models import dequantized_model, evaluating
 from gralora_fx.exporters.verification.token_quality import drawn_texts, token_quality, user_texts
 from gralora_fx.exporters.verification.tolerances import check_finite
@@ -55,7 +56,7 @@ def measure_quality(
     traced, manifest = base_trace(model), read_manifest(directory)
     states = variants(open_session(directory), model, manifest, directory)
     if traced.cache_layout is CacheLayout.DECODER:
-        chosen = drawn_texts(traced) if texts is None else user_texts(texts, text_tokenizer(tokenizer), traced)
+        chosen = drawn_texts(traced) if texts is None else user_texts(texts, loaded_tokenizer(tokenizer), traced)
         tokens: list[TokenQuality] = []
         for variant in states:
             with variant.active(), _float32(model) as reference:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from gralora_fx.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verification.cases import Case, TokenResult, TokenRun
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.random_values import LENGTHS, is_text, like, longest_text, pad, text_like
-from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
 from gralora_fx.tracing.inputs.input_trees import path_of
@@ -113,7 +112,7 @@ def text_cases(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Ite
     Raises:
         ExportError: There is no tokenizer, it does not take a text, or it does not give what the model takes.
     """
-    loaded = text_tokenizer(tokenizer)
+    loaded = loaded_tokenizer(tokenizer)
     names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
     for start in range(0, len(texts), _BATCH):
         batch = list(texts[start : start + _BATCH])
@@ -127,21 +126,6 @@ def text_cases(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Ite
                 "leave texts out"
             )
         yield where, {**traced.constants, **{name: encoded[name] for name in names}}
-
-
-def text_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer of a user's texts.
-
-    Args:
-        tokenizer: A tokenizer, or the directory of one.
-
-    Raises:
-        ExportError: The directory has none.
-    """
-    loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
-    if loaded is None:
-        raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
-    return loaded
 
 
 def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[str, Tensor]:
