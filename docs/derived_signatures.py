@@ -1,14 +1,35 @@
-"""The keywords of a function that takes the options of a record, for the API reference: `@by_keywords(Record)`."""
+"""Signatures that the source does not spell out, for the API reference.
+
+They are those of the methods that `GraloraModel` has of the base model, `name = _of_base_model(View.name)`, and of a
+function that takes the options of a record as keywords, `@by_keywords(Record)`.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import griffe
 
 
+class BaseModelMethods(griffe.Extension):
+    """Gives a class the method that an attribute is made of, with its signature and its documentation."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Replace the attributes, now that the classes whose methods they are made of are loaded."""
+        for module in _modules(pkg):
+            for cls in (found for found in module.classes.values() if not found.is_alias):
+                for name, attribute in list(cls.attributes.items()):
+                    value = attribute.value
+                    if isinstance(value, griffe.ExprCall) and value.canonical_path.endswith("._of_base_model"):
+                        view, method = str(value.arguments[0]).rsplit(".", 1)
+                        found = copy.copy(pkg.modules_collection[f"{cls.resolve(view)}.{method}"])
+                        found.lineno, found.endlineno = attribute.lineno, attribute.endlineno  # the order of the page
+                        cls.set_member(name, found)
+
+
 class OptionKeywords(griffe.Extension):
-    """Gives such a function the fields of the record as keywords, in place of its last parameter."""
+    """Gives a function that takes a record the fields of it as keywords, in place of its last parameter."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Replace the parameter, now that the record's class is loaded."""
