@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ class ModelFacts:
     trainable: int | None
     total: int
 
-    @property
+    @functools.cached_property  # every box and heat map asks for it
     def largest_norm(self) -> float | None:
         """The largest finite block norm of all sites, or None where no adapter has tensors."""
         grids = [a.norms for facts in self.sites.values() for a in facts.adapters if a.norms is not None]

@@ -142,7 +142,7 @@ def _title_frame(group: Element, source: DotSource, key: str) -> None:
     tooltip.text = printable("\n".join(block.alike or (block.path,)))
     group.insert(0, tooltip)
     group.set("data-path", printable(block.path))
-    group.append(draw_line(name, left, baseline, "#1b1f24", anchor="start"))
+    group.append(draw_line(name, left, baseline, _INK, anchor="start"))
     after = left + text_width(name.text, name.size, bold=True) + 6
     group.append(draw_line(location, after, baseline, "#57606a", anchor="start"))
 
