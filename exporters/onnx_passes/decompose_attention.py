@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, fixed_dim, smallest_number
@@ -74,10 +76,11 @@ def decompose_masks(graph: ir.Graph) -> int:
         The number of replacements.
     """
     count = 0
+    mask: Any  # its length is a value and its dtype a number, which the operator's fields do not say
     for node, mask in MaskNode.all_in(graph):
         build = Builder(graph)
-        length, dtype = build("Reshape", node.inputs[1], build.ints(1)), ir.DataType(node.attributes["dtype"].as_int())
-        build.replace(node, _causal(build, mask.padding, length, mask.window, dtype))
+        length = build("Reshape", mask.length, build.ints(1))
+        build.replace(node, _causal(build, mask.padding, length, mask.window, ir.DataType(mask.dtype)))
         count += 1
     return count
 
