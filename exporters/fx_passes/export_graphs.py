@@ -13,6 +13,7 @@ from transformers import EncoderDecoderCache
 from gralora_fx.compat.torch_graphs import tree_info, tree_unflatten
 from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
+from gralora_fx.exporters.fx_passes.matching import is_size
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.tracing.inputs.cache import PAST, returned_cache
 from gralora_fx.tracing.normalize.modes import find_rng_op, set_mode
@@ -169,7 +170,7 @@ def _part(
     for node in graph_module.graph.nodes:
         if node not in needed or node in copies:
             continue
-        size = sizes.get(str(node.meta.get("val"))) if _is_size(node) else None
+        size = sizes.get(str(node.meta.get("val"))) if is_size(node) else None
         if size is not None:
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, size)
             copies[node].meta = dict(node.meta)
@@ -195,10 +196,6 @@ def _reached(outputs: object, *, stop: set[fx.Node], sizes: Mapping[str, tuple[f
         if node in reached:
             continue
         reached.add(node)
-        if node not in stop and not (_is_size(node) and str(node.meta["val"]) in sizes):
+        if node not in stop and not (is_size(node) and str(node.meta["val"]) in sizes):
             waiting.extend(node.all_input_nodes)
     return reached
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt)

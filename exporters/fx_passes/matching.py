@@ -53,6 +53,11 @@ def same_size(first: Any, second: Any) -> bool:
     return bool(expression(first) == expression(second))
 
 
+def is_size(node: Any) -> bool:
+    """Whether a node is a size that is not known when tracing."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.SymInt)
+
+
 def expression(size: Any) -> Any:
     """A size as a plain number or a symbolic expression."""
     if isinstance(size, torch.SymInt):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,24 +10,23 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from gralora_fx.compat import torch_onnx
 from gralora_fx.compat.transformers_exporters import fix_for_onnx
-from gralora_fx.exporters.fx_passes.matching import aten, expression, is_call, shape
+from gralora_fx.exporters.fx_passes.matching import aten, expression, is_call, is_size, shape
 from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES, ONE_SPELLING
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.progress.stages import quiet
 
-_aten = torch.ops.aten
 # operators that take tensors of several dtypes as they are, or whose result has another by its meaning
 _MIXED = {
-    _aten._to_copy.default,
-    _aten.batch_norm.default,
-    _aten.embedding.default,
-    _aten.gather.default,
-    _aten.index.Tensor,
-    _aten.index_select.default,
-    _aten.masked_fill.Scalar,
-    _aten.where.self,
+    aten._to_copy.default,
+    aten.batch_norm.default,
+    aten.embedding.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.masked_fill.Scalar,
+    aten.where.self,
     *(call.target for call in (Attention, DotProductAttention, Mask, Reshape, RmsNorm, Rotary, Slice)),
 }
 
@@ -101,11 +99,6 @@ def plain_sizes(graph: fx.Graph) -> PassResult[fx.Graph]:
             node.args = (node.args[0], _as_float(graph, node), *node.args[2:])
             count += 1
     return PassResult(count)
-
-
-def is_size(node: Any) -> bool:
-    """Whether a node is a size that is not known when tracing."""
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _as_float(graph: fx.Graph, node: fx.Node) -> fx.Node:

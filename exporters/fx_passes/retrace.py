@@ -17,6 +17,7 @@ from gralora_fx.exporters.onnx_pipeline import FUNCTIONAL, NOTED_VALUES, UNSHARE
 from gralora_fx.graph.pipeline import PassResult, contract
 
 Function = Callable[..., Any]
+Table = Mapping[Any, Function]  # what replaces an operator
 
 
 def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
@@ -34,7 +35,7 @@ _UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.at
 
 def retrace(
     nodes: Sequence[fx.Node],
-    table: Mapping[Any, Function] | None = None,
+    table: Table | None = None,
     written: Sequence[fx.Node] = (),
 ) -> None:
     """Replace calls in a graph by a new trace of their computation, without in-place writes.
@@ -198,9 +199,6 @@ def _shares_with(node: fx.Node) -> fx.Node | None:
 
 def _writes(node: fx.Node) -> bool:
     return is_mutable(node.target)
-
-
-Table = Mapping[Any, Callable[..., Any]]
 
 
 @contract(needs={FUNCTIONAL, NOTED_VALUES})

@@ -27,8 +27,6 @@ _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, at
 _COPIES = {aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _SHAPES = {*_VIEWS, aten.reshape.default, aten.flatten.using_ints}
-
-
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
 
 
