@@ -58,11 +58,11 @@ class Grouping:
         graph = self.model.graph
         self._groups: dict[ir.Value, Groups | str] = {}
         self.batch = next((value.shape[0] for value in graph.inputs if value.shape), None)
-        ids = next((value for value in graph.inputs if value.name == ADAPTER_IDS), None)
+        inputs = {str(value.name): value for value in graph.inputs}
+        ids = inputs.get(ADAPTER_IDS)
         self.ids = ids or add_input(graph, ADAPTER_IDS, ir.DataType.INT64, [self.batch or 1])
         self._tiles: TokenGroups | None = None
         self._of_adapters: TokenGroups | None = None
-        inputs = {str(value.name): value for value in graph.inputs}
         if QUERY_SEQLENS in inputs:
             build = Builder(graph)
             self._tiles = token_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids)
