@@ -70,7 +70,7 @@ class CastGraph:
     num_cache_outputs: int = 0
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Give a graph over new parameters, which stand on the meta device until they are read.
+        """Give a graph over new parameters, which are on the meta device until they are read.
 
         Args:
             graph: The graph of a `GraphModule` in evaluation mode, every node with the shape and dtype that tracing

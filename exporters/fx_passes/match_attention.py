@@ -297,7 +297,7 @@ def with_heads(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
     """A tensor `[batch, heads, length, size]`, taken from before its heads were folded where that is possible.
 
     Args:
-        graph: The graph, at the place where a new node may stand.
+        graph: The graph, at the place where a new node may be inserted.
         node: The tensor, with four axes or with folded heads.
         heads: The number of heads.
     """

@@ -45,7 +45,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     After:  `y, present... = GroupQueryAttention(rows(f(tokens, positions)), past..., lengths, total, query_seqlens)`
 
     `tokens [1, tokens]` are those ids that count, `rows` puts what was computed for each into its place in
-    `[batch, length]`, and what attention gives is `[1, tokens]` again. Mask and positions are no inputs any more: both
+    `[batch, length]`, and what attention gives is `[1, tokens]` again. Mask and positions are not inputs any more: both
     follow from the lengths. Where the caches are one buffer for input and output, those of an idle row stay as they
     are.
 

@@ -16,7 +16,7 @@ SILENCE = 5.0  # seconds; half of the longest that a log should stay silent, as 
 
 
 class Heartbeat:
-    """Prints which stage is running, and for how long, whenever a console that is no terminal has been silent.
+    """Prints which stage is running, and for how long, whenever a console that is not a terminal has been silent.
 
     A context manager: lines come while the block runs. On a terminal it prints nothing, as live displays do that there.
     """
