@@ -33,8 +33,9 @@ class DomainNode(Call[ir.Value]):
     @classmethod
     def of(cls, node: object) -> Self | None:
         """What a node takes; None where it is another operator."""
-        is_one = isinstance(node, ir.Node) and (node.domain, node.op_type) == (DOMAIN, cls.op_type)
-        return cls.read(node) if isinstance(node, ir.Node) and is_one else None
+        if not isinstance(node, ir.Node) or (node.domain, node.op_type) != (DOMAIN, cls.op_type):
+            return None
+        return cls.read(node)
 
     @classmethod
     def read(cls, node: ir.Node) -> Self:
