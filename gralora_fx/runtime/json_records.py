@@ -66,6 +66,8 @@ def _taken(field: dataclasses.Field[Any], hint: Any, fields: Mapping[str, Any], 
 
 def _converted(hint: Any, value: Any, place: str) -> Any:
     """A value of a file as one of a field's type."""
+    if type(value) is hint:  # a text, a number or a flag, as most values are
+        return value
     if not _fits(hint, value):
         raise FieldError(place, value)
     if dataclasses.is_dataclass(hint):
