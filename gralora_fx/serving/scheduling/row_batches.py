@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,15 +101,16 @@ class RowBatches(JobQueue[RowJob]):
             batch = self._started([first])
         if not batch:
             return batch
-        rows, mates = first.rows, list[RowJob]()
-        for job in sorted(self._waiting, key=lambda job: abs(job.length - first.length)):
-            if job.key == first.key and rows + job.rows <= self._max_batch:
-                mates.append(job)
+        rows, mates = first.rows, dict[RowJob, None]()  # in order, and found at once in a long queue
+        same = (job for job in self._waiting if job.key == first.key)
+        for job in sorted(same, key=lambda job: abs(job.length - first.length)):
+            if rows + job.rows <= self._max_batch:
+                mates[job] = None
                 rows += job.rows * (not job.is_cancelled)
         self._waiting = deque(job for job in self._waiting if job not in mates)
         return [*batch, *self._started(mates)]
 
-    def _started(self, jobs: Sequence[RowJob]) -> list[RowJob]:
+    def _started(self, jobs: Iterable[RowJob]) -> list[RowJob]:
         """Those of jobs that nobody gave up while they waited."""
         started = []
         for job in jobs:
