@@ -71,6 +71,8 @@ def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
         adapters: dict[str, Path] = {}
         for name, path in settings.adapters.items():
             with _named(name):
+                check_name(name, ServingError)
+                check_takes_adapters(read_manifest(settings.directory, ServingError), settings.base_name, ServingError)
                 adapters[name] = _file(name, path, settings, Path(folder))
         yield replace(settings, adapters=adapters)
 
@@ -79,11 +81,9 @@ def _file(name: str, path: Path, settings: ServiceSettings, folder: Path) -> Pat
     """An adapter as data of the export: as it is, or converted from what PEFT saved, in a folder.
 
     Raises:
-        ServingError: There is nothing at the path, or neither of the two, or the export takes no adapters.
+        ServingError: There is nothing at the path, or neither of the two.
         GraloraError: It cannot be converted (see `export_adapter`).
     """
-    check_name(name, ServingError)
-    check_takes_adapters(read_manifest(settings.directory, ServingError), settings.base_name, ServingError)
     return adapter_as_data(adapter_path(path, ServingError), settings.directory, folder, name)
 
 

@@ -11,8 +11,6 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.errors import ServingError
-from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.http.engines import Engine
 
 _NO_LIMIT = 2**31  # tokenizers without a limit say 10^30
@@ -85,7 +83,7 @@ def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
         settings: Its settings.
         engine: What it opened.
     """
-    manifest, context = read_manifest(settings.directory, ServingError), engine.context_length
+    manifest, context = engine.manifest, engine.context_length
     return ServiceInfo(
         model=engine.names.base,
         task=manifest.task,
