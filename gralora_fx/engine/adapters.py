@@ -123,13 +123,14 @@ class Adapters(Mapping[str, LoadedAdapter]):
         threads go on with the stack that they have, and wait for none that is being made for adapters of others.
 
         Args:
-            used: The adapters, each once.
+            used: The adapters, of several rows maybe the same.
         """
         if (found := self._stack_with(used)) is not None:
             return found
         inputs, loaded = self.inputs().by_row(), self._loaded
         if any(loaded.get(adapter.name) is not adapter for adapter in used):
-            return stacked([adapter.tensors for adapter in used], inputs)  # gone with the rows
+            own = {id(adapter): adapter.tensors for adapter in used}
+            return stacked(list(own.values()), inputs)  # gone with the rows
         with self._stacking:
             if (found := self._stack_with(used)) is None:
                 found = stacked([adapter.tensors for adapter in loaded.values()], inputs)
@@ -153,7 +154,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
             ServingError: An adapter is not there, or there are not as many names as rows.
         """
         chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
-        stack = self.stack_of(list({id(each): each for each in chosen if each is not None}.values()))
+        stack = self.stack_of([each for each in chosen if each is not None])
         ids = [BASE if each is None else stack.id_of(each.tensors) for each in chosen]
         return {**stack.values, ADAPTER_IDS: np.array(ids, dtype=np.int64)}
 

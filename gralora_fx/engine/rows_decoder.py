@@ -94,7 +94,7 @@ class RowsDecoder(Decoder):
         """The id of each row's adapter, and the stacked tensors; neither for a graph without adapters."""
         if not self._takes_adapters:
             return None, {}
-        used = list({id(adapter): adapter for adapter in self._row_adapters.values() if adapter is not None}.values())
+        used = [adapter for adapter in self._row_adapters.values() if adapter is not None]
         if self._stack is None or not all(self._stack.has(adapter.tensors) for adapter in used):
             self._stack = self._adapters.stack_of(used)
         numbers = np.full(self.rows, BASE, dtype=np.int64)

@@ -91,8 +91,7 @@ def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> Stack:
         adapters: The tensors of each, which fit the export.
         inputs: The adapter tensors of the export.
     """
-    by_id = dict(enumerate(adapters, BASE + 1))
-    arrays = (item for site in inputs.sites for item in _stacked_site(site, by_id, inputs))
+    arrays = (item for site in inputs.sites for item in _stacked_site(site, adapters, inputs))
     return Stack(tuple(adapters), {name: as_ort_value(array) for name, array in arrays})
 
 
@@ -113,19 +112,19 @@ def names_of_rows(adapter: object, batch: int) -> list[Any]:
 
 
 def _stacked_site(
-    site: AdapterSite, adapters: Mapping[int, Arrays], inputs: AdapterInputs
+    site: AdapterSite, adapters: Sequence[Arrays], inputs: AdapterInputs
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """A layer's tensors of all adapters, `[adapters, ...]`, zeros where there is none.
 
     Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
     belong to output block j, and so for the rows of `B`.
     """
-    given = {number: site.parts(tensors) for number, tensors in adapters.items()}
-    r = max((A.shape[2] for A, *_ in given.values() if A is not None), default=0)
-    hybrid_r = max((general.shape[1] for _, _, general, *_ in given.values() if general is not None), default=0)
+    parts = [site.parts(tensors) for tensors in adapters]
+    r = max((A.shape[2] for A, *_ in parts if A is not None), default=0)
+    hybrid_r = max((general.shape[1] for _, _, general, *_ in parts if general is not None), default=0)
     for place, (name, shape) in zip(_places(site, inputs.k), site.shapes(inputs.k, r, hybrid_r).items(), strict=True):
         stacked = cast(np.zeros((1 + len(adapters), *map(int, shape)), np.float32), inputs.dtype)
-        for number, tensors in adapters.items():
+        for number, tensors in enumerate(adapters, BASE + 1):
             if name in tensors:
                 own = tensors[name]
                 within = tuple(slice(size) for size in place(own).shape)
