@@ -20,6 +20,7 @@ from gralora_fx.loading.tokenizers import PREPROCESSOR, load_feature_extractor
 from gralora_fx.progress.stages import quiet
 from gralora_fx.runtime.input_arrays import as_array
 
+SAMPLES, RATE = "array", "sampling_rate"  # fields of a recording, as the datasets package names them
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE  # format tags of WAV
 _SLOWEST, _FASTEST = 1_000, 768_000  # sampling rates, in Hz
 
@@ -185,9 +186,6 @@ def _by_soundfile(data: bytes, most_seconds: float, *, is_wav: bool) -> Audio:
         raise ServingError(f"the file is not audio that can be read ({reason}); send WAV of PCM") from error
     check_length(length / rate, most_seconds)
     return Audio(samples.mean(1, dtype=np.float64).astype(np.float32), rate)
-
-
-SAMPLES, RATE = "array", "sampling_rate"  # fields of a recording, as the datasets package names them
 
 
 class SpeechReader:
