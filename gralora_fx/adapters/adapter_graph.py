@@ -219,8 +219,13 @@ class AdapterGraph(CurrentGraph):
         return list(copies.values())
 
     def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
-        """The weight updates of adapters, by site."""
+        """The weight updates of adapters that fold into one weight, by site.
+
+        Raises:
+            RewriteError: An adapter does not exist, or two of them would have to be folded in an order.
+        """
         chosen = [self[name] for name in names]
+        self.check_beside_each_other(names)
         return [
             SiteUpdate(site, updates)
             for site in self.traced.sites

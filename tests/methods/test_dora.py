@@ -185,7 +185,9 @@ def test_adapters_of_one_layer_are_refused_since_in_peft_their_order_counts(tmp_
     for names in (["default", "lora"], ["lora", "default"]):
         with pytest.raises(RewriteError, match=r"both adapt .*q_proj.* 'default' \(DoRA\) does there depends on"):
             model.set_adapter(names)
-    assert model.active_adapters == ["default"]
+        with pytest.raises(RewriteError, match=r"both adapt .*q_proj.* 'default' \(DoRA\) does there depends on"):
+            merge(model, adapter_names=names)
+    assert (model.active_adapters, model.merged_adapters) == (["default"], [])
     model.set_adapter(["default", "apart"])
     expected = run(model, text_batch())
     assert relative_error(run(merge(model), text_batch()), expected) < 1e-5
