@@ -27,7 +27,7 @@ from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions, Quantization
-from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, ModelSteps
+from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps
 from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verification.token_quality import kl_divergence, user_texts
 from gralora_fx.runtime.session import Runtime, open_session, quiet_options

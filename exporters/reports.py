@@ -80,7 +80,7 @@ class RoundingCheck:
     Attributes:
         where: The case and the output or token.
         difference: Difference of the export from PyTorch, relative to the largest value, or to 1 if that is smaller.
-        rounding: The rounding error of float32 there, likewise (see `float64_reference`); 0 if it could not be
+        rounding: The rounding error of float32 there, likewise (see `tolerances`); 0 if it could not be
             determined.
         why_not: Why it could not be determined.
     """

@@ -16,16 +16,15 @@ from gralora_fx.exporters.conversion import base_trace, check_runnable
 from gralora_fx.exporters.flavours.registry import flavour_of
 from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
 from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
+from gralora_fx.exporters.verification.cached_cases import user_prompts
 from gralora_fx.exporters.verification.cases import Case, PromptBatch, TokenRun, Verification
-from gralora_fx.exporters.verification.decoder_cases import user_prompts
 from gralora_fx.exporters.verification.float32_copy import open_comparable
-from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
 from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
 from gralora_fx.exporters.verification.integer_products import compare_products
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.exporters.verification.same_model import check_inputs, check_same_model
-from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, describe_weights, tolerance_of
+from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verification.variants import Variant, variants
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
@@ -69,7 +68,7 @@ def verify_onnx(
         prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
         tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
             what the export's precision explains (see `tolerances`), or four times the rounding error of float32 itself
-            if that is larger (see `float64_reference`).
+            if that is larger (see `tolerances`).
         providers: Execution providers to run the export on, as `load` takes them; None for the CPU. Their arithmetic
             sets the tolerance too (see `tolerances`), and the report says which one ran which nodes.
         provider_options: Options of each provider, if they are not given beside its name.

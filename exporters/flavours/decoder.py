@@ -37,9 +37,9 @@ from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.exporters.verification.cached_cases import decoder_inputs, random_prompts
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.decoder_cases import decoder_inputs, random_prompts
-from gralora_fx.exporters.verification.greedy_tokens import compare_tokens
+from gralora_fx.exporters.verification.greedy_tokens import compare_decoder
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL
 from gralora_fx.tracing.inputs.cache import CacheLayout, cached_tensors
@@ -171,7 +171,7 @@ DECODER = Flavour(
     DECODER_KIND,
     fits=lambda traced: traced.cache_layout is CacheLayout.DECODER,
     convert=decoder_models,
-    verification=Verification(decoder_inputs, random_prompts, compare_tokens),
+    verification=Verification(decoder_inputs, random_prompts, compare_decoder),
     write_files=_write_files,
     has_last_logits=True,
     shares_weights=True,

@@ -19,8 +19,9 @@ from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.exporters.verification.cached_cases import encoder_decoder_inputs
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.encoder_decoder_cases import compare_tokens, encoder_decoder_inputs
+from gralora_fx.exporters.verification.greedy_tokens import compare_encoder_decoder
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.tracing.inputs.cache import CacheLayout
@@ -111,6 +112,6 @@ ENCODER_DECODER = Flavour(
     ENCODER_DECODER_KIND,
     fits=lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
     convert=encoder_decoder_models,
-    verification=Verification(encoder_decoder_inputs, compare_tokens=compare_tokens),
+    verification=Verification(encoder_decoder_inputs, compare_tokens=compare_encoder_decoder),
     takes_texts=False,
 )

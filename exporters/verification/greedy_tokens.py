@@ -1,4 +1,4 @@
-"""Comparison of an export's greedy tokens with the model's, step by step, each with a cache of its own."""
+"""An export's greedy tokens compared with the model's, step by step, each with a cache of its own."""
 
 from __future__ import annotations
 
@@ -8,19 +8,99 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gralora_fx.exporters.reports import TokenCheck
+from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.conversion import base_trace
+from gralora_fx.exporters.reports import TensorCheck, TokenCheck
 from gralora_fx.exporters.verification.cases import PromptBatch, TokenResult, TokenRun
-from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, ModelSteps, Step
-from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
-from gralora_fx.exporters.verification.tensor_names import last_logits
-from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
+from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value, last_logits, step_inputs
+from gralora_fx.exporters.verification.mixed_rows import engine_errors
+from gralora_fx.exporters.verification.tolerances import ToleranceCheck
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
+from gralora_fx.runtime.session_views import as_past
+from gralora_fx.tracing.inputs.cache import PAST, empty_cache, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
+Step = Callable[[Tensor, Tensor], Tensor]  # from new ids and the mask of all positions to logits
+_TOKENS, _QUICK_TOKENS = 8, 3  # of an encoder-decoder
 Reader = Callable[[PromptBatch], Step]  # from prompts to what reads them
 
 
-def compare_tokens(run: TokenRun) -> TokenResult:
+class DecoderSteps:
+    """A decoder of one graph, with the cache of the steps that it has taken."""
+
+    def __init__(self, session: Any, batch: int, description: str = "a step") -> None:
+        """Begin with an empty cache.
+
+        Args:
+            session: A session over an export with a cache.
+            batch: Number of rows.
+            description: What is being run, for messages.
+        """
+        self._session, self._description = session, description
+        self._names = {value.name for value in session.get_inputs()}
+        self._cache = empty_values(session, batch)
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read new tokens.
+
+        Args:
+            ids: `[batch, new]`.
+            mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
+
+        Returns:
+            Logits `[batch, new, vocabulary]`, or `[batch, 1, vocabulary]` of an export that gives the last alone.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+        """
+        inputs = step_inputs(ids, mask, self._names)
+        results = run_values(self._session, {**inputs, **self._cache}, self._description)
+        self._cache = as_past(results)
+        return as_tensor(results["logits"])
+
+
+class ModelSteps:
+    """A traced decoder with the cache of the steps that it has taken; what `DecoderSteps` is for an export."""
+
+    def __init__(self, model: TracedModel | GraloraModel, batch: int, description: str = "a step") -> None:
+        """Begin with an empty cache.
+
+        Args:
+            model: The model, traced with a cache, in evaluation mode.
+            batch: Number of rows.
+            description: What is being run, for messages.
+        """
+        self._model, self._traced, self._description = model, base_trace(model), description
+        self._cache: Any = empty_cache(self._traced.example_inputs[PAST], batch)
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read new tokens.
+
+        Args:
+            ids: `[batch, new]`.
+            mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
+
+        Returns:
+            Logits `[batch, new, vocabulary]`.
+
+        Raises:
+            ExportError: The model fails.
+        """
+        inputs = step_inputs(ids, mask, self._traced.input_names)
+        try:
+            with torch.no_grad():
+                outputs = self._model(**self._traced.constants, **inputs, past_key_values=self._cache)
+        except Exception as error:  # a model raises what it likes
+            raise ExportError(f"the model itself fails on {self._description}: {first_line(error)}") from error
+        self._cache = returned_cache(outputs)
+        logits: Tensor = outputs["logits"]
+        return logits
+
+
+def compare_decoder(run: TokenRun) -> TokenResult:
     """What a decoder's verification compares of its greedy tokens: those after every prompt.
 
     Raises:
@@ -136,3 +216,50 @@ class _Tally:
     def result(self) -> TokenCheck:
         errors = tuple(self._errors[step] for step in sorted(self._errors))
         return TokenCheck(tuple(self.cases), self._compared, self._equal, self._ties, self._first, errors, self._passed)
+
+
+def compare_encoder_decoder(run: TokenRun) -> TokenResult:
+    """What an encoder-decoder's verification compares of its greedy tokens: that all are PyTorch's."""
+    share = _equal_share(run)
+    check = TensorCheck("greedy tokens", 1.0 - share, 1.0 - share, share)
+    return TokenResult(share == 1.0, tensors=(check,))
+
+
+def _equal_share(run: TokenRun) -> float:
+    """The share of greedy tokens equal to PyTorch's, for the largest batch that starts with an empty cache.
+
+    Both decode step by step with their caches, the export in the engine that `generate` and the service drive; PyTorch
+    is fed the export's tokens.
+    """
+    steps = _QUICK_TOKENS if run.quick else _TOKENS
+    empty = [case for _, case in run.cases if PAST in case and not case[PAST].get_seq_length()]
+    case = max(empty, key=lambda case: len(case["decoder_input_ids"]))
+    source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
+    tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
+    start = case["decoder_input_ids"][:, :1]
+    generated = _tokens_of_export(run, tensors, start, steps)
+    read = torch.cat([start, generated], dim=1)
+    cache, equal = None, []
+    for place in range(steps):
+        with torch.no_grad():
+            result = run.model(**source, decoder_input_ids=read[:, place : place + 1], past_key_values=cache)
+        cache = returned_cache(result)
+        equal.append(result.logits[:, -1].argmax(-1) == generated[:, place])
+    return float(torch.cat(equal).float().mean())
+
+
+def _tokens_of_export(run: TokenRun, source: Mapping[str, Tensor], start: Tensor, steps: int) -> Tensor:
+    """The export's tokens after `start`, `[batch, 1]`, for what its encoder reads: `[batch, steps]`."""
+    limits = DecoderLimits(None, steps, frozenset())
+    generated: dict[int, list[int]] = {}
+    with engine_errors("greedy tokens"):
+        decoder = EncoderDecoder(run.session, run.adapters, limits, DecoderSize(len(start)), Encodings())
+        last: dict[int, list[int]] = {}
+        for row, token in enumerate(start):
+            source_of_row = {name: value[row : row + 1].numpy() for name, value in source.items()}
+            last[decoder.open(source=source_of_row)] = [int(token)]
+        for _ in range(steps):
+            last = {row: [int(logits.argmax())] for row, logits in decoder.step(last).items()}
+            for row, tokens in last.items():
+                generated.setdefault(row, []).extend(tokens)
+    return torch.tensor([generated[row] for row in sorted(generated)])

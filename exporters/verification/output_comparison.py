@@ -13,9 +13,15 @@ from torch import Tensor
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import Case
-from gralora_fx.exporters.verification.float64_reference import Float64Model, ToleranceCheck
-from gralora_fx.exporters.verification.tensor_names import flat, last_logits, named_outputs, without_padding
-from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value
+from gralora_fx.exporters.verification.compared_tensors import (
+    flat,
+    largest_gap,
+    largest_value,
+    last_logits,
+    named_outputs,
+    without_padding,
+)
+from gralora_fx.exporters.verification.tolerances import Float64Model, ToleranceCheck
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.ort_values import as_tensor, run_values
 from gralora_fx.tracing.inputs.input_trees import own_inputs

@@ -14,9 +14,18 @@ from gralora_fx.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.translation.names import AXES
-from gralora_fx.exporters.verification.cases import Case, TokenResult, TokenRun
+from gralora_fx.exporters.verification.cases import (
+    LENGTHS,
+    Case,
+    TokenResult,
+    TokenRun,
+    is_text,
+    like,
+    longest_text,
+    pad,
+    text_like,
+)
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
-from gralora_fx.exporters.verification.random_values import LENGTHS, is_text, like, longest_text, pad, text_like
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
 from gralora_fx.tracing.inputs.input_trees import path_of

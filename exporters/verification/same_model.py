@@ -16,7 +16,7 @@ from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.manifest import describe_adapters, fingerprint_of
 from gralora_fx.exporters.conversion import base_trace
-from gralora_fx.exporters.verification.tensor_names import flat
+from gralora_fx.exporters.verification.compared_tensors import flat
 from gralora_fx.methods import method_described, method_of
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.merge import merge_lazily

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.verification.decoder_steps import DecoderSteps, ModelSteps, Step
-from gralora_fx.exporters.verification.random_values import context_of, vocabulary_of
-from gralora_fx.exporters.verification.tolerances import check_finite
+from gralora_fx.exporters.verification.cases import context_of, vocabulary_of
+from gralora_fx.exporters.verification.compared_tensors import check_finite
+from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps, Step
 from gralora_fx.loading.tokenizers import prompt_ids
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.quantized_weights import TokenQuality

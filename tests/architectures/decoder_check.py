@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.verification.decoder_steps import DecoderSteps
+from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
 from gralora_fx.runtime.session import open_session
 from gralora_fx.serving import load
 from gralora_fx.serving.completion import Scored

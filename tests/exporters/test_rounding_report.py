@@ -17,8 +17,8 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import DECODER
+from gralora_fx.exporters.verification.compared_tensors import flat
 from gralora_fx.exporters.verification.measure_quality import measure_quality
-from gralora_fx.exporters.verification.tensor_names import flat
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.quantized_weights import TokenQuality
 from gralora_fx.serving import load

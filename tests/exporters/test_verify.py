@@ -23,10 +23,10 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.exporters.verification import same_model
-from gralora_fx.exporters.verification.decoder_cases import pad_prompts, random_prompts
-from gralora_fx.exporters.verification.float64_reference import ToleranceCheck
+from gralora_fx.exporters.verification.cached_cases import pad_prompts, random_prompts
+from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value
 from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, reader
-from gralora_fx.exporters.verification.tolerances import largest_gap, largest_value, tolerance_of
+from gralora_fx.exporters.verification.tolerances import ToleranceCheck, tolerance_of
 from gralora_fx.model.merge import merge_lazily
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.session import open_session

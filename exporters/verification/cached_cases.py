@@ -1,4 +1,4 @@
-"""A decoder with a cache: fresh inputs of first and later steps, and prompts whose greedy tokens are compared."""
+"""A model with a cache: fresh inputs of first and later steps, and prompts whose greedy tokens are compared."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.verification.cases import PromptBatch
-from gralora_fx.exporters.verification.random_values import context_of, like, longest_text, text_like, vocabulary_of
+from gralora_fx.exporters.verification.cases import (
+    PromptBatch,
+    context_of,
+    like,
+    longest_text,
+    pad,
+    text_like,
+    vocabulary_of,
+)
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.tracing.inputs.cache import PAST, empty_cache, positions, returned_cache
+from gralora_fx.tracing.inputs.cache import PAST, decoder_cache, empty_cache, pairs_of, positions, returned_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
 # rows, positions before, new positions, side of the padding
@@ -37,6 +44,16 @@ _PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (
     ((_LONG,), "left", 4),
 )
 _QUICK_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
+# rows, length of the text, side of its padding, positions before, new positions
+_ENCODED_STEPS = (
+    (1, 24, "", 0, 1),
+    (1, 1, "", 0, 6),
+    (3, 11, "right", 0, 4),
+    (4, 6, "left", 9, 1),
+    (1, 24, "", 24, 1),
+    (3, 11, "right", 5, 3),
+)
+_QUICK_ENCODED_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 4, 1))
 
 
 def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -149,3 +166,33 @@ def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedM
                 f"{context}; shorten it"
             )
     return pad_prompts(rows, steps=_USER_STEPS, label="given prompt")
+
+
+def encoder_decoder_inputs(
+    model: TracedModel, generator: torch.Generator, quick: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A decoder's first and later steps, over texts of several lengths, padded on either side.
+
+    Args:
+        model: The traced model.
+        generator: Draws the values.
+        quick: Whether a few short ones are enough, each kind once.
+
+    Yields:
+        A description, and inputs by name.
+    """
+    limit = longest_text(model)
+    for batch, source, side, past, length in _QUICK_ENCODED_STEPS if quick else _ENCODED_STEPS:
+        if past + length > limit or source > limit:
+            continue
+        example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
+        case: dict[str, Any] = {
+            name: text_like(name, value, model, batch, length if name.startswith("decoder_") else source, generator)
+            for name, value in example.items()
+        }
+        pad(case, side or "right")
+        pairs = [[(batch, t.shape[1], past, t.shape[3]) for t in pair] for pair in pairs_of(model.example_inputs[PAST])]
+        case[PAST] = decoder_cache([[torch.randn(shape, generator=generator) for shape in pair] for pair in pairs])
+        read = f"{batch} x {source}" if "input_ids" in case else f"{batch} inputs"
+        padded = f" padded {side}" if side and "attention_mask" in case else ""
+        yield f"{length} after {past} of {read}{padded}", case

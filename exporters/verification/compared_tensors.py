@@ -1,15 +1,16 @@
-"""Inputs and outputs of a model by the names of an exported graph, and the positions of them that count."""
+"""Tensors of a model by the names of an exported graph, the positions of them that count, and how they differ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from gralora_fx.tracing.inputs.cache import pairs_of, returned_cache
+from gralora_fx.errors import ExportError
+from gralora_fx.tracing.inputs.cache import pairs_of, positions, returned_cache
 from gralora_fx.tracing.inputs.input_trees import tensor_paths
 
 
@@ -85,3 +86,49 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
         return value[mask.bool()] if is_masked else value
 
     return {name: counted(name, value) for name, value in outputs.items()}
+
+
+def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """What a decoder takes of a step: new tokens, the mask of all positions, and the new ones' places.
+
+    Args:
+        ids: `[batch, new]`.
+        mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
+        names: The inputs that the decoder has.
+    """
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def largest_gap(expected: Tensor, actual: Tensor) -> float:
+    """The largest absolute difference; infinite if only one of two values is finite."""
+    both_missing = expected.isnan() & actual.isnan()
+    gap = (expected - actual).abs().masked_fill((expected == actual) | both_missing, 0.0)  # inf equals inf
+    if not gap.numel():
+        return 0.0
+    return float(gap.max()) if bool(torch.isfinite(gap).all()) else float("inf")
+
+
+def largest_value(tensor: Tensor) -> float:
+    """The largest finite absolute value; 0 if there is none."""
+    finite = tensor[torch.isfinite(tensor)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def check_finite(name: str, where: str, expected: Tensor, actual: Tensor) -> None:
+    """Check that an output is finite wherever the model's is.
+
+    Args:
+        name: The output.
+        where: The inputs, for the message.
+        expected: The model's values.
+        actual: The export's, of the same shape.
+
+    Raises:
+        ExportError: It is not.
+    """
+    if bool((expected.isfinite() & ~actual.isfinite()).any()):
+        raise ExportError(
+            f"the quantized export gives values of {name} that are not finite on {where}, and the model's are finite; "
+            "export it without quantize"
+        )
