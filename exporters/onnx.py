@@ -10,8 +10,7 @@ from typing import ParamSpec, Protocol
 
 from gralora_fx.config.option import by_keywords
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.adapters_as_data import check_found
-from gralora_fx.exporters.artifact.active_adapters import write_active_adapters
+from gralora_fx.exporters.artifact.base_parameters import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.manifest import describe, fingerprint_of, write_manifest
 from gralora_fx.exporters.artifact.save import save_models
@@ -23,8 +22,8 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.conversion import conversion_of
-from gralora_fx.exporters.flavours.registry import flavour_of
+from gralora_fx.exporters.conversion import check_found, conversion_of
+from gralora_fx.exporters.flavours import flavour_of
 from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
 from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
@@ -79,7 +78,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             (`ExportReport.rows` says why there is none, where rows cannot be told apart). `"inputs"`: as required
             inputs of `model.onnx`, for runtimes without overridable initializers. `"swappable"` and `"batched"` are
             earlier names of `"data"`. Whether adapters have GraLoRA's blocks, of one `gralora_k`, or are each the plain
-            LoRA that they equal, is chosen by what is faster (`adapters_as_data.takes_blocks`); the report says which.
+            LoRA that they equal, is chosen by what is faster (`conversion.takes_blocks`); the report says which.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,

@@ -24,12 +24,17 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.folding.base_weights import BaseWeights
-from gralora_fx.exporters.folding.earlier_adapters import check_earlier_adapters, digest_of, with_adapter
+from gralora_fx.exporters.folding.matching_weights import BaseWeights
 from gralora_fx.exporters.folding.onnx_rewriting import OnnxRewriting, plan_rewriting
 from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_replacements
 from gralora_fx.exporters.folding.requantize import Survival, check_survival, overall_share, survival_by_layer
-from gralora_fx.exporters.folding.source_export import SourceExport, open_export
+from gralora_fx.exporters.folding.source_export import (
+    SourceExport,
+    check_earlier_adapters,
+    digest_of,
+    open_export,
+    with_adapter,
+)
 from gralora_fx.exporters.folding.weight_locations import Export, WeightLocation, find_locations
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME

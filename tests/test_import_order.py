@@ -43,7 +43,6 @@ ORDER = [
     "exporters.options",
     "exporters.reports",
     "exporters.onnx_pipeline",
-    "exporters.adapters_as_data",
     "exporters.conversion",
     "exporters.fx_passes",
     "exporters.translation",
@@ -69,7 +68,6 @@ SAME_NAMES = {
     ("engine.decoder", "exporters.flavours.decoder"): "how a kind of export is run, and how it is written",
     ("engine.encoder_decoder", "exporters.flavours.encoder_decoder"): "the same of another kind",
     ("exporters.artifact.manifest", "runtime.manifest"): "how it is written, and how it is read",
-    ("exporters.flavours.registry", "methods.registry"): "which kinds of export there are, and which methods",
 }
 PROTOCOLS = "serving.http"  # each folder in it is a protocol, whose files are named alike
 FILES = sorted({file.resolve() for folder in ("gralora_fx", "exporters") for file in (ROOT / folder).rglob("*.py")})

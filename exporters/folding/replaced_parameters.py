@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted
-from gralora_fx.exporters.folding.base_weights import holds
 from gralora_fx.exporters.folding.edits import LayerEdit, ValuesEdit, constant
-from gralora_fx.exporters.folding.initializer_names import foreign_names, parameter_names, ranges, reduced
 from gralora_fx.exporters.folding.initializers import ProductWeight, Reader, initializers, read_rows, rows_and_columns
+from gralora_fx.exporters.folding.matching_weights import foreign_names, holds, parameter_names, ranges, reduced
 from gralora_fx.exporters.folding.requantize import is_rounding_of
 from gralora_fx.exporters.folding.weight_locations import (
     Export,

@@ -12,9 +12,16 @@ from numpy.typing import NDArray
 
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted
-from gralora_fx.exporters.folding.base_weights import BaseWeights, find_values, holds
-from gralora_fx.exporters.folding.initializer_names import foreign_names, parameter_names, ranges, reduced
 from gralora_fx.exporters.folding.initializers import ProductWeight, product_weights
+from gralora_fx.exporters.folding.matching_weights import (
+    BaseWeights,
+    find_values,
+    foreign_names,
+    holds,
+    parameter_names,
+    ranges,
+    reduced,
+)
 from gralora_fx.runtime.manifest import Manifest, WeightEntry
 
 RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"

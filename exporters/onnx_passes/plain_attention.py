@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
-from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention
+from gralora_fx.exporters.onnx_passes.cached_attention import decompose_attention
 from gralora_fx.exporters.onnx_passes.pack_qkv import SWAP, merged_heads
 from gralora_fx.exporters.onnx_pipeline import FUSED_ATTENTION
 from gralora_fx.exporters.reports import AttentionReport

@@ -34,8 +34,14 @@ from gralora_fx.exporters.fx_passes.plain_forms import (
 from gralora_fx.exporters.fx_passes.retrace import Decompose, FoldNumbers, functionalize, note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES
-from gralora_fx.exporters.translation.operators import TRANSLATIONS
-from gralora_fx.exporters.translation.overrides import batch_norm, dot_product_attention, fft_fftn, histc, update_forms
+from gralora_fx.exporters.translation.operators import (
+    TRANSLATIONS,
+    batch_norm,
+    dot_product_attention,
+    fft_fftn,
+    histc,
+    update_forms,
+)
 from gralora_fx.exporters.translation.weights import weight_tensor
 from gralora_fx.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.graph.surgery import copy_graph

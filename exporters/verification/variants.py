@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.artifact.active_adapters import installed_changes
-from gralora_fx.exporters.artifact.base_parameters import BaseParameters
+from gralora_fx.exporters.artifact.base_parameters import BaseParameters, installed_changes
 from gralora_fx.exporters.artifact.exported_adapters import adapter_tensors
 from gralora_fx.exporters.verification.cases import PromptBatch
 from gralora_fx.exporters.verification.mixed_rows import AdaptersAsTaken, MixedRows, RowSteps

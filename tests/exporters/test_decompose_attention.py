@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.exporters.onnx_passes.decompose_attention import decompose_attention, decompose_masks
+from gralora_fx.exporters.onnx_passes.cached_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.translation.operators import DOMAIN
 from gralora_fx.exporters.translation.translate import OPSET, translate
 from gralora_fx.tracing.trace import trace

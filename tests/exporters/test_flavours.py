@@ -15,9 +15,9 @@ from traces import fresh_trace
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import ServingError
-from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters import export_onnx, flavours, verify_onnx
 from gralora_fx.exporters.conversion import Conversion
-from gralora_fx.exporters.flavours import decoder, encoder_decoder, plain, registry
+from gralora_fx.exporters.flavours import decoder, encoder_decoder, plain
 from gralora_fx.exporters.flavours.flavour import Flavour, Models
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.translation.translate import translate
@@ -93,16 +93,16 @@ DOUBLING = Flavour(
 
 
 def test_a_flavour_is_a_line_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "FLAVOURS", (DOUBLING, *registry.FLAVOURS))
+    monkeypatch.setattr(flavours, "FLAVOURS", (DOUBLING, *flavours.FLAVOURS))
     traced = trace(Doubling(), (torch.randn(2, 3),))
-    assert registry.flavour_of(traced) is DOUBLING
+    assert flavours.flavour_of(traced) is DOUBLING
     report = export_onnx(traced, tmp_path / "onnx")
     assert {entry.pipeline for entry in report.passes} == {"doubling-fx"}
     assert report.verification is not None
     assert report.verification.passed
     assert "note.json" in report.files
     assert "note.json" in json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["files"]
-    assert registry.flavour_of(fresh_trace("bert")) is plain.PLAIN
+    assert flavours.flavour_of(fresh_trace("bert")) is plain.PLAIN
     with pytest.raises(ServingError, match="of the kind 'doubling', and this version reads plain, decoder, encod"):
         load(tmp_path / "onnx")
     reading = dataclasses.replace(readings.READINGS[plain.PLAIN.name], name=DOUBLING.name)
@@ -117,7 +117,7 @@ def test_a_flavours_own_inputs_are_those_that_verification_runs(
         yield "five rows" if quick else "seven rows", {"x": torch.randn(5 if quick else 7, 3, generator=generator)}
 
     own = dataclasses.replace(DOUBLING, verification=Verification(one))
-    monkeypatch.setattr(registry, "FLAVOURS", (own, *registry.FLAVOURS))
+    monkeypatch.setattr(flavours, "FLAVOURS", (own, *flavours.FLAVOURS))
     traced = trace(Doubling(), (torch.randn(2, 3),))
     report = export_onnx(traced, tmp_path / "onnx")
     assert report.verification is not None
@@ -138,4 +138,4 @@ def test_the_layout_of_the_cache_tells_the_flavour(model: str, task: str | None,
     traced = fresh_trace(model, task=task)
     assert traced.cache_layout is layout
     names = {CacheLayout.NONE: "plain", CacheLayout.DECODER: "decoder", CacheLayout.ENCODER_DECODER: "encoder-decoder"}
-    assert registry.flavour_of(traced).name == names[layout]
+    assert flavours.flavour_of(traced).name == names[layout]
