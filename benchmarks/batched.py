@@ -151,7 +151,7 @@ class _Rows:
     def __init__(self, path: Path, prompts: np.ndarray[Any, Any]) -> None:
         loaded = Adapters(path, read_manifest(path))
         self.stack = loaded.stack_of([loaded[name] for name in NAMES])
-        self.ids = np.array([self.stack.id_of(loaded[name].tensors) for name in NAMES], dtype=np.int64)
+        self.ids = np.array([self.stack.ids[loaded[name]] for name in NAMES], dtype=np.int64)
         session = open_session(path, Runtime(session_options=quiet_options(THREADS)), name=ROWS_NAME)
         self.steps = BufferedSteps(session, rows=ROWS, length=4 * PROMPT + 2 * CHUNK)
         self.past = np.zeros(ROWS, dtype=np.int32)

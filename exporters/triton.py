@@ -166,7 +166,7 @@ def _write_model(
         return {}
     inputs, files = manifest.adapter_inputs, _files_of_adapters(source, adapters)
     tensors = [_tensors(name, path, inputs, manifest.base_fingerprint) for name, path in files.items()]
-    ConstantAdapters(as_arrays(stacked(tensors, inputs.by_row()).values))(model)
+    ConstantAdapters(as_arrays(stacked(tensors, inputs)))(model)
     save_models({Path(MODEL_NAME).stem: model}, folder, output)
     return {name: number for number, name in enumerate(files, BASE + 1)}
 

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue
 from torch import Tensor
 
-from gralora_fx.engine.adapters import Adapters, LoadedAdapter
+from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.rows_decoder import RowsDecoder
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.verification.cases import PromptBatch
-from gralora_fx.runtime.adapter_arrays import BASE, Stack
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, is_adapter_input
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.ort_values import as_tensor, as_value, own_value
@@ -85,7 +84,7 @@ class MixedRows(SessionView):
         super().__init__(session)
         stack = adapters.stack_of([adapters[other] for other in names])
         self.count, self.tensors = 1 + len(names), stack.values
-        self.number = BASE if name is None else stack.id_of(adapters[name].tensors)
+        self.number = stack.ids[None if name is None else adapters[name]]
 
     def get_inputs(self) -> list[Any]:
         """The inputs of the model."""

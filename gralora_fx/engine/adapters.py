@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.runtime.adapter_arrays import BASE, Arrays, Stack, as_ort_value, mixed, names_of_rows, stacked
+from gralora_fx.runtime.adapter_arrays import BASE, Arrays, as_ort_value, mixed, stacked
 from gralora_fx.runtime.adapter_file import AdapterRecord, check_rank, read_record, read_tensors, record_in_memory
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters, own_adapters
@@ -22,9 +22,9 @@ from gralora_fx.runtime.session_views import adapter_values, empty_adapter
 from gralora_fx.sources.paths import usable_path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in memory.
+    """An adapter in memory, equal to none but itself.
 
     Attributes:
         name: What it is called.
@@ -42,6 +42,48 @@ class LoadedAdapter:
     def values(self) -> dict[str, Any]:
         """Its tensors as a session takes them."""
         return {name: as_ort_value(array) for name, array in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Adapters as `model_rows.onnx` takes them, each with an id, by which rows of a batch choose it.
+
+    Attributes:
+        ids: The id of each adapter, and of None, the base.
+        values: The export's adapter tensors as `OrtValue`s, by name.
+    """
+
+    ids: Mapping[LoadedAdapter | None, int]
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, adapters: Iterable[LoadedAdapter], inputs: AdapterInputs) -> Stack:
+        """Some adapters stacked, each once.
+
+        Args:
+            adapters: The adapters, which fit the export.
+            inputs: The adapter tensors of the export.
+        """
+        ids: dict[LoadedAdapter | None, int] = {None: BASE}
+        for adapter in adapters:
+            ids.setdefault(adapter, len(ids))
+        return cls(ids, stacked([adapter.tensors for adapter in ids if adapter is not None], inputs))
+
+
+def names_of_rows(adapter: object, batch: int) -> list[Any]:
+    """What is given as the name of each row's adapter.
+
+    Args:
+        adapter: A name or None for all rows, or a list of one for each.
+        batch: How many rows there are.
+
+    Raises:
+        ServingError: There are not as many names as rows.
+    """
+    names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
+    if len(names) != batch:
+        raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
+    return names
 
 
 class Adapters(Mapping[str, LoadedAdapter]):
@@ -69,12 +111,11 @@ class Adapters(Mapping[str, LoadedAdapter]):
         Raises:
             ServingError: There is none of the name, the export takes no adapters, or the file may not be used.
         """
+        if isinstance(name, str) and (found := self._loaded.get(name)) is not None:
+            return found
         self.inputs()
         if not isinstance(name, str):
             raise ServingError(f"{shown(name)} is not the name of an adapter; give a text, or None for the base")
-        found = self._loaded.get(name)
-        if found is not None:
-            return found
         path = own_adapters(self._directory, ServingError).get(name)
         if path is None:
             names = listed(self.available()) or "none"
@@ -127,13 +168,12 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """
         if (found := self._stack_with(used)) is not None:
             return found
-        inputs, loaded = self.inputs().by_row(), self._loaded
+        inputs, loaded = self.inputs(), self._loaded
         if any(loaded.get(adapter.name) is not adapter for adapter in used):
-            own = {id(adapter): adapter.tensors for adapter in used}
-            return stacked(list(own.values()), inputs)  # gone with the rows
+            return Stack.of(used, inputs)  # gone with the rows
         with self._stacking:
             if (found := self._stack_with(used)) is None:
-                found = stacked([adapter.tensors for adapter in loaded.values()], inputs)
+                found = Stack.of(loaded.values(), inputs)
                 if all(self._loaded.get(name) is adapter for name, adapter in loaded.items()):
                     self._stack = found  # a later unload takes it away
             return found
@@ -141,7 +181,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
     def _stack_with(self, used: Sequence[LoadedAdapter]) -> Stack | None:
         """The last stack, if it has some adapters."""
         stack = self._stack
-        return stack if stack is not None and all(stack.has(adapter.tensors) for adapter in used) else None
+        return stack if stack is not None and all(adapter in stack.ids for adapter in used) else None
 
     def rows(self, adapter: object, count: int) -> dict[str, Any]:
         """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has.
@@ -155,8 +195,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """
         chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
         stack = self.stack_of([each for each in chosen if each is not None])
-        ids = [BASE if each is None else stack.id_of(each.tensors) for each in chosen]
-        return {**stack.values, ADAPTER_IDS: np.array(ids, dtype=np.int64)}
+        return {**stack.values, ADAPTER_IDS: np.array([stack.ids[each] for each in chosen], dtype=np.int64)}
 
     def load(self, name: str, path: str | Path, *, exist_ok: bool = False) -> LoadedAdapter:
         """Load an adapter file, checked against its record and the export.
@@ -218,8 +257,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
             self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
             with self._stacking:  # frees the memory of the stack that has it, once no run does
                 if self._stack is not None:
-                    adapters = [adapter.tensors for adapter in self._loaded.values()]
-                    self._stack = stacked(adapters, self.inputs().by_row()) if adapters else None
+                    self._stack = Stack.of(self._loaded.values(), self.inputs()) if self._loaded else None
 
     def _add(self, adapter: LoadedAdapter, *, exist_ok: bool = False) -> LoadedAdapter:
         name = adapter.name

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
-from gralora_fx.runtime.session import CPU, quiet_run
+from gralora_fx.runtime.session import CPU, QUIET_RUN
 from gralora_fx.runtime.session_views import PAST, PRESENT
 
 
@@ -61,7 +61,7 @@ class BufferedSteps:
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         _bind(window.binding, {**values, **window.caches} if self._copies else values)
         window.binding.bind_output("logits")
-        self._session.run_with_iobinding(window.binding, quiet_run())
+        self._session.run_with_iobinding(window.binding, QUIET_RUN)
         outputs = window.binding.get_outputs_as_ortvaluevector()  # `get_outputs` would wrap every cache
         return as_tensor(outputs[len(outputs) - 1])  # the last that was bound
 

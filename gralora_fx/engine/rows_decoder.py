@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gralora_fx.engine.adapters import Adapters, LoadedAdapter
+from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.adapter_arrays import BASE, Stack
+from gralora_fx.runtime.adapter_arrays import BASE
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.runtime.ort_values import as_tensor
@@ -95,10 +95,9 @@ class RowsDecoder(Decoder):
         if not self._takes_adapters:
             return None, {}
         used = [adapter for adapter in self._row_adapters.values() if adapter is not None]
-        if self._stack is None or not all(self._stack.has(adapter.tensors) for adapter in used):
+        if self._stack is None or not all(adapter in self._stack.ids for adapter in used):
             self._stack = self._adapters.stack_of(used)
         numbers = np.full(self.rows, BASE, dtype=np.int64)
         for row, adapter in self._row_adapters.items():
-            if adapter is not None:
-                numbers[row] = self._stack.id_of(adapter.tensors)
+            numbers[row] = self._stack.ids[adapter]
         return numbers, self._stack.values

@@ -18,7 +18,7 @@ from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
-from gralora_fx.runtime.session import quiet_run
+from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import PAST, as_past
 
 _READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
@@ -116,7 +116,7 @@ class SequentialDecoder(Decoder):
         else:
             own = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
             values = {**own, **row.cache, **row.values}
-            outputs = self._session.run_with_ort_values(self._outputs, values, quiet_run())
+            outputs = self._session.run_with_ort_values(self._outputs, values, QUIET_RUN)
             results = dict(zip(self._outputs, outputs, strict=True))
             cache, logits = as_past(results), as_tensor(results["logits"])
         array: NDArray[Any] = logits[0].float().numpy()

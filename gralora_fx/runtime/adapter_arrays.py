@@ -6,8 +6,6 @@ Rows of a batch choose an adapter of a stack by its id. In a weighted sum the ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +14,6 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -58,57 +55,15 @@ def _array(value: Any) -> NDArray[Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Adapters as `model_rows.onnx` takes them, each with an id, by which rows of a batch choose it.
-
-    Attributes:
-        adapters: The tensors of each adapter; its id is its place, from 1 on.
-        values: The export's adapter tensors as `OrtValue`s, by name.
-    """
-
-    adapters: Sequence[Arrays]
-    values: Mapping[str, Any]
-
-    def has(self, tensors: Arrays) -> bool:
-        """Whether an adapter has some tensors, the very same."""
-        return id(tensors) in self._numbers
-
-    def id_of(self, tensors: Arrays) -> int:
-        """The id of the adapter that has some tensors, the very same, which one has."""
-        return self._numbers[id(tensors)]
-
-    @cached_property
-    def _numbers(self) -> dict[int, int]:
-        """The id of each adapter by Python's own of its tensors, which live as long as the stack."""
-        return {id(own): number for number, own in enumerate(self.adapters, BASE + 1)}
-
-
-def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> Stack:
-    """Adapters stacked, padded with zeros to the largest rank at each layer.
+def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]:
+    """Adapters stacked as `OrtValue`s by name, padded with zeros to the largest rank at each layer.
 
     Args:
-        adapters: The tensors of each, which fit the export.
+        adapters: The tensors of each, which fit the export; its id is its place, from 1 on.
         inputs: The adapter tensors of the export.
     """
     arrays = (item for site in inputs.sites for item in _stacked_site(site, adapters, inputs))
-    return Stack(tuple(adapters), {name: as_ort_value(array) for name, array in arrays})
-
-
-def names_of_rows(adapter: object, batch: int) -> list[Any]:
-    """What is given as the name of each row's adapter.
-
-    Args:
-        adapter: A name or None for all rows, or a list of one for each.
-        batch: How many rows there are.
-
-    Raises:
-        ServingError: There are not as many names as rows.
-    """
-    names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
-    if len(names) != batch:
-        raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
-    return names
+    return {name: as_ort_value(array) for name, array in arrays}
 
 
 def _stacked_site(

@@ -20,6 +20,9 @@ from gralora_fx.sources.paths import usable_path
 CPU = "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
 
+QUIET_RUN = onnxruntime.RunOptions()  # leaves errors of a run to exceptions
+QUIET_RUN.log_severity_level = FATAL
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -47,13 +50,6 @@ def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     options.log_severity_level = FATAL
     if threads is not None:
         options.intra_op_num_threads = threads
-    return options
-
-
-def quiet_run() -> onnxruntime.RunOptions:
-    """Options of a run that leave errors to exceptions."""
-    options = onnxruntime.RunOptions()
-    options.log_severity_level = FATAL
     return options
 
 

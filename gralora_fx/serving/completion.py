@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.adapters import names_of_rows
 from gralora_fx.engine.limits import DecoderSize
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.runtime.adapter_arrays import names_of_rows
 from gralora_fx.serving.detokenizer import TextStream
 from gralora_fx.serving.generation import Generation
 from gralora_fx.serving.prompts import Prompts

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.adapters import names_of_rows
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.runtime.adapter_arrays import names_of_rows
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.prompts import GenerateInputs, Prompts
 from gralora_fx.serving.recordings import is_recording, recording

@@ -15,7 +15,7 @@ from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
-from gralora_fx.runtime.session import quiet_run
+from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import EncoderDecoderSession, with_adapter
 from gralora_fx.serving.call_arrays import CallInputs, Outputs
 from gralora_fx.serving.completion import Completions
@@ -165,7 +165,7 @@ class OrtModel(OpenExport):
         feed = self.call_inputs.arrays(parts)
         session, values = self._with_adapter(adapter, feed)
         try:
-            results = session.run(None, {**feed, **values}, quiet_run())
+            results = session.run(None, {**feed, **values}, QUIET_RUN)
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error

@@ -51,11 +51,7 @@ class Choice:
 
 
 class TokenChooser:
-    """Chooses the tokens of one answer; its draws depend on its own seed alone, not on other rows.
-
-    Attributes:
-        takes_likeliest: Whether the likeliest token is taken as it is, so that a runtime may do so itself.
-    """
+    """Chooses the tokens of one answer; its draws depend on its own seed alone, not on other rows."""
 
     def __init__(
         self, sampling: Sampling, prompt: Sequence[int], ends: frozenset[int], rules: Sequence[Any] = ()
@@ -80,7 +76,6 @@ class TokenChooser:
             else:
                 self._generator.manual_seed(int(sampling.seed))
             self._processors.extend(_warpers(sampling))
-        self.takes_likeliest = not self._processors and self._generator is None and self._top is None
 
     def __call__(self, logits: NDArray[Any]) -> Choice:
         """Choose the next token, and remember it.
