@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from benchmarks.harness import Case, Report, Table, measure, progress
 from benchmarks.models import minilm, small_llama
 from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.capture import Axes, export_transformers_model
 
 OPTIONS: dict[str, Any] = {"r": 8, "gralora_k": 2, "target_modules": "all-linear"}
@@ -46,8 +48,12 @@ def _compare(label: str, model: PreTrainedModel, task: str, iterations: int) -> 
         wrapped = copy.deepcopy(model)
         return wrapped
 
+    @quiet()
+    def export_alone() -> ExportedProgram:
+        return export_transformers_model(model, traced.example_inputs, Axes.SEQUENCES)
+
     cases = [
-        Case.of("exporter alone", lambda: export_transformers_model(model, traced.example_inputs, Axes.SEQUENCES)),
+        Case.of("exporter alone", export_alone),
         Case.of("ours trace", lambda: trace(model, task=task)),
         Case.of("ours rewrite", lambda: rewrite(traced, GraloraConfig(**OPTIONS))),
         Case(

@@ -24,7 +24,7 @@ from gralora_fx.exporters.verification.compared_tensors import (
 from gralora_fx.exporters.verification.tolerances import Float64Model, ToleranceCheck
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.ort_values import as_tensor, run_values
-from gralora_fx.tracing.inputs.input_trees import own_inputs
+from gralora_fx.tracing.inputs.cache import own_inputs
 from gralora_fx.tracing.traced_model import TracedModel
 
 

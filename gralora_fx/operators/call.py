@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.compat.torch_graphs import FakeTensor, OpOverload, schema_of
-from gralora_fx.graph.pipeline import PassResult, contract
 
 NAMESPACE = "gralora"
 COMPUTING = "operators compute values"
@@ -44,7 +43,7 @@ _TYPES: dict[Any, str] = {  # types of arguments as PyTorch's schemas write them
 
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _shapes: Any = torch.library.Library(_SHAPES, "DEF")  # type: ignore[no-untyped-call]
-_stands_for: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
+STANDS_FOR: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
 _shape_only: dict[Any, Any] = {}  # the other way round
 
 
@@ -84,7 +83,7 @@ class Call(Generic[V]):
         """The call that a node of a graph is; None of anything else."""
         if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not cls.target:
             return None
-        return cls(**named_arguments(node))
+        return cls(*node.args, **node.kwargs)
 
     @classmethod
     def all_in(cls, graph: Any) -> Iterator[tuple[Any, Self]]:
@@ -93,7 +92,7 @@ class Call(Generic[V]):
         The nodes are listed first, and each is read when its turn comes, so a pass may change the graph meanwhile.
         """
         for node in list(graph.find_nodes(op="call_function", target=cls.target)):
-            yield node, cls(**named_arguments(node))
+            yield node, cls(*node.args, **node.kwargs)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -165,7 +164,7 @@ def define_shape_only(schema: str, rule: Callable[..., Tensor], target: Any) -> 
     name = schema.partition("(")[0]
     _shapes.impl(name, rule, "CompositeImplicitAutograd")
     shape_only = getattr(getattr(torch.ops, _SHAPES), name).default
-    _stands_for[shape_only] = target
+    STANDS_FOR[shape_only] = target
     _shape_only[target] = shape_only
     return shape_only
 
@@ -178,24 +177,6 @@ def is_shape_only(tensor: object) -> bool:
 def operator_for(target: Any, tensor: Tensor) -> Any:
     """What to call with a tensor: what stands for an operator if the tensor has no values, else the operator itself."""
     return _shape_only.get(target, target) if is_shape_only(tensor) else target
-
-
-@contract(leaves={COMPUTING})
-def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Replace shape-only operators by the operators they stand for.
-
-    Before: `y = gralora_shapes.linear(x, weight, bias); z = gralora_shapes.attention(y, ...)`
-    After:  `y = aten.linear(x, weight, bias); z = gralora.attention(y, ...)`
-
-    Args:
-        graph: A fresh trace; it is changed in place.
-    """
-    changed = 0
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in _stands_for:
-            node.target = _stands_for[node.target]
-            changed += 1
-    return PassResult(changed)
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:

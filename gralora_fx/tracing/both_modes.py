@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import fx, nn
-from transformers import PreTrainedModel
 
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import module_stack
@@ -20,22 +16,11 @@ from gralora_fx.tracing.capture import NO_CHECKPOINTS, capture
 from gralora_fx.tracing.check import check, check_other_sizes, difference
 from gralora_fx.tracing.draft import Captured, Draft
 from gralora_fx.tracing.failures import where_defined
-from gralora_fx.tracing.inputs.arguments import register_dataclasses
-from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.normalize.modes import mode_argument
 from gralora_fx.tracing.normalize.stage import normalize
-from gralora_fx.tracing.patches.traceable import without_layerdrop
 
 _SHOWN = 6  # names of modules in a message
-
-
-@contextmanager
-def called_as(draft: Draft) -> Iterator[None]:
-    """Let a model be called with the inputs of its draft alone within the block, and return a cache if it takes one."""
-    model = draft.model
-    forward = forward_with(model, tuple(draft.sample), draft.constants)
-    with patch.object(model, "forward", forward), configured_cache(model, use_cache=PAST in draft.sample):
-        yield
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def trace_both_modes(draft: Draft) -> Captured:
@@ -47,7 +32,7 @@ def trace_both_modes(draft: Draft) -> Captured:
     Raises:
         TraceError: The model cannot be traced, or differs from its trace, if only for other sizes that may vary.
     """
-    with _unchanged(draft.model), without_layerdrop(draft.model):
+    with _unchanged(draft.model):
         captured = _first_right(draft)
         check_other_sizes(captured)
         return captured
@@ -112,71 +97,41 @@ def _attempt(draft: Draft, *, evaluated: Collection[str] = ()) -> Captured:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore modes, buffers and gradient checkpointing when the block ends."""
+    """Turn gradient checkpointing and layerdrop off within the block; restore them, modes and buffers when it ends.
+
+    Layerdrop skips whole layers, which is decided in Python and not part of a graph. A warning says that training runs
+    every layer in every step.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    if checkpointed:
-        warn_caller(NO_CHECKPOINTS)
-    for module in checkpointed:
-        setattr(module, "gradient_checkpointing", False)  # noqa: B010  # a name mypy cannot see on nn.Module
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
-        for module, mode in modes:
-            module.training = mode
+    holders: list[tuple[str, Any]] = [("config", getattr(model, "config", None)), *model.named_modules()]
+    with ExitStack() as restored:
+        checkpointed = [module for _, module in holders if getattr(module, "gradient_checkpointing", False) is True]
+        if checkpointed:
+            warn_caller(NO_CHECKPOINTS)
         for module in checkpointed:
-            setattr(module, "gradient_checkpointing", True)  # noqa: B010
-
-
-def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
-    """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
-
-    A plain module may also return dataclasses and take keywords that its signature does not name.
-
-    Args:
-        model: The model.
-        inputs: Names of the arguments that are passed by name.
-        constants: The other arguments by name.
-    """
-    if isinstance(model, PreTrainedModel):
-        return functools.partial(model.forward, **constants) if constants else model.forward
-    return _flat(functools.partial(model.forward, **constants), inputs)
-
-
-def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:
-    def flat(**kwargs: Any) -> Any:
-        outputs = forward(**kwargs)
-        register_dataclasses(outputs)
-        return outputs
-
-    flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
-    )
-    return flat
-
-
-@contextmanager
-def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
-    """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
-
-    Such a forward passes its keywords on, and the text model in it decides by the configuration.
-
-    Args:
-        model: A model; its configuration is as before when the block ends.
-        use_cache: Whether it returns a cache.
-    """
-    configs: list[Any] = []
-    if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:
-        configs = [model.config, model.config.get_text_config()]
-    with ExitStack() as stack:
-        for config in configs:
-            if isinstance(getattr(config, "use_cache", None), bool):
-                stack.enter_context(patch.object(config, "use_cache", use_cache))
-        yield
+            restored.callback(setattr, module, "gradient_checkpointing", True)
+            module.gradient_checkpointing = False
+        names: list[str] = []
+        for path, holder in holders:
+            for name in _LAYERDROP:
+                value = getattr(holder, name, None)
+                if isinstance(value, float) and value > 0:
+                    restored.callback(setattr, holder, name, value)
+                    setattr(holder, name, 0.0)
+                    names.append(f"{path}.{name}={value:g}".removeprefix("."))
+        if names:
+            warn_caller(
+                f"layerdrop is not part of a trace ({', '.join(names)}); training runs every layer in every step"
+            )
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, values in buffers:
+                    buffer.copy_(values)
+            for module, mode in modes:
+                module.training = mode
 
 
 def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[str, ...]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import fx
 from transformers import PreTrainedModel
 
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
@@ -21,12 +20,11 @@ from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.failures import reason, where
-from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, copied, equal_sizes, tensors_of
+from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
-from gralora_fx.tracing.patches.decoder_attention import attention_as_operators
-from gralora_fx.tracing.patches.recognised import IN_DECODERS, IN_EVERY_MODEL, replaced
-from gralora_fx.tracing.patches.shape_only_ops import shape_only_ops
-from gralora_fx.tracing.patches.traceable import experts_as_products, traceable_modes
+from gralora_fx.tracing.patches.decoder_operators import decoder_operators
+from gralora_fx.tracing.patches.recognised import replaced
+from gralora_fx.tracing.patches.traceable import IN_EVERY_MODEL, experts_as_products, traceable_modes
 
 NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 
@@ -67,18 +65,13 @@ def export_transformers_model(
     Returns:
         A program over the model's own parameters.
     """
-    shapes = dynamic_axes(inputs, axes)
-    is_decoder = cache_layout(inputs) is CacheLayout.DECODER
-    own, forward = copied(inputs), model.forward
-    equal = equal_sizes(inputs) if is_decoder else []
+    shapes, own, forward = dynamic_axes(inputs, axes), own_inputs(inputs), model.forward
     if "use_cache" in inspect.signature(forward).parameters:
         forward = functools.partial(forward, use_cache=PAST in inputs)
-    if is_decoder:
-        forward = _with_noted_sizes(forward, equal)
+    is_decoder = cache_layout(inputs) is CacheLayout.DECODER
     with (
-        quiet(),
         patch.object(model, "forward", forward),
-        _attention_as_operators(model) if is_decoder else nullcontext(),
+        decoder_operators(model, inputs) if is_decoder else nullcontext(),
     ):
         return export_program(model, own, shapes, dynamic=axes is not Axes.NONE)
 
@@ -100,33 +93,3 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
     if PAST in shapes:
         shapes[PAST] = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO} for _ in shapes[PAST]]
     return shapes
-
-
-@contextmanager
-def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
-    """Let a decoder call single operators for attention and for functions recognised by their code.
-
-    The nodes get no stack traces, which take a tenth of the time; each still records its module. torch 2.11 has no such
-    switch, and collects them.
-    """
-    without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
-    with attention_as_operators(model), replaced(model, IN_DECODERS), shape_only_ops(), without_stacks:
-        yield
-
-
-def _with_noted_sizes(
-    forward: Callable[..., Any], equal: Sequence[tuple[tuple[int, int], tuple[int, int]]]
-) -> Callable[..., Any]:
-    """A step's forward that first tells the tracer which sizes are equal.
-
-    Otherwise every layer adds a guard for its own cache, and the tracer proves the same facts anew each time.
-    """
-
-    @functools.wraps(forward)
-    def noted(*args: Any, **inputs: Any) -> Any:
-        tensors = [tensor for _, tensor in tensors_of(inputs)]
-        for (first, first_axis), (second, second_axis) in equal:
-            torch._check(tensors[first].shape[first_axis] == tensors[second].shape[second_axis])  # type: ignore[no-untyped-call]
-        return forward(*args, **inputs)
-
-    return noted

@@ -10,18 +10,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from transformers import PreTrainedModel
 
-from gralora_fx.compat.torch_graphs import tree_leaves
+from gralora_fx.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.input_trees import fixed_axes, own_inputs, same_value, shown
+from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, decoder_step, own_inputs
+from gralora_fx.tracing.inputs.input_trees import leaf_paths, same_value, shown
+from gralora_fx.tracing.inputs.samples import TEXT_INPUTS
 from gralora_fx.tracing.inputs.signature import default_input
-from gralora_fx.tracing.inputs.sizes import other_sizes
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -81,13 +82,14 @@ def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
 
 def with_call_signature(draft: Captured) -> Captured:
     """The draft with what its graph shows of the inputs: which may be left out, and which sizes are fixed."""
+    fixed = fixed_axes(draft.graph_module.graph, draft.sample)
     fillable, counts_padding = fillable_inputs(draft)
     signature = dataclasses.replace(
         draft.signature,
         fillable=fillable,
         counts_padding=counts_padding,
         dynamic=draft.axes is not Axes.NONE,
-        fixed=fixed_axes(draft.graph_module.graph, draft.sample),
+        fixed=fixed,
         image_sizes=draft.image_sizes,
     )
     return dataclasses.replace(draft, signature=signature)
@@ -119,6 +121,27 @@ def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
                     counts_padding |= counts and name == "position_ids"
                     break
     return frozenset(fillable), counts_padding
+
+
+def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+    """The sizes to which a trace fixes each input tensor, by path; None for an axis that may vary.
+
+    Args:
+        graph: A traced graph, its inputs flattened.
+        inputs: The inputs it was traced with, in the graph's order.
+    """
+    leaves = list(leaf_paths(inputs))
+    placeholders = graph.find_nodes(op="placeholder")
+    if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
+        leaves = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and path in inputs]
+        by_name = {str(node.target): node for node in placeholders}
+        placeholders = [by_name.get(path) for path, _ in leaves]
+    fixed: dict[str, tuple[int | None, ...]] = {}
+    for (path, leaf), node in zip(leaves, placeholders, strict=True):
+        value = None if node is None else node.meta.get("val")
+        if isinstance(leaf, Tensor) and isinstance(value, Tensor):
+            fixed[path] = tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
+    return fixed
 
 
 def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
@@ -210,6 +233,71 @@ def check_other_sizes(draft: Captured) -> None:
                 f"The forward{where_defined(model)} branches or loops on a size: trace with dynamic=False for one "
                 "size, or rewrite it"
             )
+
+
+def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Inputs of other sizes, each with its description, to check a trace with.
+
+    They have one row, one more row, and longer sequences; with a cache, one position after a long past, and an empty
+    cache.
+
+    Args:
+        model: The model that was traced.
+        sample: The inputs that it was traced with.
+    """
+    if PAST in sample and isinstance(model, PreTrainedModel):
+        encodes = model.config.is_encoder_decoder
+        yield from _other_step_sizes(model, sample) if encodes else _other_cached_sizes(model)
+        return
+    tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
+    if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
+        yield "one row", tree_map(lambda value: _rows(value, slice(0, 1)), dict(sample))
+        yield "another row", tree_map(_with_another_row, dict(sample))
+    text = [name for name in TEXT_INPUTS if _is_sequence(sample.get(name))]
+    if text:
+        longer = {name: torch.cat([v, v[:, :3]], dim=1) if name in text else v for name, v in sample.items()}
+        yield "a longer sequence", longer
+    elif all(leaf.ndim == 3 for leaf in tensors) and len({leaf.shape[1] for leaf in tensors}) == 1:
+        yield "a longer sequence", tree_map(_with_another_position, dict(sample))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim >= 2
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_row(value: Any) -> Any:
+    return torch.cat([value, value[:1]]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_position(value: Any) -> Any:
+    return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
+
+
+def _other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
+    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1)
+    yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5)
+
+
+def _other_step_sizes(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Calls of other sizes: one row and one position after a long past, and a longer source with an empty cache.
+
+    Args:
+        model: An encoder-decoder.
+        sample: The inputs it was traced with.
+    """
+    source = {name: value for name, value in sample.items() if name not in ("decoder_input_ids", PAST)}
+    first = {name: value[:1] for name, value in source.items()}
+    yield "one row and one position", decoder_step(model, first, past=9, length=1)
+    longer = {
+        name: torch.cat([value, value[:, :2]], dim=1) if value.ndim == 2 else value for name, value in source.items()
+    }
+    more = {name: torch.cat([value, value[:1]]) for name, value in longer.items()}
+    yield "an empty cache", decoder_step(model, more, past=0, length=5)
 
 
 def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from torch import fx, nn
 from transformers import PreTrainedModel
@@ -14,12 +18,11 @@ from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.pipeline import PassReport
 from gralora_fx.sources.sentence_modules import SentenceModules
-from gralora_fx.tracing.inputs.arguments import Arguments, named_arguments, split_constants
+from gralora_fx.tracing.inputs.arguments import Arguments, named_arguments, register_dataclasses, split_constants
 from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes
-from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task
+from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes, at_image_size
+from gralora_fx.tracing.inputs.samples import check_head, distinct, infer_task, inputs_for_task, widen
 from gralora_fx.tracing.inputs.signature import CallSignature, signature_of
-from gralora_fx.tracing.inputs.sizes import at_image_size, distinct, widen
 
 
 class Axes(enum.Enum):
@@ -118,7 +121,8 @@ def first_draft(
             )
         arguments = (), inputs_for_task(model, task or "")
     tensors, constants = split_constants(model, named_arguments(model, *arguments))
-    tensors, constants = at_image_size(model, tensors, constants, image_size)
+    if image_size is not None:
+        tensors, constants = at_image_size(model, tensors, constants, image_size)
     sample = distinct(widen(model, tensors) if dynamic else tensors)
     return Draft(
         model,
@@ -131,3 +135,59 @@ def first_draft(
         has_values=has_values,
         axes=Axes.SEQUENCES if dynamic else Axes.NONE,
     )
+
+
+@contextmanager
+def called_as(draft: Draft) -> Iterator[None]:
+    """Let a model be called with the inputs of its draft alone within the block, and return a cache if it takes one."""
+    model = draft.model
+    forward = forward_with(model, tuple(draft.sample), draft.constants)
+    with patch.object(model, "forward", forward), configured_cache(model, use_cache=PAST in draft.sample):
+        yield
+
+
+def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
+    """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
+
+    A plain module may also return dataclasses and take keywords that its signature does not name.
+
+    Args:
+        model: The model.
+        inputs: Names of the arguments that are passed by name.
+        constants: The other arguments by name.
+    """
+    if isinstance(model, PreTrainedModel):
+        return functools.partial(model.forward, **constants) if constants else model.forward
+    return _flat(functools.partial(model.forward, **constants), inputs)
+
+
+def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:
+    def flat(**kwargs: Any) -> Any:
+        outputs = forward(**kwargs)
+        register_dataclasses(outputs)
+        return outputs
+
+    flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
+    )
+    return flat
+
+
+@contextmanager
+def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
+    """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
+
+    Such a forward passes its keywords on, and the text model in it decides by the configuration.
+
+    Args:
+        model: A model; its configuration is as before when the block ends.
+        use_cache: Whether it returns a cache.
+    """
+    configs: list[Any] = []
+    if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:
+        configs = [model.config, model.config.get_text_config()]
+    with ExitStack() as stack:
+        for config in configs:
+            if isinstance(getattr(config, "use_cache", None), bool):
+                stack.enter_context(patch.object(config, "use_cache", use_cache))
+        yield

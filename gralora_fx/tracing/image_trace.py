@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,24 +13,30 @@ from transformers import PreTrainedModel
 
 from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.tracing.check import difference, eager_failure
+from gralora_fx.tracing.both_modes import trace_both_modes
+from gralora_fx.tracing.check import difference, eager_failure, fixed_axes
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, IMAGES, ImageSizes, pixels
-from gralora_fx.tracing.inputs.input_trees import fixed_axes
-from gralora_fx.tracing.inputs.sizes import INTERPOLATE, may_interpolate, resized
+from gralora_fx.tracing.inputs.image_sizes import (
+    DYNAMIC,
+    IMAGES,
+    INTERPOLATE,
+    ImageSizes,
+    may_interpolate,
+    pixels,
+    resized,
+)
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _STRIDE = 32  # of most models from an image to their last features
 _LARGE = 8192  # a height and a width for which no size in a model is empty
 
 
-def trace_images(draft: Draft, trace: Callable[[Draft], Captured]) -> Captured:
+def trace_images(draft: Draft) -> Captured:
     """Trace a model that takes images, with their height and width dynamic where that equals the eager model.
 
     Args:
         draft: The draft, its sample in the requested image size.
-        trace: Gives a draft its graph.
 
     Returns:
         The draft with its graph, the sample that it was captured from, and the image sizes that it takes.
@@ -48,7 +54,7 @@ def trace_images(draft: Draft, trace: Callable[[Draft], Captured]) -> Captured:
         try:
             with warnings.catch_warnings(record=True) as caught:  # those of a failed attempt mean nothing
                 warnings.simplefilter("always")
-                traced = trace(other)
+                traced = trace_both_modes(other)
             sizes = _sizes_of(traced, size, step)
         except TraceError as error:
             reason = str(error)
@@ -60,7 +66,7 @@ def trace_images(draft: Draft, trace: Callable[[Draft], Captured]) -> Captured:
         raise TraceError(
             f"{type(model).__name__} cannot be traced for images of any size: {reason}; give image_size=(height, width)"
         )
-    return dataclasses.replace(trace(draft), image_sizes=ImageSizes(size, reason))
+    return dataclasses.replace(trace_both_modes(draft), image_sizes=ImageSizes(size, reason))
 
 
 def _why_fixed(draft: Draft) -> str | None:

@@ -12,12 +12,12 @@ from torch import Tensor, fx
 from gralora_fx.compat.torch_graphs import tree_info
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.operators.call import restore_aten
-from gralora_fx.tracing.check import check_example
+from gralora_fx.tracing.check import check_example, fixed_axes
 from gralora_fx.tracing.draft import Captured
 from gralora_fx.tracing.inputs.arguments import Arguments, check_leaves
-from gralora_fx.tracing.inputs.input_trees import fixed_axes, leaf_paths
+from gralora_fx.tracing.inputs.input_trees import leaf_paths
 from gralora_fx.tracing.inputs.signature import CallSignature
+from gralora_fx.tracing.normalize.clean import restore_aten
 from gralora_fx.tracing.normalize.leaves import inline_leaves
 from gralora_fx.tracing.normalize.modes import AnnotateModes, is_in_training
 from gralora_fx.tracing.normalize.stage import CLEANING, INLINING, run_passes

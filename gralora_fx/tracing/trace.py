@@ -15,13 +15,12 @@ from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.out_of_reach import layers_of
 from gralora_fx.progress.stages import gc_pause
-from gralora_fx.tracing.both_modes import called_as, trace_both_modes
+from gralora_fx.tracing.both_modes import trace_both_modes
 from gralora_fx.tracing.check import with_call_signature
-from gralora_fx.tracing.draft import Captured, first_draft
+from gralora_fx.tracing.draft import Captured, called_as, first_draft
 from gralora_fx.tracing.image_trace import trace_images
 from gralora_fx.tracing.inputs.arguments import example_arguments
-from gralora_fx.tracing.inputs.image_sizes import ImageSize
-from gralora_fx.tracing.inputs.sizes import takes_images
+from gralora_fx.tracing.inputs.image_sizes import ImageSize, takes_images
 from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
 from gralora_fx.tracing.sentence_encoder import followed_by, sentence_modules_of
@@ -93,7 +92,7 @@ def trace(
                 has_values=not originals,
             )
             with called_as(first):
-                draft = trace_images(first, trace_both_modes) if takes_images(first.sample) else trace_both_modes(first)
+                draft = trace_images(first) if takes_images(first.sample) else trace_both_modes(first)
                 draft = with_call_signature(draft)
             if originals:
                 restore_parameters(draft.graph_module, originals)

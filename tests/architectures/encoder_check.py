@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.adapters.folded_weights import shared_sites
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.tracing.both_modes import configured_cache
 from gralora_fx.tracing.check import eager_failure
+from gralora_fx.tracing.draft import configured_cache
 from gralora_fx.tracing.inputs.samples import infer_task, inputs_for_task
 
 K = 2

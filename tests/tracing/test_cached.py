@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
 from gralora_fx.operators.attention import Attention
-from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, copied
+from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, own_inputs
 
 DECODERS = ("llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral", "gpt2", "opt")
 TASK = "text-generation-with-past"
@@ -43,7 +43,7 @@ def test_attention_is_one_node_a_layer(name: str) -> None:
 def test_steps_of_every_size_equal_the_eager_model(name: str, batch: int, past: int, length: int) -> None:
     inputs = cached_inputs(source(name), batch=batch, past=past, length=length)
     with torch.no_grad():
-        expected, actual = source(name)(**copied(inputs), use_cache=True), traced(name)(**copied(inputs))
+        expected, actual = source(name)(**own_inputs(inputs), use_cache=True), traced(name)(**own_inputs(inputs))
     real = inputs["attention_mask"][:, past:].bool()
     assert relative_error(actual.logits[real], expected.logits[real]) < 1e-5
     for ours, theirs in zip(actual[PAST].layers, expected[PAST].layers, strict=True):
@@ -93,18 +93,18 @@ def test_it_is_rewritten_and_merged_like_any_trace(name: str) -> None:
     model = rewrite(traced(name), GraloraConfig(r=4, init_weights=False, **fields))
     inputs = cached_inputs(source(name), batch=2, past=4, length=2)
     with torch.no_grad():
-        adapted: Tensor = model(**copied(inputs)).logits
-        assert relative_error(merge(model)(**copied(inputs)).logits, adapted) < 1e-5
-        assert relative_error(adapted, traced(name)(**copied(inputs)).logits) > 1e-2
+        adapted: Tensor = model(**own_inputs(inputs)).logits
+        assert relative_error(merge(model)(**own_inputs(inputs)).logits, adapted) < 1e-5
+        assert relative_error(adapted, traced(name)(**own_inputs(inputs)).logits) > 1e-2
 
 
 def test_training_keeps_attention_dropout() -> None:
     model = trace(tiny_model("llama", attention_dropout=0.5), task=TASK)
     inputs = cached_inputs(source("llama"))
     torch.manual_seed(0)
-    first, second = (model.train()(**copied(inputs)).logits for _ in range(2))
+    first, second = (model.train()(**own_inputs(inputs)).logits for _ in range(2))
     assert not torch.equal(first, second)
-    assert torch.equal(*(model.eval()(**copied(inputs)).logits for _ in range(2)))
+    assert torch.equal(*(model.eval()(**own_inputs(inputs)).logits for _ in range(2)))
 
 
 def test_a_model_without_such_a_cache_is_refused() -> None:
@@ -143,11 +143,11 @@ def test_a_mask_has_the_cached_positions_too_and_a_cache_the_rows_of_its_tokens(
     with pytest.raises(
         TraceError, match=r"has shape \[2, 3\], but 5 cached and 3 new positions of 2 rows need \[2, 8\]"
     ):
-        traced("llama")(**{**copied(inputs), "attention_mask": inputs["attention_mask"][:, :3]})
+        traced("llama")(**{**own_inputs(inputs), "attention_mask": inputs["attention_mask"][:, :3]})
     other = cached_inputs(source("llama"), batch=1, past=5, length=3)
     with pytest.raises(TraceError, match=r"past_key_values has 1 rows, but input_ids has shape \[2, 3\]"):
-        traced("llama")(**{**copied(inputs), PAST: copied(other)[PAST]})
+        traced("llama")(**{**own_inputs(inputs), PAST: own_inputs(other)[PAST]})
     with pytest.raises(TraceError, match="past_key_values has no layers; leave it out for an empty cache"):
         traced("llama")(input_ids=inputs["input_ids"], past_key_values=DynamicCache())
     with pytest.raises(TraceError, match=r"'input_ids' has shape \[3\], but the trace takes \[any, any\]"):
-        traced("llama")(**{**copied(inputs), "input_ids": torch.tensor([5, 6, 7])})
+        traced("llama")(**{**own_inputs(inputs), "input_ids": torch.tensor([5, 6, 7])})

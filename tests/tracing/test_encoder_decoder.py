@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import PAST, copied, decoder_step
+from gralora_fx.tracing.inputs.cache import PAST, decoder_step, own_inputs
 
 NAMES = ("t5", "bart", "whisper")
 ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1}
@@ -56,7 +56,7 @@ def read(name: str, batch: int = 3, length: int = 9) -> dict[str, Tensor]:
 def test_calls_of_every_size_equal_the_eager_model(name: str, batch: int, length: int, past: int, new: int) -> None:
     inputs = decoder_step(source(name), read(name, batch, length), past=past, length=new)
     with torch.no_grad():
-        expected, actual = source(name)(**copied(inputs), use_cache=True), traced(name)(**copied(inputs))
+        expected, actual = source(name)(**own_inputs(inputs), use_cache=True), traced(name)(**own_inputs(inputs))
     assert relative_error(actual.logits, expected.logits) < 1e-5
     for part in ("self_attention_cache", "cross_attention_cache"):
         pairs = zip(getattr(actual[PAST], part).layers, getattr(expected[PAST], part).layers, strict=True)
@@ -110,8 +110,8 @@ def test_one_row_may_be_the_example() -> None:
     model = trace(bart, example, task=task("bart"))
     inputs = decoder_step(bart, read("bart"), past=4, length=2)
     with torch.no_grad():
-        expected = bart(**copied(inputs)).logits
-        assert relative_error(model(**copied(inputs)).logits, expected) < 1e-5
+        expected = bart(**own_inputs(inputs)).logits
+        assert relative_error(model(**own_inputs(inputs)).logits, expected) < 1e-5
 
 
 def test_a_task_that_does_not_fit_is_refused() -> None:

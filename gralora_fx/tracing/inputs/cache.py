@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
+from gralora_fx.compat.torch_graphs import tree_map_only
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 
@@ -151,49 +152,19 @@ def positions(mask: Tensor, length: int | None = None) -> Tensor:
     return counted if length is None else counted[:, counted.shape[1] - length :]
 
 
-def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy inputs with a new cache, since a model appends to the one it gets."""
-    result = dict(inputs)
-    if isinstance(cache := result.get(PAST), Cache):
-        result[PAST] = own_cache(cache)
-    return result
-
-
-def equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
-    """Axes of a step's inputs with equal size by meaning: batch, new tokens, and cached positions of each layer.
+def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the inputs, for a run that may modify them: a model appends to the cache it gets.
 
     Args:
-        inputs: The inputs of a step by name.
-
-    Returns:
-        Pairs of axes, each an index among the inputs' tensors (`tensors_of`) and an axis; layers that cache another
-        number of positions are left out.
+        inputs: Inputs by name.
     """
-    tensors = tensors_of(inputs)
-    cached = [index for index, (name, _) in enumerate(tensors) if name == PAST]
-    new = [index for index, (name, _) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]
-    axes = [((cached[0], axis), (index, axis)) for index in cached[1:] for axis in (0, 2)] if cached else []
-    axes += [((new[0], 1), (index, 1)) for index in new[1:]]
-    axes += [((cached[0], 0), (index, 0)) for index in new if cached]
-    return [
-        pair for pair in axes if tensors[pair[0][0]][1].shape[pair[0][1]] == tensors[pair[1][0]][1].shape[pair[1][1]]
-    ]
-
-
-_Axis = tuple[int, int]
-
-
-def tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Every tensor of a step's inputs with the input's name; a cache by layer."""
-    tensors: list[tuple[str, Tensor]] = []
-    for name, value in inputs.items():
-        if isinstance(value, DynamicCache):
-            tensors += [
-                (name, t) for layer in value.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)
-            ]
-        elif isinstance(value, Tensor):
-            tensors.append((name, value))
-    return tensors
+    own = {
+        name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
+        for name, value in inputs.items()
+    }
+    if isinstance(cache := own.get(PAST), Cache):
+        own[PAST] = own_cache(cache)
+    return own
 
 
 def decoder_step(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from torch import Tensor, nn
 
 from gralora_fx.errors import TraceError, shown
 
 IMAGES = "pixel_values"
 DYNAMIC: Final = "dynamic"
+INTERPOLATE = "interpolate_pos_encoding"  # transformers' argument of models with a table of positions
 ImageSize = tuple[int, int] | Literal["dynamic"] | None
 
 
@@ -90,3 +94,64 @@ def check_image_size(image_size: object) -> None:
     is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
     if not is_pair or any(type(size) is not int or size < 1 for size in image_size):  # type: ignore[attr-defined]
         raise TraceError(f"image_size is {shown(image_size)}; give a height and a width, (224, 224), or {DYNAMIC!r}")
+
+
+def at_image_size(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    constants: dict[str, Any],
+    image_size: tuple[int, int] | Literal["dynamic"],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Example inputs and constants for a requested image size.
+
+    A model with a table of positions is told to interpolate it, if the size is not its own.
+
+    Args:
+        model: The model to trace.
+        inputs: Example inputs by name.
+        constants: Arguments that become part of the graph.
+        image_size: A height and a width, or `"dynamic"`.
+
+    Raises:
+        TraceError: It is not a size, or the model takes no images.
+    """
+    check_image_size(image_size)
+    if not takes_images(inputs):
+        raise TraceError(
+            f"image_size=... is for models that take images, {IMAGES} of [batch, channels, height, width], and "
+            f"{type(model).__name__} takes {', '.join(inputs)}; leave it out"
+        )
+    if isinstance(image_size, (tuple, list)):
+        inputs = resized(inputs, (image_size[0], image_size[1]))
+    if may_interpolate(model) and (image_size == DYNAMIC or tuple(image_size) != _own_size(model)):
+        constants = {INTERPOLATE: True, **constants}
+    return inputs, constants
+
+
+def takes_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether images `[batch, channels, height, width]` are among the inputs."""
+    value = inputs.get(IMAGES)
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
+def may_interpolate(model: nn.Module) -> bool:
+    """Whether a model has a table of positions that it may interpolate."""
+    return INTERPOLATE in inspect.signature(type(model).forward).parameters
+
+
+def _own_size(model: nn.Module) -> tuple[int, int] | None:
+    """The image size in a model's configuration."""
+    config = getattr(model, "config", None)
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+
+
+def resized(sample: Mapping[str, Any], size: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
+    """The inputs with images cropped from repetitions of the example's own, and optionally only some rows."""
+    images = sample[IMAGES]
+    counts = [-(-new // old) for new, old in zip(size, images.shape[2:], strict=True)]
+    images = images.repeat(1, 1, *counts)[:, :, : size[0], : size[1]].contiguous()
+    inputs = {**sample, IMAGES: images}
+    return inputs if rows is None else {name: value[:rows] for name, value in inputs.items()}

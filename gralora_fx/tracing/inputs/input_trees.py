@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch import Tensor
 from transformers import Cache
 
 from gralora_fx.compat.torch_graphs import (
@@ -17,10 +15,8 @@ from gralora_fx.compat.torch_graphs import (
     SequenceKey,
     tree_flatten_with_path,
     tree_leaves,
-    tree_map_only,
 )
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import copied
 
 FixedAxes = Mapping[str, tuple[int | None, ...]]
 
@@ -62,18 +58,6 @@ def has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, (Tensor, Cache)) for leaf in leaves)
 
 
-def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the inputs, for a run that may modify them: a model appends to the cache it gets.
-
-    Args:
-        inputs: Inputs by name.
-    """
-    return {
-        name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
-        for name, value in copied(inputs).items()
-    }
-
-
 def same_value(one: Any, other: Any) -> bool:
     """Whether two arguments other than tensors are equal for a model, a bool differing from a number."""
     if one is other:
@@ -84,27 +68,6 @@ def same_value(one: Any, other: Any) -> bool:
         return bool(one == other)
     except Exception:  # noqa: BLE001  # arrays and a user's own types may raise
         return False
-
-
-def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
-    """The sizes to which a trace fixes each input tensor, by path; None for an axis that may vary.
-
-    Args:
-        graph: A traced graph, its inputs flattened.
-        inputs: The inputs it was traced with, in the graph's order.
-    """
-    leaves = list(leaf_paths(inputs))
-    placeholders = graph.find_nodes(op="placeholder")
-    if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
-        leaves = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and path in inputs]
-        by_name = {str(node.target): node for node in placeholders}
-        placeholders = [by_name.get(path) for path, _ in leaves]
-    fixed: dict[str, tuple[int | None, ...]] = {}
-    for (path, leaf), node in zip(leaves, placeholders, strict=True):
-        value = None if node is None else node.meta.get("val")
-        if isinstance(leaf, Tensor) and isinstance(value, Tensor):
-            fixed[path] = tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
-    return fixed
 
 
 def check_form(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:

@@ -13,7 +13,7 @@ from gralora_fx.compat.torch_graphs import is_mutable
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.graph.surgery import erase_unused
 from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
-from gralora_fx.operators.call import COMPUTING
+from gralora_fx.operators.call import COMPUTING, STANDS_FOR
 from gralora_fx.tracing.normalize.regions import INLINED
 
 _UNGUARDED = "there are no guards"
@@ -125,6 +125,24 @@ def drop_unread_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
     for node in reversed(graph.nodes):  # parameters stay, as those of a layer that a model does not call
         if node.op == "call_function" and not node.users and not node.is_impure():
             graph.erase_node(node)
+            changed += 1
+    return PassResult(changed)
+
+
+@contract(leaves={COMPUTING})
+def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Replace shape-only operators by the operators they stand for.
+
+    Before: `y = gralora_shapes.linear(x, weight, bias); z = gralora_shapes.attention(y, ...)`
+    After:  `y = aten.linear(x, weight, bias); z = gralora.attention(y, ...)`
+
+    Args:
+        graph: A fresh trace; it is changed in place.
+    """
+    changed = 0
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in STANDS_FOR:
+            node.target = STANDS_FOR[node.target]
             changed += 1
     return PassResult(changed)
 

@@ -9,7 +9,6 @@ from torch import fx
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators.call import restore_aten
 from gralora_fx.tracing.draft import Captured
 from gralora_fx.tracing.normalize.clean import (
     drop_dead_scalars,
@@ -18,6 +17,7 @@ from gralora_fx.tracing.normalize.clean import (
     drop_unread_calls,
     drop_unread_writes,
     padding_as_argument,
+    restore_aten,
     without_empty_blocks,
 )
 from gralora_fx.tracing.normalize.inline import inline_subgraphs

@@ -17,10 +17,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from torch import Tensor, nn
-
-from gralora_fx.operators.layers import DropPath, RmsNorm, Rotate
+from torch import nn
 
 _MODELS = "transformers.models"
 
@@ -104,53 +101,3 @@ def replaced(model: nn.Module, table: Sequence[Recognised]) -> Iterator[None]:
         for code in table:
             code.replaced_in(model, changed)
         yield
-
-
-def _norm(module: Any, hidden_states: Tensor) -> Tensor:
-    return RmsNorm.compute(x=hidden_states, weight=module.weight, eps=module.variance_epsilon)
-
-
-def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    query, key = (Rotate.compute(x=x, cos=cos, sin=sin, axis=unsqueeze_dim) for x in (q, k))
-    return query, key
-
-
-def _drop(module: Any, hidden_states: Tensor) -> Tensor:
-    """Stochastic depth, which `train()` and `eval()` switch in the graph like any dropout."""
-    return DropPath.compute(x=hidden_states, p=module.drop_prob, train=module.training)
-
-
-def _pad(features: Tensor, conv_layer: nn.Conv2d) -> Tensor:
-    """TensorFlow's padding, by arithmetic on sizes where MobileNets branch on them.
-
-    Zeros around features so that a convolution gives `ceil(size / stride)` values on an axis.
-    """
-    amounts: list[Any] = []
-    for axis in (1, 0):  # the last axis first
-        size, stride, kernel = features.shape[2 + axis], conv_layer.stride[axis], conv_layer.kernel_size[axis]
-        total: Any = kernel - stride
-        if stride > 1:  # else every layer would add a term that is always zero
-            total = total + (size + stride - 1) // stride * stride - size
-        if kernel < stride:
-            total = torch.sym_max(total, 0)  # type: ignore[no-untyped-call]
-        before = total // 2
-        dilation = conv_layer.dilation[axis]
-        amounts += [before * dilation, (total - before) * dilation]
-    return nn.functional.pad(features, amounts, "constant", 0.0)
-
-
-RMS_NORM = Recognised("llama.modeling_llama:LlamaRMSNorm.forward", _norm)
-ROTARY_EMBEDDING = Recognised("llama.modeling_llama:apply_rotary_pos_emb", _rotate_both, beside=("rotate_half",))
-DROP_PATH = Recognised(
-    "swin.modeling_swin:SwinDropPath.forward",
-    _drop,
-    ending="DropPath",
-    fits=lambda module: isinstance(module.drop_prob, float),
-)
-SAME_PADDING = (
-    Recognised("mobilenet_v1.modeling_mobilenet_v1:apply_tf_padding", _pad),  # without dilations: all of its are one
-    Recognised("mobilenet_v2.modeling_mobilenet_v2:apply_tf_padding", _pad),
-)
-
-IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING)
-IN_DECODERS = (RMS_NORM, ROTARY_EMBEDDING)  # with a cache

@@ -1,4 +1,4 @@
-"""What a trace cannot record of a model, in a form that it can: checkpoints, inference mode, loops, skipped layers."""
+"""What a trace cannot record of a model, in a form that it can: checkpoints, inference mode, loops, branches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import checkpoint
 from transformers import PreTrainedModel
 
-from gralora_fx.errors import warn_caller
+from gralora_fx.operators.layers import DropPath
+from gralora_fx.tracing.patches.recognised import Recognised
 
-_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _LOOP = "eager"
 _PRODUCTS = "grouped_mm"  # transformers' own default for most models
 
@@ -82,26 +82,38 @@ def _loops(model: PreTrainedModel) -> bool:
     return bool(model._can_set_experts_implementation()) and model.get_experts_implementation()[""] == _LOOP
 
 
-@contextmanager
-def without_layerdrop(model: nn.Module) -> Iterator[None]:
-    """Set layerdrop to zero within the block, and warn that training runs every layer in every step.
+def _drop(module: Any, hidden_states: Tensor) -> Tensor:
+    """Stochastic depth, which `train()` and `eval()` switch in the graph like any dropout."""
+    return DropPath.compute(x=hidden_states, p=module.drop_prob, train=module.training)
 
-    It skips whole layers, which is decided in Python and not part of a graph.
+
+def _pad(features: Tensor, conv_layer: nn.Conv2d) -> Tensor:
+    """TensorFlow's padding, by arithmetic on sizes where MobileNets branch on them.
+
+    Zeros around features so that a convolution gives `ceil(size / stride)` values on an axis.
     """
-    holders: list[tuple[str, Any]] = [("config", getattr(model, "config", None)), *model.named_modules()]
-    changed: list[tuple[Any, str, float]] = []
-    names: list[str] = []
-    for path, holder in holders:
-        for name in _LAYERDROP:
-            value = getattr(holder, name, None)
-            if isinstance(value, float) and value > 0:
-                changed.append((holder, name, value))
-                names.append(f"{path}.{name}={value:g}".removeprefix("."))
-                setattr(holder, name, 0.0)
-    if changed:
-        warn_caller(f"layerdrop is not part of a trace ({', '.join(names)}); training runs every layer in every step")
-    try:
-        yield
-    finally:
-        for holder, name, value in changed:
-            setattr(holder, name, value)
+    amounts: list[Any] = []
+    for axis in (1, 0):  # the last axis first
+        size, stride, kernel = features.shape[2 + axis], conv_layer.stride[axis], conv_layer.kernel_size[axis]
+        total: Any = kernel - stride
+        if stride > 1:  # else every layer would add a term that is always zero
+            total = total + (size + stride - 1) // stride * stride - size
+        if kernel < stride:
+            total = torch.sym_max(total, 0)  # type: ignore[no-untyped-call]
+        before = total // 2
+        dilation = conv_layer.dilation[axis]
+        amounts += [before * dilation, (total - before) * dilation]
+    return nn.functional.pad(features, amounts, "constant", 0.0)
+
+
+DROP_PATH = Recognised(
+    "swin.modeling_swin:SwinDropPath.forward",
+    _drop,
+    ending="DropPath",
+    fits=lambda module: isinstance(module.drop_prob, float),
+)
+SAME_PADDING = (
+    Recognised("mobilenet_v1.modeling_mobilenet_v1:apply_tf_padding", _pad),  # without dilations: all of its are one
+    Recognised("mobilenet_v2.modeling_mobilenet_v2:apply_tf_padding", _pad),
+)
+IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING)
