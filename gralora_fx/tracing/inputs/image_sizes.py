@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gralora_fx.errors import TraceError, shown
+
+if TYPE_CHECKING:  # the command line reads sizes before torch is loaded
+    from torch import nn
 
 IMAGES = "pixel_values"
 DYNAMIC: Final = "dynamic"
@@ -130,8 +131,7 @@ def at_image_size(
 
 def takes_images(inputs: Mapping[str, Any]) -> bool:
     """Whether images `[batch, channels, height, width]` are among the inputs."""
-    value = inputs.get(IMAGES)
-    return isinstance(value, Tensor) and value.ndim == 4
+    return getattr(inputs.get(IMAGES), "ndim", 0) == 4
 
 
 def may_interpolate(model: nn.Module) -> bool:
