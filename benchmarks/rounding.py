@@ -26,7 +26,8 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.flavours.decoder import DECODER
-from gralora_fx.exporters.options import ExportOptions, Quantization
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps
 from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verification.token_quality import kl_divergence, user_texts
@@ -37,10 +38,10 @@ ALPHA = 20  # of the adapter: large enough to change one token in five
 TEXTS, CHARACTERS, PROMPT, STEPS = 16, 120, 128, 12
 USUAL, SYMMETRIC = "int4, blocks of 32, zero points", "int4, blocks of 32"
 QUANTIZATIONS = {
-    SYMMETRIC: Quantization("int4", zero_points=False),
-    USUAL: Quantization("int4"),
-    "int4, blocks of 16, zero points": Quantization("int4", 16),
-    "int8, blocks of 32, zero points": Quantization("int8"),
+    SYMMETRIC: Blocks(4, zero_points=False),
+    USUAL: Blocks(4),
+    "int4, blocks of 16, zero points": Blocks(4, 16),
+    "int8, blocks of 32, zero points": Blocks(8),
 }
 
 
@@ -124,16 +125,14 @@ def _effect(model: GraloraModel, tokenizer: Any, texts: list[str]) -> str:
     )
 
 
-def _measured(
-    model: GraloraModel, quantization: Quantization, tokenizer: Any, texts: list[str], name: str
-) -> Mapping[str, Any]:
+def _measured(model: GraloraModel, form: Blocks, tokenizer: Any, texts: list[str], name: str) -> Mapping[str, Any]:
     progress(name)
     row: dict[str, Any] = {}
     for column, mode in (("(a)", "merged"), ("(b)", "data")):
         directory = OUTPUT / f"{name} {mode}"
         begin = time.process_time()
-        with mock.patch.object(ExportOptions, "quantization", quantization):
-            exported = export_onnx(model, directory, adapters=mode, quantize=quantization.kind, verify=False)  # type: ignore[arg-type]
+        with mock.patch.object(ExportOptions, "format", form):
+            exported = export_onnx(model, directory, adapters=mode, quantize=f"int{form.bits}", verify=False)  # type: ignore[arg-type]
         row.setdefault("MB", exported.files["model.onnx_data"] / 1e6)
         row.setdefault("export, CPU s", time.process_time() - begin)
         found = measure_quality(directory, model, DECODER.verification, texts=texts, tokenizer=tokenizer).tokens[-1]

@@ -10,6 +10,7 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_pipeline import export_log
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import method_of
@@ -34,6 +35,7 @@ class Conversion:
         options: The options of the export.
         log: Receives a report for each pass.
         adapters: The layers whose adapters are data of the ONNX models; None where adapters are folded.
+        plan: How matrices are stored; None for floats.
     """
 
     model: TracedModel | GraloraModel
@@ -41,6 +43,7 @@ class Conversion:
     options: ExportOptions
     log: PassLog
     adapters: DataSites | None = None
+    plan: QuantizationPlan | None = None
 
     @property
     def data_adapters(self) -> tuple[str, ...]:
@@ -79,9 +82,10 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
         if options.level is not None:
             check_runnable(model)
     log = export_log(options.dump)
+    plan = None if options.format is None else QuantizationPlan(options.format)
     if options.adapters == "merged" or not isinstance(model, GraloraModel):
-        return Conversion(model, fold_adapters(model), options, log)
-    return Conversion(model, model.traced, options, log, data_sites(model, options))
+        return Conversion(model, fold_adapters(model), options, log, plan=plan)
+    return Conversion(model, model.traced, options, log, data_sites(model, options), plan)
 
 
 def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:

@@ -10,34 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from gralora_fx.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
 from gralora_fx.config.tasks import ENCODER_DECODERS
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.quantization.formats import (
+    BLOCK_BITS,
+    DYNAMIC,
+    Blocks,
+    Columns,
+    Format,
+    accuracy_level_problem,
+    block_size_problem,
+)
 from gralora_fx.runtime.adapter_inputs import AS_DATA, EARLIER_MODES
 
 if TYPE_CHECKING:
     from gralora_fx.methods import AdapterMethod
 
-DYNAMIC = "int8-dynamic"
 LEVELS = ("quick", "full")
-_SMALLEST_BLOCK = 16
-_BITS = {"int4": 4, "int8": 8}
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _block_size_problem(value: Any) -> str | None:
-    if _is_int(value) and value >= _SMALLEST_BLOCK and not value & (value - 1):
-        return None
-    return f"block_size={value!r} is not a block size; take a power of two, 16 or more, such as 32"
-
-
-def _accuracy_level_problem(value: Any) -> str | None:
-    if _is_int(value) and 0 <= value <= 4:
-        return None
-    return (
-        f"accuracy_level={value!r} is not an accuracy level; take 0 (the runtime's choice), 1 (float32), 2 (float16), "
-        "3 (bfloat16) or 4 (int8)"
-    )
 
 
 def _tokenizer_problem(value: Any) -> str | None:
@@ -50,60 +37,6 @@ def _texts_problem(value: Any) -> str | None:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
         return f"texts must be a sequence of texts, but got {value!r:.80}"
     return None if value else "texts is empty; give at least one text, or leave it out to compare on others"
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How weights alone are quantized, in blocks.
-
-    Attributes:
-        kind: `"int4"` or `"int8"`.
-        block_size: Values of a matrix's input axis that share a scale; a power of two, at least 16.
-        accuracy_level: How ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8.
-        zero_points: Whether a block has a zero point too; without one, zero is half of the integers' range.
-    """
-
-    kind: str
-    block_size: int = 32
-    accuracy_level: int = 4
-    zero_points: bool = True
-
-    def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ExportError: The quantized operators do not take a value; the message says which there are.
-        """
-        if self.kind not in _BITS:
-            choices = " or ".join(map(repr, _BITS))
-            raise ExportError(f"quantize={self.kind!r} is not a kind of blocks; take {choices}")
-        problem = _block_size_problem(self.block_size) or _accuracy_level_problem(self.accuracy_level)
-        if problem is not None:
-            raise ExportError(problem)
-
-    @property
-    def bits(self) -> int:
-        """Bits of a quantized value."""
-        return _BITS[self.kind]
-
-
-@dataclass(frozen=True)
-class DynamicQuantization:
-    """Weights in int8 with a scale a column, activations rounded to uint8 as they come.
-
-    Attributes:
-        kind: `"int8-dynamic"`.
-    """
-
-    kind: str = DYNAMIC
-
-    def __post_init__(self) -> None:
-        """Check the kind.
-
-        Raises:
-            ExportError: It is another; the message says which there is.
-        """
-        check_choice("quantize", self.kind, (DYNAMIC,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +67,7 @@ class ExportOptions:
             NUMBERS,
             metavar="N",
             left_out="32",
-            problem=_block_size_problem,
+            problem=block_size_problem,
         ),
     ] = None
     accuracy_level: Annotated[
@@ -145,7 +78,7 @@ class ExportOptions:
             NUMBERS,
             metavar="[0|1|2|3|4]",
             left_out="4",
-            problem=_accuracy_level_problem,
+            problem=accuracy_level_problem,
         ),
     ] = None
     logits: Annotated[
@@ -242,15 +175,15 @@ class ExportOptions:
             )
 
     @property
-    def quantization(self) -> Quantization | DynamicQuantization | None:
-        """How weights are quantized, or None."""
+    def format(self) -> Format | None:
+        """How matrices are stored, or None for floats."""
         if self.quantize is None:
             return None
         if self.quantize == DYNAMIC:
-            return DynamicQuantization()
-        block_size = Quantization.block_size if self.block_size is None else self.block_size
-        level = Quantization.accuracy_level if self.accuracy_level is None else self.accuracy_level
-        return Quantization(self.quantize, block_size, level)
+            return Columns()
+        block_size = Blocks.block_size if self.block_size is None else self.block_size
+        level = Blocks.accuracy_level if self.accuracy_level is None else self.accuracy_level
+        return Blocks(BLOCK_BITS[self.quantize], block_size, level)
 
     @property
     def level(self) -> Literal["quick", "full"] | None:

@@ -14,7 +14,8 @@ from gralora_fx.engine.adapters import Adapters
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.conversion import base_trace, check_runnable
 from gralora_fx.exporters.flavours import flavour_of
-from gralora_fx.exporters.options import DYNAMIC, LEVELS, check_choice
+from gralora_fx.exporters.options import LEVELS, check_choice
+from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
 from gralora_fx.exporters.verification.cached_cases import user_prompts
 from gralora_fx.exporters.verification.cases import Case, PromptBatch, TokenRun, Verification

@@ -40,6 +40,7 @@ ORDER = [
     "loading",
     "runtime",
     "engine",
+    "exporters.quantization",
     "exporters.options",
     "exporters.reports",
     "exporters.onnx_pipeline",

@@ -17,7 +17,7 @@ from gralora_fx.compat.versions import installed_version
 from gralora_fx.engine.limits import context_length
 from gralora_fx.exporters.conversion import Conversion, base_trace
 from gralora_fx.exporters.folding.matching_weights import weight_entries
-from gralora_fx.exporters.onnx_passes.quantization import quantized_weights
+from gralora_fx.exporters.quantization.record import quantized_weights
 from gralora_fx.exporters.reports import attention_report
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
@@ -49,7 +49,7 @@ def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour:
         schema_version=SCHEMA_VERSION,
         task=traced.task,
         precision=options.precision,
-        quantization=quantized_weights(options.quantization, log),
+        quantization=quantized_weights(conversion.plan, log),
         adapters_mode=options.adapters,
         logits=logits,
         position_offset=position_offset(traced),

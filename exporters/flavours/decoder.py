@@ -22,7 +22,7 @@ from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
-from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
+from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_pipeline import (
@@ -32,7 +32,7 @@ from gralora_fx.exporters.onnx_pipeline import (
     TRANSLATED,
     OnnxPipeline,
 )
-from gralora_fx.exporters.options import DYNAMIC
+from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
@@ -144,7 +144,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
             *insertion_passes(conversion),  # what was packed stays packed
-            *quantization_passes(conversion.options.quantization),
+            *quantization_passes(conversion.plan),
         ),
         given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
     )

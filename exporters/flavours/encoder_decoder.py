@@ -10,11 +10,11 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_pas
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate, split
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
+from gralora_fx.exporters.onnx_passes.block_products import tables_of_heads
 from gralora_fx.exporters.onnx_passes.clean_up import drop_stack_traces
 from gralora_fx.exporters.onnx_passes.cross_attention import cache_cross_attention
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
-from gralora_fx.exporters.onnx_passes.quantize import tables_of_heads
+from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
@@ -103,7 +103,7 @@ def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) ->
             ),  # what was fused stays fused; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
-            *quantization_passes(conversion.options.quantization, tables),  # last: all others look for matrices
+            *quantization_passes(conversion.plan, tables),  # last: all others look for matrices
         ),
     )
 

@@ -21,7 +21,8 @@ from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_passes.site_marks import MarkSites
-from gralora_fx.exporters.options import DYNAMIC, ExportOptions
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Skip
 from gralora_fx.runtime.export_directory import MODEL, ROWS, ROWS_NAME

@@ -30,7 +30,7 @@ from gralora_fx.exporters.onnx_passes.clean_up import (
 )
 from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantization import quantization_passes
+from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_pipeline import OnnxIrPass, OnnxPipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
@@ -106,7 +106,7 @@ def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
         name,
         (
             *insertion_passes(conversion),  # what was fused stays fused
-            *quantization_passes(conversion.options.quantization),  # last: all others look for matrices
+            *quantization_passes(conversion.plan),  # last: all others look for matrices
         ),
     )
 

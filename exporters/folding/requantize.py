@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, check_finite
 from gralora_fx.exporters.folding.initializers import ProductWeight, read_rows
-from gralora_fx.exporters.options import Quantization
+from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.sources.rewriting import RowEdit
 
 _COLUMNS = 1024  # output features that are quantized at once
@@ -86,7 +86,7 @@ class QuantizedEdit:
 
     def _change(
         self,
-        stored: _Blocks | _Columns,
+        stored: _StoredBlocks | _StoredColumns,
         layer: LayerEdit,
         change: Callable[[NDArray[Any], slice, slice], None],
         outputs: slice,
@@ -134,7 +134,7 @@ class PartEdit:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _StoredBlocks:
     """Blocks of `MatMulNBits`: integers `[out, bytes]`, scales `[out, blocks]`, packed zero points `[out, bytes]`."""
 
     weight: ProductWeight
@@ -150,7 +150,7 @@ class _Blocks:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
-        from gralora_fx.exporters.onnx_passes.quantize import BlockArrays, dequantize_blocks  # it imports torch
+        from gralora_fx.exporters.quantization.block_arrays import BlockArrays, dequantize_blocks  # it imports torch
 
         scales = self.all_scales[outputs]
         packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1)
@@ -165,13 +165,13 @@ class _Blocks:
 
     def store(self, outputs: slice, values: NDArray[Any], path: str) -> None:
         """Quantize values, rounded to the export's precision first, as an export does."""
-        from gralora_fx.exporters.onnx_passes.quantize import quantize_blocks
+        from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
 
         dtype = self.all_scales.dtype
         rounded = values.astype(dtype) if dtype == np.float16 else values.astype(dtype).astype(np.float32)
         weight, has_zero_points = self.weight, self.all_zero_points is not None
-        quantization = Quantization(f"int{weight.bits}", weight.block_size, zero_points=has_zero_points)
-        blocks = quantize_blocks(np.ascontiguousarray(rounded.T), quantization)
+        form = Blocks(weight.bits, weight.block_size, zero_points=has_zero_points)
+        blocks = quantize_blocks(np.ascontiguousarray(rounded.T), form)
         self.integers[outputs] = blocks.packed.reshape(len(blocks.packed), -1)
         self.all_scales[outputs] = blocks.scales.astype(dtype)
         if self.all_zero_points is not None:
@@ -180,7 +180,7 @@ class _Blocks:
 
 
 @dataclass(frozen=True)
-class _Columns:
+class _StoredColumns:
     """Columns of `MatMulInteger`: integers `[in, out]` and scales `[out]`."""
 
     weight: ProductWeight
@@ -203,20 +203,20 @@ class _Columns:
 
     def store(self, outputs: slice, values: NDArray[Any], path: str) -> None:
         """Quantize values."""
-        from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_columns
+        from gralora_fx.exporters.quantization.column_arrays import quantize_columns
 
         integers, scales = quantize_columns(np.ascontiguousarray(values.T), path)
         self.integers[:, outputs] = integers
         self.all_scales[outputs] = scales
 
 
-def _stored(weight: ProductWeight) -> _Blocks | _Columns:
+def _stored(weight: ProductWeight) -> _StoredBlocks | _StoredColumns:
     """The tensors of a quantized weight, in memory of their own."""
     integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
     if weight.storage == "columns":
-        return _Columns(weight, integers, scales.reshape(-1))
+        return _StoredColumns(weight, integers, scales.reshape(-1))
     rows = [part.reshape(weight.out_features, -1) for part in (integers, scales, *zero_points)]
-    return _Blocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
+    return _StoredBlocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
 
 
 def dequantized(weight: ProductWeight, outputs: slice) -> NDArray[Any]:

@@ -54,6 +54,11 @@ class ConstantMatrix(NamedTuple):
         rows, columns = (int(size) for size in self.tensor.shape.numpy())
         return (columns, rows) if self.is_transposed else (rows, columns)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that it holds side by side."""
+        return tuple(str(part.name) for part in parts_of(self.tensor))
+
     def free_name(self, graph: ir.Graph, suffix: str) -> str:
         """What names of its quantized parts begin with: its own, unless the same matrix the other way round has it.
 
@@ -73,14 +78,6 @@ class ConstantMatrix(NamedTuple):
             values = part.numpy().T if self.is_transposed else part.numpy()
             for start in range(0, values.shape[1], _COLUMNS):
                 yield values[:, start : start + _COLUMNS]
-
-
-class Counts(NamedTuple):
-    """Numbers of matmuls and of lookups that read quantized values, and of the quantized values."""
-
-    multiplications: int
-    lookups: int
-    values: int
 
 
 def matrix_of(node: ir.Node) -> ConstantMatrix | None:

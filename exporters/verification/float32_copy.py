@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_value
+from gralora_fx.exporters.onnx_passes.column_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
-from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.exporters.verification.tolerances import arithmetic_of
 from gralora_fx.runtime.export_directory import ROWS_NAME

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.artifact.staging import require_space
-from gralora_fx.exporters.onnx_passes.quantize_dynamic import QuantizedProduct, quantized_products
+from gralora_fx.exporters.onnx_passes.column_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.ort_values import as_tensor, run_values

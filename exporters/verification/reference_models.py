@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
-from gralora_fx.exporters.onnx_passes.quantization import quantization_of
-from gralora_fx.exporters.onnx_passes.quantize import dequantize
-from gralora_fx.exporters.onnx_passes.quantize_dynamic import dequantize_columns
-from gralora_fx.exporters.options import DynamicQuantization, Quantization
+from gralora_fx.exporters.quantization.block_arrays import rounded_to_blocks
+from gralora_fx.exporters.quantization.column_arrays import rounded_to_columns
+from gralora_fx.exporters.quantization.formats import Blocks, Format
+from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantization.record import plan_of
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
@@ -62,7 +63,7 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
     traced = base_trace(model)
     if blocks is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
-    quantization = None if blocks is None else quantization_of(blocks)
+    plan = None if blocks is None else plan_of(blocks)
     called = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls}
     known = sum(called.values())
     if blocks is not None and blocks.values != known:
@@ -72,14 +73,14 @@ def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> Tr
             "judge the export by its results"
         )
     return dequantized_model(
-        fold_adapters(model), precision, quantization, with_tables=blocks is not None and blocks.lookups > 0
+        fold_adapters(model), precision, plan, with_tables=blocks is not None and blocks.lookups > 0
     )
 
 
 def dequantized_model(
     traced: TracedModel,
     precision: str,
-    quantization: Quantization | DynamicQuantization | None = None,
+    plan: QuantizationPlan | None = None,
     *,
     with_tables: bool = False,
 ) -> TracedModel:
@@ -88,7 +89,7 @@ def dequantized_model(
     Args:
         traced: The adapter-free model, of any precision, its folded weights lazy or not.
         precision: Precision to which the export's weights were cast.
-        quantization: How its matrices were quantized after that, or None.
+        plan: How its matrices were quantized after that, or None.
         with_tables: Whether an embedding that is tied to a head reads the head's blocks.
 
     Returns:
@@ -96,13 +97,13 @@ def dequantized_model(
     """
     dtype = DTYPES[precision]
     model = _in_float32(traced, dtype)
-    if quantization is None:
+    if plan is None:
         return model
-    blocks = {site.path: _rounded(site, quantization, dtype) for site in model.sites}
-    block_size = quantization.block_size if with_tables and isinstance(quantization, Quantization) else None
-    shared = [site for site in model.sites if block_size and _is_shared(model, site, block_size)]
-    tables = {id(site.weight): blocks.pop(site.path) for site in shared}
-    return _with_parameters(replace_weights(model, blocks), tables)
+    formats = {site.path: plan.format_of(model.tree.names_of(site.weight)) for site in model.sites}
+    rounded = {site.path: _rounded(site, form, dtype) for site in model.sites if (form := formats[site.path])}
+    shared = [site for site in model.sites if with_tables and _is_shared(model, site, formats[site.path])]
+    tables = {id(site.weight): rounded.pop(site.path) for site in shared}
+    return _with_parameters(replace_weights(model, rounded), tables)
 
 
 def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
@@ -125,29 +126,27 @@ def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).eval()
 
 
-def _is_shared(traced: TracedModel, site: LinearSite, block_size: int) -> bool:
+def _is_shared(traced: TracedModel, site: LinearSite, form: Format | None) -> bool:
     """Whether a weight with other readers is stored as blocks for all of them."""
     is_read = bool(site.tied_with) or bool(other_readers(traced.graph_module, [site])[site.path])
-    return is_read and site.in_features % block_size == 0
+    return is_read and isinstance(form, Blocks) and site.in_features % form.block_size == 0
 
 
-def _rounded(site: LinearSite, quantization: Quantization | DynamicQuantization, dtype: torch.dtype) -> nn.Parameter:
+def _rounded(site: LinearSite, form: Format, dtype: torch.dtype) -> nn.Parameter:
     """A site's weight, quantized and dequantized."""
     matrix = site.weight if site.kind == "conv1d" else site.weight.t()  # [in, out]
-    values = torch.cat(list(_parts(matrix.detach(), quantization, dtype, site.path)), dim=1)
+    values = torch.cat(list(_parts(matrix.detach(), form, dtype, site.path)), dim=1)
     return nn.Parameter((values if site.kind == "conv1d" else values.t()).contiguous(), requires_grad=False)
 
 
-def _parts(
-    matrix: Tensor, quantization: Quantization | DynamicQuantization, dtype: torch.dtype, name: str
-) -> Iterator[Tensor]:
+def _parts(matrix: Tensor, form: Format, dtype: torch.dtype, name: str) -> Iterator[Tensor]:
     half = np.float16 if dtype == torch.float16 else np.float32  # the quantizer's input
     for part in torch.split(matrix, _COLUMNS, dim=1):
         values = np.ascontiguousarray(part.numpy(), dtype=half)
-        if isinstance(quantization, DynamicQuantization):
-            yield torch.from_numpy(dequantize_columns(values, name))
+        if isinstance(form, Blocks):
+            yield torch.from_numpy(rounded_to_blocks(values, form, dtype))
         else:
-            yield torch.from_numpy(dequantize(values, quantization, dtype))
+            yield torch.from_numpy(rounded_to_columns(values, name))
 
 
 def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: AdapterInputs) -> TracedModel:

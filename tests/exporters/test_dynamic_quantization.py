@@ -27,7 +27,7 @@ from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.demo.news_classifier import package_folder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
-from gralora_fx.exporters.onnx_passes.quantize_dynamic import LARGEST, dequantize_columns, quantize_columns
+from gralora_fx.exporters.quantization.column_arrays import LARGEST, quantize_columns, rounded_to_columns
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
@@ -184,7 +184,7 @@ def test_sums_of_two_products_fit_in_16_bits(report: ExportReport) -> None:
 def test_a_rounded_weight_is_within_half_a_step() -> None:
     matrix = np.random.default_rng(0).normal(size=(64, 9)).astype(np.float32)
     _, scales = quantize_columns(matrix, "w")
-    assert (np.abs(dequantize_columns(matrix, "w") - matrix) <= scales * 0.5000001).all()
+    assert (np.abs(rounded_to_columns(matrix, "w") - matrix) <= scales * 0.5000001).all()
     with pytest.raises(ExportError, match="w holds values that are not finite, which int8 cannot express"):
         quantize_columns(np.full((2, 2), np.nan, np.float32), "w")
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.options import ExportOptions, Quantization
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.formats import Blocks
 
 
 @pytest.mark.parametrize(
@@ -42,5 +43,5 @@ def test_options_say_what_they_mean() -> None:
         "full",
         None,
     ]
-    assert ExportOptions().quantization is None
-    assert ExportOptions(quantize="int4", block_size=64).quantization == Quantization("int4", 64, 4)
+    assert ExportOptions().format is None
+    assert ExportOptions(quantize="int4", block_size=64).format == Blocks(4, 64)

@@ -24,7 +24,8 @@ from traces import fresh_trace
 from gralora_fx import trace
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx
-from gralora_fx.exporters.options import ExportOptions, Quantization
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.formats import BLOCK_BITS, Blocks
 from gralora_fx.serving import load
 
 
@@ -39,8 +40,7 @@ def test_quantized_weights_are_refused_unless_asked_for(quantize: Any, tmp_path:
 
 def without_zero_points(monkeypatch: pytest.MonkeyPatch, kind: str, block_size: int = 32) -> None:
     """Let exports have blocks as an earlier version wrote them."""
-    quantization = Quantization(kind, block_size, zero_points=False)
-    monkeypatch.setattr(ExportOptions, "quantization", quantization)
+    monkeypatch.setattr(ExportOptions, "format", Blocks(BLOCK_BITS[kind], block_size, zero_points=False))
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,16 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.conversion import Conversion
+from gralora_fx.exporters.conversion import Conversion, conversion_of
 from gralora_fx.exporters.flavours.decoder import attention_pipeline, decoder_pipeline
 from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, merge_matmuls
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
-from gralora_fx.exporters.onnx_passes.quantize_dynamic import quantize_dynamically
+from gralora_fx.exporters.onnx_passes.quantize_weights import QuantizeWeights
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
 from gralora_fx.exporters.onnx_pipeline import DUMP, OnnxPipeline, export_log, import_domains
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.formats import Columns
+from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.graph.pipeline import PassLog, PassResult, Pipeline, Skip, name_of
 
 CACHED = "text-generation-with-past"
@@ -179,7 +181,7 @@ def test_a_pipeline_reads_as_the_list_of_its_passes() -> None:
     tables = RotaryTables(onnx_model("").graph)
     traced = fresh_trace("gpt2", task=CACHED)
     plain = Conversion(traced, traced, ExportOptions(), PassLog())
-    quantized = Conversion(traced, traced, ExportOptions(quantize="int4"), PassLog())
+    quantized = conversion_of(traced, ExportOptions(quantize="int4", verify=False))
     fused = [name_of(entry) for entry in attention_pipeline(plain, tables).passes]
     last = [name_of(entry) for entry in decoder_pipeline(plain, "", [keep_last_position]).passes]
     every = [name_of(entry) for entry in decoder_pipeline(plain, "", []).passes]
@@ -191,8 +193,8 @@ def test_a_pipeline_reads_as_the_list_of_its_passes() -> None:
 
 def test_an_order_that_breaks_what_a_pass_needs_is_refused() -> None:
     why = (
-        "the pass merge_matmuls of some needs 'constant matrices are of floats', which the pass quantize_dynamically "
+        "the pass merge_matmuls of some needs 'constant matrices are of floats', which the pass quantize_weights "
         "ends; change their order"
     )
     with pytest.raises(ValueError, match=re.escape(why)):
-        OnnxPipeline("some", (fold_transposes, quantize_dynamically, merge_matmuls))
+        OnnxPipeline("some", (fold_transposes, QuantizeWeights(QuantizationPlan(Columns())), merge_matmuls))

@@ -21,8 +21,8 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.onnx_passes.quantize import dequantize
-from gralora_fx.exporters.options import Quantization
+from gralora_fx.exporters.quantization.block_arrays import rounded_to_blocks
+from gralora_fx.exporters.quantization.formats import Blocks
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
@@ -84,12 +84,12 @@ def test_blocks_are_those_of_onnxruntimes_quantizer(bits: int, tmp_path: Path) -
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path) -> None:
     module = nn.Linear(72, 24, bias=False)  # 72: the last block is a part of one
-    quantization = Quantization(f"int{bits}", accuracy_level=1)
-    export_onnx(trace(module, (torch.randn(2, 72),)), tmp_path / "onnx", quantize=quantization.kind, accuracy_level=1)  # type: ignore[arg-type]
+    form = Blocks(bits, accuracy_level=1)
+    export_onnx(trace(module, (torch.randn(2, 72),)), tmp_path / "onnx", quantize=f"int{bits}", accuracy_level=1)  # type: ignore[arg-type]
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     (identity,) = session.run(None, {session.get_inputs()[0].name: np.eye(72, dtype=np.float32)})
     matrix = np.ascontiguousarray(module.weight.detach().T.numpy())
-    assert np.allclose(identity, dequantize(matrix, quantization, torch.float32), atol=1e-6)
+    assert np.allclose(identity, rounded_to_blocks(matrix, form, torch.float32), atol=1e-6)
 
 
 def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> None:

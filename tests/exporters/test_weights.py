@@ -12,8 +12,9 @@ import pytest
 
 from gralora_fx.exporters.onnx_passes.builder import static_dim
 from gralora_fx.exporters.onnx_passes.constant_matrices import merge_matmuls
-from gralora_fx.exporters.onnx_passes.quantize import quantize_weights
-from gralora_fx.exporters.options import Quantization
+from gralora_fx.exporters.onnx_passes.quantize_weights import QuantizeWeights
+from gralora_fx.exporters.quantization.formats import Blocks
+from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.exporters.translation import weights
 from gralora_fx.exporters.translation.weights import concat_tensor, parts_of, transposed_tensor
 
@@ -91,12 +92,12 @@ def test_products_of_one_tensor_and_width_are_one(tmp_path: Path) -> None:
 
 
 def test_blocks_of_columns_are_those_of_each_part() -> None:
-    quantization = Quantization("int4", 16, 4)
+    quantize = QuantizeWeights(QuantizationPlan(Blocks(4, 16)))
     apart, _ = joint((8, 8))
     pad_prompts = ir.Model(apart.graph.clone(), ir_version=11)
     merge_matmuls(pad_prompts)
     for model in (apart, pad_prompts):
-        quantize_weights(model, quantization)
+        quantize(model)
     alone = [apart.graph.initializers[f"w{index}_Q4"].const_value.numpy() for index in (0, 1)]
     (name,) = [name for name in pad_prompts.graph.initializers if name.endswith("_Q4")]
     assert np.array_equal(pad_prompts.graph.initializers[name].const_value.numpy(), np.concatenate(alone))

@@ -1,9 +1,9 @@
-"""Dynamic quantization: int8 weights with a scale a column, and activations that are rounded to uint8 as they come."""
+"""Products with columns: int8 weights with a scale a column, and activations that are rounded to uint8 as they come."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -11,27 +11,14 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.onnx_passes.builder import add_initializer
-from gralora_fx.exporters.onnx_passes.constant_matrices import (
-    ConstantMatrix,
-    Counts,
-    drop_unread,
-    matrix_of,
-    num_values,
-    replace_product,
-    unquantized,
-)
-from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
+from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, replace_product
+from gralora_fx.exporters.quantization.column_arrays import quantize_columns
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
-from gralora_fx.graph.pipeline import PassResult, contract
-
-# Largest absolute value of a weight: 7 bits, `reduce_range` of onnxruntime's quantizer. x86 processors without VNNI
-# add two products of uint8 and int8 in int16, which saturates at 32,767: 2 * 255 * 64 = 32,640 fits, 2 * 255 * 127 not.
-LARGEST = 64
 
 
-@contract(needs={FLOAT_MATRICES}, ends={FLOAT_MATRICES})
-def quantize_dynamically(model: ir.Model) -> PassResult[ir.Model]:
-    """Multiply by constant matrices in int8; in place, the summary is `Counts`.
+@dataclass(frozen=True)
+class ColumnProducts:
+    """Products of a graph in int8.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`
     After:  `q, s, z = DynamicQuantizeLinear(x)`
@@ -41,21 +28,25 @@ def quantize_dynamically(model: ir.Model) -> PassResult[ir.Model]:
     which its graph optimizations fuse to one operator. The range of `x` is that of the whole tensor; products of one
     tensor share its rounding. A matrix is read and quantized when it is written. Zero points of weights are zero, and
     left out.
+
+    Attributes:
+        graph: The model's graph, which gets the initializers.
     """
-    weights: dict[ConstantMatrix, tuple[ir.Value, ir.Value]] = {}
-    rounded: dict[tuple[int, int], ir.Node] = {}
-    count = 0
-    for node in list(model.graph.all_nodes()):
-        match = matrix_of(node)
-        if match is None:
-            continue
-        if match not in weights:
-            weights[match] = _initializers(model.graph, match)
-        _multiply(node, *weights[match], rounded)
-        count += 1
-    values = num_values(weight for weight, _ in weights)
-    drop_unread(model.graph, [str(weight.name) for weight, _ in weights])
-    return PassResult(count, unquantized(model), summary=Counts(count, 0, values))
+
+    graph: ir.Graph
+    _stored: dict[ConstantMatrix, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
+    _rounded: dict[tuple[int, int], ir.Node] = field(default_factory=dict, init=False)  # each tensor of each graph
+
+    @property
+    def matrices(self) -> tuple[ConstantMatrix, ...]:
+        """The matrices that are stored so."""
+        return tuple(self._stored)
+
+    def multiply(self, node: ir.Node, matrix: ConstantMatrix) -> None:
+        """Put the product in the place of a node."""
+        if matrix not in self._stored:
+            self._stored[matrix] = _initializers(self.graph, matrix)
+        _multiply(node, *self._stored[matrix], self._rounded)
 
 
 class QuantizedProduct(NamedTuple):
@@ -113,38 +104,6 @@ def _only_reader(node: ir.Node) -> ir.Node | None:
 def _producer(node: ir.Node, index: int) -> ir.Node | None:
     value = node.inputs[index] if len(node.inputs) > index else None
     return None if value is None else value.producer()
-
-
-def quantize_columns(matrix: NDArray[Any], name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix as integers between -64 and 64 with a scale a column, symmetric, as onnxruntime's quantizer rounds.
-
-    Args:
-        matrix: `[K, N]`.
-        name: Its name in error messages.
-
-    Returns:
-        Integers `[K, N]` and scales `[N]`; their product is close to the matrix.
-
-    Raises:
-        ExportError: A value is not finite.
-    """
-    matrix = matrix.astype(np.float32, copy=False)
-    largest = np.abs(matrix).max(axis=0).astype(np.float64)
-    if not np.isfinite(largest).all():
-        raise ExportError(f"{name} holds values that are not finite, which int8 cannot express; mend the weights")
-    scales = (2 * largest / (2 * LARGEST)).astype(np.float32)
-    scales[scales < np.finfo(np.float32).tiny] = 1.0
-    return np.clip((matrix / scales).round(), -128, 127).astype(np.int8), scales
-
-
-def dequantize_columns(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """A matrix `[K, N]` quantized and dequantized again.
-
-    Raises:
-        ExportError: A value is not finite.
-    """
-    values, scales = quantize_columns(matrix, name)
-    return values * scales
 
 
 @dataclass
