@@ -17,8 +17,8 @@ from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.stages import timed
 from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, resolve_directory
 from gralora_fx.sources.rewriting import write_files
-from gralora_fx.sources.safetensors_files import read_weights
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
+from gralora_fx.sources.saved_weights import read_weights
 
 _WORKERS = 4  # threads, also on fewer cores, since they wait for the disk too
 _DOWNLOADED = (

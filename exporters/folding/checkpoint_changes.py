@@ -20,10 +20,10 @@ from gralora_fx.sources.safetensors_files import (
     Layout,
     NewShard,
     NewTensor,
-    SavedWeights,
     StoredTensor,
     rewritten_shard,
 )
+from gralora_fx.sources.saved_weights import SavedWeights
 
 _NOT_FINITE = (
     "{name} would hold values that are not finite in {dtype}; nothing was written. Merge into a copy of the base in "

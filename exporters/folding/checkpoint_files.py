@@ -15,7 +15,8 @@ from gralora_fx.exporters.folding.checkpoint_changes import TensorChanges
 from gralora_fx.exporters.folding.checkpoint_names import Names
 from gralora_fx.exporters.folding.edits import ValuesEdit
 from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
-from gralora_fx.sources.safetensors_files import INDEX_NAME, NewShard, SavedWeights
+from gralora_fx.sources.safetensors_files import NewShard
+from gralora_fx.sources.saved_weights import INDEX_NAME, SavedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,8 @@ from gralora_fx.adapters.agreement import KnownLayers, disagreements
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, TraceError, bulleted, first_line
 from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
-from gralora_fx.sources.safetensors_files import SavedWeights, StoredTensor
+from gralora_fx.sources.safetensors_files import StoredTensor
+from gralora_fx.sources.saved_weights import SavedWeights
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,8 +23,8 @@ from gralora_fx.exporters.folding.initializers import (
 )
 from gralora_fx.runtime.manifest import WeightEntry
 from gralora_fx.sources.model_files import resolve_directory
-from gralora_fx.sources.safetensors_files import read_weights
 from gralora_fx.sources.same_base import read_config_fields
+from gralora_fx.sources.saved_weights import read_weights
 
 if TYPE_CHECKING:
     from gralora_fx.tracing.traced_model import TracedModel

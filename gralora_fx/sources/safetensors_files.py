@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from gralora_fx.sources.rewriting import BLOCK, Edit, NewFile, Part, StoredBytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 FLOATS: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -181,80 +179,6 @@ def check_readable(directory: Path) -> None:
     """
     for file in sorted(directory.glob("*.safetensors")):
         read_layout(file)
-
-
-@dataclass(frozen=True)
-class SavedWeights:
-    """The weights of a model's directory.
-
-    Attributes:
-        directory: The directory.
-        shards: Its safetensors files.
-        has_index: Whether an index says which file holds which tensor.
-    """
-
-    directory: Path
-    shards: tuple[Layout, ...]
-    has_index: bool
-
-    @cached_property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """The tensors of all files by key."""
-        return {key: tensor for shard in self.shards for key, tensor in shard.tensors.items()}
-
-    @contextmanager
-    def opened(self) -> Iterator[SavedWeights]:
-        """The same with files that are kept open."""
-        with ExitStack() as stack:
-            yield replace(self, shards=tuple(stack.enter_context(shard.opened()) for shard in self.shards))
-
-
-def read_weights(directory: Path) -> SavedWeights:
-    """The layouts of a model's safetensors files, a single one or several with an index, each checked to be whole.
-
-    Raises:
-        CheckpointError: There are none, one is damaged, or they are not what the index says.
-    """
-    single, index = directory / SINGLE_NAME, directory / INDEX_NAME
-    if single.is_file():  # which transformers prefers too
-        return SavedWeights(directory, (read_layout(single),), has_index=False)
-    if not index.is_file():
-        raise CheckpointError(
-            f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
-            "save the model with transformers, as safetensors"
-        )
-    names = _names_by_key(index)
-    files = sorted(set(names.values()))
-    if missing := [name for name in files if not (directory / name).is_file()]:
-        raise CheckpointError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names; copy the model again")
-    shards = tuple(read_layout(directory / name) for name in files)
-    holder: dict[str, str] = {}
-    for shard in shards:
-        for key in shard.tensors:
-            if key in holder:
-                raise CheckpointError(
-                    f"{directory}: {key} is in {holder[key]} and in {shard.file.name}; save the model again"
-                )
-            holder[key] = shard.file.name
-    if astray := [key for key, name in names.items() if holder.get(key) != name]:
-        raise CheckpointError(
-            f"{directory}: {', '.join(astray[:3])} is not in the file that {INDEX_NAME} says; copy the model again"
-        )
-    return SavedWeights(directory, shards, has_index=True)
-
-
-def _names_by_key(index: Path) -> dict[str, str]:
-    """The name of each tensor's file, as an index says."""
-    try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = sorted({str(name) for name in names.values() if Path(name).name != name})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error}); copy or save the model again") from error
-    if outside:
-        raise CheckpointError(
-            f"{index} names {', '.join(outside)}, outside its directory; do not trust it, or save it again"
-        )
-    return names
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from gralora_fx.compat.transformers_models import (
 )
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.sources.lazy_tensors import with_source
-from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor, read_weights
+from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor
+from gralora_fx.sources.saved_weights import read_weights
 
 
 def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
