@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import gralora_fx.cli.options as opt
-from gralora_fx.cli.declared import Declared, takes
-from gralora_fx.cli.values import graph_name, read_image_size, read_texts, utf8
+from gralora_fx.cli.values import Declared, graph_name, read_image_size, read_texts, takes, utf8
 from gralora_fx.cli.wording import notes
 from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN

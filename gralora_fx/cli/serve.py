@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gralora_fx.cli.declared import Declared, takes
 from gralora_fx.cli.options import Directory, OnnxToRun
-from gralora_fx.cli.values import export_directory, read_adapters, utf8
+from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, utf8
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress

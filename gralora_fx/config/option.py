@@ -3,7 +3,7 @@
     precision: Annotated[Literal["fp32", "fp16"], Option("Precision of weights and cache.")] = "fp32"
 
 The rest is derived from the declaration: the check of a value (`check_options`), the keyword of a function
-(`by_keywords`), the parameter of a command (`cli.declared`) and the row of a table in the documentation.
+(`by_keywords`), the parameter of a command (`cli.values`) and the row of a table in the documentation.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,7 @@ from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.export_directory import FLAG
-from gralora_fx.runtime.input_arrays import as_array
-from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
+from gralora_fx.runtime.ort_values import as_array, as_tensor, empty_values, run_values
 from gralora_fx.runtime.session_views import EncoderDecoderSession, as_past, with_adapter
 
 _MOST_ENCODINGS = 8  # sources
@@ -72,12 +71,14 @@ class _Row:
             and values.
         cache: The keys and values of the decoder's own positions, and before the first step empty ones of the source.
         outputs: What a step is asked for.
+        takes_flag: Whether a step says if it has a past.
     """
 
     decoder: Any
     fixed: Mapping[str, Any]
     cache: Mapping[str, Any]
     outputs: Sequence[str]
+    takes_flag: bool
 
 
 class EncoderDecoder(Decoder):
@@ -121,10 +122,10 @@ class EncoderDecoder(Decoder):
         if "attention_mask" in source:
             mask = np.array(source["attention_mask"], order="C")  # the caller's own may change between steps
             fixed["encoder_attention_mask"] = OrtValue.ortvalue_from_numpy(mask)
-        outputs = [value.name for value in session.decoder.get_outputs()]
-        self._open[row] = _Row(
-            session.decoder, _taken(session.decoder, fixed), empty_values(session.decoder, 1), outputs
-        )
+        decoder, names = session.decoder, {value.name for value in session.decoder.get_inputs()}
+        fixed = {name: value for name, value in fixed.items() if name in names}  # it may lack the mask
+        outputs = [value.name for value in decoder.get_outputs()]
+        self._open[row] = _Row(decoder, fixed, empty_values(decoder, 1), outputs, takes_flag=FLAG in names)
 
     def _end(self, row: int) -> None:
         del self._open[row]
@@ -153,32 +154,28 @@ def _checked(source: Source, session: EncoderDecoderSession) -> Source:
 
 
 def _encoded(encoder: Any, source: Source) -> Any:
-    inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in source.items()}
-    feed = _taken(encoder, inputs)
+    names = [value.name for value in encoder.get_inputs() if value.name in source]  # it may be given more
+    feed = {name: torch.from_numpy(np.ascontiguousarray(source[name])) for name in names}
     return run_values(encoder, feed, "the encoder", ["last_hidden_state"], ServingError)["last_hidden_state"]
 
 
 def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArray[Any]]:
     """The row after it has read tokens, and the logits `[vocabulary]` after the last."""
-    own = {"input_ids": torch.from_numpy(tokens[None]), FLAG: torch.tensor([past > 0])}
-    feed, description = {**row.fixed, **row.cache, **_taken(row.decoder, own)}, f"the decoder, for {len(tokens)} tokens"
+    feed = {**row.fixed, **row.cache, "input_ids": torch.from_numpy(tokens[None])}
+    if row.takes_flag:
+        feed[FLAG] = torch.tensor([past > 0])
+    description = f"the decoder, for {len(tokens)} tokens"
     results = run_values(row.decoder, feed, description, row.outputs, ServingError)
     cache = as_past(results)
     of_source = {name: value for name, value in cache.items() if _OF_SOURCE in name}
-    after = _Row(
-        row.decoder,
-        {**row.fixed, **of_source},
-        {name: value for name, value in cache.items() if name not in of_source},
-        [name for name in row.outputs if _OF_SOURCE not in name],
+    after = replace(
+        row,
+        fixed={**row.fixed, **of_source},
+        cache={name: value for name, value in cache.items() if name not in of_source},
+        outputs=[name for name in row.outputs if _OF_SOURCE not in name],
     )
     logits: NDArray[Any] = as_tensor(results["logits"])[0, -1].float().numpy().copy()
     return after, logits
-
-
-def _taken(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a feed what a session takes: an encoder may be given more, and a decoder may lack the mask or the flag."""
-    names = {value.name for value in session.get_inputs()}
-    return {name: value for name, value in feed.items() if name in names}
 
 
 def _digest(source: Source) -> bytes:

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions run on tensors of any dtype, since numpy has no bfloat16."""
+"""Values of ONNX Runtime sessions: tensors of any dtype, since numpy has no bfloat16, and callers' arrays, checked."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto
 from onnxruntime import OrtValue
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from gralora_fx.errors import ExportError, GraloraError, first_line
+from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 
-_DTYPES = {
-    "float": torch.float32,
-    "double": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "bool": torch.bool,
+_ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
+DTYPES = {f"tensor({name})": np.dtype(other) for name, other in _NAMES.items()}
+_TORCH_DTYPES = {
+    "tensor(bfloat16)": torch.bfloat16,
+    **{kind: getattr(torch, dtype.name) for kind, dtype in DTYPES.items()},
 }
+_KINDS = {"i": "iu", "u": "iu", "f": "iuf", "b": "biu"}  # array kinds that are cast to an input kind
 
 
 def run_values(
@@ -69,8 +69,7 @@ def as_value(tensor: Tensor, kind: str) -> Any:
         tensor: Any tensor on the CPU.
         kind: The input's type in ONNX Runtime's words, such as `tensor(float16)`.
     """
-    name = _element(kind)
-    array = tensor.detach().to(_DTYPES[name]).contiguous()
+    array = tensor.detach().to(_TORCH_DTYPES[kind]).contiguous()
     if array.dtype == torch.bfloat16:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.uint16).numpy(), TensorProto.BFLOAT16)
     return OrtValue.ortvalue_from_numpy(array.numpy())
@@ -83,7 +82,7 @@ def own_value(tensor: Tensor, kind: str) -> Any:
         tensor: Any tensor on the CPU.
         kind: The type in ONNX Runtime's words.
     """
-    array = tensor.detach().to(_DTYPES[_element(kind)]).contiguous().numpy()
+    array = tensor.detach().to(_TORCH_DTYPES[kind]).contiguous().numpy()
     value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype)
     value.update_inplace(array)
     return value
@@ -100,7 +99,7 @@ def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            shape, dtype = (batch, value.shape[1], length, value.shape[3]), _DTYPES[_element(value.type)]
+            shape, dtype = (batch, value.shape[1], length, value.shape[3]), _TORCH_DTYPES[value.type]
             # pages of numpy's that nobody has read or written yet take no memory, where torch writes its zeros
             count = math.prod(shape)
             zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
@@ -114,5 +113,53 @@ def as_tensor(value: Any) -> Tensor:
     return tensor
 
 
-def _element(kind: str) -> str:
-    return kind.removeprefix("tensor(").removesuffix(")")
+def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
+    """An input as an array of the type and shape that a session takes.
+
+    Args:
+        name: The input.
+        value: An array, a tensor on any device or a nested list.
+        expected: The session's description of the input.
+
+    Raises:
+        ServingError: It is empty, or of another dtype or shape.
+    """
+    array = plain_array(name, value)
+    dtype = DTYPES.get(expected.type, array.dtype)
+    shape = list(expected.shape)
+    fixed = [(axis, size) for axis, size in enumerate(shape) if isinstance(size, int)]
+    if array.dtype.kind not in "biuf":
+        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
+    if array.ndim != len(shape) or any(array.shape[axis] != size for axis, size in fixed):
+        raise ServingError(f"input {name!r} has shape {list(array.shape)}, but the model takes {shape}")
+    if any(size == 0 and not str(axis).startswith("past_") for axis, size in zip(shape, array.shape, strict=True)):
+        raise ServingError(f"input {name!r} is empty, of shape {list(array.shape)}; give at least one of {shape}")
+    allowed = _KINDS.get(dtype.kind, dtype.kind) + ("b" if name.endswith("mask") else "")
+    if array.dtype.kind not in allowed:
+        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
+    if dtype.kind in "iu" and array.size and not np.can_cast(array.dtype, dtype):
+        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+        if int(array.min()) < least or int(array.max()) > most:
+            wrong = array.min() if int(array.min()) < least else array.max()
+            raise ServingError(f"input {name!r} holds {wrong}, which {dtype} does not hold")
+    return np.asarray(array, dtype=dtype, order="C")
+
+
+def plain_array(name: str, value: Any) -> NDArray[Any]:
+    """A value as an array of any type and shape.
+
+    Args:
+        name: The input.
+        value: An array, a tensor on any device or a nested list.
+
+    Raises:
+        ServingError: It is not an array.
+    """
+    try:
+        if not isinstance(value, Tensor):
+            return np.asarray(value)
+        tensor = value.detach().cpu()
+        return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor).numpy()
+    except Exception as error:  # array-likes and tensors without values raise what they like
+        hint = "pad its rows to one length" if isinstance(value, Sequence) else "give an array, a tensor or a list"
+        raise ServingError(f"input {name!r} is not an array ({first_line(error)}); {hint}") from error

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.engine.limits import context_length
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.input_arrays import as_array, plain_array
+from gralora_fx.runtime.ort_values import as_array, plain_array
 from gralora_fx.runtime.session_views import empty_past
 from gralora_fx.tracing.inputs.cache import PAST, cache_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes

@@ -15,7 +15,7 @@ from gralora_fx.engine.decoder import Source
 from gralora_fx.engine.limits import DecoderLimits, TooLargeError, context_length
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
-from gralora_fx.runtime.input_arrays import as_array
+from gralora_fx.runtime.ort_values import as_array
 from gralora_fx.runtime.session_views import EncoderDecoderSession
 from gralora_fx.serving.generation_rules import GenerationRules
 from gralora_fx.serving.recordings import Audio, SpeechReader

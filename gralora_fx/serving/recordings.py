@@ -18,7 +18,7 @@ from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.tokenizers import PREPROCESSOR, load_feature_extractor
 from gralora_fx.progress.stages import quiet
-from gralora_fx.runtime.input_arrays import as_array
+from gralora_fx.runtime.ort_values import as_array
 
 SAMPLES, RATE = "array", "sampling_rate"  # fields of a recording, as the datasets package names them
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE  # format tags of WAV

@@ -163,9 +163,12 @@ class JobQueue(ABC, Generic[_Job]):
         with self._condition:
             if self._is_stopping:
                 raise StoppedError("the service is stopping; ask another one")
-            for job in [job for job in self._waiting if job.is_cancelled]:
-                self._waiting.remove(job)
-                self._leave(job)
+            waiting, self._waiting = self._waiting, deque()
+            for job in waiting:
+                if job.is_cancelled:
+                    self._leave(job)
+                else:
+                    self._waiting.append(job)
             if self.in_flight + rows > self.room:
                 raise QueueFullError(f"{self.in_flight} {self.unit} run or wait, and there is room for {self.room}")
             if self._versions is not None:

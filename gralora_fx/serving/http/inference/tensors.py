@@ -7,12 +7,14 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.runtime.ort_values import DTYPES
 
 _KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # kinds of numbers in JSON that a kind of tensor takes
 _TYPES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
+_PREFIXES = {"f": "FP", "i": "INT", "u": "UINT"}  # of types in the protocol, before their bits
 _AXES, _SIZE = 64, 2**48  # the most axes that numpy has, and more values than any body holds
 
 
@@ -29,26 +31,12 @@ class Datatype:
     dtype: np.dtype[Any]
 
 
-def _datatypes(**dtypes: tuple[str, DTypeLike]) -> dict[str, Datatype]:
-    return {
-        f"tensor({name})": Datatype(other, np.dtype(dtype).newbyteorder("<")) for name, (other, dtype) in dtypes.items()
-    }
+def _datatype(dtype: np.dtype[Any]) -> Datatype:
+    name = "BOOL" if dtype.kind == "b" else f"{_PREFIXES[dtype.kind]}{8 * dtype.itemsize}"
+    return Datatype(name, dtype.newbyteorder("<"))
 
 
-_DATATYPES = _datatypes(  # by ONNX Runtime's name
-    float=("FP32", np.float32),
-    double=("FP64", np.float64),
-    float16=("FP16", np.float16),
-    int8=("INT8", np.int8),
-    int16=("INT16", np.int16),
-    int32=("INT32", np.int32),
-    int64=("INT64", np.int64),
-    uint8=("UINT8", np.uint8),
-    uint16=("UINT16", np.uint16),
-    uint32=("UINT32", np.uint32),
-    uint64=("UINT64", np.uint64),
-    bool=("BOOL", np.bool_),
-)
+_DATATYPES = {kind: _datatype(dtype) for kind, dtype in DTYPES.items()}  # by ONNX Runtime's name
 
 
 def datatype_of(value: Any) -> Datatype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
@@ -19,7 +19,9 @@ _LARGEST = 2**31 - 1
 _TOKENS = 1024  # the most that an option names, since each is looked at in every step
 Texts: TypeAlias = str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
 Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]
-_Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), AfterValidator(lambda seed: seed % 2**31)]
+Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
 _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 _Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -103,11 +105,11 @@ class _TextFields(StrictModel):
     }
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: _Count | None = None
     min_p: _Share | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = 1.0
@@ -141,7 +143,7 @@ class _TextFields(StrictModel):
                 "do_sample": True,
                 "temperature": temperature,
                 "top_k": self.top_k or 0,
-                "seed": None if self.seed is None else self.seed % 2**31,
+                "seed": self.seed,
             }
             draws |= {"top_p": 1.0 if self.top_p is None else self.top_p, "min_p": self.min_p or 0.0}
         return Sampling(
@@ -242,8 +244,8 @@ class ChatRequest(_TextFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    max_tokens: _Whole | None = None
-    max_completion_tokens: _Whole | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
 
     @property
     def prompts(self) -> list[list[dict[str, str]]]:

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from transformers import PrefixConstrainedLogitsProcessor
@@ -20,7 +20,7 @@ from transformers import PrefixConstrainedLogitsProcessor
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.http.engines import TextEngine
-from gralora_fx.serving.http.openai.requests import Idle, StrictModel
+from gralora_fx.serving.http.openai.requests import Idle, Seed, StrictModel, Temperature, Whole
 from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.recordings import Audio, read_audio
 from gralora_fx.serving.sampling import Sampling
@@ -54,17 +54,16 @@ class TranslationRequest(StrictModel):
     model: str
     prompt: str | None = None
     response_format: Literal["json", "text"] = "json"
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    temperature: Temperature = 0.0
+    seed: Seed | None = None
+    max_completion_tokens: Whole | None = None
 
     @property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
         if not self.temperature:
             return Sampling()
-        seed = None if self.seed is None else self.seed % 2**31
-        return Sampling(do_sample=True, temperature=self.temperature, top_k=0, seed=seed)
+        return Sampling(do_sample=True, temperature=self.temperature, top_k=0, seed=self.seed)
 
     @property
     def spoken(self) -> str | None:
