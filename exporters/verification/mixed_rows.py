@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.engine.rows_decoder import RowsDecoder
+from gralora_fx.engine.session_decoders import RowsDecoder
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.verification.cases import PromptBatch
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, is_adapter_input

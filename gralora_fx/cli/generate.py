@@ -215,7 +215,7 @@ def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tup
         if name not in there:
             raise ServingError(f"no adapter {name!r}; there is {listed(there) or 'none'}: load it with load_adapter()")
         return name, None
-    return name, adapter_path(path, ServingError)
+    return name, adapter_path(path)
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:

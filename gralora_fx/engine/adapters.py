@@ -212,7 +212,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         check_name(name, ServingError)
         file = _file(path)
         record = read_record(file, ServingError)
-        check_rank(file, record, self._max_rank, ServingError)
+        check_rank(file, record, self._max_rank)
         tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
         return self._add(LoadedAdapter(name, file, record, tensors), exist_ok=exist_ok)
 
@@ -241,7 +241,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         if large:
             raise ServingError(f"{large[0]} of {name!r} holds values that are not finite; give smaller weights")
         record = record_in_memory(name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
-        check_rank(name, record, self._max_rank, ServingError)
+        check_rank(name, record, self._max_rank)
         return self._add(LoadedAdapter(name, None, record, tensors))
 
     def unload(self, name: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ExportError, GraloraError, first_line, listed
+from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, listed
 from gralora_fx.runtime.adapter_arrays import DTYPES, Arrays, as_arrays, as_ort_value
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 from gralora_fx.runtime.adapter_paths import record_path
@@ -114,15 +114,15 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
     return read_object(AdapterRecord, found)
 
 
-def check_rank(place: Path | str, record: AdapterRecord, most: int | None, error: type[GraloraError]) -> None:
+def check_rank(place: Path | str, record: AdapterRecord, most: int | None) -> None:
     """Check that an adapter's ranks are within a limit.
 
     Raises:
-        GraloraError: Of the given type: one is above it.
+        ServingError: One is above it.
     """
     rank = max(record.r, record.hybrid_r)
     if most is not None and rank > most:
-        raise error(f"{place} has rank {rank}, above the limit of {most} (max_rank)")
+        raise ServingError(f"{place} has rank {rank}, above the limit of {most} (max_rank)")
 
 
 def _fields_sha256(fields: Mapping[str, Any]) -> str:

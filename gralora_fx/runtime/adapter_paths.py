@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gralora_fx.errors import ExportError, GraloraError, shown
+from gralora_fx.errors import ExportError, GraloraError, ServingError, shown
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.export_directory import ADAPTERS, check_own_file
 from gralora_fx.runtime.manifest import Manifest
@@ -74,25 +74,25 @@ def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
     return found
 
 
-def adapter_path(value: object, error: type[GraloraError]) -> Path:
+def adapter_path(value: object) -> Path:
     """The path of an adapter that a user gave: an `.onnx_adapter` file, or a directory that PEFT saved.
 
     Raises:
-        GraloraError: Of the given type: it is not a path, or there is nothing, or neither of the two.
+        ServingError: It is not a path, or there is nothing, or neither of the two.
     """
     remedy = f"give an {SUFFIX} file or a directory that PEFT saved"
-    path = usable_path(value, error, remedy=remedy)
+    path = usable_path(value, ServingError, remedy=remedy)
     if not path.exists():
-        raise error(f"there is no adapter at {shown_path(path)}; {remedy}")
-    check_adapter_kind(path, path.is_dir(), shown_path(path), error)
+        raise ServingError(f"there is no adapter at {shown_path(path)}; {remedy}")
+    check_adapter_kind(path, path.is_dir(), shown_path(path))
     return path
 
 
-def check_adapter_kind(path: Path, is_directory: bool, name: str, error: type[GraloraError]) -> None:
+def check_adapter_kind(path: Path, is_directory: bool, name: str) -> None:
     """Check that what is at a path is a directory, or named as an adapter file is.
 
     Raises:
-        GraloraError: Of the given type: it is neither.
+        ServingError: It is neither.
     """
     if not is_directory and path.suffix != SUFFIX:
-        raise error(f"{name} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to")
+        raise ServingError(f"{name} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to")

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from packaging.version import InvalidVersion, Version
 
 from gralora_fx.adapters.agreement import KnownLayers
-from gralora_fx.errors import ExportError, GraloraError
+from gralora_fx.errors import ExportError, GraloraError, ServingError
 from gralora_fx.runtime.export_directory import ADAPTERS, MANIFEST_NAME
 from gralora_fx.runtime.manifest import FileEntry, Manifest
 from gralora_fx.sources.same_base import BaseSource, read_config_fields
@@ -106,27 +106,26 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_requirements(directory: Path, manifest: Manifest, error: type[GraloraError] = ExportError) -> None:
+def check_requirements(directory: Path, manifest: Manifest) -> None:
     """Check the packages that an export names.
 
     Args:
         directory: The export directory, for messages.
         manifest: Its manifest.
-        error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type: a package is missing or too old.
+        ServingError: A package is missing or too old.
     """
     for package, oldest in (manifest.requires or {}).items():
         found = _version(package)
         try:
             is_enough = found is not None and Version(found) >= Version(oldest)
         except (InvalidVersion, TypeError) as failure:
-            raise error(
+            raise ServingError(
                 f"{directory} requires {package} {oldest!r}, which is not a version; export it again"
             ) from failure
         if not is_enough:
-            raise error(
+            raise ServingError(
                 f"{directory} needs {package} {oldest} or newer, and {found or 'none'} is installed; "
                 f"pip install '{package}>={oldest}'"
             )

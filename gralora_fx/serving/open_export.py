@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.engine.limits import DecoderLimits
-from gralora_fx.engine.rows_decoder import RowsDecoder
-from gralora_fx.engine.sequential_decoder import SequentialDecoder, takes_buffers
+from gralora_fx.engine.session_decoders import RowsDecoder, SequentialDecoder, takes_buffers
 from gralora_fx.errors import ServingError, listed
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.adapter_paths import own_adapters
@@ -102,7 +101,7 @@ class OpenExport:
         self.directory = usable_path(export_dir, ServingError, remedy="give the directory of an export").absolute()
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
-        check_requirements(self.directory, self.manifest, ServingError)
+        check_requirements(self.directory, self.manifest)
         own_adapters(self.directory, ServingError)  # none of them is a link
         check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
         config = self.directory / "config.json"

@@ -22,7 +22,7 @@ from wrong_rows import ShiftedSteps
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.engine.adapters import Adapters
-from gralora_fx.engine.rows_decoder import RowsDecoder
+from gralora_fx.engine.session_decoders import RowsDecoder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.exporters.verification import variants

@@ -84,7 +84,7 @@ def _file(name: str, path: Path, settings: ServiceSettings, folder: Path) -> Pat
         ServingError: There is nothing at the path, or neither of the two.
         GraloraError: It cannot be converted (see `export_adapter`).
     """
-    return adapter_as_data(adapter_path(path, ServingError), settings.directory, folder, name)
+    return adapter_as_data(adapter_path(path), settings.directory, folder, name)
 
 
 @contextmanager

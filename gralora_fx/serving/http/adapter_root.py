@@ -77,7 +77,7 @@ class AdapterRoot:
         path = self._within(text)
         try:
             is_directory = self._resolved(path, text).is_dir()
-            check_adapter_kind(path, is_directory, shown(text), ServingError)
+            check_adapter_kind(path, is_directory, shown(text))
             copy = folder / path.name
             if is_directory:
                 copy.mkdir()

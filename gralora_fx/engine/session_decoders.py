@@ -1,0 +1,296 @@
+"""Decoders over a graph with a cache: all rows in one run, each with its adapter, or one row after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
+from gralora_fx.engine.decoder import Decoder, Source, gives_all
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.errors import ServingError
+from gralora_fx.runtime.adapter_arrays import BASE
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
+from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
+from gralora_fx.runtime.session import CPU, QUIET_RUN
+from gralora_fx.runtime.session_views import PAST, PRESENT, as_past
+
+_READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
+
+
+class BufferedSteps:
+    """A session over a decoder, with the caches of its rows and what else stays bound from step to step.
+
+    Attributes:
+        caches: The buffers, `[rows, heads, length, size]`, by the names of the inputs.
+    """
+
+    def __init__(self, session: Any, *, rows: int, length: int) -> None:
+        """Make the buffers, on the CPU.
+
+        Args:
+            session: The session.
+            rows: How many rows there are.
+            length: How many positions a row has room for.
+        """
+        self._session, self._rows = session, rows
+        self.caches: dict[str, Any] = empty_values(session, rows, length)
+        self._kinds = {value.name: value.type for value in session.get_inputs()}
+        self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
+        self._windows: dict[range, _Window] = {}
+        self._adapters: Mapping[str, Any] = {}  # that windows have
+
+    def __call__(
+        self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any], rows: range | None = None
+    ) -> Tensor:
+        """Take a step of some rows.
+
+        Args:
+            arrays: What the step reads, of these rows, by the names of the inputs.
+            adapters: The adapters' tensors by name, as `OrtValue`s; the very same mapping is bound once.
+            rows: The rows, which follow each other; None for all.
+
+        Returns:
+            The logits of these rows.
+        """
+        if adapters is not self._adapters:
+            self.forget_adapters()
+            self._adapters = adapters
+        rows = range(self._rows) if rows is None else rows
+        if rows not in self._windows:
+            self._windows[rows] = self._window(rows)
+        window = self._windows[rows]
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+        _bind(window.binding, {**values, **window.caches} if self._copies else values)
+        window.binding.bind_output("logits")
+        self._session.run_with_iobinding(window.binding, QUIET_RUN)
+        outputs = window.binding.get_outputs_as_ortvaluevector()  # `get_outputs` would wrap every cache
+        return as_tensor(outputs[len(outputs) - 1])  # the last that was bound
+
+    def forget_adapters(self) -> None:
+        """Let the adapters go that are bound."""
+        if self._adapters:
+            self._adapters = {}
+            self._windows.clear()
+
+    def _window(self, rows: range) -> _Window:
+        """Some rows, with the adapters."""
+        caches = dict(self.caches)
+        if len(rows) < self._rows:
+            for name, value in self.caches.items():
+                caches[name] = as_value(as_tensor(value)[rows.start : rows.stop], self._kinds[name])
+        binding = self._session.io_binding()
+        for name, value in caches.items():
+            binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)
+        _bind(binding, caches)
+        _bind(binding, self._adapters)
+        return _Window(binding, caches)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Rows that follow each other.
+
+    Attributes:
+        binding: What is bound for their steps.
+        caches: Their part of the buffers, by the names of the inputs.
+    """
+
+    binding: Any
+    caches: Mapping[str, Any]
+
+
+def _bind(binding: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+
+
+class RowsDecoder(Decoder):
+    """The rows' graph with caches in shared buffers; a step runs the rows from the first to the last that read."""
+
+    def __init__(
+        self,
+        session: Any,
+        adapters: Adapters,
+        limits: DecoderLimits,
+        size: DecoderSize,
+    ) -> None:
+        """Make the caches of the rows.
+
+        Args:
+            session: A session over a rows' graph.
+            adapters: The adapters that rows choose among.
+            limits: As of `Decoder`.
+            size: As of `Decoder`.
+
+        Raises:
+            ServingError: As of `Decoder`.
+        """
+        super().__init__(limits, size, gives_all=gives_all(session))
+        self._adapters = adapters
+        self._takes_adapters = any(value.name == ADAPTER_IDS for value in session.get_inputs())
+        self._row_adapters: dict[int, LoadedAdapter | None] = {}
+        self._stack: Stack | None = None
+        widest = min(self.chunk, self.capacity)  # the operator writes a chunk as long as the longest, wherever a row is
+        try:
+            self._steps = BufferedSteps(session, rows=self.rows, length=self.capacity + widest)
+        except (MemoryError, OverflowError, ValueError) as failure:
+            raise ServingError(
+                f"there is no memory for the caches of {self.rows} rows of {self.capacity} tokens; give fewer rows, or "
+                "a smaller capacity"
+            ) from failure
+
+    def cached(self, row: int) -> dict[str, Tensor]:
+        """The keys and values of a row, `[heads, positions, size]` by the names of the inputs, in the row's own memory.
+
+        Args:
+            row: Its number, as `open` gave it; positions that it has not read yet hold anything.
+        """
+        return {name: as_tensor(value)[row] for name, value in self._steps.caches.items()}
+
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
+        if source is not None:
+            raise ServingError("a decoder has no encoder to read a source; leave it out")
+        self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
+
+    def _end(self, row: int) -> None:
+        del self._row_adapters[row]
+        if not self._row_adapters:  # frees the memory of adapters that are gone
+            self._stack = None
+            self._steps.forget_adapters()
+
+    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        rows = range(min(read), max(read) + 1)  # the others take no time at all
+        ids = np.zeros((len(rows), max(map(len, read.values()))), dtype=np.int64)
+        query = np.zeros(len(rows), dtype=np.int32)
+        for row, array in read.items():
+            ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
+        before = np.array([self._lengths.get(row, 0) for row in rows], dtype=np.int32)
+        feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
+        numbers, values = self._of_adapters()
+        if numbers is not None:
+            feed[ADAPTER_IDS] = numbers[rows.start : rows.stop]
+        logits: NDArray[Any] = self._steps(feed, values, rows).float().numpy()
+        return {
+            row: logits[row - rows.start, slice(len(array)) if self.gives_all else 0] for row, array in read.items()
+        }
+
+    def _of_adapters(self) -> tuple[NDArray[np.int64] | None, Mapping[str, Any]]:
+        """The id of each row's adapter, and the stacked tensors; neither for a graph without adapters."""
+        if not self._takes_adapters:
+            return None, {}
+        used = [adapter for adapter in self._row_adapters.values() if adapter is not None]
+        if self._stack is None or not all(adapter in self._stack.ids for adapter in used):
+            self._stack = self._adapters.stack_of(used)
+        numbers = np.full(self.rows, BASE, dtype=np.int64)
+        for row, adapter in self._row_adapters.items():
+            numbers[row] = self._stack.ids[adapter]
+        return numbers, self._stack.values
+
+
+def takes_buffers(path: Path) -> bool:
+    """Whether a decoder's cache may be a buffer that is longer than what it holds: fused attention alone reads it.
+
+    Args:
+        path: The ONNX model; its weights are not read.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+        return False  # a branch may read any value
+    readers = {(node.op_type, index) for node in graph.node for index, v in enumerate(node.input) if v.startswith(PAST)}
+    return readers <= _READS_CACHE
+
+
+@dataclass
+class _Row:
+    """A row that is open.
+
+    Attributes:
+        values: The tensors of its adapter, as the session takes them.
+        steps: What runs it where its cache is in buffers; None where a step gives the next cache.
+        cache: Its keys and values, which the last step gave.
+    """
+
+    values: Mapping[str, Any]
+    steps: BufferedSteps | None
+    cache: Mapping[str, Any]
+
+
+class SequentialDecoder(Decoder):
+    """`model.onnx`, run for one row after the other, each with a cache of its own.
+
+    The cache is a buffer that each step extends where attention alone reads it; else a step gives the next one.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        adapters: Adapters,
+        limits: DecoderLimits,
+        size: DecoderSize,
+        *,
+        takes_buffers: bool,
+    ) -> None:
+        """Begin without rows.
+
+        Args:
+            session: A session over the model.
+            adapters: The adapters that rows choose among.
+            limits: As of `Decoder`.
+            size: As of `Decoder`.
+            takes_buffers: Whether a cache may be longer than what it holds (see `takes_buffers`).
+
+        Raises:
+            ServingError: As of `Decoder`.
+        """
+        super().__init__(limits, size, gives_all=gives_all(session))
+        self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
+        self._inputs = {value.name for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._open: dict[int, _Row] = {}
+
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
+        if source is not None:
+            raise ServingError("a decoder has no encoder to read a source; leave it out")
+        values = self._adapters.tensors_for(adapter, self._session)
+        steps = BufferedSteps(self._session, rows=1, length=self.capacity) if self._takes_buffers else None
+        self._open[row] = _Row(values, steps, {} if steps is not None else empty_values(self._session, 1))
+
+    def _end(self, row: int) -> None:
+        del self._open[row]
+
+    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        stepped = {row: self._step(self._open[row], tokens, past[row]) for row, tokens in read.items()}
+        for row, (cache, _) in stepped.items():
+            self._open[row].cache = cache
+        return {row: logits for row, (_, logits) in stepped.items()}
+
+    def _step(self, row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
+        """The cache after a row has read tokens, where that is another one, and the logits."""
+        total = past + len(tokens)
+        inputs = {
+            "input_ids": tokens[None],
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(past, total, dtype=np.int64)[None],
+        }
+        feed = {name: array for name, array in inputs.items() if name in self._inputs}
+        cache: Mapping[str, Any] = {}
+        if row.steps is not None:
+            logits = row.steps(feed, row.values)
+        else:
+            own = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
+            values = {**own, **row.cache, **row.values}
+            outputs = self._session.run_with_ort_values(self._outputs, values, QUIET_RUN)
+            results = dict(zip(self._outputs, outputs, strict=True))
+            cache, logits = as_past(results), as_tensor(results["logits"])
+        array: NDArray[Any] = logits[0].float().numpy()
+        return cache, array if self.gives_all else array[-1]
