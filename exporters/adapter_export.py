@@ -14,7 +14,7 @@ from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_ada
 from gralora_fx.runtime.export_directory import ADAPTERS
 from gralora_fx.runtime.export_files import base_of_export, layers_of_export
 from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.sources.same_base import BaseSource, compare_bases
+from gralora_fx.sources.same_base import compare_bases
 
 
 def export_adapter(
@@ -94,8 +94,7 @@ def convert_adapter(
     with open_adapter(adapter_dir, revision=revision) as stored:
         stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
         stored.check_layers(layers_of_export(onnx_dir, manifest))
-        made = BaseSource(stored.config.base_model_name_or_path, stored.config.revision)
-        base = compare_bases(made, base_of_export(onnx_dir, manifest))
+        base = compare_bases(stored.config.made_for, base_of_export(onnx_dir, manifest))
         base.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         updates = {path: stored.update(path) for path in stored.sites}
         copies = {parameter: tensor.array() for parameter, tensor in stored.copies.items()}

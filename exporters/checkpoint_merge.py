@@ -16,6 +16,7 @@ from gralora_fx.exporters.folding.checkpoint_names import names_in_files, names_
 from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.stages import timed
 from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, resolve_directory
+from gralora_fx.sources.paths import written_lines
 from gralora_fx.sources.rewriting import write_files
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
 from gralora_fx.sources.saved_weights import read_weights
@@ -53,8 +54,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         """The files, what changed in them, and what was left out."""
-        lines = [f"wrote {self.output_dir}"]
-        lines += [f"  {name:<40}{size:>16,} bytes" for name, size in self.files.items()]
+        lines = written_lines(self.output_dir, self.files, (40, 16))
         lines.append(f"{len(self.merged)} weights merged, {len(self.replaced)} tensors replaced")
         lines += [f"added {key}" for key in self.added]
         lines += [f"{MODEL_FILE}: {change}" for change in self.config_changes]
@@ -98,7 +98,7 @@ def merge_checkpoint(
         is_named = adapter.config.base_model_name_or_path == str(model_dir)
         revision = adapter.config.revision if is_named else None  # of the base that the adapter names in these words
         directory, used = _base_directory(model_dir, revision), BaseSource(str(model_dir), revision)
-        compared = compare_bases(BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision), used)
+        compared = compare_bases(adapter.config.made_for, used)
         compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         check = functools.partial(
             check_converted, sources=[directory, adapter.directory], marker=MODEL_FILE, overwrite=overwrite

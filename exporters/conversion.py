@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ExportError, listed
@@ -18,7 +22,10 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.merge import merge_lazily
 from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.runtime.adapter_inputs import BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
+from gralora_fx.sources.lazy_tensors import raw_values_of
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
+
+_SAMPLES = 64  # of a parameter, for the fingerprint
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 _SMALL = 16  # the rank of an adapter as plain LoRA, up to which its values take no longer than the nodes of blocks
@@ -50,6 +57,11 @@ class Conversion:
         """Names of the active adapters, where they become data."""
         model = self.model
         return tuple(model.active_adapters) if isinstance(model, GraloraModel) and self.adapters is not None else ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model's base (see `fingerprint_of`)."""
+        return fingerprint_of(self.model)
 
     def by_row(self, log: PassLog) -> Conversion:
         """The conversion to a graph in which each row of a batch has an adapter of its own.
@@ -284,3 +296,42 @@ def _names_of_weights(sites: Iterable[LinearSite], traced: TracedModel) -> dict[
 def _names_of_biases(norms: Iterable[AdapterSite], traced: TracedModel) -> dict[str, str]:
     biases = {norm.path: traced.tree.parameters[f"{norm.path}{_BIAS}"] for norm in norms}
     return {name: path for path, bias in biases.items() for name in traced.tree.names_of(bias)}
+
+
+def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and a sample of the values of every parameter.
+
+    Args:
+        parameters: Parameters by name; tied ones may repeat.
+
+    Raises:
+        ExportError: A parameter is on the meta device and has no source of values.
+
+    Returns:
+        Hexadecimal digest, the same whether the tensors come from a live model or from its files.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        tensor = parameters[name]
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        if tensor.numel():
+            flat = raw_values_of(parameters[name], name).reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().to(tensor.dtype)
+            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_of(model: TracedModel | GraloraModel) -> str:
+    """The fingerprint of a model's base, without the parameters that its active adapters hold copies of.
+
+    What a copy replaces has no meaning for an export, and differs in every run where it is a fresh head.
+
+    Args:
+        model: A traced model, or a rewritten one with its active adapters.
+    """
+    if isinstance(model, TracedModel):
+        return base_fingerprint(model.tree.parameters)
+    copies = [model.adapter(name).copies for name in model.active_adapters]
+    replaced = {base for owners in copies for owned in owners.values() for base in owned}
+    parameters = model.traced.tree.parameters
+    return base_fingerprint({name: value for name, value in parameters.items() if name not in replaced})

@@ -24,6 +24,7 @@ from gralora_fx.methods.arrays import to_numpy
 from gralora_fx.methods.forms import truncate, update_norm
 from gralora_fx.methods.lora import Lora, LoraConfig
 from gralora_fx.planning.targets import rule_of
+from gralora_fx.sources.paths import written_lines
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +88,7 @@ class LoraReport:
 
     def __str__(self) -> str:
         """The files and the ranks; where something was cut off, the error at each site too."""
-        lines = [f"wrote {self.output_dir}"]
-        lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
+        lines = written_lines(self.output_dir, self.files)
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         lines.append(f"{len(self.sites)} sites, {shown}, {self.dtype_name}, scale 1")

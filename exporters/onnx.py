@@ -12,7 +12,7 @@ from gralora_fx.config.option import by_keywords
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.base_parameters import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
-from gralora_fx.exporters.artifact.manifest import describe, fingerprint_of, write_manifest
+from gralora_fx.exporters.artifact.manifest import describe, write_manifest
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import (
     check_folder,
@@ -119,7 +119,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         check_exportable(conversion.traced, verify=options.level is not None)
         flavour.check(options)
         if not options.overwrite:
-            check_replaced(output_dir, task=conversion.traced.task, fingerprint=fingerprint_of(model))
+            check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
     with timed("convert", seconds), gc_pause():
         models = flavour.convert(conversion)

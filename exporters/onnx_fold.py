@@ -40,8 +40,9 @@ from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files, layers_of_export
 from gralora_fx.runtime.manifest import FileEntry, Manifest, WeightEntry
+from gralora_fx.sources.paths import written_lines
 from gralora_fx.sources.rewriting import NewFile, write_files
-from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
+from gralora_fx.sources.same_base import BaseComparison, compare_bases
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ class FoldReport:
 
     def __str__(self) -> str:
         """What was written, what was found how, and what is left of the update where it was rounded."""
-        lines = [f"wrote {self.output_dir}"]
-        lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
+        lines = written_lines(self.output_dir, self.files)
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
         ways = Counter(how for _, how in dict.fromkeys((site.path, site.how) for site in self.sites))
         found = ", ".join(f"{count} {how}" for how, count in ways.items())
@@ -238,8 +238,7 @@ def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | No
     """
     if source.manifest is not None:
         adapter.check_layers(layers_of_export(source.directory, source.manifest))
-    made = BaseSource(adapter.config.base_model_name_or_path, adapter.config.revision)
-    return compare_bases(made, base_of_export(source.directory, source.manifest, base))
+    return compare_bases(adapter.config.made_for, base_of_export(source.directory, source.manifest, base))
 
 
 def _check_quantized(

@@ -15,6 +15,7 @@ from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.runtime.placement import describe_placement
 from gralora_fx.runtime.quantized_weights import Quality
+from gralora_fx.sources.paths import written_lines
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         """The files, the time of each stage, the adapters it takes, the verification, and what quantization changes."""
-        lines = [f"wrote {self.output_dir}"]
-        lines += [f"  {name:<28}{size:>14,} bytes" for name, size in self.files.items()]
+        lines = written_lines(self.output_dir, self.files)
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
         if self.adapter_inputs is not None:
             lines.append(_taken(self.adapter_inputs))

@@ -28,7 +28,7 @@ from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data, open_session
-from gralora_fx.sources.paths import usable_directory, usable_path
+from gralora_fx.sources.paths import usable_directory, usable_path, written_lines
 
 _CONFIG, _VERSION, _LABELS, _IDS = "config.pbtxt", "1", "labels.txt", "adapters.json"
 _CLASSIFICATIONS = ("text-classification", "image-classification")
@@ -55,8 +55,7 @@ class TritonReport:
 
     def __str__(self) -> str:
         """The files, what a request gives, and what Triton does not do."""
-        lines = [f"wrote {self.output_dir}"]
-        lines += [f"  {name:<40}{size:>16,} bytes" for name, size in self.files.items()]
+        lines = written_lines(self.output_dir, self.files, (40, 16))
         given = [tensor.name for tensor in self.config.inputs if not is_adapter_tensor(tensor.name)]
         more = len(self.config.inputs) - len(given)
         lines.append(f"inputs: {listed(given)}" + (f", and {more} tensors of the adapter" if more else ""))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,9 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, ROWS
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
-from gralora_fx.sources.lazy_tensors import raw_values_of
 from gralora_fx.tracing.traced_model import TracedModel
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-_SAMPLES = 64  # of a parameter, for the fingerprint
 
 
 def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour: str, logits: str) -> Manifest:
@@ -54,7 +51,7 @@ def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour:
         logits=logits,
         position_offset=position_offset(traced),
         adapters=describe_adapters(model) if conversion.adapters is None else {},
-        base_fingerprint=fingerprint_of(model),
+        base_fingerprint=conversion.fingerprint,
         sites=tuple(SiteEntry(site.path, site.kind, site.in_features, site.out_features) for site in traced.sites),
         inputs=_by_file({name: _shapes(graph.inputs) for name, graph in described.items()}),
         outputs=_by_file({name: _shapes(graph.outputs) for name, graph in described.items()}),
@@ -104,45 +101,6 @@ def _shapes(values: Iterable[ir.Value]) -> dict[str, list[int | str | None]]:
 
 def _shape(value: ir.Value) -> list[int | str | None]:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
-
-
-def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and a sample of the values of every parameter.
-
-    Args:
-        parameters: Parameters by name; tied ones may repeat.
-
-    Raises:
-        ExportError: A parameter is on the meta device and has no source of values.
-
-    Returns:
-        Hexadecimal digest, the same whether the tensors come from a live model or from its files.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        tensor = parameters[name]
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        if tensor.numel():
-            flat = raw_values_of(parameters[name], name).reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().to(tensor.dtype)
-            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint_of(model: TracedModel | GraloraModel) -> str:
-    """The fingerprint of a model's base, without the parameters that its active adapters hold copies of.
-
-    What a copy replaces has no meaning for an export, and differs in every run where it is a fresh head.
-
-    Args:
-        model: A traced model, or a rewritten one with its active adapters.
-    """
-    if isinstance(model, TracedModel):
-        return base_fingerprint(model.tree.parameters)
-    copies = [model.adapter(name).copies for name in model.active_adapters]
-    replaced = {base for owners in copies for owned in owners.values() for base in owned}
-    parameters = model.traced.tree.parameters
-    return base_fingerprint({name: value for name, value in parameters.items() if name not in replaced})
 
 
 def position_offset(traced: TracedModel) -> int:

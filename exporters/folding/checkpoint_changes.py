@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -118,9 +117,7 @@ def _fold_at(
         elif tensor.shape != expected:
             problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(expected)}")
         else:
-            layer = LayerEdit(
-                key, 0, out_features, partial(adapter.update, path), takes_parts=adapter.method.has_lora_form
-            )
+            layer = LayerEdit.folding(adapter, path, key, 0, out_features)
             edit = MatrixEdit((layer,), in_features, transposed, _NOT_FINITE)
             return NewTensor(tensor.dtype, tensor.shape, tensor, edit)
     return None

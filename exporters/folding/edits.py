@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.methods.fold import fold_region
 from gralora_fx.methods.method import Update
@@ -40,6 +42,19 @@ class LayerEdit:
     update: Callable[[], Update] | None = None
     values: NDArray[Any] | None = None
     takes_parts: bool = True
+
+    @classmethod
+    def folding(cls, adapter: StoredAdapter, path: str, name: str, start: int, stop: int) -> Self:
+        """An adapter's update added to the weight of a layer.
+
+        Args:
+            adapter: The adapter, open until all is written.
+            path: The layer's path.
+            name: The layer, for messages.
+            start: First of its output features in the matrix.
+            stop: End of them.
+        """
+        return cls(name, start, stop, partial(adapter.update, path), takes_parts=adapter.method.has_lora_form)
 
     def prepare(self, in_features: int, not_finite: str = NOT_FINITE) -> Callable[[NDArray[Any], slice, slice], None]:
         """Read the update; the result changes a part of the weight in place.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +191,7 @@ def plan_rewriting(
     weights: dict[tuple[str, int], ProductWeight] = {}
 
     def edit_of(location: WeightLocation) -> LayerEdit:
-        update, takes_parts = partial(adapter.update, location.path), adapter.method.has_lora_form
-        return LayerEdit(location.path, location.start, location.stop, update, takes_parts=takes_parts)
+        return LayerEdit.folding(adapter, location.path, location.path, location.start, location.stop)
 
     for location, edit in (*((location, edit_of(location)) for location in locations), *replacements.layers):
         key = location.file, id(location.weight)

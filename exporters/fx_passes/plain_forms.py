@@ -13,6 +13,7 @@ from gralora_fx.compat.transformers_exporters import fix_for_onnx
 from gralora_fx.exporters.fx_passes.matching import aten, expression, is_call, is_size, shape
 from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES, ONE_SPELLING
 from gralora_fx.graph.pipeline import PassResult, contract
+from gralora_fx.graph.surgery import module_of
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.progress.stages import quiet
@@ -35,14 +36,14 @@ _MIXED = {
 def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Rewrite calls that torch's translation gets wrong, as transformers' exporter does; in place."""
     before = len(graph.nodes)
-    fix_for_onnx(_module_of(graph))
+    fix_for_onnx(module_of(graph))
     return PassResult(abs(len(graph.nodes) - before))
 
 
 @contract(needs={NOTED_VALUES}, leaves={ONE_SPELLING})
 def eliminate_common_subexpressions(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Compute equal expressions once; the result is a new graph."""
-    cse_result = CSEPass(banned_ops=get_CSE_banned_ops())(_module_of(graph))
+    cse_result = CSEPass(banned_ops=get_CSE_banned_ops())(module_of(graph))
     if cse_result is None:
         return PassResult(0)
     result = cse_result.graph_module.graph
@@ -54,15 +55,10 @@ def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
     count = sum(_promotes(node) for node in graph.nodes)
     if not count:  # it runs the whole graph, which takes seconds
         return PassResult(0)
-    module = _module_of(graph)
+    module = module_of(graph)
     with quiet():
         torch_onnx.promote_types(module)
     return PassResult(count, graph=module.graph)
-
-
-def _module_of(graph: fx.Graph) -> fx.GraphModule:
-    assert graph.owning_module is not None
-    return graph.owning_module
 
 
 def _promotes(node: fx.Node) -> bool:

@@ -112,13 +112,13 @@ class Grouping:
             return "the shape of its input is not known"
         if not isinstance(self.batch, ir.SymbolicDim):
             return f"the batch has a fixed size of {self.batch}; trace the model with dynamic=True"
-        flat: FlatTokens | None = self.model.meta.get(FlatTokens.META, {}).get(_text(x.shape[0]))
+        flat: FlatTokens | None = self.model.meta.get(FlatTokens.META, {}).get(str(x.shape[0]))
         tokens = self._of_adapters if by_adapter else self._tiles
         if tokens is not None and _is_tokens(x):
             return _groups_of_tokens(build, x, tokens)
         if flat is not None:
             return _rows_of_matrix(build, x, flat, self.ids)
-        if _text(x.shape[0]) == _text(self.batch):
+        if str(x.shape[0]) == str(self.batch):
             return _rows(build, x, self.ids)
         return f"the first axis of its input {_shown(x)} is not the batch"
 
@@ -126,7 +126,7 @@ class Grouping:
 def _is_tokens(x: ir.Value) -> bool:
     """Whether an input is `[1, tokens, features]` or `[tokens, features]`."""
     assert x.shape is not None
-    lead = [_text(size) for size in x.shape[:-1]]
+    lead = [str(size) for size in x.shape[:-1]]
     return lead in (["1", NUM_TOKENS], [NUM_TOKENS])
 
 
@@ -177,12 +177,8 @@ def _rows(build: Builder, x: ir.Value, ids: ir.Value) -> Groups:
     return Groups(ids, rows, restored)
 
 
-def _text(size: int | ir.SymbolicDim) -> str:
-    return str(size if isinstance(size, int) else size.value)
-
-
 def _shown(x: ir.Value) -> str:
-    return f"[{', '.join(_text(size) for size in x.shape or ())}]"
+    return f"[{', '.join(map(str, x.shape or ()))}]"
 
 
 @dataclass(frozen=True)

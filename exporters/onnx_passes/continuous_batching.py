@@ -136,7 +136,7 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
                 continue
             unknown = ir.SymbolicDim(None)
             value.shape = ir.Shape(
-                [size if isinstance(size, int) else names.get(str(size.value), unknown) for size in value.shape]
+                [size if isinstance(size, int) else names.get(str(size), unknown) for size in value.shape]
             )
 
 

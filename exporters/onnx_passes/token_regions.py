@@ -81,11 +81,7 @@ def token_dims(value: ir.Value | None) -> Dims | None:
     batch, length, features = value.shape
     if not isinstance(features, int):
         return None
-    return str(_plain(batch)), str(_plain(length))
-
-
-def _plain(size: int | ir.SymbolicDim) -> int | str | None:
-    return size.value if isinstance(size, ir.SymbolicDim) else size
+    return str(batch), str(length)
 
 
 def _tokens_of(node: ir.Node) -> Dims | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from gralora_fx.adapters.adapter_files import read_adapter, tensors_digest
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.artifact.manifest import describe_adapters, fingerprint_of
-from gralora_fx.exporters.conversion import base_trace
+from gralora_fx.exporters.artifact.manifest import describe_adapters
+from gralora_fx.exporters.conversion import base_trace, fingerprint_of
 from gralora_fx.exporters.verification.compared_tensors import flat
 from gralora_fx.methods import method_described, method_of
 from gralora_fx.model.gralora_model import GraloraModel

@@ -228,6 +228,6 @@ def settled_base(config: AdapterConfig, traced: TracedModel, directory: str | Pa
     Raises:
         CheckpointError: It is not known to be the same base, and `strict` is set.
     """
-    compared = compare_bases(BaseSource(config.base_model_name_or_path, config.revision), base_of(traced))
+    compared = compare_bases(config.made_for, base_of(traced))
     compared.settle(directory, strict=strict, error=CheckpointError)
     return compared

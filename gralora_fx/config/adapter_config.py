@@ -16,6 +16,7 @@ from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, peft_fields, re
 from gralora_fx.errors import ConfigError, shown, warn_caller
 from gralora_fx.sources.atomic_save import read_together, save_together
 from gralora_fx.sources.model_files import ADAPTER_FILE, resolve_directory
+from gralora_fx.sources.same_base import BaseSource
 
 CONFIG_NAME = ADAPTER_FILE
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -90,6 +91,11 @@ class AdapterConfig(ABC):
         self._check_layers()
         for name, check_value in self.PATTERNS.items():
             self._check_pattern(name, check_value)
+
+    @property
+    def made_for(self) -> BaseSource:
+        """The base that the adapter was made for, as far as it is named."""
+        return BaseSource(self.base_model_name_or_path, self.revision)
 
     @abstractmethod
     def check_sizes(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,22 @@ def module_stack(node: fx.Node) -> Iterator[tuple[str, type | str]]:
 def innermost_path(node: fx.Node) -> str | None:
     """The path of the innermost module that a node was traced in; None for the model itself, or where none is noted."""
     return next((path for path, _ in reversed(list(module_stack(node))) if path), None)
+
+
+def is_within(path: str, module: str) -> bool:
+    """Whether a module is another one, or in it."""
+    return path == module or path.startswith(f"{module}.")
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Restore the mode of a module, and of each within it, when the block ends."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _input_embeddings(model: nn.Module) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.module_tree import ModuleTree, module_stack
+from gralora_fx.graph.module_tree import ModuleTree, is_within, module_stack
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.graph.surgery import annotate, module_of
 from gralora_fx.graph.weight_views import tensor_at
@@ -69,7 +69,7 @@ class RedirectParameters:
         """Redirect the users of a parameter's node that are inside a module; whether there are any."""
         names = self.tree.names_of(self.tree.parameters[base])
         holders = [self.tree.canonical(name.rpartition(".")[0]) for name in names]
-        is_tied = not all(f"{holder}.".startswith(f"{module}.") for holder in holders)
+        is_tied = not all(is_within(holder, module) for holder in holders)
         inside = [user for user in node.users if not is_tied or _is_inside(user, module, self.tree)]
         if not inside:
             return False
@@ -88,4 +88,4 @@ class RedirectParameters:
 
 def _is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:
     paths = [tree.canonical(path) for path, _ in module_stack(node)]
-    return any(path == module or path.startswith(f"{module}.") for path in paths)
+    return any(is_within(path, module) for path in paths)

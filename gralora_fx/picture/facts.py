@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
+from gralora_fx.graph.module_tree import is_within
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.methods import method_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
@@ -281,11 +282,6 @@ def _status(adapters: list[SiteAdapter], *, is_saved: bool, is_rejected: bool) -
     if states:
         return next(state for state in _STATES if state in states)
     return "saved" if is_saved else "rejected" if is_rejected else "base"
-
-
-def is_within(path: str, module: str) -> bool:
-    """Whether a module is another one, or in it."""
-    return path == module or path.startswith(f"{module}.")
 
 
 def _name_of(traced: TracedModel) -> str:

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import fx, nn
 
-from gralora_fx.graph.module_tree import module_stack
+from gralora_fx.graph.module_tree import is_within, module_stack
 from gralora_fx.graph.sites import other_readers
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.picture.blocks import BlockMap
-from gralora_fx.picture.facts import ModelFacts, is_within
+from gralora_fx.picture.facts import ModelFacts
 
 _SHAPES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, getattr}
 

@@ -9,6 +9,7 @@ import torch
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.errors import warn_caller
+from gralora_fx.graph.module_tree import is_within
 from gralora_fx.graph.sites import LinearSite, names_of_site
 from gralora_fx.methods import method_of
 from gralora_fx.planning.rewrite_plan import PlannedSite
@@ -27,7 +28,7 @@ TABLE = "the table of plan(traced, config), with target_modules='all-linear' in 
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:
     """Why a site inside a saved module gets no adapter; `modules_to_save` matches the end of a path."""
-    module = next((module for module in saved if path == module or path.startswith(f"{module}.")), None)
+    module = next((module for module in saved if is_within(path, module)), None)
     return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
 
 

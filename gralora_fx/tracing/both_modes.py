@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.graph.module_tree import module_stack
+from gralora_fx.graph.module_tree import kept_modes, module_stack
 from gralora_fx.tracing.capture import NO_CHECKPOINTS, capture
 from gralora_fx.tracing.check import check, check_other_sizes, difference
 from gralora_fx.tracing.draft import Captured, Draft
@@ -102,10 +102,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     Layerdrop skips whole layers, which is decided in Python and not part of a graph. A warning says that training runs
     every layer in every step.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     holders: list[tuple[str, Any]] = [("config", getattr(model, "config", None)), *model.named_modules()]
-    with ExitStack() as restored:
+    with ExitStack() as restored, kept_modes(model):
         checkpointed = [module for _, module in holders if getattr(module, "gradient_checkpointing", False) is True]
         if checkpointed:
             warn_caller(NO_CHECKPOINTS)
@@ -130,8 +129,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, values in buffers:
                     buffer.copy_(values)
-            for module, mode in modes:
-                module.training = mode
 
 
 def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.errors import TraceError, first_line
+from gralora_fx.graph.module_tree import kept_modes
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.failures import where, where_defined
@@ -170,14 +171,9 @@ def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> No
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients and output, within the block."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), quiet():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with kept_modes(model), torch.no_grad(), quiet():
+        model.eval()
+        yield
 
 
 def _gap(expected: Any, actual: Any) -> str | None:

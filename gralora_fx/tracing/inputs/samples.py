@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from gralora_fx.compat.torch_graphs import tree_leaves, tree_map, tree_map_only
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.graph.module_tree import kept_modes
 from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, decoder_step
 
 _HEADS = {
@@ -164,16 +165,12 @@ def _sound_shapes(config: Any, name: str) -> list[tuple[int, ...]]:
 
 def _takes(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
     """Whether a model, in evaluation mode, runs on an input alone."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=()):
+        with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices=()):
+            model.eval()
             model(**{name: value.to(model.dtype)})
     except Exception:  # noqa: BLE001  # a model raises what it likes where a shape is not its own
         return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return True
 
 

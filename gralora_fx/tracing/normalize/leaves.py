@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from gralora_fx.errors import first_line
-from gralora_fx.graph.module_tree import LINEAR_TYPES, module_stack
+from gralora_fx.graph.module_tree import LINEAR_TYPES, kept_modes, module_stack
 from gralora_fx.graph.out_of_reach import note_opaque
 from gralora_fx.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.graph.surgery import module_of
@@ -163,11 +163,7 @@ def _settle(graph: fx.Graph, count: int) -> None:
 @contextmanager
 def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Set the mode of a module within the block."""
-    modes = [(part, part.training) for part in module.modules()]
-    for part, _ in modes:
-        part.training = training
-    try:
+    with kept_modes(module):
+        for part in module.modules():
+            part.training = training
         yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
