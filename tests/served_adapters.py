@@ -69,4 +69,4 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def settle(client: Any) -> None:
     """Wait until versions that nobody needs are freed."""
-    client.app.state.engine.names.versions.change(int).result(20)
+    client.app.state.engine.models.change(int).result(20)

@@ -60,7 +60,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_answers_are_as_described(service: tuple[Any, str]) -> None:
     app, url = service
     description = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    base = app.state.engine.names.base
+    base = app.state.engine.models.base
     operations = [operation.ok() for operation in description.get_all_operations()]
     modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
     cases = st.one_of(operation.as_strategy(generation_mode=mode) for operation in operations for mode in modes)

@@ -147,22 +147,22 @@ def test_requests_keep_the_version_that_they_began_with(
 
 def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = service.app.state.engine  # type: ignore[attr-defined]
-    versions = engine.names.versions
+    served = engine.models
     models: list[OrtModel] = []
     load = OrtModel.load_adapter
     monkeypatch.setattr(OrtModel, "load_adapter", lambda model, *given: (models.append(model), load(model, *given))[1])
     loaded(service, "live", "small")
     model = models[0]
     complete(service, "live", PROMPT)
-    with versions.held("live") as key:
+    with served.held("live") as key:
         old = weakref.ref(model.adapters[key])
     loaded(service, "live", "wide", load_inplace=True)
     complete(service, "live", PROMPT)
-    wait_for(lambda: len(versions) == len(versions.names))
+    wait_for(lambda: len(served) == len(served.adapters))
     settle(service)
     gc.collect()
     assert old() is None
-    assert len(model.adapters) == len(versions.names)
+    assert len(model.adapters) == len(served.adapters)
     unload(service, "live")
 
 

@@ -31,15 +31,15 @@ def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, 
         GraloraError: The name is taken or is not one, the export takes no adapters, the file may not be used, or the
             model does not run with it; nothing changes then.
     """
-    names = engine.names
-    check_takes_adapters(engine.manifest, names.base, ServingError)
-    if name == names.base:
+    models = engine.models
+    check_takes_adapters(engine.manifest, models.base, ServingError)
+    if name == models.base:
         raise ServingError(f"{shown(name)} is the name of the base; take another")
-    names.versions.check_new(name, replace=may_replace)
+    models.check_new(name, replace=may_replace)
     folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
     try:
         path = file_in(Path(folder.name))
-        names.versions.load(name, path, engine.trial, replace=may_replace, dispose=folder.cleanup)
+        models.load(name, path, engine.trial, replace=may_replace, dispose=folder.cleanup)
     except BaseException as error:
         folder.cleanup()
         if not isinstance(error, GraloraError):
@@ -54,7 +54,7 @@ def load_given(engine: Engine, settings: ServiceSettings) -> None:
         GraloraError: One cannot be loaded (see `load_adapter`); the message begins with its name.
     """
     for name, path in settings.adapters.items():
-        if name in engine.names.adapters:
+        if name in engine.models.adapters:
             warn_caller(f"{path} is served as {name!r}, and the export's own adapter of that name is not")
         with _named(name):
             load_adapter(engine, name, partial(_file, name, path, settings), may_replace=True)

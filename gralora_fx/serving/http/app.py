@@ -44,7 +44,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     root = None if settings.adapter_root is None else AdapterRoot.of(settings.adapter_root)
     engine = open_engine(settings, metrics)
     with ExitStack() as stack:
-        stack.callback(engine.names.versions.close)
+        stack.callback(engine.models.close)
         app = _app(settings, engine, metrics, root)
         stack.pop_all()  # the end of the app's lifespan closes them
     return app
@@ -52,8 +52,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
 def _app(settings: ServiceSettings, engine: Engine, metrics: Metrics, root: AdapterRoot | None) -> FastAPI:
     load_given(engine, settings)
-    names = engine.names
-    metrics.watch_adapters(lambda: len(names.adapters), lambda: len(names.versions))
+    models = engine.models
+    metrics.watch_adapters(lambda: len(models.adapters), lambda: len(models))
     info = service_info(settings, engine)
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
     state = {"is_ready": False}
@@ -88,8 +88,8 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics, state: dict[str,
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.include_router(model_routes(engine.names))
-    app.include_router(server_routes(engine.names))
+    app.include_router(model_routes(engine.models))
+    app.include_router(server_routes(engine.models))
     if isinstance(engine, EncoderEngine):
         texts = encoder_routes(engine)
     else:

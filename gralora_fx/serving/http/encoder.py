@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.serving.http.text_reader import TextReader, Tokens
 from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
 from gralora_fx.serving.scheduling.queue import Observer
 from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 SENTENCE = "sentence_embedding"
 _TEXTS, _MASK = "texts", "attention_mask"
@@ -48,7 +48,7 @@ class Encoder:
         *,
         max_batch: int,
         max_queue: int,
-        versions: AdapterVersions,
+        models: ServedModels,
     ) -> None:
         """Make the queue.
 
@@ -58,7 +58,7 @@ class Encoder:
             observer: Is told what runs.
             max_batch: The most rows of a batch.
             max_queue: The most rows that may wait.
-            versions: The adapters, each of which is held while rows with it wait or run.
+            models: Holds the adapters, each of which is held while rows with it wait or run.
         """
         self.model = model
         self._observer = observer
@@ -72,7 +72,7 @@ class Encoder:
         first = {(list(value.shape) or [None])[0] for value in (*self.inputs.values(), *self.outputs.values())}
         self._takes_padding = False  # until it is tried
         self._is_batchable = len(first) == 1 and isinstance(next(iter(first)), str)
-        self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue, versions=versions)
+        self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue, models=models)
 
     @property
     def takes_texts(self) -> bool:

@@ -18,9 +18,9 @@ from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions, ModelNames
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 _GENERATES = ("text-generation-with-past", *ENCODER_DECODERS)
 
@@ -30,13 +30,13 @@ class Engine:
     """What runs requests.
 
     Attributes:
-        names: The models that requests may name.
+        models: The models that requests may name.
         manifest: The export's manifest.
         trial: Tries an adapter that is loaded.
         queue: Takes requests, or rows of them.
     """
 
-    names: ModelNames
+    models: ServedModels
     manifest: Manifest
     trial: AdapterTrial
     queue: JobQueue[Any]
@@ -54,7 +54,7 @@ class Engine:
     def stop(self) -> None:
         """Answer what is there, and end."""
         self.queue.stop()
-        self.names.versions.close()
+        self.models.close()
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,18 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
-    names = _open_adapters(settings, model)
+    models = _open_adapters(settings, model)
     tokenizer = load_tokenizer(model.directory, ServingError)
-    encoder = Encoder(
-        model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, versions=names.versions
-    )
+    encoder = Encoder(model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, models=models)
     encoder.warm_up()
-    return EncoderEngine(names, manifest, try_encoder(encoder), encoder.batches, encoder)
+    return EncoderEngine(models, manifest, try_encoder(encoder), encoder.batches, encoder)
 
 
 def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
     if settings.max_context is not None:
         model.limits.within(settings.max_context, "max_context")
     decoder = model.decoder(rows=settings.decoder_rows, capacity=settings.max_context, chunk=settings.prompt_tokens)
-    names, tokenizer = _open_adapters(settings, model), model.tokenizer
+    models, tokenizer = _open_adapters(settings, model), model.tokenizer
     if model.encoder_inputs is not None and settings.chunk is not None:
         raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")
     token, source = example_prompt(model)
@@ -145,11 +143,11 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     decoder.step({row: [token]})
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
-    queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, versions=names.versions)
-    return TextEngine(names, model.manifest, try_decoder(model), queue, tokenizer, model.encoder_inputs)
+    queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, models=models)
+    return TextEngine(models, model.manifest, try_decoder(model), queue, tokenizer, model.encoder_inputs)
 
 
-def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ModelNames:
+def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:
     """Load the export's own adapters, so that requests find them in memory."""
     adapters = model.adapters
     names = tuple(adapters.available())
@@ -159,4 +157,4 @@ def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ModelNames:
         raise ServingError(
             f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
         )
-    return ModelNames(settings.base_name, AdapterVersions(model))
+    return ServedModels(settings.base_name, model)

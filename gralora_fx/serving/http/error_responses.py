@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from gralora_fx.errors import GraloraError, shown
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
 from gralora_fx.serving.http.metrics import note_rejection
-from gralora_fx.serving.scheduling.adapter_versions import TooManyChangesError, UnknownAdapterError, UnknownModelError
 from gralora_fx.serving.scheduling.queue import DeadlineError, QueueFullError, RunError, StoppedError
+from gralora_fx.serving.scheduling.served_models import TooManyChangesError, UnknownAdapterError, UnknownModelError
 
 _RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long

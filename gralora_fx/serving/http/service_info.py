@@ -85,7 +85,7 @@ def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
     """
     manifest, context = engine.manifest, engine.context_length
     return ServiceInfo(
-        model=engine.names.base,
+        model=engine.models.base,
         task=manifest.task,
         precision=manifest.precision,
         quantization=None if manifest.quantization is None else manifest.quantization.kind,

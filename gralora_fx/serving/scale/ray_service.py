@@ -75,9 +75,9 @@ def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
         ServingError: The export or an adapter cannot be opened, or the model does not run with one.
     """
     engine = open_engine(settings, Metrics())
-    with closing(engine.names.versions):
+    with closing(engine.models):
         load_given(engine, settings)
-    return engine.names.adapters, 2 * settings.rows if isinstance(engine, EncoderEngine) else settings.decoder_rows
+    return engine.models.adapters, 2 * settings.rows if isinstance(engine, EncoderEngine) else settings.decoder_rows
 
 
 def run_replicas(

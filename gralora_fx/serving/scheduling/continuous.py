@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.completion import Completion
-from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
+from gralora_fx.serving.scheduling.served_models import ServedModels
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
 
 _logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         observer: Observer,
         *,
         max_queue: int,
-        versions: AdapterVersions | None = None,
+        models: ServedModels | None = None,
     ) -> None:
         """Make a scheduler without requests.
 
@@ -51,9 +51,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
             tokenizer: Decodes answers.
             observer: Is told what runs.
             max_queue: The most requests that may wait for a row.
-            versions: As of `JobQueue`.
+            models: As of `JobQueue`.
         """
-        super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, versions=versions)
+        super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, models=models)
         self.limits, self.scores_prompts = decoder.limits, decoder.gives_all
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rows: dict[int, TextJob] = {}

@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 
 class QueueFullError(ServingError):
@@ -90,17 +90,17 @@ class JobQueue(ABC, Generic[_Job]):
     unit: ClassVar[str]
     excess: ClassVar[tuple[str, str]]
 
-    def __init__(self, name: str, observer: Observer, *, room: int, versions: AdapterVersions | None = None) -> None:
+    def __init__(self, name: str, observer: Observer, *, room: int, models: ServedModels | None = None) -> None:
         """Make an empty queue; `start` starts its thread.
 
         Args:
             name: The thread's name.
             observer: Is told what runs.
             room: The most rows of jobs that may run or wait at a time.
-            versions: The adapters; None if they stay.
+            models: Holds the adapters; None if they stay.
         """
         self.room = room
-        self._observer, self._versions = observer, versions
+        self._observer, self._models = observer, models
         self._waiting: deque[_Job] = deque()
         self._condition = threading.Condition()
         self._is_stopping = False
@@ -171,15 +171,15 @@ class JobQueue(ABC, Generic[_Job]):
                     self._waiting.append(job)
             if self.in_flight + rows > self.room:
                 raise QueueFullError(f"{self.in_flight} {self.unit} run or wait, and there is room for {self.room}")
-            if self._versions is not None:
-                self._versions.hold(*(job.adapter for job in jobs))
+            if self._models is not None:
+                self._models.hold(*(job.adapter for job in jobs))
             self._waiting.extend(jobs)
             self._condition.notify_all()
 
     def _leave(self, job: _Job) -> None:
         """Let a job's adapter go; called once for each job, when it neither waits nor runs any more."""
-        if self._versions is not None:
-            self._versions.release(job.adapter)
+        if self._models is not None:
+            self._models.release(job.adapter)
 
     def _work(self) -> None:
         while True:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer, RunError
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RowBatches(JobQueue[RowJob]):
         *,
         max_batch: int,
         max_queue: int,
-        versions: AdapterVersions | None = None,
+        models: ServedModels | None = None,
     ) -> None:
         """Make an empty queue; `start` starts its thread.
 
@@ -69,9 +69,9 @@ class RowBatches(JobQueue[RowJob]):
             observer: Is told what runs.
             max_batch: The most rows of a batch; a job of more rows runs alone.
             max_queue: The most rows that may wait.
-            versions: As of `JobQueue`.
+            models: As of `JobQueue`.
         """
-        super().__init__("gralora-fx rows", observer, room=max_batch + max_queue, versions=versions)
+        super().__init__("gralora-fx rows", observer, room=max_batch + max_queue, models=models)
         self._run, self._max_batch = run, max_batch
         self._running = 0
 

@@ -21,7 +21,7 @@ from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Inference,
 from gralora_fx.serving.http.inference.tensors import datatype_of, described, to_bytes, to_numbers
 from gralora_fx.serving.http.replies import unless_disconnected
 from gralora_fx.serving.http.trial import example_inputs
-from gralora_fx.serving.scheduling.adapter_versions import ModelNames, UnknownModelError
+from gralora_fx.serving.scheduling.served_models import ServedModels, UnknownModelError
 
 _VERSION = "1"
 _LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it
@@ -79,7 +79,7 @@ class InferResponse(BaseModel):
     outputs: list[OutputTensor]
 
 
-def server_routes(names: ModelNames) -> APIRouter:
+def server_routes(models: ServedModels) -> APIRouter:
     """The routes of the protocol that every service has."""
     router = APIRouter(prefix="/v2")
 
@@ -91,7 +91,7 @@ def server_routes(names: ModelNames) -> APIRouter:
     router.get("/", response_model=ServerMetadata, include_in_schema=False)(server)
 
     async def ready(name: str, version: str = _VERSION) -> ModelReady:
-        _check_model(names, name, version)
+        _check_model(models, name, version)
         return ModelReady(name=name, ready=True)
 
     _add(router.get, "/ready", ready, ModelReady)
@@ -104,29 +104,29 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
     Raises:
         ServingError: An input or output has a type that the protocol does not have.
     """
-    router, encoder, names = APIRouter(prefix="/v2"), engine.encoder, engine.names
+    router, encoder, models = APIRouter(prefix="/v2"), engine.encoder, engine.models
     inputs = [TensorMetadata(**described(value)) for value in encoder.inputs.values()]
     outputs = [TensorMetadata(**described(value)) for value in encoder.outputs.values()]
 
     async def metadata(name: str, version: str = _VERSION) -> ModelMetadata:
-        _check_model(names, name, version)
+        _check_model(models, name, version)
         return ModelMetadata(
             name=name, versions=[_VERSION], platform="onnxruntime_onnx", inputs=inputs, outputs=outputs
         )
 
     async def infer(request: Request, name: str, version: str = _VERSION) -> Response:
-        _check_model(names, name, version)
+        _check_model(models, name, version)
         body, length = await request.body(), request.headers.get(HEADER_LENGTH)
         if len(body) > _LARGE:
             asked = await run_in_threadpool(read_inference, body, length, encoder.inputs, encoder.outputs)
         else:
             asked = read_inference(body, length, encoder.inputs, encoder.outputs)
-        with names.held(name) as adapter:
+        with models.held(name) as adapter:
             return await unless_disconnected(request, partial(_infer, encoder, name, adapter, asked))
 
     async def example(name: str, version: str = _VERSION) -> Response:
         """A request that `infer` takes as it is."""
-        _check_model(names, name, version)
+        _check_model(models, name, version)
         arrays = await run_in_threadpool(example_inputs, encoder)
         tensors = [
             {**described(encoder.inputs[name]), "shape": list(array.shape), "data": np.ascontiguousarray(array).ravel()}
@@ -148,13 +148,13 @@ def _add(method: Callable[..., Any], path: str, endpoint: Callable[..., Any], mo
         method(f"{prefix}{path}", response_model=model, response_model_exclude_none=True)(endpoint)
 
 
-def _check_model(names: ModelNames, name: str, version: str) -> None:
+def _check_model(models: ServedModels, name: str, version: str) -> None:
     """Check that there is a model of a name and version.
 
     Raises:
         UnknownModelError: There is no such model or version.
     """
-    names.check(name)
+    models.check(name)
     if version != _VERSION:
         raise UnknownModelError(f"no version {shown(version)} of model {name!r}; there is {_VERSION}")
 

@@ -46,7 +46,7 @@ async def _answer(
     engine: TextEngine, texts: TokenBytes, asked: CompletionRequest | ChatRequest, request: Request
 ) -> Response:
     is_chat, seconds = isinstance(asked, ChatRequest), timeout_of(request)
-    with engine.names.held(asked.model) as adapter:
+    with engine.models.held(asked.model) as adapter:
         requests, prompt_tokens = await _text_requests(engine, asked, adapter)
         echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(requests)
         answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds)

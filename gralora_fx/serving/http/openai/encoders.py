@@ -145,7 +145,7 @@ def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
             head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}
             return {**head, "data": [classes(*pair) for pair in enumerate(outputs)]}
 
-        model = engine.names.base if asked.model is None else asked.model
+        model = engine.models.base if asked.model is None else asked.model
         return await _answer(engine, request, model, engine.encoder.reader.texts, asked.texts, body)
 
 
@@ -161,7 +161,7 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
                 results = [{**result, "document": {"text": texts[result["index"]]}} for result in results]
             return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results}
 
-        model, texts = engine.names.base if asked.model is None else asked.model, asked.texts
+        model, texts = engine.models.base if asked.model is None else asked.model, asked.texts
         return await _answer(engine, request, model, partial(encoder.reader.pairs, asked.query), texts, body)
 
     for path in ("/v1/rerank", "/rerank"):
@@ -191,7 +191,7 @@ async def _answer(
             not take one, or a run fails.
     """
     encoder = engine.encoder
-    with engine.names.held(model) as adapter:
+    with engine.models.held(model) as adapter:
         if not texts:
             raise ServingError("input has no texts; give at least one")
         encoder.batches.check_count(len(texts))

@@ -18,25 +18,25 @@ from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import Engine
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.openai.requests import StrictModel
-from gralora_fx.serving.scheduling.adapter_versions import AdapterVersions, ModelNames
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 
-def model_routes(names: ModelNames) -> APIRouter:
+def model_routes(served: ServedModels) -> APIRouter:
     """The routes of the list of models."""
     router = APIRouter()
     created = int(time.time())
 
     def described(name: str) -> dict[str, Any]:
-        parent = None if name == names.base else names.base
+        parent = None if name == served.base else served.base
         return {"id": name, "object": "model", "created": created, "owned_by": "gralora-fx", "parent": parent}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described(name) for name in (names.base, *names.adapters)]}
+        return {"object": "list", "data": [described(name) for name in (served.base, *served.adapters)]}
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        names.check(name)
+        served.check(name)
         return described(name)
 
     return router
@@ -65,7 +65,7 @@ def adapter_routes(engine: Engine, onnx_dir: Path, root: AdapterRoot | None, met
         root: Where adapters may be; None if none may be loaded.
         metrics: Where to count.
     """
-    router, versions = APIRouter(), engine.names.versions
+    router, models = APIRouter(), engine.models
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
     async def load(asked: LoadRequest) -> PlainTextResponse:
@@ -76,7 +76,7 @@ def adapter_routes(engine: Engine, onnx_dir: Path, root: AdapterRoot | None, met
 
         try:
             await _changed(
-                versions, lambda: load_adapter(engine, asked.lora_name, copied, may_replace=asked.load_inplace)
+                models, lambda: load_adapter(engine, asked.lora_name, copied, may_replace=asked.load_inplace)
             )
         except GraloraError:
             metrics.adapter_load("refused")
@@ -87,7 +87,7 @@ def adapter_routes(engine: Engine, onnx_dir: Path, root: AdapterRoot | None, met
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
     async def unload(asked: UnloadRequest) -> PlainTextResponse:
         _needed(root)
-        await _changed(versions, lambda: versions.unload(asked.lora_name))
+        await _changed(models, lambda: models.unload(asked.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     return router
@@ -99,6 +99,6 @@ def _needed(root: AdapterRoot | None) -> AdapterRoot:
     return root
 
 
-async def _changed(versions: AdapterVersions, work: Callable[[], None]) -> None:
+async def _changed(models: ServedModels, work: Callable[[], None]) -> None:
     """Wait for a change of adapters, which goes on if the client goes away."""
-    await asyncio.shield(asyncio.wrap_future(versions.change(work)))
+    await asyncio.shield(asyncio.wrap_future(models.change(work)))

@@ -200,7 +200,7 @@ async def _answer(
 ) -> Response:
     seconds, begun = timeout_of(request), time.monotonic()
     asked, content = await read_form(request, kind)
-    with engine.names.held(asked.model) as adapter:
+    with engine.models.held(asked.model) as adapter:
         audio, question = await _read(engine, inputs, asked, content, task, adapter, seconds)
         left = None if seconds is None else max(seconds - (time.monotonic() - begun), 0.0)
         answers = TextAnswers(engine.queue, [question], len(question.prompt), left)

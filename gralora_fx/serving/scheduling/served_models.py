@@ -51,21 +51,25 @@ class _Version:
     is_current: bool = True
 
 
-class AdapterVersions:
-    """Adapters that are loaded, replaced and unloaded while requests run.
+class ServedModels:
+    """The models that requests may name: the base, and adapters that are loaded, replaced and unloaded meanwhile.
 
     A version never changes. A new one is loaded, checked and tried beside the old one, and then the name stands for the
     new one. A request holds the version that it began with; one that has no name any more is freed when its last
     request ends. Changes run one after the other in a thread of their own.
+
+    Attributes:
+        base: The name of the model without an adapter.
     """
 
-    def __init__(self, host: OrtModel) -> None:
+    def __init__(self, base: str, host: OrtModel) -> None:
         """Take the adapters that the host has, each under its key as its name.
 
         Args:
+            base: The name of the model without an adapter.
             host: Holds the adapters; nobody else unloads any.
         """
-        self._host = host
+        self.base, self._host = base, host
         self._current = {key: _Version(key) for key in host.adapters.available()}
         self._versions = {version.key: version for version in self._current.values()}
         self._lock = threading.Lock()
@@ -73,23 +77,39 @@ class AdapterVersions:
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="gralora-fx adapters")
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters that requests may name."""
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that are loaded now."""
         return tuple(sorted(self._current))
 
     def __len__(self) -> int:
         """How many versions are in memory."""
         return len(self._versions)
 
-    @contextmanager
-    def held(self, name: str) -> Iterator[str]:
-        """Hold a name's version, and give its key.
+    def check(self, model: str) -> None:
+        """Check that a model is served now.
 
         Raises:
-            UnknownAdapterError: There is no adapter of the name.
+            UnknownModelError: There is no such model.
         """
+        with self.held(model):
+            pass
+
+    @contextmanager
+    def held(self, model: str) -> Iterator[str | None]:
+        """Hold the adapter that a model's name means, and give its key; None for the base.
+
+        A queue holds it for the requests that it takes, so this is to last until they are queued.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        if model == self.base:
+            yield None
+            return
         with self._lock:
-            version = self._named(name)
+            version = self._current.get(model)
+            if version is None:
+                raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *self.adapters))}")
             version.holds += 1
         try:
             yield version.key
@@ -183,7 +203,10 @@ class AdapterVersions:
             UnknownAdapterError: There is no adapter of the name.
         """
         with self._lock:
-            version = self._named(name)
+            version = self._current.get(name)
+            if version is None:
+                loaded = listed(self.adapters) or "none"
+                raise UnknownAdapterError(f"no adapter {shown(name)} is loaded; loaded is {loaded}")
             self._current = {other: found for other, found in self._current.items() if other != name}
             self._retire(version)
 
@@ -199,12 +222,6 @@ class AdapterVersions:
         if key not in self._versions:
             raise UnknownAdapterError(f"the adapter {shown(key)} was unloaded; ask for another")
         return self._versions[key]
-
-    def _named(self, name: str) -> _Version:
-        found = self._current.get(name)
-        if found is None:
-            raise UnknownAdapterError(f"no adapter {shown(name)} is loaded; loaded is {listed(self.names) or 'none'}")
-        return found
 
     def _new_key(self, name: str) -> str:
         known: Mapping[str, Any] = dict.fromkeys(self._host.adapters.available())
@@ -227,48 +244,3 @@ class AdapterVersions:
             version.dispose()
         except Exception:
             _logger.exception("freeing a version of an adapter failed")
-
-
-@dataclass(frozen=True)
-class ModelNames:
-    """The models that requests may name.
-
-    Attributes:
-        base: The model without an adapter.
-        versions: The adapters, which come and go.
-    """
-
-    base: str
-    versions: AdapterVersions
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The adapters that are loaded now."""
-        return self.versions.names
-
-    def check(self, model: str) -> None:
-        """Check that a model is served now.
-
-        Raises:
-            UnknownModelError: There is no such model.
-        """
-        with self.held(model):
-            pass
-
-    @contextmanager
-    def held(self, model: str) -> Iterator[str | None]:
-        """Hold the adapter that a model's name means, and give its key; None for the base.
-
-        A queue holds it for the requests that it takes, so this is to last until they are queued.
-
-        Raises:
-            UnknownModelError: There is no such model.
-        """
-        if model == self.base:
-            yield None
-            return
-        adapters = self.adapters
-        if model not in adapters:
-            raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *adapters))}")
-        with self.versions.held(model) as key:
-            yield key
