@@ -23,8 +23,7 @@ from gralora_fx.serving.http.openai.encoders import encoder_routes
 from gralora_fx.serving.http.openai.models import adapter_routes, model_routes
 from gralora_fx.serving.http.openai.speech import speech_routes
 from gralora_fx.serving.http.openapi import DescribedApp
-from gralora_fx.serving.http.page.routes import page_routes
-from gralora_fx.serving.http.service_info import health_routes, info_routes, service_info
+from gralora_fx.serving.http.service_routes import health_routes, info_routes, page_routes, service_info
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:

@@ -19,14 +19,12 @@ from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import first_line, shown
 from gralora_fx.serving.http.error_responses import error_response
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.page.routes import PAGE_PATHS
+from gralora_fx.serving.http.service_routes import OPEN_PATHS
 
 _SAFE = "/%:@!$&'()*+,;=~[]"  # what a path holds beside letters; all else is written as %XX, so a line stays a line
 _MOST = 1000  # characters of a path
 _CLIENT_GONE = 499  # nginx's status
 _logger = logging.getLogger("uvicorn.error")
-# for probes, which have no key, and for the page, which asks for it
-OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
 _METRICS = "/metrics"
 _WINDOW_BITS = {"gzip": zlib.MAX_WBITS + 16, "x-gzip": zlib.MAX_WBITS + 16, "deflate": zlib.MAX_WBITS}  # of zlib
 

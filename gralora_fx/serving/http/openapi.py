@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from gralora_fx.serving.http.error_responses import is_inference
 from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, InferRequest
-from gralora_fx.serving.http.middleware import OPEN_PATHS
+from gralora_fx.serving.http.service_routes import OPEN_PATHS
 
 _SCHEMAS = "#/components/schemas/"
 _JSON, _BYTES, _EVENTS = "application/json", "application/octet-stream", "text/event-stream"

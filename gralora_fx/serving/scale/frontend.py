@@ -26,9 +26,8 @@ from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.serving.http.error_responses import add_handlers, error_body, error_response
 from gralora_fx.serving.http.metrics import Metrics, mark_counted
 from gralora_fx.serving.http.middleware import AccessLogMiddleware, add_middleware
-from gralora_fx.serving.http.page.routes import page_routes
 from gralora_fx.serving.http.replies import END, event
-from gralora_fx.serving.http.service_info import health_routes
+from gralora_fx.serving.http.service_routes import health_routes, page_routes
 from gralora_fx.serving.scale.asgi_request import read
 
 APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray

@@ -1,19 +1,46 @@
-"""What the service says of itself: that it lives, that it is ready, and what is served."""
+"""The routes that every service has: that it lives, that it is ready, what is served, and the pages for browsers.
+
+The pages are `/`, which tries the model, and `/docs`, Swagger UI of the API: plain HTML, CSS and JavaScript that the
+other routes answer; Swagger UI's own files come from a package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.serving.http.engines import Engine
 
 _NO_LIMIT = 2**31  # tokenizers without a limit say 10^30
+_PAGES = Path(__file__).parent / "page"
+_SWAGGER = Path(str(files("fastapi_swagger"))) / "resources"
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_ADDRESSES = {"index.html": "/", "docs.html": "/docs"}  # other files are at /page/
+_FILES = {
+    _ADDRESSES.get(path.name, f"/page/{path.name}"): path
+    for path in sorted([*_PAGES.iterdir(), _SWAGGER / "swagger-ui-bundle.js", _SWAGGER / "swagger-ui.css"])
+    if path.suffix in _TYPES
+}
+PAGE_PATHS = tuple(_FILES)
+# open without a key: for probes, which have none, and for the pages, which ask for it and are the same for everybody
+OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
+_HEADERS = {
+    # nothing from elsewhere (Swagger UI's icons are in its CSS), no script in a page, no other site may frame one
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
@@ -105,4 +132,19 @@ def info_routes(info: ServiceInfo) -> APIRouter:
     async def facts() -> ServiceInfo:
         return info
 
+    return router
+
+
+def page_routes() -> APIRouter:
+    """The routes of the pages."""
+    router = APIRouter(include_in_schema=False)
+
+    def add(path: str, file: Path) -> None:
+        async def send() -> Response:
+            return FileResponse(file, media_type=_TYPES[file.suffix], headers=_HEADERS)
+
+        router.add_api_route(path, send, methods=["GET", "HEAD"])
+
+    for path, file in _FILES.items():
+        add(path, file)
     return router

@@ -1,1 +1,0 @@
-"""The pages for browsers, and the files that they are made of."""
