@@ -12,9 +12,9 @@ from urllib.request import Request, urlopen
 
 import uvicorn
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.server import ConnectionLimits, bind, limited
+from gralora_fx.serving.http.server import bind, limited
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import typer
 
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import export_directory, read_adapter, utf8
-from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.config.tasks import GENERATING
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import timed
@@ -142,7 +142,7 @@ def _check_generates(directory: Path, manifest: Manifest) -> None:
     Raises:
         ServingError: It does not; the message says what it does, and how to call it.
     """
-    if manifest.task in ("text-generation-with-past", *ENCODER_DECODERS):
+    if manifest.task in GENERATING:
         return
     if manifest.task in ("text-generation", "text2text-generation", "automatic-speech-recognition"):
         how = f"it gives logits and has no cache; export the model with task='{manifest.task}-with-past'"

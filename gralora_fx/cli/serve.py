@@ -11,7 +11,7 @@ import typer
 
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, utf8
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import timed
@@ -22,7 +22,7 @@ _EXTRAS = {  # by the packages
     **dict.fromkeys(("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client", "fastapi_swagger"), "serve"),
     "ray": "scale",
 }
-_REPLICAS, _CONNECTIONS, _READ_TIMEOUT = 2, 512, 30.0
+_REPLICAS, _LIMITS = 2, ConnectionLimits()
 
 Adapters = Annotated[
     list[str] | None,
@@ -38,7 +38,9 @@ Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port to 
 MaxConnections = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=1, help=f"Most connections that are served; on others it is 503.  [default: {_CONNECTIONS}]"
+        metavar="N",
+        min=1,
+        help=f"Most connections that are served; on others it is 503.  [default: {_LIMITS.connections}]",
     ),
 ]
 ReadTimeout = Annotated[
@@ -46,7 +48,7 @@ ReadTimeout = Annotated[
     typer.Option(
         min=0.1,
         metavar="SECONDS",
-        help=f"Time in which a request must arrive, its body too.  [default: {_READ_TIMEOUT:g}]",
+        help=f"Time in which a request must arrive, its body too.  [default: {_LIMITS.read_timeout:g}]",
     ),
 ]
 AccessLog = Annotated[
@@ -110,11 +112,11 @@ def serve(
         with StageProgress():
             with timed("import"), _named_packages():
                 from gralora_fx.serving.http.app import create_app
-                from gralora_fx.serving.http.server import ConnectionLimits, bind, run
+                from gralora_fx.serving.http.server import bind, run
             sockets = [stack.enter_context(bound) for bound in bind(host, port)]
             with timed("open and warm up"):
                 app = create_app(settings)
-        limits = ConnectionLimits(max_connections or _CONNECTIONS, read_timeout or _READ_TIMEOUT)
+        limits = ConnectionLimits(max_connections or _LIMITS.connections, read_timeout or _LIMITS.read_timeout)
         run(app, sockets, limits, sys.stdout if access_log else None)
 
 

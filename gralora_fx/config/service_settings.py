@@ -127,3 +127,16 @@ class ServiceSettings:
     def base_name(self) -> str:
         """The name of the model without an adapter."""
         return self.directory.absolute().name
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Within which bounds clients are served.
+
+    Attributes:
+        connections: The most connections; requests on others are answered with 503.
+        read_timeout: Seconds in which a request must arrive, from its first byte to its last.
+    """
+
+    connections: int = 512
+    read_timeout: float = 30.0

@@ -26,6 +26,7 @@ TASKS = (
 )
 # tasks of an encoder and a decoder with a cache, which are two graphs
 ENCODER_DECODERS = ("text2text-generation-with-past", "automatic-speech-recognition-with-past")
+GENERATING = ("text-generation-with-past", *ENCODER_DECODERS)
 
 
 _PEFT_TASKS = {

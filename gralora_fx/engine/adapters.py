@@ -28,13 +28,11 @@ class LoadedAdapter:
 
     Attributes:
         name: What it is called.
-        path: The file that it was read from; None for a sum of others.
-        record: What the file's record says.
+        record: What the record of its file says, or would say of a sum of others.
         tensors: Its tensors, by name.
     """
 
     name: str
-    path: Path | None
     record: AdapterRecord
     tensors: Arrays
 
@@ -214,7 +212,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         record = read_record(file, ServingError)
         check_rank(file, record, self._max_rank)
         tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError)
-        return self._add(LoadedAdapter(name, file, record, tensors), exist_ok=exist_ok)
+        return self._add(LoadedAdapter(name, record, tensors), exist_ok=exist_ok)
 
     def mix(self, name: str, weights: Mapping[str, float]) -> LoadedAdapter:
         """Load the weighted sum of adapters under a name of its own; unloading one of them leaves the sum as it is.
@@ -242,7 +240,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
             raise ServingError(f"{large[0]} of {name!r} holds values that are not finite; give smaller weights")
         record = record_in_memory(name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
         check_rank(name, record, self._max_rank)
-        return self._add(LoadedAdapter(name, None, record, tensors))
+        return self._add(LoadedAdapter(name, record, tensors))
 
     def unload(self, name: str) -> None:
         """Forget an adapter; calls that run with it end undisturbed.

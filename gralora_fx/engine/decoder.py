@@ -129,7 +129,7 @@ class Decoder(ABC):
             if not read:
                 return {}
             try:
-                logits = self._run(read, {number: self._lengths[number] for number in read})
+                logits = self._run(read)
             except ServingError:
                 raise
             except Exception as failure:  # ONNX Runtime raises types of its own
@@ -154,8 +154,8 @@ class Decoder(ABC):
         """Let go what a row had."""
 
     @abstractmethod
-    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        """Let rows read tokens after as many as they have read, and give their logits as `step` does."""
+    def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens after those that they have read, and give their logits as `step` does."""
 
     def _tokens(self, number: int, given: Sequence[int]) -> NDArray[np.int64]:
         self._check_open(number)

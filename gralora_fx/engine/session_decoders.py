@@ -168,7 +168,7 @@ class RowsDecoder(Decoder):
             self._stack = None
             self._steps.forget_adapters()
 
-    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+    def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
         rows = range(min(read), max(read) + 1)  # the others take no time at all
         ids = np.zeros((len(rows), max(map(len, read.values()))), dtype=np.int64)
         query = np.zeros(len(rows), dtype=np.int32)
@@ -268,8 +268,8 @@ class SequentialDecoder(Decoder):
     def _end(self, row: int) -> None:
         del self._open[row]
 
-    def _run(self, read: Mapping[int, NDArray[np.int64]], past: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        stepped = {row: self._step(self._open[row], tokens, past[row]) for row, tokens in read.items()}
+    def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
+        stepped = {row: self._step(self._open[row], tokens, self._lengths[row]) for row, tokens in read.items()}
         for row, (cache, _) in stepped.items():
             self._open[row].cache = cache
         return {row: logits for row, (_, logits) in stepped.items()}

@@ -37,7 +37,7 @@ class TextStream:
         self._window.append(token)
         if _BYTE.match(name):
             return ""
-        text = self._decode(self._window)
+        text = self._decode()
         piece = self._take(text, len(text) - text.endswith(_UNFINISHED))
         if len(self._window) > _MOST:
             self._shorten()
@@ -45,7 +45,7 @@ class TextStream:
 
     def finish(self) -> str:
         """The text that was held back."""
-        text = self._decode(self._window)
+        text = self._decode()
         piece = self._take(text, len(text))
         return piece if self._cleaner is None else self._cleaner.finish(piece)
 
@@ -59,12 +59,12 @@ class TextStream:
         start = len(self._window) - _LEAST
         while start > 0 and _BYTE.match(_name_of(self._tokenizer, self._window[start]) or ""):
             start -= 1
-        waiting = len(self._decode(self._window)) - self._released
+        waiting = len(self._decode()) - self._released
         self._window = self._window[start:]
-        self._released = len(self._decode(self._window)) - waiting
+        self._released = len(self._decode()) - waiting
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class TokenBytes:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.config.tasks import GENERATING
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
@@ -21,8 +21,6 @@ from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
-
-_GENERATES = ("text-generation-with-past", *ENCODER_DECODERS)
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     runtime, threads = runtime_of(None, None, None, settings.threads)
     model = OrtModel(settings.directory, runtime, threads=threads, by_row=True)
     manifest = model.manifest
-    if manifest.task in _GENERATES:
+    if manifest.task in GENERATING:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")

@@ -173,8 +173,8 @@ class Metrics:
         """A request, or a row of one, waited before the first of its tokens was read."""
         self._queue.observe(seconds)
 
-    def began(self, seconds: float, waited: float) -> None:
-        """The first token of an answer was chosen, so long after its request, which waited so much of that."""
+    def began(self, seconds: float) -> None:
+        """The first token of an answer was chosen, so long after its request."""
         if self._first is not None:
             self._first.observe(seconds)
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from types import FrameType
@@ -20,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gralora_fx.config.service_settings import ConnectionLimits
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.serving.http.error_responses import error_response
 from gralora_fx.serving.http.middleware import AccessLogMiddleware
@@ -27,19 +27,6 @@ from gralora_fx.serving.http.middleware import AccessLogMiddleware
 _MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
 _SWITCH = 0.0005  # seconds that a thread may hold the interpreter while another waits, a tenth of the default
 _logger = logging.getLogger("uvicorn.error")
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """Within which bounds clients are served.
-
-    Attributes:
-        connections: The most connections; requests on others are answered with 503.
-        read_timeout: Seconds in which a request must arrive, from its first byte to its last.
-    """
-
-    connections: int = 512
-    read_timeout: float = 30.0
 
 
 def limited(limits: ConnectionLimits, log: Callable[[ASGIApp], ASGIApp] | None = None) -> type[asyncio.Protocol]:

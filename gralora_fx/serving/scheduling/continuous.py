@@ -128,11 +128,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
 
     def _step(self) -> None:
         tokens = self._tokens()
-        for row in tokens:
-            job = self._rows[row]
+        for job in (self._rows[row] for row in tokens):
             if not job.read:
-                job.waited = job.age
-                self._observer.waited(job.waited)
+                self._observer.waited(job.age)
         started = time.perf_counter()
         try:
             logits = self._decoder.step(tokens)
@@ -171,7 +169,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 if choice is None:
                     continue
                 if is_first:
-                    self._observer.began(job.age, job.waited)
+                    self._observer.began(job.age)
                 job.take(choice)
                 self._observer.generated(len(job.answer.ids) - before)
             except Exception as error:

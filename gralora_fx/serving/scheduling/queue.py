@@ -40,8 +40,8 @@ class Observer(Protocol):
     def waited(self, seconds: float) -> None:
         """A request, or a row of one, waited before the first of its tokens was read."""
 
-    def began(self, seconds: float, waited: float) -> None:
-        """The first token of an answer was chosen, so long after its request, which waited so much of that."""
+    def began(self, seconds: float) -> None:
+        """The first token of an answer was chosen, so long after its request."""
 
     def ran(self, seconds: float, rows: int) -> None:
         """A batch ran."""

@@ -122,7 +122,6 @@ class TextJob:
     Attributes:
         request: The request.
         answer: The answer so far.
-        waited: Seconds before the first of its tokens was read.
         is_done: Whether its caller was told the end.
         read: How many tokens of its prompt the row has read.
         last: The token that was chosen last and not read yet.
@@ -140,8 +139,7 @@ class TextJob:
             sink: Is called with each piece, the last of which has an ending, or with the error that ends the job.
         """
         self.request, self.answer = request, answer
-        self.waited, self.is_done = 0.0, False
-        self.read = 0
+        self.is_done, self.read = False, 0
         self.last: int | None = None
         self._choose: TokenChooser | None = None
         self._ends, self._sink, self._cancelled = ends, sink, threading.Event()
