@@ -93,7 +93,7 @@ def verify_onnx(
     """
     check_choice("level", level, LEVELS)
     is_default = providers is None and provider_options is None
-    runtime = None if is_default else runtime_of(providers, provider_options, None, None)[0]
+    runtime = None if is_default else runtime_of(providers, provider_options, None, None)
     manifest, quick = read_manifest(output_dir), level == "quick"
     if check and manifest.files is not None:  # a comparison runs some inputs only, and would not see every changed byte
         check_files(output_dir, manifest, digests=True)

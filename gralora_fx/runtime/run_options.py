@@ -29,8 +29,8 @@ def runtime_of(
     provider_options: ProviderOptions | None,
     session_options: onnxruntime.SessionOptions | Mapping[str, Any] | None,
     threads: int | None,
-) -> tuple[Runtime, int]:
-    """How ONNX Runtime runs a model, and how many threads an operator takes.
+) -> Runtime:
+    """How ONNX Runtime runs a model.
 
     Args:
         providers: As in `load`.
@@ -59,7 +59,7 @@ def runtime_of(
     for name, value in fields.items():
         _set_field(options, name, value)
     chosen = _providers(providers, provider_options)
-    return _runtime(chosen, options, count, threads_are_given=given is not None), count
+    return _runtime(chosen, options, count, threads_are_given=given is not None)
 
 
 def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *, threads_are_given: bool) -> Runtime:
@@ -68,7 +68,7 @@ def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *
         record_placement(options)
     plugins = {name: its_devices for name, _ in chosen if name != CPU and (its_devices := devices_of(name))}
     if not plugins:
-        return Runtime(chosen, options)
+        return Runtime(chosen, options, threads=threads)
     devices: list[Device] = []
     final: list[tuple[str, Mapping[str, Any]]] = []
     for name, own in chosen:
@@ -87,7 +87,7 @@ def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *
                 options.add_provider_for_devices([device.handle], texts)
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             raise ServingError(f"ONNX Runtime cannot add {device or name} ({first_line(error)})") from error
-    return Runtime(tuple(final), options, tuple(devices))
+    return Runtime(tuple(final), options, tuple(devices), threads)
 
 
 def _as_text(provider: str, name: str, value: object) -> str:
@@ -105,7 +105,7 @@ def _with_session_options(
     provider_options: ProviderOptions | None,
     options: onnxruntime.SessionOptions,
     threads: int | None,
-) -> tuple[Runtime, int]:
+) -> Runtime:
     """Use a user's session options unchanged."""
     if threads is not None:
         raise ServingError(
@@ -119,7 +119,7 @@ def _with_session_options(
         raise ServingError(
             f"{plugin} would change the given SessionOptions; give a dict of fields, or add its devices to them"
         )
-    return Runtime(chosen, options), options.intra_op_num_threads or available_threads()
+    return Runtime(chosen, options, threads=options.intra_op_num_threads or available_threads())
 
 
 def _threads(value: object) -> int:

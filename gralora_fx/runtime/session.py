@@ -33,11 +33,13 @@ class Runtime:
             them.
         session_options: Session options; None for those of `quiet_options`.
         devices: The devices of plug-in providers; the session options then hold all providers.
+        threads: Threads of an operator, as the session options have them or ONNX Runtime chooses; None if not said.
     """
 
     providers: tuple[tuple[str, Mapping[str, Any]], ...] = ((CPU, {}),)
     session_options: onnxruntime.SessionOptions | None = field(default=None, compare=False)
     devices: tuple[Device, ...] = ()
+    threads: int | None = None
 
 
 def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:

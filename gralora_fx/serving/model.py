@@ -56,10 +56,10 @@ def load(
         ServingError: The directory is not an export, a file is missing, was changed or is outside it, a provider is not
             installed, or an option is unknown or of another type.
     """
-    runtime, count = runtime_of(providers, provider_options, session_options, threads)
+    runtime = runtime_of(providers, provider_options, session_options, threads)
     if not (max_rank is None or (type(max_rank) is int and max_rank > 0)):
         raise ServingError(f"max_rank must be a positive integer or None, but got {max_rank!r:.80}")
-    return OrtModel(export_dir, runtime, threads=count, check=check, max_rank=max_rank)
+    return OrtModel(export_dir, runtime, check=check, max_rank=max_rank)
 
 
 class OrtModel(OpenExport):

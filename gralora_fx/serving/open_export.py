@@ -80,7 +80,6 @@ class OpenExport:
         export_dir: str | Path,
         runtime: Runtime | None = None,
         *,
-        threads: int | None = None,
         check: bool = False,
         max_rank: int | None = None,
         by_row: bool = False,
@@ -90,7 +89,6 @@ class OpenExport:
         Args:
             export_dir: Its directory.
             runtime: How ONNX Runtime runs it; None for the CPU.
-            threads: Threads of an operator, to be told by `describe`.
             check: As of `load`.
             max_rank: As of `load`.
             by_row: Whether every call of a model without a cache names rows' adapters.
@@ -113,7 +111,7 @@ class OpenExport:
                 f"{listed(READINGS)}; update gralora-fx, or add the kind to gralora_fx.serving.open_export"
             )
         self.reading = READINGS[self.manifest.flavour]
-        self._runtime, self._threads = runtime or Runtime(), threads
+        self._runtime = runtime or Runtime()
         is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
         self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
         self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # what is wrong is said now
@@ -150,7 +148,7 @@ class OpenExport:
             f"runs on {text}"
             for text in describe_providers(self._runtime, self.first_session, is_quantized=bool(kinds))
         ]
-        lines += [] if self._threads is None else [f"threads: {self._threads}"]
+        lines += [] if self._runtime.threads is None else [f"threads: {self._runtime.threads}"]
         lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
         return "\n".join(lines)
 

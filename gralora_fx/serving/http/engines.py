@@ -111,8 +111,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         ServingError: The export or an adapter of it cannot be opened, the export has no tokenizer that its texts need,
             or its task is not served.
     """
-    runtime, threads = runtime_of(None, None, None, settings.threads)
-    model = OrtModel(settings.directory, runtime, threads=threads, by_row=True)
+    model = OrtModel(settings.directory, runtime_of(None, None, None, settings.threads), by_row=True)
     manifest = model.manifest
     if manifest.task in GENERATING:
         return _text_engine(settings, model, observer)
