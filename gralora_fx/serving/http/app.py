@@ -55,31 +55,30 @@ def _app(settings: ServiceSettings, engine: Engine, metrics: Metrics, root: Adap
     metrics.watch_adapters(lambda: len(models.adapters), lambda: len(models))
     info = service_info(settings, engine)
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
-    state = {"is_ready": False}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.queue.start()
-        state["is_ready"] = True
+        app.state.is_ready = True
         yield
-        state["is_ready"] = False
+        app.state.is_ready = False
         await run_in_threadpool(engine.stop)
 
     app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.engine, app.state.timeout = engine, settings.timeout
+    app.state.engine, app.state.timeout, app.state.is_ready = engine, settings.timeout, False
     app.state.asks_for_key = settings.api_key is not None
     add_handlers(app)
     add_middleware(app, settings, metrics)
-    _add_routes(app, engine, metrics, state)
+    _add_routes(app, engine, metrics)
     app.include_router(adapter_routes(engine, settings.directory, root, metrics))
     app.include_router(info_routes(info))
     app.include_router(page_routes())
     return app
 
 
-def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics, state: dict[str, bool]) -> None:
+def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     async def is_ready() -> bool:
-        return state["is_ready"]
+        return bool(app.state.is_ready)
 
     app.include_router(health_routes(is_ready))
 

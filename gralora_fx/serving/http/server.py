@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -115,9 +115,14 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._close(400, "the request is not valid HTTP")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer a request, whose head is complete, with an error."""
+        """Answer a request, whose head is complete, with an error, and end the connection."""
         _logger.info("%s: %d, %s", self.client, status, message)
-        self.app = self.log(_Refusal(status, message))
+
+        async def refusal(scope: Scope, receive: Receive, send: Send) -> None:
+            response = error_response(scope["path"], status, message, headers={"Connection": "close"})
+            await response(scope, receive, send)
+
+        self.app = self.log(refusal)
 
     def _start_clock(self) -> None:
         self._timer = self.loop.call_later(self.limits.read_timeout, self._time_out)
@@ -148,17 +153,6 @@ class _LimitedProtocol(HttpToolsProtocol):
             lines += [b"%s: %s" % pair for pair in response.raw_headers]
             self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
         self.transport.close()
-
-
-class _Refusal:
-    """An app that answers every request with one error, and ends the connection."""
-
-    def __init__(self, status: int, message: str) -> None:
-        self._status, self._message = status, message
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        closing: dict[str, Any] = {"Connection": "close"}
-        await error_response(scope["path"], self._status, self._message, headers=closing)(scope, receive, send)
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

@@ -200,35 +200,22 @@ async def _answer(
 ) -> Response:
     seconds, begun = timeout_of(request), time.monotonic()
     asked, content = await read_form(request, kind)
+    rules, context = inputs.rules, engine.queue.limits.context
     with engine.models.held(asked.model) as adapter:
-        audio, question = await _read(engine, inputs, asked, content, task, adapter, seconds)
+        earlier = earlier_text(engine.tokenizer, asked.prompt, context) if asked.prompt else ()
+        chosen = task if getattr(rules.config, "task_to_id", None) or task == TRANSLATE else None
+        speech = SpeechPrompt(rules, asked.spoken, chosen, earlier)
+        audio, source = await run_in_threadpool(_source, inputs, content)
+        heard = await _heard(engine, speech, source, adapter, seconds) if speech.languages else None
+        prompt = tuple(speech.tokens(heard))
+        room = max(context - len(prompt), 1)
+        most = asked.max_completion_tokens or min(rules.new_tokens(len(prompt)) or room, room)
+        question = TextRequest(prompt, most, asked.sampling, (), adapter, source=source)
         left = None if seconds is None else max(seconds - (time.monotonic() - begun), 0.0)
-        answers = TextAnswers(engine.queue, [question], len(question.prompt), left)
+        answers = TextAnswers(engine.queue, [question], len(prompt), left)
     if asked.streams:
         return EventStream(answers, _deltas(answers, audio))
     return await answers.respond(request, partial(_whole, answers, asked, audio))
-
-
-async def _read(
-    engine: TextEngine,
-    inputs: EncoderInputs,
-    asked: TranslationRequest,
-    content: bytes,
-    task: str,
-    adapter: str | None,
-    seconds: float | None,
-) -> tuple[Audio, TextRequest]:
-    """The recording, and what is asked about it."""
-    rules, context = inputs.rules, engine.queue.limits.context
-    earlier = earlier_text(engine.tokenizer, asked.prompt, context) if asked.prompt else ()
-    chosen = task if getattr(rules.config, "task_to_id", None) or task == TRANSLATE else None
-    speech = SpeechPrompt(rules, asked.spoken, chosen, earlier)
-    audio, source = await run_in_threadpool(_source, inputs, content)
-    heard = await _heard(engine, speech, source, adapter, seconds) if speech.languages else None
-    prompt = tuple(speech.tokens(heard))
-    room = max(context - len(prompt), 1)
-    most = asked.max_completion_tokens or min(rules.new_tokens(len(prompt)) or room, room)
-    return audio, TextRequest(prompt, most, asked.sampling, (), adapter, source=source)
 
 
 def _source(inputs: EncoderInputs, content: bytes) -> tuple[Audio, EncoderInput]:
