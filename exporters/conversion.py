@@ -19,7 +19,7 @@ from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import method_of
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.model.merge import merge_lazily
+from gralora_fx.model.rewrite import merge_lazily
 from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.runtime.adapter_inputs import BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
 from gralora_fx.sources.lazy_tensors import raw_values_of

@@ -9,9 +9,8 @@ if TYPE_CHECKING:
     from gralora_fx.methods.dora import DoraConfig
     from gralora_fx.methods.lora import LoraConfig
     from gralora_fx.model.gralora_model import GraloraModel
-    from gralora_fx.model.merge import merge
-    from gralora_fx.model.rewrite import rewrite
-    from gralora_fx.planning import plan
+    from gralora_fx.model.rewrite import merge, rewrite
+    from gralora_fx.planning.planner import plan
     from gralora_fx.planning.rewrite_plan import RewritePlan
     from gralora_fx.tracing.trace import trace
     from gralora_fx.tracing.traced_model import TracedModel
@@ -38,10 +37,10 @@ _HOMES = {
     "GraloraModel": "model.gralora_model",
     "LinearSite": "graph.sites",
     "LoraConfig": "methods.lora",
-    "RewritePlan": "planning",
+    "RewritePlan": "planning.rewrite_plan",
     "TracedModel": "tracing.traced_model",
-    "merge": "model.merge",
-    "plan": "planning",
+    "merge": "model.rewrite",
+    "plan": "planning.planner",
     "rewrite": "model.rewrite",
     "trace": "tracing.trace",
 }

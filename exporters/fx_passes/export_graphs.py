@@ -18,7 +18,7 @@ from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.tracing.inputs.cache import PAST, returned_cache
 from gralora_fx.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.tracing.normalize.regions import drop_regions_for_inference
-from gralora_fx.tracing.recapture import is_operator_graph, recapture
+from gralora_fx.tracing.ready_graphs import is_operator_graph, recapture
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -19,7 +19,7 @@ from gralora_fx.exporters.conversion import base_trace, fingerprint_of
 from gralora_fx.exporters.verification.compared_tensors import flat
 from gralora_fx.methods import method_described, method_of
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.model.merge import merge_lazily
+from gralora_fx.model.rewrite import merge_lazily
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest
 from gralora_fx.tracing.traced_model import TracedModel
 

@@ -18,7 +18,7 @@ from gralora_fx.graph.overlay import ROOT
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
 from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
-from gralora_fx.passes.redirect_parameters import RedirectParameters
+from gralora_fx.passes.other_parameters import RedirectParameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.sources.same_base import BaseComparison

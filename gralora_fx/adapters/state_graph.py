@@ -20,7 +20,7 @@ from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.methods import first_tensor
 from gralora_fx.operators.call import COMPUTING
 from gralora_fx.passes.insert_adapter import INSERTED, protect_outputs
-from gralora_fx.passes.set_weights import OWN_WEIGHTS, SetWeights, UntieWeights
+from gralora_fx.passes.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights
 from gralora_fx.tracing.normalize.modes import AnnotateModes, set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 

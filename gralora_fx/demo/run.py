@@ -22,9 +22,8 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.artifact.staging import check_output
 from gralora_fx.loading.models import load_model
 from gralora_fx.loading.tokenizers import load_tokenizer
-from gralora_fx.model.merge import merge
-from gralora_fx.model.rewrite import rewrite
-from gralora_fx.planning import plan
+from gralora_fx.model.rewrite import merge, rewrite
+from gralora_fx.planning.planner import plan
 from gralora_fx.progress.console import Heartbeat
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.serving import load

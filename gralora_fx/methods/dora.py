@@ -128,14 +128,7 @@ class Dora(AdapterMethod):
         return DoraFactors(A, B, row_norms(base + scale * (B @ A)))
 
     def forward(
-        self,
-        call: LayerCall,
-        factors: DoraFactors,
-        scale: float,
-        *,
-        sizes: LoraSizes,
-        dropout: float = 0.0,
-        in_place: bool = True,
+        self, call: LayerCall, factors: DoraFactors, scale: float, *, sizes: LoraSizes, dropout: float = 0.0
     ) -> Tensor:
         """`y + (ratio - 1) * (x @ W.T) + ratio * scale * x @ A.T @ B.T`, with the ratio of the magnitudes to the norms.
 

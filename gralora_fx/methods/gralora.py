@@ -186,14 +186,7 @@ class Gralora(AdapterMethod):
         return initial_factors(*features, sizes, zero_update=config.init_weights)
 
     def forward(
-        self,
-        call: LayerCall,
-        factors: Factors,
-        scale: float,
-        *,
-        sizes: GraloraSizes,
-        dropout: float = 0.0,
-        in_place: bool = True,
+        self, call: LayerCall, factors: Factors, scale: float, *, sizes: GraloraSizes, dropout: float = 0.0
     ) -> Tensor:
         """`y + scale * adapter(x)`.
 
@@ -210,17 +203,16 @@ class Gralora(AdapterMethod):
         blocks = drop_inputs(call.x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
         hidden = torch.bmm(blocks, factors.A)  # [k (input block), T, r]
         hidden = hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [k (output block), T, r]
-        options: dict[str, Any] = {} if in_place else {"in_place": False}
         if call.rows is None:
             into = y.view(-1, k, out_features // k).transpose(0, 1)  # [k, T, out/k]
-            y = accumulate(into, hidden, factors.B, scale, **options).transpose(0, 1).reshape_as(y)
+            y = accumulate(into, hidden, factors.B, scale).transpose(0, 1).reshape_as(y)
         else:
             output = torch.bmm(hidden, factors.B).transpose(0, 1).reshape(-1, out_features)[:, slice(*call.rows)]
             y = torch.add(y, output.reshape_as(y), alpha=scale)
         if factors.A_general is None or factors.B_general is None:
             return y
         general = factors.A_general, factors.B_general
-        return add_low_rank(call._replace(y=y), *general, scale, dropout=dropout, in_place=in_place)
+        return add_low_rank(call._replace(y=y), *general, scale, dropout=dropout)
 
     def new_weight(
         self, weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], sizes: GraloraSizes

@@ -291,19 +291,12 @@ class Lora(SummableMethod):
         return LoraFactors(A, B)
 
     def forward(
-        self,
-        call: LayerCall,
-        factors: LoraFactors,
-        scale: float,
-        *,
-        sizes: LoraSizes,
-        dropout: float = 0.0,
-        in_place: bool = True,
+        self, call: LayerCall, factors: LoraFactors, scale: float, *, sizes: LoraSizes, dropout: float = 0.0
     ) -> Tensor:
         """`y + scale * x @ A.T @ B.T`; see `add_low_rank`."""
         from gralora_fx.methods.low_rank import add_low_rank
 
-        return add_low_rank(call, factors.A, factors.B, scale, dropout=dropout, in_place=in_place)
+        return add_low_rank(call, factors.A, factors.B, scale, dropout=dropout)
 
     def new_weight(self, weight: Tensor, factors: LoraFactors, scale: float, **_: Any) -> Tensor:
         """`weight + scale * B @ A`."""

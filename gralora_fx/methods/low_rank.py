@@ -11,9 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from gralora_fx.methods.method import LayerCall
 
 
-def add_low_rank(
-    call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0, in_place: bool = True
-) -> Tensor:
+def add_low_rank(call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0) -> Tensor:
     """Add a low-rank pair's output to a layer's own: `y + scale * x @ A.T @ B.T`.
 
     It runs on `torch.fx` proxies as on tensors.
@@ -24,15 +22,13 @@ def add_low_rank(
         B: `[out, r]`.
         scale: Factor of the product.
         dropout: Probability with which input values are zeroed (training).
-        in_place: Whether the output may be overwritten at all.
 
     Returns:
         The sum, of the shape and dtype of `y`.
     """
     hidden = torch.mm(drop_inputs(call.x, dropout).reshape(-1, call.features[0]), A.t())  # [T, r]
     first, end = (0, call.features[1]) if call.rows is None else call.rows
-    options: dict[str, Any] = {} if in_place else {"in_place": False}
-    return accumulate(call.y.view(-1, end - first), hidden, call.of_rows(B).t(), scale, **options).view_as(call.y)
+    return accumulate(call.y.view(-1, end - first), hidden, call.of_rows(B).t(), scale).view_as(call.y)
 
 
 def drop_inputs(x: Tensor, probability: float) -> Tensor:

@@ -213,16 +213,7 @@ class AdapterMethod(ABC):
         """
 
     @abstractmethod
-    def forward(
-        self,
-        call: LayerCall,
-        factors: Any,
-        scale: float,
-        *,
-        sizes: Any,
-        dropout: float = 0.0,
-        in_place: bool = True,
-    ) -> Tensor:
+    def forward(self, call: LayerCall, factors: Any, scale: float, *, sizes: Any, dropout: float = 0.0) -> Tensor:
         """The layer's output with the adapter, of the shape of `call.y`; it runs on `torch.fx` proxies as on tensors.
 
         Args:
@@ -231,7 +222,6 @@ class AdapterMethod(ABC):
             scale: Factor of its update.
             sizes: Its sizes.
             dropout: Probability with which its input values are zeroed (training).
-            in_place: False: the layer's own output is read by others too.
         """
 
     @abstractmethod
@@ -306,7 +296,6 @@ class AdapterMethod(ABC):
 
         if dtype is None:
             return self.forward(call, factors, scale, **options)
-        options = {name: value for name, value in options.items() if name != "in_place"}
         if not self.IS_ADDITIVE:
             return self.forward(call.cast(dtype), factors, scale, **options).type_as(call.y)
         alone = call._replace(x=call.x.to(dtype), y=torch.zeros_like(call.y, dtype=dtype))

@@ -14,7 +14,7 @@ from gralora_fx.adapters.folded_weights import SiteUpdate
 from gralora_fx.graph.overlay import copy_in_mode
 from gralora_fx.graph.pipeline import Pipeline
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.passes.set_weights import OWN_WEIGHTS, SetWeights, UntieWeights, is_separated, separated_path
+from gralora_fx.passes.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights, is_separated, separated_path
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -10,10 +10,11 @@ from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.adapters.weighted import weighted_sum
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.checks import check_adapter_name
-from gralora_fx.errors import ConfigError, RewriteError
+from gralora_fx.errors import ConfigError
 from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.methods import not_a_config
-from gralora_fx.planning import RewritePlan, plan
+from gralora_fx.planning.planner import plan
+from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.planning.targets import exact_targets
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -164,8 +165,5 @@ def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan
         return plan(traced, config_or_plan)
     if not isinstance(config_or_plan, RewritePlan):
         raise ConfigError(f"an adapter needs a configuration or a plan, not {not_a_config(config_or_plan)}")
-    weights = {site.path: site.weight for site in traced.sites}
-    for planned in config_or_plan.selected:
-        if weights.get(planned.site.path) is not planned.site.weight:
-            raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
+    config_or_plan.check_fits(traced.sites)
     return config_or_plan

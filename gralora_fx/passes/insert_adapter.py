@@ -17,7 +17,7 @@ from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import annotate, annotation_of
 from gralora_fx.methods import AdapterMethod, AdapterTensors, LayerCall, Sizes
 from gralora_fx.methods.low_rank import accumulate
-from gralora_fx.passes.set_weights import OWN_WEIGHTS
+from gralora_fx.passes.other_parameters import OWN_WEIGHTS
 from gralora_fx.tracing.normalize.modes import MODES
 
 INSERTED = "adapters are inserted"

@@ -196,7 +196,8 @@ def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = Non
     """
     if isinstance(model, TracedModel):
         traced, plans, states = model, {} if plan is None else {PLANNED: plan}, {PLANNED: PLANNED}
-        _check_plan(traced, plan)
+        if plan is not None:
+            plan.check_fits(traced.sites)
     elif not hasattr(model, "adapter"):
         raise RewriteError(f"cannot draw a {type(model).__name__}; give what trace() or rewrite() returned")
     elif plan is not None:
@@ -288,12 +289,3 @@ def _name_of(traced: TracedModel) -> str:
     kind = traced.tree.types.get("", "").rpartition(".")[2] or "model"
     source = getattr(traced.config, "name_or_path", "") or ""
     return f"{kind} ({source})" if source else kind
-
-
-def _check_plan(traced: TracedModel, plan: RewritePlan | None) -> None:
-    if plan is None:
-        return
-    weights = {site.path: site.weight for site in traced.sites}
-    for planned in plan.selected:
-        if weights.get(planned.site.path) is not planned.site.weight:
-            raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")

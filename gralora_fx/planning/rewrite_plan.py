@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gralora_fx.config import AdapterConfig
+from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite, site_table
 from gralora_fx.methods import Sizes, method_of
 
@@ -82,6 +84,20 @@ class RewritePlan:
     def total_parameters(self) -> int:
         """Number of values of the rewritten model: the base's and those added."""
         return self.base_parameters + self.trainable_parameters
+
+    def check_fits(self, sites: Iterable[LinearSite]) -> None:
+        """Check that the plan is for a model.
+
+        Args:
+            sites: The model's linear layers.
+
+        Raises:
+            RewriteError: A site of the plan is not one of them.
+        """
+        weights = {site.path: site.weight for site in sites}
+        for planned in self.selected:
+            if weights.get(planned.site.path) is not planned.site.weight:
+                raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
 
     def __repr__(self) -> str:
         """One line; `print(plan)` shows the table."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.graph.module_tree import kept_modes, module_stack
-from gralora_fx.tracing.capture import NO_CHECKPOINTS, capture
+from gralora_fx.graph.module_tree import module_stack
+from gralora_fx.tracing.capture import capture
 from gralora_fx.tracing.check import check, check_other_sizes, difference
 from gralora_fx.tracing.draft import Captured, Draft
 from gralora_fx.tracing.failures import where_defined
@@ -20,7 +18,6 @@ from gralora_fx.tracing.normalize.modes import mode_argument
 from gralora_fx.tracing.normalize.stage import normalize
 
 _SHOWN = 6  # names of modules in a message
-_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def trace_both_modes(draft: Draft) -> Captured:
@@ -32,10 +29,9 @@ def trace_both_modes(draft: Draft) -> Captured:
     Raises:
         TraceError: The model cannot be traced, or differs from its trace, if only for other sizes that may vary.
     """
-    with _unchanged(draft.model):
-        captured = _first_right(draft)
-        check_other_sizes(captured)
-        return captured
+    captured = _first_right(draft)
+    check_other_sizes(captured)
+    return captured
 
 
 def _first_right(draft: Draft) -> Captured:
@@ -93,42 +89,6 @@ def _attempt(draft: Draft, *, evaluated: Collection[str] = ()) -> Captured:
     for path in evaluated:
         draft.model.get_submodule(path).training = False
     return check(normalize(capture(draft)))
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Turn gradient checkpointing and layerdrop off within the block; restore them, modes and buffers when it ends.
-
-    Layerdrop skips whole layers, which is decided in Python and not part of a graph. A warning says that training runs
-    every layer in every step.
-    """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    holders: list[tuple[str, Any]] = [("config", getattr(model, "config", None)), *model.named_modules()]
-    with ExitStack() as restored, kept_modes(model):
-        checkpointed = [module for _, module in holders if getattr(module, "gradient_checkpointing", False) is True]
-        if checkpointed:
-            warn_caller(NO_CHECKPOINTS)
-        for module in checkpointed:
-            restored.callback(setattr, module, "gradient_checkpointing", True)
-            module.gradient_checkpointing = False
-        names: list[str] = []
-        for path, holder in holders:
-            for name in _LAYERDROP:
-                value = getattr(holder, name, None)
-                if isinstance(value, float) and value > 0:
-                    restored.callback(setattr, holder, name, value)
-                    setattr(holder, name, 0.0)
-                    names.append(f"{path}.{name}={value:g}".removeprefix("."))
-        if names:
-            warn_caller(
-                f"layerdrop is not part of a trace ({', '.join(names)}); training runs every layer in every step"
-            )
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, values in buffers:
-                    buffer.copy_(values)
 
 
 def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[str, ...]:

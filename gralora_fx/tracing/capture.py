@@ -18,15 +18,13 @@ from transformers import PreTrainedModel
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.draft import Axes, Captured, Draft
+from gralora_fx.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
 from gralora_fx.tracing.failures import reason, where
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.decoder_operators import decoder_operators
 from gralora_fx.tracing.patches.recognised import replaced
 from gralora_fx.tracing.patches.traceable import IN_EVERY_MODEL, experts_as_products, traceable_modes
-
-NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 
 
 def capture(draft: Draft) -> Captured:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from gralora_fx.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.errors import TraceError, first_line
-from gralora_fx.graph.module_tree import kept_modes
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.failures import where, where_defined
@@ -55,8 +54,7 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
     if not draft.has_values:
         return None
     model, sample = draft.model, draft.sample if sample is None else sample
-    with _in_evaluation(model), torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with _in_evaluation(model):
         try:
             expected = _call_eager(model, sample)
         except Exception as error:  # a model raises what it likes
@@ -73,7 +71,7 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
 
 def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
     """Why the eager model fails on inputs in evaluation mode, or None if it does not."""
-    with _in_evaluation(model), torch.random.fork_rng(devices=()):
+    with _in_evaluation(model):
         try:
             _call_eager(model, sample)
         except Exception as error:  # noqa: BLE001  # a model raises what it likes
@@ -108,8 +106,7 @@ def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
     fillable, counts_padding = set(), False
     for name in names:
         rest = {other: value for other, value in sample.items() if other != name}
-        with _in_evaluation(model), torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
+        with _in_evaluation(model):
             try:
                 expected = _call_eager(model, rest)
             except Exception:  # noqa: BLE001  # it has a default but is required
@@ -170,9 +167,10 @@ def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> No
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients and output, within the block."""
-    with kept_modes(model), torch.no_grad(), quiet():
-        model.eval()
+    """Evaluation mode, which stays; within the block without gradients and output, and with a fixed random seed."""
+    model.eval()
+    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
         yield
 
 

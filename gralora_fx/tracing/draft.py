@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.config.tasks import check_task
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.graph.module_tree import kept_modes
 from gralora_fx.graph.pipeline import PassReport
 from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.inputs.arguments import Arguments, named_arguments, register_dataclasses, split_constants
@@ -23,6 +25,9 @@ from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes, at_image_size
 from gralora_fx.tracing.inputs.samples import check_head, distinct, infer_task, inputs_for_task, widen
 from gralora_fx.tracing.inputs.signature import CallSignature, signature_of
+
+NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 class Axes(enum.Enum):
@@ -139,10 +144,18 @@ def first_draft(
 
 @contextmanager
 def called_as(draft: Draft) -> Iterator[None]:
-    """Let a model be called with the inputs of its draft alone within the block, and return a cache if it takes one."""
+    """Let a model be called with the inputs of its draft alone within the block, and return a cache if it takes one.
+
+    Modes and buffers, which may change meanwhile, are restored when the block ends.
+    """
     model = draft.model
     forward = forward_with(model, tuple(draft.sample), draft.constants)
-    with patch.object(model, "forward", forward), configured_cache(model, use_cache=PAST in draft.sample):
+    with (
+        patch.object(model, "forward", forward),
+        configured_cache(model, use_cache=PAST in draft.sample),
+        _every_layer_runs_once(model),
+        _restored(model),
+    ):
         yield
 
 
@@ -191,3 +204,42 @@ def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
             if isinstance(getattr(config, "use_cache", None), bool):
                 stack.enter_context(patch.object(config, "use_cache", use_cache))
         yield
+
+
+@contextmanager
+def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
+    """Turn gradient checkpointing and layerdrop off within the block, and warn that training does without them.
+
+    Layerdrop skips whole layers, which is decided in Python and not part of a graph.
+    """
+    with ExitStack() as changed:
+        checkpointed = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False) is True]
+        if checkpointed:
+            warn_caller(NO_CHECKPOINTS)
+        for part in checkpointed:
+            changed.enter_context(patch.object(part, "gradient_checkpointing", False))
+        dropped: list[str] = []
+        for path, holder in [("config", getattr(model, "config", None)), *model.named_modules()]:
+            for name in _LAYERDROP:
+                value = getattr(holder, name, None)
+                if isinstance(value, float) and value > 0:
+                    changed.callback(setattr, holder, name, value)
+                    setattr(holder, name, 0.0)
+                    dropped.append(f"{path}.{name}={value:g}".removeprefix("."))
+        if dropped:
+            found = ", ".join(dropped)
+            warn_caller(f"layerdrop is not part of a trace ({found}); training runs every layer in every step")
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore modes and buffers when the block ends."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        with kept_modes(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)

@@ -27,7 +27,7 @@ from gralora_fx.exporters.verification.cached_cases import pad_prompts, random_p
 from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value
 from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, reader
 from gralora_fx.exporters.verification.tolerances import ToleranceCheck, tolerance_of
-from gralora_fx.model.merge import merge_lazily
+from gralora_fx.model.rewrite import merge_lazily
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.session import open_session
 

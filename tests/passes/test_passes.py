@@ -24,8 +24,7 @@ from gralora_fx.methods.gralora import Factors, GraloraSizes, initial_factors
 from gralora_fx.methods.method import Update
 from gralora_fx.methods.registry import GRALORA
 from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
-from gralora_fx.passes.redirect_parameters import RedirectParameters
-from gralora_fx.passes.set_weights import OWN_WEIGHTS, SetWeights, UntieWeights
+from gralora_fx.passes.other_parameters import OWN_WEIGHTS, RedirectParameters, SetWeights, UntieWeights
 
 
 class Mlp(nn.Module):
