@@ -89,8 +89,6 @@ def convert_adapter(
         CheckpointError: As of `export_adapter`.
     """
     manifest = read_manifest(onnx_dir)
-    inputs = manifest.adapter_inputs
-    assert inputs is not None
     with open_adapter(adapter_dir, revision=revision) as stored:
         stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
         stored.check_layers(layers_of_export(onnx_dir, manifest))
@@ -104,4 +102,4 @@ def convert_adapter(
 
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
-    return write_adapter(Path(output_dir), name, changes, fields, inputs, manifest.base_fingerprint, base)
+    return write_adapter(Path(output_dir), name, changes, fields, manifest, base)

@@ -116,8 +116,8 @@ def export_onnx(  # noqa: D417  # the options are documented by name
     with timed("fold", seconds):
         conversion = conversion_of(model, options)
         flavour = flavour_of(conversion.traced)
-        check_exportable(conversion.traced, verify=options.level is not None)
         flavour.check(options)
+        check_exportable(conversion.traced, verify=options.level is not None)
         if not options.overwrite:
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +17,8 @@ from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
 from gralora_fx.exporters.verification.cached_cases import user_prompts
-from gralora_fx.exporters.verification.cases import Case, PromptBatch, TokenRun, Verification
-from gralora_fx.exporters.verification.float32_copy import open_comparable
-from gralora_fx.exporters.verification.integer_products import TOLERANCE as PRODUCT_TOLERANCE
-from gralora_fx.exporters.verification.integer_products import compare_products
+from gralora_fx.exporters.verification.cases import TokenRun
+from gralora_fx.exporters.verification.comparable import PRODUCT_TOLERANCE, compare_products, open_comparable
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.exporters.verification.same_model import check_inputs, check_same_model
@@ -110,65 +107,42 @@ def verify_onnx(
         raise ExportError("the export has no cache, so it takes no prompts; give inputs")
     batches += [] if prompts is None else [user_prompts(prompts, output_dir, traced)]
     adapters = Adapters(Path(output_dir), manifest)
-    comparison = _Comparison(
-        model, adapters, manifest, verification, cases, batches, quick, arithmetic, runtime, tolerance, adapter_name
-    )
+    is_rough = tolerance is None and runtime is not None and arithmetic != "fp32"
+    explained = tolerance_of(manifest.precision, arithmetic if is_rough else "fp32")
+    limit, least_scale = explained if tolerance is None else tolerance, LEAST_SCALE if is_rough else 1.0
+
+    def compared(variant: Variant) -> VerifyReport:
+        """Outputs and greedy tokens of the export in a state of its adapters, which the model has too."""
+        reference = variant.reference
+        check = ToleranceCheck(reference, limit, use_float64=tolerance is None, least_scale=least_scale)
+        tensors, passed = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
+        run = TokenRun(variant.session, reference, cases, batches, check, quick, adapters, variant.rows)
+        tokens = verification.compare_tokens(run)
+        return VerifyReport(
+            passed and tokens.passed,
+            limit,
+            tuple(description for description, _ in cases),
+            (*tensors, *tokens.tensors),
+            tokens.tokens,
+            describe_weights(manifest),
+            arithmetic,
+            rounding=tuple(check.exceeded),
+            level=level,
+            reference=_describe_reference(model, reference, adapter_name),
+            provider=None if runtime is None else _provider_run(runtime, variant.session),
+            least_scale=least_scale,
+            rows=tokens.rows,
+        )
+
     report: VerifyReport | None = None
     for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows):
         with variant.active(), evaluating(model, variant.reference):
-            compared = comparison.run(variant)
-        report = compared if report is None else report.with_adapter(adapter_name or str(variant.name), compared)
+            found = compared(variant)
+        report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)
     assert report is not None
     products = _compare_products(Path(output_dir), manifest)
     is_exact = all(product.max_rel_error <= PRODUCT_TOLERANCE for product in products)
     return dataclasses.replace(report, passed=report.passed and is_exact, tensors=(*report.tensors, *products))
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """What is compared of an export, with each adapter or the one that is folded into it."""
-
-    model: TracedModel | GraloraModel
-    adapters: Adapters
-    manifest: Manifest
-    verification: Verification
-    cases: Sequence[Case]
-    prompts: Sequence[PromptBatch]
-    quick: bool
-    arithmetic: str
-    runtime: Runtime | None
-    tolerance: float | None
-    adapter_name: str | None
-
-    def run(self, variant: Variant) -> VerifyReport:
-        """Compare outputs and greedy tokens of the export in a state of its adapters, which the model has too."""
-        session, reference = variant.session, variant.reference
-        is_rough = self.runtime is not None and self.arithmetic != "fp32"
-        explained = tolerance_of(self.manifest.precision, self.arithmetic if is_rough else "fp32")
-        check = ToleranceCheck(
-            reference,
-            explained if self.tolerance is None else self.tolerance,
-            use_float64=self.tolerance is None,
-            least_scale=LEAST_SCALE if is_rough and self.tolerance is None else 1.0,
-        )
-        tensors, passed = OutputComparison(session, reference, self.manifest.logits).run(self.cases, check)
-        run = TokenRun(session, reference, self.cases, self.prompts, check, self.quick, self.adapters, variant.rows)
-        tokens = self.verification.compare_tokens(run)
-        return VerifyReport(
-            passed and tokens.passed,
-            check.tolerance,
-            tuple(description for description, _ in self.cases),
-            (*tensors, *tokens.tensors),
-            tokens.tokens,
-            describe_weights(self.manifest),
-            self.arithmetic,
-            rounding=tuple(check.exceeded),
-            level="quick" if self.quick else "full",
-            reference=_describe_reference(self.model, reference, self.adapter_name),
-            provider=None if self.runtime is None else _provider_run(self.runtime, session),
-            least_scale=check.least_scale,
-            rows=tokens.rows,
-        )
 
 
 def _compare_products(directory: Path, manifest: Manifest) -> list[TensorCheck]:

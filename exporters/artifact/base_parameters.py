@@ -150,14 +150,11 @@ def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manife
     """
     base = BaseParameters(directory, manifest)
     base.check()
-    assert manifest.adapter_inputs is not None
     for name in model.active_adapters:
         adapter = model.adapter(name)
         config = json.loads(saved_config(adapter, model.traced).to_json())
         changes = installed_changes(model, name, base)
-        write_adapter(
-            directory, name, changes, config, manifest.adapter_inputs, manifest.base_fingerprint, adapter.base
-        )
+        write_adapter(directory, name, changes, config, manifest, adapter.base)
 
 
 def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> Changes:

@@ -19,6 +19,7 @@ from gralora_fx.runtime.adapter_file import record_of, write_tensors
 from gralora_fx.runtime.adapter_inputs import BIAS, AdapterInputs, AdapterSite
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, record_path
 from gralora_fx.runtime.export_directory import ADAPTERS
+from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.atomic_save import save_together
 from gralora_fx.sources.same_base import BaseComparison
 
@@ -41,8 +42,7 @@ def write_adapter(
     name: str,
     changes: Changes,
     config: Mapping[str, Any],
-    inputs: AdapterInputs,
-    fingerprint: str | None,
+    manifest: Manifest,
     base: BaseComparison | None = None,
 ) -> Path:
     """Write an adapter to an export: both files, or none after an error.
@@ -52,8 +52,7 @@ def write_adapter(
         name: The adapter's name.
         changes: What it changes; at layers that the model does not call, nothing.
         config: Its `adapter_config.json`.
-        inputs: The adapter tensors that the export takes.
-        fingerprint: Fingerprint of the export's base.
+        manifest: The manifest of the export, which takes adapters as data.
         base: What was compared of the adapter's base and the export's, or None.
 
     Returns:
@@ -64,6 +63,8 @@ def write_adapter(
             value does not fit the dtype; every problem is named.
     """
     check_name(name)
+    inputs = manifest.adapter_inputs
+    assert inputs is not None
     tensors = adapter_tensors(name, changes, inputs)
     folder = directory / ADAPTERS
     path = folder / f"{name}{SUFFIX}"
@@ -72,7 +73,7 @@ def write_adapter(
 
     def write_file(place: Path) -> None:
         write_tensors(place, tensors)
-        written["record"] = record_of(place, name, tensors, config, inputs, fingerprint, compared)
+        written["record"] = record_of(place, name, tensors, config, inputs, manifest.base_fingerprint, compared)
 
     def write_record(place: Path) -> None:
         place.write_text(written["record"].to_json(), encoding="utf-8")

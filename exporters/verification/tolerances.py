@@ -25,7 +25,7 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
 # seen 0.004 on tiny random models of 13 architectures, 0.009 on SmolLM2-135M. Those in bfloat16 run in float32 with
-# their own weights and constants (see `float32_copy`); the constants round differently: largest seen 0.0004.
+# their own weights and constants (see `comparable`); the constants round differently: largest seen 0.0004.
 _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
 # Of a provider's arithmetic that is less exact than float32: 20 times its largest rounding error of a number, which is
 # 2^-11 where numbers have 11 bits, and 2^-8 where they have 8. The fp16 above is as much. In int8 it is 2^-8 of the
