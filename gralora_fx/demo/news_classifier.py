@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def train(
                 schedule.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-                progress.update(bar, advance=1, loss=sum(losses[-20:]) / len(losses[-20:]))
+                progress.update(bar, advance=1, loss=fmean(losses[-20:]))
     model.eval()
     return losses
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -151,9 +152,7 @@ def _draw(losses: Sequence[float], path: Path) -> None:
     from matplotlib import pyplot
 
     window = 20
-    smooth = [
-        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))
-    ]
+    smooth = [fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot(losses, alpha=0.3, label="each step")
     axes.plot(smooth, label=f"mean of {window} steps")
