@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.adapters import names_of_rows
-from gralora_fx.engine.limits import DecoderSize
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.limits import DecoderLimits, DecoderSize, TooLargeError
+from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.serving.detokenizer import TextStream
+from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.generation import Generation
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.token_choice import TokenChooser, TokenScore
+from gralora_fx.serving.token_choice import TokenChooser, TokenScore, token_scores
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
 
@@ -31,6 +33,74 @@ class Scored(NamedTuple):
 
     content: Any
     scores: list[TokenScore]
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A prompt to answer.
+
+    Attributes:
+        prompt: Its token ids.
+        max_new_tokens: The most tokens to add.
+        sampling: How tokens are chosen; its own `max_new_tokens` is not used.
+        stop: Strings that end the answer, checked.
+        adapter: The adapter to answer with; None for the base.
+        scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
+            `sampling.logprobs` says; the answer may then have no tokens.
+        source: What an encoder-decoder's encoder reads; None of a decoder.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    adapter: str | None = None
+    scores_prompt: bool = False
+    source: EncoderInput | None = None
+
+    @property
+    def arrays(self) -> Source | None:
+        """What an encoder-decoder's encoder reads, by name; None of a decoder."""
+        return None if self.source is None else self.source.arrays
+
+    def chooser(self, ends: frozenset[int]) -> TokenChooser:
+        """What chooses its tokens.
+
+        Args:
+            ends: Ids of the tokens that end the answer.
+        """
+        rules = [] if self.source is None else self.source.processors(self.sampling, self.prompt, self.max_new_tokens)
+        return TokenChooser(self.sampling, self.prompt, ends, rules)
+
+    def check(self, limits: DecoderLimits) -> None:
+        """Check that a decoder can run it.
+
+        Raises:
+            ServingError: The prompt is empty, too long, or holds ids outside the vocabulary, or an option does.
+        """
+        length = len(self.prompt)
+        if not length:
+            raise ServingError("the prompt has no tokens; give at least one")
+        if (wrong := limits.outside(self.prompt)) is not None:
+            raise ServingError(
+                f"the prompt holds token {shown(wrong)}, outside the vocabulary of {limits.vocabulary} tokens"
+            )
+        self.sampling.check_tokens(limits)
+        if length + self.max_new_tokens > limits.context:
+            raise TooLargeError(
+                f"the prompt has {length} tokens and {shown(self.max_new_tokens)} more are asked for, beyond the "
+                f"context of {limits.context} tokens{limits.note}; shorten the prompt, or ask for fewer"
+            )
+
+    def score_prompt(self, start: int, logits: NDArray[Any]) -> list[TokenScore]:
+        """Scores of the prompt's tokens that follow some others.
+
+        Args:
+            start: The first position that was read.
+            logits: `[positions, vocabulary]`, what the model gives after each that was read.
+        """
+        tokens = self.prompt[start + 1 : start + 1 + len(logits)]
+        return token_scores(logits[: len(tokens)], tokens, self.sampling.logprobs or 0) if tokens else []
 
 
 class Completion:
@@ -128,23 +198,28 @@ class Completions(Iterator[Any]):
         Raises:
             ServingError: The decoder does not take a prompt, an option or the adapter, or it fails.
         """
-        self._most, self._steps = sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens), 0
-        self._prompts = prompts
+        most = sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)
+        names = names_of_rows(adapter, len(prompts.rows))
+        sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
+        self._requests = [
+            TextRequest(tuple(row), new, seeded(sampling, index), tuple(stop), name, source=source)
+            for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
+        ]
+        self._prompts, self._steps = prompts, 0
         self._gives_scores = sampling.logprobs is not None
         reader = tokenizer if prompts.gives_text or stop else None
         ends = generation.limits.ends if sampling.ends is None else sampling.ends
         self._completions = [Completion(reader, ends, stop) for _ in prompts.rows]
         self._scores: list[list[TokenScore]] = [[] for _ in prompts.rows]
-        self._choosers: Mapping[int, TokenChooser] = {
-            index: TokenChooser(seeded(sampling, index), row, ends, prompts.rules(index, sampling, self._most[index]))
-            for index, row in enumerate(prompts.rows)
-        }
-        self._rows: _Rows | None = _Rows(generation, prompts, self._most, adapter)
+        self._choosers = [request.chooser(ends) for request in self._requests]
+        self._rows: _Rows | None = _Rows(generation, self._requests)
 
     def __next__(self) -> Any:
         """What the next step adds: a text or ids, or a list of them for a list of prompts."""
         going = [
-            row for row, most in enumerate(self._most) if self._steps < most and not self._completions[row].has_ended
+            row
+            for row, (request, completion) in enumerate(zip(self._requests, self._completions, strict=True))
+            if self._steps < request.max_new_tokens and not completion.has_ended
         ]
         if self._rows is None or not going:
             self._rows = None  # with what they hold, the cache and the adapter
@@ -164,7 +239,7 @@ class Completions(Iterator[Any]):
             before, text = len(completion.ids), ""
             if row in choices:
                 text = completion.take(choices[row].token)
-            if self._steps == self._most[row]:
+            if self._steps == self._requests[row].max_new_tokens:
                 text += completion.finish()
             new = completion.ids[before:]
             scores = [choices[row].score for _ in new]
@@ -185,30 +260,22 @@ class Completions(Iterator[Any]):
 
 def seeded(sampling: Sampling, index: int) -> Sampling:
     """The options for one of several answers, which draws by a seed of its own."""
-    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**31)
+    return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + index) % 2**31)
 
 
 class _Rows:
     """Prompts in the rows of a decoder of their own, and the tokens that were chosen and not read yet."""
 
-    def __init__(
-        self,
-        generation: Generation,
-        prompts: Prompts,
-        new_tokens: Sequence[int],
-        adapter: str | Sequence[str | None] | None,
-    ) -> None:
-        tokens = prompts.rows
-        count, longest = len(tokens), max(map(len, tokens))
-        names = names_of_rows(adapter, count)
-        capacity = max(len(prompt) + new for prompt, new in zip(tokens, new_tokens, strict=True))
+    def __init__(self, generation: Generation, requests: Sequence[TextRequest]) -> None:
+        count, longest = len(requests), max(len(request.prompt) for request in requests)
+        capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
         chunk = min(longest, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, chunk))
-        self._rows = [self._decoder.open(name, prompts.arrays(row)) for row, name in enumerate(names)]
+        self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]
         self._logits: dict[int, NDArray[Any]] = {}
         self.next_tokens: dict[int, int] = {}
         for start in range(0, longest, chunk):
-            parts = {row: prompt[start : start + chunk] for row, prompt in enumerate(tokens)}
+            parts = {row: request.prompt[start : start + chunk] for row, request in enumerate(requests)}
             self._read({row: part for row, part in parts.items() if part})
 
     def step(self, going: Sequence[int]) -> dict[int, NDArray[Any]]:

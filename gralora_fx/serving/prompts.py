@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.engine.decoder import Source
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.serving.encoder_inputs import EncoderInput
-from gralora_fx.serving.sampling import Sampling
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -40,14 +38,6 @@ class Prompts:
     def new_tokens(self) -> list[int | None]:
         """The most tokens that the model says for each answer, if it does; none of a decoder."""
         return [source.rules.new_tokens(len(self.rows[index])) for index, source in enumerate(self.sources)]
-
-    def arrays(self, index: int) -> Source | None:
-        """What the encoder reads of a prompt, by name; None of a decoder."""
-        return self.sources[index].arrays if self.sources else None
-
-    def rules(self, index: int, sampling: Sampling, new_tokens: int) -> list[Any]:
-        """What the model's own rules change of the logits of an answer (see `EncoderInput.processors`)."""
-        return self.sources[index].processors(sampling, self.rows[index], new_tokens) if self.sources else []
 
 
 @dataclass(frozen=True)

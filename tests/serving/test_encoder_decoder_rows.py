@@ -25,11 +25,11 @@ from gralora_fx.engine.decoder import Decoder, Source
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
+from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.generation_rules import GenerationRules
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.text_jobs import TextRequest
 from gralora_fx.serving.token_choice import TokenChooser
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone

@@ -15,10 +15,11 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.http.error_responses import error_body, status_of
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import DeadlineError, RunError
-from gralora_fx.serving.scheduling.text_jobs import Piece, Sink, TextRequest
+from gralora_fx.serving.scheduling.text_jobs import Piece, Sink
 
 _HEADER = "X-Request-Timeout"
 END = b"data: [DONE]\n\n"

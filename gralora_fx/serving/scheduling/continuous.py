@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.decoder import Decoder
-from gralora_fx.serving.completion import Completion
+from gralora_fx.serving.completion import Completion, TextRequest
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
-from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob, TextRequest
+from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob
 
 _logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             source = job.request.source
             try:
                 job.begin()  # before a row is taken
-                row = self._decoder.open(job.adapter, None if source is None else source.arrays)
+                row = self._decoder.open(job.adapter, job.request.arrays)
             except Exception as error:
                 _logger.exception("a request cannot be run")
                 self._observer.failed()

@@ -10,78 +10,11 @@ from typing import Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
-from gralora_fx.engine.limits import DecoderLimits, TooLargeError
-from gralora_fx.errors import ServingError, shown
-from gralora_fx.serving.completion import Completion
-from gralora_fx.serving.encoder_inputs import EncoderInput
-from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.completion import Completion, TextRequest
 from gralora_fx.serving.scheduling.queue import RunError
-from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore, token_scores
+from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore
 
 Ending: TypeAlias = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class TextRequest:
-    """A prompt to answer.
-
-    Attributes:
-        prompt: Its token ids.
-        max_new_tokens: The most tokens to add.
-        sampling: How tokens are chosen; its own `max_new_tokens` is not used.
-        stop: Strings that end the answer, checked.
-        adapter: The adapter to answer with; None for the base.
-        scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
-            `sampling.logprobs` says; the answer may then have no tokens.
-        source: What an encoder-decoder's encoder reads; None of a decoder.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    adapter: str | None = None
-    scores_prompt: bool = False
-    source: EncoderInput | None = None
-
-    def chooser(self, ends: frozenset[int]) -> TokenChooser:
-        """What chooses its tokens.
-
-        Args:
-            ends: Ids of the tokens that end the answer.
-        """
-        rules = [] if self.source is None else self.source.processors(self.sampling, self.prompt, self.max_new_tokens)
-        return TokenChooser(self.sampling, self.prompt, ends, rules)
-
-    def check(self, limits: DecoderLimits) -> None:
-        """Check that a decoder can run it.
-
-        Raises:
-            ServingError: The prompt is empty, too long, or holds ids outside the vocabulary, or an option does.
-        """
-        length = len(self.prompt)
-        if not length:
-            raise ServingError("the prompt has no tokens; give at least one")
-        if (wrong := limits.outside(self.prompt)) is not None:
-            raise ServingError(
-                f"the prompt holds token {shown(wrong)}, outside the vocabulary of {limits.vocabulary} tokens"
-            )
-        self.sampling.check_tokens(limits)
-        if length + self.max_new_tokens > limits.context:
-            raise TooLargeError(
-                f"the prompt has {length} tokens and {shown(self.max_new_tokens)} more are asked for, beyond the "
-                f"context of {limits.context} tokens{limits.note}; shorten the prompt, or ask for fewer"
-            )
-
-    def score_prompt(self, start: int, logits: NDArray[Any]) -> list[TokenScore]:
-        """Scores of the prompt's tokens that follow some others.
-
-        Args:
-            start: The first position that was read.
-            logits: `[positions, vocabulary]`, what the model gives after each that was read.
-        """
-        tokens = self.prompt[start + 1 : start + 1 + len(logits)]
-        return token_scores(logits[: len(tokens)], tokens, self.sampling.logprobs or 0) if tokens else []
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import prompt_ids
-from gralora_fx.serving.completion import seeded
+from gralora_fx.serving.completion import TextRequest, seeded
 from gralora_fx.serving.detokenizer import TokenBytes
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.prompts import stop_strings
-from gralora_fx.serving.scheduling.text_jobs import Piece, TextRequest
+from gralora_fx.serving.scheduling.text_jobs import Piece
 from gralora_fx.serving.token_choice import TokenScore
 
 _LEAST = -9999.0  # a log-probability in the place of minus infinity, which JSON does not have

@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 from transformers import PrefixConstrainedLogitsProcessor
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.requests import Idle, Seed, StrictModel, Temperature, Whole
@@ -25,7 +26,6 @@ from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.recordings import Audio, read_audio
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.queue import RunError
-from gralora_fx.serving.scheduling.text_jobs import TextRequest
 from gralora_fx.serving.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
 from gralora_fx.serving.token_choice import TokenScore
 
