@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.sources.same_base import BaseComparison
 
+_Entry = TypeVar("_Entry")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -123,14 +124,11 @@ class ModelAdapter:
 
     def update(self, site_path: str) -> Update:
         """The weight update at a site."""
-        return Update(self.factors[site_path], self.planned()[site_path].scale)
-
-    def planned(self) -> dict[str, PlannedSite]:
-        """The adapted sites by path."""
-        return self._planned
+        return Update(self.factors[site_path], self.planned[site_path].scale)
 
     @cached_property
-    def _planned(self) -> dict[str, PlannedSite]:
+    def planned(self) -> dict[str, PlannedSite]:
+        """The adapted sites by path."""
         return {planned.site.path: planned for planned in self.plan.selected}
 
     def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> ModelAdapter:
@@ -178,17 +176,32 @@ def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig)
     return method.tensors(*(None if tensor is None else tensor.to(device, dtype) for tensor in drawn))
 
 
-class _Table:
+class _Table(Mapping[str, _Entry]):
     """Tensors of a tree by path; pickle and copies leave the tree out, and its owner rebuilds the table."""
 
-    _root: nn.Module
+    def __init__(self, root: nn.Module, paths: Mapping[str, Any]) -> None:
+        """Read from a tree, which owns the tensors, at the attribute paths of each key."""
+        self.paths = paths
+        self._root = root
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the tensors."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_root", "_last")}
 
+    def __iter__(self) -> Iterator[str]:
+        """The keys, in order."""
+        return iter(self.paths)
 
-class FactorTable(_Table, Mapping[str, AdapterTensors]):
+    def __len__(self) -> int:
+        """Number of keys."""
+        return len(self.paths)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is something of a key, which is not read for that."""
+        return key in self.paths
+
+
+class FactorTable(_Table[AdapterTensors]):
     """An adapter's tensors by site path.
 
     Attributes:
@@ -196,11 +209,12 @@ class FactorTable(_Table, Mapping[str, AdapterTensors]):
         paths: Their attribute paths in the tree, by site path and field of the method's named tuple.
     """
 
+    paths: Mapping[str, Mapping[str, str]]
+
     def __init__(self, root: nn.Module, method: AdapterMethod, paths: Mapping[str, Mapping[str, str]]) -> None:
         """Read from a tree, which owns the tensors."""
+        super().__init__(root, paths)
         self.method = method
-        self.paths = paths
-        self._root = root
         self._last: dict[str, AdapterTensors] = {}
 
     def __getitem__(self, site_path: str) -> AdapterTensors:
@@ -210,18 +224,6 @@ class FactorTable(_Table, Mapping[str, AdapterTensors]):
         if last is None or any(a is not b for a, b in zip(last, factors, strict=True)):
             self._last[site_path] = last = factors
         return last
-
-    def __iter__(self) -> Iterator[str]:
-        """The paths of the sites."""
-        return iter(self.paths)
-
-    def __len__(self) -> int:
-        """Number of sites."""
-        return len(self.paths)
-
-    def __contains__(self, site_path: object) -> bool:
-        """Whether there are tensors at a site."""
-        return site_path in self.paths
 
     def attributes(self) -> Iterator[str]:
         """The attribute path of every tensor."""
@@ -243,29 +245,18 @@ class FactorTable(_Table, Mapping[str, AdapterTensors]):
             yield self._root.get_submodule(owner), name
 
 
-class CopyTable(_Table, Mapping[str, nn.Parameter]):
+class CopyTable(_Table[nn.Parameter]):
     """An adapter's own copies of a module's parameters, by the full names of the base's.
 
     Attributes:
         paths: Their attribute paths in the tree, by the same names.
     """
 
-    def __init__(self, root: nn.Module, paths: Mapping[str, str]) -> None:
-        """Read from a tree, which owns the tensors, at an attribute path for each name."""
-        self.paths = paths
-        self._root = root
+    paths: Mapping[str, str]
 
     def __getitem__(self, base: str) -> nn.Parameter:
         """The copy of a parameter."""
         return tensor_in(self._root, self.paths[base])  # type: ignore[return-value]
-
-    def __iter__(self) -> Iterator[str]:
-        """The names of the base's parameters."""
-        return iter(self.paths)
-
-    def __len__(self) -> int:
-        """Number of parameters."""
-        return len(self.paths)
 
 
 def tensor_in(root: nn.Module, path: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from gralora_fx.compat.torch_graphs import HigherOrderOperator, OpOverload, tree_info
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.capture import dynamic_axes
@@ -26,7 +27,6 @@ from gralora_fx.tracing.normalize.clean import restore_aten
 from gralora_fx.tracing.normalize.leaves import inline_leaves
 from gralora_fx.tracing.normalize.modes import AnnotateModes, is_in_training
 from gralora_fx.tracing.normalize.stage import CLEANING, INLINING, normalized, run_passes
-from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 
 _CONTROL_FLOW = {"cond", "scan"}  # control flow with an ONNX form
 _SCALARS = {"_operator", "math", "torch"}  # modules of the functions that compute sizes

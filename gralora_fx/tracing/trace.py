@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.out_of_reach import layers_of
+from gralora_fx.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.progress.stages import gc_pause
 from gralora_fx.tracing.both_modes import trace_both_modes
 from gralora_fx.tracing.check import with_call_signature
@@ -21,7 +22,6 @@ from gralora_fx.tracing.draft import Captured, called_as, first_draft
 from gralora_fx.tracing.image_trace import trace_images
 from gralora_fx.tracing.inputs.arguments import example_arguments
 from gralora_fx.tracing.inputs.image_sizes import ImageSize, takes_images
-from gralora_fx.tracing.patches.meta_parameters import placeholder_parameters, restore_parameters
 from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
 from gralora_fx.tracing.sentence_encoder import followed_by, sentence_modules_of
 from gralora_fx.tracing.traced_model import TracedModel

@@ -61,7 +61,7 @@ class Dense:
     def of(cls, model: GraloraModel, name: str = "default") -> Dense:
         adapter = model.adapter(name)
         return cls(
-            {path: dense(factors, adapter.planned()[path].scale) for path, factors in adapter.factors.items()},
+            {path: dense(factors, adapter.planned[path].scale) for path, factors in adapter.factors.items()},
             {
                 base: parameter.detach().clone()
                 for owned in adapter.copies.values()

@@ -78,16 +78,27 @@ def cached_inputs(
         inputs["position_ids"] = positions(mask)
     cached = max(past, 1)
     first = {name: value[:, :cached] for name, value in inputs.items()}
-    try:
-        with torch.no_grad(), quiet():
-            cache: Any = returned_cache(model(**first, past_key_values=DynamicCache(), use_cache=True))
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    _, layers = _computed_cache(model, {**first, PAST: DynamicCache()})
     skip = cached - past  # an empty cache is made from one of one position, sliced
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
     return {**step, PAST: cache_of([(key[:, :, : past or 0], value[:, :, : past or 0]) for key, value in layers])}
+
+
+def _computed_cache(
+    model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> tuple[Cache | None, list[tuple[Tensor, Tensor]]]:
+    """The cache that a model returns for some inputs, and the decoder's own keys and values in it, by layer.
+
+    Raises:
+        TraceError: It has no such cache.
+    """
+    try:
+        with torch.no_grad(), quiet():
+            cache: Any = returned_cache(model(**inputs, use_cache=True))
+        return cache, pairs_of(cache)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
 
 
 def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
@@ -192,12 +203,7 @@ def decoder_step(
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
     batch, cached = next(iter(source.values())).shape[0], max(past, 1)
     ids = torch.randint(min(3, size - 1), size, (batch, cached + length), generator=generator)
-    try:
-        with torch.no_grad():
-            cache = returned_cache(model(**source, decoder_input_ids=ids[:, :cached], use_cache=True))
-        layers = pairs_of(cache)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    cache, layers = _computed_cache(model, {**source, "decoder_input_ids": ids[:, :cached]})
     if not isinstance(cache, EncoderDecoderCache):
         raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
     cut = [[tensor[:, :, :past].contiguous() for tensor in pair] for pair in layers]

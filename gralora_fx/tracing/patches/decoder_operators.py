@@ -52,7 +52,7 @@ def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iter
     """
     noted = patch.object(model, "forward", _with_noted_sizes(model.forward, _equal_sizes(inputs)))
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
-    with noted, _attention_as_operators(model), replaced(model, IN_DECODERS), shape_only_ops(), without_stacks:
+    with noted, without_stacks, shape_only_ops(), _attention_as_operators(model), replaced(model, IN_DECODERS):
         yield
 
 
