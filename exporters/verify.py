@@ -16,9 +16,9 @@ from gralora_fx.exporters.flavours import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
-from gralora_fx.exporters.verification.cached_cases import user_prompts
 from gralora_fx.exporters.verification.cases import TokenRun
 from gralora_fx.exporters.verification.comparable import PRODUCT_TOLERANCE, compare_products, open_comparable
+from gralora_fx.exporters.verification.fresh_inputs import user_prompts
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.exporters.verification.same_model import check_inputs, check_same_model

@@ -37,8 +37,8 @@ from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verification.cached_cases import decoder_inputs, random_prompts
 from gralora_fx.exporters.verification.cases import Verification
+from gralora_fx.exporters.verification.fresh_inputs import decoder_inputs, random_prompts
 from gralora_fx.exporters.verification.greedy_tokens import compare_decoder
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL

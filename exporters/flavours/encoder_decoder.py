@@ -21,8 +21,8 @@ from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verification.cached_cases import encoder_decoder_inputs
 from gralora_fx.exporters.verification.cases import Verification
+from gralora_fx.exporters.verification.fresh_inputs import encoder_decoder_inputs
 from gralora_fx.exporters.verification.greedy_tokens import compare_encoder_decoder
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND, FLAG

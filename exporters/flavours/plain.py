@@ -37,7 +37,8 @@ from gralora_fx.exporters.translation.names import input_names, name_axes, name_
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.plain_cases import compare_rows, plain_inputs
+from gralora_fx.exporters.verification.fresh_inputs import plain_inputs
+from gralora_fx.exporters.verification.output_comparison import compare_rows
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, DATA

@@ -189,11 +189,10 @@ def plan_rewriting(
     """
     layers: dict[tuple[str, int], list[LayerEdit]] = {}
     weights: dict[tuple[str, int], ProductWeight] = {}
-
-    def edit_of(location: WeightLocation) -> LayerEdit:
-        return LayerEdit.folding(adapter, location.path, location.path, location.start, location.stop)
-
-    for location, edit in (*((location, edit_of(location)) for location in locations), *replacements.layers):
+    folds = (
+        (place, LayerEdit.folding(adapter, place.path, place.path, place.start, place.stop)) for place in locations
+    )
+    for location, edit in (*folds, *replacements.layers):
         key = location.file, id(location.weight)
         weights[key] = location.weight
         layers.setdefault(key, []).append(edit)

@@ -80,8 +80,6 @@ def translate(
     Raises:
         ExportError: An operator has no ONNX form; the message names it.
     """
-    with quiet():
-        registry = _registry()
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     log = PassLog() if log is None else log
     if first:
@@ -89,7 +87,7 @@ def translate(
         graph = Pipeline(f"{name}-fx", tuple(first), error=ExportError).run(copied.graph, log)
         assert graph.owning_module is not None
         graph_module = graph.owning_module
-    weights = _translate_into(model.graph, graph_module, model, registry, log, f"{name}-fx", passes)
+    weights = _translate_into(model.graph, graph_module, model, log, f"{name}-fx", passes)
     add_opset_imports(model)
     model.graph.opset_imports[""] = OPSET
     for function in model.functions.values():
@@ -110,14 +108,13 @@ def _translate_into(
     container: ir.Graph | ir.Function,
     graph_module: fx.GraphModule,
     model: ir.Model,
-    registry: Any,
     log: PassLog,
     name: str,
     passes: Sequence[Pass[fx.Graph]] = (),
 ) -> Weights:
     """Translate a graph into a graph or function of a model; its subgraphs become functions of the model."""
     parts = {path: part for path, part in graph_module.named_children() if isinstance(part, fx.GraphModule)}
-    functions = {path: _function(path, part, model, registry, log) for path, part in parts.items()}
+    functions = {path: _function(path, part, model, log) for path, part in parts.items()}
     graph = copy_graph(graph_module)
     graph.set_codegen(fx.graph.CodeGen())
     weights = _take_weights(graph, graph_module, parts)
@@ -125,6 +122,8 @@ def _translate_into(
         node.target = node.name if node.name in weights else node.target
     values = {path: _placeholder_tensor(tensor) for path, (_, tensor) in weights.items()}
     graph = fx.GraphModule(values | parts, graph).graph
+    with quiet():
+        registry = _registry()
     known = operators_in(registry)
     graph = Pipeline[fx.Graph](
         name,
@@ -186,11 +185,11 @@ def _memory(tensor: Tensor) -> Any:
     return *location, tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, registry: Any, log: PassLog) -> ir.Function:
+def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, log: PassLog) -> ir.Function:
     """Translate a subgraph into a function of the model."""
     name = f"{name}_{len(model.functions)}"
     function = ir.Function(_FUNCTIONS, name, graph=ir.Graph((), (), nodes=()), attributes=())
-    _translate_into(function, graph_module, model, registry, log, f"{name}-fx")
+    _translate_into(function, graph_module, model, log, f"{name}-fx")
     model.functions[function.identifier()] = function
     return function
 

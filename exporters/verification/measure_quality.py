@@ -16,8 +16,8 @@ from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.verification.cases import Case, Verification
 from gralora_fx.exporters.verification.compared_tensors import check_finite
+from gralora_fx.exporters.verification.fresh_inputs import text_cases
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
-from gralora_fx.exporters.verification.plain_cases import text_cases
 from gralora_fx.exporters.verification.reference_models import dequantized_model, evaluating
 from gralora_fx.exporters.verification.token_quality import drawn_texts, token_quality, user_texts
 from gralora_fx.exporters.verification.variants import variants

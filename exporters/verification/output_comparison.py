@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.reports import TensorCheck
-from gralora_fx.exporters.verification.cases import Case
+from gralora_fx.exporters.verification.cases import Case, TokenResult, TokenRun
 from gralora_fx.exporters.verification.compared_tensors import (
     flat,
     largest_gap,
@@ -23,6 +24,7 @@ from gralora_fx.exporters.verification.compared_tensors import (
 )
 from gralora_fx.exporters.verification.tolerances import Float64Model, ToleranceCheck
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.ort_values import as_tensor, run_values
 from gralora_fx.tracing.inputs.cache import own_inputs
 from gralora_fx.tracing.traced_model import TracedModel
@@ -106,6 +108,19 @@ class OutputComparison:
     def _counted(self, case: Mapping[str, Any], model: Float64Model) -> list[Tensor]:
         """A float64 model's outputs in their order, without padding."""
         return list(without_padding(self._outputs(model, case), case).values())
+
+
+def compare_rows(run: TokenRun) -> TokenResult:
+    """The outputs of `model_rows.onnx`, where there is one, on the inputs that were compared of `model.onnx`.
+
+    Raises:
+        ExportError: It cannot run, or its outputs are not made of rows.
+    """
+    if run.rows is None:
+        return TokenResult()
+    tensors, passed = OutputComparison(run.rows, run.model, "all").run(run.cases, run.tolerance_check)
+    named = (dataclasses.replace(tensor, name=f"{ROWS_NAME}: {tensor.name}") for tensor in tensors)
+    return TokenResult(passed, tensors=tuple(named))
 
 
 def _output(run: Callable[[Float64Model], list[Tensor]], index: int, model: Float64Model) -> Tensor:

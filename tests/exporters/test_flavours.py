@@ -22,7 +22,7 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.plain_cases import plain_inputs
+from gralora_fx.exporters.verification.fresh_inputs import plain_inputs
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.serving import load
 from gralora_fx.serving import open_export as readings

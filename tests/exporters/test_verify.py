@@ -23,8 +23,8 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.exporters.verification import same_model
-from gralora_fx.exporters.verification.cached_cases import pad_prompts, random_prompts
 from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value
+from gralora_fx.exporters.verification.fresh_inputs import pad_prompts, random_prompts
 from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, reader
 from gralora_fx.exporters.verification.tolerances import ToleranceCheck, tolerance_of
 from gralora_fx.model.rewrite import merge_lazily
