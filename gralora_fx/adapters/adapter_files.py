@@ -22,7 +22,7 @@ from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.methods.arrays import Array, to_numpy
 from gralora_fx.sources.atomic_save import Writer, read_together
 from gralora_fx.sources.model_files import resolve_directory
-from gralora_fx.sources.safetensors_files import Layout, read_layout
+from gralora_fx.sources.safetensors_files import Layout, header_bytes, read_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,9 +206,7 @@ def adapter_digest(path: Path, tensors: Mapping[str, Array], config: AdapterConf
         entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
         if entries.keys() == tensors.keys() and {entry["dtype"] for entry in entries.values()} == {"F32"}:
             fields = {"__metadata__": dict(sorted(file_metadata(config).items())), **entries}
-            text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-            text = text.ljust(-(-len(text) // 8) * 8)  # as safetensors aligns what follows
-            digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+            digest = hashlib.sha256(header_bytes(fields))
             while part := file.read(_READ_AT_ONCE):
                 digest.update(part)
             return digest.hexdigest()

@@ -17,12 +17,12 @@ from gralora_fx.adapters.folded_weights import (
     check_not_shared,
     fold_in_place,
     folded_weights,
+    overlapping,
     replace_values,
     shared_sites,
 )
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
 from gralora_fx.graph.pipeline import GraphPass
-from gralora_fx.graph.shared_memory import overlapping
 from gralora_fx.methods import AdapterTensors
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.sources.same_base import BaseComparison

@@ -182,7 +182,7 @@ class Mask(Call[V]):
 class MaskOfBlocks(Call[V]):
     """`gralora::mask_of_blocks`: the mask of a text with blocks, such as images, whose positions all see each other.
 
-    A trace has both masks until it is known whether there are blocks (see `tracing.normalize.masks`).
+    A trace has both masks until it is known whether there are blocks (see `tracing.normalize.clean`).
 
     Attributes:
         blocks: `[batch, past + length]`, the index of each position's block, -1 for none.

@@ -269,6 +269,15 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
     fields: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     for key, tensor in tensors.items():
         fields[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [tensor.begin, tensor.end]}
+    return header_bytes(fields)
+
+
+def header_bytes(fields: Mapping[str, Any]) -> bytes:
+    """The bytes of a file's header as safetensors writes them: its length, and its fields padded with blanks.
+
+    Args:
+        fields: What it says of each tensor by its key, and `__metadata__` first where there is some.
+    """
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // _LENGTH) * _LENGTH)
     return len(text).to_bytes(_LENGTH, "little") + text

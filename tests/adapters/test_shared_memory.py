@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import gralora_fx.adapters.folded_weights
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.adapters.folded_weights import overlapping
 from gralora_fx.errors import MergeError
-from gralora_fx.graph.shared_memory import overlapping
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
