@@ -18,7 +18,7 @@ from transformers import DebertaV2Config, DebertaV2Model, ResNetConfig, ResNetFo
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters import onnx as onnx_module
-from gralora_fx.tracing import recapture as recapture_module
+from gralora_fx.tracing import ready_graphs
 
 
 def operators(path: Path) -> Counter[str]:
@@ -202,6 +202,6 @@ def test_what_cannot_be_captured_again_is_one_error(tmp_path: Path, monkeypatch:
         raise RuntimeError("no such kernel")
 
     traced = trace(fx.symbolic_trace(nn.Sequential(nn.Linear(8, 4), nn.GELU())), {"input": torch.randn(3, 8)})
-    monkeypatch.setattr(recapture_module.torch.export, "export", fails)
+    monkeypatch.setattr(ready_graphs.torch.export, "export", fails)
     with pytest.raises(onnx_module.ExportError, match=r"cannot be captured as PyTorch's operators: .*no such kernel"):
         export_onnx(traced, tmp_path / "onnx")
