@@ -58,6 +58,7 @@ def test_every_name_is_there(name: str) -> None:
         ("transformers.exporters.utils", "get_leaf_tensors", ["obj"]),
         ("transformers.core_model_loading", "rename_source_key", ["source_key", "weight_renamings"]),
         ("transformers.conversion_mapping", "get_model_conversion_mapping", ["model"]),
+        ("transformers.quantizers.quantizers_utils", "should_convert_module", ["full_name", "patterns"]),
     ],
 )
 def test_signatures_are_those_that_are_relied_on(module: str, name: str, parameters: list[str]) -> None:

@@ -22,6 +22,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, ROWS
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
+from gralora_fx.sources.base_quantization import RECORD
 from gralora_fx.tracing.traced_model import TracedModel
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -72,7 +73,7 @@ def _base(traced: TracedModel) -> BaseEntry | None:
     if source.name is None:
         return None
     local = None if source.directory is None else str(source.directory)  # whatever directory later commands run in
-    return BaseEntry(source.hub_id or local or source.name, source.commit)
+    return BaseEntry(source.hub_id or local or source.name, source.commit, getattr(traced.config, RECORD, None))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -19,6 +19,7 @@ from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
 from gralora_fx.sources.atomic_save import Writer, save_together
+from gralora_fx.sources.base_quantization import RECORD
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
 from gralora_fx.tracing.traced_model import TracedModel
@@ -123,6 +124,7 @@ def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
     source = config.base_model_name_or_path or traced.tokenizer_source
     changes: dict[str, object] = {
         "base_model_name_or_path": source,
+        "base_quantization": config.base_quantization or getattr(traced.config, RECORD, None),
         "inference_mode": True,
     }
     if config.adapts_all_linear or config.exclude_modules:

@@ -52,10 +52,11 @@ def inspect(
     html: opt.Html = None,
     svg: opt.Svg = None,
     full: opt.Full = False,
+    base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
 ) -> None:
     """Trace a model and print its linear call sites, or what an adapter does at each of them."""
-    check_base(model, adapter, task, None if adapter is None else config_fields(adapter)[0])
+    check_base(model, adapter, task, None if adapter is None else config_fields(adapter)[0], base_quantization)
     for path in filter(None, (html, svg)):
         check_file(path)
     from gralora_fx.graph.sites import site_table
@@ -64,7 +65,7 @@ def inspect(
     from gralora_fx.picture import html_of, save, svg_of
 
     with StageProgress():
-        base = load_base(model, adapter, task, strict_base=strict_base)
+        base = load_base(model, adapter, task, strict_base=strict_base, base_quantization=base_quantization)
         loaded = trace_base(base)
         written = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
     for path in written:

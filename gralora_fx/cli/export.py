@@ -26,7 +26,8 @@ from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.loading.adapter_facts import base_name
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
-from gralora_fx.sources.model_files import check_model_files, local_directory, read_json_object
+from gralora_fx.sources.base_quantization import BaseQuantization, check_not_packed
+from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, local_directory, read_json_object
 from gralora_fx.sources.same_base import BaseSource
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
 
@@ -90,6 +91,7 @@ def export(
     task: opt.Task = None,
     image_size: ImageSizeText = None,
     allow_random_head: RandomHead = False,
+    base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
     *,
     adapter_name: ExportedName = None,
@@ -117,7 +119,14 @@ def export(
     # texts are tokenized by the base's tokenizer, which is not loaded yet
     checked = ExportOptions(**options, tokenizer=None if texts is None else Path())
     base = check_request(
-        checked, output, model=model, adapter=adapter, adapter_name=adapter_name, task=task, image_size=size
+        checked,
+        output,
+        model=model,
+        adapter=adapter,
+        adapter_name=adapter_name,
+        task=task,
+        image_size=size,
+        base_quantization=base_quantization,
     )
     with StageProgress(), gc_pause():
         with timed("import"):
@@ -143,6 +152,7 @@ def export(
                 stream=stream,
                 allow_random_head=allow_random_head,
                 strict_base=strict_base,
+                base_quantization=base_quantization,
             )
         gc.freeze()
         report = export_onnx(loaded, output, tokenizer=tokenizer, **options)
@@ -196,6 +206,7 @@ def check_request(
     adapter_name: str | None,
     task: str | None,
     image_size: ImageSize,
+    base_quantization: str | None = None,
 ) -> str:
     """Check what is exported and where it is written, as far as their files tell.
 
@@ -207,6 +218,7 @@ def check_request(
         adapter_name: Its name in the export, or None.
         task: Task, or None.
         image_size: The size of images, or None.
+        base_quantization: How the base is rounded, or None.
 
     Returns:
         The name of the base.
@@ -225,7 +237,7 @@ def check_request(
     known = requested_task((fields or {}).get("task_type"), task, with_cache=True)
     if known is not None and not options.overwrite:
         check_replaced(output, task=known)
-    base = check_base(model, adapter, task, fields)
+    base = check_base(model, adapter, task, fields, base_quantization)
     if not options.overwrite:
         check_base_replaced(output, BaseSource(base))
     from gralora_fx.methods import method_described  # numpy comes with it
@@ -238,16 +250,26 @@ def check_request(
     return base
 
 
-def check_base(model: str | None, adapter: str | None, task: str | None, fields: Mapping[str, object] | None) -> str:
+def check_base(
+    model: str | None,
+    adapter: str | None,
+    task: str | None,
+    fields: Mapping[str, object] | None,
+    base_quantization: str | None = None,
+) -> str:
     """The name of the base.
 
     Raises:
-        GraloraError: Neither names a base, one of both is not there, or the adapter is for another task.
+        GraloraError: Neither names a base, one of both is not there, the adapter is for another task, or the base is
+            quantized already and is to be rounded.
     """
     if adapter is not None and fields is not None:
         check_adapter_task(str(fields.get("task_type")), task, adapter)
     base = base_name(model, adapter, fields)
-    check_model_files(base, TraceError, named_by=None if model else adapter)
+    directory = check_model_files(base, TraceError, named_by=None if model else adapter)
+    if base_quantization is not None and directory is not None:
+        asked = BaseQuantization.of(base_quantization)
+        check_not_packed(read_json_object(directory / MODEL_FILE, TraceError), base, asked, TraceError)
     return base
 
 

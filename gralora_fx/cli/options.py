@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gralora_fx.cli.help import REQUIRED
-from gralora_fx.cli.values import file_name, model_name, task_name, utf8
+from gralora_fx.cli.values import file_name, model_name, quantization_words, task_name, utf8
 from gralora_fx.config.option import MODEL, WRITTEN
 from gralora_fx.config.tasks import TASKS
 
@@ -45,6 +45,16 @@ Task = Annotated[
         metavar="TASK",
         help=f"Task, by optimum's names. Left out: the adapter's or the model's own.\n\n\b\n{_TASKS}",
         callback=task_name,
+        rich_help_panel=MODEL,
+    ),
+]
+BaseQuantization = Annotated[
+    str | None,
+    typer.Option(
+        metavar="nf4[-double][-N][-DTYPE]",
+        help="Take the base as a QLoRA adapter was trained on it, its layers rounded by bitsandbytes: nf4, nf4-double. "
+        "A checkpoint that is in four bits needs none.  [default: what an adapter that names the base says]",
+        callback=quantization_words,
         rich_help_panel=MODEL,
     ),
 ]

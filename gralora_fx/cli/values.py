@@ -15,6 +15,7 @@ from gralora_fx.config.option import DeclaredOption, declared_options
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import ConfigError, first_line, shown
 from gralora_fx.runtime.adapter_paths import check_name
+from gralora_fx.sources.base_quantization import BaseQuantization
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
 
 _ARGUMENT = re.compile(r"\b([a-z_]+)=\.\.\.")  # as a text of the library names one
@@ -62,6 +63,11 @@ def task_name(task: str | None) -> str | None:
     """Check a task's name before anything slow is imported."""
     check_task(utf8(task))
     return task
+
+
+def quantization_words(words: str | None) -> str | None:
+    """Check the words that say how a base is rounded."""
+    return words if words is None else str(BaseQuantization.of(utf8(words)))
 
 
 def export_directory(onnx: Path | None, directory: Path | None) -> Path:

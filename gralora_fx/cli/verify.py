@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,12 @@ from gralora_fx.cli.values import file_name, model_names, utf8
 from gralora_fx.config.option import MODEL
 from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
+from gralora_fx.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.adapter_paths import own_adapters
 from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.sources.base_quantization import BaseQuantization
 
 FoldedAdapters = Annotated[
     list[str] | None,
@@ -80,6 +83,7 @@ def verify(
     provider: Provider = None,
     provider_option: ProviderOption = None,
     files: Files = False,
+    base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
 ) -> None:
     """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
@@ -90,7 +94,7 @@ def verify(
     of_provider = _provider_options(provider, provider_option)
     if files:
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
-        others |= {"--provider": provider, "--adapter-name": adapter_name}
+        others |= {"--provider": provider, "--adapter-name": adapter_name, "--base-quantization": base_quantization}
         _verify_files(onnx, [name for name, value in others.items() if value])
         return
     if provider is not None:
@@ -131,6 +135,7 @@ def verify(
                 image_size=manifest.image_size,
                 strict_base=strict_base,
                 others=given[1:],
+                base_quantization=base_quantization or _recorded(manifest, model, given),
             )
         with timed("verify"):
             options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
@@ -140,6 +145,13 @@ def verify(
     print(report)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _recorded(manifest: Manifest, model: str | None, adapters: Sequence[str]) -> BaseQuantization | None:
+    """How the base is rounded to be the one that was exported; None where it needs no rounding."""
+    if manifest.base is None or manifest.base.quantization is None:
+        return None
+    return needed_quantization(manifest.base.quantization, base_name(model, adapters[0] if adapters else None))
 
 
 def _verify_files(output: Path, others: list[str]) -> None:

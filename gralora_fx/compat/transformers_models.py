@@ -1,4 +1,4 @@
-"""What transformers' models are loaded and run with: names of checkpoint tensors, functions that make masks."""
+"""What transformers' models are loaded and run with: names of tensors, layers that are quantized, masks."""
 
 from gralora_fx.compat.versions import fenced
 
@@ -13,9 +13,12 @@ with fenced("transformers"):
         or_masks,
         sliding_window_causal_mask_function,
     )
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
 __all__ = [
     "AttentionMaskInterface",
+    "HfQuantizer",
     "WeightConverter",
     "WeightRenaming",
     "blockwise_overlay",
@@ -24,5 +27,6 @@ __all__ = [
     "get_model_conversion_mapping",
     "or_masks",
     "rename_source_key",
+    "should_convert_module",
     "sliding_window_causal_mask_function",
 ]

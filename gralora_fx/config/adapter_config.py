@@ -15,6 +15,7 @@ from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, 
 from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, peft_fields, read_fields, warn_of_unknown
 from gralora_fx.errors import ConfigError, shown, warn_caller
 from gralora_fx.sources.atomic_save import read_together, save_together
+from gralora_fx.sources.base_quantization import BaseQuantization
 from gralora_fx.sources.model_files import ADAPTER_FILE, resolve_directory
 from gralora_fx.sources.same_base import BaseSource
 
@@ -71,6 +72,7 @@ class AdapterConfig(ABC):
     base_model_name_or_path: str | None
     revision: str | None
     inference_mode: bool
+    base_quantization: Any
 
     def __post_init__(self) -> None:
         """Convert collections to the types of PEFT's file, then check every field."""
@@ -79,12 +81,13 @@ class AdapterConfig(ABC):
             if isinstance(names, (list, tuple, set, frozenset)):
                 check_names(name, names)
                 object.__setattr__(self, name, set(names))
-        if isinstance(self.layers_to_transform, (tuple, range, set, frozenset)):
-            object.__setattr__(self, "layers_to_transform", list(self.layers_to_transform))
-        if isinstance(self.layers_pattern, tuple):
-            object.__setattr__(self, "layers_pattern", list(self.layers_pattern))
+        for name, kinds in (("layers_to_transform", (tuple, range, set, frozenset)), ("layers_pattern", (tuple,))):
+            if isinstance(getattr(self, name), kinds):
+                object.__setattr__(self, name, list(getattr(self, name)))
         if isinstance(self.modules_to_save, (tuple, set, frozenset)):
             object.__setattr__(self, "modules_to_save", sorted(self.modules_to_save))
+        if self.base_quantization is not None:
+            object.__setattr__(self, "base_quantization", BaseQuantization.of(self.base_quantization).to_dict())
         self.check_sizes()
         self._check_choices()
         self._check_targets()
@@ -95,7 +98,7 @@ class AdapterConfig(ABC):
     @property
     def made_for(self) -> BaseSource:
         """The base that the adapter was made for, as far as it is named."""
-        return BaseSource(self.base_model_name_or_path, self.revision)
+        return BaseSource(self.base_model_name_or_path, self.revision, record=self.base_quantization)
 
     @abstractmethod
     def check_sizes(self) -> None:
@@ -271,10 +274,8 @@ class AdapterConfig(ABC):
     def _check_choices(self) -> None:
         if self.bias not in self.BIAS_MODES:
             raise ConfigError(f"bias must be one of {', '.join(self.BIAS_MODES)}, but got {shown(self.bias)}")
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(
-                f"task_type must be one of {', '.join(TASK_TYPES)} or None, but got {shown(self.task_type)}"
-            )
+        if (task := self.task_type) is not None and task not in TASK_TYPES:
+            raise ConfigError(f"task_type must be one of {', '.join(TASK_TYPES)} or None, but got {shown(task)}")
         for name in ("fan_in_fan_out", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, but got {shown(getattr(self, name))}")
@@ -291,13 +292,11 @@ class AdapterConfig(ABC):
                 check_expression(name, value)
             elif value is not None and not isinstance(value, (str, set)):
                 raise ConfigError(f"{name} must be a list of names, a string or None, but got {shown(value)}")
-        if self.modules_to_save is not None:
-            if not isinstance(self.modules_to_save, list):
-                raise ConfigError(
-                    f"modules_to_save must be a list of names or None, but got {shown(self.modules_to_save)}"
-                )
-            check_names("modules_to_save", self.modules_to_save)
-            check_expressions("modules_to_save", self.modules_to_save, SAVED_MODULE)
+        if (saved := self.modules_to_save) is not None:
+            if not isinstance(saved, list):
+                raise ConfigError(f"modules_to_save must be a list of names or None, but got {shown(saved)}")
+            check_names("modules_to_save", saved)
+            check_expressions("modules_to_save", saved, SAVED_MODULE)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform

@@ -45,8 +45,10 @@ class GraloraConfig(AdapterConfig):
             dot, or by a regular expression for such an end. The first key that matches counts.
         alpha_pattern: `alpha` of such layers.
         gralora_k_pattern: `gralora_k` of such layers, for widths that `gralora_k` does not divide.
+        base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
+            it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
 
-    The last four go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
+    The last five go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
     it ignores them.
 
     Raises:
@@ -78,6 +80,7 @@ class GraloraConfig(AdapterConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     gralora_k_pattern: dict[str, int] = field(default_factory=dict)
+    base_quantization: Any = None
 
     PEFT_TYPE = "GRALORA"
     TITLE = "GraLoRA"
@@ -95,6 +98,7 @@ class GraloraConfig(AdapterConfig):
     }
     SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *PATTERNS)
     BEYOND_PEFT = ("exclude_modules", *PATTERNS)
+    SAVED_IF_USED = ("base_quantization",)
     DROPOUT, ALPHA = "gralora_dropout", "alpha"
 
     @property

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gralora_fx.config.adapter_config import config_fields
-from gralora_fx.errors import ConfigError, shown
+from gralora_fx.errors import ConfigError, TraceError, shown
+from gralora_fx.sources.base_quantization import BaseQuantization, packed_quantization
+from gralora_fx.sources.model_files import MODEL_FILE, local_directory, read_json_object
 
 _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
@@ -44,3 +47,21 @@ def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
     """
     heads = [shape[0] for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
     return heads[-1] if heads else None
+
+
+def needed_quantization(record: Any, name: str) -> BaseQuantization | None:
+    """How a base is rounded to be the one of a record; None where it needs no rounding, as its files are quantized.
+
+    Args:
+        record: What an adapter or an export says of the base's quantization, or None.
+        name: The base: a local directory or a hub id.
+
+    Raises:
+        ConfigError: The record cannot be read.
+        TraceError: The base's configuration cannot be read, or it is quantized in a form that is not read.
+    """
+    directory = None if not record else local_directory(name, TraceError)
+    if directory is not None and (directory / MODEL_FILE).is_file():
+        if packed_quantization(read_json_object(directory / MODEL_FILE, TraceError), name, TraceError):
+            return None
+    return BaseQuantization.of(record) if record else None

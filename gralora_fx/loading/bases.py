@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +16,13 @@ from gralora_fx.adapters.checkpoint import base_names, settled_base
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.tasks import task_of, with_past
 from gralora_fx.errors import CheckpointError, GraloraError, TargetError, TraceError, bulleted, warn_caller
-from gralora_fx.loading.adapter_facts import base_name, head_classes
+from gralora_fx.loading.adapter_facts import base_name, head_classes, needed_quantization
 from gralora_fx.loading.load_report import LoadReport
 from gralora_fx.loading.model_classes import warn_of_another_head
 from gralora_fx.loading.models import load_streamed, load_with_report
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import timed
+from gralora_fx.sources.base_quantization import BaseQuantization
 from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.same_base import SAME, BaseSource, compare_bases
 from gralora_fx.sources.sentence_modules import find_sentence_directory, score_function
@@ -45,6 +47,7 @@ def load_traced(
     adapter_name: str = "default",
     strict_base: bool = False,
     others: Sequence[str] = (),
+    base_quantization: BaseQuantization | Any = None,
 ) -> TracedModel | GraloraModel:
     """A traced model, rewritten with an adapter if one is given.
 
@@ -60,6 +63,8 @@ def load_traced(
         adapter_name: Name to give the adapter.
         strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
         others: More PEFT-format adapters, which are active beside the first.
+        base_quantization: How the layers of a float base are rounded (see `load_model`); None for what the adapter's
+            configuration says where it names the base too, and for not at all otherwise.
 
     Raises:
         ConfigError: Neither names a base model, or the adapter is for another task.
@@ -67,7 +72,8 @@ def load_traced(
         TargetError: The adapter's configuration does not fit the base.
         CheckpointError: Tensors of the base are missing, or the adapter's do not fit it.
     """
-    base = load_base(model, adapter, task, stream=stream, strict_base=strict_base, others=others)
+    how: dict[str, Any] = {"stream": stream, "strict_base": strict_base, "base_quantization": base_quantization}
+    base = load_base(model, adapter, task, others=others, **how)
     base.check(allow_random_head=allow_random_head)
     loaded = trace_base(base, with_cache=with_cache, image_size=image_size, adapter_name=adapter_name)
     if others and isinstance(loaded, GraloraModel):
@@ -131,6 +137,7 @@ def load_base(
     stream: bool = False,
     strict_base: bool = False,
     others: Sequence[str] = (),
+    base_quantization: BaseQuantization | Any = None,
 ) -> LoadedBase:
     """Load the base model for a task and an adapter, with random values for missing tensors.
 
@@ -143,9 +150,11 @@ def load_base(
         stream: Whether to leave the weights in their files (see `load_streamed`).
         strict_base: As of `load_traced`.
         others: More adapters, which may bring parameters that the base's files lack, and are checked as the first.
+        base_quantization: As of `load_traced`.
 
     Raises:
-        ConfigError: Neither names a base model, or the adapter is for another task.
+        ConfigError: Neither names a base model, the adapter is for another task, or the base is quantized already and
+            is to be rounded.
         TraceError: The base cannot be loaded.
         CheckpointError: The adapter cannot be read or is of another base, or files to stream lack tensors.
     """
@@ -161,16 +170,22 @@ def load_base(
             supplied |= base_names(tensors)
             del tensors  # they are read again when the adapter is added to the model
         name, report = base_name(model, adapter), None
+        if base_quantization is None and model is None and adapter is not None:
+            base_quantization = needed_quantization(configs[adapter].base_quantization, name)
         check_model_files(name, TraceError, named_by=None if model else adapter)
         if strict_base:
-            _check_bases(name, configs)
+            _check_bases(name, configs, base_quantization)
         task, modules = sentence_source(task, (adapter, name), is_asked=is_asked)
         if stream:
-            loaded = load_streamed(name, task, num_labels=num_labels, supplied=supplied)
+            loaded = load_streamed(
+                name, task, num_labels=num_labels, supplied=supplied, base_quantization=base_quantization
+            )
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # so that an export with a random head can be verified later
-                loaded, report = load_with_report(name, task, num_labels=num_labels)
+                loaded, report = load_with_report(
+                    name, task, num_labels=num_labels, base_quantization=base_quantization
+                )
     if getattr(loaded.config, "num_labels", None) == 1 and (function := score_function(name)) is not None:
         loaded.config.sentence_transformers = {"activation_fn": function}  # where sentence-transformers reads it, too
     if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
@@ -200,7 +215,7 @@ def sentence_source(task: str | None, names: Iterable[str | None], *, is_asked: 
     return (task, None) if directory is None else (SENTENCE_TASK, directory)
 
 
-def _check_bases(name: str, configs: Mapping[str, AdapterConfig]) -> None:
+def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantization: Any) -> None:
     """Refuse adapters of another base before anything is loaded.
 
     A hub id may not have been downloaded yet, or may have moved: of it, only what is proven is refused here, and the
@@ -209,13 +224,14 @@ def _check_bases(name: str, configs: Mapping[str, AdapterConfig]) -> None:
     Args:
         name: Local directory or hub id of the base.
         configs: Configurations by the names of the adapters.
+        base_quantization: How it is rounded, or None.
 
     Raises:
         CheckpointError: One is of another base, or is not known to be of this one.
     """
-    used = BaseSource(name)
+    used = BaseSource(name, record=base_quantization)
     for adapter, config in configs.items():
-        compared = compare_bases(BaseSource(config.base_model_name_or_path, config.revision), used)
+        compared = compare_bases(config.made_for, used)
         if compared.is_proven_different or Path(name).is_dir():
             compared.settle(adapter, strict=True, error=CheckpointError)
 
@@ -269,8 +285,7 @@ def _misfit(error: GraloraError, base: LoadedBase) -> str:
     lines = str(error).splitlines()
     problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
     if base.config is not None and base.made_for:
-        original = BaseSource(base.made_for, base.config.revision)
-        if compare_bases(original, BaseSource(base.name)).outcome == SAME:
+        if compare_bases(base.config.made_for, BaseSource(base.name)).outcome == SAME:
             return (
                 f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}), the base that it "
                 "was made for: its adapter_config.json and its tensors do not agree, or not with this model; save it "

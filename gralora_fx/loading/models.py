@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from gralora_fx.errors import GraloraError, TraceError, first_line
 from gralora_fx.loading.load_report import LoadReport
 from gralora_fx.loading.model_classes import class_for, warn_of_another_head
+from gralora_fx.loading.quantized_bases import quantization_of, record, round_layers, stored_quantization
 from gralora_fx.progress.stages import quiet
-from gralora_fx.sources.model_files import check_model_files, resolve_directory
+from gralora_fx.sources.base_quantization import BaseQuantization
+from gralora_fx.sources.model_files import (
+    GENERATION_CONFIG,
+    MODEL_FILE,
+    check_model_files,
+    read_json_object,
+    resolve_directory,
+)
 from gralora_fx.sources.safetensors_files import check_readable
-from gralora_fx.sources.streamed_models import attach_shards, empty_model
+from gralora_fx.sources.saved_weights import read_weights
+from gralora_fx.sources.streamed_models import as_in_layers, attach_shards, empty_model
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
 
 
@@ -27,8 +36,11 @@ def load_model(
     num_labels: int | None = None,
     supplied: Set[str] = frozenset(),
     allow_random_head: bool = False,
+    base_quantization: BaseQuantization | Any = None,
 ) -> PreTrainedModel:
     """A transformers model in float32 and evaluation mode.
+
+    Of a checkpoint that bitsandbytes saved in four bits, its layers have the values that it multiplies by.
 
     Args:
         name: Local directory or hub id.
@@ -37,12 +49,15 @@ def load_model(
         supplied: Names of parameters that the checkpoint may lack, since an adapter supplies them.
         allow_random_head: Whether other parameters may be missing and get random values, as for a head still to be
             trained.
+        base_quantization: How the layers of a float checkpoint are rounded, as bitsandbytes does when a QLoRA adapter
+            is trained on it: `"nf4"`, `"nf4-double"`, or whatever `BaseQuantization.of` takes; None for not at all.
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
         CheckpointError: Tensors are missing in the checkpoint or have other shapes; each is named.
+        ConfigError: The checkpoint is quantized already, and is to be rounded, or bitsandbytes is not installed.
     """
-    model, report = load_with_report(name, task, num_labels=num_labels)
+    model, report = load_with_report(name, task, num_labels=num_labels, base_quantization=base_quantization)
     report.check(supplied, num_labels, allow_random_head=allow_random_head)
     if not report.problems() and supplied.isdisjoint(model.state_dict()):
         warn_of_another_head(model, name)
@@ -50,19 +65,24 @@ def load_model(
 
 
 def load_with_report(
-    name: str | Path, task: str | None = None, *, num_labels: int | None = None
+    name: str | Path, task: str | None = None, *, num_labels: int | None = None, base_quantization: Any = None
 ) -> tuple[PreTrainedModel, LoadReport]:
     """The model as `load_model` returns it, but with random values where tensors are missing, and the report on them.
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
         CheckpointError: A file of its weights is damaged.
+        ConfigError: As of `load_model`.
     """
     directory = check_model_files(name, TraceError)
+    asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            packed = quantization_of(vars(config), name, asked)
+            if packed is not None:
+                return _unpacked(name, task, num_labels, packed)
             model, info = class_for(config, task).from_pretrained(
                 name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
@@ -72,12 +92,47 @@ def load_with_report(
         if directory is not None:
             check_readable(directory)
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
+    if asked is not None:
+        round_layers(model, asked)
+    return _reported(name, task, model, info)
+
+
+def _reported(
+    name: str | Path, task: str | None, model: PreTrainedModel, info: Mapping[str, Any]
+) -> tuple[PreTrainedModel, LoadReport]:
     report = LoadReport.of(str(name), model, info)
     return model.eval(), _without_unread(model, report) if task == SENTENCE_TASK else report
 
 
+def _unpacked(
+    name: str | Path, task: str | None, num_labels: int | None, packed: BaseQuantization
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The model of a checkpoint in four bits, with the values that its layers multiply by, and the report on it."""
+    directory = resolve_directory(name, TraceError)
+    empty = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
+    tensors = as_in_layers(empty, read_weights(directory).tensors)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=empty.config,
+        state_dict={key: tensor() for key, tensor in tensors.items()},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model.config._name_or_path = model.name_or_path = str(name)
+    if model.can_generate() and (directory / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    record(model, stored_quantization(directory, packed))
+    return _reported(name, task, model, info)
+
+
 def load_streamed(
-    name: str | Path, task: str | None = None, *, num_labels: int | None = None, supplied: Set[str] = frozenset()
+    name: str | Path,
+    task: str | None = None,
+    *,
+    num_labels: int | None = None,
+    supplied: Set[str] = frozenset(),
+    base_quantization: Any = None,
 ) -> PreTrainedModel:
     """The same model with its weights left in their files: lazy parameters on the meta device.
 
@@ -88,16 +143,25 @@ def load_streamed(
         task: One of optimum's task names; None for the class that the model's configuration names.
         num_labels: Number of classes of a classification head; None for the configuration's.
         supplied: Names of parameters that the files may lack, since an adapter supplies them.
+        base_quantization: As of `load_model`; the weights are rounded as they are read.
 
     Raises:
         TraceError: The task is unknown, or no model can be made.
         CheckpointError: The files do not fit the model.
+        ConfigError: As of `load_model`.
     """
     check_model_files(name, TraceError)
+    asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
     directory = resolve_directory(name, TraceError)
+    packed = quantization_of(read_json_object(directory / MODEL_FILE, TraceError), name, asked)
     model = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
     unread = _unread_names(model) if task == SENTENCE_TASK else set()
-    return attach_shards(model, directory, supplied | unread)
+    model = attach_shards(model, directory, supplied | unread)
+    if asked is not None:
+        round_layers(model, asked)
+    elif packed is not None:
+        record(model, stored_quantization(directory, packed))
+    return model
 
 
 def make_empty(
@@ -123,6 +187,7 @@ def make_empty(
     try:
         with quiet():
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            vars(config).pop("quantization_config", None)  # of its files, which are read as floats
             if dtype is not None:
                 config.dtype = dtype
             if num_labels is not None and num_labels != config.num_labels:

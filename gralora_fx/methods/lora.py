@@ -87,6 +87,8 @@ class LoraConfig(AdapterConfig):
         revision: Revision of that model.
         inference_mode: Whether the adapter was saved for inference.
         use_dora: Whether the norms of the weights' rows train too: `LoraConfig(use_dora=True)` is a `DoraConfig`.
+        base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
+            it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.
@@ -115,6 +117,7 @@ class LoraConfig(AdapterConfig):
     revision: str | None = None
     inference_mode: bool = False
     use_dora: bool = False
+    base_quantization: Any = None
 
     PEFT_TYPE = "LORA"
     TITLE = "LoRA"
@@ -127,7 +130,7 @@ class LoraConfig(AdapterConfig):
     PATTERN_OF: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     SIZE_FIELDS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
     DROPOUT, ALPHA = "lora_dropout", "lora_alpha"
-    SAVED_IF_USED = ("use_dora",)
+    SAVED_IF_USED = ("use_dora", "base_quantization")
     _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that asks for one
 
     def __init_subclass__(cls, asked_for_by: str | None = None, **kwargs: Any) -> None:

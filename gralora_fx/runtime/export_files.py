@@ -153,7 +153,7 @@ def base_of_export(directory: str | Path, manifest: Manifest | None, given: str 
     """
     fields = read_config_fields(Path(directory))
     if manifest is not None and manifest.base is not None:
-        return BaseSource(manifest.base.name, manifest.base.revision, fields)
+        return BaseSource(manifest.base.name, manifest.base.revision, fields, manifest.base.quantization)
     named = given or (fields or {}).get("_name_or_path")
     return BaseSource(str(named) if named else None, None, fields)
 

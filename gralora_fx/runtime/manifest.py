@@ -59,10 +59,12 @@ class BaseEntry:
     Attributes:
         name: Its directory or hub id.
         revision: The commit of its hub repository, where that is known.
+        quantization: How the weights were quantized that are exported (see `BaseQuantization`); None of floats.
     """
 
     name: str
     revision: str | None = None
+    quantization: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -180,3 +180,25 @@ def packed_quantization(
         "read; give the float checkpoint that it was made from, or what transformers saves of it after "
         "model.dequantize(). Of quantized bases, those of bitsandbytes' four bits are read (NF4)"
     )
+
+
+def check_not_packed(
+    fields: Mapping[str, Any], origin: object, asked: BaseQuantization, error: type[GraloraError]
+) -> None:
+    """Check that a checkpoint's weights are floats, before they are rounded.
+
+    Args:
+        fields: Those of its `config.json`.
+        origin: The checkpoint, for messages.
+        asked: How they are to be rounded.
+        error: The error type to raise of a form that is not read.
+
+    Raises:
+        ConfigError: They are in four bits already.
+        GraloraError: As of `packed_quantization`.
+    """
+    if packed_quantization(fields, origin, error) is not None:
+        raise ConfigError(
+            f"{origin} is quantized already, and its own values are taken: leave {RECORD}={str(asked)!r} out, or give "
+            "the float checkpoint that it was made from"
+        )

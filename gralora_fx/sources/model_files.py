@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import GraloraError, shown
+from gralora_fx.sources.base_quantization import packed_quantization
 from gralora_fx.sources.paths import usable_path
 
 ADAPTER_FILE, MODEL_FILE, EXPORT_FILE = "adapter_config.json", "config.json", "gralora_export.json"
@@ -100,7 +101,7 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
 
     Raises:
         GraloraError: Of the given type: the directory does not exist, has no `config.json`, or a configuration file is
-            damaged.
+            damaged, or the weights are quantized in a form that is not read.
     """
     if named_by is not None:
         try:
@@ -124,6 +125,7 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
     if (directory / EXPORT_FILE).is_file():
         raise error(f"{directory} is an export, not a model; give the directory of the model that it was made from")
     check_json_objects(directory, _CONFIG_FILES, error)
+    packed_quantization(read_json_object(directory / MODEL_FILE, error), directory, error)
     return directory
 
 

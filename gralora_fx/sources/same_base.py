@@ -13,11 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.errors import GraloraError, listed, shown, warn_caller
+from gralora_fx.errors import ConfigError, GraloraError, listed, shown, warn_caller
+from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, recorded_quantization
 from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
 
 SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
-NAME, REVISION, CONFIG, WEIGHTS = "name", "revision", "config.json", "weights"
+NAME, REVISION, CONFIG, WEIGHTS, QUANTIZATION = "name", "revision", "config.json", "weights", "quantization"
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -43,11 +44,14 @@ class BaseSource:
         name: Its directory or hub id as it was given; None where it has no name, as a model made in memory.
         revision: Revision or commit of the hub repository, if one is known.
         fields: Its configuration as it is used; None for that of its directory.
+        record: How it is quantized where it is used, as a record says it (see `BaseQuantization.of`); None for what
+            its configuration says.
     """
 
     name: str | None
     revision: str | None = None
     fields: Mapping[str, Any] | None = None
+    record: Any = None
 
     @cached_property
     def directory(self) -> Path | None:
@@ -92,6 +96,17 @@ class BaseSource:
             return self.fields
         return read_config_fields(self.directory)
 
+    @cached_property
+    def quantization(self) -> BaseQuantization | None:
+        """How it is quantized where it is used; None of floats, and where that is not known."""
+        if self.record or (self.config or {}).get(RECORD):
+            return recorded_quantization({RECORD: self.record} if self.record else self.config)
+        if self.directory is None or not (read_config_fields(self.directory) or {}).get("quantization_config"):
+            return None
+        from gralora_fx.sources.weight_samples import stored_quantization  # it imports numpy
+
+        return stored_quantization(self.directory)
+
 
 @dataclass(frozen=True)
 class BaseComparison:
@@ -101,9 +116,11 @@ class BaseComparison:
         made_for: The base that the adapter's configuration names, or None.
         revision: The revision that it names, or None.
         used_with: The name of the model, or None where it has none.
-        compared: What was compared: `"name"`, `"revision"`, `"config.json"`, `"weights"`.
+        compared: What was compared: `"name"`, `"revision"`, `"config.json"`, `"weights"`, `"quantization"`.
         outcome: `"same"`, `"different"` or `"unknown"`.
         reason: Why it is not known to be the same, in words; empty if it is.
+        change: How far the model's weights are from those of the base, relative to their norm, where one of both is in
+            four bits and they could be compared; None otherwise.
     """
 
     made_for: str | None
@@ -112,11 +129,12 @@ class BaseComparison:
     compared: tuple[str, ...]
     outcome: str
     reason: str = ""
+    change: float | None = None
 
     @property
     def is_proven_different(self) -> bool:
-        """Whether configurations or weights were compared and differ, rather than names or commits alone."""
-        return self.outcome == DIFFERENT and (CONFIG in self.compared or WEIGHTS in self.compared)
+        """Whether configurations, weights or their quantization differ, rather than names or commits alone."""
+        return self.outcome == DIFFERENT and not {CONFIG, WEIGHTS, QUANTIZATION}.isdisjoint(self.compared)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a record."""
@@ -157,7 +175,34 @@ def compare_bases(made: BaseSource, used: BaseSource) -> BaseComparison:
         used: The model.
     """
     compared, outcome, reason = _compared(made, used)
-    return BaseComparison(made.name or None, made.revision or None, used.name, compared, outcome, reason)
+    change = None
+    if outcome != DIFFERENT and made.quantization and not made.quantization.has_weights_of(used.quantization):
+        compared, outcome = (*compared, QUANTIZATION), DIFFERENT
+        reason, change = _differently_quantized(made, used)
+    return BaseComparison(made.name or None, made.revision or None, used.name, compared, outcome, reason, change)
+
+
+def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, float | None]:
+    """What differs between two quantizations of one base, in words, and the relative change of the weights."""
+    from gralora_fx.sources.weight_samples import differing_weights  # it imports numpy
+
+    other = "float" if used.quantization is None else str(used.quantization)
+    one, two = made.directory or used.directory, used.directory or made.directory
+    change: float | None = None
+    if one is None or two is None:
+        measured = f"by how much is not measured, since no weights of {made.name or used.name} are at hand"
+    else:
+        try:
+            found = differing_weights(one, two, made.quantization, used.quantization)
+        except ConfigError as error:
+            found, measured = None, f"by how much is not measured ({error})"
+        else:
+            measured = "by how much is not measured, since their weights cannot be compared"
+        change = None if found is None else found.change
+    if change is not None:
+        measured = f"they differ by {100 * change:.2g} % of their norm"
+    remedy = f"take base_quantization={str(made.quantization)!r} with the float base, or its checkpoint in four bits"
+    return f"its base was in {made.quantization}, and the weights here are {other}: {measured}; {remedy}", change
 
 
 def read_config_fields(directory: Path) -> Mapping[str, Any] | None:

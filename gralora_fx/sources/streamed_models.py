@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from gralora_fx.compat.transformers_models import (
     WeightConverter,
@@ -18,6 +19,7 @@ from gralora_fx.compat.transformers_models import (
     rename_source_key,
 )
 from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.sources.four_bits import FourBitTensor, four_bit_tensors
 from gralora_fx.sources.lazy_tensors import with_source
 from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.sources.saved_weights import read_weights
@@ -49,7 +51,7 @@ def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = 
         CheckpointError: There are no safetensors files, a parameter is missing or has another shape, or a key holds
             only a part of a parameter. All are listed.
     """
-    tensors = _by_parameter_name(model, read_weights(directory).tensors)
+    tensors = _by_parameter_name(model, as_in_layers(model, read_weights(directory).tensors))
     problems: list[str] = []
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -102,6 +104,25 @@ def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str,
             parts[key] = name
         by_name[name] = key
     return by_name, parts
+
+
+def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """A model's tensors by key, those of four bits as its layers have them: all are stored as `[out, in]`.
+
+    Args:
+        model: The model; its values are not read.
+        stored: The tensors by the keys of its files.
+    """
+    if next(four_bit_tensors(stored), None) is None:
+        return stored
+    turned = {
+        key: tensor.turned()
+        for name, key in keys_by_name(model, stored)[0].items()
+        if isinstance(tensor := stored[key], FourBitTensor)
+        and name in model.state_dict()
+        and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+    }
+    return {**stored, **turned}
 
 
 def _by_parameter_name(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
