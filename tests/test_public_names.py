@@ -104,6 +104,7 @@ def test_fields() -> None:
         "rank_pattern",
         "alpha_pattern",
         "gralora_k_pattern",
+        "base_quantization",
     ]
 
 
