@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.config.tasks import task_of
@@ -12,10 +13,11 @@ from gralora_fx.errors import CheckpointError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.folding.checkpoint_changes import find_changes
 from gralora_fx.exporters.folding.checkpoint_files import edited_config, write_other_files
-from gralora_fx.exporters.folding.checkpoint_names import names_in_files, names_of
+from gralora_fx.exporters.folding.checkpoint_names import in_layers, names_in_files, names_of
 from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.stages import timed
-from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, resolve_directory
+from gralora_fx.sources.base_quantization import BaseQuantization, check_not_packed
+from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, read_json_object, resolve_directory
 from gralora_fx.sources.paths import written_lines
 from gralora_fx.sources.rewriting import write_files
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
@@ -70,12 +72,14 @@ def merge_checkpoint(
     *,
     overwrite: bool = False,
     strict_base: bool = False,
+    base_quantization: BaseQuantization | Any = None,
 ) -> MergeReport:
     """Fold a saved adapter into the weights of a saved model, file by file, without loading the model.
 
     Weights are accumulated in float32 or better, some rows at a time, and rounded once to their own dtype. The files
     keep their names, the order of their tensors and their metadata; all else is copied. A weight that is tied, as a
-    head to the embedding, gets a tensor of its own, and `config.json` says so.
+    head to the embedding, gets a tensor of its own, and `config.json` says so. Of a base in four bits the values are
+    merged into that bitsandbytes multiplies by, and the result is one of floats.
 
     Args:
         model_dir: The base: a local directory or a hub id, of safetensors files.
@@ -83,12 +87,15 @@ def merge_checkpoint(
         output_dir: Where to write: a new or empty directory.
         overwrite: Whether an earlier model in `output_dir` is replaced.
         strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
+        base_quantization: How the layers of a float base are rounded first, as a QLoRA adapter was trained on them:
+            `"nf4"`, `"nf4-double"`, or whatever `BaseQuantization.of` takes; None for not at all.
 
     Returns:
         What was written and changed.
 
     Raises:
-        ConfigError: The adapter's configuration cannot be read.
+        ConfigError: The adapter's configuration cannot be read, the base is quantized already, and is to be rounded,
+            or bitsandbytes is not installed for that.
         CheckpointError: Files are missing or damaged, the base is quantized, or the adapter does not fit it or its
             own configuration, or is of another base; every problem is named.
         MergeError: Merged values are not finite.
@@ -97,7 +104,13 @@ def merge_checkpoint(
     with open_adapter(adapter_dir) as adapter:
         is_named = adapter.config.base_model_name_or_path == str(model_dir)
         revision = adapter.config.revision if is_named else None  # of the base that the adapter names in these words
-        directory, used = _base_directory(model_dir, revision), BaseSource(str(model_dir), revision)
+        directory = _base_directory(model_dir, revision)
+        asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
+        if asked is not None:
+            check_not_packed(
+                read_json_object(directory / MODEL_FILE, CheckpointError), model_dir, asked, CheckpointError
+            )
+        used = BaseSource(str(model_dir), revision, record=asked)
         compared = compare_bases(adapter.config.made_for, used)
         compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         check = functools.partial(
@@ -109,7 +122,11 @@ def merge_checkpoint(
         needed = [*(f"{path}.weight" for path in adapter.sites), *adapter.copies]
         task = task_of(adapter.config, None, str(adapter_dir))
         with weights.opened() as base, timed("merge"):
-            names = names_in_files(base, adapter) or names_of(base, needed, task, num_labels)
+            is_packed = base.quantization is not None
+            known = None if is_packed or asked else names_in_files(base, adapter)
+            names = known or names_of(base, needed, task, num_labels)
+            if is_packed or asked:
+                base = in_layers(base, names, asked)
             if (layers := names.layers) is not None:
                 adapter.check_layers(layers)
             changes = find_changes(base, names, adapter)

@@ -36,6 +36,7 @@ from gralora_fx.exporters.folding.source_export import (
     with_adapter,
 )
 from gralora_fx.exporters.folding.weight_locations import Export, WeightLocation, find_locations
+from gralora_fx.loading.adapter_facts import needed_quantization
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files, layers_of_export
@@ -183,7 +184,7 @@ def fold_onnx(
             warn_of_lost_adapters(output_dir, ())
             compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
             graphs = {file: model.graph for file, model in source.models.items()}
-            export = Export(graphs, manifest, None if base is None else BaseWeights(base))
+            export = Export(graphs, manifest, None if base is None else _base_weights(base, manifest))
             locations = find_locations(export, adapter)
             replacements = find_replacements(export, adapter, locations)
             _check_quantized(export, locations, replacements, requantize=requantize)
@@ -239,6 +240,16 @@ def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | No
     if source.manifest is not None:
         adapter.check_layers(layers_of_export(source.directory, source.manifest))
     return compare_bases(adapter.config.made_for, base_of_export(source.directory, source.manifest, base))
+
+
+def _base_weights(base: str | Path, manifest: Manifest | None) -> BaseWeights:
+    """The base's weights as they were exported.
+
+    Raises:
+        CheckpointError: Its files cannot be read, or are quantized in a form that is not read.
+    """
+    record = None if manifest is None or manifest.base is None else manifest.base.quantization
+    return BaseWeights(base, needed_quantization(record, str(base)))
 
 
 def _check_quantized(

@@ -13,7 +13,9 @@ from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.folding.checkpoint_names import Names
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
-from gralora_fx.sources.rewriting import bytes_of
+from gralora_fx.sources.four_bits import FourBitTensor
+from gralora_fx.sources.rewriting import Kept, bytes_of
+from gralora_fx.sources.rounded_weights import RoundedTensor
 from gralora_fx.sources.safetensors_files import (
     FLOATS,
     Layout,
@@ -60,7 +62,7 @@ class TensorChanges:
 
         def shard_of(old: Layout) -> NewShard:
             added = {key: tensor for key, (tensor, near) in self.added.items() if near in old.tensors}
-            return rewritten_shard(old, self.changed, added)
+            return rewritten_shard(old, self.changed, added, old.tensors.keys() - base.tensors.keys())
 
         return [shard_of(old) for old in base.shards]
 
@@ -93,7 +95,11 @@ def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> Te
             f"the adapter {adapter.directory} does not fit {base.directory}; {hint}, so give that base, or another "
             f"adapter:\n{bulleted(problems)}"
         )
-    return _placed(wanted, base, names)
+    changes = _placed(wanted, base, names)
+    for key, tensor in base.tensors.items():
+        if isinstance(tensor, (FourBitTensor, RoundedTensor)) and key not in changes.changed:
+            changes.changed[key] = NewTensor(tensor.dtype, tensor.shape, tensor, Kept())
+    return changes
 
 
 def _fold_at(
@@ -175,7 +181,7 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
 def _placed(wanted: Mapping[str, NewTensor], base: SavedWeights, names: Names) -> TensorChanges:
     """The changes by key, with tensors of their own for weights that are no longer tied."""
     changes = TensorChanges()
-    last = list(base.shards[-1].tensors)[-1]
+    last = [key for key in base.shards[-1].tensors if key in base.tensors][-1]
     tokens = {other: _token(other, wanted.get(other), names) for name in wanted for other in names.tied_with(name)}
     owner = {key: name for name, key in names.keys.items()}
     for name, token in tokens.items():

@@ -49,6 +49,11 @@ def edited_config(
     """
     fields = read_json_object(base.directory / MODEL_FILE, CheckpointError)
     notes: list[str] = []
+    if base.quantization is not None:
+        fields.pop("quantization_config")
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = base.quantization.compute_dtype
+        notes.append(f"quantization_config is left out, and dtype is {fields['dtype']}: all weights are floats")
     if changes.untied:
         _untie(fields)
         notes.append(f"{_TIE} is false, since {_pairs(changes.untied)} are no longer one weight")
@@ -165,6 +170,8 @@ def _write_index(base: SavedWeights, changes: TensorChanges, shards: list[NewSha
         shutil.copyfile(base.directory / INDEX_NAME, stage / INDEX_NAME)
         return
     index = read_json_object(base.directory / INDEX_NAME, CheckpointError)
+    kept = {key for shard in shards for key in shard.tensors}
+    index["weight_map"] = {key: name for key, name in index["weight_map"].items() if key in kept}
     index["weight_map"] |= {key: base.tensors[near].file.name for key, (_, near) in changes.added.items()}
     totals = index.get("metadata") or {}
     if "total_size" in totals:

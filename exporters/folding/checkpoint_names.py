@@ -11,7 +11,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,9 @@ import numpy as np
 from gralora_fx.adapters.agreement import KnownLayers, disagreements
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, TraceError, bulleted, first_line
+from gralora_fx.sources.base_quantization import BaseQuantization
 from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
+from gralora_fx.sources.rounded_weights import RoundedTensor
 from gralora_fx.sources.safetensors_files import StoredTensor
 from gralora_fx.sources.saved_weights import SavedWeights
 
@@ -134,6 +136,40 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
     raise CheckpointError(
         f"{base.directory} ({type(model).__name__}) lacks what the adapter changes; give the base that it was made "
         f"for:\n{missing}"
+    )
+
+
+def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | None) -> SavedWeights:
+    """A base's files with weights as the model's layers multiply by them.
+
+    Args:
+        base: The base's files: floats to round, or weights of four bits, all of which are stored as `[out, in]`.
+        names: What its tensors are in the model.
+        rounding: How floats are rounded; None for not at all.
+
+    Raises:
+        CheckpointError: transformers does not have the model's class, which says what its layers are.
+        ConfigError: There is no layer to round.
+    """
+    if names.model is None:
+        raise CheckpointError(
+            f"{base.directory} is of a class that transformers does not have, which would say how its layers hold "
+            "weights of four bits; merge into a float base, without base_quantization"
+        )
+    from gralora_fx.loading.quantized_bases import quantized_layers  # they import torch and transformers
+    from gralora_fx.sources.streamed_models import as_in_layers
+
+    if rounding is None:
+        return replace(base, others=as_in_layers(names.model, base.tensors))
+    layers = quantized_layers(names.model, rounding)
+    keys = {names.key_of(f"{path}.weight"): path for path in layers}
+    return replace(
+        base,
+        others={
+            key: RoundedTensor.of(base.tensors[key], rounding, is_turned=bool(names.is_transposed(path)))
+            for key, path in keys.items()
+            if key is not None
+        },
     )
 
 

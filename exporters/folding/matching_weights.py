@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ from gralora_fx.exporters.folding.initializers import (
     rows_and_columns,
 )
 from gralora_fx.runtime.manifest import WeightEntry
+from gralora_fx.sources.base_quantization import BaseQuantization
 from gralora_fx.sources.model_files import resolve_directory
+from gralora_fx.sources.rounded_weights import rounded_to_four_bits
 from gralora_fx.sources.same_base import read_config_fields
 from gralora_fx.sources.saved_weights import read_weights
 
@@ -163,15 +165,17 @@ def _parts(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mappin
 class BaseWeights:
     """The safetensors files of a base model; a tensor is read when it is asked for."""
 
-    def __init__(self, base: str | Path) -> None:
+    def __init__(self, base: str | Path, rounding: BaseQuantization | None = None) -> None:
         """Read the headers.
 
         Args:
             base: Local directory or hub id.
+            rounding: How its layers were rounded when it was exported; None for not at all.
 
         Raises:
             CheckpointError: There are no safetensors files, or they cannot be read.
         """
+        self._rounding = rounding
         self.directory = resolve_directory(base, CheckpointError)
         self._stored = read_weights(self.directory).tensors
         config = read_config_fields(self.directory) or {}
@@ -193,13 +197,27 @@ class BaseWeights:
             raise MergeError(f"{self.directory} holds no {path}.weight; give the base model of the adapter")
         values = self._stored[key].array()
         if tuple(values.shape) == (outputs, inputs):
-            return values
+            return self._as_exported(path, values)
         if tuple(values.shape) == (inputs, outputs):  # transformers' Conv1D
-            return values.T
+            return self._as_exported(path, values.T)
         raise MergeError(
             f"{key} of {self.directory} has shape {list(values.shape)}, but the adapter is for a layer of {inputs} "
             f"inputs and {outputs} outputs; give the base model of the adapter"
         )
+
+    def _as_exported(self, path: str, values: NDArray[Any]) -> NDArray[Any]:
+        if self._rounding is None or path not in self._rounded_paths:
+            return values
+        return rounded_to_four_bits(values, self._rounding)
+
+    @cached_property
+    def _rounded_paths(self) -> Set[str]:
+        """The layers that are rounded."""
+        from gralora_fx.loading.models import make_empty  # they import transformers
+        from gralora_fx.loading.quantized_bases import quantized_layers
+
+        assert self._rounding is not None
+        return quantized_layers(make_empty(self.directory, None), self._rounding).keys()
 
     def _key(self, name: str, outputs: int) -> str | None:
         return self._key_among({key: key for key in self._stored}, name, outputs) or self._key_among(

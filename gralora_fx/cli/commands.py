@@ -151,15 +151,20 @@ def merge(
     output: opt.Result,
     model: opt.Model = None,
     overwrite: opt.Replace = False,
+    base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
 ) -> None:
     """Fold an adapter into the safetensors files of its base, one tensor at a time, and copy the other files."""
     with StageProgress():
         with timed("import"):
             from gralora_fx.exporters.checkpoint_merge import merge_checkpoint
-            from gralora_fx.loading.adapter_facts import base_name
+            from gralora_fx.loading.adapter_facts import base_name, needed_quantization
         name = base_name(model, adapter)
-        report = merge_checkpoint(name, adapter, output, overwrite=overwrite, strict_base=strict_base)
+        how: Any = base_quantization
+        if how is None and model is None:
+            how = needed_quantization(config_fields(adapter)[0].get("base_quantization"), name)
+        options: dict[str, Any] = {"overwrite": overwrite, "strict_base": strict_base, "base_quantization": how}
+        report = merge_checkpoint(name, adapter, output, **options)
     print(report)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from gralora_fx.compat.transformers_models import HfQuantizer, should_convert_module
 from gralora_fx.errors import ConfigError, TraceError
 from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, check_not_packed, packed_quantization
-from gralora_fx.sources.four_bits import rounded_to_four_bits
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
+from gralora_fx.sources.rounded_weights import rounded_to_four_bits
 from gralora_fx.sources.saved_weights import read_weights
 
 
@@ -39,15 +39,31 @@ def quantization_of(
     return packed_quantization(fields, name, TraceError)
 
 
-def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> Iterator[nn.Linear | Conv1D]:
-    """The layers that transformers has bitsandbytes quantize: linear ones, but for those that it skips."""
+def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> Mapping[str, nn.Linear | Conv1D]:
+    """The layers that transformers has bitsandbytes quantize, by path: linear ones, but for those that it skips.
+
+    Args:
+        model: The model; its values are not read.
+        quantization: How they are quantized.
+
+    Raises:
+        ConfigError: There are none.
+    """
     names = quantization.skip_modules
     skipped = HfQuantizer.get_modules_to_not_convert(
         model, None if names is None else list(names), model._keep_in_fp32_modules
     )
-    for path, module in model.named_modules():
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skipped):
-            yield module
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skipped)
+    }
+    if not layers:
+        raise ConfigError(
+            f"{RECORD}={str(quantization)!r} has no effect: transformers finds no linear layer to quantize in "
+            f"{type(model).__name__}; leave it out"
+        )
+    return layers
 
 
 def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None:
@@ -62,14 +78,9 @@ def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None
     Raises:
         ConfigError: There are no such layers, or bitsandbytes is not installed.
     """
-    layers = list(quantized_layers(model, quantization))
-    if not layers:
-        raise ConfigError(
-            f"{RECORD}={str(quantization)!r} has no effect: transformers finds no linear layer to quantize in "
-            f"{type(model).__name__}; leave it out"
-        )
+    layers = quantized_layers(model, quantization)
     rounded_to_four_bits(torch.zeros(1, 2).numpy(), quantization)  # an error before any weight changes
-    for module in layers:
+    for module in layers.values():
         weight = module.get_parameter("weight")
         rounded = functools.partial(_rounded, quantization, is_turned=isinstance(module, Conv1D))
         if is_lazy(weight):

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.errors import CheckpointError, ConfigError, bulleted, listed, shown
-from gralora_fx.progress.stages import quiet
-from gralora_fx.sources.base_quantization import BLOCK_SIZES, KINDS, RECORD, BaseQuantization
+from gralora_fx.errors import CheckpointError, bulleted, listed, shown
+from gralora_fx.sources.base_quantization import BLOCK_SIZES, KINDS
 from gralora_fx.sources.rewriting import BLOCK, bytes_of
 from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor
 
@@ -60,7 +59,7 @@ class BlockScales:
         self.stored.read_into(values, first * kind.itemsize)
         if self.table is None or self.outer is None:
             return values.astype(np.float32, copy=False)
-        return _scales(values, first, self.table, self.outer, self.outer_size, self.offset)
+        return scales_of(values, first, self.table, self.outer, self.outer_size, self.offset)
 
 
 @dataclass(frozen=True)
@@ -83,18 +82,18 @@ class FourBitTensor(StoredTensor):
     kind: str
     is_turned: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all values are read for a part of them."""
+        return self.is_turned
+
     def turned(self) -> FourBitTensor:
         """The same weight transposed."""
         return replace(self, shape=self.shape[::-1], is_turned=not self.is_turned)
 
     def __call__(self) -> Tensor:
         """The values as a tensor in memory of its own."""
-        import torch
-
-        values = self.array()
-        if self.dtype == "BF16":
-            return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
-        return torch.from_numpy(values)
+        return as_tensor(self.array())
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
         """Fill a contiguous array with the bytes of the floats, from the `first` on.
@@ -119,10 +118,19 @@ class FourBitTensor(StoredTensor):
         packed = np.empty((stop + 1) // 2 - start // 2, np.uint8)
         self.codes.read_into(packed, start // 2)
         scales = self.scales.between(start // self.block_size, -(-stop // self.block_size))
-        return _values(packed, scales, self.table, self.block_size, start, stop)
+        return values_of(packed, scales, self.table, self.block_size, start, stop)
 
 
-def _scales(
+def as_tensor(values: NDArray[Any]) -> Tensor:
+    """An array as a tensor over the same memory, of bfloat16 too."""
+    import torch
+
+    if values.dtype == FLOATS["BF16"]:
+        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def scales_of(
     codes: NDArray[np.uint8],
     first: int,
     table: NDArray[np.float32],
@@ -130,12 +138,21 @@ def _scales(
     outer_size: int,
     offset: float,
 ) -> NDArray[np.float32]:
-    """Scales from their codes, of which the `first` is that of the first block."""
+    """Scales from their codes.
+
+    Args:
+        codes: Those of some blocks.
+        first: The number of the first of these blocks.
+        table: The values of the codes.
+        outer: The scale of each block of codes.
+        outer_size: Codes of such a block.
+        offset: What is added to each.
+    """
     scales: NDArray[np.float32] = table[codes] * outer[np.arange(first, first + len(codes)) // outer_size]
     return scales + np.float32(offset)
 
 
-def _values(
+def values_of(
     packed: NDArray[np.uint8],
     scales: NDArray[np.float32],
     table: NDArray[np.float32],
@@ -143,50 +160,20 @@ def _values(
     start: int,
     stop: int,
 ) -> NDArray[np.float32]:
-    """The values `start` to `stop`, from the bytes and the scales of the blocks that hold them."""
+    """The values `start` to `stop` of a weight in float32.
+
+    Args:
+        packed: The bytes that hold them.
+        scales: The scales of the blocks that hold them.
+        table: The 16 values.
+        block_size: Values with one scale.
+        start: The first value.
+        stop: The one after the last.
+    """
     pairs = np.stack((packed >> 4, packed & 15), axis=-1).reshape(-1)[start % 2 :][: stop - start]
     each = np.repeat(scales, block_size)[start % block_size :][: stop - start]
     values: NDArray[np.float32] = table[pairs] * each
     return values
-
-
-def rounded_to_four_bits(weight: NDArray[Any], quantization: BaseQuantization) -> NDArray[np.float32]:
-    """A float weight `[out, in]` as its layer in bitsandbytes multiplies by it, in float32.
-
-    bitsandbytes rounds it. What it rounded to is read as from a file, since its own kernel for processors with AVX-512
-    reads rows wrong that are not a whole number of blocks (0.50; those for GPUs do not).
-
-    Args:
-        weight: The values; those of half precision count as they are.
-        quantization: How they are rounded.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
-    """
-    import torch
-
-    try:
-        with quiet():
-            from bitsandbytes.functional import quantize_4bit
-    except ImportError as error:
-        raise ConfigError(
-            f"{RECORD}={str(quantization)!r} needs bitsandbytes, which rounds the base as it did for the adapter "
-            f"({error}); pip install 'gralora-fx[nf4]'. A base that it saved in four bits is read without it"
-        ) from error
-    values = torch.from_numpy(np.array(weight, np.float32, order="C"))
-    codes, state = quantize_4bit(
-        values,
-        blocksize=quantization.block_size,
-        compress_statistics=quantization.double,
-        quant_type=quantization.kind,
-    )
-    scales = state.absmax.numpy()
-    if quantization.double:
-        outer = state.state2
-        scales = _scales(scales, 0, outer.code.numpy(), outer.absmax.numpy(), outer.blocksize, float(state.offset))
-    packed, table = codes.reshape(-1).numpy(), state.code.numpy()
-    floats = _values(packed, scales, table, quantization.block_size, 0, values.numel()).reshape(weight.shape)
-    return floats.astype(FLOATS[quantization.stored_dtype], copy=False).astype(np.float32, copy=False)
 
 
 def decoded(

@@ -45,6 +45,17 @@ class Edit(Protocol):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The edit of a tensor whose values stay, where its bytes do not: it is stored in another form."""
+
+    takes_rows: bool = True
+
+    def prepare(self) -> RowEdit:
+        """Nothing is changed."""
+        return lambda rows, first: None
+
+
+@dataclass(frozen=True)
 class StoredBytes:
     """Bytes of a file, read by their place: nothing is mapped into memory.
 
@@ -59,6 +70,11 @@ class StoredBytes:
     begin: int
     end: int
     handle: int | None = field(default=None, kw_only=True)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are computed all at once, so that a part of them costs as much."""
+        return False
 
     @property
     def nbytes(self) -> int:
@@ -221,7 +237,8 @@ def _write(part: Part, target: int) -> None:
         return
     change, width = part.edit.prepare(), part.columns * part.dtype.itemsize
     count = part.nbytes // width if width else 0
-    step = max(1, BLOCK // max(1, part.columns) if part.edit.takes_rows else count)
+    is_whole = not part.edit.takes_rows or (part.source is not None and part.source.is_whole)
+    step = max(1, count if is_whole else BLOCK // max(1, part.columns))
     block = np.empty((min(step, count), part.columns), part.dtype)  # one for all, since fresh memory costs time
     for first in range(0, count, step):
         rows = block[: count - first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,17 +223,24 @@ class NewShard:
         return sum(t.numel for t in self.tensors.values()) - sum(t.numel for t in self.old.tensors.values())
 
 
-def rewritten_shard(old: Layout, changed: Mapping[str, NewTensor], added: Mapping[str, NewTensor]) -> NewShard:
+def rewritten_shard(
+    old: Layout,
+    changed: Mapping[str, NewTensor],
+    added: Mapping[str, NewTensor],
+    dropped: Set[str] = frozenset(),
+) -> NewShard:
     """A file in place of another: with changed tensors in their order, and added ones at the end.
 
     Args:
         old: The file.
         changed: Tensors in place of those of the same keys.
         added: Tensors with new keys.
+        dropped: Keys of tensors that it does not have.
     """
     new = {
         key: changed.get(key) or NewTensor(tensor.dtype, tensor.shape, source=tensor)
         for key, tensor in sorted(old.tensors.items(), key=lambda entry: (entry[1].begin, entry[1].end))
+        if key not in dropped
     } | dict(added)
     placed: dict[str, StoredTensor] = {}
     end = 0
@@ -242,9 +249,9 @@ def rewritten_shard(old: Layout, changed: Mapping[str, NewTensor], added: Mappin
         size = math.prod(tensor.shape) * FLOATS[tensor.dtype].itemsize if is_resized else old.tensors[key].nbytes
         placed[key] = StoredTensor(Path(old.file.name), end, end + size, key, tensor.dtype, tensor.shape)
         end += size
-    in_order = {key: placed[key] for key in [*old.tensors, *added]}
+    in_order = {key: placed[key] for key in [*old.tensors, *added] if key in placed}
     head = _header(in_order, old.metadata)
-    if not added and all(tensor.shape == old.tensors[key].shape for key, tensor in placed.items()):
+    if not added and not dropped and all(tensor.shape == old.tensors[key].shape for key, tensor in placed.items()):
         head = _first_bytes(old)  # byte for byte
     tensors = {key: replace(t, begin=t.begin + len(head), end=t.end + len(head)) for key, t in in_order.items()}
     parts = [_part(tensors[key], tensor) for key, tensor in new.items()]

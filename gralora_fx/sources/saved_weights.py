@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,11 +26,13 @@ class SavedWeights:
         directory: The directory.
         shards: Its safetensors files.
         has_index: Whether an index says which file holds which tensor.
+        others: Tensors that are read in place of those of their keys.
     """
 
     directory: Path
     shards: tuple[Layout, ...]
     has_index: bool
+    others: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -40,7 +42,7 @@ class SavedWeights:
             CheckpointError: They are quantized in a form that is not read, or damaged.
         """
         stored = {key: tensor for shard in self.shards for key, tensor in shard.tensors.items()}
-        return decoded_in(self.directory, stored)
+        return {**decoded_in(self.directory, stored), **self.others}
 
     @cached_property
     def quantization(self) -> BaseQuantization | None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import CheckpointError
 from gralora_fx.sources.base_quantization import BaseQuantization
-from gralora_fx.sources.four_bits import FourBitTensor, rounded_to_four_bits
+from gralora_fx.sources.four_bits import FourBitTensor
+from gralora_fx.sources.rounded_weights import rounded_to_four_bits
 from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor, read_layout
 from gralora_fx.sources.saved_weights import decoded_in, read_weights
 
