@@ -82,7 +82,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
-            `"int8-dynamic"` multiplies int8 weights by activations that are rounded to uint8 as they come; or None.
+            `"int8-dynamic"` multiplies int8 weights by activations that are rounded row by row; or None.
         block_size: For int8 and int4, values of a matrix's input axis that share a scale; a power of two, 16 or more,
             None for 32.
         accuracy_level: For int8 and int4, how ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in

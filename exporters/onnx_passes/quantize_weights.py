@@ -73,7 +73,7 @@ class _Products:
         """The writer of a format."""
         if form not in self.writers:
             self.writers[form] = (
-                BlockProducts(self.graph, form) if isinstance(form, Blocks) else ColumnProducts(self.graph)
+                BlockProducts(self.graph, form) if isinstance(form, Blocks) else ColumnProducts(self.graph, form)
             )
         return self.writers[form]
 
