@@ -31,6 +31,7 @@ NAMES = (
     "providers",
     "threads",
     "rounding",
+    "few_bits",
     "clients",
     "batch-lengths",
     "structure",

@@ -70,14 +70,14 @@ def run(iterations: int = 24) -> Report:
 
 def _model() -> GraloraModel:
     source = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    _permute_channels(source)
+    permute_channels(source)
     torch.manual_seed(0)
     config = GraloraConfig(r=32, alpha=ALPHA, target_modules=smollm2.PROJECTIONS, init_weights=False)
     return rewrite(trace(source, task="text-generation-with-past"), config).eval()
 
 
 @torch.no_grad()
-def _permute_channels(model: LlamaForCausalLM) -> None:
+def permute_channels(model: LlamaForCausalLM) -> None:
     """Permute a Llama's channels: the model's own, those within its MLPs and those of its values."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     hidden, within = (torch.randperm(n, generator=generator) for n in (config.hidden_size, config.intermediate_size))
@@ -132,7 +132,14 @@ def _measured(model: GraloraModel, form: Blocks, tokenizer: Any, texts: list[str
         directory = OUTPUT / f"{name} {mode}"
         begin = time.process_time()
         with mock.patch.object(ExportOptions, "format", form):
-            exported = export_onnx(model, directory, adapters=mode, quantize=f"int{form.bits}", verify=False)  # type: ignore[arg-type]
+            exported = export_onnx(
+                model,
+                directory,
+                adapters=mode,
+                quantize=f"int{form.bits}",
+                bits=4 if form.bits == 4 else None,
+                verify=False,
+            )  # type: ignore[arg-type]
         row.setdefault("MB", exported.files["model.onnx_data"] / 1e6)
         row.setdefault("export, CPU s", time.process_time() - begin)
         found = measure_quality(directory, model, DECODER.verification, texts=texts, tokenizer=tokenizer).tokens[-1]

@@ -27,6 +27,7 @@ from gralora_fx.exporters.flavours import flavour_of
 from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
 from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.choice import choose_formats
 from gralora_fx.exporters.reports import ExportReport, attention_report
 from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verify import verify_onnx
@@ -82,7 +83,10 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
-            `"int8-dynamic"` multiplies int8 weights by activations that are rounded row by row; or None.
+            `"int8-dynamic"` multiplies int8 weights by activations that are rounded to uint8 as they come; or None.
+        bits: For int4, the mean bits of an integer over all quantized weights, from 4 to 8: layers whose rounding costs
+            the outputs most have 8, the others 4 (see `quantization.choice`); None for 4.5. What was spent where is in
+            the report and the manifest.
         block_size: For int8 and int4, values of a matrix's input axis that share a scale; a power of two, 16 or more,
             None for 32.
         accuracy_level: For int8 and int4, how ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in
@@ -96,8 +100,8 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             (`loading.load_streamed`), which cannot be run.
         overwrite: Whether an earlier export of another base or task, or with more adapters, may be replaced.
         texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`); they need
-            a tokenizer. None for texts that a decoder draws itself, and for random inputs of other models. Not for an
-            encoder-decoder with a cache.
+            a tokenizer. Of int4, every second one, from the first, chooses bits instead. None for texts that a decoder
+            draws itself, and for random inputs of other models. Not for an encoder-decoder with a cache.
         dump: A directory to write the graph to after each pass, as text; None for that of the environment variable
             `GRALORA_FX_DUMP`, or none.
 
@@ -121,6 +125,9 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         if not options.overwrite:
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
+    if conversion.plan is not None:
+        with timed("choose", seconds):
+            conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
     with timed("convert", seconds), gc_pause():
         models = flavour.convert(conversion)
         if conversion.adapters is not None:
@@ -146,7 +153,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             if flavour.measures_quality(options):
                 with timed("quality", seconds):
                     quality = measure_quality(
-                        stage, model, flavour.verification, texts=options.texts, tokenizer=options.tokenizer
+                        stage, model, flavour.verification, texts=options.compared_texts, tokenizer=options.tokenizer
                     )
         files = digests.result()
         files |= describe_files(stage, [name for name in file_names(stage) if name not in files])
@@ -162,4 +169,5 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         quality,
         manifest.adapter_inputs,
         manifest.rows,
+        manifest.quantization,
     )

@@ -13,10 +13,12 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.quantization.formats import (
     BLOCK_BITS,
     DYNAMIC,
+    MEAN_BITS,
     Blocks,
     Columns,
     Format,
     accuracy_level_problem,
+    bits_problem,
     block_size_problem,
 )
 from gralora_fx.runtime.adapter_inputs import AS_DATA, EARLIER_MODES
@@ -58,6 +60,16 @@ class ExportOptions:
             "Store matrices as blocks of small integers; int8-dynamic: multiply in int8, activations rounded too. "
             "Left out: none.",
             NUMBERS,
+        ),
+    ] = None
+    bits: Annotated[
+        float | None,
+        Option(
+            "Of int4, the mean bits of an integer, from 4 to 8: layers where most is lost have 8, the others 4.",
+            NUMBERS,
+            metavar="BITS",
+            left_out="4.5",
+            problem=bits_problem,
         ),
     ] = None
     block_size: Annotated[
@@ -109,6 +121,12 @@ class ExportOptions:
         if isinstance(self.adapters, str):
             object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
         check_options(self, ExportError)
+        if self.bits is not None and self.quantize != "int4":
+            has = f"quantize={self.quantize!r} has 8 bits everywhere" if self.quantize else "nothing is quantized"
+            raise ExportError(
+                f"bits={self.bits} is the budget of quantize='int4', and {has}; leave it out, or take quantize='int4', "
+                "some of whose layers have 8 bits"
+            )
         if self.quantize == DYNAMIC:
             self._check_dynamic()
         if self.texts is not None:
@@ -126,6 +144,11 @@ class ExportOptions:
                 f"quantize={DYNAMIC!r} rounds float32 activations, so it does not go with "
                 f"precision={self.precision!r}; take precision='fp32'"
             )
+        if self.adapters in AS_DATA:
+            raise ExportError(
+                f"quantize={DYNAMIC!r} folds adapters first, so it does not go with adapters={self.adapters!r}; "
+                "take quantize='int8' or 'int4', over which adapters stay float"
+            )
 
     def _check_texts(self) -> None:
         if self.quantize is None:
@@ -137,6 +160,11 @@ class ExportOptions:
             raise ExportError(
                 "texts=... does not go with precision='bf16', which ONNX Runtime's CPU provider does not run; leave "
                 "one of them out"
+            )
+        if self.quantize == "int4" and len(self.texts or ()) == 1:
+            raise ExportError(
+                "texts=... has one text, and int4 needs two: every second one chooses bits, and the export is compared "
+                "on the others; give more, or leave it out"
             )
         if self.tokenizer is None:
             raise ExportError("texts=... needs tokenizer=...; give it too, or leave texts=... out")
@@ -178,7 +206,23 @@ class ExportOptions:
             return Columns()
         block_size = Blocks.block_size if self.block_size is None else self.block_size
         level = Blocks.accuracy_level if self.accuracy_level is None else self.accuracy_level
-        return Blocks(BLOCK_BITS[self.quantize], block_size, level)
+        rounding: Literal["nearest", "searched"] = "searched" if self.quantize == "int4" else "nearest"
+        return Blocks(BLOCK_BITS[self.quantize], block_size, level, rounding=rounding)
+
+    @property
+    def mean_bits(self) -> float:
+        """The mean bits of an integer that int4 may spend."""
+        return MEAN_BITS if self.bits is None else self.bits
+
+    @property
+    def choosing_texts(self) -> Sequence[str] | None:
+        """The texts by which int4 chooses bits: every second of those that are given, from the first."""
+        return self.texts[::2] if self.texts is not None and self.quantize == "int4" else None
+
+    @property
+    def compared_texts(self) -> Sequence[str] | None:
+        """The texts on which a quantized export is compared: those that chose nothing."""
+        return self.texts[1::2] if self.texts is not None and self.quantize == "int4" else self.texts
 
     @property
     def level(self) -> Literal["quick", "full"] | None:

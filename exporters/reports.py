@@ -14,7 +14,7 @@ from gralora_fx.runtime.adapter_inputs import AdapterInputs
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.runtime.placement import describe_placement
-from gralora_fx.runtime.quantized_weights import Quality
+from gralora_fx.runtime.quantized_weights import Quality, QuantizedWeights
 from gralora_fx.sources.paths import written_lines
 
 
@@ -267,6 +267,7 @@ class ExportReport:
         quality: What quantization changes, where that was measured.
         adapter_inputs: The adapter tensors that the export takes; None where adapters are folded.
         rows: The graph for rows that differ in length or adapter, or why there is none; None where none is asked for.
+        quantization: How matrices are quantized, and which have a format of their own; None for floats.
     """
 
     output_dir: Path
@@ -278,6 +279,7 @@ class ExportReport:
     quality: Quality | None = None
     adapter_inputs: AdapterInputs | None = None
     rows: RowsEntry | None = None
+    quantization: QuantizedWeights | None = None
 
     def __str__(self) -> str:
         """The files, the time of each stage, the adapters it takes, the verification, and what quantization changes."""
@@ -289,6 +291,8 @@ class ExportReport:
             lines.append(str(self.rows))
         if self.attention is not None:
             lines.append(str(self.attention))
+        if self.quantization is not None:
+            lines.append(str(self.quantization))
         if self.verification is not None:
             lines.append(str(self.verification))
         if self.quality is not None:

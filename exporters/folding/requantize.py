@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,13 @@ from gralora_fx.exporters.folding.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.sources.rewriting import RowEdit
 
+if TYPE_CHECKING:
+    from gralora_fx.exporters.quantization.block_search import BlockArrays
+
 _COLUMNS = 1024  # output features that are quantized at once
+_LARGEST_ERROR = (
+    10.0  # square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger
+)
 LEAST_SHARE = 0.5  # of an update that has to survive at every layer
 
 
@@ -104,7 +110,7 @@ class QuantizedEdit:
                 )
         result = source.copy()
         change(result, rows, slice(0, self.weight.in_features))
-        stored.store(outputs, result, layer.name)
+        stored.store(outputs, result, layer.name, is_near=source is before)
         survival = self.survival.setdefault(layer.name, Survival())
         if layer.values is None:
             survival.add(before, stored.values(outputs), result - source)
@@ -150,28 +156,51 @@ class _StoredBlocks:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
-        from gralora_fx.exporters.quantization.block_arrays import BlockArrays, dequantize_blocks  # it imports torch
+        from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks  # it imports torch
+
+        return dequantize_blocks(self._arrays(outputs), self.weight.bits, self.weight.in_features)
+
+    def _arrays(self, outputs: slice) -> BlockArrays:
+        """The blocks of output features, scales in float32."""
+        from gralora_fx.exporters.quantization.block_search import BlockArrays
 
         scales = self.all_scales[outputs]
         packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1)
         zero_points = None if self.all_zero_points is None else self.all_zero_points[outputs]
-        blocks = BlockArrays(packed, scales.astype(np.float32), zero_points)
-        return dequantize_blocks(blocks, self.weight.bits, self.weight.in_features)
+        return BlockArrays(packed, scales.astype(np.float32), zero_points)
+
+    @property
+    def form(self) -> Blocks:
+        """How they are stored; as far as they tell."""
+        return Blocks(self.weight.bits, self.weight.block_size, zero_points=self.all_zero_points is not None)
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
-        """Whether the stored values are within a step of others."""
-        step = np.abs(self.all_scales[outputs].astype(np.float32)).repeat(self.weight.block_size, axis=1)
-        return bool((np.abs(self.values(outputs) - source) <= 1.01 * step[:, : source.shape[1]] + 1e-12).all())
+        """Whether the stored values are as near to others as rounding puts them: each row's error tells."""
+        from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
 
-    def store(self, outputs: slice, values: NDArray[Any], path: str) -> None:
-        """Quantize values, rounded to the export's precision first, as an export does."""
-        from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
+        nearest = quantize_blocks(np.ascontiguousarray(source.T, dtype=np.float32), self.form)
+        least = dequantize_blocks(nearest, self.weight.bits, source.shape[1]) - source
+        errors = [np.square(change).sum(1) for change in (self.values(outputs) - source, least)]
+        return bool((errors[0] <= _LARGEST_ERROR * errors[1] + 1e-7 * np.square(source).sum(1) + 1e-20).all())
+
+    def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
+        """Quantize values, rounded to the export's precision first, as an export does.
+
+        Args:
+            outputs: The output features.
+            values: Their values `[n, in]`.
+            path: The layer, for messages.
+            is_near: Whether the values are the stored ones but for an update: scales and zero points stay where they
+                fit better than new ones, so that what the update leaves as it is returns to its grid.
+        """
+        from gralora_fx.exporters.quantization.block_arrays import quantize_blocks, with_scales
 
         dtype = self.all_scales.dtype
         rounded = values.astype(dtype) if dtype == np.float16 else values.astype(dtype).astype(np.float32)
-        weight, has_zero_points = self.weight, self.all_zero_points is not None
-        form = Blocks(weight.bits, weight.block_size, zero_points=has_zero_points)
-        blocks = quantize_blocks(np.ascontiguousarray(rounded.T), form)
+        columns = np.ascontiguousarray(rounded.T)
+        blocks = quantize_blocks(columns, self.form)
+        if is_near:
+            blocks = with_scales(columns, blocks, self._arrays(outputs), self.form)
         self.integers[outputs] = blocks.packed.reshape(len(blocks.packed), -1)
         self.all_scales[outputs] = blocks.scales.astype(dtype)
         if self.all_zero_points is not None:
@@ -181,12 +210,11 @@ class _StoredBlocks:
 
 @dataclass(frozen=True)
 class _StoredColumns:
-    """Columns: integers `[in, out]`, scales `[out]`, and factors of the input `[in]`, which stay as they are."""
+    """Columns of `MatMulInteger`: integers `[in, out]` and scales `[out]`."""
 
     weight: ProductWeight
     integers: NDArray[Any]
     all_scales: NDArray[Any]
-    factors: NDArray[Any] | None
 
     @property
     def parts(self) -> tuple[NDArray[Any], ...]:
@@ -195,21 +223,18 @@ class _StoredColumns:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
-        from gralora_fx.exporters.quantization.column_arrays import dequantize_columns
-
-        values = dequantize_columns(self.integers[:, outputs], self.all_scales[outputs], self.factors)
-        return np.ascontiguousarray(values.T)
+        return np.ascontiguousarray((self.integers[:, outputs].astype(np.float32) * self.all_scales[outputs]).T)
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Whether the stored values are within a step of others."""
-        step = self.all_scales[outputs][:, None] * (1 if self.factors is None else self.factors)
+        step = np.abs(self.all_scales[outputs])[:, None]
         return bool((np.abs(self.values(outputs) - source) <= 1.01 * step).all())
 
-    def store(self, outputs: slice, values: NDArray[Any], path: str) -> None:
+    def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
         """Quantize values."""
         from gralora_fx.exporters.quantization.column_arrays import quantize_columns
 
-        integers, scales = quantize_columns(np.ascontiguousarray(values.T), path, self.factors)
+        integers, scales = quantize_columns(np.ascontiguousarray(values.T), path)
         self.integers[:, outputs] = integers
         self.all_scales[outputs] = scales
 
@@ -218,8 +243,7 @@ def _stored(weight: ProductWeight) -> _StoredBlocks | _StoredColumns:
     """The tensors of a quantized weight, in memory of their own."""
     integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
     if weight.storage == "columns":
-        factors = None if weight.factors is None else read_rows(weight.factors).reshape(-1)
-        return _StoredColumns(weight, integers, scales.reshape(-1), factors)
+        return _StoredColumns(weight, integers, scales.reshape(-1))
     rows = [part.reshape(weight.out_features, -1) for part in (integers, scales, *zero_points)]
     return _StoredBlocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
 

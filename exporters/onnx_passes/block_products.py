@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, matrix_of, replace_product
@@ -51,10 +53,12 @@ class BlockProducts:
     Attributes:
         graph: The model's graph, which gets the initializers.
         form: How they are stored.
+        moments_of: Mean products of neighbouring inputs, by the names of a matrix's parameters.
     """
 
     graph: ir.Graph
     form: Blocks
+    moments_of: Callable[[Sequence[str]], Tensor | None]
     _stored: dict[ConstantMatrix, BlockValues] = field(default_factory=dict, init=False)
 
     @property
@@ -92,7 +96,7 @@ class BlockProducts:
 
     def _blocks(self, matrix: ConstantMatrix) -> BlockValues:
         if matrix not in self._stored:
-            self._stored[matrix] = _initializers(self.graph, matrix, self.form)
+            self._stored[matrix] = _initializers(self.graph, matrix, self.form, self.moments_of(matrix.names))
         return self._stored[matrix]
 
 
@@ -102,6 +106,7 @@ class _QuantizedBlocks:
 
     matrix: ConstantMatrix
     form: Blocks
+    moments: Tensor | None
     _parts: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
 
     def part(self, index: int) -> ir.TensorProtocol:
@@ -115,12 +120,12 @@ class _QuantizedBlocks:
         """The blocks of a group of columns."""
         columns = np.ascontiguousarray(columns)
         columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
-        blocks = quantize_blocks(columns, self.form)
+        blocks = quantize_blocks(columns, self.form, self.moments)
         scales = blocks.scales.astype(self.matrix.tensor.dtype.numpy())
         return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
 
 
-def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks) -> BlockValues:
+def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, moments: Tensor | None) -> BlockValues:
     """Add initializers for a matrix's packed integers, scales and zero points."""
     (inputs, outputs), dtype = matrix.sizes, matrix.tensor.dtype
     count, bits = -(-inputs // form.block_size), form.bits
@@ -133,7 +138,7 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks) -> Bloc
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
 
     def quantized() -> list[LazyTensor]:
-        computed = _QuantizedBlocks(matrix, form)
+        computed = _QuantizedBlocks(matrix, form, moments)
         return [
             LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.part, index))
             for index, (label, kind, shape) in enumerate(parts)

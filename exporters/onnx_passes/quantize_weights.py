@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.block_products import BlockProducts, tables_of_heads
+from gralora_fx.exporters.onnx_passes.builder import add_initializer
 from gralora_fx.exporters.onnx_passes.column_products import ColumnProducts
 from gralora_fx.exporters.onnx_passes.constant_matrices import (
     drop_unread,
     matrix_of,
-    num_values,
+    replace_product,
     unquantized,
 )
+from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
 from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.quantization.formats import Blocks, Format
 from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.exporters.quantization.record import Counts
+from gralora_fx.exporters.translation.weights import parts_of
 from gralora_fx.graph.pipeline import Pass, PassResult, contract
 
 
@@ -25,6 +29,9 @@ from gralora_fx.graph.pipeline import Pass, PassResult, contract
 @dataclass(frozen=True)
 class QuantizeWeights:
     """Store constant matrices as the plan says (see `BlockProducts` and `ColumnProducts` for the graphs).
+
+    Before: `y = MatMul(x, [Wq Wk Wv])`, where the plan gives `Wv` another format than the others
+    After:  `y = Concat(<product of x with [Wq Wk]>, <product of x with Wv>)`
 
     Attributes:
         plan: The format of each matrix.
@@ -38,7 +45,8 @@ class QuantizeWeights:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Quantize them, in place; the summary is `Counts`."""
         tables = self.tables | tables_of_heads(model)
-        products = _Products(model.graph)
+        self._part(model)
+        products = _Products(model.graph, self.plan)
         multiplications = 0
         for node in list(model.graph.all_nodes()):
             matrix = matrix_of(node)
@@ -46,20 +54,43 @@ class QuantizeWeights:
             if matrix is not None and form is not None:
                 products.of(form).multiply(node, matrix)
                 multiplications += 1
-        matrices = [matrix for writer in products.writers.values() for matrix in writer.matrices]
-        values = num_values(matrix.value for matrix in matrices)
-        for name in tables:
-            form = self.plan.format_of([name])
-            writer = None if form is None else products.of(form)
-            if isinstance(writer, BlockProducts):
-                writer.store_table(name)
-        blocks = [writer for writer in products.writers.values() if isinstance(writer, BlockProducts)]
-        lookups = sum(writer.look_up() for writer in blocks)
-        names = [str(matrix.value.name) for writer in products.writers.values() for matrix in writer.matrices]
-        drop_unread(model.graph, names)
-        return PassResult(
-            multiplications + lookups, unquantized(model), summary=Counts(multiplications, lookups, values)
+        counts = Counts.of(
+            (writer.form, *matrix.sizes, matrix.tensor.dtype.bitwidth)
+            for writer in products.all
+            for matrix in writer.matrices
         )
+        for name in sorted(tables):
+            form = self.plan.format_of([name])
+            if form is not None:
+                products.of(form).store_table(name)
+        lookups = sum(writer.look_up() for writer in products.all)
+        drop_unread(model.graph, [str(matrix.value.name) for writer in products.all for matrix in writer.matrices])
+        counts = counts._replace(multiplications=multiplications, lookups=lookups)
+        return PassResult(multiplications + lookups, unquantized(model), summary=counts)
+
+    def _part(self, model: ir.Model) -> None:
+        """Multiply by each part of a matrix whose parts have several formats."""
+        for node in list(model.graph.all_nodes()):
+            matrix = matrix_of(node)
+            parts = () if matrix is None or matrix.is_transposed else parts_of(matrix.tensor)
+            groups = [list(group) for _, group in itertools.groupby(parts, self._format_of_part)]
+            if matrix is None or len(groups) < 2:
+                continue
+            values = [[_initializer(model.graph, part) for part in group] for group in groups]
+            weights = [concat_initializers(model.graph, of) if len(of) > 1 else of[0] for of in values]
+            factors = [ir.node("MatMul", [node.inputs[0], weight]) for weight in weights]
+            for factor in factors:
+                factor.outputs[0].type = node.outputs[0].type
+            joined = ir.node("Concat", [factor.outputs[0] for factor in factors], attributes={"axis": -1})
+            replace_product(node, [*factors, joined])
+            drop_unread(model.graph, [str(matrix.value.name), *(str(part.name) for part in parts)])
+
+    def _format_of_part(self, part: ir.TensorProtocol) -> Format | None:
+        return self.plan.format_of([str(part.name)])
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    return graph.initializers.get(str(tensor.name)) or add_initializer(graph, tensor)
 
 
 @dataclass(frozen=True)
@@ -67,13 +98,21 @@ class _Products:
     """What writes the products of each format into a graph."""
 
     graph: ir.Graph
+    plan: QuantizationPlan
     writers: dict[Format, BlockProducts | ColumnProducts] = field(default_factory=dict)
+
+    @property
+    def all(self) -> tuple[BlockProducts | ColumnProducts, ...]:
+        """The writers of all formats that there are."""
+        return tuple(self.writers.values())
 
     def of(self, form: Format) -> BlockProducts | ColumnProducts:
         """The writer of a format."""
         if form not in self.writers:
             self.writers[form] = (
-                BlockProducts(self.graph, form) if isinstance(form, Blocks) else ColumnProducts(self.graph, form)
+                BlockProducts(self.graph, form, self.plan.moments_of)
+                if isinstance(form, Blocks)
+                else ColumnProducts(self.graph, form)
             )
         return self.writers[form]
 

@@ -5,41 +5,51 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gralora_fx.exporters.quantization.block_search import BlockArrays, packed, searched_blocks
 from gralora_fx.exporters.quantization.formats import Blocks
 
-
-class BlockArrays(NamedTuple):
-    """The values of a quantized matrix.
-
-    Attributes:
-        packed: `[N, K/block, block * bits / 8]`, uint8.
-        scales: `[N, K/block]`.
-        zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
-    """
-
-    packed: NDArray[np.uint8]
-    scales: NDArray[Any]
-    zero_points: NDArray[np.uint8] | None
+_FARTHEST = 8.0  # square of a column's error over that of plain rounding
 
 
-def quantize_blocks(matrix: NDArray[Any], form: Blocks) -> BlockArrays:
+def quantize_blocks(matrix: NDArray[Any], form: Blocks, moments: torch.Tensor | None = None) -> BlockArrays:
     """A matrix as blocks.
 
     Args:
         matrix: `[K, N]`, float32 or float16.
         form: How to quantize it.
+        moments: What is known of the inputs, for a search (see `searched_blocks`); None for nothing.
 
     Returns:
         The blocks, scales in the matrix's dtype.
     """
-    packed, scales, zero_points = _quantizer(form.bits, form.block_size, form.zero_points)(matrix)
-    return BlockArrays(packed, scales, zero_points if form.zero_points else None)
+    if form.rounding == "searched":
+        plain = searched_blocks(matrix, form, None)
+        return plain if moments is None else _nearer(matrix, searched_blocks(matrix, form, moments), plain, form)
+    integers, scales, zero_points = _quantizer(form.bits, form.block_size, form.zero_points)(matrix)
+    return BlockArrays(integers, scales, zero_points if form.zero_points else None)
+
+
+def _nearer(matrix: NDArray[Any], blocks: BlockArrays, plain: BlockArrays, form: Blocks) -> BlockArrays:
+    """Blocks that inputs shaped, but plain ones in columns that would be far from the matrix.
+
+    Few or much alike inputs would let weights drift that other inputs read.
+    """
+    fitted, own = (
+        np.square(
+            dequantize_blocks(of._replace(scales=of.scales.astype(np.float32)), form.bits, len(matrix)) - matrix.T
+        ).sum(1, dtype=np.float64)
+        for of in (blocks, plain)
+    )
+    for part, other in zip(blocks, plain, strict=True):
+        if part is not None and other is not None:
+            part[fitted > _FARTHEST * own] = other[fitted > _FARTHEST * own]
+    return blocks
 
 
 def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np.float32]:
@@ -50,13 +60,49 @@ def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np
         bits: Bits of a value.
         inputs: K.
     """
-    packed, scales, zero_points = blocks
-    zeros: Any = 2.0 ** (bits - 1)
-    if zero_points is not None:
-        zeros = _integers(zero_points, bits)[:, : packed.shape[1], None]
-    values = (_integers(packed, bits) - zeros) * scales[..., None]
-    rows: NDArray[np.float32] = values.reshape(len(packed), -1)[:, :inputs]
+    values = (_integers(blocks.packed, bits) - _zeros_of(blocks, bits)) * blocks.scales[..., None]
+    rows: NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
+
+
+def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays, form: Blocks) -> BlockArrays:
+    """Blocks of a matrix, those whose scale and zero point were better before with these.
+
+    Args:
+        matrix: `[K, N]`.
+        blocks: Its blocks.
+        earlier: Blocks of the same shapes, scales in float32.
+        form: How both are stored.
+    """
+    size, largest = form.block_size, 2**form.bits - 1
+    count = blocks.packed.shape[1]
+    rows = np.zeros((matrix.shape[1], count * size), np.float32)
+    rows[:, : len(matrix)] = matrix.T
+    values = rows.reshape(len(rows), count, size)
+    zeros = _zeros_of(earlier, form.bits)
+    scales = np.where(earlier.scales == 0, 1, earlier.scales)[..., None]
+    integers = (values / scales + zeros).round().clip(0, largest)
+    kept = BlockArrays(packed(integers.astype(np.uint8), form.bits), earlier.scales, earlier.zero_points)
+    fresh = blocks._replace(scales=blocks.scales.astype(np.float32))
+    both = [dequantize_blocks(of, form.bits, count * size) for of in (kept, fresh)]
+    errors = [np.square(of.reshape(values.shape) - values).sum(-1) for of in both]
+    is_kept = errors[0] <= errors[1]
+    zero_points = None
+    if blocks.zero_points is not None:
+        new = np.where(is_kept[..., None], zeros, _zeros_of(blocks, form.bits))[..., 0].astype(np.uint8)
+        zero_points = packed(np.pad(new, ((0, 0), (0, -count % (8 // form.bits)))), form.bits)
+    return BlockArrays(
+        np.where(is_kept[..., None], kept.packed, blocks.packed),
+        np.where(is_kept, kept.scales, blocks.scales).astype(blocks.scales.dtype),
+        zero_points,
+    )
+
+
+def _zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:
+    """The zero points `[N, blocks, 1]`."""
+    if blocks.zero_points is None:
+        return np.full((*blocks.scales.shape, 1), 2.0 ** (bits - 1), np.float32)
+    return _integers(blocks.zero_points, bits)[:, : blocks.packed.shape[1], None]
 
 
 def rounded_to_blocks(matrix: NDArray[Any], form: Blocks, dtype: torch.dtype) -> NDArray[np.float32]:
@@ -88,8 +134,8 @@ def _quantizer(
     return quantize
 
 
-def _integers(packed: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
+def _integers(stored: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
     """The integers of bytes along the last axis; of two in a byte the first is the low nibble."""
     if bits == 4:
-        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    return packed.astype(np.float32)
+        stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1)
+    return stored.astype(np.float32)

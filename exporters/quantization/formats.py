@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from gralora_fx.errors import ExportError
 
 DYNAMIC = "int8-dynamic"
 BLOCK_BITS = {"int4": 4, "int8": 8}
 LEAST_BLOCK = 16
+MEAN_BITS = 4.5  # of an integer of int4, where none is asked for
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,15 @@ class Blocks:
         block_size: Values that share a scale; a power of two, at least 16.
         accuracy_level: How ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8.
         zero_points: Whether a block has a zero point too; without one, zero is half of the integers' range.
+        rounding: `"nearest"`, ONNX Runtime's own by a block's smallest and largest value, or `"searched"`: the scale
+            and the zero point of those tried for which the squared error is least.
     """
 
     bits: int
     block_size: int = 32
     accuracy_level: int = 4
     zero_points: bool = True
+    rounding: Literal["nearest", "searched"] = "nearest"
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -39,25 +44,30 @@ class Blocks:
         if problem is not None:
             raise ExportError(problem)
 
+    def stored_bits(self, inputs: int, outputs: int, scale_bits: int = 32) -> int:
+        """Bits of a matrix `[inputs, outputs]` with its scales, its zero points and what pads its last blocks."""
+        blocks = -(-inputs // self.block_size)
+        zero_points = -(-blocks * self.bits // 8) * 8 if self.zero_points else 0
+        return outputs * (blocks * (self.block_size * self.bits + scale_bits) + zero_points)
+
+    def __str__(self) -> str:
+        """The integers and their blocks, in words."""
+        return f"int{self.bits} in blocks of {self.block_size}"
+
 
 @dataclass(frozen=True)
 class Columns:
-    """int8 integers with a scale for each column of a matrix; activations are rounded as they come, row by row.
+    """int8 integers with a scale for each column of a matrix; activations are rounded to uint8 as they come."""
 
-    Attributes:
-        activation_bits: Bits that activations are rounded to: 8, or 16, which are two products of 8.
-    """
+    bits: int = field(default=8, init=False)
 
-    activation_bits: int = 8
+    def stored_bits(self, inputs: int, outputs: int, scale_bits: int = 32) -> int:
+        """Bits of a matrix `[inputs, outputs]` with its scales."""
+        return outputs * (inputs * self.bits + scale_bits)
 
-    def __post_init__(self) -> None:
-        """Check the bits.
-
-        Raises:
-            ExportError: There are no products of so many; the message says of how many.
-        """
-        if self.activation_bits not in (8, 16):
-            raise ExportError(f"activation_bits={self.activation_bits!r} is not a width of activations; take 8 or 16")
+    def __str__(self) -> str:
+        """The integers and the activations, in words."""
+        return "int8 in columns, activations rounded"
 
 
 Format = Blocks | Columns
@@ -68,6 +78,14 @@ def block_size_problem(value: object) -> str | None:
     if _is_int(value) and value >= LEAST_BLOCK and not value & (value - 1):  # type: ignore[operator]
         return None
     return f"block_size={value!r} is not a block size; take a power of two, {LEAST_BLOCK} or more, such as 32"
+
+
+def bits_problem(value: object) -> str | None:
+    """What is wrong with a mean number of bits, or None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 4 <= value <= 8:  # type: ignore[operator]
+        return None
+    return f"bits={value!r} cannot be the mean of layers of 4 and of 8 bits; take 4 to 8, such as {MEAN_BITS}"
 
 
 def accuracy_level_problem(value: object) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from gralora_fx.exporters.quantization.formats import Format
 
 
@@ -16,10 +18,18 @@ class QuantizationPlan:
         default: The format of every matrix that has none of its own.
         by_matrix: Formats of their own by the names of the parameters; None for one that stays float. Of a parameter
             with several names each is in it.
+        gains: What a format of its own saves, compared with the default, by the same names: as much of the measure that
+            chose it (see `choice`).
+        chosen_by: What the formats were chosen by, in words; None where all have the default.
+        moments: Mean products of neighbouring inputs of a matrix, `[windows, width, width]`, for a rounding that is
+            searched, by the same names; inputs of others count alike.
     """
 
     default: Format
     by_matrix: Mapping[str, Format | None] = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
+    chosen_by: str | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def format_of(self, names: Iterable[str]) -> Format | None:
         """The format of a matrix, or None for one that stays float.
@@ -28,3 +38,11 @@ class QuantizationPlan:
             names: Names of the parameters that it holds side by side, which have one format.
         """
         return next((self.by_matrix[name] for name in names if name in self.by_matrix), self.default)
+
+    def moments_of(self, names: Iterable[str]) -> Tensor | None:
+        """Mean products of neighbouring inputs, or None where all inputs count alike.
+
+        Args:
+            names: Names of the parameters that a matrix holds side by side, which read the same input.
+        """
+        return next((self.moments[name] for name in names if name in self.moments), None)

@@ -1,23 +1,42 @@
-"""A plan as the manifest records it, and back."""
+"""A plan as the manifest records it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from gralora_fx.errors import ExportError
-from gralora_fx.exporters.quantization.formats import BLOCK_BITS, DYNAMIC, Blocks, Columns
+from gralora_fx.exporters.quantization.formats import DYNAMIC, Blocks, Format
 from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.graph.pipeline import PassLog
-from gralora_fx.runtime.quantized_weights import QuantizedWeights
+from gralora_fx.runtime.quantized_weights import LayerFormat, QuantizedWeights
 
 
 class Counts(NamedTuple):
-    """Numbers of matmuls and of lookups that read quantized values, and of the quantized values."""
+    """What is quantized.
+
+    Attributes:
+        multiplications: Nodes that multiply with quantized values.
+        lookups: Nodes that look up rows of them.
+        values: Values of the matrices that are multiplied with.
+        integer_bits: Bits of their integers.
+        stored_bits: The same with scales, zero points and padding.
+    """
 
     multiplications: int
     lookups: int
     values: int
+    integer_bits: int
+    stored_bits: int
+
+    @classmethod
+    def of(cls, matrices: Iterable[tuple[Format, int, int, int]]) -> Counts:
+        """Count matrices by format, inputs, outputs and bits of a scale; no nodes."""
+        values = integers = stored = 0
+        for form, inputs, outputs, scale_bits in matrices:
+            values += inputs * outputs
+            integers += inputs * outputs * form.bits
+            stored += form.stored_bits(inputs, outputs, scale_bits)
+        return cls(0, 0, values, integers, stored)
 
 
 def quantized_weights(plan: QuantizationPlan | None, log: PassLog) -> QuantizedWeights | None:
@@ -30,7 +49,7 @@ def quantized_weights(plan: QuantizationPlan | None, log: PassLog) -> QuantizedW
     if plan is None:
         return None
     counts = log.summaries(Counts)
-    multiplications, lookups, values = (sum(numbers) for numbers in zip(*counts, strict=True))
+    total = Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
     form = plan.default
     blocks = form if isinstance(form, Blocks) else None
     return QuantizedWeights(
@@ -38,29 +57,15 @@ def quantized_weights(plan: QuantizationPlan | None, log: PassLog) -> QuantizedW
         block_size=None if blocks is None else blocks.block_size,
         accuracy_level=None if blocks is None else blocks.accuracy_level,
         zero_points=None if blocks is None else blocks.zero_points,
-        multiplications=multiplications,
-        lookups=lookups,
-        values=values,
+        multiplications=total.multiplications,
+        lookups=total.lookups,
+        values=total.values,
+        bits=total.integer_bits / max(1, total.values),
+        stored_bits=total.stored_bits / max(1, total.values),
+        chosen_by=plan.chosen_by,
+        layers={
+            name: LayerFormat("float" if own is None else str(own), plan.gains.get(name))
+            for name, own in sorted(plan.by_matrix.items())
+            if own != form
+        },
     )
-
-
-def plan_of(weights: QuantizedWeights) -> QuantizationPlan:
-    """How the weights of an export were quantized, by its manifest.
-
-    Raises:
-        ExportError: It is of a kind, or has a value, that no export has.
-    """
-    if weights.block_size is None or weights.accuracy_level is None or weights.zero_points is None:
-        _check_kind(weights.kind, (DYNAMIC,))
-        return QuantizationPlan(Columns())
-    _check_kind(weights.kind, BLOCK_BITS)
-    form = Blocks(BLOCK_BITS[weights.kind], weights.block_size, weights.accuracy_level, weights.zero_points)
-    return QuantizationPlan(form)
-
-
-def _check_kind(kind: str, known: Collection[str]) -> None:
-    if kind not in known:
-        choices = " or ".join(map(repr, known))
-        raise ExportError(
-            f"the manifest says that weights are {kind!r}, and such are {choices}; export the model again"
-        )

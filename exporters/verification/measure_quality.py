@@ -18,7 +18,7 @@ from gralora_fx.exporters.verification.cases import Case, Verification
 from gralora_fx.exporters.verification.compared_tensors import check_finite
 from gralora_fx.exporters.verification.fresh_inputs import text_cases
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
-from gralora_fx.exporters.verification.reference_models import dequantized_model, evaluating
+from gralora_fx.exporters.verification.reference_models import evaluating, float32_model
 from gralora_fx.exporters.verification.token_quality import drawn_texts, token_quality, user_texts
 from gralora_fx.exporters.verification.variants import variants
 from gralora_fx.model.gralora_model import GraloraModel
@@ -79,7 +79,7 @@ def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | Gralor
     It is in evaluation mode within a block.
     """
     is_float32 = precision_of(base_trace(model).graph_module) == "fp32"
-    reference = model if is_float32 else dequantized_model(fold_adapters(model), "fp32")
+    reference = model if is_float32 else float32_model(fold_adapters(model), "fp32")
     with evaluating(model, reference):
         yield reference
 

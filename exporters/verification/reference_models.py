@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.conversion import base_trace, fold_adapters
+from gralora_fx.exporters.folding.initializers import ProductWeight, product_weights
+from gralora_fx.exporters.folding.matching_weights import weight_entries
+from gralora_fx.exporters.folding.requantize import dequantized, is_rounding_of
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
-from gralora_fx.exporters.quantization.block_arrays import rounded_to_blocks
-from gralora_fx.exporters.quantization.column_arrays import rounded_to_columns
-from gralora_fx.exporters.quantization.formats import Blocks, Format
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
-from gralora_fx.exporters.quantization.record import plan_of
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
@@ -30,12 +30,13 @@ from gralora_fx.methods.lora import LoraFactors
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.merging import replace_weights
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.normalize.modes import set_mode
 from gralora_fx.tracing.traced_model import TracedModel
 
-_COLUMNS = 4096  # dequantized at once
+_ROWS = 4096  # dequantized at once
 
 
 @contextmanager
@@ -49,65 +50,81 @@ def evaluating(model: TracedModel | GraloraModel, reference: TracedModel | Gralo
         reference.train(was_training)
 
 
-def reference_model(model: TracedModel | GraloraModel, manifest: Manifest) -> TracedModel | GraloraModel:
+def reference_model(
+    model: TracedModel | GraloraModel, manifest: Manifest, directory: Path
+) -> TracedModel | GraloraModel:
     """The model itself; for an export of another precision, the adapter-free model with the same rounded weights.
+
+    A quantized weight is what the export holds, if that is what the model's weight may be rounded to; else it is the
+    model's own, and a comparison shows the difference. So nothing here depends on how a weight was rounded.
 
     Args:
         model: The model that was exported.
         manifest: The export's manifest.
+        directory: The export directory.
 
     Raises:
         ExportError: The export holds quantized matrices that no linear layer of the model has.
     """
-    precision, blocks = manifest.precision, manifest.quantization
+    precision, quantized = manifest.precision, manifest.quantization
     traced = base_trace(model)
-    if blocks is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
+    if quantized is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
-    plan = None if blocks is None else plan_of(blocks)
-    called = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls}
-    known = sum(called.values())
-    if blocks is not None and blocks.values != known:
+    reference = float32_model(fold_adapters(model), precision)
+    if quantized is None:
+        return reference
+    stored = _stored_weights(directory, traced)
+    found = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls and site.path in stored}
+    if quantized.values != sum(found.values()):
         raise ExportError(
-            f"the export holds {blocks.values:,} quantized values and the model's linear layers {known:,}, so it "
-            "cannot be compared with a model of the same rounded weights; export with verify=False and "
-            "judge the export by its results"
+            f"the export holds {quantized.values:,} quantized values and the model's linear layers "
+            f"{sum(found.values()):,} of them, so it cannot be compared with a model of the same rounded weights; "
+            "export with verify=False and judge the export by its results"
         )
-    return dequantized_model(
-        fold_adapters(model), precision, plan, with_tables=blocks is not None and blocks.lookups > 0
-    )
+    weights = {site.path: _rounded(site, stored[site.path]) for site in reference.sites if site.path in stored}
+    shared = [
+        site
+        for site in reference.sites
+        if quantized.lookups and site.path in stored and _is_shared(reference, site, stored[site.path].weight)
+    ]
+    tables = {id(site.weight): weights.pop(site.path) for site in shared}
+    return _with_parameters(replace_weights(reference, weights), tables)
 
 
-def dequantized_model(
-    traced: TracedModel,
-    precision: str,
-    plan: QuantizationPlan | None = None,
-    *,
-    with_tables: bool = False,
-) -> TracedModel:
-    """The model with an export's rounded weights, in float32 arithmetic: activations are not rounded.
+class _StoredWeight(NamedTuple):
+    """The quantized weight of a layer: output features of an initializer."""
+
+    weight: ProductWeight
+    start: int
+    stop: int
+
+
+def _stored_weights(directory: Path, traced: TracedModel) -> dict[str, _StoredWeight]:
+    """The quantized weights of an export by the paths of the layers."""
+    paths = [path for path in sorted(directory.glob("*.onnx")) if path.name != ROWS_NAME]
+    graphs = {path.stem: ir.load(path).graph for path in paths}
+    weights = {
+        (f"{file}.onnx", weight.name): weight
+        for file, graph in graphs.items()
+        for weight in product_weights(graph)
+        if weight.storage != "float"
+    }
+    return {
+        path: _StoredWeight(weights[entry.file, entry.initializer], entry.start, entry.stop)
+        for path, entries in weight_entries(traced, graphs).items()
+        for entry in entries[:1]
+        if (entry.file, entry.initializer) in weights
+    }
+
+
+def float32_model(traced: TracedModel, precision: str) -> TracedModel:
+    """The model in float32 arithmetic with weights of its own, in memory, which were rounded to a precision.
 
     Args:
         traced: The adapter-free model, of any precision, its folded weights lazy or not.
-        precision: Precision to which the export's weights were cast.
-        plan: How its matrices were quantized after that, or None.
-        with_tables: Whether an embedding that is tied to a head reads the head's blocks.
-
-    Returns:
-        A model with weights of its own, which can be run.
+        precision: Precision to which weights are rounded.
     """
     dtype = DTYPES[precision]
-    model = _in_float32(traced, dtype)
-    if plan is None:
-        return model
-    formats = {site.path: plan.format_of(model.tree.names_of(site.weight)) for site in model.sites}
-    rounded = {site.path: _rounded(site, form, dtype) for site in model.sites if (form := formats[site.path])}
-    shared = [site for site in model.sites if with_tables and _is_shared(model, site, formats[site.path])]
-    tables = {id(site.weight): rounded.pop(site.path) for site in shared}
-    return _with_parameters(replace_weights(model, rounded), tables)
-
-
-def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
-    """The model with float32 weights rounded to another dtype."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)
     graph_module = cast_graph(graph_module, "fp32")
@@ -126,27 +143,24 @@ def _in_float32(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).eval()
 
 
-def _is_shared(traced: TracedModel, site: LinearSite, form: Format | None) -> bool:
+def _is_shared(traced: TracedModel, site: LinearSite, weight: ProductWeight) -> bool:
     """Whether a weight with other readers is stored as blocks for all of them."""
     is_read = bool(site.tied_with) or bool(other_readers(traced.graph_module, [site])[site.path])
-    return is_read and isinstance(form, Blocks) and site.in_features % form.block_size == 0
+    return is_read and weight.storage == "blocks" and site.in_features % weight.block_size == 0
 
 
-def _rounded(site: LinearSite, form: Format, dtype: torch.dtype) -> nn.Parameter:
-    """A site's weight, quantized and dequantized."""
-    matrix = site.weight if site.kind == "conv1d" else site.weight.t()  # [in, out]
-    values = torch.cat(list(_parts(matrix.detach(), form, dtype, site.path)), dim=1)
-    return nn.Parameter((values if site.kind == "conv1d" else values.t()).contiguous(), requires_grad=False)
-
-
-def _parts(matrix: Tensor, form: Format, dtype: torch.dtype, name: str) -> Iterator[Tensor]:
-    half = np.float16 if dtype == torch.float16 else np.float32  # the quantizer's input
-    for part in torch.split(matrix, _COLUMNS, dim=1):
-        values = np.ascontiguousarray(part.numpy(), dtype=half)
-        if isinstance(form, Blocks):
-            yield torch.from_numpy(rounded_to_blocks(values, form, dtype))
-        else:
-            yield torch.from_numpy(rounded_to_columns(values, name))
+def _rounded(site: LinearSite, stored: _StoredWeight) -> nn.Parameter:
+    """What the export holds of a site's weight, or the weight itself if that is not rounded to it."""
+    is_conv1d, (weight, start, stop) = site.kind == "conv1d", stored
+    own = site.weight.detach().t() if is_conv1d else site.weight.detach()  # [out, in]
+    parts = []
+    for first in range(0, len(own), _ROWS):
+        rows = own[first : first + _ROWS]
+        outputs = slice(start + first, min(start + first + _ROWS, stop))
+        is_rounding = is_rounding_of(weight, outputs.start, rows.numpy())
+        parts.append(torch.from_numpy(dequantized(weight, outputs)) if is_rounding else rows)
+    values = torch.cat(parts)
+    return nn.Parameter((values.t() if is_conv1d else values).contiguous(), requires_grad=False)
 
 
 def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: AdapterInputs) -> TracedModel:

@@ -52,18 +52,20 @@ class MeasuredTexts:
         return f"{len(self.rows)} given text{plural}"
 
 
-def drawn_texts(traced: TracedModel) -> MeasuredTexts:
-    """Sixteen texts of 24 tokens that the model draws: after the token that begins a text, or a random one without it.
+def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN) -> MeasuredTexts:
+    """Sixteen texts that the model draws: after the token that begins a text, or a random one without it.
 
     Args:
         traced: The model, traced with a cache.
+        seed: Seed of the random tokens.
+        length: Tokens of a text, if the context has room for twice as many.
     """
     vocabulary = vocabulary_of(traced) or 4
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     first = torch.randint(min(3, vocabulary - 1), vocabulary, (_COUNT,), generator=generator).tolist()
     begins = _special_tokens(traced, "bos_token_id", vocabulary)
     room = context_of(traced) or _DRAWN + _CONTINUED
-    length = min(_DRAWN, max(1, room // 2))
+    length = min(length, max(1, room // 2))
     return MeasuredTexts(
         rows=tuple((begins[0] if begins else token,) for token in first),
         drawn=length - 1,
@@ -161,7 +163,7 @@ def _steps(
         mask = torch.ones(len(rows), position + 1, dtype=torch.long)
         expected, actual = (read(ids, mask)[:, -1].float() for read in (own, export))
         yield _Step(position + 1 - lengths, expected, actual)
-        drawn = _draw(expected, texts.end, generator) if position + 1 < int(lengths.max()) else None
+        drawn = draw_tokens(expected, texts.end, generator) if position + 1 < int(lengths.max()) else None
         greedy = expected.argmax(-1)
         for index, row in enumerate(rows):
             if position + 1 < len(row):
@@ -171,8 +173,14 @@ def _steps(
         ids = greedy.unsqueeze(1)
 
 
-def _draw(logits: Tensor, end: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A token of every row by its probability, but none that ends the text."""
+def draw_tokens(logits: Tensor, end: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A token of every row by its probability, but none that ends the text.
+
+    Args:
+        logits: `[batch, vocabulary]`.
+        end: Tokens that end a text.
+        generator: Draws them.
+    """
     kept = logits.double()
     kept[:, list(end)] = float("-inf")
     return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]

@@ -42,6 +42,7 @@ class Variant:
             what makes the `RowSteps` of prompts, else a session; None where that is not compared.
         model: The model that was exported.
         manifest: The export's manifest.
+        directory: The export directory.
         name: The adapter; None for the base, or for an export whose adapters are folded.
         tensors: The adapter's tensors in the export, by name; empty without one.
     """
@@ -50,6 +51,7 @@ class Variant:
     rows: Any
     model: TracedModel | GraloraModel
     manifest: Manifest
+    directory: Path
     name: str | None
     tensors: Arrays
 
@@ -63,8 +65,8 @@ class Variant:
     def reference(self) -> TracedModel | GraloraModel:
         """What the export is compared with: the model, or one with the export's rounded weights."""
         if self.manifest.adapter_inputs is None or not isinstance(self.model, GraloraModel):
-            return reference_model(self.model, self.manifest)
-        base = reference_model(self.model.traced, self.manifest)
+            return reference_model(self.model, self.manifest, self.directory)
+        base = reference_model(self.model.traced, self.manifest, self.directory)
         if base is self.model.traced:
             return self.model
         assert isinstance(base, TracedModel)
@@ -99,7 +101,7 @@ def variants(
         _check_named(adapter_name, model, inputs, directory)
     taken = None if rows is None else AdaptersAsTaken(directory, manifest, rows)
     if inputs is None:
-        yield Variant(session, _rows_with(rows, taken, None, ()), model, manifest, None, {})
+        yield Variant(session, _rows_with(rows, taken, None, ()), model, manifest, directory, None, {})
         return
     names = model.active_adapters if isinstance(model, GraloraModel) else []
     there = {name: adapter_name or name for name in names}
@@ -108,7 +110,7 @@ def variants(
     for name in (None, *names):
         tensors: Arrays = {} if name is None else adapters[name]
         by_row = _rows_with(rows, taken, None if name is None else there[name], list(there.values()))
-        yield Variant(_session_with(session, inputs, tensors), by_row, model, manifest, name, tensors)
+        yield Variant(_session_with(session, inputs, tensors), by_row, model, manifest, directory, name, tensors)
 
 
 def _session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:

@@ -181,7 +181,7 @@ def _check_together(
     Raises:
         ConfigError: One has none.
     """
-    for name in ("block_size", "accuracy_level"):
+    for name in ("bits", "block_size", "accuracy_level"):
         if options[name] is not None and options["quantize"] is None:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} has no effect without --quantize; give --quantize too, or leave it out")

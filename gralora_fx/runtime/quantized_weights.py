@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How a matrix is stored that has a format of its own.
+
+    Attributes:
+        form: The format, in words.
+        gain: How much less is lost than in the others' format, by the measure that chose it; None where nothing was
+            measured.
+    """
+
+    form: str
+    gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -17,6 +32,10 @@ class QuantizedWeights:
         multiplications: Nodes that multiply with quantized values.
         lookups: Nodes that look up rows of blocks.
         values: Values of the matrices that are multiplied with.
+        bits: Mean bits of their integers; None where that was not recorded.
+        stored_bits: The same with scales, zero points and padding.
+        chosen_by: What the formats were chosen by, in words; None where all matrices have one.
+        layers: The matrices that have a format of their own, by the names of the parameters.
     """
 
     kind: str
@@ -26,6 +45,20 @@ class QuantizedWeights:
     multiplications: int
     lookups: int
     values: int
+    bits: float | None = None
+    stored_bits: float | None = None
+    chosen_by: str | None = None
+    layers: Mapping[str, LayerFormat] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """What was spent, and on which matrices."""
+        lines = [f"{self.kind}: {self.values:,} values"]
+        if self.bits is not None:
+            lines[0] += f" in {self.bits:.2f} bits, {self.stored_bits:.2f} with scales and zero points"
+        lines[0] += "" if self.chosen_by is None else f"; chosen by {self.chosen_by}"
+        for name, layer in self.layers.items():
+            lines.append(f"  {name}: {layer.form}" + ("" if layer.gain is None else f" (saves {layer.gain:.2e})"))
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

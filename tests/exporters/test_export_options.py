@@ -23,6 +23,23 @@ from gralora_fx.exporters.quantization.formats import Blocks
         ),
         ({"block_size": 24}, "block_size=24 is not a block size; take a power of two, 16 or more"),
         ({"accuracy_level": 2.0}, "accuracy_level=2.0 is not an accuracy level; take 0"),
+        (
+            {"quantize": "int4", "bits": 3.9},
+            "bits=3.9 cannot be the mean of layers of 4 and of 8 bits; take 4 to 8, such",
+        ),
+        ({"quantize": "int4", "bits": 8.1}, "bits=8.1 cannot be the mean"),
+        ({"quantize": "int4", "bits": "5"}, "bits='5' cannot be the mean"),
+        ({"quantize": "int4", "bits": float("nan")}, "bits=nan cannot be the mean"),
+        (
+            {"quantize": "int8", "bits": 5},
+            "bits=5 is the budget of quantize='int4', and quantize='int8' has 8 bits every",
+        ),
+        (
+            {"quantize": "int8-dynamic", "bits": 5},
+            "bits=5 is the budget of quantize='int4', and quantize='int8-dynamic'",
+        ),
+        ({"bits": 5}, "bits=5 is the budget of quantize='int4', and nothing is quantized; leave it out"),
+        ({"quantize": "int4", "texts": ["one"], "tokenizer": "."}, r"texts=\.\.\. has one text, and int4 needs two"),
         ({"logits": "first"}, "logits='first' is not available; take 'last' or 'all'"),
         ({"verify": "slow"}, "verify='slow' is not available; take 'quick' or 'full'"),
         ({"verify": None}, "verify=None is not available"),
@@ -44,4 +61,4 @@ def test_options_say_what_they_mean() -> None:
         None,
     ]
     assert ExportOptions().format is None
-    assert ExportOptions(quantize="int4", block_size=64).format == Blocks(4, 64)
+    assert ExportOptions(quantize="int4", block_size=64).format == Blocks(4, 64, rounding="searched")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from traces import fresh_trace
 from gralora_fx import trace
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx
+from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.formats import BLOCK_BITS, Blocks
+from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.serving import load
 
 
@@ -36,6 +39,18 @@ def test_quantized_weights_are_refused_unless_asked_for(quantize: Any, tmp_path:
     with pytest.raises(MergeError, match=message):
         case.fold()
     assert not case.out.exists()
+
+
+@pytest.fixture(autouse=True)
+def one_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let int4 have blocks of one width, rounded to the nearest, which a fold rounds as an export does."""
+
+    def chosen(conversion: Conversion, _: Any) -> QuantizationPlan | None:
+        form = None if conversion.plan is None else conversion.plan.default
+        is_searched = isinstance(form, Blocks) and form.rounding == "searched"
+        return QuantizationPlan(dataclasses.replace(form, rounding="nearest")) if is_searched else conversion.plan  # type: ignore[type-var]
+
+    monkeypatch.setattr("gralora_fx.exporters.onnx.choose_formats", chosen)
 
 
 def without_zero_points(monkeypatch: pytest.MonkeyPatch, kind: str, block_size: int = 32) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.block_arrays import rounded_to_blocks
 from gralora_fx.exporters.quantization.formats import Blocks
 
@@ -57,7 +59,10 @@ def test_verification_sees_wrong_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("bits", [4, 8])
-def test_blocks_are_those_of_onnxruntimes_quantizer(bits: int, tmp_path: Path) -> None:
+def test_nearest_blocks_are_those_of_onnxruntimes_quantizer(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExportOptions, "format", Blocks(bits))
     module = nn.Linear(96, 40, bias=False)
     export_onnx(trace(module, (torch.randn(2, 96),)), tmp_path / "onnx", quantize=f"int{bits}", verify=False)  # type: ignore[arg-type]
     matrix = module.weight.detach().T.numpy()
@@ -82,9 +87,10 @@ def test_blocks_are_those_of_onnxruntimes_quantizer(bits: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path) -> None:
+def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Linear(72, 24, bias=False)  # 72: the last block is a part of one
     form = Blocks(bits, accuracy_level=1)
+    monkeypatch.setattr(ExportOptions, "format", form)
     export_onnx(trace(module, (torch.randn(2, 72),)), tmp_path / "onnx", quantize=f"int{bits}", accuracy_level=1)  # type: ignore[arg-type]
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     (identity,) = session.run(None, {session.get_inputs()[0].name: np.eye(72, dtype=np.float32)})
@@ -95,6 +101,7 @@ def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path) -
 def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> None:
     traced = fresh_trace("gpt2", task=CACHED)
     report = export_onnx(traced, tmp_path / "onnx", quantize="int4")
+    assert report.quantization is not None
     counts = operators(tmp_path / "onnx")
     assert (counts["MatMulNBits"], counts["GatherBlockQuantized"], counts["MatMul"]) == (9, 1, 0)
     stored = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
@@ -108,6 +115,10 @@ def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> 
         "multiplications": 9,
         "lookups": 1,
         "values": sum(site.weight.numel() for site in traced.sites),
+        "bits": pytest.approx(4.5, abs=0.2),
+        "stored_bits": pytest.approx(5.6, abs=0.3),
+        "chosen_by": "16 texts of 31 tokens that the model drew",
+        "layers": {name: dataclasses.asdict(layer) for name, layer in report.quantization.layers.items()},
     }
     assert report.verification is not None
     assert report.verification.passed

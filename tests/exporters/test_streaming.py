@@ -41,7 +41,7 @@ def saved(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> tup
         ("llama", False, {}),
         ("llama", True, {}),
         ("llama", True, {"precision": "fp16"}),
-        ("gpt2", True, {"quantize": "int4"}),
+        ("gpt2", True, {"quantize": "int8"}),
     ],
 )
 def test_a_streamed_export_is_the_other_byte_for_byte(
@@ -63,7 +63,7 @@ def test_weights_of_half_precision_files_are_cast_as_loading_casts_them(tmp_path
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("bert", {"precision": "fp16"}), ("vit", {"quantize": "int4", "block_size": 16})],
+    [("bert", {"precision": "fp16"}), ("vit", {"quantize": "int8", "block_size": 16})],
 )
 def test_a_model_without_a_cache_streams_too(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path / "base", max_shard_size="20KB")

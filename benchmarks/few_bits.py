@@ -1,0 +1,13 @@
+"""Weights of few bits: what they cost SmolLM2's tokens, and what others make of the same bytes."""
+
+from __future__ import annotations
+
+from benchmarks import few_bits_quality
+from benchmarks.harness import Report
+
+
+def run() -> Report:
+    """Measure bits, bytes, the share of positions with float32's token, and divergence."""
+    report = Report("few_bits", "few bits: SmolLM2-135M on held-out news")
+    few_bits_quality.measure(report)
+    return report

@@ -1,0 +1,155 @@
+"""Tokens of SmolLM2-135M in few bits: our exports, onnxruntime-genai's and llama.cpp's quantizers on the same texts.
+
+The one file of the model that pip serves holds 4-bit weights (Q4_1). Channels are permuted first, so that nobody gets
+its blocks back (see `benchmarks.rounding`). Bits are chosen by texts that the model draws itself; the figures are of
+held-out news. An export is run as it is served, in ONNX Runtime, activations rounded too. Of llama.cpp weights alone
+are measured, by its own `ggml_quantize_chunk` and dequantized, in float32 arithmetic: it rounds activations too when it
+runs, which costs it a little more.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from benchmarks import genai, ggml, smollm2
+from benchmarks.harness import Claim, Report, Table, progress
+from benchmarks.rounding import permute_channels
+from gralora_fx import TracedModel, trace
+from gralora_fx.demo.news_classifier import load_news
+from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.formats import Blocks
+from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
+from gralora_fx.exporters.verification.token_quality import kl_divergence, user_texts
+from gralora_fx.runtime.session import open_session
+
+BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits")
+TEXTS = 24  # of at most 128 tokens
+INT4, BEFORE, EQUAL = "int4 (bits=4.5)", "int4 of before (blocks of 32, nearest)", "int4 at Q4_K_M's bytes"
+Q4_1, Q4_K_M = "llama.cpp Q4_1", "llama.cpp Q4_K_M"
+Logits = Callable[[Tensor], Tensor]  # of token ids `[1, length]`
+
+
+def measure(report: Report) -> None:
+    """Add a table and what is promised of it."""
+    smollm2.base(BASE)
+    source = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    permute_channels(source)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    traced = trace(source, task="text-generation-with-past")
+    texts = [text for text, _ in load_news(0).test[:TEXTS]]
+    rows = [torch.tensor([row]) for row in user_texts(texts, tokenizer, traced).rows]
+    expected = [_logits(source, ids) for ids in rows]
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, logits: Logits, stored_bits: float, megabytes: float | str) -> None:
+        pairs = [(reference, logits(ids)) for ids, reference in zip(rows, expected, strict=True)]
+        same = torch.cat([one.argmax(-1) == other.argmax(-1) for one, other in pairs]).float().mean()
+        divergence = torch.cat([kl_divergence(one, other) for one, other in pairs]).mean()
+        found[name] = {"stored bits": stored_bits, "MB": megabytes, "same token %": 100 * float(same)}
+        found[name] |= {"KL": float(divergence)}
+
+    def export(name: str, form: Blocks | None = None, **options: Any) -> None:
+        progress(name)
+        session, bits, size = _exported(traced, form, options)
+        add(name, lambda ids: DecoderSteps(session, 1)(ids, torch.ones_like(ids))[0], bits, size)
+
+    export("int8", quantize="int8")
+    export(BEFORE, Blocks(4), quantize="int4", bits=4)
+    export(INT4, quantize="int4")
+    export("int8-dynamic", quantize="int8-dynamic")
+    if ggml.is_installed():
+        for name, recipe in ((Q4_1, "Q4_1"), (Q4_K_M, "Q4_K_M")):
+            progress(name)
+            model, bits = _by_ggml(source, recipe)
+            add(name, lambda ids, model=model: _logits(model, ids), bits, bits * _values(source) / 8e6)  # type: ignore[misc]
+        export(EQUAL, quantize="int4", bits=_bits_for(found[Q4_K_M]["stored bits"], found[INT4]["stored bits"]))
+    else:
+        report.notes.append(f"llama.cpp's quantizers are not installed: {ggml.INSTALL}")
+    progress("genai")
+    session, bits, size = _by_genai(source, tokenizer)
+    add("genai k_quant_mixed", lambda ids: DecoderSteps(session, 1)(ids, torch.ones_like(ids))[0], bits, size)
+    title = f"{sum(row.numel() for row in rows)} positions of {TEXTS} held-out texts; bits with scales and zero points"
+    report.tables.append(Table(title, [{"weights": name, **row} for name, row in found.items()]))
+    report.claims += list(_claims(found))
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+
+
+def _claims(found: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
+    share = {name: row["same token %"] for name, row in found.items()}
+    claims = [Claim("int4 at 4.5 bits: float32's token, %", share[INT4], at_least=75)]
+    if Q4_K_M in found:
+        claims.append(Claim("int4 over llama.cpp Q4_1, share", share[INT4] / share[Q4_1], at_least=1))
+        claims.append(Claim("int4 over Q4_K_M at its bytes, share", share[EQUAL] / share[Q4_K_M], at_least=1))
+        larger = found[EQUAL]["stored bits"] / found[Q4_K_M]["stored bits"]
+        claims.append(Claim("its stored bits over Q4_K_M's", larger, at_most=1))
+    return claims
+
+
+def _bits_for(stored: float, usual: float) -> float:
+    """The mean bits whose stored bits are at most some, from those of 4.5: a bit more costs hardly more than one."""
+    return round(4.5 + (stored - usual) * 0.97 - 0.005, 2)
+
+
+@torch.no_grad()
+def _logits(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    logits: Tensor = model(ids, use_cache=False).logits[0]
+    return logits
+
+
+def _values(model: LlamaForCausalLM) -> int:
+    return sum(linear.weight.numel() for linear in _linears(model).values())
+
+
+def _linears(model: LlamaForCausalLM) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def _exported(traced: TracedModel, form: Blocks | None, options: Mapping[str, Any]) -> tuple[Any, float, float]:
+    """A session over an export, its stored bits a value and the size of its weights in MB."""
+    patched = mock.patch.object(ExportOptions, "format", form) if form is not None else mock.MagicMock()
+    with patched:
+        exported = export_onnx(traced, OUTPUT / "onnx", logits="all", verify=False, overwrite=True, **options)
+    assert exported.quantization is not None
+    stored = exported.quantization.stored_bits or 0.0
+    return open_session(OUTPUT / "onnx"), stored, exported.files["model.onnx_data"] / 1e6
+
+
+def _by_ggml(source: LlamaForCausalLM, recipe: str) -> tuple[LlamaForCausalLM, float]:
+    """A copy with the values that llama.cpp's blocks stand for, and its stored bits a value."""
+    matrices = {name: linear.weight.detach().numpy() for name, linear in _linears(source).items()}
+    result = ggml.quantized(matrices, recipe, source.config.num_hidden_layers)
+    copy = LlamaForCausalLM(source.config).eval()
+    copy.load_state_dict(source.state_dict())
+    with torch.no_grad():
+        for name, linear in _linears(copy).items():
+            linear.weight.copy_(torch.from_numpy(result.values[name]))
+    return copy, result.stored_bits / _values(source)
+
+
+def _by_genai(source: LlamaForCausalLM, tokenizer: Any) -> tuple[Any, float, float]:
+    """A session over onnxruntime-genai's graph, its stored bits a value of what is quantized, and its size in MB."""
+    checkpoint = OUTPUT / "checkpoint"
+    source.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    built = genai.build(checkpoint, OUTPUT / "genai", "int4", OUTPUT / "cache", int4_algo_config="k_quant_mixed")
+    graph = ir.load(built / "model.onnx").graph
+    bits = values = 0
+    for node in graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            parts = [
+                value.const_value for value in node.inputs[1:4] if value is not None and value.const_value is not None
+            ]
+            bits += sum(8 * part.nbytes for part in parts)
+            values += node.attributes["K"].as_int() * node.attributes["N"].as_int()
+    size = sum(path.stat().st_size for path in built.glob("*.data")) / 1e6
+    return open_session(built), bits / max(1, values), size

@@ -1,0 +1,213 @@
+"""The choice of an int4 export's formats: 8 bits go where they save most, by measured error, within a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
+from gralora_fx.exporters.conversion import Conversion, base_trace
+from gralora_fx.exporters.fx_passes.cast_graph import precision_of
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantization.formats import Blocks
+from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantization.sensitivity import Sensitivities, measure_sensitivities
+from gralora_fx.exporters.verification.cases import Verification
+from gralora_fx.exporters.verification.compared_tensors import step_inputs
+from gralora_fx.exporters.verification.fresh_inputs import text_cases
+from gralora_fx.exporters.verification.greedy_tokens import ModelSteps
+from gralora_fx.exporters.verification.reference_models import evaluating, float32_model
+from gralora_fx.exporters.verification.token_quality import draw_tokens, drawn_texts, user_texts
+from gralora_fx.graph.sites import LinearSite, other_readers
+from gralora_fx.sources.lazy_tensors import values_of
+from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, empty_cache
+from gralora_fx.tracing.traced_model import TracedModel
+
+_DRAWN = 64  # tokens of a text that the model draws
+_TOGETHER = 4  # texts that are run at once
+_ROWS = 1024  # output features of a matrix whose errors stand for all
+_WIDER = (128, 64)  # blocks of eight bits, which lose little with fewer scales
+_LEAST_POSITIONS = 16
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A matrix that can have more bits.
+
+    Attributes:
+        names: Names of the parameter.
+        values: Number of its values.
+        form: The format with more bits.
+        gain: How much less is lost in it.
+    """
+
+    names: tuple[str, ...]
+    values: int
+    form: Blocks
+    gain: float
+
+
+def choose_formats(conversion: Conversion, verification: Verification) -> QuantizationPlan | None:
+    """The plan of an export: for int4 by measured error, for other kinds of quantization as it is.
+
+    Each layer's rounding error is weighed by what it costs the model's outputs (see `sensitivity`); 8 bits go to the
+    layers where they save most for each bit more, until the mean reaches the budget. The float model is run on every
+    second of a user's texts, on texts that a decoder draws itself, or on random inputs of other models. A streamed
+    model cannot be run: there the relative errors of the weights themselves count.
+
+    Args:
+        conversion: What is converted.
+        verification: Gives inputs of models that draw no texts.
+
+    Raises:
+        ExportError: The texts are too short, or do not fit the model.
+    """
+    plan, options = conversion.plan, conversion.options
+    if plan is None or not isinstance(plan.default, Blocks) or plan.default.bits != 4:
+        return plan
+    traced = conversion.traced
+    measured, chosen_by = _measured(conversion, verification)
+    wider = [size for size in _WIDER if options.block_size is None]
+    names = {site.path: traced.tree.names_of(site.weight) or (f"{site.path}.weight",) for site in traced.sites}
+    sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
+    tied = other_readers(traced.graph_module, sites)
+    candidates = [
+        _candidate(site, names[site.path], plan.default, measured, () if tied[site.path] else wider) for site in sites
+    ]
+    taken = _within(candidates, options.mean_bits)
+    layers = {} if measured is None else measured.layers
+    moments = {name: layer.inputs.means for path, layer in layers.items() for name in names[path] if layer.inputs.reads}
+    return QuantizationPlan(
+        plan.default,
+        {name: one.form for one in taken for name in one.names},
+        {name: one.gain for one in taken for name in one.names},
+        chosen_by,
+        moments,
+    )
+
+
+def _within(candidates: Sequence[_Candidate], bits: float) -> list[_Candidate]:
+    """Those that save most for each bit more, as many as the mean number of bits allows."""
+    room = (bits - 4) * sum(one.values for one in candidates)
+    taken = []
+    for one in sorted(candidates, key=lambda one: one.gain / one.values, reverse=True):
+        cost = one.values * (one.form.bits - 4)
+        if one.gain > 0 and cost <= room:
+            taken.append(one)
+            room -= cost
+    return taken
+
+
+def _candidate(
+    site: LinearSite, names: tuple[str, ...], form: Blocks, measured: Sensitivities | None, wider: Sequence[int]
+) -> _Candidate:
+    """What eight bits would save at a layer: the widest blocks that lose at most a hundredth more than narrow ones."""
+    weight = values_of(site.weight, names[0]).detach().float()
+    matrix = weight.t() if site.kind == "conv1d" else weight  # [out, in]
+    rows = torch.arange(0, len(matrix), max(1, len(matrix) // _ROWS))
+    sample = np.ascontiguousarray(matrix[rows].numpy())
+    layer = None if measured is None else measured.layers.get(site.path)
+    squares = None if layer is None or not layer.inputs.reads else layer.inputs.squares
+
+    def loss(of: Blocks) -> float:
+        blocks = quantize_blocks(np.ascontiguousarray(sample.T), of, squares)
+        change = dequantize_blocks(blocks, of.bits, sample.shape[1]) - sample
+        if measured is None:
+            return float(np.square(change).sum() / max(np.square(sample).sum(), 1e-30))
+        return measured.loss(site.path, torch.from_numpy(change), rows)
+
+    four = loss(form)
+    narrow = dataclasses.replace(form, bits=8, rounding="nearest")
+    best, least = narrow, loss(narrow)
+    for size in wider:
+        other = dataclasses.replace(narrow, block_size=size)
+        if size > form.block_size and site.in_features >= size and (found := loss(other)) <= least + four / 100:
+            return _Candidate(names, site.weight.numel(), other, four - found)
+    return _Candidate(names, site.weight.numel(), best, four - least)
+
+
+def _measured(conversion: Conversion, verification: Verification) -> tuple[Sensitivities | None, str]:
+    """What rounding costs the model, and what it was measured on."""
+    model, options = conversion.model, conversion.options
+    if any(parameter.is_meta for parameter in base_trace(model).tree.parameters.values()):
+        return None, "the errors of the weights themselves, as a streamed model is not run"
+    traced = conversion.traced
+    is_ready = traced is model or traced is base_trace(model)
+    if not (is_ready and precision_of(traced.graph_module) == "fp32"):
+        traced = float32_model(traced, "fp32")
+    with evaluating(model, traced):
+        cases, inputs = _cases(traced, options, verification)
+        try:
+            return measure_sensitivities(traced, cases), inputs
+        except (RuntimeError, NotImplementedError) as error:
+            return None, f"the errors of the weights themselves, as the model gives no gradients ({first_line(error)})"
+
+
+def _cases(
+    traced: TracedModel, options: ExportOptions, verification: Verification
+) -> tuple[list[Mapping[str, Any]], str]:
+    """Inputs on which the model is run, and what they are."""
+    texts = options.choosing_texts
+    if traced.cache_layout is not CacheLayout.DECODER:
+        if texts is None:
+            return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
+        cases = [case for _, case in text_cases(texts, options.tokenizer, traced)]
+        _check_long(sum(_positions(case) for case in cases))
+        return cases, f"{len(texts)} of the given texts"
+    if texts is None:
+        rows = _drawn(traced)
+        return [_step(traced, part) for part in torch.split(rows, _TOGETHER)], (
+            f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
+        )
+    given = user_texts(texts, loaded_tokenizer(options.tokenizer), traced).rows
+    _check_long(sum(map(len, given)))
+    return list(_batches(traced, given)), f"{len(texts)} of the given texts"
+
+
+def _check_long(positions: int) -> None:
+    if positions < _LEAST_POSITIONS:
+        raise ExportError(
+            f"texts=... has {positions} tokens in every second text, by which int4 chooses bits, and they are too few: "
+            f"give texts with {_LEAST_POSITIONS} at least, or leave them out"
+        )
+
+
+def _positions(case: Mapping[str, Any]) -> int:
+    mask = case.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    return max((value.numel() for value in case.values() if isinstance(value, Tensor)), default=0)
+
+
+def _batches(traced: TracedModel, rows: Sequence[tuple[int, ...]]) -> Iterator[Mapping[str, Any]]:
+    """Texts of one length together, some at a time."""
+    for _, group in groupby(sorted(rows, key=len), key=len):
+        for part in torch.split(torch.tensor(list(group)), _TOGETHER):
+            yield _step(traced, part)
+
+
+def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
+    """What a decoder takes to read texts from their beginning."""
+    inputs = step_inputs(ids, torch.ones_like(ids), traced.input_names)
+    return {**traced.constants, **inputs, PAST: empty_cache(traced.example_inputs[PAST], len(ids))}
+
+
+@torch.no_grad()
+def _drawn(traced: TracedModel) -> Tensor:
+    """Texts that the model draws, `[texts, length]`; others than those on which an export is compared."""
+    texts = drawn_texts(traced, seed=1, length=_DRAWN)
+    ids = torch.tensor(texts.rows)
+    steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
+    for length in range(1, texts.drawn + 1):
+        logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1]
+        ids = torch.cat([ids, draw_tokens(logits.float(), texts.end, generator)[:, None]], dim=1)
+    return ids

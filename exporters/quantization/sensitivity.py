@@ -1,0 +1,264 @@
+"""What rounding a weight costs a model's outputs: squares of the layers' inputs and of the outputs' gradients.
+
+The mean KL divergence of a position, in nats, that a small change of weights `D [out, in]` brings is about
+`1/2 sum_ij g_i x_j D_ij^2`: `x_j` is the mean square of an input, `g_i` the mean square of the gradient of
+`-log p(y)` by an output, with `y` drawn of the model's own probabilities. That is the diagonal of the Fisher
+information with inputs and gradients taken as independent, as in K-FAC (arXiv:1503.05671). For outputs that are not
+logits it is half the mean square change of their values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.graph.linear_calls import calls_at
+from gralora_fx.graph.overlay import map_parameters
+from gralora_fx.graph.sites import other_readers
+from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.tracing.traced_model import TracedModel
+
+_aten = torch.ops.aten
+
+
+WINDOW = 256  # neighbouring inputs whose products are summed too, the square of which is kept for each window
+
+
+@dataclass
+class Moments:
+    """Sums over positions of products of neighbouring inputs: of those within a window.
+
+    Attributes:
+        width: Number of inputs.
+        windows: `[windows, 256, 256]`, those of inputs beyond the last being zero.
+        reads: Positions that were read.
+    """
+
+    width: int
+    windows: Tensor
+    reads: int = 0
+
+    @classmethod
+    def none(cls, width: int) -> Moments:
+        """Those of no position yet."""
+        return cls(width, torch.zeros(-(-width // WINDOW), WINDOW, WINDOW))
+
+    def add(self, rows: Tensor) -> None:
+        """Add positions `[positions, in]`."""
+        padded = nn.functional.pad(rows, (0, len(self.windows) * WINDOW - self.width))
+        parts = padded.reshape(len(rows), -1, WINDOW).transpose(0, 1)  # [windows, positions, 256]
+        self.windows.baddbmm_(parts.transpose(1, 2), parts)
+        self.reads += len(rows)
+
+    @property
+    def means(self) -> Tensor:
+        """Mean products, `[windows, 256, 256]`."""
+        return self.windows / max(1, self.reads)
+
+    @property
+    def squares(self) -> Tensor:
+        """Mean squares of the inputs, `[in]`."""
+        return self.windows.diagonal(dim1=1, dim2=2).flatten()[: self.width] / max(1, self.reads)
+
+
+@dataclass
+class Sensitivity:
+    """What a layer reads, and what its outputs cost.
+
+    Attributes:
+        inputs: Of its inputs.
+        outputs: `[out]`, squares of the gradient of each output, summed over positions.
+    """
+
+    inputs: Moments
+    outputs: Tensor
+
+    def loss(self, change: Tensor, positions: int, rows: Tensor | None = None) -> float:
+        """The expected divergence of a change (see `Sensitivities.loss`)."""
+        return _loss_of(change, self.inputs.squares, self.outputs, positions, rows)
+
+
+@dataclass
+class TableSensitivity:
+    """How often each row of a table is looked up, and what its values cost.
+
+    Attributes:
+        lookups: `[rows]`.
+        gradients: `[columns]`, squares of the gradient of each value that was looked up, summed over lookups.
+    """
+
+    lookups: Tensor
+    gradients: Tensor
+
+    def loss(self, change: Tensor, positions: int, rows: Tensor | None = None) -> float:
+        """The expected divergence of a change (see `Sensitivities.loss`)."""
+        mean = self.gradients / self.lookups.sum().clamp(min=1)
+        return _loss_of(change, mean, self.lookups, positions, rows)
+
+
+def _loss_of(change: Tensor, inputs: Tensor, outputs: Tensor, positions: int, rows: Tensor | None) -> float:
+    """`1/2 sum_ij outputs_i inputs_j change_ij^2` a position; the rows of the change stand for all."""
+    weighted = change.square() @ inputs
+    if rows is None:
+        return 0.5 * float(outputs @ weighted) / max(1, positions)
+    share = float(outputs[rows].sum())
+    mean = float(outputs[rows] @ weighted) / share if share else float(weighted.mean())
+    return 0.5 * mean * float(outputs.sum()) / max(1, positions)
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What was measured of a model.
+
+    Attributes:
+        layers: Of each linear layer that was run, by its path.
+        tables: Of each layer whose weight is looked up too, that of the lookups, by its path.
+        positions: Positions of the output, over which gradients are sums.
+    """
+
+    layers: Mapping[str, Sensitivity]
+    tables: Mapping[str, TableSensitivity]
+    positions: int
+
+    def loss(self, path: str, change: Tensor, rows: Tensor | None = None) -> float:
+        """The expected divergence, in nats a position, of a change of a layer's weight; zero for one that was not run.
+
+        Args:
+            path: The layer.
+            change: `[out, in]`, or some of its rows.
+            rows: Which rows these are, that stand for all; None for all.
+        """
+        layer, table = self.layers.get(path), self.tables.get(path)
+        both = [sensitivity for sensitivity in (layer, table) if sensitivity is not None]
+        return sum(sensitivity.loss(change, self.positions, rows) for sensitivity in both)
+
+
+def measure_sensitivities(model: TracedModel, cases: Iterable[Mapping[str, Any]]) -> Sensitivities:
+    """Run a model forward and backward on inputs; its parameters and their gradients stay as they are.
+
+    Args:
+        model: A float32 model in evaluation mode, whose weights are in memory.
+        cases: Inputs by name.
+
+    Raises:
+        RuntimeError: The model cannot be run, or has no gradients.
+    """
+    layers: dict[str, Sensitivity] = {}
+    tables: dict[str, TableSensitivity] = {}
+    tapped = _tapped(model, layers, tables)
+    generator = torch.Generator().manual_seed(0)
+    positions = 0
+    for case in cases:
+        with torch.enable_grad():
+            outputs = tapped(**case)
+            loss, count = _loss(outputs, case.get("attention_mask"), generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+        positions += count
+    return Sensitivities(layers, tables, positions)
+
+
+def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity]) -> TracedModel:
+    """A copy whose layers note their inputs and the gradients of their outputs; no parameter needs a gradient."""
+    root = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "TappedGraph")
+    readers = other_readers(root, model.sites)
+    map_parameters(root, lambda parameter, _: nn.Parameter(parameter.detach(), requires_grad=False))
+    nodes = {node.name: node for node in root.graph.nodes}
+    inputs: dict[tuple[fx.Node, ...], Moments] = {}  # layers that read the same share them
+    for site in model.sites:
+        calls = [call for name in site.calls for call in calls_at(nodes[name], site.path)]
+        calls = [call for call in calls if call.operand is None and call.rows is None]
+        read = tuple(call.input for call in calls)
+        if calls:
+            is_new = read not in inputs
+            moments = inputs.setdefault(read, Moments.none(site.in_features))
+            layers[site.path] = Sensitivity(moments, torch.zeros(site.out_features))
+        for call in calls:
+            if is_new:
+                with root.graph.inserting_before(call.node):
+                    root.graph.call_function(_Tap(moments), (call.input,))
+            _insert(call.node, _OutputTap(layers[site.path].outputs), call.node)
+        for node in (nodes[name] for name in readers[site.path] if nodes[name].target is _aten.embedding.default):
+            zeros = TableSensitivity(torch.zeros(site.out_features), torch.zeros(site.in_features))
+            _insert(node, _TableTap(tables.setdefault(site.path, zeros)), node, node.args[1])
+    root.recompile()
+    return dataclasses.replace(model, graph_module=root)
+
+
+def _insert(node: fx.Node, tap: Any, *arguments: Any) -> None:
+    """Let all readers of a node read what a tap gives."""
+    with node.graph.inserting_after(node):
+        noted = node.graph.call_function(tap, arguments)
+    node.replace_all_uses_with(noted, delete_user_cb=lambda user: user is not noted)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tap:
+    """Notes what layers read."""
+
+    noted: Moments
+    __name__ = "tap"
+
+    def __call__(self, value: Tensor) -> None:
+        """Add the positions of a value `[..., in]`."""
+        self.noted.add(value.detach().flatten(0, -2))
+
+
+@dataclass(frozen=True, eq=False)
+class _OutputTap:
+    """Notes the gradient of what a layer gives."""
+
+    squares: Tensor
+    __name__ = "output_tap"
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """The output, unchanged."""
+        return _watched(output, self.squares)
+
+
+@dataclass(frozen=True, eq=False)
+class _TableTap:
+    """Notes which rows of a table are looked up, and the gradient of what they give."""
+
+    noted: TableSensitivity
+    __name__ = "table_tap"
+
+    def __call__(self, output: Tensor, ids: Tensor) -> Tensor:
+        """The output, unchanged."""
+        flat = ids.detach().flatten()
+        self.noted.lookups.index_add_(0, flat, torch.ones(len(flat)))
+        return _watched(output, self.noted.gradients)
+
+
+def _watched(output: Tensor, squares: Tensor) -> Tensor:
+    """An output whose gradient's squares are added up by its last axis."""
+
+    def note(gradient: Tensor) -> None:
+        squares.add_(gradient.flatten(0, -2).square().sum(0))
+
+    watched = output if output.requires_grad else output.detach().requires_grad_()
+    watched.register_hook(note)  # type: ignore[no-untyped-call]
+    return watched
+
+
+def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
+    """What gradients are of: `-log p` of drawn labels, summed over positions, or projections of other values."""
+    fields = outputs if isinstance(outputs, Mapping) else {"output": outputs}
+    named = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.requires_grad}
+    logits = {name: value for name, value in named.items() if "logits" in name and value.shape[-1] > 1}
+    total, count = torch.zeros(()), 0
+    for name, value in (logits or named).items():
+        rows = value.flatten(0, -2)
+        if mask is not None and mask.shape == value.shape[:-1]:
+            rows = rows[mask.flatten().bool()]
+        if name in logits:
+            labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator).flatten()
+            total = total + nn.functional.cross_entropy(rows, labels, reduction="sum")
+        else:
+            total = total + (rows * torch.randn(rows.shape, generator=generator)).sum()
+        count = max(count, len(rows))
+    return total, count
