@@ -83,7 +83,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
-            `"int8-dynamic"` multiplies int8 weights by activations that are rounded to uint8 as they come; or None.
+            `"int8-dynamic"` multiplies int8 weights by activations that are rounded row by row; or None.
         bits: For int4, the mean bits of an integer over all quantized weights, from 4 to 8: layers whose rounding costs
             the outputs most have 8, the others 4 (see `quantization.choice`); None for 4.5. What was spent where is in
             the report and the manifest.

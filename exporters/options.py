@@ -144,11 +144,6 @@ class ExportOptions:
                 f"quantize={DYNAMIC!r} rounds float32 activations, so it does not go with "
                 f"precision={self.precision!r}; take precision='fp32'"
             )
-        if self.adapters in AS_DATA:
-            raise ExportError(
-                f"quantize={DYNAMIC!r} folds adapters first, so it does not go with adapters={self.adapters!r}; "
-                "take quantize='int8' or 'int4', over which adapters stay float"
-            )
 
     def _check_texts(self) -> None:
         if self.quantize is None:

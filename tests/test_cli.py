@@ -661,7 +661,6 @@ def test_an_adapter_that_cannot_be_added_is_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--adapters", "data", "--quantize", "int8-dynamic"), "folds adapters first, so it does not go with"),
         (("--adapters", "data"), "--adapters data needs a model with an adapter"),
         (("--adapters", "swapable"), "--adapters swapable is not available; take 'merged' or 'data' or 'inputs'"),
     ],

@@ -32,7 +32,6 @@ from gralora_fx.exporters.onnx_pipeline import (
     TRANSLATED,
     OnnxPipeline,
 )
-from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import CachedAttentionReport
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
@@ -91,10 +90,6 @@ def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.M
     Raises:
         RowsError: The model does not allow it.
     """
-    if conversion.options.quantize == DYNAMIC:
-        raise RowsError(
-            f"quantize={DYNAMIC!r} rounds a batch by its largest value, so a row would depend on the others"
-        )
     for report in found.summaries(CachedAttentionReport):
         if report.plain:
             layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)

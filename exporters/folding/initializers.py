@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
+from gralora_fx.exporters.onnx_passes.quantized_products import columns_of, factors_of
 from gralora_fx.sources.rewriting import StoredBytes
 
 Storage = Literal["float", "blocks", "columns"]
@@ -89,7 +90,7 @@ class ProductWeight:
 
     Attributes:
         value: The initializer: floats `[in, out]` or `[out, in]`, blocks `[out, in/block, bytes]` of `MatMulNBits`, or
-            int8 `[in, out]` of `MatMulInteger`.
+            int8 `[in, out]` of columns.
         storage: Which of these it is: `"float"`, `"blocks"` or `"columns"`.
         transposed: Whether it is stored `[in, out]`, not `[out, in]` as in PyTorch.
         in_features: Width of the products' input.
@@ -100,6 +101,7 @@ class ProductWeight:
         zero_points: The packed zero points of blocks `[out, bytes]`; None where they have none.
         block_size: Values of a block; 0 for other storage.
         bits: Bits of a quantized value; 0 for floats.
+        factors: Those of what is multiplied by columns, `[in]`, which they take back; None where there are none.
         problem: Why nothing can be folded into it; empty if it can.
     """
 
@@ -114,6 +116,7 @@ class ProductWeight:
     zero_points: ir.Value | None = None
     block_size: int = 0
     bits: int = 0
+    factors: ir.Value | None = None
     problem: str = ""
 
     @property
@@ -187,17 +190,17 @@ def _described(
         problem = problem or _why_not_apart(readers, others)
         return ProductWeight(
             value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), node.inputs[2],
-            _input(node, 3), block_size, bits, problem,
+            _input(node, 3), block_size, bits, problem=problem,
         )  # fmt: skip
     if len(sizes) != 2:
         return None
     inputs, outputs = sizes if product.transposed else reversed(sizes)
     if product.storage == "columns":
-        scales = _column_scales(readers[0].node)
-        problem = problem or ("" if scales is not None else "the nodes behind MatMulInteger are not those of an export")
+        factors = factors_of(next(use.node for use in readers[0].node.outputs[0].uses()))
         return ProductWeight(
-            value, "columns", True, inputs, outputs, tuple(readers), tuple(others), scales, bits=8, problem=problem
-        )
+            value, "columns", True, inputs, outputs, tuple(readers), tuple(others), _input(readers[0].node, 1),
+            bits=8, factors=factors, problem=problem,
+        )  # fmt: skip
     return ProductWeight(
         value, "float", product.transposed, inputs, outputs, tuple(readers), tuple(others), problem=problem
     )
@@ -212,6 +215,10 @@ def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> It
         transposed: Whether the matrix as the input has it is the initializer, not its transpose.
     """
     node, index = reader
+    if index == 0 and node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
+        products = [use.node for use in node.outputs[0].uses()]
+        yield _Product("columns", True) if products and all(map(columns_of, products)) else None
+        return
     if index == 0 and node.op_type in ("Transpose", "Cast", "Identity") and node.domain in _ONNX:
         order = node.attributes.get("perm")
         swaps = node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
@@ -238,8 +245,6 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
         return _Product("float", transposed) if node.op_type == "Attention" and is_float else None
     if node.domain not in _ONNX:
         return None
-    if node.op_type == "MatMulInteger":
-        return _Product("columns", True, "" if _input(node, 3) is None else "its columns have zero points")
     if node.op_type == "MatMul" and is_float:
         return _Product("float", transposed)
     if node.op_type == "Gemm" and is_float:
@@ -280,20 +285,3 @@ def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if len(node.inputs) > index else None
-
-
-def _column_scales(node: ir.Node) -> ir.Value | None:
-    """The scales `[N]` of the columns of a `MatMulInteger`, from the nodes that the export writes behind it."""
-    cast = _only_reader(node)
-    product = None if cast is None or cast.op_type != "Cast" else _only_reader(cast)
-    if product is None or product.op_type != "Mul":
-        return None
-    scaling = next((p for v in product.inputs if v is not None and (p := v.producer()) is not cast), None)
-    if scaling is None or scaling.op_type != "Mul":
-        return None
-    return next((value for value in scaling.inputs if value is not None and value.is_initializer()), None)
-
-
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    readers = [use.node for use in node.outputs[0].uses()]
-    return readers[0] if len(readers) == 1 else None

@@ -210,11 +210,12 @@ class _StoredBlocks:
 
 @dataclass(frozen=True)
 class _StoredColumns:
-    """Columns of `MatMulInteger`: integers `[in, out]` and scales `[out]`."""
+    """Columns: integers `[in, out]`, scales `[out]`, and factors of the input `[in]`, which stay as they are."""
 
     weight: ProductWeight
     integers: NDArray[Any]
     all_scales: NDArray[Any]
+    factors: NDArray[Any] | None
 
     @property
     def parts(self) -> tuple[NDArray[Any], ...]:
@@ -223,18 +224,21 @@ class _StoredColumns:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
-        return np.ascontiguousarray((self.integers[:, outputs].astype(np.float32) * self.all_scales[outputs]).T)
+        from gralora_fx.exporters.quantization.column_arrays import dequantize_columns
+
+        values = dequantize_columns(self.integers[:, outputs], self.all_scales[outputs], self.factors)
+        return np.ascontiguousarray(values.T)
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Whether the stored values are within a step of others."""
-        step = np.abs(self.all_scales[outputs])[:, None]
+        step = self.all_scales[outputs][:, None] * (1 if self.factors is None else self.factors)
         return bool((np.abs(self.values(outputs) - source) <= 1.01 * step).all())
 
     def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
         """Quantize values."""
         from gralora_fx.exporters.quantization.column_arrays import quantize_columns
 
-        integers, scales = quantize_columns(np.ascontiguousarray(values.T), path)
+        integers, scales = quantize_columns(np.ascontiguousarray(values.T), path, self.factors)
         self.integers[:, outputs] = integers
         self.all_scales[outputs] = scales
 
@@ -243,7 +247,8 @@ def _stored(weight: ProductWeight) -> _StoredBlocks | _StoredColumns:
     """The tensors of a quantized weight, in memory of their own."""
     integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
     if weight.storage == "columns":
-        return _StoredColumns(weight, integers, scales.reshape(-1))
+        factors = None if weight.factors is None else read_rows(weight.factors).reshape(-1)
+        return _StoredColumns(weight, integers, scales.reshape(-1), factors)
     rows = [part.reshape(weight.out_features, -1) for part in (integers, scales, *zero_points)]
     return _StoredBlocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
 

@@ -1,20 +1,25 @@
-"""Products with columns: int8 weights with a scale a column, and activations that are rounded to uint8 as they come."""
+"""Products with columns: int8 weights with a scale a column, and activations that are rounded row by row."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ExportError
-from gralora_fx.exporters.onnx_passes.builder import add_initializer
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_initializer
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, replace_product
-from gralora_fx.exporters.quantization.column_arrays import quantize_columns
+from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
+from gralora_fx.exporters.quantization.column_arrays import input_factors, quantize_columns
 from gralora_fx.exporters.quantization.formats import Columns
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
+
+_LARGEST = 127  # integers of a row's largest value, less the zero point
+_TINY = 1e-30  # what a row of zeros is divided by
+_REMAINDERS = 2 * _LARGEST  # integers of a step: what rounding leaves is at most half of one
 
 
 @dataclass(frozen=True)
@@ -22,23 +27,34 @@ class ColumnProducts:
     """Products of a graph in int8.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`
-    After:  `q, s, z = DynamicQuantizeLinear(x)`
-            `y = Cast(MatMulInteger(q, w_quantized [K, N], z)) * (s * w_scale [N])`, and the bias added behind it
+    After:  `m = Max(ReduceMax(Abs(x * factors)), tiny)`, `m [..., 1]`
+            `q = DequantizeLinear(QuantizeLinear(x * factors / m, 1/127, 128))`
+            `y = MatMul(q, DequantizeLinear(w_quantized [K, N], w_scale [N])) * m`, and the bias added behind it
 
-    These are the nodes of onnxruntime's own `quantize_dynamic` (QInt8, per channel, reduced range) with its values,
-    which its graph optimizations fuse to one operator. The range of `x` is that of the whole tensor; products of one
-    tensor share its rounding. A matrix is read and quantized when it is written. Zero points of weights are zero, and
-    left out.
+    All operators are of the ONNX standard. ONNX Runtime fuses what dequantizes with the product to one operator
+    (`MatMulIntegerToFloat`), which multiplies integers. A row is rounded by its own largest value, so that it has the
+    same result in any batch. Products of one tensor share its rounding. A matrix is read and quantized when it is
+    written.
+
+    With factors, channels of `x` are brought nearer to each other before they are rounded, and the rows of the matrix
+    take the factors back (see `input_factors`). With 16 bits what rounding leaves is rounded once more, and both parts
+    are multiplied in one product:
+
+    After:  `r = x * factors / m - q`, `y = (MatMul(q, w) + MatMul(r rounded, w)) * m`
 
     Attributes:
         graph: The model's graph, which gets the initializers.
         form: How they are stored.
+        importance_of: Mean squares of what the products of a matrix read, `[K]`, by the names of its parameters; None
+            for those of which nothing is known.
     """
 
     graph: ir.Graph
     form: Columns
+    importance_of: Callable[[Sequence[str]], NDArray[np.float32] | None] = lambda names: None
     _stored: dict[ConstantMatrix, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
-    _rounded: dict[tuple[int, int], ir.Node] = field(default_factory=dict, init=False)  # each tensor of each graph
+    _rounded: dict[Hashable, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
+    _all_factors: dict[bytes, ir.Value] = field(default_factory=dict, init=False)
 
     @property
     def matrices(self) -> tuple[ConstantMatrix, ...]:
@@ -54,66 +70,81 @@ class ColumnProducts:
 
     def multiply(self, node: ir.Node, matrix: ConstantMatrix) -> None:
         """Put the product in the place of a node."""
+        source, branch = node.inputs[0], node.graph
+        assert source is not None
+        assert isinstance(branch, ir.Graph)
+        factors = self._factors(matrix)
         if matrix not in self._stored:
-            self._stored[matrix] = _initializers(self.graph, matrix)
-        _multiply(node, *self._stored[matrix], self._rounded)
+            self._stored[matrix] = _initializers(self.graph, matrix, factors)
+        weight, scale = self._stored[matrix]
+        step, zero_point, _ = self._constants()
+        build = _Named(branch, str(node.outputs[0].name))
+        key = (id(branch), id(source), None if factors is None else str(factors.name))
+        if key not in self._rounded:
+            self._rounded[key] = self._round(build, source, factors)
+        values, largest = self._rounded[key]
+        rounded = build("DequantizeLinear", values, step, zero_point)
+        product = build("MatMul", rounded, build("DequantizeLinear", weight, scale, axis=1))
+        if self.form.activation_bits == 16:
+            whole, rest = build.halves(product)
+            product = build("Add", whole, build("Mul", rest, build.tensor(1 / _REMAINDERS, ir.DataType.FLOAT)))
+        build("Mul", product, largest)
+        replace_product(node, build.take())
 
+    def _round(self, build: _Named, source: ir.Value, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """The integers of a tensor, of both parts if there are two, and the largest values of its rows."""
+        step, zero_point, least = self._constants()
+        scaled = source if factors is None else build("Mul", source, factors)
+        largest = build("Max", build("ReduceMax", build("Abs", scaled), build.ints(-1), keepdims=1), least)
+        relative = build("Div", scaled, largest)
+        integers = build("QuantizeLinear", relative, step, zero_point)
+        if self.form.activation_bits == 16:
+            rest = build("Sub", relative, build("DequantizeLinear", integers, step, zero_point))
+            smaller = build.tensor(1 / (_LARGEST * _REMAINDERS), ir.DataType.FLOAT)
+            integers = build("Concat", integers, build("QuantizeLinear", rest, smaller, zero_point), axis=0)
+        return integers, largest
 
-class QuantizedProduct(NamedTuple):
-    """The nodes of a product of a quantized export.
-
-    Attributes:
-        nodes: `DynamicQuantizeLinear`, `MatMulInteger`, `Cast`, and the `Mul` of the scales and of the result.
-        input: The activations, float32 `[..., K]`.
-        weight: int8 `[K, N]`.
-        scale: float32 `[N]`.
-        output: float32 `[..., N]`.
-    """
-
-    nodes: tuple[ir.Node, ...]
-    input: ir.Value
-    weight: ir.Value
-    scale: ir.Value
-    output: ir.Value
-
-
-def quantized_products(model: ir.Model) -> list[QuantizedProduct]:
-    """The products of a dynamically quantized model, in order, those of branches too.
-
-    Raises:
-        ExportError: The nodes around a `MatMulInteger` are not those that the export writes.
-    """
-    nodes = [node for node in model.graph.all_nodes() if node.op_type == "MatMulInteger"]
-    return [_product(node) for node in nodes]
-
-
-def _product(node: ir.Node) -> QuantizedProduct:
-    cast = _only_reader(node)
-    product = None if cast is None else _only_reader(cast)
-    scales = None if product is None else _producer(product, 1)
-    rounding = _producer(node, 0)
-    nodes = [part for part in (rounding, node, cast, scales, product) if part is not None]
-    kinds = [part.op_type for part in nodes]
-    if kinds != ["DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul", "Mul"]:
-        raise ExportError(
-            f"the product {node.name or node.outputs[0].name} is not one of an int8-dynamic export (its nodes are "
-            f"{', '.join(kinds)}); export the model again"
+    def _constants(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The step, the zero point and the least divisor, which all products share."""
+        numbers = {"step": np.float32(1 / _LARGEST), "zero_point": np.uint8(128), "least": np.float32(_TINY)}
+        step, zero_point, least = (
+            self.graph.initializers.get(f"int8_rows.{name}")
+            or add_initializer(self.graph, ir.tensor(np.asarray(number), name=f"int8_rows.{name}"))
+            for name, number in numbers.items()
         )
-    source, weight, scale = nodes[0].inputs[0], node.inputs[1], nodes[3].inputs[1]
-    assert source is not None
-    assert weight is not None
-    assert scale is not None
-    return QuantizedProduct(tuple(nodes), source, weight, scale, nodes[-1].outputs[0])
+        return step, zero_point, least
+
+    def _factors(self, matrix: ConstantMatrix) -> ir.Value | None:
+        """The factors of what the products of a matrix read; one initializer for all products of one tensor."""
+        importance = self.importance_of(matrix.names)
+        if importance is None:
+            return None
+        key = importance.tobytes()
+        if key not in self._all_factors:
+            tensor = ir.tensor(input_factors(importance), name=f"{matrix.value.name}{FACTORS}")
+            self._all_factors[key] = add_initializer(self.graph, tensor)
+        return self._all_factors[key]
 
 
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    readers = [use.node for use in node.outputs[0].uses()]
-    return readers[0] if len(readers) == 1 else None
+class _Named(Builder):
+    """A builder whose values are named after a product: names that a branch draws may be taken outside it."""
 
+    def __init__(self, graph: ir.Graph, name: str) -> None:
+        super().__init__(graph)
+        self.name = name
 
-def _producer(node: ir.Node, index: int) -> ir.Node | None:
-    value = node.inputs[index] if len(node.inputs) > index else None
-    return None if value is None else value.producer()
+    def node(self, op_type: str, inputs: Any, *, domain: str = "", num_outputs: int = 1, **attributes: Any) -> ir.Node:
+        """Make a node whose outputs have names."""
+        node = super().node(op_type, inputs, domain=domain, num_outputs=num_outputs, **attributes)
+        for index, output in enumerate(node.outputs):
+            output.name = f"{self.name}_int8_{len(self.nodes)}_{index}"
+        return node
+
+    def halves(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The halves of a value's first axis."""
+        node = self.node("Split", [value], num_outputs=2, axis=0)
+        node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", 2)
+        return node.outputs[0], node.outputs[1]
 
 
 @dataclass
@@ -121,6 +152,7 @@ class _QuantizedColumns:
     """A matrix's integers and scales, which are computed together; the scales are dropped once written."""
 
     matrix: ConstantMatrix
+    factors: NDArray[np.float32] | None
     _scales: NDArray[np.float32] | None = field(default=None, init=False)
 
     def values(self) -> ir.TensorProtocol:
@@ -140,39 +172,21 @@ class _QuantizedColumns:
         end = 0
         for columns in self.matrix.column_groups():
             begin, end = end, end + columns.shape[1]
-            values[:, begin:end], scales[begin:end] = quantize_columns(columns, str(self.matrix.value.name))
+            name = str(self.matrix.value.name)
+            values[:, begin:end], scales[begin:end] = quantize_columns(columns, name, self.factors)
         return values, scales
 
 
-def _initializers(graph: ir.Graph, matrix: ConstantMatrix) -> tuple[ir.Value, ir.Value]:
+def _initializers(graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
     """Add initializers for a matrix's integers and scales."""
     (inputs, outputs), name = matrix.sizes, matrix.free_name(graph, "_quantized")
+    numbers = None if factors is None or factors.const_value is None else factors.const_value.numpy()
 
     def quantized() -> tuple[LazyTensor, LazyTensor]:
-        computed = _QuantizedColumns(matrix)
+        computed = _QuantizedColumns(matrix, numbers)
         values = LazyTensor(f"{name}_quantized", ir.DataType.INT8, ir.Shape((inputs, outputs)), computed.values)
         return values, LazyTensor(f"{name}_scale", ir.DataType.FLOAT, ir.Shape((outputs,)), computed.scales)
 
-    values, scales = derived([matrix.tensor], ("columns", name, matrix.is_transposed), quantized)
+    key = ("columns", name, matrix.is_transposed, None if numbers is None else numbers.tobytes())
+    values, scales = derived([matrix.tensor], key, quantized)
     return add_initializer(graph, values), add_initializer(graph, scales)
-
-
-def _multiply(node: ir.Node, weight: ir.Value, scale: ir.Value, rounded: dict[tuple[int, int], ir.Node]) -> None:
-    """Replace a node; `rounded` has the node that rounds each tensor of each graph, and gets that of this one."""
-    source = node.inputs[0]
-    assert source is not None
-    nodes: list[ir.Node] = []
-    name = str(node.outputs[0].name)  # of which new names are made: those that a branch draws may be taken outside it
-    key = (id(node.graph), id(source))
-    if key not in rounded:
-        outputs = [ir.val(f"{name}_input_{part}") for part in ("quantized", "scale", "zero_point")]
-        rounded[key] = ir.node("DynamicQuantizeLinear", [source], outputs=outputs)
-        nodes.append(rounded[key])
-    values, step, zero_point = rounded[key].outputs
-    product = ir.node("MatMulInteger", [values, weight, zero_point], name=node.name)
-    cast = ir.node("Cast", product.outputs, attributes={"to": ir.DataType.FLOAT})
-    scales = ir.node("Mul", [step, scale])
-    result = ir.node("Mul", [cast.outputs[0], scales.outputs[0]])
-    for computed, part in ((product, "integers"), (cast, "cast"), (scales, "scales"), (result, "product")):
-        computed.outputs[0].name = f"{name}_{part}"
-    replace_product(node, [*nodes, product, cast, scales, result])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
+from gralora_fx.exporters.onnx_passes.quantized_products import columns_of
 from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES, FOLDED_TRANSPOSES, OWN_WEIGHTS
 from gralora_fx.exporters.translation.weights import parts_of, transposed_tensor
 from gralora_fx.graph.pipeline import PassResult, Skip, contract
@@ -148,6 +149,8 @@ def unquantized(model: ir.Model) -> tuple[Skip, ...]:
 
 def _skips(node: ir.Node) -> Iterator[tuple[str, str]]:
     place = node.name or str(node.outputs[0].name)
+    if columns_of(node) is not None:
+        return
     if node.op_type in ("MatMul", "Gemm"):
         yield place, _why_not(node)
     elif node.op_type == "Gather":

@@ -9,31 +9,50 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
 
-# Largest absolute value of a weight: 7 bits, `reduce_range` of onnxruntime's quantizer. x86 processors without VNNI
-# add two products of uint8 and int8 in int16, which saturates at 32,767: 2 * 255 * 64 = 32,640 fits, 2 * 255 * 127 not.
-LARGEST = 64
+# Largest absolute value of a weight. x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where
+# 2 * 255 * 127 does not fit: they are refused when a session is opened (see `runtime.integer_sums`).
+LARGEST = 127
 
 
-def quantize_columns(matrix: NDArray[Any], name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix as integers between -64 and 64 with a scale a column, symmetric, as onnxruntime's quantizer rounds.
+def input_factors(importance: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Factors `[K]` of what a product reads, which bring its channels nearer to each other; their median is 1.
+
+    A row is rounded by its largest value, so that channels with small values lose most. The weights take the factors
+    back, and their columns are rounded too: the square root of what would make all channels equal leaves half of the
+    differences to either, as in SmoothQuant (arXiv:2211.10438) with an exponent of 1/2.
+
+    Args:
+        importance: Mean squares of the channels, `[K]`.
+    """
+    squares = np.maximum(importance.astype(np.float64), 1e-6 * max(float(importance.mean()), 1e-24))
+    factors: NDArray[np.float64] = (squares / np.median(squares)) ** -0.25
+    return factors.astype(np.float32)
+
+
+def quantize_columns(
+    matrix: NDArray[Any], name: str, factors: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A matrix as integers between -127 and 127 with a scale a column, symmetric.
 
     Args:
         matrix: `[K, N]`.
         name: Its name in error messages.
+        factors: Those of what is multiplied by it, `[K]`, which it takes back; None where there are none.
 
     Returns:
-        Integers `[K, N]` and scales `[N]`; their product is close to the matrix.
+        Integers `[K, N]` and scales `[N]`; their product, times the factors, is close to the matrix.
 
     Raises:
         ExportError: A value is not finite.
     """
     matrix = matrix.astype(np.float32, copy=False)
-    largest = np.abs(matrix).max(axis=0).astype(np.float64)
+    matrix = matrix if factors is None else matrix / factors[:, None]
+    largest = np.abs(matrix).max(axis=0)
     if not np.isfinite(largest).all():
         raise ExportError(f"{name} holds values that are not finite, which int8 cannot express; mend the weights")
-    scales = (2 * largest / (2 * LARGEST)).astype(np.float32)
+    scales = (largest / LARGEST).astype(np.float32)
     scales[scales < np.finfo(np.float32).tiny] = 1.0
-    return np.clip((matrix / scales).round(), -128, 127).astype(np.int8), scales
+    return np.clip((matrix / scales).round(), -LARGEST, LARGEST).astype(np.int8), scales
 
 
 def rounded_to_columns(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
@@ -42,5 +61,12 @@ def rounded_to_columns(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
     Raises:
         ExportError: A value is not finite.
     """
-    values, scales = quantize_columns(matrix, name)
-    return values * scales
+    return dequantize_columns(*quantize_columns(matrix, name))
+
+
+def dequantize_columns(
+    integers: NDArray[np.int8], scales: NDArray[np.float32], factors: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """The values `[K, N]` of integers `[K, N]`, scales `[N]` and factors `[K]`."""
+    values: NDArray[np.float32] = integers * scales
+    return values if factors is None else values * factors[:, None]

@@ -57,7 +57,22 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Columns:
-    """int8 integers with a scale for each column of a matrix; activations are rounded to uint8 as they come."""
+    """int8 integers with a scale for each column of a matrix; activations are rounded as they come, row by row.
+
+    Attributes:
+        activation_bits: Bits that activations are rounded to: 8, or 16, which are two products of 8.
+    """
+
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the bits.
+
+        Raises:
+            ExportError: There are no products of so many; the message says of how many.
+        """
+        if self.activation_bits not in (8, 16):
+            raise ExportError(f"activation_bits={self.activation_bits!r} is not a width of activations; take 8 or 16")
 
     bits: int = field(default=8, init=False)
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_value
-from gralora_fx.exporters.onnx_passes.column_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
+from gralora_fx.exporters.onnx_passes.quantized_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.exporters.verification.tolerances import arithmetic_of
@@ -27,9 +27,9 @@ from gralora_fx.runtime.session import CPU, Runtime, check_external_data, open_s
 
 _IN_FLOAT32 = 1  # the accuracy level
 _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes the lengths of rows
-# relative: a sum of integers is cast, and two scales are multiplied, each rounded once
-PRODUCT_TOLERANCE = 4 * 2.0**-24
-_STEP, _LOW, _HIGH = 2.0**-6, -100, 155  # 256 values whose rounding to uint8 is exact
+# relative: a sum of integers is cast, and three scales are multiplied, each rounded once
+PRODUCT_TOLERANCE = 6 * 2.0**-24
+_STEP, _LARGEST = 2.0**-6, 127  # values whose rounding by their largest is exact
 _ROWS, _COLUMNS = 4, 4096  # of the activations; of a weight at once
 
 
@@ -127,10 +127,10 @@ def _in_float32(model: ir.Model) -> None:
 def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
     """Multiply by what int8 weights stand for.
 
-    Before: `y = Cast(MatMulInteger(q, w, z)) * (s * w_scale)`, with `q, s, z = DynamicQuantizeLinear(x)`
+    Before: `y = MatMul(q, DequantizeLinear(w, w_scale)) * m`, with `q` the rounded `x / m` (see `ColumnProducts`)
     After:  `y = MatMul(x, w * w_scale)`
     """
-    rounding, *nodes = product.nodes
+    last = product.nodes[-1]
     weight, scale = product.weight.const_value, product.scale.const_value
     assert weight is not None
     assert scale is not None
@@ -142,14 +142,14 @@ def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
             return LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(weight.numpy() * scale.numpy()))
 
         add_initializer(graph, derived([weight, scale], name, values))
-    branch = nodes[0].graph
+    branch = last.graph
     assert isinstance(branch, ir.Graph)
     product_node = ir.node("MatMul", [product.input, graph.initializers[name]])
-    branch.insert_before(nodes[-1], product_node)
+    branch.insert_before(last, product_node)
     replace_value(product_node.outputs[0], product.output)
-    branch.remove(nodes, safe=True)
-    if not any(value.uses() for value in rounding.outputs):
-        branch.remove(rounding, safe=True)
+    for node in reversed(product.nodes):
+        if not any(value.uses() for value in node.outputs):  # what rounds is read by other products too
+            branch.remove(node, safe=True)
     drop_unread(graph, [str(product.weight.name), str(product.scale.name)])
 
 
@@ -185,7 +185,7 @@ class _Case(NamedTuple):
 def compare_products(directory: Path) -> TensorCheck:
     """Run every quantized product of an export by itself, on activations that uint8 holds exactly.
 
-    One row of them is at the upper end of the range: there sums are largest, and a processor that adds in too few bits
+    One row of them is at the upper end of its range: there sums are largest, and a processor that adds in too few bits
     would saturate. What is left is the rounding of float32 (see `PRODUCT_TOLERANCE`).
 
     Args:
@@ -239,12 +239,13 @@ def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]
         width = int(weight.shape.numpy()[0])
         source = ir.val(f"x{index}", ir.DataType.FLOAT, [_ROWS, width])
         values: dict[ir.Value, ir.Value] = {product.input: source}
-        for value in (product.weight, product.scale):
-            name = str(value.name)
-            weights.setdefault(
-                name, ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
-            )
-            values[value] = weights[name]
+        for value in dict.fromkeys(value for node in product.nodes for value in node.inputs):
+            if value is not None and value.is_initializer() and value is not product.input:
+                name = str(value.name)
+                weights.setdefault(
+                    name, ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+                )
+                values[value] = weights[name]
         for node in product.nodes:
             copy = ir.node(
                 node.op_type,
@@ -266,8 +267,9 @@ def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]
 
 def _activations(width: int) -> NDArray[np.float32]:
     """Activations `[4, width]`: random ones, all at the upper end, all at the lower."""
-    values = np.random.default_rng(width).integers(_LOW, _HIGH, (_ROWS, width), endpoint=True)
-    values[-2], values[-1] = _HIGH, _LOW
+    values = np.random.default_rng(width).integers(-_LARGEST, _LARGEST, (_ROWS, width), endpoint=True)
+    values[:, 0] = _LARGEST
+    values[-2], values[-1] = _LARGEST, -_LARGEST
     return (values * _STEP).astype(np.float32)
 
 

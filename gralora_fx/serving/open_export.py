@@ -29,6 +29,7 @@ from gralora_fx.runtime.export_directory import (
     check_own_file,
 )
 from gralora_fx.runtime.export_files import check_files, check_requirements
+from gralora_fx.runtime.integer_sums import check_integer_sums
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.placement import (
     Placement,
@@ -100,6 +101,8 @@ class OpenExport:
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
         check_requirements(self.directory, self.manifest)
+        if self.manifest.quantization is not None and self.manifest.quantization.kind == "int8-dynamic":
+            check_integer_sums(runtime or Runtime())
         own_adapters(self.directory, ServingError)  # none of them is a link
         check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
         config = self.directory / "config.json"

@@ -22,7 +22,6 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("--adapters", "inputs", "--quantize", "int4"), "give --adapter, or --adapters merged"),
     (("--adapters", "batched", "--precision", "fp16"), "--adapters data needs a model with an adapter"),
     (("--adapters", "batch"), "--adapters batch is not available; take 'merged' or 'data' or 'inputs'"),
-    (("--adapter", "{gralora}", "--adapters", "inputs", "--quantize", "int8-dynamic"), "take --quantize int8 or int4"),
     (("--quantize", "int8-dynamic", "--precision", "fp16"), "does not go with --precision fp16; take --precision fp32"),
     (
         ("--quantize", "int8-dynamic", "--accuracy-level", "1"),

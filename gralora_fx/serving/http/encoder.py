@@ -112,11 +112,9 @@ class Encoder:
         long = [*short[:-1], *(list(fill) * room)[:room], *short[-1:]]
         texts = [RowJob(_TEXTS, 1, Tokens(ids)) for ids in (short, long)]
         alone = [self._run([text])[0] for text in texts]
-        quantization = self.model.manifest.quantization
-        if quantization is not None and quantization.kind == "int8-dynamic":
-            return self.reader.pads  # its rounding depends on the batch, of whatever lengths
         if not self.reader.pads:
             return False
+        quantization = self.model.manifest.quantization
         is_exact = quantization is None and self.model.manifest.precision == "fp32"
         most = _ROUNDING if is_exact else _COARSE_ROUNDING
         return all(

@@ -1,0 +1,38 @@
+"""Products of int8 are refused where a processor does not add them exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gralora_fx import trace
+from gralora_fx.errors import ServingError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.runtime import integer_sums
+from gralora_fx.serving import load
+
+
+@pytest.mark.parametrize("quantize", ["int8-dynamic", "int8"])
+def test_a_processor_that_saturates_is_refused_where_it_matters(
+    quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_onnx(trace(nn.Linear(32, 32), (torch.randn(2, 32),)), tmp_path / "onnx", quantize=quantize, verify=False)  # type: ignore[arg-type]
+    monkeypatch.setattr(integer_sums, "adds_exactly", lambda: False)
+    if quantize == "int8":
+        load(tmp_path / "onnx")
+        return
+    with pytest.raises(ServingError, match=r"does not add exactly .* export with quantize='int8'"):
+        load(tmp_path / "onnx")
+
+
+def test_the_probe_agrees_with_numpy() -> None:
+    """On a machine where sums saturate, the probe says so: it is the runtime's own product."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "vnni" not in flags:
+        pytest.skip("needs a processor that is known to add exactly")
+    assert np.iinfo(np.int16).max < 2 * 255 * 127
+    assert integer_sums.adds_exactly()
