@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import few_bits_quality
+from benchmarks import few_bits_quality, few_bits_speed
 from benchmarks.harness import Report
 
 
@@ -10,4 +10,5 @@ def run() -> Report:
     """Measure bits, bytes, the share of positions with float32's token, and divergence."""
     report = Report("few_bits", "few bits: SmolLM2-135M on held-out news")
     few_bits_quality.measure(report)
+    few_bits_speed.add_speed(report)
     return report

@@ -45,13 +45,13 @@ class ColumnProducts:
     Attributes:
         graph: The model's graph, which gets the initializers.
         form: How they are stored.
-        importance_of: Mean squares of what the products of a matrix read, `[K]`, by the names of its parameters; None
+        squares_of: Mean squares of what the products of a matrix read, `[K]`, by the names of its parameters; None
             for those of which nothing is known.
     """
 
     graph: ir.Graph
     form: Columns
-    importance_of: Callable[[Sequence[str]], NDArray[np.float32] | None] = lambda names: None
+    squares_of: Callable[[Sequence[str]], NDArray[np.float32] | None] = lambda names: None
     _stored: dict[ConstantMatrix, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
     _rounded: dict[Hashable, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
     _all_factors: dict[bytes, ir.Value] = field(default_factory=dict, init=False)
@@ -116,12 +116,12 @@ class ColumnProducts:
 
     def _factors(self, matrix: ConstantMatrix) -> ir.Value | None:
         """The factors of what the products of a matrix read; one initializer for all products of one tensor."""
-        importance = self.importance_of(matrix.names)
-        if importance is None:
+        squares = self.squares_of(matrix.names)
+        if squares is None or len(squares) != matrix.sizes[0]:  # of a parameter that is multiplied by the other way too
             return None
-        key = importance.tobytes()
+        key = squares.tobytes()
         if key not in self._all_factors:
-            tensor = ir.tensor(input_factors(importance), name=f"{matrix.value.name}{FACTORS}")
+            tensor = ir.tensor(input_factors(squares), name=f"{matrix.value.name}{FACTORS}")
             self._all_factors[key] = add_initializer(self.graph, tensor)
         return self._all_factors[key]
 

@@ -112,7 +112,7 @@ class _Products:
             self.writers[form] = (
                 BlockProducts(self.graph, form, self.plan.moments_of)
                 if isinstance(form, Blocks)
-                else ColumnProducts(self.graph, form)
+                else ColumnProducts(self.graph, form, self.plan.squares_of)
             )
         return self.writers[form]
 

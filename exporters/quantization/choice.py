@@ -18,8 +18,9 @@ from gralora_fx.exporters.conversion import Conversion, base_trace
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
-from gralora_fx.exporters.quantization.formats import Blocks
+from gralora_fx.exporters.quantization.formats import Blocks, Columns
 from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantization.row_errors import plan_rows
 from gralora_fx.exporters.quantization.sensitivity import Sensitivities, measure_sensitivities
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.compared_tensors import step_inputs
@@ -72,6 +73,8 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
         ExportError: The texts are too short, or do not fit the model.
     """
     plan, options = conversion.plan, conversion.options
+    if plan is not None and isinstance(plan.default, Columns):
+        return _with_rows(plan, conversion, verification)
     if plan is None or not isinstance(plan.default, Blocks) or plan.default.bits != 4:
         return plan
     traced = conversion.traced
@@ -93,6 +96,20 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
         chosen_by,
         moments,
     )
+
+
+def _with_rows(plan: QuantizationPlan, conversion: Conversion, verification: Verification) -> QuantizationPlan:
+    """The plan of an export whose activations are rounded; without figures where the model cannot be run."""
+    model, traced = conversion.model, conversion.traced
+    if any(parameter.is_meta for parameter in base_trace(model).tree.parameters.values()):
+        return plan
+    traced = traced if traced is base_trace(model) else float32_model(traced, "fp32")
+    with evaluating(model, traced):
+        cases, inputs = _cases(traced, conversion.options, verification)
+        try:
+            return plan_rows(plan, traced, cases, inputs)
+        except (RuntimeError, NotImplementedError):
+            return plan
 
 
 def _within(candidates: Sequence[_Candidate], bits: float) -> list[_Candidate]:

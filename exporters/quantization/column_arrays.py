@@ -14,7 +14,7 @@ from gralora_fx.errors import ExportError
 LARGEST = 127
 
 
-def input_factors(importance: NDArray[np.float32]) -> NDArray[np.float32]:
+def input_factors(squares: NDArray[np.float32]) -> NDArray[np.float32]:
     """Factors `[K]` of what a product reads, which bring its channels nearer to each other; their median is 1.
 
     A row is rounded by its largest value, so that channels with small values lose most. The weights take the factors
@@ -22,10 +22,10 @@ def input_factors(importance: NDArray[np.float32]) -> NDArray[np.float32]:
     differences to either, as in SmoothQuant (arXiv:2211.10438) with an exponent of 1/2.
 
     Args:
-        importance: Mean squares of the channels, `[K]`.
+        squares: Mean squares of the channels, `[K]`.
     """
-    squares = np.maximum(importance.astype(np.float64), 1e-6 * max(float(importance.mean()), 1e-24))
-    factors: NDArray[np.float64] = (squares / np.median(squares)) ** -0.25
+    means = np.maximum(squares.astype(np.float64), 1e-6 * max(float(squares.mean()), 1e-24))
+    factors: NDArray[np.float64] = (means / np.median(means)) ** -0.25
     return factors.astype(np.float32)
 
 

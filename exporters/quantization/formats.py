@@ -64,6 +64,7 @@ class Columns:
     """
 
     activation_bits: int = 8
+    bits: int = field(default=8, init=False)
 
     def __post_init__(self) -> None:
         """Check the bits.
@@ -74,15 +75,13 @@ class Columns:
         if self.activation_bits not in (8, 16):
             raise ExportError(f"activation_bits={self.activation_bits!r} is not a width of activations; take 8 or 16")
 
-    bits: int = field(default=8, init=False)
-
     def stored_bits(self, inputs: int, outputs: int, scale_bits: int = 32) -> int:
         """Bits of a matrix `[inputs, outputs]` with its scales."""
         return outputs * (inputs * self.bits + scale_bits)
 
     def __str__(self) -> str:
         """The integers and the activations, in words."""
-        return "int8 in columns, activations rounded"
+        return f"int8 in columns, activations rounded to {self.activation_bits} bits"
 
 
 Format = Blocks | Columns

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.exporters.quantization.formats import Format
@@ -23,6 +25,7 @@ class QuantizationPlan:
         chosen_by: What the formats were chosen by, in words; None where all have the default.
         moments: Mean products of neighbouring inputs of a matrix, `[windows, width, width]`, for a rounding that is
             searched, by the same names; inputs of others count alike.
+        squares: Mean squares of the inputs of a matrix, `[in]`, whose activations are rounded, by the same names.
     """
 
     default: Format
@@ -30,6 +33,7 @@ class QuantizationPlan:
     gains: Mapping[str, float] = field(default_factory=dict)
     chosen_by: str | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    squares: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, compare=False, repr=False)
 
     def format_of(self, names: Iterable[str]) -> Format | None:
         """The format of a matrix, or None for one that stays float.
@@ -46,3 +50,11 @@ class QuantizationPlan:
             names: Names of the parameters that a matrix holds side by side, which read the same input.
         """
         return next((self.moments[name] for name in names if name in self.moments), None)
+
+    def squares_of(self, names: Iterable[str]) -> NDArray[np.float32] | None:
+        """Mean squares of the inputs, `[in]`, or None where they are not known.
+
+        Args:
+            names: Names of the parameters that a matrix holds side by side, which read the same input.
+        """
+        return next((self.squares[name] for name in names if name in self.squares), None)

