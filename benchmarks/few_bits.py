@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import few_bits_quality, few_bits_speed
+from benchmarks import few_bits_nf4, few_bits_quality, few_bits_speed
 from benchmarks.harness import Report
 
 
@@ -11,4 +11,5 @@ def run() -> Report:
     report = Report("few_bits", "few bits: SmolLM2-135M on held-out news")
     few_bits_quality.measure(report)
     few_bits_speed.add_speed(report)
+    few_bits_nf4.measure(report)
     return report

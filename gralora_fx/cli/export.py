@@ -26,7 +26,7 @@ from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.loading.adapter_facts import base_name
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
-from gralora_fx.sources.base_quantization import BaseQuantization, check_not_packed
+from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, check_not_packed
 from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, local_directory, read_json_object
 from gralora_fx.sources.same_base import BaseSource
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
@@ -239,7 +239,8 @@ def check_request(
         check_replaced(output, task=known)
     base = check_base(model, adapter, task, fields, base_quantization)
     if not options.overwrite:
-        check_base_replaced(output, BaseSource(base))
+        recorded = None if model or fields is None else fields.get(RECORD)
+        check_base_replaced(output, BaseSource(base, record=base_quantization or recorded))
     from gralora_fx.methods import method_described  # numpy comes with it
 
     methods = {} if fields is None else {str(adapter): method_described(fields, str(adapter))}

@@ -80,6 +80,11 @@ def trace(
         )
     if not isinstance(model, nn.Module):
         raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        raise TraceError(
+            f"the {type(model).__name__} holds weights that bitsandbytes quantized, whose products cannot be traced; "
+            "load it with gralora_fx.loading.models.load_model, which takes their values, or trace model.dequantize()"
+        )
     with followed_by(model, sentence) if sentence is not None else nullcontext():
         with placeholder_parameters(model) as originals, gc_pause():
             first = first_draft(

@@ -148,6 +148,10 @@ def test_the_command_line(llama: Case, tmp_path: Path) -> None:
     words = ["--model", llama.base, "--adapter", llama.adapter, "--base-quantization", "nf4-double"]
     made = run("export", *words, "--output", tmp_path / "export", "--no-tokenizer")
     assert made.exit_code == 0, made.output
+    again = run("export", *words, "--output", tmp_path / "export", "--no-tokenizer", "--no-verify")
+    assert again.exit_code == 0, "the same base, so it is replaced"
+    floats = run("export", "--model", llama.base, "--output", tmp_path / "export", "--no-tokenizer")
+    assert "its base was in nf4-double-64" in str(floats.exception)
     verified = run("verify", "--onnx", tmp_path / "export", "--model", llama.base, "--adapter", llama.adapter)
     assert verified.exit_code == 0, "the manifest says how the base is rounded"
     merged = run("merge", *words, "--output", tmp_path / "merged")

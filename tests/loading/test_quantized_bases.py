@@ -12,6 +12,7 @@ import torch
 from four_bit_bases import BASES, float_base, in_four_bits, inputs, trained
 from safetensors.torch import load_file, save_file
 
+from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.loading.bases import load_traced
@@ -153,6 +154,12 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
             open_base(tmp_path / "packed")
 
 
+def test_what_bitsandbytes_loaded_is_not_traced(tmp_path: Path) -> None:
+    model = in_four_bits(float_base(tmp_path / "base", LLAMA), NF4)
+    with pytest.raises(TraceError, match="bitsandbytes quantized, whose products cannot be traced; load it with"):
+        trace(model, task="text-generation")
+
+
 def test_a_base_without_layers_to_round(tmp_path: Path) -> None:
     quantization = BaseQuantization(skip_modules=("model", "lm_head"))
     with pytest.raises(ConfigError, match="has no effect"):
@@ -162,8 +169,6 @@ def test_a_base_without_layers_to_round(tmp_path: Path) -> None:
 def test_an_adapter_that_names_its_base_says_how_it_was_quantized(tmp_path: Path) -> None:
     base = float_base(tmp_path / "base", LLAMA)
     traced = load_traced(str(base), None, None, base_quantization="nf4-double")
-    from gralora_fx import GraloraConfig, rewrite
-
     model = rewrite(traced, GraloraConfig(r=8, target_modules=["q_proj"], init_weights=False))  # type: ignore[arg-type]
     model.save_pretrained(tmp_path / "adapter")
     assert (
