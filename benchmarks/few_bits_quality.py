@@ -33,8 +33,9 @@ from gralora_fx.exporters.verification.token_quality import kl_divergence, user_
 from gralora_fx.runtime.session import open_session
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits")
-TEXTS = 24  # of at most 128 tokens
-INT4, BEFORE, EQUAL = "int4 (bits=4.5)", "int4 of before (blocks of 32, nearest)", "int4 at Q4_K_M's bytes"
+TEXTS, CHOOSING = 24, 24  # of at most 128 tokens: held-out ones, and others by which bits are chosen
+INT4, INT4_NEWS = "int4 (bits=4.5)", "int4, bits chosen by other news"
+BEFORE, EQUAL = "int4 of before (blocks of 32, nearest)", "int4 at Q4_K_M's bytes"
 Q4_1, Q4_K_M = "llama.cpp Q4_1", "llama.cpp Q4_K_M"
 Logits = Callable[[Tensor], Tensor]  # of token ids `[1, length]`
 
@@ -66,6 +67,8 @@ def measure(report: Report) -> None:
     export("int8", quantize="int8")
     export(BEFORE, Blocks(4), quantize="int4", bits=4)
     export(INT4, quantize="int4")
+    news = [text for text, _ in load_news(0).train[:CHOOSING]]
+    export(INT4_NEWS, quantize="int4", texts=news, tokenizer=tokenizer)
     export("int8-dynamic", quantize="int8-dynamic")
     if ggml.is_installed():
         for name, recipe in ((Q4_1, "Q4_1"), (Q4_K_M, "Q4_K_M")):

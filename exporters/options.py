@@ -156,14 +156,14 @@ class ExportOptions:
                 "texts=... does not go with precision='bf16', which ONNX Runtime's CPU provider does not run; leave "
                 "one of them out"
             )
-        if self.quantize == "int4" and len(self.texts or ()) == 1:
+        if self.quantize == "int4" and self.level is not None and len(self.texts or ()) == 1:
             raise ExportError(
                 "texts=... has one text, and int4 needs two: every second one chooses bits, and the export is compared "
                 "on the others; give more, or leave it out"
             )
         if self.tokenizer is None:
             raise ExportError("texts=... needs tokenizer=...; give it too, or leave texts=... out")
-        if self.level is None:
+        if self.level is None and self.quantize != "int4":
             raise ExportError(
                 "texts=... has no effect with verify=False, which compares nothing; leave one of them out"
             )
@@ -211,8 +211,10 @@ class ExportOptions:
 
     @property
     def choosing_texts(self) -> Sequence[str] | None:
-        """The texts by which int4 chooses bits: every second of those that are given, from the first."""
-        return self.texts[::2] if self.texts is not None and self.quantize == "int4" else None
+        """The texts by which int4 chooses bits: every second of those that are given, or all if none is compared."""
+        if self.texts is None or self.quantize != "int4":
+            return None
+        return self.texts if self.level is None else self.texts[::2]
 
     @property
     def compared_texts(self) -> Sequence[str] | None:

@@ -188,7 +188,8 @@ def _check_together(
     if texts is not None:
         if options["quantize"] is None:
             raise ConfigError("--texts has no effect without --quantize; give --quantize too, or leave it out")
-        if contradicting := ["--no-tokenizer"] * no_tokenizer + list(without):
+        unused = [name for name in without if name == "--stream" or options["quantize"] != "int4"]
+        if contradicting := ["--no-tokenizer"] * no_tokenizer + unused:
             raise ConfigError(
                 f"--texts contradicts {contradicting[0]}: texts are tokenized and compared; leave one out"
             )

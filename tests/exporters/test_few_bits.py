@@ -203,6 +203,7 @@ def test_texts_that_choose_are_not_those_that_are_compared(tmp_path: Path) -> No
     assert options.choosing_texts == [texts[0], texts[2]]
     assert options.compared_texts == [texts[1], texts[3]]
     assert ExportOptions(quantize="int8", texts=texts, tokenizer=".").compared_texts == texts
+    assert ExportOptions(quantize="int4", texts=texts, tokenizer=".", verify=False).choosing_texts == texts
     traced = fresh_trace("llama", task=CACHED)
     report = export_onnx(traced, tmp_path / "onnx", quantize="int4", texts=texts, tokenizer=tiny_tokenizer())
     assert report.quality is not None
@@ -225,3 +226,24 @@ def test_stored_bits_are_those_of_the_file(tmp_path: Path) -> None:
     assert report.quantization is not None
     assert report.quantization.stored_bits == 8 * stored / (96 * 32)
     assert dataclasses.replace(report.quantization, stored_bits=None).bits == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("mixtral", CACHED),
+        ("albert", None),
+        ("vit", None),
+        ("t5", "text2text-generation-with-past"),
+        ("whisper", "automatic-speech-recognition-with-past"),
+    ],
+)
+def test_every_kind_of_model_is_run_to_choose(name: str, task: str | None, tmp_path: Path) -> None:
+    report = export_onnx(fresh_trace(name, task=task), tmp_path / "onnx", quantize="int4", bits=6, block_size=16)
+    assert report.quantization is not None
+    assert report.quantization.chosen_by in ("random inputs", "16 texts of 31 tokens that the model drew")
+    assert report.quantization.layers
+    assert report.quantization.bits is not None
+    assert report.quantization.bits <= 6
+    assert report.verification is not None
+    assert report.verification.passed
