@@ -64,8 +64,7 @@ def measure(report: Report, iterations: int = 16) -> None:
         found = (torch.from_numpy(served(input_ids=ids.numpy(), **chosen)["logits"][0]) for ids in test)
         rows.append({"export": name, **_row(expected, found)})
     floats = load_traced(str(BASE), str(OUTPUT / "adapter"), "text-generation-with-past")
-    step = ModelSteps(floats, 1)
-    row = _row(expected, (step(ids, torch.ones_like(ids))[0] for ids in test))
+    row = _row(expected, (ModelSteps(floats, 1)(ids, torch.ones_like(ids))[0] for ids in test))
     rows.append({"export": "(the adapter on the float base, PyTorch)", **row})
     positions = sum(ids.numel() for ids in test)
     report.tables.append(
@@ -131,12 +130,12 @@ def _row(expected: list[Tensor], found: Iterable[Tensor]) -> dict[str, Any]:
 def _decode(names: tuple[str, str], iterations: int) -> float:
     """How much longer a token takes in one export than in another: in turns, on one thread, by its own time."""
     options = Runtime(session_options=quiet_options(1))
-    steps = {name: DecoderSteps(open_session(OUTPUT / name, options), 1) for name in names}
+    sessions = {name: open_session(OUTPUT / name, options) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     ids = torch.randint(10, 40000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     for iteration in range(iterations):
         for name in names[:: 1 if iteration % 2 else -1]:
-            step = steps[name]
+            step = DecoderSteps(sessions[name], 1)
             _seconds(step, ids, PROMPT)
             taken = (_seconds(step, ids[:, :1], PROMPT + count) for count in range(1, STEPS + 1))
             seconds[name].append(statistics.median(taken))

@@ -9,7 +9,7 @@ from typing import Any
 from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.errors import ConfigError, TraceError, shown
 from gralora_fx.sources.base_quantization import BaseQuantization, packed_quantization
-from gralora_fx.sources.model_files import MODEL_FILE, local_directory, read_json_object
+from gralora_fx.sources.same_base import BaseSource, read_config_fields
 
 _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
@@ -58,10 +58,12 @@ def needed_quantization(record: Any, name: str) -> BaseQuantization | None:
 
     Raises:
         ConfigError: The record cannot be read.
-        TraceError: The base's configuration cannot be read, or it is quantized in a form that is not read.
+        TraceError: The base is quantized in a form that is not read.
     """
-    directory = None if not record else local_directory(name, TraceError)
-    if directory is not None and (directory / MODEL_FILE).is_file():
-        if packed_quantization(read_json_object(directory / MODEL_FILE, TraceError), name, TraceError):
-            return None
-    return BaseQuantization.of(record) if record else None
+    if not record:
+        return None
+    directory = BaseSource(name).directory  # of a hub id, its snapshot if it was downloaded
+    fields = None if directory is None else read_config_fields(directory)
+    if fields is not None and packed_quantization(fields, name, TraceError) is not None:
+        return None
+    return BaseQuantization.of(record)
