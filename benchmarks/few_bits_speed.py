@@ -123,7 +123,7 @@ def _prompt(kind: str, model: Any, ids: list[int]) -> Case[Any]:
 
 
 def _step(kind: str, model: Any, ids: list[list[int]]) -> Case[Any]:
-    decoder = model.decoder(rows=len(ids), capacity=CONTEXT, chunk=CHUNK)
+    decoder = model.decoder(rows=len(ids), capacity=CONTEXT, chunk=PAST)
 
     def opened() -> list[int]:
         rows = [decoder.open() for _ in ids]
