@@ -22,6 +22,7 @@ NAMES = (
     "encoders",
     "generation",
     "engine",
+    "answer-grammars",
     "adapters",
     "streaming",
     "merge-checkpoint",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -13,14 +13,17 @@ from gralora_fx.engine.adapters import names_of_rows
 from gralora_fx.engine.decoder import Source
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize, TooLargeError
 from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.serving.answer_grammar import AnswerGrammar
 from gralora_fx.serving.detokenizer import TextStream
 from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.generation import Generation
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.token_choice import TokenChooser, TokenScore, token_scores
+from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore, token_scores
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
+_FORCED = 32  # tokens that a grammar forces, in a step
+Ending: TypeAlias = Literal["stop", "length"]
 
 
 class Scored(NamedTuple):
@@ -48,6 +51,7 @@ class TextRequest:
         scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
             `sampling.logprobs` says; the answer may then have no tokens.
         source: What an encoder-decoder's encoder reads; None of a decoder.
+        grammar: What the answer's tokens may be; None for any.
     """
 
     prompt: tuple[int, ...]
@@ -57,6 +61,7 @@ class TextRequest:
     adapter: str | None = None
     scores_prompt: bool = False
     source: EncoderInput | None = None
+    grammar: AnswerGrammar | None = None
 
     @property
     def arrays(self) -> Source | None:
@@ -70,7 +75,8 @@ class TextRequest:
             ends: Ids of the tokens that end the answer.
         """
         rules = [] if self.source is None else self.source.processors(self.sampling, self.prompt, self.max_new_tokens)
-        return TokenChooser(self.sampling, self.prompt, ends, rules)
+        grammar = None if self.grammar is None else self.grammar.begin(ends, self.max_new_tokens)
+        return TokenChooser(self.sampling, self.prompt, ends, rules, grammar)
 
     def check(self, limits: DecoderLimits) -> None:
         """Check that a decoder can run it.
@@ -113,6 +119,7 @@ class Completion:
         ids: The new tokens.
         text: The text so far; empty without a tokenizer.
         has_ended: Whether the answer has ended.
+        ending: Why it has, once `extend` has ended it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int], stop: Sequence[str]) -> None:
@@ -129,6 +136,7 @@ class Completion:
         self._pieces: list[str] = []
         self.ids: list[int] = []
         self.has_ended = False
+        self.ending: Ending | None = None
 
     @property
     def text(self) -> str:
@@ -143,6 +151,24 @@ class Completion:
             return self.finish()
         self.ids.append(token)
         return "" if self._stream is None else self._add(self._stream.step(token))
+
+    def extend(self, choice: Choice, most: int) -> str:
+        """Add the tokens of a choice, up to the end of the answer; returns the new text.
+
+        Args:
+            choice: What was chosen.
+            most: The most tokens of the answer.
+        """
+        text, last = "", len(choice.tokens)
+        for number, token in enumerate(choice.tokens, 1):
+            text += self.take(token)
+            if self.has_ended or (choice.completes and number == last):
+                self.ending = "stop"
+            elif len(self.ids) >= most:
+                self.ending = "length"
+            if self.ending is not None:
+                return text + self.finish()
+        return text
 
     def finish(self) -> str:
         """End the answer; returns the text that was held back."""
@@ -184,6 +210,7 @@ class Completions(Iterator[Any]):
         sampling: Sampling,
         stop: Sequence[str],
         adapter: str | Sequence[str | None] | None = None,
+        grammar: AnswerGrammar | None = None,
     ) -> None:
         """Check the prompts, and let a decoder read them.
 
@@ -194,6 +221,7 @@ class Completions(Iterator[Any]):
             sampling: How tokens are chosen.
             stop: Strings that end an answer.
             adapter: The adapter to answer with, or of each; None for the base.
+            grammar: What the tokens of every answer may be; None for any.
 
         Raises:
             ServingError: The decoder does not take a prompt, an option or the adapter, or it fails.
@@ -202,10 +230,10 @@ class Completions(Iterator[Any]):
         names = names_of_rows(adapter, len(prompts.rows))
         sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
         self._requests = [
-            TextRequest(tuple(row), new, seeded(sampling, index), tuple(stop), name, source=source)
+            TextRequest(tuple(row), new, seeded(sampling, index), tuple(stop), name, source=source, grammar=grammar)
             for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
         ]
-        self._prompts, self._steps = prompts, 0
+        self._prompts = prompts
         self._gives_scores = sampling.logprobs is not None
         reader = tokenizer if prompts.gives_text or stop else None
         ends = generation.limits.ends if sampling.ends is None else sampling.ends
@@ -216,15 +244,10 @@ class Completions(Iterator[Any]):
 
     def __next__(self) -> Any:
         """What the next step adds: a text or ids, or a list of them for a list of prompts."""
-        going = [
-            row
-            for row, (request, completion) in enumerate(zip(self._requests, self._completions, strict=True))
-            if self._steps < request.max_new_tokens and not completion.has_ended
-        ]
+        going = [row for row, completion in enumerate(self._completions) if not completion.has_ended]
         if self._rows is None or not going:
             self._rows = None  # with what they hold, the cache and the adapter
             raise StopIteration
-        self._steps += 1
         try:
             logits = self._rows.step(going)
             choices = {row: self._choosers[row](logits[row]) for row in going}
@@ -233,14 +256,12 @@ class Completions(Iterator[Any]):
             if isinstance(error, ServingError):
                 raise
             raise ServingError(f"no token can be chosen ({first_line(error)})") from error
-        self._rows.next_tokens = {row: choice.token for row, choice in choices.items()}
+        self._rows.next_tokens = {row: choice.tokens for row, choice in choices.items()}
         pieces: list[Any] = []
         for row, completion in enumerate(self._completions):
             before, text = len(completion.ids), ""
             if row in choices:
-                text = completion.take(choices[row].token)
-            if self._steps == self._requests[row].max_new_tokens:
-                text += completion.finish()
+                text = completion.extend(choices[row], self._requests[row].max_new_tokens)
             new = completion.ids[before:]
             scores = [choices[row].score for _ in new]
             self._scores[row] += scores  # type: ignore[arg-type]
@@ -269,25 +290,27 @@ class _Rows:
     def __init__(self, generation: Generation, requests: Sequence[TextRequest]) -> None:
         count, longest = len(requests), max(len(request.prompt) for request in requests)
         capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        chunk = min(longest, _CHUNK if count == 1 else _CHUNK_OF_MANY)
+        forced = _FORCED if requests[0].grammar is not None else 1
+        chunk = min(max(longest, forced), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, chunk))
         self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]
         self._logits: dict[int, NDArray[Any]] = {}
-        self.next_tokens: dict[int, int] = {}
-        for start in range(0, longest, chunk):
-            parts = {row: request.prompt[start : start + chunk] for row, request in enumerate(requests)}
-            self._read({row: part for row, part in parts.items() if part})
+        self.next_tokens: dict[int, tuple[int, ...]] = {}
+        self._chunk = chunk
+        self._read({row: request.prompt for row, request in enumerate(requests)})
 
     def step(self, going: Sequence[int]) -> dict[int, NDArray[Any]]:
         """The logits `[vocabulary]` after the last token of each row that goes on."""
-        self._read({row: [token] for row, token in self.next_tokens.items() if row in going})
+        self._read({row: tokens for row, tokens in self.next_tokens.items() if row in going})
         return self._logits
 
     def _read(self, tokens: Mapping[int, Sequence[int]]) -> None:
-        logits_of = self._decoder.step({self._rows[row]: given for row, given in tokens.items()})
-        for row in tokens:
-            logits = logits_of[self._rows[row]]
-            self._logits[row] = logits[-1].copy() if self._decoder.gives_all else logits
+        for start in range(0, max(map(len, tokens.values()), default=0), self._chunk):
+            parts = {row: given[start : start + self._chunk] for row, given in tokens.items() if start < len(given)}
+            logits_of = self._decoder.step({self._rows[row]: part for row, part in parts.items()})
+            for row in parts:
+                logits = logits_of[self._rows[row]]
+                self._logits[row] = logits[-1].copy() if self._decoder.gives_all else logits
 
 
 class _Stop:

@@ -17,6 +17,7 @@ from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import EncoderDecoderSession, with_adapter
+from gralora_fx.serving.answer_form import GivenForms
 from gralora_fx.serving.call_arrays import CallInputs, Outputs
 from gralora_fx.serving.completion import Completions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
@@ -205,6 +206,10 @@ class OrtModel(OpenExport):
         stop: str | Sequence[str] = (),
         stream: bool = False,
         adapter: str | Sequence[str | None] | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
         **sampling: Any,
     ) -> Any:
         """Answer prompts, each as if it were alone.
@@ -228,6 +233,10 @@ class OrtModel(OpenExport):
             stop: Strings that end an answer; they are not part of it.
             stream: Whether to return an iterator over pieces of text (of token ids, for prompts of ids).
             adapter: Name of the adapter to answer with, None for the base; or a list of one for each prompt.
+            json_schema: A JSON schema that every answer meets: an object, or JSON text.
+            regex: A regular expression, in the syntax of Rust's `regex`, that every answer matches as a whole.
+            choice: Texts of which every answer is one.
+            grammar: A grammar that every answer follows, in llguidance's variant of Lark or in GBNF.
             **sampling: The fields of `Sampling`: `max_new_tokens`, `do_sample` and, to draw, `top_k`, `top_p`, `min_p`,
                 `temperature`, `seed`; `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
                 `min_new_tokens`, `eos_token_id` and `logprobs`.
@@ -240,6 +249,8 @@ class OrtModel(OpenExport):
         Raises:
             ServingError: The export has no cache, a prompt is empty, too long, not what the model reads or holds ids
                 out of range, or an option is unknown, invalid or without effect.
+            FormError: The form of the answers is wrong, cannot be compiled, or there are several; or llguidance, which
+                follows it, is not installed.
         """
         generation = self.generation  # first: of an export that does not generate, no option is of use
         chosen = Sampling.of(sampling)
@@ -249,7 +260,14 @@ class OrtModel(OpenExport):
         stops = stop_strings(stop, tokenizer)
         inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, language, task, forced_bos_token_id)
         parsed = generation.read(inputs, adapter, tokenizer)
-        completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter)
+        forms: GivenForms = {
+            "json_schema": ("json", json_schema),
+            "regex": ("regex", regex),
+            "choice": ("choice", choice),
+            "grammar": ("grammar", grammar),
+        }
+        compiled = self.grammars.of(forms)
+        completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter, compiled)
         return completions if stream else completions.result()
 
     def decoder(self, *, rows: int = 8, capacity: int | None = None, chunk: int = 64) -> Decoder:

@@ -39,6 +39,7 @@ from gralora_fx.runtime.placement import (
     warn_of_idle,
 )
 from gralora_fx.runtime.session import CPU, Runtime, open_session
+from gralora_fx.serving.answer_grammar import Grammars
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.generation import Generation
 from gralora_fx.sources.model_files import read_json_object
@@ -187,6 +188,11 @@ class OpenExport:
         """The tokenizer saved beside the model, or None."""
         self._check_unchanged()
         return load_tokenizer(self.directory, ServingError)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles forms of answers for the tokenizer beside the model."""
+        return Grammars(self.tokenizer_or_none)
 
     def _open_later(self, name: str) -> Any:
         self._check_unchanged()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from gralora_fx.serving.answer_grammar import RowGrammar
 from gralora_fx.serving.sampling import Sampling
 
 
@@ -44,17 +47,32 @@ class Choice:
     Attributes:
         token: Its id.
         score: Its log-probability, if that is asked for.
+        forced: The tokens that the grammar of the answer forces after it; none where scores are asked for, since each
+            then waits for its own logits.
+        completes: Whether the answer is over after these, as its grammar allows no other token.
     """
 
     token: int
     score: TokenScore | None = None
+    forced: tuple[int, ...] = ()
+    completes: bool = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens that it adds."""
+        return (self.token, *self.forced)
 
 
 class TokenChooser:
     """Chooses the tokens of one answer; its draws depend on its own seed alone, not on other rows."""
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], ends: frozenset[int], rules: Sequence[Any] = ()
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        ends: frozenset[int],
+        rules: Sequence[Any] = (),
+        grammar: RowGrammar | None = None,
     ) -> None:
         """Prepare the processors, in the order of transformers' `generate`.
 
@@ -63,11 +81,13 @@ class TokenChooser:
             prompt: The tokens before the answer.
             ends: Ids of the tokens that end the answer.
             rules: The processors of the model itself, which come after those of the options.
+            grammar: What the tokens may be, before anything is drawn; None for any. What it forces is not chosen.
         """
         self._ids = list(prompt)
         self._top = sampling.logprobs
-        self._processors = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
-        self._reads_ids = bool(self._processors)
+        self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
+        self._warpers = LogitsProcessorList()
+        self._grammar = grammar
         self._generator: torch.Generator | None = None
         if sampling.do_sample:
             self._generator = torch.Generator()
@@ -75,28 +95,56 @@ class TokenChooser:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(int(sampling.seed))
-            self._processors.extend(_warpers(sampling))
+            self._warpers.extend(_warpers(sampling))
 
     def __call__(self, logits: NDArray[Any]) -> Choice:
         """Choose the next token, and remember it.
 
         Args:
             logits: `[vocabulary]`, what the model gives after the prompt and the tokens that were chosen before.
+
+        Raises:
+            ServingError: No token can go on with the grammar.
         """
-        token = self._choose(logits)
+        grammar = self._grammar
+        if grammar is not None and grammar.forced:
+            token = grammar.forced.popleft()
+        else:
+            token = self._choose(logits)
+            if grammar is not None:
+                grammar.take(token)
         self._ids.append(token)
-        if self._top is None:
-            return Choice(token)
-        return Choice(token, token_scores(logits[None], [token], self._top)[0])
+        score = None if self._top is None else token_scores(logits[None], [token], self._top)[0]
+        if grammar is None:
+            return Choice(token, score)
+        forced = tuple(grammar.forced) if score is None else ()
+        if forced:
+            grammar.forced.clear()
+            self._ids += forced
+        return Choice(token, score, forced, grammar.is_complete)
 
     def _choose(self, logits: NDArray[Any]) -> int:
-        if not self._processors and self._generator is None:
-            return int(logits.argmax())
-        ids = torch.tensor([self._ids if self._reads_ids else self._ids[-1:]])
-        scores = self._processors(ids, torch.from_numpy(logits).float()[None])
+        if self._generator is None and not self._rules:
+            return int((logits if self._grammar is None else _masked(logits, self._grammar)).argmax())
+        ids = torch.tensor([self._ids if self._rules else self._ids[-1:]])
+        scores = self._rules(ids, torch.from_numpy(logits).float()[None])
+        if self._grammar is not None:
+            scores = self._within(self._grammar, scores, logits)
         if self._generator is None:
             return int(scores.argmax())
+        scores = self._warpers(ids, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+    def _within(self, grammar: RowGrammar, scores: torch.Tensor, logits: NDArray[Any]) -> torch.Tensor:
+        """Scores of the tokens that a grammar allows; before any rule, where the rules leave none of them."""
+        scores = scores.masked_fill(torch.from_numpy(~grammar.allowed(scores.shape[1])), -math.inf)
+        return torch.from_numpy(_masked(logits, grammar)).float()[None] if scores.max() == -math.inf else scores
+
+
+def _masked(logits: NDArray[Any], grammar: RowGrammar) -> NDArray[Any]:
+    """Logits `[vocabulary]` of the tokens that a grammar allows, and minus infinity for others."""
+    masked: NDArray[Any] = np.where(grammar.allowed(len(logits)), logits, logits.dtype.type(-np.inf))
+    return masked
 
 
 class OccurrencePenalty:

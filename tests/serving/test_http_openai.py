@@ -105,7 +105,6 @@ def test_what_clients_send_by_default_changes_nothing(client: openai.OpenAI, ser
     answer = plain.choices[0].message.model_dump()  # goes back as it came
     client.chat.completions.create(model="wide", messages=[*messages, answer, messages[1]], **ALL_OPTIONS)
     for wrong in (
-        {"response_format": {"type": "json_object"}},
         {"reasoning_effort": "low"},
         {"tool_choice": "required"},
         {"store": True},

@@ -64,6 +64,22 @@ def test_completions_are_what_transformers_generates(client: openai.OpenAI) -> N
     assert len({choice.text for choice in found.choices}) == 3
 
 
+def test_answers_in_a_form_go_before_the_models_own_rules(client: openai.OpenAI) -> None:
+    """No token pair may come twice by the model's rules, and BART forces an end at the most tokens."""
+    for choice in ("abababab", "a"):
+        options: Any = {"model": "tuned", "prompt": TEXTS, "max_tokens": 9, "extra_body": {"guided_choice": [choice]}}
+        found = client.completions.create(**options)
+        assert [(each.text, each.finish_reason) for each in found.choices] == [(choice, "stop")] * 3
+    options = {
+        "model": "bart",
+        "prompt": TEXTS[0],
+        "max_tokens": 30,
+        "n": 3,
+        "extra_body": {"guided_regex": "[ab]{12}"},
+    }
+    assert {len(each.text) for each in client.completions.create(**options).choices} == {12}
+
+
 def test_streams_draws_and_several_answers(client: openai.OpenAI, export: Path) -> None:
     options: Any = {"model": "bart", "prompt": TEXTS[0], "max_tokens": 8}
     chunks = list(client.completions.create(**options, temperature=0, stream=True))

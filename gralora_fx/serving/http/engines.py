@@ -14,6 +14,7 @@ from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.run_options import runtime_of
+from gralora_fx.serving.answer_grammar import Grammars
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
@@ -61,11 +62,13 @@ class TextEngine(Engine):
 
     Attributes:
         tokenizer: The tokenizer beside the model.
+        grammars: Compiles forms of answers for it.
         inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
     """
 
     queue: ContinuousScheduler
     tokenizer: PreTrainedTokenizerBase
+    grammars: Grammars
     inputs: EncoderInputs | None = None
 
     @property
@@ -141,7 +144,8 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
     queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, models=models)
-    return TextEngine(models, model.manifest, try_decoder(model), queue, tokenizer, model.encoder_inputs)
+    trial = try_decoder(model)
+    return TextEngine(models, model.manifest, trial, queue, tokenizer, model.grammars, model.encoder_inputs)
 
 
 def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:

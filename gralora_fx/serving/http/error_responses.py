@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gralora_fx.errors import GraloraError, shown
+from gralora_fx.serving.answer_form import FormError
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
 from gralora_fx.serving.http.metrics import note_rejection
 from gralora_fx.serving.scheduling.queue import DeadlineError, QueueFullError, RunError, StoppedError
@@ -76,7 +77,8 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(GraloraError)
     async def _refused(request: Request, error: GraloraError) -> JSONResponse:
         note_rejection(request.scope, error)
-        return error_response(request.url.path, status_of(error), str(error))
+        field = error.field if isinstance(error, FormError) else None
+        return error_response(request.url.path, status_of(error), str(error), field)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

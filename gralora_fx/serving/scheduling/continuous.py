@@ -141,7 +141,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 self._rows[row].fail(error)
             return
         self._observer.ran(time.perf_counter() - started, len(tokens))
-        self._observer.read(sum(len(tokens[row]) for row in tokens if self._rows[row].last is None))
+        self._observer.read(sum(len(tokens[row]) for row in tokens if self._rows[row].chosen is None))
         self._advance(tokens, logits)
 
     def _tokens(self) -> dict[int, list[int]]:
@@ -150,20 +150,20 @@ class ContinuousScheduler(JobQueue[TextJob]):
         budget = self._decoder.chunk
         is_earliest = True
         for row, job in self._rows.items():
-            if job.last is None:
+            if job.chosen is None:
                 if is_earliest or job.unread <= budget:
                     tokens[row] = job.next_tokens(budget)
                     budget -= len(tokens[row])
                 is_earliest = False
             else:
-                tokens[row] = job.next_tokens(1)
+                tokens[row] = job.next_tokens(self._decoder.chunk)
         return tokens
 
     def _advance(self, tokens: Mapping[int, list[int]], logits: Mapping[int, NDArray[Any]]) -> None:
         """Choose the next token of every row that has read all of its prompt; a row that fails fails alone."""
         for row, read in tokens.items():
             job = self._rows[row]
-            before, is_first = len(job.answer.ids), job.last is None
+            before, is_first = len(job.answer.ids), job.chosen is None
             try:
                 choice = job.advance(len(read), logits[row])
                 if choice is None:

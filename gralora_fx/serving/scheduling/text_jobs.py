@@ -6,15 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from gralora_fx.serving.completion import Completion, TextRequest
+from gralora_fx.serving.completion import Completion, Ending, TextRequest
 from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore
-
-Ending: TypeAlias = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class TextJob:
         answer: The answer so far.
         is_done: Whether its caller was told the end.
         read: How many tokens of its prompt the row has read.
-        last: The token that was chosen last and not read yet.
+        chosen: The tokens that were chosen, or forced by a grammar, and not read yet; None while the prompt is read.
     """
 
     rows = 1
@@ -73,7 +71,7 @@ class TextJob:
         """
         self.request, self.answer = request, answer
         self.is_done, self.read = False, 0
-        self.last: int | None = None
+        self.chosen: tuple[int, ...] | None = None
         self._choose: TokenChooser | None = None
         self._ends, self._sink, self._cancelled = ends, sink, threading.Event()
         self._scores: list[TokenScore] = []
@@ -109,51 +107,43 @@ class TextJob:
         self._choose = self.request.chooser(self._ends)
 
     def next_tokens(self, most: int) -> list[int]:
-        """The tokens to read in the next step: at most some of the prompt, or the one that was chosen last."""
-        if self.last is not None:
-            return [self.last]
+        """The tokens to read in the next step: at most some of the prompt, or of those that were chosen last."""
+        if self.chosen is not None:
+            return list(self.chosen[:most])
         return list(self.request.prompt[self.read : self.read + most])
 
     def advance(self, count: int, logits: NDArray[Any]) -> Choice | None:
-        """Take note of the tokens that were read; the next one, if the prompt has ended and the answer has tokens."""
-        if self.last is None:
+        """Take note of the tokens that were read; the next one, if all are read and the answer has tokens."""
+        if self.chosen is not None:
+            self.chosen = self.chosen[count:]
+            if self.chosen:
+                return None
+        else:
             if self.request.scores_prompt:
                 self._prompt_scores += self.request.score_prompt(self.read, logits)
             self.read += count
             if self.unread:
                 return None
             if not self.request.max_new_tokens:
-                self._finish("length")
+                self._tell(self.answer.finish(), "length")
                 return None
         assert self._choose is not None
         choice = self._choose(logits if logits.ndim == 1 else logits[-1])
-        self.last = choice.token
+        self.chosen = choice.tokens
         return choice
 
     def take(self, choice: Choice) -> None:
-        """Add a token to the answer, and tell the caller."""
+        """Add what was chosen to the answer, and tell the caller."""
         before = len(self.answer.ids)
-        text = self.answer.take(choice.token)
+        text = self.answer.extend(choice, self.request.max_new_tokens)
         if choice.score is not None and len(self.answer.ids) > before:
             self._scores.append(choice.score)
-        if not self.answer.has_ended and len(self.answer.ids) >= self.request.max_new_tokens:
-            self._finish("length", text)
-        else:
-            self._tell(text, "stop" if self.answer.has_ended else None)
+        self._tell(text, self.answer.ending)
 
     def fail(self, error: Exception) -> None:
         """Tell the caller that the job cannot be done."""
         self.is_done = True
         self._sink(RunError.of(error))
-
-    def _finish(self, ending: Ending, text: str = "") -> None:
-        """End the answer, and tell the caller.
-
-        Args:
-            ending: Why it ends.
-            text: New text before what is held back.
-        """
-        self._tell(text + self.answer.finish(), ending)
 
     def _tell(self, text: str, ending: Ending | None) -> None:
         self.is_done = ending is not None

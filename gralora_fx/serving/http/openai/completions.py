@@ -96,6 +96,7 @@ async def _text_requests(
         )
     stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
     sampling = asked.sampling(queue.limits.ends)
+    grammar = await run_in_threadpool(engine.grammars.of, asked.forms())
     rows: list[list[int]] = await run_in_threadpool(_prompt_rows, engine, asked)
     requests: list[TextRequest] = []
     for ids in rows:
@@ -106,7 +107,7 @@ async def _text_requests(
             raise ServingError(f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for")
         for _ in range(asked.n):
             own = seeded(sampling, len(requests))
-            requests.append(TextRequest(prompt, most, own, stop, adapter, scores_prompt, source))
+            requests.append(TextRequest(prompt, most, own, stop, adapter, scores_prompt, source, grammar))
     return requests, sum(map(len, rows))
 
 

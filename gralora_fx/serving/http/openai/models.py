@@ -17,7 +17,7 @@ from gralora_fx.serving.http.adapter_loads import load_adapter
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import Engine
 from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.openai.requests import StrictModel
+from gralora_fx.serving.http.openai.strict_model import StrictModel
 from gralora_fx.serving.scheduling.served_models import ServedModels
 
 

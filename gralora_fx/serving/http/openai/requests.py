@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.http.openai.answer_format import AnswerFormat
+from gralora_fx.serving.http.openai.strict_model import Idle, ListOf, StrictModel
 from gralora_fx.serving.sampling import Sampling
 
-_Item = TypeVar("_Item")
-
-ListOf = Annotated[list[_Item], Field(fail_fast=True)]
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
 _TOKENS = 1024  # the most that an option names, since each is looked at in every step
 Texts: TypeAlias = str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
-Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), AfterValidator(lambda seed: seed % 2**31)]
 Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
@@ -26,42 +23,6 @@ _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 _Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class StrictModel(BaseModel):
-    """A request, or a part of one: fields are known and of their own types, and one that is null is as if left out.
-
-    A wrong request costs no more than a right one. Pydantic describes every wrong item of a list and every unknown
-    field, which for a body of some megabytes are gigabytes: so lists of requests end at their first wrong item
-    (`fail_fast`), and of unknown fields one is looked at.
-
-    Attributes:
-        without_effect: Fields beside them that are accepted, since they change no answer; of some only these values.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    without_effect: ClassVar[Idle] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, body: Any) -> Any:
-        """Leave out what has no effect, and all unknown fields but the first, by which the request is refused."""
-        if not isinstance(body, dict):
-            return body
-        idle, known = cls.without_effect, cls.model_fields
-        fields = {
-            name: value
-            for name, value in body.items()
-            if value is not None and not (name in idle and _is_among(value, idle[name]))
-        }
-        for name in [name for name in fields if name not in known][1:]:
-            del fields[name]
-        return fields
-
-
-def _is_among(value: Any, values: tuple[Any, ...] | None) -> bool:
-    """Whether a field has one of some values, of the same type; None for any."""
-    return values is None or any(type(value) is type(other) and value == other for other in values)
 
 
 def _single_texts(texts: Any) -> list[str | list[int]]:
@@ -83,7 +44,7 @@ class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class _TextFields(StrictModel):
+class _TextFields(AnswerFormat):
     """What completions and chats share: OpenAI's fields, and beside them vLLM's."""
 
     without_effect: ClassVar[Idle] = {
@@ -98,7 +59,6 @@ class _TextFields(StrictModel):
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "best_of": (1,),
         "suffix": ("",),

@@ -21,7 +21,8 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.http.engines import TextEngine
-from gralora_fx.serving.http.openai.requests import Idle, Seed, StrictModel, Temperature, Whole
+from gralora_fx.serving.http.openai.requests import Seed, Temperature, Whole
+from gralora_fx.serving.http.openai.strict_model import Idle, StrictModel
 from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.recordings import Audio, read_audio
 from gralora_fx.serving.sampling import Sampling

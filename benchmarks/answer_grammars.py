@@ -1,0 +1,119 @@
+"""What grammars cost: steps of 8 rows that choose their tokens with a grammar each, beside the same rows without.
+
+SmolLM2-135M with a GraLoRA adapter folded in, float32 and int4, on two threads. Every row has its own JSON schema,
+whose answer is a list of objects that is never over while it is measured. Both sides take a step in turns, one token a
+row. Tokens that a grammar forces are counted, and not read, so that rows stay equally long.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import smollm2
+from benchmarks.genai import run_process
+from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx.serving import load
+from gralora_fx.serving.answer_form import AnswerForm
+from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.token_choice import TokenChooser
+
+RUNS = Path("runs/generation")
+THREADS, ROWS, PROMPT, NEW = 2, 8, 64, 400
+MOST = 1.03
+PLAIN, WITH = "without grammars", "with a grammar in each row"
+
+
+def run(iterations: int = 60) -> Report:
+    """Measure steps of rows.
+
+    Args:
+        iterations: Steps of each side.
+    """
+    report = Report("answer_grammars", "grammars of answers: SmolLM2-135M, 8 rows")
+    base = smollm2.base(RUNS / "base")
+    adapter = smollm2.adapter(RUNS / "adapter", base)
+    for precision in ("fp32", "int4"):
+        directory = RUNS / f"engine_{precision}"
+        if not (directory / "gralora_export.json").is_file():
+            progress(f"export, {precision}")
+            quantize = [] if precision == "fp32" else ["--quantize", precision]
+            given = ["--model", base, "--adapter", adapter, "--output", directory, "--no-verify", *quantize]
+            run_process(["-m", "gralora_fx.cli", "export", *given], directory)
+        _compare(report, directory, precision, iterations)
+    return report
+
+
+def _compare(report: Report, directory: Path, precision: str, iterations: int) -> None:
+    model = load(directory, threads=THREADS)
+    for name, options in (("likeliest token", {}), ("drawn, top_p 0.9", {"do_sample": True, "top_p": 0.9, "seed": 1})):
+        progress(f"{precision}, {name}")
+        steps: dict[str, list[float]] = {PLAIN: [], WITH: []}
+        choices: dict[str, list[float]] = {PLAIN: [], WITH: []}
+        sides = {side: _Rows(model, side == WITH, options) for side in steps}
+        for iteration in range(-5, iterations):
+            for side in (PLAIN, WITH)[:: 1 if iteration % 2 else -1]:
+                seconds, chosen = sides[side].step()
+                if iteration >= 0:
+                    steps[side].append(seconds)
+                    choices[side].append(chosen)
+        rows: list[Mapping[str, Any]] = [
+            {"tokens": name, "rows": side, "step, ms": 1e3 * statistics.median(steps[side])}
+            | {"of it choosing, ms": 1e3 * statistics.median(choices[side]), "forced": sides[side].forced}
+            for side in steps
+        ]
+        report.tables.append(Table(f"{precision}, {name}", rows))
+        ratio = Ratio.between(steps[WITH], steps[PLAIN]).of_medians
+        report.claims.append(Claim(f"{precision}, {name}: a step over one without grammars", ratio, at_most=MOST))
+
+
+class _Rows:
+    """Rows that read a prompt and then take steps of one token each.
+
+    Attributes:
+        forced: How many tokens the grammars forced.
+    """
+
+    def __init__(self, model: Any, has_grammars: bool, options: Mapping[str, Any]) -> None:
+        self._decoder = model.decoder(rows=ROWS, capacity=PROMPT + NEW, chunk=PROMPT)
+        prompt = np.random.default_rng(0).integers(10, 40000, PROMPT).tolist()
+        numbers = [self._decoder.open() for _ in range(ROWS)]
+        self._choosers = {}
+        for number in numbers:
+            grammar = model.grammars.compiled(_form(number)).begin(frozenset(), NEW) if has_grammars else None
+            self._choosers[number] = TokenChooser(Sampling(**options), prompt, frozenset(), (), grammar)
+        self._logits = self._decoder.step(dict.fromkeys(numbers, prompt))
+        self.forced = 0
+
+    def step(self) -> tuple[float, float]:
+        """Choose a token in each row and let it be read; the seconds of that, and of choosing alone.
+
+        Forced tokens are left to the next steps, so that both sides read one token a row.
+        """
+        started = time.perf_counter()
+        tokens = {}
+        for number, chooser in self._choosers.items():
+            choice = chooser(self._logits[number])
+            tokens[number] = [choice.token]
+            self.forced += len(choice.forced)
+        chosen = time.perf_counter() - started
+        self._logits = self._decoder.step(tokens)
+        return time.perf_counter() - started, chosen
+
+
+def _form(number: int) -> AnswerForm:
+    """A schema of its own for each row: a long list of objects with a few fields."""
+    fields = {
+        f"name_{number}": {"type": "string", "maxLength": 40},
+        "count": {"type": "integer", "minimum": 0, "maximum": 10**6},
+        "kind": {"enum": ["animal", "plant", "mineral"]},
+        "tags": {"type": "array", "items": {"type": "string", "pattern": "[a-z ]{2,12}"}, "maxItems": 6},
+        "score": {"type": "number"},
+    }
+    item = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    return AnswerForm.of("json", {"type": "array", "items": item, "minItems": 500})

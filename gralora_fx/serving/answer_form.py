@@ -1,0 +1,93 @@
+"""The form that an answer is to have: a JSON schema, a regular expression, some choices, or a grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.json_schema import check_size, schema_text
+
+FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar"]
+GivenForms: TypeAlias = Mapping[str, tuple[FormKind, Any]]  # by a name: the kind, and a value or None
+_MOST_CHOICES = 1024
+
+
+class FormError(ServingError):
+    """The form of an answer cannot be followed.
+
+    Attributes:
+        field: The option or field that asks for it.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        """Say what is wrong.
+
+        Args:
+            field: The option or field that asks for the form.
+            problem: What is wrong with it.
+        """
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """A form, checked as far as that needs no tokenizer.
+
+    Attributes:
+        kind: Of which kind it is.
+        value: The schema as JSON text, the expression, the choices, or the grammar.
+    """
+
+    kind: FormKind
+    value: str | tuple[str, ...]
+
+    @classmethod
+    def of(cls, kind: FormKind, value: Any) -> AnswerForm:
+        """A form of what a caller gives.
+
+        Args:
+            kind: Of which kind it is.
+            value: A schema as an object or JSON text, a regular expression in the syntax of Rust's `regex` that the
+                whole answer matches, a list of texts of which the answer is one, or a grammar in llguidance's variant
+                of Lark or in GBNF.
+
+        Raises:
+            ServingError: It is of another type, larger than 64 KiB, or a schema that cannot be followed.
+        """
+        if kind == "json":
+            return cls(kind, schema_text(value))
+        texts = value if kind == "choice" else [value]
+        if not isinstance(texts, Sequence) or isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+            raise ServingError(
+                f"{'a list of texts' if kind == 'choice' else 'a text'} is needed, but got {shown(value)}"
+            )
+        if not 0 < len(texts) <= _MOST_CHOICES:
+            raise ServingError(f"there are {len(texts)} choices; give 1 to {_MOST_CHOICES}")
+        check_size("".join(texts))
+        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+            raise ServingError("it has a lone surrogate, which no text has")
+        return cls(kind, tuple(texts) if kind == "choice" else texts[0])
+
+
+def one_form(given: GivenForms) -> tuple[str, AnswerForm] | None:
+    """The one form among what may be given, with the name that it was given by; None if there is none.
+
+    Args:
+        given: What may be given.
+
+    Raises:
+        FormError: There are several, or one is wrong.
+    """
+    forms = {name: pair for name, pair in given.items() if pair[1] is not None}
+    if len(forms) > 1:
+        first, second, *_ = forms
+        raise FormError(second, f"an answer has one form, and {first} is given too; give one of them")
+    for name, (kind, value) in forms.items():
+        try:
+            return name, AnswerForm.of(kind, value)
+        except ServingError as error:
+            raise FormError(name, str(error)) from error
+    return None

@@ -1,0 +1,229 @@
+"""Forms of answers as grammars over a tokenizer's tokens, by llguidance: which tokens may come next in each row."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict, deque
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.serving.answer_form import AnswerForm, FormError, GivenForms, one_form
+
+_KEPT = 64  # grammars that stay compiled
+# as json.dumps writes it, so that much of an answer is forced, and no row writes white space for ever
+_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """Compiles forms for a tokenizer; the latest ones stay compiled. Several threads may use it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Begin without grammars.
+
+        Args:
+            tokenizer: The tokenizer, which is read when the first form comes; None if there is none.
+        """
+        self._tokenizer = tokenizer
+        self._tokens: Any = None  # llguidance's form of the tokenizer
+        self._compiled: OrderedDict[AnswerForm, AnswerGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, given: GivenForms) -> AnswerGrammar | None:
+        """The grammar of the one form among what may be given; None if there is none.
+
+        Args:
+            given: What may be given.
+
+        Raises:
+            FormError: There are several forms, or one cannot be followed.
+        """
+        found = one_form(given)
+        if found is None:
+            return None
+        try:
+            return self.compiled(found[1])
+        except ServingError as error:
+            raise FormError(found[0], str(error)) from error
+
+    def compiled(self, form: AnswerForm) -> AnswerGrammar:
+        """A form as a grammar; one at a time is compiled, so that those of others do not take all cores.
+
+        Raises:
+            ServingError: llguidance is not installed, there is no tokenizer or it cannot read that, the form cannot be
+                compiled, or no token can begin such an answer.
+        """
+        with self._lock:
+            if form not in self._compiled:
+                if self._tokens is None:
+                    self._tokens = _read(self._tokenizer)
+                self._compiled[form] = AnswerGrammar(self._tokens, form)
+            self._compiled.move_to_end(form)
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+            return self._compiled[form]
+
+
+class AnswerGrammar:
+    """A compiled form, from which each row begins a state of its own."""
+
+    def __init__(self, tokens: Any, form: AnswerForm) -> None:
+        """Compile a form.
+
+        Args:
+            tokens: llguidance's form of the tokenizer.
+            form: The form.
+
+        Raises:
+            ServingError: It cannot be compiled, or no token can begin such an answer.
+        """
+        import llguidance
+
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        try:
+            self._start = llguidance.LLMatcher(tokens, _source(form), log_level=0, limits=limits)
+        except ValueError as error:
+            raise ServingError(f"it cannot be compiled ({first_line(error)})") from error
+        if self._start.is_error():
+            raise ServingError(f"it cannot be compiled ({_problem(self._start.get_error())})")
+        self._ends = frozenset(tokens.eos_tokens)
+        if not self.begin(frozenset(), 1).can_begin:
+            raise ServingError("no token of the model can begin such an answer")
+
+    def begin(self, ends: frozenset[int], most: int) -> RowGrammar:
+        """The state of a row that has no token of its answer yet.
+
+        Args:
+            ends: Ids of the tokens that end the answer.
+            most: The most tokens of the answer.
+        """
+        return RowGrammar(self._start.deep_copy(), self._ends, ends, most)
+
+
+class RowGrammar:
+    """What the tokens of one answer may be.
+
+    An end token may come only where the answer is complete, and an answer that nothing can follow is over without one.
+
+    Attributes:
+        forced: Tokens that the grammar alone determines, which come next; none of them needs to be chosen.
+    """
+
+    def __init__(self, matcher: Any, own_ends: frozenset[int], ends: frozenset[int], most: int) -> None:
+        """Begin an answer; see `AnswerGrammar.begin`.
+
+        Args:
+            matcher: llguidance's state, which nobody else uses.
+            own_ends: Ids of the tokens that llguidance lets end an answer.
+            ends: Ids of the tokens that end this one.
+            most: The most tokens of the answer.
+        """
+        self._matcher, self._ends, self._left = matcher, ends, most
+        self._own_ends = sorted(own_ends)
+        self._end_ids = sorted(ends)
+        self.forced: deque[int] = deque()
+        self._allowed: NDArray[np.bool_] = np.empty(0, np.bool_)
+        self._goes_on = True
+        self._advance()
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether a token can come next that ends no answer."""
+        return bool(self.forced) or self._goes_on
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is over: it meets the grammar, and nothing can follow it."""
+        return not self.forced and not self._goes_on
+
+    def allowed(self, size: int) -> NDArray[np.bool_]:
+        """Which tokens may come next, `[size]`.
+
+        Args:
+            size: How many logits there are; tokens that the tokenizer does not know may not come.
+        """
+        allowed = self._allowed
+        if len(allowed) != size:
+            allowed = np.zeros(size, np.bool_)
+            allowed[: min(size, len(self._allowed))] = self._allowed[:size]
+        return allowed
+
+    def take(self, token: int) -> None:
+        """Go on after a token that was chosen among those that are allowed.
+
+        Raises:
+            ServingError: The grammar is at a point where no token can go on, or is too complex there.
+        """
+        self._left -= 1
+        if token in self._ends:
+            return
+        self._matcher.consume_token(token)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Find the tokens that are forced, and what may come after them."""
+        matcher = self._matcher
+        forced = list(takewhile(lambda token: token not in self._ends, matcher.compute_ff_tokens()[: self._left]))
+        forced = forced[: matcher.validate_tokens(forced)]  # a tokenizer may lack bytes of the text that is forced
+        if forced:
+            matcher.consume_tokens(forced)
+            self.forced.extend(forced)
+            self._left -= len(forced)
+        self._goes_on = not matcher.is_stopped()
+        if self._goes_on and self._left > 0:
+            self._find_allowed()
+        if matcher.is_error() or not (self._goes_on or matcher.is_accepting()):
+            reason = _problem(matcher.get_error()) or "the model has no token for what comes next"
+            raise ServingError(f"no token can go on with the grammar of the answer ({reason})")
+
+    def _find_allowed(self) -> None:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
+        self._allowed[self._own_ends] = False
+        ends = [end for end in self._end_ids if end < len(self._allowed)]
+        self._allowed[ends] = False
+        self._goes_on = bool(self._allowed.any())
+        if self._matcher.is_accepting():
+            self._allowed[ends] = True
+
+
+def _read(tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """A tokenizer as llguidance takes it; large ones take about a second."""
+    if tokenizer is None:
+        raise ServingError("a grammar needs a tokenizer, and the export holds none; export with tokenizer=...")
+    try:
+        from llguidance.hf import from_tokenizer
+    except ImportError as error:
+        raise ServingError(
+            "an answer in a form needs the package llguidance; pip install 'gralora-fx[serve]'"
+        ) from error
+    try:
+        return from_tokenizer(tokenizer)
+    except Exception as error:  # errors of several types, by what the tokenizer has
+        raise ServingError(
+            f"no answer in a form can be written with this model's tokenizer, whose tokens are not bytes of text "
+            f"({first_line(error)})"
+        ) from error
+
+
+def _source(form: AnswerForm) -> str:
+    """A form as llguidance takes it."""
+    import llguidance
+
+    if form.kind == "json":
+        return str(llguidance.LLMatcher.grammar_from_json_schema(str(form.value), overrides=_JSON))
+    text = json.dumps(form.value) if form.kind == "choice" else str(form.value)
+    return str(llguidance.grammar_from(form.kind, text))
+
+
+def _problem(message: str) -> str:
+    """What llguidance says of an error, in one line."""
+    if message.startswith("NoExtension"):
+        return ""
+    lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines()]
+    return " ".join(filter(None, lines))[:300]

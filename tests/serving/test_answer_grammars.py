@@ -1,0 +1,285 @@
+"""Answers in a form: schemas that are followed or refused, rows beside each other, and options within a grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from peft_oracle import peft_model
+from served_exports import CACHED, adapted, chat_tokenizer
+from tiny_models import tiny_model
+
+from gralora_fx.errors import ServingError
+from gralora_fx.exporters import export_adapter, export_onnx
+from gralora_fx.serving import Decoder, load
+from gralora_fx.serving.answer_form import AnswerForm, FormError
+from gralora_fx.serving.answer_grammar import Grammars
+from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.token_choice import TokenChooser
+
+SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
+WORD = {"type": "string", "maxLength": 6}
+PERSON = {
+    "title": "Person",
+    "type": "object",
+    "properties": {"name": WORD, "age": {"type": "integer", "minimum": 0, "maximum": 150}, "email": WORD},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+_BRANCHES = {"left": {"$ref": "#/$defs/tree"}, "value": {"enum": [1, 2]}}
+TREE = {
+    "$defs": {"tree": {"type": "object", "properties": _BRANCHES, "additionalProperties": False}},
+    "$ref": "#/$defs/tree",
+}
+SCHEMAS: dict[str, Any] = {
+    "person": PERSON,
+    "list": {"type": "array", "items": PERSON, "minItems": 1, "maxItems": 3},
+    "enum": {"enum": ["red", 1, None, True, {"a": [1.5]}]},
+    "const": {"const": {"a": ["b", {"c": None}]}},
+    "any": {"anyOf": [{"type": "integer", "maximum": 3, "minimum": 0}, {"type": "boolean"}, WORD]},
+    "all": {"allOf": [{"type": "integer", "minimum": 2}, {"maximum": 40}]},
+    "pattern": {"type": "string", "pattern": "^[a-c]{2,4}-\\d{3}$"},
+    "date": {"type": "string", "format": "date"},
+    "uuid": {"type": "string", "format": "uuid"},
+    "number": {"type": "number", "minimum": -2, "maximum": 2, "multipleOf": 0.25},
+    "tuple": {"type": "array", "prefixItems": [{"type": "boolean"}, {"type": "null"}], "items": False, "minItems": 2},
+    "map": {
+        "type": "object",
+        "patternProperties": {"^[a-c]{1,2}$": {"type": "boolean"}},
+        "additionalProperties": False,
+    },
+    "tree": TREE,
+    "either": {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "additionalProperties": False},
+    "one": {"oneOf": [{"type": "null"}, {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}]},
+    "draft 4": {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "definitions": {"a": WORD},
+        "$ref": "#/definitions/a",
+    },
+}
+ENDLESS = ("tree", "map")  # whose answers may be of any length
+REFUSED: dict[str, tuple[Any, str]] = {
+    "unknown keyword": ({"requried": ["a"]}, "the keyword 'requried' of the schema is not supported; leave it out"),
+    "unsupported keyword": ({"type": "array", "uniqueItems": True}, "the keyword 'uniqueItems'"),
+    "keyword within": ({"properties": {"a": {"anyOf": [{"not": {}}]}}}, "the keyword 'not'"),
+    "options of llguidance": ({"x-guidance": {"lenient": True}, "type": "object"}, "the keyword 'x-guidance'"),
+    "remote": (
+        {"$ref": "https://example.org/a.json"},
+        "refers to 'https://example.org/a.json'; only what is within it",
+    ),
+    "a file": ({"items": {"$ref": "file:///etc/passwd"}}, "only what is within it"),
+    "nothing": ({"$ref": "#/$defs/a"}, "there is no such part of it"),
+    "itself": ({"$ref": "#"}, "refers to itself without end"),
+    "two in a ring": (
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        "refers to itself without end",
+    ),
+    "a member of itself": ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "without end"),
+    "an item of itself": ({"type": "array", "minItems": 1, "items": {"$ref": "#"}}, "without end"),
+    "every choice of itself": ({"anyOf": [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}]}, "without end"),
+    "large": ({"description": "x" * 10_000_000}, "it is larger than 64 KiB"),
+    "deep": (json.loads("[" * 400 + "]" * 400), "a schema is an object of keywords"),
+    "nested": (json.loads('{"items":' * 300 + "{}" + "}" * 300), "cannot be compiled"),
+    "type": ({"type": "text"}, "it cannot be compiled (Invalid type: text)"),
+    "types": ({"type": [{}]}, "it cannot be compiled"),
+    "format": ({"type": "string", "format": "car"}, "Unknown format: car"),
+    "nothing meets it": ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3) is greater than maximum (2)"),
+    "pattern": ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    "no JSON": ("{", "the schema is not JSON"),
+    "no schema": ([1], "a schema is an object of keywords, but got [1]"),
+    "no schema within": ({"properties": {"a": 3}}, "but got 3 within it"),
+    "not a number": ({"const": float("nan")}, "cannot be written as JSON"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with exports of a tiny Llama, and adapters of two more methods for them."""
+    made = tmp_path_factory.mktemp("grammars")
+    model, _ = adapted("llama", made, CACHED, **SIZES)
+    export_onnx(model, made / "data", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    for name, fields in {"lora": {}, "rslora": {"use_rslora": True}}.items():
+        options = {"r": 3, "lora_alpha": 48, "target_modules": "all-linear", **fields}
+        peft_model(tiny_model("llama", **SIZES), 5, method="LORA", **options).save_pretrained(made / name)
+        export_adapter(made / name, made / "data", name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(chat_tokenizer())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_answer_of_a_random_model_meets_its_schema(model: Any, name: str) -> None:
+    schema = SCHEMAS[name]
+    options: Any = {"max_new_tokens": 900, "do_sample": True, "top_k": 0, "temperature": 1.5, "json_schema": schema}
+    for seed in range(6):
+        answers = model.generate(["a", "bc", "d"], adapter=["small", None, "lora"], seed=seed, **options)
+        for answer in (*answers, model.generate("e", json_schema=json.dumps(schema), max_new_tokens=900)):
+            if name in ENDLESS and len(answer.encode()) == 900:
+                continue  # it is cut
+            value = json.loads(answer)
+            jsonschema.validate(value, schema, format_checker=jsonschema.FormatChecker())
+            assert answer == json.dumps(value, ensure_ascii=False) or any(letter in answer for letter in "\\.e")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars, name: str) -> None:
+    schema, message = REFUSED[name]
+    with pytest.raises(FormError, match=f"^here: .*{re.escape(message)}") as error:
+        grammars.of({"here": ("json", schema)})
+    assert error.value.field == "here"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("regex", "(", "unclosed group"),
+        ("regex", "", "no token of the model can begin such an answer"),
+        ("regex", r"[^\x00-\U0010FFFF]", "no token can go on with the grammar"),
+        ("regex", "a" * 70_000, "larger than 64 KiB"),
+        ("regex", "\ud800", "a lone surrogate"),
+        ("regex", 3, "a text is needed, but got 3"),
+        ("choice", [], "there are 0 choices; give 1 to 1024"),
+        ("choice", [""], "no token of the model can begin such an answer"),
+        ("choice", "ab", "a list of texts is needed, but got 'ab'"),
+        ("grammar", "start: other", 'unknown name: "other"'),
+        ("grammar", "start: start", "no token can go on"),
+        ("grammar", 'start: "x" start', "Too many items"),
+        ("grammar", "start: <|unknown|>", "unknown special token"),
+        ("grammar", "words", "cannot be compiled"),
+    ],
+)
+def test_so_is_any_other_form(grammars: Grammars, kind: Any, value: Any, message: str) -> None:
+    with pytest.raises(FormError, match=re.escape(message)):
+        grammars.of({"here": (kind, value)})
+
+
+def test_expressions_choices_and_grammars(model: Any) -> None:
+    options: Any = {"max_new_tokens": 40, "do_sample": True, "top_k": 0}
+    for seed in range(8):
+        expression = r"[A-F]{2}-\d{2,3}(kg)?"
+        assert re.fullmatch(expression, model.generate("a", regex=expression, seed=seed, **options))
+        choices = ["yes", "yes, but", 'no "/" \\ or é']
+        assert model.generate("a", choice=choices, seed=seed, **options) in choices
+        assert re.fullmatch("x+y", model.generate("a", grammar='start: "x"~1..9 "y"', seed=seed, **options))
+        assert re.fullmatch("(ab){1,9}c", model.generate("a", grammar='root ::= ("ab"){1,9} "c"', seed=seed, **options))
+
+
+def test_an_answer_that_is_cut_is_the_beginning_of_one(model: Any) -> None:
+    assert model.generate("a", choice=["abcdefghij"], max_new_tokens=4) == "abcd"
+    assert model.generate("a", choice=["abcdefghij"], max_new_tokens=40, stop="gh") == "abcdef"
+
+
+def test_neighbours_in_a_step_have_the_tokens_that_they_have_alone(model: Any) -> None:
+    """Rows of every adapter, each with a grammar of its own or none, stepped together and alone."""
+    adapters = [None, "small", "wide", "lora", "rslora"] * 2
+    forms = [("json", PERSON), None, ("regex", "[a-z]{3,30}"), None, ("choice", ["a long text", "another"])] * 2
+    compiled = [None if form is None else model.grammars.compiled(AnswerForm.of(*form)) for form in forms]  # type: ignore[arg-type]
+    prompts = [[5 + row, 9, 40] for row in range(len(adapters))]
+
+    def tokens_of(rows: list[int]) -> dict[int, list[int]]:
+        decoder = model.decoder(rows=len(rows), capacity=64, chunk=8)
+        numbers = {row: decoder.open(adapters[row]) for row in rows}
+        choosers, left, found = {}, {}, {row: list[int]() for row in rows}
+        for row in rows:
+            grammar = None if compiled[row] is None else compiled[row].begin(frozenset([2]), 40)
+            sampling = Sampling(do_sample=True, top_k=0, seed=row)
+            choosers[row] = TokenChooser(sampling, prompts[row], frozenset([2]), (), grammar)
+            left[row] = prompts[row]
+        while left:
+            logits = decoder.step({numbers[row]: tokens[:8] for row, tokens in left.items()})
+            for row in list(left):
+                left[row] = left[row][8:]
+                if not left[row]:
+                    choice = choosers[row](logits[numbers[row]])
+                    found[row] += choice.tokens
+                    left[row] = list(choice.tokens)
+                    if choice.completes or 2 in choice.tokens or len(found[row]) > 20:
+                        del left[row]
+        return found
+
+    together = tokens_of(list(range(len(adapters))))
+    assert together == {row: tokens_of([row])[row] for row in range(len(adapters))}
+    assert len({tuple(tokens) for tokens in together.values()}) > 6
+
+
+def test_forced_tokens_are_read_in_one_step_and_are_those_of_single_steps(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    step = Decoder.step
+
+    def counted(decoder: Decoder, tokens: Any) -> Any:
+        steps.append(max(map(len, tokens.values())))
+        return step(decoder, tokens)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    schema = {"type": "object", "properties": {"quite_a_long_name": WORD}, "required": ["quite_a_long_name"]}
+    schema["additionalProperties"] = False  # type: ignore[assignment]
+    drawn: Any = {"do_sample": True, "seed": 3, "max_new_tokens": 60, "json_schema": schema}
+    answer = model.generate("a", **drawn)
+    few = len(steps)
+    assert max(steps) > 15
+    scored = model.generate("a", logprobs=0, **drawn)
+    assert scored.content == answer
+    assert len(scored.scores) == len(answer.encode()) > few
+    assert all(np.isfinite(score.logprob) for score in scored.scores)
+    assert "".join(model.generate("a", stream=True, **drawn)) == answer
+
+
+def test_options_choose_within_the_grammar(model: Any) -> None:
+    digit = {str(n): chat_tokenizer().convert_tokens_to_ids(str(n)) for n in range(10)}
+    answer = model.generate("a", regex=r"\d{12}", logit_bias={digit["7"]: 50.0}, max_new_tokens=20)
+    assert answer == "7" * 12
+    banned = dict.fromkeys(digit.values(), -1000.0)
+    assert re.fullmatch(r"\d{4}", model.generate("a", regex=r"\d{4}", logit_bias=banned, max_new_tokens=20))
+    assert len(set(model.generate("a", regex=r"\d{8}", frequency_penalty=2.0, presence_penalty=2.0))) > 4
+    assert len(model.generate("a", regex="b{1,60}", min_new_tokens=30, max_new_tokens=40)) >= 30
+    assert model.generate("a", regex="b{1,9}", eos_token_id=[], max_new_tokens=40) == "b" * 9
+    with_end = digit["1"]  # a letter that ends an answer may not be within one
+    assert "1" not in model.generate("a", regex="x[012]{6}", eos_token_id=with_end, max_new_tokens=40)
+
+
+def test_several_forms_are_one_too_many(model: Any) -> None:
+    with pytest.raises(FormError, match=r"^regex: an answer has one form, and json_schema is given too"):
+        model.generate("a", json_schema={}, regex="a")
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    model, _ = adapted("llama", tmp_path, CACHED, **SIZES)
+    export_onnx(model, tmp_path / "bare", verify=False)
+    with pytest.raises(FormError, match=r"^regex: a grammar needs a tokenizer, and the export holds none"):
+        load(tmp_path / "bare").generate([3, 4], regex="a")
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with pytest.raises(FormError, match=r"needs the package llguidance; pip install 'gralora-fx\[serve\]'"):
+        Grammars(chat_tokenizer()).of({"here": ("regex", "a")})
+
+
+def test_a_tokenizer_of_words_is_refused() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?")))
+    with pytest.raises(ServingError, match="no answer in a form can be written with this model's tokenizer"):
+        Grammars(words).compiled(AnswerForm.of("regex", "a"))
+
+
+def test_the_latest_grammars_stay_compiled(grammars: Grammars) -> None:
+    first = grammars.compiled(AnswerForm.of("regex", "first"))
+    assert grammars.compiled(AnswerForm.of("regex", "first")) is first
+    for number in range(64):
+        grammars.compiled(AnswerForm.of("regex", f"other{number}"))
+    assert grammars.compiled(AnswerForm.of("regex", "first")) is not first

@@ -1,0 +1,240 @@
+"""Answers in a form over HTTP: OpenAI's and vLLM's fields, streams, neighbours, clients that go away, bad requests."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import openai
+import pytest
+from pydantic import BaseModel, Field
+from running_service import running
+from served_exports import CACHED, adapted, chat_tokenizer
+from starlette.testclient import TestClient
+
+from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.exporters import export_onnx
+from gralora_fx.serving import load
+
+SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
+WORD = {"type": "string", "maxLength": 6}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": WORD, "tags": {"type": "array", "items": WORD, "maxItems": 2}},
+    "required": ["name", "tags"],
+    "additionalProperties": False,
+}
+NAMED = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
+CHAT: Any = [{"role": "user", "content": "Who?"}]
+WITH_DATA = "data"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("formats")
+    model, _ = adapted("llama", folder, CACHED, **SIZES)
+    export_onnx(model, folder / WITH_DATA, adapters="data", verify=False, tokenizer=chat_tokenizer())
+    return folder / WITH_DATA
+
+
+@pytest.fixture(scope="module")
+def service(export: Path) -> Iterator[tuple[str, Any]]:
+    with running(ServiceSettings(export, max_batch=4, max_queue=16)) as served:
+        yield served
+
+
+class Person(BaseModel):
+    """What the official client makes a schema of, and reads the answer as."""
+
+    model_config = {"extra": "forbid"}
+
+    name: str = Field(max_length=8)
+    kind: Literal["cat", "dog"]
+    age: int = Field(ge=0, le=30)
+
+
+def is_valid(text: str) -> bool:
+    jsonschema.validate(json.loads(text), SCHEMA)
+    return True
+
+
+def test_the_official_client_parses_every_answer(client: openai.OpenAI) -> None:
+    for model in ("data", "small", "wide"):
+        for seed in range(4):
+            found = client.chat.completions.parse(model=model, messages=CHAT, response_format=Person, seed=seed)
+            assert found.choices[0].finish_reason == "stop"
+            assert isinstance(found.choices[0].message.parsed, Person)
+            assert found.usage is not None
+            assert found.usage.completion_tokens == len((found.choices[0].message.content or "").encode())
+
+
+def test_streams_several_answers_and_logprobs(client: openai.OpenAI) -> None:
+    options: Any = {"model": "wide", "messages": CHAT, "response_format": NAMED, "seed": 5, "temperature": 1.2}
+    whole = client.chat.completions.create(**options, n=3)
+    texts = [choice.message.content for choice in whole.choices]
+    assert all(is_valid(text) for text in texts)
+    assert len(set(texts)) == 3
+    streamed, endings = dict.fromkeys(range(3), ""), {}
+    for chunk in client.chat.completions.create(**options, n=3, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            endings[choice.index] = choice.finish_reason
+    assert list(streamed.values()) == texts
+    assert set(endings.values()) == {"stop"}
+    scored = client.chat.completions.create(**options, logprobs=True, top_logprobs=2).choices[0]
+    assert scored.message.content == texts[0]
+    assert b"".join(bytes(token.bytes) for token in scored.logprobs.content) == texts[0].encode()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("field", "expression"),
+    [
+        ({"response_format": {"type": "text"}}, ".*"),
+        ({"response_format": NAMED}, r'\{"name": ".*", "tags": \[.*\]\}'),
+        ({"structured_outputs": {"json": SCHEMA}}, r'\{"name": ".*", "tags": \[.*\]\}'),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\{"name": ".*", "tags": \[.*\]\}'),
+        ({"structured_outputs": {"regex": "[a-c]{3}!"}}, "[a-c]{3}!"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"structured_outputs": {"grammar": 'root ::= "a" | "bc"'}}, "a|bc"),
+        ({"guided_json": {"enum": ["a", 2]}}, '"a"|2'),
+        ({"guided_regex": "[a-c]{3}!"}, "[a-c]{3}!"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"guided_grammar": 'start: "a" | "bc"'}, "a|bc"),
+    ],
+)
+def test_every_field(http: TestClient, path: str, field: dict[str, Any], expression: str) -> None:
+    body = {"model": "small", "max_tokens": 300, "seed": 2, **field}
+    body |= {"messages": CHAT} if "chat" in path else {"prompt": "Who?"}
+    (choice,) = http.post(path, json=body).raise_for_status().json()["choices"]
+    assert re.fullmatch(expression, choice["message"]["content"] if "chat" in path else choice["text"], re.DOTALL)
+    assert choice["finish_reason"] == "stop" or expression == ".*"
+
+
+def test_any_object_and_an_answer_that_is_cut(http: TestClient) -> None:
+    body = {"model": "data", "prompt": "a", "max_tokens": 5, "temperature": 0}
+    for field in ({"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}):
+        (choice,) = http.post("/v1/completions", json={**body, **field}).raise_for_status().json()["choices"]
+        assert choice["text"].startswith("{")
+        assert choice["finish_reason"] == ("stop" if choice["text"].endswith("}") else "length")
+    cut = http.post("/v1/completions", json={**body, "guided_choice": ["abcdefgh"]}).json()
+    assert (cut["choices"][0]["text"], cut["choices"][0]["finish_reason"]) == ("abcde", "length")
+    assert cut["usage"]["completion_tokens"] == 5
+    exact = http.post("/v1/completions", json={**body, "guided_choice": ["abcde"]}).json()["choices"][0]
+    assert (exact["text"], exact["finish_reason"]) == ("abcde", "stop")
+    stopped = http.post("/v1/completions", json={**body, "guided_choice": ["abcde"], "stop": "cd"}).json()["choices"][0]
+    assert (stopped["text"], stopped["finish_reason"]) == ("ab", "stop")
+
+
+def test_neighbours_of_grammars_have_the_answers_that_they_have_alone(http: TestClient) -> None:
+    """More requests than rows, of every adapter, with forms of their own and without."""
+    fields: list[dict[str, Any]] = [
+        {},
+        {"response_format": NAMED},
+        {"guided_choice": ["a long text that is forced", "another long text"]},
+        {"structured_outputs": {"regex": "[a-f]{2,40}"}},
+    ]
+    bodies = [
+        {"model": model, "prompt": f"{model} {index}", "max_tokens": 40, "seed": index, "temperature": 1.1, **field}
+        for model in ("data", "small", "wide")
+        for index, field in enumerate(fields)
+    ]
+
+    def answer(body: dict[str, Any]) -> Any:
+        return http.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+
+    alone = [answer(body) for body in bodies]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(answer, bodies * 2)) == alone * 2
+
+
+def test_a_client_that_goes_away_frees_its_row(client: openai.OpenAI, service: tuple[str, Any]) -> None:
+    queue = service[1].state.engine.queue
+    for _ in range(6):
+        options: Any = {
+            "model": "data",
+            "prompt": "a",
+            "max_tokens": 900,
+            "extra_body": {"guided_regex": "(ab|cd){400}"},
+        }
+        stream = client.completions.create(**options, stream=True)
+        next(iter(stream))
+        stream.close()
+    end = time.monotonic() + 20
+    while queue.running or queue.waiting:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    found = client.completions.create(model="data", prompt="a", max_tokens=9, extra_body={"guided_choice": ["yes"]})
+    assert found.choices[0].text == "yes"
+
+
+BAD: dict[str, tuple[dict[str, Any], str, str]] = {
+    "unknown keyword": ({"guided_json": {"foo": 1}}, "guided_json", "the keyword 'foo'"),
+    "within a format": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+        "response_format.json_schema.schema",
+        "the keyword 'not'",
+    ),
+    "remote": (
+        {"structured_outputs": {"json": {"$ref": "http://a/b"}}},
+        "structured_outputs.json",
+        "only what is within",
+    ),
+    "endless": ({"guided_json": {"$ref": "#"}}, "guided_json", "without end"),
+    "large": ({"guided_json": {"enum": ["x" * 10_000_000]}}, "guided_json", "larger than 64 KiB"),
+    "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "unclosed group"),
+    "grammar": ({"guided_grammar": "start: a"}, "guided_grammar", "unknown name"),
+    "no token": ({"guided_regex": ""}, "guided_regex", "no token of the model can begin"),
+    "choices": ({"guided_choice": []}, "guided_choice", "there are 0 choices"),
+    "two": (
+        {"guided_regex": "a", "response_format": {"type": "json_object"}},
+        "response_format",
+        "guided_regex is given too",
+    ),
+    "two in one": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice", "given too"),
+    "none": ({"structured_outputs": {}}, "structured_outputs", "it has no form"),
+    "no schema": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "it is missing"),
+    "idle schema": (
+        {"response_format": {**NAMED, "type": "text"}},
+        "response_format.json_schema",
+        "no effect with type text",
+    ),
+    "field": ({"structured_outputs": {"json": {}, "zzz": 1}}, "structured_outputs.zzz", "is not supported"),
+    "an option": (
+        {"structured_outputs": {"json": {}, "whitespace_pattern": ""}},
+        "structured_outputs.whitespace_pattern",
+        "",
+    ),
+    "type": ({"response_format": {"type": "xml"}}, "response_format.type", "'text', 'json_object' or 'json_schema'"),
+    "schema's type": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 3}}},
+        "response_format.json_schema.schema",
+        "dictionary",
+    ),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "tools", "is not supported"),
+    "tool_choice": ({"tool_choice": "required"}, "tool_choice", "is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_names_its_field(http: TestClient, name: str) -> None:
+    fields, param, message = BAD[name]
+    response = http.post("/v1/chat/completions", json={"model": "data", "messages": CHAT, **fields})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
+    assert len(error["message"]) < 600
+
+
+def test_answers_are_those_of_python(http: TestClient, export: Path) -> None:
+    body = {"model": "wide", "prompt": "a", "max_tokens": 200, "temperature": 1, "seed": 7, "response_format": NAMED}
+    found = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    sampling: Any = {"max_new_tokens": 200, "do_sample": True, "top_k": 0, "seed": 7}
+    assert load(export).generate("a", adapter="wide", json_schema=SCHEMA, **sampling) == found
