@@ -147,11 +147,8 @@ class RowGrammar:
         Args:
             size: How many logits there are; tokens that the tokenizer does not know may not come.
         """
-        allowed = self._allowed
-        if len(allowed) != size:
-            allowed = np.zeros(size, np.bool_)
-            allowed[: min(size, len(self._allowed))] = self._allowed[:size]
-        return allowed
+        allowed = self._allowed[:size]  # bits come in whole words
+        return allowed if len(allowed) == size else np.pad(allowed, (0, size - len(allowed)))
 
     def take(self, token: int) -> None:
         """Go on after a token that was chosen among those that are allowed.
