@@ -28,12 +28,15 @@ from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
 from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.choice import choose_formats
+from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, attention_report
 from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
+from gralora_fx.runtime.integer_sums import check_integer_sums
+from gralora_fx.runtime.session import Runtime
 from gralora_fx.tracing.traced_model import TracedModel
 
 Keywords = ParamSpec("Keywords")
@@ -109,11 +112,13 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         Files, seconds of each stage, what verification found, what quantization changes, and what every pass did.
 
     Raises:
-        ExportError: The output may not be written, the model cannot be exported, or the export's results differ from
-            the model's.
+        ExportError: The output may not be written, the model cannot be exported, this processor cannot run what is to
+            be compared, or the export's results differ from the model's.
         MergeError: An adapter cannot be folded.
     """
     check_output(output_dir)
+    if options.quantize == DYNAMIC and options.level is not None:
+        check_integer_sums(Runtime(), ExportError)
     if options.dump is not None:
         check_folder(options.dump)
     seconds: dict[str, float] = {}

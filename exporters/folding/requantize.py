@@ -178,6 +178,8 @@ class _StoredBlocks:
         """Whether the stored values are as near to others as rounding puts them: each row's error tells."""
         from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
 
+        if not np.isfinite(source).all():
+            return False
         nearest = quantize_blocks(np.ascontiguousarray(source.T, dtype=np.float32), self.form)
         least = dequantize_blocks(nearest, self.weight.bits, source.shape[1]) - source
         errors = [np.square(change).sum(1) for change in (self.values(outputs) - source, least)]
@@ -198,7 +200,7 @@ class _StoredBlocks:
         dtype = self.all_scales.dtype
         rounded = values.astype(dtype) if dtype == np.float16 else values.astype(dtype).astype(np.float32)
         columns = np.ascontiguousarray(rounded.T)
-        blocks = quantize_blocks(columns, self.form)
+        blocks = quantize_blocks(columns, self.form, name=path)
         if is_near:
             blocks = with_scales(columns, blocks, self._arrays(outputs), self.form)
         self.integers[outputs] = blocks.packed.reshape(len(blocks.packed), -1)

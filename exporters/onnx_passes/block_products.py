@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -102,25 +103,27 @@ class BlockProducts:
 
 @dataclass
 class _QuantizedBlocks:
-    """A matrix's blocks, whose parts are computed together, and dropped once all are written."""
+    """A matrix's blocks, whose parts are computed together, and dropped once written, which threads do at once."""
 
     matrix: ConstantMatrix
     form: Blocks
     moments: Tensor | None
     _parts: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def part(self, index: int) -> ir.TensorProtocol:
         """Packed integers, scales or zero points, by their place in `BlockValues`."""
-        if index not in self._parts:
-            groups = zip(*map(self._group, self.matrix.column_groups()), strict=True)
-            self._parts = {place: np.concatenate(arrays) for place, arrays in enumerate(groups)}
-        return ir.tensor(self._parts.pop(index))
+        with self._lock:
+            if index not in self._parts:
+                groups = zip(*map(self._group, self.matrix.column_groups()), strict=True)
+                self._parts = {place: np.concatenate(arrays) for place, arrays in enumerate(groups)}
+            return ir.tensor(self._parts.pop(index))
 
     def _group(self, columns: NDArray[Any]) -> list[NDArray[Any]]:
         """The blocks of a group of columns."""
         columns = np.ascontiguousarray(columns)
         columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
-        blocks = quantize_blocks(columns, self.form, self.moments)
+        blocks = quantize_blocks(columns, self.form, self.moments, str(self.matrix.value.name))
         scales = blocks.scales.astype(self.matrix.tensor.dtype.numpy())
         return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
 

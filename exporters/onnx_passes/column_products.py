@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,22 +150,26 @@ class _Named(Builder):
 
 @dataclass
 class _QuantizedColumns:
-    """A matrix's integers and scales, which are computed together; the scales are dropped once written."""
+    """A matrix's integers and scales, which are computed together, and dropped once written, by threads at once."""
 
     matrix: ConstantMatrix
     factors: NDArray[np.float32] | None
-    _scales: NDArray[np.float32] | None = field(default=None, init=False)
+    _parts: dict[str, NDArray[Any]] = field(default_factory=dict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def values(self) -> ir.TensorProtocol:
         """`[K, N]`, int8."""
-        values, self._scales = self._quantized()
-        return ir.tensor(values)
+        return ir.tensor(self._part("values"))
 
     def scales(self) -> ir.TensorProtocol:
         """`[N]`, float32."""
-        scales = self._quantized()[1] if self._scales is None else self._scales
-        self._scales = None
-        return ir.tensor(scales)
+        return ir.tensor(self._part("scales"))
+
+    def _part(self, name: str) -> NDArray[Any]:
+        with self._lock:
+            if name not in self._parts:
+                self._parts = dict(zip(("values", "scales"), self._quantized(), strict=True))
+            return self._parts.pop(name)
 
     def _quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         inputs, outputs = self.matrix.sizes

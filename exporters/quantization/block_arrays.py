@@ -11,23 +11,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gralora_fx.errors import ExportError
 from gralora_fx.exporters.quantization.block_search import BlockArrays, packed, searched_blocks
 from gralora_fx.exporters.quantization.formats import Blocks
 
 _FARTHEST = 8.0  # square of a column's error over that of plain rounding
 
 
-def quantize_blocks(matrix: NDArray[Any], form: Blocks, moments: torch.Tensor | None = None) -> BlockArrays:
+def quantize_blocks(
+    matrix: NDArray[Any], form: Blocks, moments: torch.Tensor | None = None, name: str = "a matrix"
+) -> BlockArrays:
     """A matrix as blocks.
 
     Args:
         matrix: `[K, N]`, float32 or float16.
         form: How to quantize it.
         moments: What is known of the inputs, for a search (see `searched_blocks`); None for nothing.
+        name: Its name in error messages.
 
     Returns:
         The blocks, scales in the matrix's dtype.
+
+    Raises:
+        ExportError: A value is not finite.
     """
+    if not np.isfinite(matrix).all():
+        raise ExportError(
+            f"{name} holds values that are not finite, which int{form.bits} cannot express; mend the weights"
+        )
     if form.rounding == "searched":
         plain = searched_blocks(matrix, form, None)
         return plain if moments is None else _nearer(matrix, searched_blocks(matrix, form, moments), plain, form)

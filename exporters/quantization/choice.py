@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ _TOGETHER = 4  # texts that are run at once
 _ROWS = 1024  # output features of a matrix whose errors stand for all
 _WIDER = (128, 64)  # blocks of eight bits, which lose little with fewer scales
 _LEAST_POSITIONS = 16
+_TEXTS, _LONGEST = 256, 128  # the most texts that are run, and tokens of each
+
+_Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,18 @@ class _Candidate:
         values: Number of its values.
         form: The format with more bits.
         gain: How much less is lost in it.
+        loss: What is lost in four bits.
+        relative: The squared error of the weights in four bits, relative to their squares.
+        is_measured: Whether losses are divergences of the outputs; else they are relative errors.
     """
 
     names: tuple[str, ...]
     values: int
     form: Blocks
     gain: float
+    loss: float
+    relative: float
+    is_measured: bool
 
 
 def choose_formats(conversion: Conversion, verification: Verification) -> QuantizationPlan | None:
@@ -63,14 +72,15 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     Each layer's rounding error is weighed by what it costs the model's outputs (see `sensitivity`); 8 bits go to the
     layers where they save most for each bit more, until the mean reaches the budget. The float model is run on every
     second of a user's texts, on texts that a decoder draws itself, or on random inputs of other models. A streamed
-    model cannot be run: there the relative errors of the weights themselves count.
+    model cannot be run: there the relative errors of the weights themselves count, as for layers that were not measured
+    in others.
 
     Args:
         conversion: What is converted.
         verification: Gives inputs of models that draw no texts.
 
     Raises:
-        ExportError: The texts are too short, or do not fit the model.
+        ExportError: The texts are too short, or do not fit the model, or it is streamed; or a weight is not finite.
     """
     plan, options = conversion.plan, conversion.options
     if plan is not None and isinstance(plan.default, Columns):
@@ -86,9 +96,11 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     candidates = [
         _candidate(site, names[site.path], plan.default, measured, () if tied[site.path] else wider) for site in sites
     ]
-    taken = _within(candidates, options.mean_bits)
-    layers = {} if measured is None else measured.layers
-    moments = {name: layer.inputs.means for path, layer in layers.items() for name in names[path] if layer.inputs.reads}
+    taken = _within(_comparable(candidates), options.mean_bits)
+    layers = {} if measured is None else {path: one for path, one in measured.layers.items() if one.inputs.reads}
+    shared = {id(layer.inputs): layer.inputs for layer in layers.values()}  # by layers that read the same
+    means = {key: inputs.means for key, inputs in shared.items()}
+    moments = {name: means[id(layer.inputs)] for path, layer in layers.items() for name in names[path]}
     return QuantizationPlan(
         plan.default,
         {name: one.form for one in taken for name in one.names},
@@ -100,16 +112,35 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
 
 def _with_rows(plan: QuantizationPlan, conversion: Conversion, verification: Verification) -> QuantizationPlan:
     """The plan of an export whose activations are rounded; without figures where the model cannot be run."""
-    model, traced = conversion.model, conversion.traced
-    if any(parameter.is_meta for parameter in base_trace(model).tree.parameters.values()):
-        return plan
-    traced = traced if traced is base_trace(model) else float32_model(traced, "fp32")
-    with evaluating(model, traced):
-        cases, inputs = _cases(traced, conversion.options, verification)
+    if _is_streamed(conversion):
+        return dataclasses.replace(plan, chosen_by="nothing, as a streamed model is not run")
+    traced = _runnable(conversion)
+    with evaluating(conversion.model, traced):
         try:
+            cases, inputs = _cases(traced, None, verification)
             return plan_rows(plan, traced, cases, inputs)
-        except (RuntimeError, NotImplementedError):
-            return plan
+        except (RuntimeError, NotImplementedError) as error:
+            return dataclasses.replace(plan, chosen_by=f"nothing, as the model was not measured ({first_line(error)})")
+
+
+def _is_streamed(conversion: Conversion) -> bool:
+    return any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values())
+
+
+def _runnable(conversion: Conversion) -> TracedModel:
+    """The adapter-free model in float32, its weights in memory: itself, or a copy."""
+    model, traced = conversion.model, conversion.traced
+    is_ready = traced is model or traced is base_trace(model)
+    if is_ready and precision_of(traced.graph_module) == "fp32":
+        return traced
+    return float32_model(traced, "fp32")
+
+
+def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Those not measured with gains as of the others: a relative error costs what it costs there in the median."""
+    costs = [one.loss / one.relative for one in candidates if one.is_measured and one.relative > 0]
+    cost = float(np.median(costs)) if costs else 1.0
+    return [one if one.is_measured else dataclasses.replace(one, gain=cost * one.gain) for one in candidates]
 
 
 def _within(candidates: Sequence[_Candidate], bits: float) -> list[_Candidate]:
@@ -132,62 +163,84 @@ def _candidate(
     matrix = weight.t() if site.kind == "conv1d" else weight  # [out, in]
     rows = torch.arange(0, len(matrix), max(1, len(matrix) // _ROWS))
     sample = np.ascontiguousarray(matrix[rows].numpy())
-    layer = None if measured is None else measured.layers.get(site.path)
+    known = measured if measured is not None and measured.has_gradients(site.path) else None
+    layer = None if known is None else known.layers.get(site.path)
     squares = None if layer is None or not layer.inputs.reads else layer.inputs.squares
 
-    def loss(of: Blocks) -> float:
-        blocks = quantize_blocks(np.ascontiguousarray(sample.T), of, squares)
+    def losses(of: Blocks) -> tuple[float, float]:
+        blocks = quantize_blocks(np.ascontiguousarray(sample.T), of, squares, names[0])
         change = dequantize_blocks(blocks, of.bits, sample.shape[1]) - sample
-        if measured is None:
-            return float(np.square(change).sum() / max(np.square(sample).sum(), 1e-30))
-        return measured.loss(site.path, torch.from_numpy(change), rows)
+        error = float(np.square(change).sum() / max(np.square(sample).sum(), 1e-30))
+        return error if known is None else known.loss(site.path, torch.from_numpy(change), rows), error
 
-    four = loss(form)
-    narrow = dataclasses.replace(form, bits=8, rounding="nearest")
-    best, least = narrow, loss(narrow)
+    four, relative = losses(form)
+    best = narrow = dataclasses.replace(form, bits=8, rounding="nearest")
+    least = losses(narrow)[0]
     for size in wider:
         other = dataclasses.replace(narrow, block_size=size)
-        if size > form.block_size and site.in_features >= size and (found := loss(other)) <= least + four / 100:
-            return _Candidate(names, site.weight.numel(), other, four - found)
-    return _Candidate(names, site.weight.numel(), best, four - least)
+        if size > form.block_size and site.in_features >= size and (found := losses(other)[0]) <= least + four / 100:
+            best, least = other, found
+            break
+    return _Candidate(names, site.weight.numel(), best, four - least, four, relative, known is not None)
 
 
 def _measured(conversion: Conversion, verification: Verification) -> tuple[Sensitivities | None, str]:
     """What rounding costs the model, and what it was measured on."""
-    model, options = conversion.model, conversion.options
-    if any(parameter.is_meta for parameter in base_trace(model).tree.parameters.values()):
+    if _is_streamed(conversion):
+        if conversion.options.choosing_texts is not None:
+            raise ExportError(
+                "texts=... choose bits by what the model computes of them, and a streamed model is not run: leave them "
+                "out, or load the model whole"
+            )
         return None, "the errors of the weights themselves, as a streamed model is not run"
-    traced = conversion.traced
-    is_ready = traced is model or traced is base_trace(model)
-    if not (is_ready and precision_of(traced.graph_module) == "fp32"):
-        traced = float32_model(traced, "fp32")
-    with evaluating(model, traced):
-        cases, inputs = _cases(traced, options, verification)
+    given = _given(conversion.traced, conversion.options)  # what is wrong with them is said before a copy is made
+    traced = _runnable(conversion)
+    with evaluating(conversion.model, traced):
+        cases: list[Mapping[str, Any]] = []
         try:
+            cases, inputs = _cases(traced, given, verification)
             return measure_sensitivities(traced, cases), inputs
         except (RuntimeError, NotImplementedError) as error:
-            return None, f"the errors of the weights themselves, as the model gives no gradients ({first_line(error)})"
+            reason = f"the errors of the weights themselves, as the model gives no gradients ({first_line(error)})"
+        try:
+            return measure_sensitivities(traced, cases, gradients=False) if cases else None, reason
+        except (RuntimeError, NotImplementedError):
+            return None, reason
+
+
+def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
+    """The texts that choose bits as inputs of one row each; None where none are given."""
+    texts = options.choosing_texts
+    if texts is None:
+        return None
+    texts = texts[:: max(1, -(-len(texts) // _TEXTS))]
+    if traced.cache_layout is CacheLayout.DECODER:
+        read = user_texts(texts, loaded_tokenizer(options.tokenizer), traced).rows
+        rows: list[_Row] = [{"input_ids": torch.tensor([row])} for row in read]
+    else:
+        cases = text_cases(texts, options.tokenizer, traced, batch=1, longest=_LONGEST)
+        rows = [{name: value for name, value in case.items() if name not in traced.constants} for _, case in cases]
+    _check_long(sum(map(_positions, rows)))
+    return rows
 
 
 def _cases(
-    traced: TracedModel, options: ExportOptions, verification: Verification
+    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification
 ) -> tuple[list[Mapping[str, Any]], str]:
     """Inputs on which the model is run, and what they are."""
-    texts = options.choosing_texts
-    if traced.cache_layout is not CacheLayout.DECODER:
-        if texts is None:
-            return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
-        cases = [case for _, case in text_cases(texts, options.tokenizer, traced)]
-        _check_long(sum(_positions(case) for case in cases))
-        return cases, f"{len(texts)} of the given texts"
-    if texts is None:
-        rows = _drawn(traced)
-        return [_step(traced, part) for part in torch.split(rows, _TOGETHER)], (
-            f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
-        )
-    given = user_texts(texts, loaded_tokenizer(options.tokenizer), traced).rows
-    _check_long(sum(map(len, given)))
-    return list(_batches(traced, given)), f"{len(texts)} of the given texts"
+    is_decoder = traced.cache_layout is CacheLayout.DECODER
+    if given is not None:
+        batches = list(_batches(given))
+        cases = [
+            _step(traced, batch["input_ids"]) if is_decoder else {**traced.constants, **batch} for batch in batches
+        ]
+        return cases, f"{len(given)} of the given texts"
+    if not is_decoder:
+        return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
+    rows = _drawn(traced)
+    return [_step(traced, part) for part in torch.split(rows, _TOGETHER)], (
+        f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
+    )
 
 
 def _check_long(positions: int) -> None:
@@ -198,18 +251,21 @@ def _check_long(positions: int) -> None:
         )
 
 
-def _positions(case: Mapping[str, Any]) -> int:
-    mask = case.get("attention_mask")
-    if isinstance(mask, Tensor):
-        return int(mask.sum())
-    return max((value.numel() for value in case.values() if isinstance(value, Tensor)), default=0)
+def _positions(row: _Row) -> int:
+    return int(row["attention_mask"].sum()) if "attention_mask" in row else max(map(Tensor.numel, row.values()))
 
 
-def _batches(traced: TracedModel, rows: Sequence[tuple[int, ...]]) -> Iterator[Mapping[str, Any]]:
-    """Texts of one length together, some at a time."""
-    for _, group in groupby(sorted(rows, key=len), key=len):
-        for part in torch.split(torch.tensor(list(group)), _TOGETHER):
-            yield _step(traced, part)
+def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
+    """Texts of one length together, some at a time: padding would count as what layers read."""
+
+    def sizes(row: _Row) -> list[tuple[int, ...]]:
+        return [tuple(value.shape) for value in row.values()]
+
+    for _, group in groupby(sorted(rows, key=sizes), key=sizes):
+        alike = list(group)
+        for start in range(0, len(alike), _TOGETHER):
+            part = alike[start : start + _TOGETHER]
+            yield {name: torch.cat([row[name] for row in part]) for name in part[0]}
 
 
 def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:

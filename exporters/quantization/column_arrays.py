@@ -12,6 +12,7 @@ from gralora_fx.errors import ExportError
 # Largest absolute value of a weight. x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where
 # 2 * 255 * 127 does not fit: they are refused when a session is opened (see `runtime.integer_sums`).
 LARGEST = 127
+_SILENT = 1e-2  # of the mean square of all channels
 
 
 def input_factors(squares: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -19,13 +20,16 @@ def input_factors(squares: NDArray[np.float32]) -> NDArray[np.float32]:
 
     A row is rounded by its largest value, so that channels with small values lose most. The weights take the factors
     back, and their columns are rounded too: the square root of what would make all channels equal leaves half of the
-    differences to either, as in SmoothQuant (arXiv:2211.10438) with an exponent of 1/2.
+    differences to either, as in SmoothQuant (arXiv:2211.10438) with an exponent of 1/2. Channels that were all but
+    silent may be loud in other inputs, which a large factor would make the largest of their row: they have 1 at most.
 
     Args:
         squares: Mean squares of the channels, `[K]`.
     """
-    means = np.maximum(squares.astype(np.float64), 1e-6 * max(float(squares.mean()), 1e-24))
+    mean = max(float(squares.mean()), 1e-30)
+    means = np.maximum(squares.astype(np.float64), 1e-6 * mean)
     factors: NDArray[np.float64] = (means / np.median(means)) ** -0.25
+    factors[squares < _SILENT * mean] = np.minimum(factors[squares < _SILENT * mean], 1)
     return factors.astype(np.float32)
 
 

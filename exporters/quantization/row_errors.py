@@ -39,16 +39,19 @@ class ReadRows:
         squares: Sums of squares of the channels, `[in]`.
         count: Rows that were read.
         sample: Some of them, `[n, in]` each.
+        is_vector: Whether one of them was read by itself, without an axis of rows.
     """
 
     squares: Tensor
     count: int = 0
     sample: list[Tensor] = field(default_factory=list)
+    is_vector: bool = False
     __name__ = "read_rows"
 
     def __call__(self, value: Tensor) -> Tensor:
         """Note a layer's input; it is returned."""
-        rows = value.detach().flatten(0, -2)
+        rows = value.detach().reshape(-1, value.shape[-1]).float()
+        self.is_vector = self.is_vector or value.ndim < 2
         self.squares += rows.square().sum(0)
         self.count += len(rows)
         if sum(map(len, self.sample)) < _SAMPLE:
@@ -75,9 +78,11 @@ def plan_rows(
         inputs: What they are, in words.
 
     Raises:
-        RuntimeError: The model cannot be run.
+        RuntimeError: The model cannot be run, or its values are not finite.
     """
     groups = _run(traced, cases)
+    if not all(bool(read.squares.isfinite().all()) for _, read in groups):
+        raise RuntimeError("its values are not finite")
     by_matrix, gains, squares = dict(plan.by_matrix), dict(plan.gains), dict(plan.squares)
     for sites, read in groups:
         if not read.count:
@@ -86,7 +91,7 @@ def plan_rows(
         squares |= dict.fromkeys(names, read.mean_squares)
         errors = np.sum([_errors(site, read) for site in sites], axis=0)
         rows, weights, whole = (float(error) for error in errors)
-        if rows > _MOST * weights:
+        if rows > _MOST * weights and not read.is_vector:  # of 16 bits both parts are joined along the first axis
             by_matrix |= dict.fromkeys(names, Columns(16))
             gains |= dict.fromkeys(names, rows / max(whole, 1e-30))
     chosen_by = f"the rounded rows' errors at each layer, on {inputs}"
@@ -122,7 +127,7 @@ def _errors(site: LinearSite, read: ReadRows) -> tuple[float, float, float]:
     weight = site.weight.detach().float()
     matrix = (weight if site.kind == "conv1d" else weight.t())[:, :: max(1, site.out_features // _OUTPUTS)].numpy()
     factors = input_factors(read.mean_squares)
-    rounded = dequantize_columns(*quantize_columns(matrix, site.path, factors), factors)
+    rounded = dequantize_columns(*quantize_columns(matrix, f"{site.path}.weight", factors), factors)
     rows = torch.cat(read.sample)[:_SAMPLE].numpy()
     scaled = rows * factors
     step = np.maximum(np.abs(scaled).max(1, keepdims=True), 1e-30) / 127

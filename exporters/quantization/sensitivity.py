@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.overlay import map_parameters
@@ -118,12 +119,17 @@ class Sensitivities:
     Attributes:
         layers: Of each linear layer that was run, by its path.
         tables: Of each layer whose weight is looked up too, that of the lookups, by its path.
-        positions: Positions of the output, over which gradients are sums.
+        positions: Positions of the output, over which gradients are sums; none where only inputs were measured.
     """
 
     layers: Mapping[str, Sensitivity]
     tables: Mapping[str, TableSensitivity]
     positions: int
+
+    def has_gradients(self, path: str) -> bool:
+        """Whether it is known what a layer's weight costs the outputs."""
+        layer = self.layers.get(path)
+        return self.positions > 0 and (path in self.tables or (layer is not None and layer.inputs.reads > 0))
 
     def loss(self, path: str, change: Tensor, rows: Tensor | None = None) -> float:
         """The expected divergence, in nats a position, of a change of a layer's weight; zero for one that was not run.
@@ -138,31 +144,41 @@ class Sensitivities:
         return sum(sensitivity.loss(change, self.positions, rows) for sensitivity in both)
 
 
-def measure_sensitivities(model: TracedModel, cases: Iterable[Mapping[str, Any]]) -> Sensitivities:
+def measure_sensitivities(
+    model: TracedModel, cases: Iterable[Mapping[str, Any]], *, gradients: bool = True
+) -> Sensitivities:
     """Run a model forward and backward on inputs; its parameters and their gradients stay as they are.
 
     Args:
         model: A float32 model in evaluation mode, whose weights are in memory.
         cases: Inputs by name.
+        gradients: Whether it is run backward; else only the layers' inputs are measured.
 
     Raises:
-        RuntimeError: The model cannot be run, or has no gradients.
+        RuntimeError: The model cannot be run, has no gradients, or its values or gradients are not finite.
     """
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
-    tapped = _tapped(model, layers, tables)
+    tapped = _tapped(model, layers, tables, gradients)
     generator = torch.Generator().manual_seed(0)
     positions = 0
     for case in cases:
-        with torch.enable_grad():
+        with torch.set_grad_enabled(gradients):
             outputs = tapped(**case)
-            loss, count = _loss(outputs, case.get("attention_mask"), generator)
-            loss.backward()  # type: ignore[no-untyped-call]
-        positions += count
+            if gradients:
+                loss, count = _loss(outputs, case.get("attention_mask"), generator)
+                loss.backward()  # type: ignore[no-untyped-call]
+                positions += count
+    squares = [squares for layer in layers.values() for squares in (layer.inputs.windows, layer.outputs)]
+    squares += [table.gradients for table in tables.values()]
+    if not all(bool(values.isfinite().all()) for values in squares):
+        raise RuntimeError("its values or gradients are not finite")
     return Sensitivities(layers, tables, positions)
 
 
-def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity]) -> TracedModel:
+def _tapped(
+    model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity], gradients: bool
+) -> TracedModel:
     """A copy whose layers note their inputs and the gradients of their outputs; no parameter needs a gradient."""
     root = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "TappedGraph")
     readers = other_readers(root, model.sites)
@@ -181,8 +197,10 @@ def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str
             if is_new:
                 with root.graph.inserting_before(call.node):
                     root.graph.call_function(_Tap(moments), (call.input,))
-            _insert(call.node, _OutputTap(layers[site.path].outputs), call.node)
-        for node in (nodes[name] for name in readers[site.path] if nodes[name].target is _aten.embedding.default):
+            if gradients:
+                _insert(call.node, _OutputTap(layers[site.path].outputs), call.node)
+        lookups = [nodes[name] for name in readers[site.path] if nodes[name].target is _aten.embedding.default]
+        for node in lookups if gradients else ():
             zeros = TableSensitivity(torch.zeros(site.out_features), torch.zeros(site.in_features))
             _insert(node, _TableTap(tables.setdefault(site.path, zeros)), node, node.args[1])
     root.recompile()
@@ -205,7 +223,7 @@ class _Tap:
 
     def __call__(self, value: Tensor) -> None:
         """Add the positions of a value `[..., in]`."""
-        self.noted.add(value.detach().flatten(0, -2))
+        self.noted.add(value.detach().reshape(-1, value.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +256,7 @@ def _watched(output: Tensor, squares: Tensor) -> Tensor:
     """An output whose gradient's squares are added up by its last axis."""
 
     def note(gradient: Tensor) -> None:
-        squares.add_(gradient.flatten(0, -2).square().sum(0))
+        squares.add_(gradient.reshape(-1, gradient.shape[-1]).square().sum(0))
 
     watched = output if output.requires_grad else output.detach().requires_grad_()
     watched.register_hook(note)  # type: ignore[no-untyped-call]
@@ -248,14 +266,15 @@ def _watched(output: Tensor, squares: Tensor) -> Tensor:
 def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
     """What gradients are of: `-log p` of drawn labels, summed over positions, or projections of other values."""
     fields = outputs if isinstance(outputs, Mapping) else {"output": outputs}
-    named = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.requires_grad}
-    logits = {name: value for name, value in named.items() if "logits" in name and value.shape[-1] > 1}
+    leaves = [(str(name), leaf) for name, field in fields.items() for leaf in tree_leaves(field)]
+    named = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    logits = [(name, value) for name, value in named if "logits" in name and value.ndim and value.shape[-1] > 1]
     total, count = torch.zeros(()), 0
-    for name, value in (logits or named).items():
-        rows = value.flatten(0, -2)
-        if mask is not None and mask.shape == value.shape[:-1]:
+    for _, value in logits or named:
+        rows = value.reshape(-1, value.shape[-1] if value.ndim > 1 else 1)  # of one axis: a value for each position
+        if mask is not None and value.ndim > 1 and mask.shape == value.shape[:-1]:
             rows = rows[mask.flatten().bool()]
-        if name in logits:
+        if logits:
             labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator).flatten()
             total = total + nn.functional.cross_entropy(rows, labels, reduction="sum")
         else:

@@ -31,6 +31,7 @@ _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes th
 PRODUCT_TOLERANCE = 6 * 2.0**-24
 _STEP, _LARGEST = 2.0**-6, 127  # values whose rounding by their largest is exact
 _ROWS, _COLUMNS = 4, 4096  # of the activations; of a weight at once
+_HALVES = 1  # the row between two steps, where there are 16 bits
 
 
 class Comparable(NamedTuple):
@@ -174,16 +175,18 @@ class _Case(NamedTuple):
         output: Name of its output.
         weight: int8 `[K, N]`.
         scale: float32 `[N]`.
+        has_rest: Whether activations have 16 bits: what rounding leaves is multiplied too.
     """
 
     input: str
     output: str
     weight: ir.TensorProtocol
     scale: ir.TensorProtocol
+    has_rest: bool
 
 
 def compare_products(directory: Path) -> TensorCheck:
-    """Run every quantized product of an export by itself, on activations that uint8 holds exactly.
+    """Run every quantized product of an export by itself, on activations that its bits hold exactly.
 
     One row of them is at the upper end of its range: there sums are largest, and a processor that adds in too few bits
     would saturate. What is left is the rounding of float32 (see `PRODUCT_TOLERANCE`).
@@ -218,7 +221,7 @@ def _differences(path: Path) -> Iterator[tuple[float, float]]:
         require_space(copy, sum(tensor.nbytes for tensor in weights))
         ir.save(model, Path(copy) / MODEL_NAME, external_data=f"{MODEL_NAME}_data", size_threshold_bytes=1024)
         session = open_session(copy)
-        inputs = {case.input: _activations(int(case.weight.shape.numpy()[0])) for case in cases}
+        inputs = {case.input: _activations(int(case.weight.shape.numpy()[0]), case.has_rest) for case in cases}
         tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
         results = run_values(session, tensors, f"the int8 products of {path.name}")
         for case in cases:
@@ -260,27 +263,40 @@ def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]
         result.shape = ir.Shape([_ROWS, int(weight.shape.numpy()[1])])
         inputs.append(source)
         outputs.append(result)
-        cases.append(_Case(f"x{index}", f"y{index}", weight, scale))
+        has_rest = any(node.op_type == "Split" for node in product.nodes)
+        cases.append(_Case(f"x{index}", f"y{index}", weight, scale, has_rest))
     graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=list(weights.values()), opset_imports={"": 20})
     return ir.Model(graph, ir_version=10), cases
 
 
-def _activations(width: int) -> NDArray[np.float32]:
-    """Activations `[4, width]`: random ones, all at the upper end, all at the lower."""
-    values = np.random.default_rng(width).integers(-_LARGEST, _LARGEST, (_ROWS, width), endpoint=True)
+def _activations(width: int, has_rest: bool) -> NDArray[np.float32]:
+    """Activations `[4, width]`: random ones, all at the upper end, all at the lower.
+
+    Of 16 bits one row is half a step beside what 8 bits hold, which is the most that is left of it.
+    """
+    values = np.random.default_rng(width).integers(-_LARGEST, _LARGEST, (_ROWS, width), endpoint=True).astype(float)
     values[:, 0] = _LARGEST
+    if has_rest:
+        values[_HALVES] += np.where(values[_HALVES] < _LARGEST, 0.5, 0)
     values[-2], values[-1] = _LARGEST, -_LARGEST
     return (values * _STEP).astype(np.float32)
 
 
 def _difference(case: _Case, activations: NDArray[np.float32], results: NDArray[np.float32]) -> tuple[float, float]:
-    """The largest difference from the exact product, in itself and relative to each exact value."""
+    """The largest difference from the exact product, in itself and relative to each exact value.
+
+    In a row of two parts it is relative to the sum of what is added, as they may cancel.
+    """
     weight, scale = case.weight.numpy(), case.scale.numpy().astype(np.float64)
     absolute = relative = 0.0
     for start in range(0, weight.shape[1], _COLUMNS):
         columns = slice(start, start + _COLUMNS)
-        exact = activations.astype(np.float64) @ weight[:, columns].astype(np.float64) * scale[columns]
+        factors = weight[:, columns].astype(np.float64)
+        exact = activations.astype(np.float64) @ factors * scale[columns]
         gap = np.abs(results[:, columns] - exact)
+        size = np.abs(exact)
+        if case.has_rest:
+            size[_HALVES] = np.abs(activations[_HALVES]).astype(np.float64) @ np.abs(factors) * scale[columns]
         absolute = max(absolute, float(gap.max()))
-        relative = max(relative, float((gap / np.where(exact == 0, np.finfo(np.float32).tiny, np.abs(exact))).max()))
+        relative = max(relative, float((gap / np.where(size == 0, np.finfo(np.float32).tiny, size)).max()))
     return absolute, relative

@@ -139,13 +139,17 @@ def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: 
     return tree_map_with_path(fresh, example)
 
 
-def text_cases(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Iterator[Case]:
-    """Batches of 16 texts, each padded to its longest, cut at the model's context.
+def text_cases(
+    texts: Sequence[str], tokenizer: Any, traced: TracedModel, *, batch: int = _BATCH, longest: int | None = None
+) -> Iterator[Case]:
+    """Batches of texts, each padded to its longest, cut at the model's context.
 
     Args:
         texts: The texts.
         tokenizer: A tokenizer, or the directory of one.
         traced: The model.
+        batch: How many texts are in a batch.
+        longest: The most tokens of a text; None for as many as the context has.
 
     Yields:
         A description, and inputs by name.
@@ -155,10 +159,11 @@ def text_cases(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Ite
     """
     loaded = loaded_tokenizer(tokenizer)
     names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
-    for start in range(0, len(texts), _BATCH):
-        batch = list(texts[start : start + _BATCH])
-        where = f"texts {start + 1} to {start + len(batch)}"
-        encoded = _encoded(loaded, batch, longest_text(traced), where)
+    room = longest_text(traced)
+    for start in range(0, len(texts), batch):
+        part = list(texts[start : start + batch])
+        where = f"texts {start + 1} to {start + len(part)}" if batch > 1 else f"text {start + 1}"
+        encoded = _encoded(loaded, part, room if longest is None else min(room, longest), where)
         if "input_ids" in encoded:  # a tokenizer may leave token types out, and they are zeros in a single text
             encoded.setdefault("token_type_ids", torch.zeros_like(encoded["input_ids"]))
         if missing := [name for name in names if name not in encoded]:

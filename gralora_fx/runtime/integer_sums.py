@@ -28,7 +28,7 @@ def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingErro
         GraloraError: Of the given type, when sums saturate.
     """
     providers = [name for name, _ in runtime.providers]
-    if providers[:1] == [CPU] and not runtime.devices and not adds_exactly():
+    if providers[:1] in ([], [CPU]) and not runtime.devices and not adds_exactly():
         raise error(
             "the export multiplies int8 weights by activations of 8 bits, whose sums this processor does not add "
             "exactly (it has no VNNI): take another processor, or export with quantize='int8'"

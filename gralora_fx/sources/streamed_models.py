@@ -115,11 +115,12 @@ def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> 
     """
     if next(four_bit_tensors(stored), None) is None:
         return stored
+    names = model.state_dict().keys()
     turned = {
         key: tensor.turned()
         for name, key in keys_by_name(model, stored)[0].items()
         if isinstance(tensor := stored[key], FourBitTensor)
-        and name in model.state_dict()
+        and name in names
         and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
     }
     return {**stored, **turned}
