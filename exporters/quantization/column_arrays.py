@@ -12,25 +12,26 @@ from gralora_fx.errors import ExportError
 # Largest absolute value of a weight. x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where
 # 2 * 255 * 127 does not fit: they are refused when a session is opened (see `runtime.integer_sums`).
 LARGEST = 127
-_SILENT = 1e-2  # of the mean square of all channels
+_ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of the median of those that are not zero
 
 
 def input_factors(squares: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Factors `[K]` of what a product reads, which bring its channels nearer to each other; their median is 1.
+    """Factors `[K]` of what a product reads, which bring its channels nearer to each other; 1 for the median channel.
 
     A row is rounded by its largest value, so that channels with small values lose most. The weights take the factors
     back, and their columns are rounded too: the square root of what would make all channels equal leaves half of the
     differences to either, as in SmoothQuant (arXiv:2211.10438) with an exponent of 1/2. Channels that were all but
-    silent may be loud in other inputs, which a large factor would make the largest of their row: they have 1 at most.
+    silent may be loud in other inputs, which a large factor would make the largest of their row: they have 1.
 
     Args:
         squares: Mean squares of the channels, `[K]`.
     """
-    mean = max(float(squares.mean()), 1e-30)
-    means = np.maximum(squares.astype(np.float64), 1e-6 * mean)
-    factors: NDArray[np.float64] = (means / np.median(means)) ** -0.25
-    factors[squares < _SILENT * mean] = np.minimum(factors[squares < _SILENT * mean], 1)
-    return factors.astype(np.float32)
+    least = _ZERO * max(float(squares.mean()), 1e-24)
+    heard = squares[squares > least].astype(np.float64)
+    median = float(np.median(heard)) if len(heard) else least
+    factors = (np.maximum(squares.astype(np.float64), least) / median) ** -0.25
+    result: NDArray[np.float32] = np.where(squares < _SILENT * median, 1.0, factors).astype(np.float32)
+    return result
 
 
 def quantize_columns(

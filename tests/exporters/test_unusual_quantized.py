@@ -204,10 +204,11 @@ def test_each_matrix_is_quantized_once_and_dropped(tmp_path: Path, monkeypatch: 
     assert not any(one._parts for one in made)
 
 
-def test_a_channel_that_was_silent_may_be_loud_later() -> None:
+@pytest.mark.parametrize("silent", [8, 600])
+def test_a_channel_that_was_silent_may_be_loud_later(silent: int) -> None:
     generator = np.random.default_rng(0)
     x, matrix = np.maximum(generator.normal(size=(64, 1024)), 0).astype(np.float32), generator.normal(size=(1024, 64))
-    x[:, :8] = 0
+    x[:, :silent] = 0
     factors = input_factors(np.square(x).mean(0))
     later = x[:16].copy()
     later[:, 0] = 1
@@ -224,6 +225,7 @@ def test_a_channel_that_was_silent_may_be_loud_later() -> None:
         )
 
     assert error(factors) < 1.2 * error(None)
+    assert (input_factors(np.zeros(4, np.float32)) == 1).all()
 
 
 def test_outputs_in_a_tuple_are_measured(tmp_path: Path) -> None:
