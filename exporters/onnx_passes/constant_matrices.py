@@ -122,6 +122,8 @@ def replace_product(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
     nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = old.type, old.shape
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
+        product = nodes[-1].outputs[0]
+        product.name = product.name or f"{old.name}_product"  # names that branches draw may be those of another
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
     replace_value(nodes[-1].outputs[0], old)
     graph.insert_before(node, nodes)

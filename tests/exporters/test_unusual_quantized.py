@@ -236,7 +236,7 @@ def test_outputs_in_a_tuple_are_measured(tmp_path: Path) -> None:
 
 
 def test_layers_in_branches_get_their_share(tmp_path: Path) -> None:
-    report = exported(Branches(), torch.randn(4, 64), tmp_path / "onnx", "int4", bits=8, verify=False)
+    report = exported(Branches(), torch.randn(4, 64), tmp_path / "onnx", "int4", bits=8)
     assert report.quantization is not None
     assert set(report.quantization.layers) == {"first.weight", "left.weight", "right.weight"}
 
