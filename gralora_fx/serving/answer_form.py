@@ -12,6 +12,11 @@ from gralora_fx.serving.json_schema import check_size, schema_text
 FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar"]
 GivenForms: TypeAlias = Mapping[str, tuple[FormKind, Any]]  # by a name: the kind, and a value or None
 _MOST_CHOICES = 1024
+_MOST_RULES = 2000  # of a grammar: each rule within another takes stack while it is compiled
+
+
+class DeadEndError(ServingError):
+    """No token can go on with an answer in its form, or the form is too complex there."""
 
 
 class FormError(ServingError):
@@ -55,7 +60,8 @@ class AnswerForm:
                 of Lark or in GBNF.
 
         Raises:
-            ServingError: It is of another type, larger than 64 KiB, or a schema that cannot be followed.
+            ServingError: It is of another type, larger than 64 KiB, a schema that cannot be followed, or a grammar of
+                more than 2000 rules.
         """
         if kind == "json":
             return cls(kind, schema_text(value))
@@ -67,6 +73,8 @@ class AnswerForm:
         if not 0 < len(texts) <= _MOST_CHOICES:
             raise ServingError(f"there are {len(texts)} choices; give 1 to {_MOST_CHOICES}")
         check_size("".join(texts))
+        if kind == "grammar" and sum(":" in line for line in texts[0].splitlines()) > _MOST_RULES:
+            raise ServingError(f"it has more than {_MOST_RULES} rules; ask for a simpler answer")
         if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
             raise ServingError("it has a lone surrogate, which no text has")
         return cls(kind, tuple(texts) if kind == "choice" else texts[0])

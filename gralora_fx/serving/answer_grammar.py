@@ -4,34 +4,52 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.serving.answer_form import AnswerForm, FormError, GivenForms, one_form
+from gralora_fx.serving.answer_form import AnswerForm, DeadEndError, FormError, GivenForms, one_form
 
-_KEPT = 64  # grammars that stay compiled
 # as json.dumps writes it, so that much of an answer is forced, and no row writes white space for ever
 _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# a state takes 1 to 2 kB, and the units of work of a step about 10 ms in all, in which other threads wait
+_LIMITS: Any = {
+    "max_lexer_states": 20_000,
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "verbose_errors": False,
+}
+_STACK = (
+    256 * 1024 * 1024
+)  # virtual: rules within rules are compiled by recursion, which in a small stack ends the process
+_stack_lock = threading.Lock()
+_Result = TypeVar("_Result")
 
 
 class Grammars:
-    """Compiles forms for a tokenizer; the latest ones stay compiled. Several threads may use it."""
+    """Compiles forms for a tokenizer, each time anew, as a row may spoil what it was compiled to.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    Several threads may use it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits | None = None) -> None:
         """Begin without grammars.
 
         Args:
             tokenizer: The tokenizer, which is read when the first form comes; None if there is none.
+            limits: The vocabulary and end tokens of the model; None for those of the tokenizer.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._limits = tokenizer, limits
         self._tokens: Any = None  # llguidance's form of the tokenizer
-        self._compiled: OrderedDict[AnswerForm, AnswerGrammar] = OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, given: GivenForms) -> AnswerGrammar | None:
@@ -52,46 +70,48 @@ class Grammars:
             raise FormError(found[0], str(error)) from error
 
     def compiled(self, form: AnswerForm) -> AnswerGrammar:
-        """A form as a grammar; one at a time is compiled, so that those of others do not take all cores.
+        """A form as a grammar.
 
         Raises:
             ServingError: llguidance is not installed, there is no tokenizer or it cannot read that, the form cannot be
                 compiled, or no token can begin such an answer.
         """
         with self._lock:
-            if form not in self._compiled:
-                if self._tokens is None:
-                    self._tokens = _read(self._tokenizer)
-                self._compiled[form] = AnswerGrammar(self._tokens, form)
-            self._compiled.move_to_end(form)
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-            return self._compiled[form]
+            if self._tokens is None:
+                self._tokens = _read(self._tokenizer, frozenset() if self._limits is None else self._limits.ends)
+        return AnswerGrammar(self._tokens, form, None if self._limits is None else self._limits.vocabulary)
 
 
 class AnswerGrammar:
-    """A compiled form, from which each row begins a state of its own."""
+    """A compiled form, from which each row of a request begins a state of its own.
 
-    def __init__(self, tokens: Any, form: AnswerForm) -> None:
+    What one row finds out serves the others too, and if it is too complex for one, it is for all: for rows of one
+    request alone.
+    """
+
+    def __init__(self, tokens: Any, form: AnswerForm, vocabulary: int | None = None) -> None:
         """Compile a form.
 
         Args:
             tokens: llguidance's form of the tokenizer.
             form: The form.
+            vocabulary: How many tokens the model has; None for no fewer than the tokenizer.
 
         Raises:
             ServingError: It cannot be compiled, or no token can begin such an answer.
         """
         import llguidance
 
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(**_LIMITS)
         try:
-            self._start = llguidance.LLMatcher(tokens, _source(form), log_level=0, limits=limits)
+            self._start = _with_stack(
+                lambda: llguidance.LLMatcher(tokens, _source(form), log_level=0, limits=limits)  # without Python's lock
+            )
         except ValueError as error:
             raise ServingError(f"it cannot be compiled ({first_line(error)})") from error
         if self._start.is_error():
             raise ServingError(f"it cannot be compiled ({_problem(self._start.get_error())})")
-        self._ends = frozenset(tokens.eos_tokens)
+        self._ends, self._vocabulary = frozenset(tokens.eos_tokens), vocabulary
         if not self.begin(frozenset(), 1).can_begin:
             raise ServingError("no token of the model can begin such an answer")
 
@@ -101,20 +121,26 @@ class AnswerGrammar:
         Args:
             ends: Ids of the tokens that end the answer.
             most: The most tokens of the answer.
+
+        Raises:
+            DeadEndError: No token can begin it, or it is too complex.
         """
-        return RowGrammar(self._start.deep_copy(), self._ends, ends, most)
+        return RowGrammar(self._start.deep_copy(), self._ends, ends, most, self._vocabulary)
 
 
 class RowGrammar:
     """What the tokens of one answer may be.
 
     An end token may come only where the answer is complete, and an answer that nothing can follow is over without one.
+    A token of the text that is to end it, such as a brace, may come wherever the grammar allows it.
 
     Attributes:
         forced: Tokens that the grammar alone determines, which come next; none of them needs to be chosen.
     """
 
-    def __init__(self, matcher: Any, own_ends: frozenset[int], ends: frozenset[int], most: int) -> None:
+    def __init__(
+        self, matcher: Any, own_ends: frozenset[int], ends: frozenset[int], most: int, vocabulary: int | None
+    ) -> None:
         """Begin an answer; see `AnswerGrammar.begin`.
 
         Args:
@@ -122,7 +148,12 @@ class RowGrammar:
             own_ends: Ids of the tokens that llguidance lets end an answer.
             ends: Ids of the tokens that end this one.
             most: The most tokens of the answer.
+            vocabulary: How many tokens the model has; None for no fewer than the tokenizer.
+
+        Raises:
+            DeadEndError: No token can begin it, or it is too complex.
         """
+        self._vocabulary = vocabulary
         self._matcher, self._ends, self._left = matcher, ends, most
         self._own_ends = sorted(own_ends)
         self._end_ids = sorted(ends)
@@ -154,7 +185,7 @@ class RowGrammar:
         """Go on after a token that was chosen among those that are allowed.
 
         Raises:
-            ServingError: The grammar is at a point where no token can go on, or is too complex there.
+            DeadEndError: The grammar is at a point where no token can go on, or is too complex there.
         """
         self._left -= 1
         if token in self._ends:
@@ -165,7 +196,7 @@ class RowGrammar:
     def _advance(self) -> None:
         """Find the tokens that are forced, and what may come after them."""
         matcher = self._matcher
-        forced = list(takewhile(lambda token: token not in self._ends, matcher.compute_ff_tokens()[: self._left]))
+        forced = list(takewhile(self._is_taken, matcher.compute_ff_tokens()[: self._left]))
         forced = forced[: matcher.validate_tokens(forced)]  # a tokenizer may lack bytes of the text that is forced
         if forced:
             matcher.consume_tokens(forced)
@@ -176,20 +207,36 @@ class RowGrammar:
             self._find_allowed()
         if matcher.is_error() or not (self._goes_on or matcher.is_accepting()):
             reason = _problem(matcher.get_error()) or "the model has no token for what comes next"
-            raise ServingError(f"no token can go on with the grammar of the answer ({reason})")
+            raise DeadEndError(f"no token can go on with the grammar of the answer ({reason})")
+
+    def _is_taken(self, token: int) -> bool:
+        """Whether a token that is forced is taken without a choice: it is one of the model's, and ends nothing."""
+        return token not in self._ends and (self._vocabulary is None or token < self._vocabulary)
 
     def _find_allowed(self) -> None:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
-        self._allowed[self._own_ends] = False
+        self._allowed = self._allowed[: self._vocabulary]
+        self._allowed[[end for end in self._own_ends if end < len(self._allowed)]] = False
         ends = [end for end in self._end_ids if end < len(self._allowed)]
-        self._allowed[ends] = False
         self._goes_on = bool(self._allowed.any())
         if self._matcher.is_accepting():
             self._allowed[ends] = True
 
 
-def _read(tokenizer: PreTrainedTokenizerBase | None) -> Any:
+def _with_stack(work: Callable[[], _Result]) -> _Result:
+    """What some work gives, in a thread with a large stack."""
+    with ThreadPoolExecutor(1) as pool:
+        with _stack_lock:  # the size is the process's
+            before = threading.stack_size(_STACK)
+            try:
+                result = pool.submit(work)  # which starts the thread
+            finally:
+                threading.stack_size(before)
+        return result.result()
+
+
+def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> Any:
     """A tokenizer as llguidance takes it; large ones take about a second."""
     if tokenizer is None:
         raise ServingError("a grammar needs a tokenizer, and the export holds none; export with tokenizer=...")
@@ -199,8 +246,15 @@ def _read(tokenizer: PreTrainedTokenizerBase | None) -> Any:
         raise ServingError(
             "an answer in a form needs the package llguidance; pip install 'gralora-fx[serve]'"
         ) from error
+    own = None  # the tokenizer's
+    if tokenizer.eos_token_id is None:  # for which llguidance takes the token 0
+        own = sorted(end for end in ends if end < len(tokenizer))
+        if not own:
+            raise ServingError(
+                "a grammar needs an end token, and neither the model nor its tokenizer has one; set eos_token"
+            )
     try:
-        return from_tokenizer(tokenizer)
+        return from_tokenizer(tokenizer, eos_token=own)
     except Exception as error:  # errors of several types, by what the tokenizer has
         raise ServingError(
             f"no answer in a form can be written with this model's tokenizer, whose tokens are not bytes of text "

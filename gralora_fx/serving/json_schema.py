@@ -9,14 +9,17 @@ from urllib.parse import unquote
 
 from gralora_fx.errors import ServingError, shown
 
-LARGEST = 64 * 1024  # bytes of a form: the time to compile a schema grows with the square of its properties
+LARGEST = 64 * 1024  # bytes of a form
+_MOST_PROPERTIES = 1000  # of a schema: the time to compile it, here 0.1 s, grows with their square
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # keywords whose values are schemas by name
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalItems", "additionalProperties")
 _LIMITS = ("required", "minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength")
 _VALUES = ("type", "const", "enum", "pattern", "format", "multipleOf", "$ref")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_NOTES = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment")  # any value
+_CONTENTS = ("contentMediaType", "contentEncoding", "contentSchema")
+_NOTES = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", *_CONTENTS)
+_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # are followed
 _HEAD = ("$schema", "$id")  # of the whole schema
 _KEYWORDS = frozenset((*_MAPS, *_LISTS, *_SINGLE, *_LIMITS, *_VALUES, *_BOUNDS, *_NOTES))
 
@@ -24,12 +27,16 @@ _KEYWORDS = frozenset((*_MAPS, *_LISTS, *_SINGLE, *_LIMITS, *_VALUES, *_BOUNDS, 
 def schema_text(schema: Any) -> str:
     """A schema as JSON, after a check that a grammar can say all of it and that some answer meets it.
 
+    Formats that no grammar knows, which are notes, are left out, and choices that a `discriminator` tells apart by a
+    member are written as `anyOf`.
+
     Args:
         schema: The schema as an object, or as JSON text.
 
     Raises:
-        ServingError: It is not an object, is larger than `LARGEST` bytes, has a keyword that no grammar follows, refers
-            to what is not within it, or every value of it holds another of its kind without end.
+        ServingError: It is not an object, is larger than `LARGEST` bytes, has more than 1000 properties or a keyword
+            that no grammar follows, refers to what is not within it, or every value of it holds another of its kind
+            without end.
     """
     if isinstance(schema, str):
         check_size(schema)
@@ -44,8 +51,9 @@ def schema_text(schema: Any) -> str:
     except (ValueError, TypeError, RecursionError) as error:
         raise ServingError(f"the schema cannot be written as JSON ({error})") from error
     check_size(text)
-    _Walk(json.loads(text)).check()
-    return text
+    root = json.loads(text)
+    _Walk(root).check()
+    return json.dumps(root)
 
 
 def check_size(text: str) -> None:
@@ -65,9 +73,10 @@ class _Walk:
         self._root = root
         self._targets: dict[int, Any] = {}  # by the id of a schema with `$ref`: what that is
         self._order: list[dict[str, Any]] = []
+        self._properties = 0
 
     def check(self) -> None:
-        """Check the keywords and references of all, and that the first one has a value that ends.
+        """Check the keywords and references of all, write them plainly, and check that the first has a value that ends.
 
         Raises:
             ServingError: One is wrong.
@@ -81,16 +90,59 @@ class _Walk:
                 raise ServingError(f"a schema is an object of keywords, but got {shown(schema)} within it")
             seen.add(id(schema))
             self._order.append(schema)
+            self._simplify(schema)
             self._check_keywords(schema)
             waiting += _children(schema)
             if "$ref" in schema:
                 waiting.append(self._targets.setdefault(id(schema), self._referred(schema["$ref"])))
         self._check_end()
 
+    def _simplify(self, schema: dict[str, Any]) -> None:
+        """Leave out an unknown format, and write choices with a discriminator as `anyOf`."""
+        if isinstance(form := schema.get("format"), str) and form not in _FORMATS:
+            del schema["format"]
+        told, choices = schema.get("discriminator"), schema.get("oneOf")
+        if not isinstance(told, dict) or not isinstance(choices, list) or "anyOf" in schema:
+            return
+        name, tags = told.get("propertyName"), set[str]()
+        if not isinstance(name, str):
+            raise ServingError("a discriminator of the schema has no propertyName; give it")
+        for choice in choices:
+            own = self._tags(choice, name)
+            if not own or own & tags:
+                raise ServingError(f"a discriminator needs another const as {shown(name)} in each choice of the schema")
+            tags |= own
+        schema["anyOf"] = [{**choice, "required": _with_name(choice.get("required"), name)} for choice in choices]
+        del schema["oneOf"], schema["discriminator"]
+
+    def _tags(self, choice: Any, name: str) -> set[str]:
+        """The values of a choice's member of a name, as JSON; none if it may be another one."""
+        tags, waiting, seen = set[str](), [choice], set[int]()
+        while waiting:
+            schema = waiting.pop()
+            if not isinstance(schema, dict) or id(schema) in seen:
+                return set()
+            seen.add(id(schema))
+            properties = schema.get("properties")
+            tag = properties.get(name) if isinstance(properties, dict) else None
+            if isinstance(tag, dict) and ("const" in tag or isinstance(tag.get("enum"), list)):
+                tags |= {json.dumps(value) for value in ([tag["const"]] if "const" in tag else tag["enum"])}
+            elif "$ref" in schema:
+                waiting.append(self._referred(schema["$ref"]))
+            elif inner := _listed(schema, "oneOf") or _listed(schema, "anyOf"):
+                waiting += inner
+            else:
+                return set()
+        return tags
+
     def _check_keywords(self, schema: Mapping[str, Any]) -> None:
         for name in schema:
             if name not in _KEYWORDS and not (schema is self._root and name in _HEAD):
                 raise ServingError(f"the keyword {shown(name)} of the schema is not supported; leave it out")
+        for name in ("properties", "patternProperties"):
+            self._properties += len(inner) if isinstance(inner := schema.get(name), dict) else 0
+        if self._properties > _MOST_PROPERTIES:
+            raise ServingError(f"the schema has more than {_MOST_PROPERTIES} properties; ask for a simpler answer")
 
     def _referred(self, reference: Any) -> Any:
         """What a reference names within the schema."""
@@ -159,6 +211,15 @@ def _children(schema: Mapping[str, Any]) -> Iterator[Any]:
 def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
     inner = schema.get(name, [])
     return inner if isinstance(inner, list) else [inner]
+
+
+def _with_name(required: Any, name: str) -> Any:
+    """What a choice requires, and its tag."""
+    return sorted({name, *required}) if isinstance(required, list) and _are_texts(required) else required or [name]
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _needed_members(schema: Mapping[str, Any]) -> list[Any]:

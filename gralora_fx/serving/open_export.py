@@ -193,8 +193,12 @@ class OpenExport:
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Compiles forms of answers for the tokenizer beside the model."""
-        return Grammars(self.tokenizer_or_none)
+        """Compiles forms of answers for the tokenizer beside the model.
+
+        Raises:
+            ServingError: It has no cache, or what its configuration says of answers cannot be followed.
+        """
+        return Grammars(self.tokenizer_or_none, self.generation.limits)
 
     def _open_later(self, name: str) -> Any:
         self._check_unchanged()

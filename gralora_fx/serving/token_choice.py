@@ -104,7 +104,7 @@ class TokenChooser:
             logits: `[vocabulary]`, what the model gives after the prompt and the tokens that were chosen before.
 
         Raises:
-            ServingError: No token can go on with the grammar.
+            DeadEndError: No token can go on with the grammar.
         """
         grammar = self._grammar
         if grammar is not None and grammar.forced:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from peft_oracle import peft_model
 from served_exports import CACHED, adapted, chat_tokenizer
 from tiny_models import tiny_model
 
+from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.serving import Decoder, load
-from gralora_fx.serving.answer_form import AnswerForm, FormError
+from gralora_fx.serving.answer_form import AnswerForm, DeadEndError, FormError
 from gralora_fx.serving.answer_grammar import Grammars
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.token_choice import TokenChooser
@@ -37,7 +39,29 @@ TREE = {
     "$defs": {"tree": {"type": "object", "properties": _BRANCHES, "additionalProperties": False}},
     "$ref": "#/$defs/tree",
 }
+
+
+def _union(*tags: str | None) -> dict[str, Any]:
+    """A schema as pydantic writes one of a discriminated union, some of whose tags may be missing."""
+    kinds: list[Any] = [{"type": "string"} if tag is None else {"const": tag, "default": tag} for tag in tags]
+    defs = {
+        f"d{n}": {"type": "object", "properties": {"kind": kind, "x": {"enum": [n]}}, "additionalProperties": False}
+        for n, kind in enumerate(kinds)
+    }
+    references = [{"$ref": f"#/$defs/{name}"} for name in defs]
+    return {"$defs": defs, "discriminator": {"propertyName": "kind"}, "oneOf": references}
+
+
 SCHEMAS: dict[str, Any] = {
+    "union": _union("a", "b", "c"),
+    "notes": {
+        "enum": ["ab", "c"],
+        "type": "string",
+        "format": "binary",
+        "contentEncoding": "base64",
+        "contentSchema": {},
+    },
+    "int32": {"type": "integer", "format": "int32", "minimum": 0, "maximum": 9},
     "person": PERSON,
     "list": {"type": "array", "items": PERSON, "minItems": 1, "maxItems": 3},
     "enum": {"enum": ["red", 1, None, True, {"a": [1.5]}]},
@@ -88,7 +112,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "nested": (json.loads('{"items":' * 300 + "{}" + "}" * 300), "cannot be compiled"),
     "type": ({"type": "text"}, "it cannot be compiled (Invalid type: text)"),
     "types": ({"type": [{}]}, "it cannot be compiled"),
-    "format": ({"type": "string", "format": "car"}, "Unknown format: car"),
+    "no format": ({"type": "string", "format": 3}, "cannot be compiled"),
+    "names": ({"type": "object", "propertyNames": {"maxLength": 2}}, "the keyword 'propertyNames'"),
+    "properties": ({"properties": {f"a{n}": {} for n in range(1001)}}, "more than 1000 properties"),
+    "a discriminator alone": ({"type": "object", "discriminator": {}}, "the keyword 'discriminator'"),
+    "tags that are the same": (_union("a", "a"), "a discriminator needs another const as 'kind' in each choice"),
+    "a tag of any value": (_union("a", None), "a discriminator needs another const as 'kind' in each choice"),
     "nothing meets it": ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3) is greater than maximum (2)"),
     "pattern": ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
     "no JSON": ("{", "the schema is not JSON"),
@@ -160,6 +189,8 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars,
         ("grammar", 'start: "x" start', "Too many items"),
         ("grammar", "start: <|unknown|>", "unknown special token"),
         ("grammar", "words", "cannot be compiled"),
+        ("grammar", 'start: "a"' + "\na: start" * 2000, "more than 2000 rules"),
+        ("regex", "a{1000000}", "too many expressions"),
     ],
 )
 def test_so_is_any_other_form(grammars: Grammars, kind: Any, value: Any, message: str) -> None:
@@ -249,8 +280,12 @@ def test_options_choose_within_the_grammar(model: Any) -> None:
     assert len(set(model.generate("a", regex=r"\d{8}", frequency_penalty=2.0, presence_penalty=2.0))) > 4
     assert len(model.generate("a", regex="b{1,60}", min_new_tokens=30, max_new_tokens=40)) >= 30
     assert model.generate("a", regex="b{1,9}", eos_token_id=[], max_new_tokens=40) == "b" * 9
-    with_end = digit["1"]  # a letter that ends an answer may not be within one
-    assert "1" not in model.generate("a", regex="x[012]{6}", eos_token_id=with_end, max_new_tokens=40)
+    for expression in ("x[012]{60}", "x1{6}"):  # a letter that ends an answer ends it wherever it may come
+        answer = model.generate(
+            "a", regex=expression, eos_token_id=digit["1"], max_new_tokens=70, do_sample=True, seed=1
+        )
+        assert re.fullmatch("x[02]*", answer)
+        assert len(answer) < 60
 
 
 def test_several_forms_are_one_too_many(model: Any) -> None:
@@ -272,14 +307,71 @@ def test_a_tokenizer_of_words_is_refused() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?")))
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?")), eos_token="?"
+    )
     with pytest.raises(ServingError, match="no answer in a form can be written with this model's tokenizer"):
         Grammars(words).compiled(AnswerForm.of("regex", "a"))
 
 
-def test_the_latest_grammars_stay_compiled(grammars: Grammars) -> None:
-    first = grammars.compiled(AnswerForm.of("regex", "first"))
-    assert grammars.compiled(AnswerForm.of("regex", "first")) is first
-    for number in range(64):
-        grammars.compiled(AnswerForm.of("regex", f"other{number}"))
-    assert grammars.compiled(AnswerForm.of("regex", "first")) is not first
+def test_rules_within_rules_are_compiled_in_a_stack_that_holds_them() -> None:
+    """In a process of its own, which a stack that is too small ends."""
+    code = """
+import llguidance
+from served_exports import chat_tokenizer
+from gralora_fx.serving import answer_form
+from gralora_fx.serving.answer_grammar import Grammars
+answer_form._MOST_RULES = 10_000
+rules = "start: a0\\n" + "".join(f'a{i}: a{i + 1} "a"\\n' for i in range(3500)) + 'a3500: "b"\\n'
+terminals = rules.replace("a0", "A0").replace("a1", "A1")
+for grammar in (rules, "start: " + "(" * 20_000 + '"a"' + ")" * 20_000):
+    try:
+        print(Grammars(chat_tokenizer()).of({"here": ("grammar", grammar)}).begin(frozenset(), 3).forced[0] > 0)
+    except answer_form.FormError as error:
+        print("deep" in str(error))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.split()) == (0, ["True", "True"]), found.stderr
+
+
+def test_a_row_that_is_too_complex_spoils_no_other_request(grammars: Grammars) -> None:
+    given: Any = {"here": ("regex", "([ab]*a[ab]{900})+")}
+    letters = chat_tokenizer().convert_tokens_to_ids(["a", "b"])
+
+    def written(most: int) -> None:
+        row = grammars.of(given).begin(frozenset(), 20_000)  # type: ignore[union-attr]
+        draws = np.random.default_rng(0).integers(0, 2, most)
+        for draw in draws:
+            row.take(letters[draw])
+
+    with pytest.raises(DeadEndError, match="too many"):
+        written(20_000)
+    written(100)
+
+
+def test_a_model_may_have_fewer_tokens_than_its_tokenizer() -> None:
+    tokenizer = chat_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["hello"])
+    own, cut = Grammars(tokenizer), Grammars(tokenizer, DecoderLimits(size, 100, frozenset([2])))
+    forced = {"here": ("choice", ["x: hello"])}
+    assert own.of(forced).begin(frozenset([2]), 9).forced[-1] == size  # type: ignore[arg-type, union-attr]
+    with pytest.raises(DeadEndError, match="the model has no token for what comes next"):
+        cut.of(forced).begin(frozenset([2]), 9)  # type: ignore[arg-type, union-attr]
+    free = AnswerForm.of("regex", "[a-z]{5}")
+    for grammars, is_there in ((own, True), (cut, False)):
+        allowed = grammars.compiled(free).begin(frozenset([2]), 9).allowed(size + 3)
+        assert bool(allowed[size]) is is_there
+        assert allowed[:size].sum() == 26
+        assert not allowed[size + 1 :].any()
+
+
+def test_a_tokenizer_without_an_end_takes_those_of_the_model() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ServingError, match="neither the model nor its tokenizer has one; set eos_token"):
+        Grammars(tokenizer).compiled(AnswerForm.of("regex", "a"))
+    limits = DecoderLimits(len(tokenizer), 100, frozenset([2]))
+    row = Grammars(tokenizer, limits).compiled(AnswerForm.of("regex", "[ab]?c?")).begin(frozenset([2]), 9)
+    assert row.allowed(len(tokenizer)).nonzero()[0].tolist()[0] == 2
+    assert not row.allowed(len(tokenizer))[0]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import openai
@@ -20,7 +21,7 @@ from starlette.testclient import TestClient
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving import load
+from gralora_fx.serving import answer_grammar, load
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
 WORD = {"type": "string", "maxLength": 6}
@@ -49,6 +50,26 @@ def service(export: Path) -> Iterator[tuple[str, Any]]:
         yield served
 
 
+class Cat(BaseModel):
+    """One of two kinds, told apart by a member that has a default."""
+
+    kind: Literal["cat"] = "cat"
+    lives: int = Field(ge=1, le=9)
+
+
+class Dog(BaseModel):
+    """The other one."""
+
+    kind: Literal["dog", "wolf"]
+    photo: Path | None
+
+
+class Pet(BaseModel):
+    """A discriminated union, and formats that are notes."""
+
+    animal: Annotated[Cat | Dog, Field(discriminator="kind")]
+
+
 class Person(BaseModel):
     """What the official client makes a schema of, and reads the answer as."""
 
@@ -72,6 +93,17 @@ def test_the_official_client_parses_every_answer(client: openai.OpenAI) -> None:
             assert isinstance(found.choices[0].message.parsed, Person)
             assert found.usage is not None
             assert found.usage.completion_tokens == len((found.choices[0].message.content or "").encode())
+
+
+def test_a_discriminated_union_of_pydantic(http: TestClient) -> None:
+    body: dict[str, Any] = {"model": "data", "prompt": "a", "max_tokens": 400, "top_p": 0.9}
+    kinds = set()
+    for seed in range(8):
+        sent = {**body, "guided_json": Pet.model_json_schema(), "seed": seed, "temperature": 2}
+        choice = http.post("/v1/completions", json=sent).raise_for_status().json()["choices"][0]
+        if choice["finish_reason"] == "stop":
+            kinds.add(Pet.model_validate_json(choice["text"]).animal.kind)
+    assert len(kinds) > 1
 
 
 def test_streams_several_answers_and_logprobs(client: openai.OpenAI) -> None:
@@ -174,6 +206,56 @@ def test_a_client_that_goes_away_frees_its_row(client: openai.OpenAI, service: t
     assert found.choices[0].text == "yes"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_go_on_is_an_error_of_its_request(
+    http: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """As of an expression that has too many states once some of the answer is there; its neighbour goes on."""
+    letters = {str(token): 50.0 for token in chat_tokenizer().convert_tokens_to_ids(["a", "b"])}
+    body = {"model": "data", "prompt": "a", "max_tokens": 900, "stream": stream, "logit_bias": letters}
+    monkeypatch.setitem(answer_grammar._LIMITS, "max_lexer_states", 400)
+    with ThreadPoolExecutor(2) as pool:
+        beside = pool.submit(http.post, "/v1/completions", json={**body, "stream": False, "guided_regex": "a{60}"})
+        found = http.post("/v1/completions", json={**body, "guided_regex": "([ab]*a[ab]{900})+"})
+    assert beside.result().json()["choices"][0]["text"] == "a" * 60
+    assert found.status_code == (200 if stream else 400), found.text
+    events = [line.removeprefix("data: ") for line in found.text.splitlines() if line and "[DONE]" not in line]
+    error = json.loads(events[-1])["error"]
+    assert (error["code"], error["type"]) == (400, "invalid_request_error")
+    assert error["message"].startswith("no token can go on with the grammar of the answer (lexer error: too many")
+    assert "choosing a token failed: no token" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_forms_that_are_slow_to_compile_hold_up_nobody_else(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, two are compiled at once, and requests without a form find threads."""
+    compiled, running, most = answer_grammar.Grammars.compiled, [0], [0]
+    go = threading.Event()
+
+    def slow(grammars: Any, form: Any) -> Any:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        go.wait(20)
+        running[0] -= 1
+        return compiled(grammars, form)
+
+    monkeypatch.setattr(answer_grammar.Grammars, "compiled", slow)
+    body = {"model": "data", "prompt": "a", "max_tokens": 2}
+    with ThreadPoolExecutor(60) as pool:
+        try:
+            forms = [
+                pool.submit(http.post, "/v1/completions", json={**body, "guided_choice": [f"{number}"]})
+                for number in range(14)
+            ]
+            plain = pool.submit(http.post, "/v1/completions", json=body)
+            assert plain.result(timeout=10).status_code == 200
+            assert not any(form.done() for form in forms)
+        finally:
+            go.set()
+        assert {form.result().status_code for form in forms} == {200}
+    assert most[0] <= 2
+
+
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown keyword": ({"guided_json": {"foo": 1}}, "guided_json", "the keyword 'foo'"),
     "within a format": (
@@ -187,6 +269,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "only what is within",
     ),
     "endless": ({"guided_json": {"$ref": "#"}}, "guided_json", "without end"),
+    "too complex": ({"guided_regex": "a{1000000}"}, "guided_regex", "too many expressions"),
     "large": ({"guided_json": {"enum": ["x" * 10_000_000]}}, "guided_json", "larger than 64 KiB"),
     "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "unclosed group"),
     "grammar": ({"guided_grammar": "start: a"}, "guided_grammar", "unknown name"),

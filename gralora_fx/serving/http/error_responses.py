@@ -16,7 +16,7 @@ from gralora_fx.errors import GraloraError, shown
 from gralora_fx.serving.answer_form import FormError
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
 from gralora_fx.serving.http.metrics import note_rejection
-from gralora_fx.serving.scheduling.queue import DeadlineError, QueueFullError, RunError, StoppedError
+from gralora_fx.serving.scheduling.queue import AnswerError, DeadlineError, QueueFullError, RunError, StoppedError
 from gralora_fx.serving.scheduling.served_models import TooManyChangesError, UnknownAdapterError, UnknownModelError
 
 _RETRY_AFTER = {"Retry-After": "1"}
@@ -34,6 +34,7 @@ _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (TooManyChangesError, 429),
     (QueueFullError, 429),
     (StoppedError, 503),
+    (AnswerError, 400),
     (RunError, 500),
     (DeadlineError, 504),
 )

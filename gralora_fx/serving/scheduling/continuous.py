@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.decoder import Decoder
+from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.completion import Completion, TextRequest
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
@@ -106,8 +107,11 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 job.begin()  # before a row is taken
                 row = self._decoder.open(job.adapter, job.request.arrays)
             except Exception as error:
-                _logger.exception("a request cannot be run")
-                self._observer.failed()
+                if isinstance(error, DeadEndError):  # which is the request's own
+                    _logger.warning("a request cannot be run: %s", error)
+                else:
+                    _logger.exception("a request cannot be run")
+                    self._observer.failed()
                 job.fail(error)
                 self._leave(job)
                 continue
@@ -173,6 +177,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 job.take(choice)
                 self._observer.generated(len(job.answer.ids) - before)
             except Exception as error:
-                _logger.exception("choosing a token failed")
-                self._observer.failed()
+                if isinstance(error, DeadEndError):  # which is the request's own
+                    _logger.warning("choosing a token failed: %s", error)
+                else:
+                    _logger.exception("choosing a token failed")
+                    self._observer.failed()
                 job.fail(error)

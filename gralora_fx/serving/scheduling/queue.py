@@ -10,6 +10,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
+from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.scheduling.served_models import ServedModels
 
 
@@ -27,7 +28,13 @@ class RunError(ServingError):
     @classmethod
     def of(cls, error: Exception) -> RunError:
         """What a caller is told of an error while its request ran."""
+        if isinstance(error, DeadEndError):
+            return AnswerError(str(error))
         return cls(str(error) if isinstance(error, ServingError) else "the request failed; the server's log says why")
+
+
+class AnswerError(RunError):
+    """A request was right as far as could be told, and its answer has come to where nothing goes on in its form."""
 
 
 class DeadlineError(ServingError):

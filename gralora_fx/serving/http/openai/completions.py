@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -24,30 +26,36 @@ from gralora_fx.serving.prompts import stop_strings
 from gralora_fx.serving.scheduling.text_jobs import Piece
 from gralora_fx.serving.token_choice import TokenScore
 
+_COMPILING = 2  # forms of answers that are compiled at once, so that other requests find threads and cores
 _LEAST = -9999.0  # a log-probability in the place of minus infinity, which JSON does not have
 
 
 def text_routes(engine: TextEngine) -> APIRouter:
     """The routes of a decoder."""
     router, texts = APIRouter(), TokenBytes(engine.tokenizer)
+    compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx forms")
 
     @router.post("/v1/completions")
     async def complete(asked: CompletionRequest, request: Request) -> Response:
-        return await _answer(engine, texts, asked, request)
+        return await _answer(engine, texts, compiling, asked, request)
 
     @router.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
-        return await _answer(engine, texts, asked, request)
+        return await _answer(engine, texts, compiling, asked, request)
 
     return router
 
 
 async def _answer(
-    engine: TextEngine, texts: TokenBytes, asked: CompletionRequest | ChatRequest, request: Request
+    engine: TextEngine,
+    texts: TokenBytes,
+    compiling: ThreadPoolExecutor,
+    asked: CompletionRequest | ChatRequest,
+    request: Request,
 ) -> Response:
     is_chat, seconds = isinstance(asked, ChatRequest), timeout_of(request)
     with engine.models.held(asked.model) as adapter:
-        requests, prompt_tokens = await _text_requests(engine, asked, adapter)
+        requests, prompt_tokens = await _text_requests(engine, compiling, asked, adapter)
         echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(requests)
         answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds)
     choices = [
@@ -65,12 +73,13 @@ async def _answer(
 
 
 async def _text_requests(
-    engine: TextEngine, asked: CompletionRequest | ChatRequest, adapter: str | None
+    engine: TextEngine, compiling: ThreadPoolExecutor, asked: CompletionRequest | ChatRequest, adapter: str | None
 ) -> tuple[list[TextRequest], int]:
     """What a request asks for.
 
     Args:
         engine: The decoder.
+        compiling: Compiles forms of answers.
         asked: The request.
         adapter: The key of the adapter that its model's name means; None for the base.
 
@@ -96,7 +105,9 @@ async def _text_requests(
         )
     stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
     sampling = asked.sampling(queue.limits.ends)
-    grammar = await run_in_threadpool(engine.grammars.of, asked.forms())
+    grammar, forms = None, asked.forms()
+    if any(value is not None for _, value in forms.values()):
+        grammar = await asyncio.get_running_loop().run_in_executor(compiling, engine.grammars.of, forms)
     rows: list[list[int]] = await run_in_threadpool(_prompt_rows, engine, asked)
     requests: list[TextRequest] = []
     for ids in rows:
