@@ -115,15 +115,13 @@ def test_an_adapter_is_not_folded_twice(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_one_over_a_quantized_export(root: Path, tmp_path: Path) -> None:
-    """Its weights are rounded once more than the model's that it is compared with, by which verification finds it."""
+    """Weights that are rounded twice are still roundings of the model's, which verification takes as they are."""
     export_onnx(fresh("llama")[1], tmp_path / "int8", quantize="int8", block_size=16, verify=False)
     options = {"requantize": True, "force": True}
     fold_onnx(tmp_path / "int8", root / "gralora", tmp_path / "one", **options)
     report = fold_onnx(tmp_path / "one", root / "lora", tmp_path / "two", **options)
     assert report.adapters == ("default", "default_2")
-    verified = verify_onnx(tmp_path / "two", both(root, "gralora", "lora"), tolerance=0.05)
-    assert verified.passed
-    assert verified.tensors[0].max_rel_error > 1e-4
+    assert verify_onnx(tmp_path / "two", both(root, "gralora", "lora")).passed
 
 
 def test_heads_do_not_go_together(tmp_path: Path) -> None:
