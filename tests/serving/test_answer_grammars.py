@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -330,7 +331,14 @@ for grammar in (rules, "start: " + "(" * 20_000 + '"a"' + ")" * 20_000):
     except answer_form.FormError as error:
         print("deep" in str(error))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    paths = os.pathsep.join(str(Path(__file__).parents[level]) for level in (1, 2))
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     assert (found.returncode, found.stdout.split()) == (0, ["True", "True"]), found.stderr
 
 
