@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import other_readers
