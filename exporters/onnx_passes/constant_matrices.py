@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -98,11 +97,6 @@ def matrix_of(node: ir.Node) -> ConstantMatrix | None:
     if not value.is_initializer() or tensor is None or len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
         return None
     return ConstantMatrix(value, is_transposed)
-
-
-def num_values(values: Iterable[ir.Value]) -> int:
-    """How many numbers tensors of known shape hold."""
-    return sum(math.prod(int(size) for size in value.shape.numpy()) for value in values if value.shape is not None)
 
 
 def replace_product(node: ir.Node, nodes: Sequence[ir.Node]) -> None:

@@ -116,20 +116,6 @@ def _zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:
     return _integers(blocks.zero_points, bits)[:, : blocks.packed.shape[1], None]
 
 
-def rounded_to_blocks(matrix: NDArray[Any], form: Blocks, dtype: torch.dtype) -> NDArray[np.float32]:
-    """A matrix quantized and dequantized again.
-
-    Args:
-        matrix: `[K, N]`, float32 or float16.
-        form: How it is quantized.
-        dtype: Dtype of the scales.
-    """
-    blocks = quantize_blocks(matrix, form)
-    scales = torch.from_numpy(blocks.scales).to(dtype).float().numpy()
-    rows = dequantize_blocks(blocks._replace(scales=scales), form.bits, matrix.shape[0])
-    return np.ascontiguousarray(rows.T)
-
-
 @functools.cache
 def _quantizer(
     bits: int, block_size: int, zero_points: bool

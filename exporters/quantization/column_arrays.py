@@ -60,15 +60,6 @@ def quantize_columns(
     return np.clip((matrix / scales).round(), -LARGEST, LARGEST).astype(np.int8), scales
 
 
-def rounded_to_columns(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """A matrix `[K, N]` quantized and dequantized again.
-
-    Raises:
-        ExportError: A value is not finite.
-    """
-    return dequantize_columns(*quantize_columns(matrix, name))
-
-
 def dequantize_columns(
     integers: NDArray[np.int8], scales: NDArray[np.float32], factors: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:

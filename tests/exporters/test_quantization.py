@@ -23,7 +23,7 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.block_arrays import rounded_to_blocks
+from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantization.formats import Blocks
 
 CACHED = "text-generation-with-past"
@@ -95,7 +95,7 @@ def test_blocks_decode_as_the_operator_decodes_them(bits: int, tmp_path: Path, m
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     (identity,) = session.run(None, {session.get_inputs()[0].name: np.eye(72, dtype=np.float32)})
     matrix = np.ascontiguousarray(module.weight.detach().T.numpy())
-    assert np.allclose(identity, rounded_to_blocks(matrix, form, torch.float32), atol=1e-6)
+    assert np.allclose(identity, dequantize_blocks(quantize_blocks(matrix, form), bits, 72).T, atol=1e-6)
 
 
 def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> None:
