@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from gralora_fx.exporters.quantization.block_search import BlockArrays
 
 _COLUMNS = 1024  # output features that are quantized at once
-_LARGEST_ERROR = (
-    10.0  # square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger
-)
+# Square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger.
+_LARGEST_ERROR = 10.0
 LEAST_SHARE = 0.5  # of an update that has to survive at every layer
 
 
@@ -82,7 +81,7 @@ class QuantizedEdit:
 
     def _compute(self) -> tuple[NDArray[Any], ...]:
         self.survival.clear()
-        stored = _stored(self.weight)
+        stored = stored_values(self.weight)
         for layer in self.layers:
             change = layer.prepare(self.weight.in_features)
             step = _COLUMNS if layer.takes_parts else layer.stop - layer.start
@@ -92,7 +91,7 @@ class QuantizedEdit:
 
     def _change(
         self,
-        stored: _StoredBlocks | _StoredColumns,
+        stored: StoredValues,
         layer: LayerEdit,
         change: Callable[[NDArray[Any], slice, slice], None],
         outputs: slice,
@@ -245,8 +244,11 @@ class _StoredColumns:
         self.all_scales[outputs] = scales
 
 
-def _stored(weight: ProductWeight) -> _StoredBlocks | _StoredColumns:
-    """The tensors of a quantized weight, in memory of their own."""
+StoredValues: TypeAlias = _StoredBlocks | _StoredColumns
+
+
+def stored_values(weight: ProductWeight) -> StoredValues:
+    """The tensors of a quantized weight, in memory of their own: all are read at once."""
     integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
     if weight.storage == "columns":
         factors = None if weight.factors is None else read_rows(weight.factors).reshape(-1)
@@ -257,12 +259,12 @@ def _stored(weight: ProductWeight) -> _StoredBlocks | _StoredColumns:
 
 def dequantized(weight: ProductWeight, outputs: slice) -> NDArray[Any]:
     """Values `[n, in]` of output features of a quantized weight."""
-    return _stored(weight).values(outputs)
+    return stored_values(weight).values(outputs)
 
 
 def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
     """Whether the output features of a quantized weight from one on are what a matrix `[out, in]` is rounded to."""
-    return _stored(weight).is_rounded(values.astype(np.float32), slice(start, start + len(values)))
+    return stored_values(weight).is_rounded(values.astype(np.float32), slice(start, start + len(values)))
 
 
 def survival_by_layer(edits: Sequence[QuantizedEdit]) -> dict[str, Survival]:

@@ -18,7 +18,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.folding.initializers import ProductWeight, product_weights
 from gralora_fx.exporters.folding.matching_weights import weight_entries
-from gralora_fx.exporters.folding.requantize import dequantized, is_rounding_of
+from gralora_fx.exporters.folding.requantize import stored_values
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
@@ -152,13 +152,14 @@ def _is_shared(traced: TracedModel, site: LinearSite, weight: ProductWeight) -> 
 def _rounded(site: LinearSite, stored: _StoredWeight) -> nn.Parameter:
     """What the export holds of a site's weight, or the weight itself if that is not rounded to it."""
     is_conv1d, (weight, start, stop) = site.kind == "conv1d", stored
+    held = stored_values(weight)
     own = site.weight.detach().t() if is_conv1d else site.weight.detach()  # [out, in]
     parts = []
     for first in range(0, len(own), _ROWS):
         rows = own[first : first + _ROWS]
         outputs = slice(start + first, min(start + first + _ROWS, stop))
-        is_rounding = is_rounding_of(weight, outputs.start, rows.numpy())
-        parts.append(torch.from_numpy(dequantized(weight, outputs)) if is_rounding else rows)
+        is_rounding = held.is_rounded(rows.numpy(), outputs)
+        parts.append(torch.from_numpy(held.values(outputs)) if is_rounding else rows)
     values = torch.cat(parts)
     return nn.Parameter((values.t() if is_conv1d else values).contiguous(), requires_grad=False)
 
