@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_initializer
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, replace_product
 from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
-from gralora_fx.exporters.quantization.column_arrays import input_factors, quantize_columns
+from gralora_fx.exporters.quantization.column_arrays import ROW_LARGEST, ROW_TINY, input_factors, quantize_columns
 from gralora_fx.exporters.quantization.formats import Columns
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 
-_LARGEST = 127  # integers of a row's largest value, less the zero point
-_TINY = 1e-30  # what a row of zeros is divided by
-_REMAINDERS = 2 * _LARGEST  # integers of a step: what rounding leaves is at most half of one
+_REMAINDERS = 2 * ROW_LARGEST  # integers of a step: what rounding leaves is at most half of one
 
 
 @dataclass(frozen=True)
@@ -101,13 +99,13 @@ class ColumnProducts:
         integers = build("QuantizeLinear", relative, step, zero_point)
         if self.form.activation_bits == 16:
             rest = build("Sub", relative, build("DequantizeLinear", integers, step, zero_point))
-            smaller = build.tensor(1 / (_LARGEST * _REMAINDERS), ir.DataType.FLOAT)
+            smaller = build.tensor(1 / (ROW_LARGEST * _REMAINDERS), ir.DataType.FLOAT)
             integers = build("Concat", integers, build("QuantizeLinear", rest, smaller, zero_point), axis=0)
         return integers, largest
 
     def _constants(self) -> tuple[ir.Value, ir.Value, ir.Value]:
         """The step, the zero point and the least divisor, which all products share."""
-        numbers = {"step": np.float32(1 / _LARGEST), "zero_point": np.uint8(128), "least": np.float32(_TINY)}
+        numbers = {"step": np.float32(1 / ROW_LARGEST), "zero_point": np.uint8(128), "least": np.float32(ROW_TINY)}
         step, zero_point, least = (
             self.graph.initializers.get(f"int8_rows.{name}")
             or add_initializer(self.graph, ir.tensor(np.asarray(number), name=f"int8_rows.{name}"))

@@ -19,7 +19,7 @@ from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantization.formats import Blocks, Columns
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantization.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantization.row_errors import plan_rows
 from gralora_fx.exporters.quantization.sensitivity import Sensitivities, measure_sensitivities
 from gralora_fx.exporters.verification.cases import Verification
@@ -90,7 +90,7 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     traced = conversion.traced
     measured, chosen_by = _measured(conversion, verification)
     wider = [size for size in _WIDER if options.block_size is None]
-    names = {site.path: traced.tree.names_of(site.weight) or (f"{site.path}.weight",) for site in traced.sites}
+    names = {site.path: weight_names(traced, site) for site in traced.sites}
     sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
     tied = other_readers(traced.graph_module, sites)
     candidates = [

@@ -12,6 +12,8 @@ from gralora_fx.errors import ExportError
 # Largest absolute value of a weight. x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where
 # 2 * 255 * 127 does not fit: they are refused when a session is opened (see `runtime.integer_sums`).
 LARGEST = 127
+ROW_LARGEST = 127  # integers of a row's largest value, less the zero point
+ROW_TINY = 1e-30  # what a row of zeros is divided by
 _ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of the median of those that are not zero
 
 

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.exporters.quantization.formats import Format
+from gralora_fx.graph.sites import LinearSite
+from gralora_fx.tracing.traced_model import TracedModel
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,13 @@ class QuantizationPlan:
             names: Names of the parameters that a matrix holds side by side, which read the same input.
         """
         return next((self.squares[name] for name in names if name in self.squares), None)
+
+
+def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:
+    """The names of a layer's weight, by each of which a plan knows it.
+
+    Args:
+        traced: The model.
+        site: The layer.
+    """
+    return traced.tree.names_of(site.weight) or (f"{site.path}.weight",)

@@ -15,13 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from gralora_fx.exporters.quantization.column_arrays import dequantize_columns, input_factors, quantize_columns
+from gralora_fx.exporters.quantization.column_arrays import (
+    ROW_LARGEST,
+    ROW_TINY,
+    dequantize_columns,
+    input_factors,
+    quantize_columns,
+)
 from gralora_fx.exporters.quantization.formats import Columns
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantization.plan import QuantizationPlan, weight_names
 from gralora_fx.graph.linear_calls import calls_at
-from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.tracing.traced_model import TracedModel
@@ -48,15 +53,14 @@ class ReadRows:
     is_vector: bool = False
     __name__ = "read_rows"
 
-    def __call__(self, value: Tensor) -> Tensor:
-        """Note a layer's input; it is returned."""
+    def __call__(self, value: Tensor) -> None:
+        """Note a layer's input."""
         rows = value.detach().reshape(-1, value.shape[-1]).float()
         self.is_vector = self.is_vector or value.ndim < 2
         self.squares += rows.square().sum(0)
         self.count += len(rows)
         if sum(map(len, self.sample)) < _SAMPLE:
             self.sample.append(rows[:: max(1, len(rows) // _AT_ONCE)].clone())
-        return value
 
     @property
     def mean_squares(self) -> NDArray[np.float32]:
@@ -87,7 +91,7 @@ def plan_rows(
     for sites, read in groups:
         if not read.count:
             continue
-        names = [name for site in sites for name in traced.tree.names_of(site.weight) or (f"{site.path}.weight",)]
+        names = [name for site in sites for name in weight_names(traced, site)]
         squares |= dict.fromkeys(names, read.mean_squares)
         errors = np.sum([_errors(site, read) for site in sites], axis=0)
         rows, weights, whole = (float(error) for error in errors)
@@ -95,13 +99,12 @@ def plan_rows(
             by_matrix |= dict.fromkeys(names, Columns(16))
             gains |= dict.fromkeys(names, rows / max(whole, 1e-30))
     chosen_by = f"the rounded rows' errors at each layer, on {inputs}"
-    return QuantizationPlan(plan.default, by_matrix, gains, chosen_by, plan.moments, squares)
+    return dataclasses.replace(plan, by_matrix=by_matrix, gains=gains, chosen_by=chosen_by, squares=squares)
 
 
 def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[list[LinearSite], ReadRows]]:
     """The layers that read each tensor, and what they read."""
     root = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ReadGraph")
-    map_parameters(root, lambda parameter, _: nn.Parameter(parameter.detach(), requires_grad=False))
     nodes = {node.name: node for node in root.graph.nodes}
     groups: dict[fx.Node, tuple[list[LinearSite], ReadRows]] = {}
     for site in {id(site.weight): site for site in traced.sites if site.calls}.values():
@@ -110,10 +113,8 @@ def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[
                 sites, _ = groups.setdefault(call.input, ([], ReadRows(torch.zeros(site.in_features))))
                 sites += [] if any(site is other for other in sites) else [site]
     for node, (_, read) in groups.items():
-        readers = list(node.users)
-        with node.graph.inserting_before(readers[0]):
-            noted = node.graph.call_function(read, (node,))
-        readers[0].replace_input_with(node, noted)
+        with node.graph.inserting_before(next(iter(node.users))):
+            node.graph.call_function(read, (node,))
     root.recompile()
     model = dataclasses.replace(traced, graph_module=root)
     with torch.no_grad():
@@ -130,7 +131,7 @@ def _errors(site: LinearSite, read: ReadRows) -> tuple[float, float, float]:
     rounded = dequantize_columns(*quantize_columns(matrix, f"{site.path}.weight", factors), factors)
     rows = torch.cat(read.sample)[:_SAMPLE].numpy()
     scaled = rows * factors
-    step = np.maximum(np.abs(scaled).max(1, keepdims=True), 1e-30) / 127
+    step = np.maximum(np.abs(scaled).max(1, keepdims=True), ROW_TINY) / ROW_LARGEST
     change = ((scaled / step).round() * step - scaled) / factors
     products = change @ matrix, rows @ (rounded - matrix), rows @ matrix
     squares = [np.square(product).sum(1, dtype=np.float64) for product in products]
