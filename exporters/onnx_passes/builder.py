@@ -47,6 +47,12 @@ class Builder:
         self.nodes.append(node)
         return node
 
+    def split(self, value: ir.Value, count: int, axis: int) -> Sequence[ir.Value]:
+        """Equal parts of a value along an axis."""
+        node = self.node("Split", [value], num_outputs=count, axis=axis)
+        node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", count)  # the operator's, not `node`'s own
+        return node.outputs
+
     def ints(self, *values: Any) -> ir.Value:
         """A constant vector of integers."""
         return self("Constant", value_ints=[int(value) for value in values])

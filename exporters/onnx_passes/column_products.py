@@ -85,7 +85,7 @@ class ColumnProducts:
         rounded = build("DequantizeLinear", values, step, zero_point)
         product = build("MatMul", rounded, build("DequantizeLinear", weight, scale, axis=1))
         if self.form.activation_bits == 16:
-            whole, rest = build.halves(product)
+            whole, rest = build.split(product, 2, axis=0)
             product = build("Add", whole, build("Mul", rest, build.tensor(1 / _REMAINDERS, ir.DataType.FLOAT)))
         build("Mul", product, largest)
         replace_product(node, build.take())
@@ -138,12 +138,6 @@ class _Named(Builder):
         for index, output in enumerate(node.outputs):
             output.name = f"{self.name}_int8_{len(self.nodes)}_{index}"
         return node
-
-    def halves(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The halves of a value's first axis."""
-        node = self.node("Split", [value], num_outputs=2, axis=0)
-        node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", 2)
-        return node.outputs[0], node.outputs[1]
 
 
 @dataclass

@@ -247,9 +247,7 @@ def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     build = Builder(graph)
     weights = [node.inputs[1] for node in nodes]
     product = build("MatMul", nodes[0].inputs[0], concat_initializers(graph, [w for w in weights if w is not None]))
-    parts = build.node("Split", [product], num_outputs=len(nodes), axis=-1)
-    parts.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(nodes))
-    for part, node in zip(parts.outputs, nodes, strict=True):
+    for part, node in zip(build.split(product, len(nodes), axis=-1), nodes, strict=True):
         replace_value(part, node.outputs[0])
     build.insert_before(nodes[0])
     graph.remove(nodes, safe=True)
