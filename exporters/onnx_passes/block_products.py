@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer,
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, matrix_of, replace_product
 from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
 from gralora_fx.exporters.quantization.formats import Blocks
-from gralora_fx.exporters.translation.weights import LazyTensor, derived
+from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
 
 
 class BlockValues(NamedTuple):
@@ -101,31 +100,17 @@ class BlockProducts:
         return self._stored[matrix]
 
 
-@dataclass
-class _QuantizedBlocks:
-    """A matrix's blocks, whose parts are computed together, and dropped once written, which threads do at once."""
+def _quantized(matrix: ConstantMatrix, form: Blocks, moments: Tensor | None) -> list[NDArray[Any]]:
+    """A matrix's packed integers, scales and, if there are some, zero points."""
 
-    matrix: ConstantMatrix
-    form: Blocks
-    moments: Tensor | None
-    _parts: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def part(self, index: int) -> ir.TensorProtocol:
-        """Packed integers, scales or zero points, by their place in `BlockValues`."""
-        with self._lock:
-            if index not in self._parts:
-                groups = zip(*map(self._group, self.matrix.column_groups()), strict=True)
-                self._parts = {place: np.concatenate(arrays) for place, arrays in enumerate(groups)}
-            return ir.tensor(self._parts.pop(index))
-
-    def _group(self, columns: NDArray[Any]) -> list[NDArray[Any]]:
-        """The blocks of a group of columns."""
+    def group(columns: NDArray[Any]) -> list[NDArray[Any]]:
         columns = np.ascontiguousarray(columns)
         columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
-        blocks = quantize_blocks(columns, self.form, self.moments, str(self.matrix.value.name))
-        scales = blocks.scales.astype(self.matrix.tensor.dtype.numpy())
+        blocks = quantize_blocks(columns, form, moments, str(matrix.value.name))
+        scales = blocks.scales.astype(matrix.tensor.dtype.numpy())
         return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
+
+    return [np.concatenate(arrays) for arrays in zip(*map(group, matrix.column_groups()), strict=True)]
 
 
 def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, moments: Tensor | None) -> BlockValues:
@@ -141,9 +126,9 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, moments
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
 
     def quantized() -> list[LazyTensor]:
-        computed = _QuantizedBlocks(matrix, form, moments)
+        computed = ComputedTogether(functools.partial(_quantized, matrix, form, moments))
         return [
-            LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.part, index))
+            LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.tensor, index))
             for index, (label, kind, shape) in enumerate(parts)
         ]
 

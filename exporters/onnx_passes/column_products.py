@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, r
 from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
 from gralora_fx.exporters.quantization.column_arrays import ROW_LARGEST, ROW_TINY, input_factors, quantize_columns
 from gralora_fx.exporters.quantization.formats import Columns
-from gralora_fx.exporters.translation.weights import LazyTensor, derived
+from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
 
 _REMAINDERS = 2 * ROW_LARGEST  # integers of a step: what rounding leaves is at most half of one
 
@@ -140,38 +140,17 @@ class _Named(Builder):
         return node
 
 
-@dataclass
-class _QuantizedColumns:
-    """A matrix's integers and scales, which are computed together, and dropped once written, by threads at once."""
-
-    matrix: ConstantMatrix
-    factors: NDArray[np.float32] | None
-    _parts: dict[str, NDArray[Any]] = field(default_factory=dict, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def values(self) -> ir.TensorProtocol:
-        """`[K, N]`, int8."""
-        return ir.tensor(self._part("values"))
-
-    def scales(self) -> ir.TensorProtocol:
-        """`[N]`, float32."""
-        return ir.tensor(self._part("scales"))
-
-    def _part(self, name: str) -> NDArray[Any]:
-        with self._lock:
-            if name not in self._parts:
-                self._parts = dict(zip(("values", "scales"), self._quantized(), strict=True))
-            return self._parts.pop(name)
-
-    def _quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        inputs, outputs = self.matrix.sizes
-        values, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
-        end = 0
-        for columns in self.matrix.column_groups():
-            begin, end = end, end + columns.shape[1]
-            name = str(self.matrix.value.name)
-            values[:, begin:end], scales[begin:end] = quantize_columns(columns, name, self.factors)
-        return values, scales
+def _quantized(
+    matrix: ConstantMatrix, factors: NDArray[np.float32] | None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A matrix's integers `[K, N]` and scales `[N]`."""
+    inputs, outputs = matrix.sizes
+    values, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
+    end = 0
+    for columns in matrix.column_groups():
+        begin, end = end, end + columns.shape[1]
+        values[:, begin:end], scales[begin:end] = quantize_columns(columns, str(matrix.value.name), factors)
+    return values, scales
 
 
 def _initializers(graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
@@ -180,9 +159,16 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | N
     numbers = None if factors is None or factors.const_value is None else factors.const_value.numpy()
 
     def quantized() -> tuple[LazyTensor, LazyTensor]:
-        computed = _QuantizedColumns(matrix, numbers)
-        values = LazyTensor(f"{name}_quantized", ir.DataType.INT8, ir.Shape((inputs, outputs)), computed.values)
-        return values, LazyTensor(f"{name}_scale", ir.DataType.FLOAT, ir.Shape((outputs,)), computed.scales)
+        computed = ComputedTogether(functools.partial(_quantized, matrix, numbers))
+        parts = [
+            (f"{name}_quantized", ir.DataType.INT8, (inputs, outputs)),
+            (f"{name}_scale", ir.DataType.FLOAT, (outputs,)),
+        ]
+        values, scales = (
+            LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.tensor, index))
+            for index, (label, kind, shape) in enumerate(parts)
+        )
+        return values, scales
 
     key = ("columns", name, matrix.is_transposed, None if numbers is None else numbers.tobytes())
     values, scales = derived([matrix.tensor], key, quantized)

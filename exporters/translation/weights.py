@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
@@ -45,6 +48,26 @@ def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[
     if whole not in memo:
         memo[whole] = make()
     return memo[whole]
+
+
+@dataclass
+class ComputedTogether:
+    """Arrays that are computed together, and dropped once written, which threads do at once.
+
+    Attributes:
+        compute: Computes them.
+    """
+
+    compute: Callable[[], Iterable[NDArray[Any]]]
+    _arrays: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def tensor(self, index: int) -> ir.TensorProtocol:
+        """One of them, by its place."""
+        with self._lock:
+            if index not in self._arrays:
+                self._arrays = dict(enumerate(self.compute()))
+            return ir.tensor(self._arrays.pop(index))
 
 
 class LazyTensor(ir.LazyTensor):

@@ -28,6 +28,7 @@ from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
 from gralora_fx.exporters.quantization.column_arrays import dequantize_columns, input_factors, quantize_columns
 from gralora_fx.exporters.quantization.formats import Blocks, Columns
 from gralora_fx.exporters.quantization.sensitivity import measure_sensitivities
+from gralora_fx.exporters.translation.weights import ComputedTogether
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import load
 
@@ -193,15 +194,14 @@ def test_each_matrix_is_quantized_once_and_dropped(tmp_path: Path, monkeypatch: 
 
         return run
 
-    for name, of in (("_QuantizedBlocks", block_products), ("_QuantizedColumns", column_products)):
-        kind = getattr(of, name)
-        monkeypatch.setattr(of, name, lambda *arguments, kind=kind: made.append(kind(*arguments)) or made[-1])
+    for of in (block_products, column_products):
+        monkeypatch.setattr(of, "ComputedTogether", lambda compute: made.append(ComputedTogether(compute)) or made[-1])
     monkeypatch.setattr(block_products, "quantize_blocks", slowly(block_products.quantize_blocks))
     monkeypatch.setattr(column_products, "quantize_columns", slowly(column_products.quantize_columns))
     for kind in ("int8", "int8-dynamic"):
         exported(nn.Linear(512, 512, bias=False), torch.randn(4, 512), tmp_path / kind, kind, verify=False)
     assert len(made) == len(runs) == 2
-    assert not any(one._parts for one in made)
+    assert not any(one._arrays for one in made)
 
 
 @pytest.mark.parametrize("silent", [8, 600])
