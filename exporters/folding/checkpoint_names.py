@@ -149,7 +149,7 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
 
     Raises:
         CheckpointError: transformers does not have the model's class, which says what its layers are.
-        ConfigError: There is no layer to round.
+        ConfigError: The model has no linear layer that is rounded.
     """
     if names.model is None:
         raise CheckpointError(

@@ -70,10 +70,10 @@ class Columns:
         """Check the bits.
 
         Raises:
-            ExportError: There are no products of so many; the message says of how many.
+            ExportError: They are neither 8 nor 16.
         """
         if self.activation_bits not in (8, 16):
-            raise ExportError(f"there are no activations of {self.activation_bits!r} bits; take 8 or 16")
+            raise ExportError(f"activation_bits={self.activation_bits!r} is not a width of activations; take 8 or 16")
 
     def stored_bits(self, inputs: int, outputs: int, scale_bits: int = 32) -> int:
         """Bits of a matrix `[inputs, outputs]` with its scales."""

@@ -2,7 +2,7 @@
 
 Channels of a row differ, by a hundred times in some models, and a row has one step for all. Factors bring them nearer
 to each other first (see `input_factors`). Where the error of the rounded rows is several times that of the
-rounded weight all the same, a layer gets activations of 16 bits, whose error is none beside the weight's.
+rounded weight all the same, a layer gets activations of 16 bits, whose error is negligible.
 """
 
 from __future__ import annotations
