@@ -28,9 +28,8 @@ _LIMITS: Any = {
     "step_max_items": 20_000,
     "verbose_errors": False,
 }
-_STACK = (
-    256 * 1024 * 1024
-)  # virtual: rules within rules are compiled by recursion, which in a small stack ends the process
+# virtual: rules within rules are compiled by recursion, which in a small stack ends the process
+_STACK = 256 * 1024 * 1024
 _stack_lock = threading.Lock()
 _Result = TypeVar("_Result")
 
@@ -112,7 +111,7 @@ class AnswerGrammar:
         if self._start.is_error():
             raise ServingError(f"it cannot be compiled ({_problem(self._start.get_error())})")
         self._ends, self._vocabulary = frozenset(tokens.eos_tokens), vocabulary
-        if not self.begin(frozenset(), 1).can_begin:
+        if self.begin(frozenset(), 1).is_complete:
             raise ServingError("no token of the model can begin such an answer")
 
     def begin(self, ends: frozenset[int], most: int) -> RowGrammar:
@@ -154,18 +153,11 @@ class RowGrammar:
             DeadEndError: No token can begin it, or it is too complex.
         """
         self._vocabulary = vocabulary
-        self._matcher, self._ends, self._left = matcher, ends, most
-        self._own_ends = sorted(own_ends)
-        self._end_ids = sorted(ends)
+        self._matcher, self._own_ends, self._ends, self._left = matcher, own_ends, ends, most
         self.forced: deque[int] = deque()
         self._allowed: NDArray[np.bool_] = np.empty(0, np.bool_)
         self._goes_on = True
         self._advance()
-
-    @property
-    def can_begin(self) -> bool:
-        """Whether a token can come next that ends no answer."""
-        return bool(self.forced) or self._goes_on
 
     @property
     def is_complete(self) -> bool:
@@ -218,7 +210,7 @@ class RowGrammar:
         self._allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
         self._allowed = self._allowed[: self._vocabulary]
         self._allowed[[end for end in self._own_ends if end < len(self._allowed)]] = False
-        ends = [end for end in self._end_ids if end < len(self._allowed)]
+        ends = [end for end in self._ends if end < len(self._allowed)]
         self._goes_on = bool(self._allowed.any())
         if self._matcher.is_accepting():
             self._allowed[ends] = True
