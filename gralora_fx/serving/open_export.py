@@ -98,6 +98,7 @@ class OpenExport:
         Raises:
             ServingError: As of `load`.
         """
+        self._runtime = runtime or Runtime()
         self.directory = usable_path(export_dir, ServingError, remedy="give the directory of an export").absolute()
         self.manifest = read_manifest(self.directory, ServingError)
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
@@ -105,7 +106,7 @@ class OpenExport:
         quantized = self.manifest.quantization
         # weights of an earlier export, which records no bits, are small enough for any processor
         if quantized is not None and quantized.kind == "int8-dynamic" and quantized.bits is not None:
-            check_integer_sums(runtime or Runtime())
+            check_integer_sums(self._runtime)
         own_adapters(self.directory, ServingError)  # none of them is a link
         check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
         config = self.directory / "config.json"
@@ -117,7 +118,6 @@ class OpenExport:
                 f"{listed(READINGS)}; update gralora-fx, or add the kind to gralora_fx.serving.open_export"
             )
         self.reading = READINGS[self.manifest.flavour]
-        self._runtime = runtime or Runtime()
         is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
         self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
         self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # what is wrong is said now
