@@ -23,6 +23,7 @@ from gralora_fx.config.checks import check_integer
 from gralora_fx.exporters.artifact.staging import check_file
 from gralora_fx.progress.console import Heartbeat, StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
+from gralora_fx.sources.base_quantization import RECORD
 
 app = typer.Typer(
     name="gralora-fx",
@@ -162,7 +163,7 @@ def merge(
         name = base_name(model, adapter)
         how: Any = base_quantization
         if how is None and model is None:
-            how = needed_quantization(config_fields(adapter)[0].get("base_quantization"), name)
+            how = needed_quantization(config_fields(adapter)[0].get(RECORD), name)
         options: dict[str, Any] = {"overwrite": overwrite, "strict_base": strict_base, "base_quantization": how}
         report = merge_checkpoint(name, adapter, output, **options)
     print(report)
