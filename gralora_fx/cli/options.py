@@ -105,7 +105,7 @@ SavedAdapter = Annotated[
         callback=model_name,
     ),
 ]
-LoraFormAdapter = Annotated[  # DoRA's update is no plain LoRA
+LoraFormAdapter = Annotated[  # DoRA's update is not that of a plain LoRA
     str,
     typer.Option(
         "--adapter",

@@ -22,7 +22,7 @@ _KEYWORD = re.compile(
     rf"(?<![\w.\-/=])(?<!\w\()(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUES})(?P<others>(?:(?:,| or| and) '[^']*')*)"
 )
 _MODEL_TO_EXPORT = re.compile(r"export_onnx\(trace\(AutoModel\.from_pretrained\(('[^']*'|\"[^\"]*\")\)\), output_dir\)")
-# what is no argument of a command's own function, and functions; longest first
+# what is not an argument of a command's own function, and functions; longest first
 PHRASES: Mapping[str, str] = {
     "verify=False": "--no-verify",
     "verify=True": "--verify quick",

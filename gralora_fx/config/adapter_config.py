@@ -72,7 +72,7 @@ class AdapterConfig(ABC):
     base_model_name_or_path: str | None
     revision: str | None
     inference_mode: bool
-    base_quantization: Any = None  # no field of a method that does not list it
+    base_quantization: Any = None  # a field only of methods that list it
 
     def __post_init__(self) -> None:
         """Convert collections to the types of PEFT's file, then check every field."""

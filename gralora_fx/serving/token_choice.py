@@ -27,7 +27,7 @@ from gralora_fx.serving.sampling import Sampling
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's log-probability where it stands, by the model's own distribution.
+    """A token's log-probability at its place, by the model's own distribution.
 
     Attributes:
         token: The token's id.
