@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from gralora_fx.errors import GraloraError, TraceError, first_line
 from gralora_fx.loading.load_report import LoadReport
 from gralora_fx.loading.model_classes import class_for, warn_of_another_head
-from gralora_fx.loading.quantized_bases import quantization_of, record, round_layers, stored_quantization
+from gralora_fx.loading.quantized_bases import quantization_of, record, round_layers
 from gralora_fx.progress.stages import quiet
 from gralora_fx.sources.base_quantization import BaseQuantization
 from gralora_fx.sources.model_files import (
@@ -110,7 +110,8 @@ def _unpacked(
     """The model of a checkpoint in four bits, with the values that its layers multiply by, and the report on it."""
     directory = resolve_directory(name, TraceError)
     empty = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
-    tensors = as_in_layers(empty, read_weights(directory).tensors)
+    weights = read_weights(directory)
+    tensors = as_in_layers(empty, weights.tensors)
     model, info = type(empty).from_pretrained(
         None,
         config=empty.config,
@@ -122,7 +123,7 @@ def _unpacked(
     model.config._name_or_path = model.name_or_path = str(name)
     if model.can_generate() and (directory / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    record(model, stored_quantization(directory, packed))
+    record(model, weights.quantization or packed)
     return _reported(name, task, model, info)
 
 
@@ -156,11 +157,12 @@ def load_streamed(
     packed = quantization_of(read_json_object(directory / MODEL_FILE, TraceError), name, asked)
     model = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
     unread = _unread_names(model) if task == SENTENCE_TASK else set()
-    model = attach_shards(model, directory, supplied | unread)
+    weights = read_weights(directory)
+    model = attach_shards(model, weights, supplied | unread)
     if asked is not None:
         round_layers(model, asked)
     elif packed is not None:
-        record(model, stored_quantization(directory, packed))
+        record(model, weights.quantization or packed)
     return model
 
 

@@ -17,7 +17,6 @@ from gralora_fx.errors import ConfigError, TraceError
 from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, check_not_packed, packed_quantization
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
 from gralora_fx.sources.rounded_weights import rounded_to_four_bits
-from gralora_fx.sources.saved_weights import read_weights
 
 
 def quantization_of(
@@ -100,16 +99,3 @@ def _rounded(quantization: BaseQuantization, weight: Tensor, *, is_turned: bool)
 def record(model: PreTrainedModel, quantization: BaseQuantization) -> None:
     """Have a model's configuration say how its weights were quantized, for adapters and exports of it."""
     setattr(model.config, RECORD, quantization.to_dict())
-
-
-def stored_quantization(directory: Path, packed: BaseQuantization) -> BaseQuantization:
-    """How a checkpoint's weights are quantized, with the block size of its files.
-
-    Args:
-        directory: The checkpoint.
-        packed: What its configuration says.
-
-    Raises:
-        CheckpointError: Its files do not hold such weights.
-    """
-    return read_weights(directory).quantization or packed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.sources.four_bits import FourBitTensor, four_bit_tensors
 from gralora_fx.sources.lazy_tensors import with_source
 from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor
-from gralora_fx.sources.saved_weights import read_weights
+from gralora_fx.sources.saved_weights import SavedWeights
 
 
 def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -36,22 +35,22 @@ def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model.eval()
 
 
-def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = frozenset()) -> PreTrainedModel:
+def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[str] = frozenset()) -> PreTrainedModel:
     """Connect the parameters of an empty model to their values in safetensors files.
 
     Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
 
     Args:
         model: The result of `empty_model`.
-        directory: The model's directory.
+        weights: Those of the model's directory.
         supplied: Names of parameters that may be missing or have another shape, since an adapter supplies them; they
             are zero.
 
     Raises:
-        CheckpointError: There are no safetensors files, a parameter is missing or has another shape, or a key holds
-            only a part of a parameter. All are listed.
+        CheckpointError: A parameter is missing or has another shape, or a key holds only a part of a parameter; all are
+            listed. Or weights of four bits are damaged.
     """
-    tensors = _by_parameter_name(model, as_in_layers(model, read_weights(directory).tensors))
+    tensors = _by_parameter_name(model, as_in_layers(model, weights.tensors))
     problems: list[str] = []
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -74,7 +73,8 @@ def attach_shards(model: PreTrainedModel, directory: Path, supplied: Set[str] = 
                 problems.append(f"missing {name}")
     if problems:
         raise CheckpointError(
-            f"{directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n{bulleted(problems)}"
+            f"{weights.directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n"
+            f"{bulleted(problems)}"
         )
     return model
 
