@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -125,7 +126,7 @@ def _linears(model: LlamaForCausalLM) -> dict[str, torch.nn.Linear]:
 
 def _exported(traced: TracedModel, form: Blocks | None, options: Mapping[str, Any]) -> tuple[Any, float, float]:
     """A session over an export, its stored bits a value and the size of its weights in MB."""
-    patched = mock.patch.object(ExportOptions, "format", form) if form is not None else mock.MagicMock()
+    patched = mock.patch.object(ExportOptions, "format", form) if form is not None else nullcontext()
     with patched:
         exported = export_onnx(traced, OUTPUT / "onnx", logits="all", verify=False, overwrite=True, **options)
     assert exported.quantization is not None

@@ -136,14 +136,14 @@ def _names(value: Any) -> tuple[str, ...] | None:
     raise ConfigError(f"the names of the layers that stay float must be a list or None, but got {shown(value)}")
 
 
-def recorded_quantization(fields: Mapping[str, Any] | None) -> BaseQuantization | None:
-    """The quantization that a configuration records; None if it records none, or none that can be read.
+def recorded_quantization(record: Any) -> BaseQuantization | None:
+    """The quantization that a record tells; None if it cannot be read.
 
     Args:
-        fields: Those of a model's `config.json`, of an adapter's configuration, or of an export's.
+        record: What a model, an adapter's configuration or an export says (see `BaseQuantization.of`).
     """
     try:
-        return BaseQuantization.of(fields[RECORD]) if fields and fields.get(RECORD) else None
+        return BaseQuantization.of(record)
     except ConfigError:
         return None
 

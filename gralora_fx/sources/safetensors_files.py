@@ -27,8 +27,8 @@ FLOATS: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_LENGTH, _METADATA = 8, "__metadata__"  # bytes of the length of a header, and its entry that is no tensor
-_EXPONENTS = {FLOATS["F16"]: np.uint16(0x7C00), FLOATS["BF16"]: np.uint16(0x7F80)}  # all set: infinite or no number
+_LENGTH, _METADATA = 8, "__metadata__"  # bytes of the length of a header, and its entry that is not a tensor
+_EXPONENTS = {FLOATS["F16"]: np.uint16(0x7C00), FLOATS["BF16"]: np.uint16(0x7F80)}  # all set: infinite or not a number
 
 
 @dataclass(frozen=True)

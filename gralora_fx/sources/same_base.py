@@ -99,8 +99,9 @@ class BaseSource:
     @cached_property
     def quantization(self) -> BaseQuantization | None:
         """How it is quantized where it is used; None of floats, and where that is not known."""
-        if self.record or (self.config or {}).get(RECORD):
-            return recorded_quantization({RECORD: self.record} if self.record else self.config)
+        record = self.record or (self.config or {}).get(RECORD)
+        if record:
+            return recorded_quantization(record)
         if self.directory is None or not (read_config_fields(self.directory) or {}).get("quantization_config"):
             return None
         from gralora_fx.sources.weight_samples import stored_quantization  # it imports numpy

@@ -92,7 +92,7 @@ def _comparison(
     """The comparison of tensors of the same keys."""
     packed = [tuple(isinstance(tensor, FourBitTensor) for tensor in pair) for pair in pairs]
     is_turned = any(  # by transformers' Conv1D, whose weights bitsandbytes stores transposed
-        flags in ((True, False), (False, True)) and a.shape == b.shape[::-1] != b.shape
+        flags[0] != flags[1] and a.shape == b.shape[::-1] != b.shape
         for (a, b), flags in zip(pairs, packed, strict=True)
     )
     differing, difference, norm = 0, 0.0, 0.0
