@@ -1,5 +1,9 @@
 """What transformers' models are loaded and run with: names of tensors, layers that are quantized, masks."""
 
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
 from gralora_fx.compat.versions import fenced
 
 with fenced("transformers"):
@@ -18,7 +22,6 @@ with fenced("transformers"):
 
 __all__ = [
     "AttentionMaskInterface",
-    "HfQuantizer",
     "WeightConverter",
     "WeightRenaming",
     "blockwise_overlay",
@@ -29,4 +32,12 @@ __all__ = [
     "rename_source_key",
     "should_convert_module",
     "sliding_window_causal_mask_function",
+    "unquantized_modules",
 ]
+
+
+def unquantized_modules(model: PreTrainedModel, names: Sequence[str] | None) -> list[str]:
+    """Names of the modules that transformers leaves in floats when it quantizes a model, and the given ones."""
+    given = None if names is None else list(names)
+    modules: list[str] = HfQuantizer.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
+    return modules

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gralora_fx.compat.transformers_models import HfQuantizer, should_convert_module
+from gralora_fx.compat.transformers_models import should_convert_module, unquantized_modules
 from gralora_fx.errors import ConfigError, TraceError
 from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, check_not_packed, packed_quantization
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
@@ -48,10 +48,7 @@ def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> 
     Raises:
         ConfigError: There are none.
     """
-    names = quantization.skip_modules
-    skipped = HfQuantizer.get_modules_to_not_convert(
-        model, None if names is None else list(names), model._keep_in_fp32_modules
-    )
+    skipped = unquantized_modules(model, quantization.skip_modules)
     layers = {
         path: module
         for path, module in model.named_modules()
