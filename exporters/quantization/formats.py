@@ -73,7 +73,7 @@ class Columns:
             ExportError: They are neither 8 nor 16.
         """
         if self.activation_bits not in (8, 16):
-            raise ExportError(f"activation_bits={self.activation_bits!r} is not a width of activations; take 8 or 16")
+            raise ExportError(f"activations of {self.activation_bits!r} bits are not multiplied; take 8 or 16")
 
     def stored_bits(self, inputs: int, outputs: int, scale_bits: int = 32) -> int:
         """Bits of a matrix `[inputs, outputs]` with its scales."""
