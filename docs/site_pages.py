@@ -32,6 +32,7 @@ ABOUT = (
     "architecture.md",
     "release.md",
 )  # of docs/, for who depends on it or changes it
+_LANGUAGES = {".py": "python", ".yaml": "yaml"}
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]*)(?=[)#])")
 
 
@@ -40,12 +41,17 @@ def pages() -> dict[str, str]:
     made = {name: site_text(source) for source, name in AT_THE_ROOT.items()}
     made["license.md"] = f"# Licence\n\n```text\n{(ROOT / 'LICENSE').read_text(encoding='utf-8')}```\n"
     made |= {f"api/{module}.md": reference(module) for module in MODULES}
-    return made | {f"examples/{path.stem}.md": example(path) for path in examples()}
+    return made | {example_page(path): example(path) for path in examples()}
 
 
 def examples() -> list[Path]:
-    """The scripts of `examples/`."""
-    return sorted((ROOT / "examples").glob("*.py"))
+    """The files of `examples/`: scripts, and those of a deployment."""
+    return sorted((ROOT / "examples").glob("*.py")) + sorted((ROOT / "examples").glob("deploy/*"))
+
+
+def example_page(path: Path) -> str:
+    """The page of an example in the site."""
+    return f"{path.relative_to(ROOT).as_posix().removesuffix('.py')}.md"
 
 
 def reference(module: str) -> str:
@@ -56,7 +62,7 @@ def reference(module: str) -> str:
 
 def example(path: Path) -> str:
     """The page of an example: its text."""
-    return f"# {path.name}\n\n```python\n{path.read_text(encoding='utf-8')}```\n"
+    return f"# {path.name}\n\n```{_LANGUAGES.get(path.suffix, '')}\n{path.read_text(encoding='utf-8')}```\n"
 
 
 def site_text(source: str) -> str:
@@ -78,7 +84,7 @@ def site_link(link: str, source: str) -> str:
     path = target.relative_to(ROOT).as_posix()
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    return AT_THE_ROOT.get(path) or (f"{path.removesuffix('.py')}.md" if target in examples() else link)
+    return AT_THE_ROOT.get(path) or (example_page(target) if target in examples() else link)
 
 
 def navigation(guides: list[str]) -> list[dict[str, Any]]:
@@ -98,7 +104,7 @@ def navigation(guides: list[str]) -> list[dict[str, Any]]:
         {"Start": "index.md"},
         {"Guides": [page for page in guides if page not in ABOUT]},
         {"API": [{module: f"api/{module}.md"} for module in MODULES]},
-        {"Examples": [{path.name: f"examples/{path.stem}.md"} for path in examples()]},
+        {"Examples": [{path.name: example_page(path)} for path in examples()]},
         {"Project": about},
     ]
 
