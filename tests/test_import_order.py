@@ -204,9 +204,9 @@ def test_no_module_imports_peft(file: Path) -> None:
 def test_serving_needs_no_exporter() -> None:
     """In a fresh interpreter."""
     code = (
-        "import sys, gralora_fx.serving\n"
+        "import sys, gralora_fx.serving.http.app\n"
         "print(sorted(n for n in sys.modules if n.split('.')[0] == 'onnxscript' or n.startswith("
-        "('torch.onnx', 'gralora_fx.exporters', 'gralora_fx.model', 'transformers.exporters'))))"
+        "('torch.onnx', 'gralora_fx.exporters', 'gralora_fx.model', 'transformers.exporters', 'opentelemetry.sdk'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
@@ -24,6 +25,9 @@ from gralora_fx.serving.http.openai.models import adapter_routes, model_routes
 from gralora_fx.serving.http.openai.speech import speech_routes
 from gralora_fx.serving.http.openapi import DescribedApp
 from gralora_fx.serving.http.service_routes import health_routes, info_routes, page_routes, service_info
+from gralora_fx.serving.http.spans import SpanMiddleware, Tracing, tracing_of_environment
+
+_logger = logging.getLogger("uvicorn.error")
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:
@@ -35,21 +39,24 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         settings: What to serve.
 
     Raises:
-        ServingError: The export or an adapter cannot be opened.
+        ServingError: The export or an adapter cannot be opened, or the environment asks for an exporter of traces that
+            is not there.
         GraloraError: An adapter that PEFT saved cannot be converted (see `export_adapter`).
         ConfigError: The adapter root is not a directory.
     """
-    metrics = Metrics()
+    metrics, tracing = Metrics(), tracing_of_environment()
     root = None if settings.adapter_root is None else AdapterRoot.of(settings.adapter_root)
     engine = open_engine(settings, metrics)
     with ExitStack() as stack:
         stack.callback(engine.models.close)
-        app = _app(settings, engine, metrics, root)
+        app = _app(settings, engine, metrics, root, tracing)
         stack.pop_all()  # the end of the app's lifespan closes them
     return app
 
 
-def _app(settings: ServiceSettings, engine: Engine, metrics: Metrics, root: AdapterRoot | None) -> FastAPI:
+def _app(
+    settings: ServiceSettings, engine: Engine, metrics: Metrics, root: AdapterRoot | None, tracing: Tracing | None
+) -> FastAPI:
     load_given(engine, settings)
     models = engine.models
     metrics.watch_adapters(lambda: len(models.adapters), lambda: len(models))
@@ -60,15 +67,21 @@ def _app(settings: ServiceSettings, engine: Engine, metrics: Metrics, root: Adap
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.queue.start()
         app.state.is_ready = True
+        if tracing is not None:
+            _logger.info("requests are traced by OpenTelemetry, to %s", tracing.exporters)
         yield
         app.state.is_ready = False
         await run_in_threadpool(engine.stop)
+        if tracing is not None:
+            await run_in_threadpool(tracing.close)
 
     app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.timeout, app.state.is_ready = engine, settings.timeout, False
     app.state.asks_for_key = settings.api_key is not None
     add_handlers(app)
     add_middleware(app, settings, metrics)
+    if tracing is not None:
+        app.add_middleware(SpanMiddleware, tracer=tracing.tracer)
     _add_routes(app, engine, metrics)
     app.include_router(adapter_routes(engine, settings.directory, root, metrics))
     app.include_router(info_routes(info))

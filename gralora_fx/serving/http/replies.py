@@ -17,9 +17,10 @@ from starlette.types import Receive, Scope, Send
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.http.error_responses import error_body, status_of
+from gralora_fx.serving.http.spans import note_answers
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import DeadlineError, RunError
-from gralora_fx.serving.scheduling.text_jobs import Piece, Sink
+from gralora_fx.serving.scheduling.text_jobs import Piece, Sink, TextJob
 
 _HEADER = "X-Request-Timeout"
 END = b"data: [DONE]\n\n"
@@ -86,7 +87,11 @@ def _too_late(seconds: float | None) -> DeadlineError:
 
 
 class TextAnswers:
-    """The answers to the prompts of one request."""
+    """The answers to the prompts of one request.
+
+    Attributes:
+        jobs: The answers on their way.
+    """
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class TextAnswers:
         def sink(index: int) -> Sink:
             return lambda event: _put(loop, self._events, (index, event))
 
-        self._jobs = queue.submit([(request, sink(index)) for index, request in enumerate(requests)])
+        self.jobs: list[TextJob] = queue.submit([(request, sink(index)) for index, request in enumerate(requests)])
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers as they come, each with the number of its answer.
@@ -138,7 +143,7 @@ class TextAnswers:
 
     def cancel(self) -> None:
         """Give up what has not ended."""
-        for job in self._jobs:
+        for job in self.jobs:
             job.cancel()
 
     def usage(self) -> dict[str, int]:
@@ -157,6 +162,7 @@ class TextAnswers:
             RunError: Running failed.
             DeadlineError: It took too long.
         """
+        note_answers(request.scope, self)
         try:
             return await unless_disconnected(request, whole)
         finally:
@@ -184,6 +190,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
+        note_answers(scope, self._answers)
         try:
             await super().__call__(scope, receive, send)
         finally:

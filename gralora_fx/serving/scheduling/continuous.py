@@ -133,8 +133,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
     def _step(self) -> None:
         tokens = self._tokens()
         for job in (self._rows[row] for row in tokens):
-            if not job.read:
-                self._observer.waited(job.age)
+            if job.times.reading is None:
+                job.times.reading = time.perf_counter()
+                self._observer.waited(job.times.reading - job.times.submitted)
         started = time.perf_counter()
         try:
             logits = self._decoder.step(tokens)
@@ -173,7 +174,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 if choice is None:
                     continue
                 if is_first:
-                    self._observer.began(job.age)
+                    job.times.answering = time.perf_counter()
+                    self._observer.began(job.times.answering - job.times.submitted)
                 job.take(choice)
                 self._observer.generated(len(job.answer.ids) - before)
             except Exception as error:

@@ -44,6 +44,23 @@ class Piece:
         )
 
 
+@dataclass
+class JobTimes:
+    """When a job reached each stage, in seconds of `time.perf_counter`; None for one that it has not reached.
+
+    Attributes:
+        submitted: It was queued.
+        reading: The first tokens of its prompt are read, or found in a cache.
+        answering: The first token of its answer was chosen.
+        ended: Its caller was told the end.
+    """
+
+    submitted: float
+    reading: float | None = None
+    answering: float | None = None
+    ended: float | None = None
+
+
 Sink: TypeAlias = Callable[[Piece | RunError], None]
 
 
@@ -56,6 +73,7 @@ class TextJob:
         is_done: Whether its caller was told the end.
         read: How many tokens of its prompt the row has read.
         chosen: The tokens that were chosen, or forced by a grammar, and not read yet; None while the prompt is read.
+        times: When it reached each stage.
     """
 
     rows = 1
@@ -76,7 +94,7 @@ class TextJob:
         self._ends, self._sink, self._cancelled = ends, sink, threading.Event()
         self._scores: list[TokenScore] = []
         self._prompt_scores: list[TokenScore] = []
-        self._submitted = time.perf_counter()
+        self.times = JobTimes(time.perf_counter())
 
     @property
     def adapter(self) -> str | None:
@@ -91,7 +109,7 @@ class TextJob:
     @property
     def age(self) -> float:
         """Seconds since it was submitted."""
-        return time.perf_counter() - self._submitted
+        return time.perf_counter() - self.times.submitted
 
     @property
     def unread(self) -> int:
@@ -142,12 +160,16 @@ class TextJob:
 
     def fail(self, error: Exception) -> None:
         """Tell the caller that the job cannot be done."""
-        self.is_done = True
+        self._end()
         self._sink(RunError.of(error))
 
     def _tell(self, text: str, ending: Ending | None) -> None:
-        self.is_done = ending is not None
+        if ending is not None:
+            self._end()
         if text or self.is_done or self._scores:
             scores, prompt_scores = tuple(self._scores), tuple(self._prompt_scores)
             self._scores, self._prompt_scores = [], []
             self._sink(Piece(text, len(self.answer.ids), ending, scores, prompt_scores))
+
+    def _end(self) -> None:
+        self.is_done, self.times.ended = True, time.perf_counter()

@@ -20,6 +20,7 @@ from gralora_fx.serving.http.engines import EncoderEngine
 from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Inference, InferRequest, read_inference
 from gralora_fx.serving.http.inference.tensors import datatype_of, described, to_bytes, to_numbers
 from gralora_fx.serving.http.replies import unless_disconnected
+from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.http.trial import example_inputs
 from gralora_fx.serving.scheduling.served_models import ServedModels, UnknownModelError
 
@@ -122,6 +123,7 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
         else:
             asked = read_inference(body, length, encoder.inputs, encoder.outputs)
         with models.held(name) as adapter:
+            note_model(request.scope, name, adapter)
             return await unless_disconnected(request, partial(_infer, encoder, name, adapter, asked))
 
     async def example(name: str, version: str = _VERSION) -> Response:

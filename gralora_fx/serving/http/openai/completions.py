@@ -22,6 +22,7 @@ from gralora_fx.serving.detokenizer import TokenBytes
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
+from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.prompts import stop_strings
 from gralora_fx.serving.scheduling.text_jobs import Piece
 from gralora_fx.serving.token_choice import TokenScore
@@ -55,6 +56,7 @@ async def _answer(
 ) -> Response:
     is_chat, seconds = isinstance(asked, ChatRequest), timeout_of(request)
     with engine.models.held(asked.model) as adapter:
+        note_model(request.scope, asked.model, adapter)
         requests, prompt_tokens = await _text_requests(engine, compiling, asked, adapter)
         echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(requests)
         answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds)

@@ -28,6 +28,7 @@ from gralora_fx.serving.http.openai.requests import (
     RerankRequest,
 )
 from gralora_fx.serving.http.replies import unless_disconnected
+from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.http.text_reader import Tokens
 
 _CLASSIFICATION = "text-classification"
@@ -192,6 +193,7 @@ async def _answer(
     """
     encoder = engine.encoder
     with engine.models.held(model) as adapter:
+        note_model(request.scope, model, adapter)
         if not texts:
             raise ServingError("input has no texts; give at least one")
         encoder.batches.check_count(len(texts))

@@ -24,6 +24,7 @@ from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.requests import Seed, Temperature, Whole
 from gralora_fx.serving.http.openai.strict_model import Idle, StrictModel
 from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
+from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.recordings import Audio, read_audio
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.queue import RunError
@@ -203,6 +204,7 @@ async def _answer(
     asked, content = await read_form(request, kind)
     rules, context = inputs.rules, engine.queue.limits.context
     with engine.models.held(asked.model) as adapter:
+        note_model(request.scope, asked.model, adapter)
         earlier = earlier_text(engine.tokenizer, asked.prompt, context) if asked.prompt else ()
         chosen = task if getattr(rules.config, "task_to_id", None) or task == TRANSLATE else None
         speech = SpeechPrompt(rules, asked.spoken, chosen, earlier)
