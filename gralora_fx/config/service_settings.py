@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from gralora_fx.config.byte_sizes import read_size
 from gralora_fx.config.option import Option, check_options
 from gralora_fx.errors import ConfigError, shown
 
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
+_PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
 
 
 def _timeout_problem(value: Any) -> str | None:
@@ -24,6 +26,12 @@ def _key_problem(value: str) -> str | None:
     if value.isascii() and value.isprintable() and value:
         return None
     return "the API key must be one or more visible characters of ASCII; leave it out for none"
+
+
+def _cache_problem(value: Any) -> str | None:
+    if value in _NO_CACHE or read_size(value) is not None:
+        return None
+    return f"prefix_cache must be a number of bytes, such as 512MiB or 2GB, or none, but got {shown(value)}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class ServiceSettings:
         max_queue: The most requests, or rows of an encoder, that may wait.
         max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
         chunk: Of a decoder, the most tokens of prompts that a step reads; None for 64.
+        prefix_cache: Of a decoder, the most bytes of what prompts that begin alike share, such as `2GB`; `0` or `none`
+            for nothing, None for 512 MiB if the export's rows can share anything.
         timeout: Seconds after which a request is given up, unless it names fewer; None for no limit.
         threads: Threads of an operator; None for one on each core that the process may use.
         api_key: The key that requests must give; None for none.
@@ -72,6 +82,15 @@ class ServiceSettings:
     chunk: Annotated[
         int | None,
         Option("Of a decoder, most tokens of prompts that a step reads.", metavar="N", left_out="64", least=1),
+    ] = None
+    prefix_cache: Annotated[
+        str | None,
+        Option(
+            "Of a decoder, memory for what prompts that begin alike share, such as 2GB; 0 or none for nothing.",
+            metavar="SIZE",
+            left_out="512MiB",
+            problem=_cache_problem,
+        ),
     ] = None
     timeout: Annotated[
         float | None,
@@ -122,6 +141,11 @@ class ServiceSettings:
     def prompt_tokens(self) -> int:
         """The most tokens of prompts that a step reads, where there are steps."""
         return self.chunk or _CHUNK
+
+    @property
+    def prefix_bytes(self) -> int | None:
+        """The most bytes of the prefix cache, where there is one; None for none."""
+        return None if self.prefix_cache in _NO_CACHE else read_size(self.prefix_cache or _PREFIX_CACHE)
 
     @property
     def base_name(self) -> str:

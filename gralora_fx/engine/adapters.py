@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
+from gralora_fx.engine.prefix_cache import PrefixCache
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_arrays import BASE, Arrays, as_ort_value, mixed, stacked
 from gralora_fx.runtime.adapter_file import AdapterRecord, check_rank, read_record, read_tensors, record_in_memory
@@ -102,6 +104,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         self._loaded: dict[str, LoadedAdapter] = {}
         self._stack: Stack | None = None
         self._lock, self._stacking = threading.Lock(), threading.Lock()
+        self._prefixes: WeakSet[PrefixCache] = WeakSet()
 
     def __getitem__(self, name: str) -> LoadedAdapter:
         """An adapter that is loaded, or that the export's own directory holds.
@@ -154,6 +157,11 @@ class Adapters(Mapping[str, LoadedAdapter]):
         inputs = self._manifest.adapter_inputs
         values = {} if name is None else self[name].values
         return values if inputs is None else adapter_values(values, inputs, session)
+
+    def tell(self, cache: PrefixCache) -> None:
+        """Let a prefix cache drop what it has of an adapter when that is unloaded."""
+        with self._lock:
+            self._prefixes.add(cache)
 
     def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
         """A stack that has some adapters, those too that were unloaded or replaced since.
@@ -252,7 +260,10 @@ class Adapters(Mapping[str, LoadedAdapter]):
         with self._lock:
             if not isinstance(name, str) or name not in self._loaded:
                 raise ServingError(f"no adapter {shown(name)} is loaded; loaded is {listed(self) or 'none'}")
+            gone = self._loaded[name]
             self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
+            for cache in self._prefixes:
+                cache.drop(gone)
             with self._stacking:  # frees the memory of the stack that has it, once no run does
                 if self._stack is not None:
                     self._stack = Stack.of(self._loaded.values(), self.inputs()) if self._loaded else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
+from gralora_fx.engine.shared_rows import SharedRows
 from gralora_fx.errors import ServingError, first_line, shown
 
 Source = Mapping[str, NDArray[Any]]
@@ -30,7 +32,10 @@ class Decoder(ABC):
         rows: How many rows there are.
         chunk: The most tokens that a row may read in a step.
         gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
+        unshared: Why rows cannot share what they have read; empty if they can.
     """
+
+    unshared: ClassVar[str] = "rows of the export run one after the other, each with a cache of its own"
 
     def __init__(self, limits: DecoderLimits, size: DecoderSize, *, gives_all: bool = False) -> None:
         """Make room for rows.
@@ -42,18 +47,27 @@ class Decoder(ABC):
 
         Raises:
             ServingError: The capacity is above the model's context.
+            PrefixCacheError: Rows cannot share what they read, and are to.
         """
+        if size.prefix_cache is not None and self.unshared:
+            raise PrefixCacheError(f"prefix_cache has no effect, since {self.unshared}; leave it out")
         self.limits = limits if size.capacity is None else limits.within(size.capacity, "capacity")
         self.rows = size.rows
         self.chunk = min(size.chunk, self.limits.context)  # a row has room for no more
         self.gives_all = gives_all
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
+        self._shared: SharedRows | None = None  # of a decoder whose rows share what they read
         self._lock = threading.Lock()
 
     @property
     def capacity(self) -> int:
         """How many tokens a row has room for."""
         return self.limits.context
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """What rows have read, for others whose texts begin alike; None if they share nothing."""
+        return None if self._shared is None else self._shared.cache
 
     @property
     def free(self) -> int:
@@ -72,12 +86,13 @@ class Decoder(ABC):
         self._check_open(row)
         return self._lengths[row]
 
-    def open(self, adapter: str | None = None, source: Source | None = None) -> int:
+    def open(self, adapter: str | None = None, source: Source | None = None, *, salt: str | None = None) -> int:
         """Take a free row.
 
         Args:
             adapter: Its adapter; None for the base.
             source: What an encoder-decoder's encoder reads, by name; None for a decoder.
+            salt: Rows share what they read with those of the same salt alone.
 
         Returns:
             The row's number.
@@ -89,9 +104,33 @@ class Decoder(ABC):
             if not self.free:
                 raise ServingError(f"all {self.rows} rows are in use; close one first, or make more with rows=")
             number = self._nearest()
-            self._begin(number, adapter, source)
+            version = self._begin(number, adapter, source)
             self._lengths[number] = 0
+            if self._shared is not None:
+                self._shared.begin(number, version, salt)
             return number
+
+    def fill(self, row: int, tokens: Sequence[int]) -> int:
+        """Let a row take over what rows with the same adapter have read, instead of reading it again.
+
+        Args:
+            row: Its number, as `open` gave it.
+            tokens: What it is to read next, such as the rest of its prompt.
+
+        Returns:
+            How many of these tokens it need not read: none without a prefix cache, and never the last two, whose logits
+            are wanted.
+
+        Raises:
+            ServingError: The row is not open.
+        """
+        with self._lock:
+            self._check_open(row)
+            if self._shared is None:
+                return 0
+            count = self._shared.fill(row, self._lengths[row], tokens[: self.capacity - self._lengths[row]])
+            self._lengths[row] += count
+            return count
 
     def close(self, row: int) -> None:
         """Free a row.
@@ -104,7 +143,9 @@ class Decoder(ABC):
         """
         with self._lock:
             self._check_open(row)
-            del self._lengths[row]
+            length = self._lengths.pop(row)
+            if self._shared is not None:
+                self._shared.end(row, length)
             self._end(row)
 
     def step(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, NDArray[Any]]:
@@ -136,6 +177,8 @@ class Decoder(ABC):
                 sizes = [len(array) for array in read.values()]
                 raise ServingError(f"ONNX Runtime fails on rows of {sizes} tokens: {first_line(failure)}") from failure
             for number, array in read.items():
+                if self._shared is not None:
+                    self._shared.read(number, self._lengths[number], array.tolist())
                 self._lengths[number] += len(array)
         return logits
 
@@ -146,8 +189,8 @@ class Decoder(ABC):
         return min(free, key=lambda number: (max(number, *used) - min(number, *used), number))
 
     @abstractmethod
-    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
-        """Get ready for a row that is opened."""
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> Any:
+        """Get ready for a row that is opened; returns the version of its adapter, if rows share what they read."""
 
     @abstractmethod
     def _end(self, row: int) -> None:
@@ -185,6 +228,18 @@ class Decoder(ABC):
     def _check_open(self, number: object) -> None:
         if not isinstance(number, int) or number not in self._lengths:
             raise ServingError(f"row {shown(number)} is not open; give the number of one that is")
+
+
+def part_length(left: int, most: int) -> int:
+    """How many of the tokens that are left of a text to read in the next step, so that none is read alone if possible.
+
+    A step of one token computes other last digits than one of several (see `SharedRows`).
+
+    Args:
+        left: How many tokens are left.
+        most: The most that a step reads.
+    """
+    return most - 1 if left == most + 1 > 3 else min(left, most)
 
 
 def gives_all(session: Any) -> bool:

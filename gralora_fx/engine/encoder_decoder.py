@@ -87,6 +87,8 @@ class EncoderDecoder(Decoder):
     The keys and values of a source are computed in a row's first step and stay where they are.
     """
 
+    unshared = "what the decoder computes depends on what the encoder has read"
+
     def __init__(
         self,
         session: EncoderDecoderSession,

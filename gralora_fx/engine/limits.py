@@ -100,11 +100,13 @@ class DecoderSize:
         rows: How many rows.
         capacity: How many tokens of each, prompt and answer; None for the model's context.
         chunk: The most tokens that a row may read in a step. A step is as wide as its longest chunk.
+        prefix_cache: The most bytes of what rows have read that is kept for others; None for nothing.
     """
 
     rows: int = 8
     capacity: int | None = None
     chunk: int = 64
+    prefix_cache: int | None = None
 
     def __post_init__(self) -> None:
         """Check that each is a count.
@@ -113,7 +115,7 @@ class DecoderSize:
             ServingError: One is not.
         """
         for name, value in vars(self).items():
-            if (type(value) is not int or value < 1) and not (name == "capacity" and value is None):
+            if (type(value) is not int or value < 1) and not (name in ("capacity", "prefix_cache") and value is None):
                 raise ServingError(f"{name}={shown(value)} is not a count; give a whole number of at least 1")
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
+from gralora_fx.engine.shared_rows import SharedRows
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_arrays import BASE
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
@@ -117,12 +119,16 @@ def _bind(binding: Any, values: Mapping[str, Any]) -> None:
 class RowsDecoder(Decoder):
     """The rows' graph with caches in shared buffers; a step runs the rows from the first to the last that read."""
 
+    unshared = ""
+
     def __init__(
         self,
         session: Any,
         adapters: Adapters,
         limits: DecoderLimits,
         size: DecoderSize,
+        *,
+        is_float32: bool = False,
     ) -> None:
         """Make the caches of the rows.
 
@@ -131,16 +137,18 @@ class RowsDecoder(Decoder):
             adapters: The adapters that rows choose among.
             limits: As of `Decoder`.
             size: As of `Decoder`.
+            is_float32: Whether nothing in the model is rounded to fewer bits (see `SharedRows`).
 
         Raises:
             ServingError: As of `Decoder`.
+            PrefixCacheError: The prefix cache has no room for a block, or steps are too short to share what they read.
         """
         super().__init__(limits, size, gives_all=gives_all(session))
         self._adapters = adapters
         self._takes_adapters = any(value.name == ADAPTER_IDS for value in session.get_inputs())
         self._row_adapters: dict[int, LoadedAdapter | None] = {}
         self._stack: Stack | None = None
-        widest = min(self.chunk, self.capacity)  # the operator writes a chunk as long as the longest, wherever a row is
+        widest = max(self.chunk, 2)  # the operator writes a chunk as long as the longest, wherever a row is
         try:
             self._steps = BufferedSteps(session, rows=self.rows, length=self.capacity + widest)
         except (MemoryError, OverflowError, ValueError) as failure:
@@ -148,6 +156,15 @@ class RowsDecoder(Decoder):
                 f"there is no memory for the caches of {self.rows} rows of {self.capacity} tokens; give fewer rows, or "
                 "a smaller capacity"
             ) from failure
+        if size.prefix_cache is not None:
+            if self.chunk <= 2 and not is_float32:  # the last of three tokens would be read alone
+                raise PrefixCacheError(
+                    f"prefix_cache has no effect, since steps read {self.chunk} tokens; give a larger chunk"
+                )
+            caches = [as_tensor(value) for value in self._steps.caches.values()]
+            cache = PrefixCache(size.prefix_cache, [cache[0] for cache in caches])
+            adapters.tell(cache)
+            self._shared = SharedRows(cache, lambda row: [cache[row] for cache in caches], is_float32=is_float32)
 
     def cached(self, row: int) -> dict[str, Tensor]:
         """The keys and values of a row, `[heads, positions, size]` by the names of the inputs, in the row's own memory.
@@ -157,10 +174,11 @@ class RowsDecoder(Decoder):
         """
         return {name: as_tensor(value)[row] for name, value in self._steps.caches.items()}
 
-    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> LoadedAdapter | None:
         if source is not None:
             raise ServingError("a decoder has no encoder to read a source; leave it out")
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
+        return self._row_adapters[row]
 
     def _end(self, row: int) -> None:
         del self._row_adapters[row]
@@ -170,7 +188,8 @@ class RowsDecoder(Decoder):
 
     def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
         rows = range(min(read), max(read) + 1)  # the others take no time at all
-        ids = np.zeros((len(rows), max(map(len, read.values()))), dtype=np.int64)
+        # attention that sees one token of each row takes another way, with other last digits
+        ids = np.zeros((len(rows), max(2, *map(len, read.values()))), dtype=np.int64)
         query = np.zeros(len(rows), dtype=np.int32)
         for row, array in read.items():
             ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.adapters import names_of_rows
-from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.decoder import Source, part_length
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize, TooLargeError
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.serving.answer_grammar import AnswerGrammar
@@ -52,6 +52,7 @@ class TextRequest:
             `sampling.logprobs` says; the answer may then have no tokens.
         source: What an encoder-decoder's encoder reads; None of a decoder.
         grammar: What the answer's tokens may be; None for any.
+        salt: The prompt is taken over from requests with the same one alone, and left to them; None is one too.
     """
 
     prompt: tuple[int, ...]
@@ -62,6 +63,7 @@ class TextRequest:
     scores_prompt: bool = False
     source: EncoderInput | None = None
     grammar: AnswerGrammar | None = None
+    salt: str | None = None
 
     @property
     def arrays(self) -> Source | None:
@@ -305,12 +307,13 @@ class _Rows:
         return self._logits
 
     def _read(self, tokens: Mapping[int, Sequence[int]]) -> None:
-        for start in range(0, max(map(len, tokens.values()), default=0), self._chunk):
-            parts = {row: given[start : start + self._chunk] for row, given in tokens.items() if start < len(given)}
-            logits_of = self._decoder.step({self._rows[row]: part for row, part in parts.items()})
-            for row in parts:
+        while tokens:
+            counts = {row: part_length(len(left), self._chunk) for row, left in tokens.items()}
+            logits_of = self._decoder.step({self._rows[row]: tokens[row][:count] for row, count in counts.items()})
+            for row in tokens:
                 logits = logits_of[self._rows[row]]
                 self._logits[row] = logits[-1].copy() if self._decoder.gives_all else logits
+            tokens = {row: left[counts[row] :] for row, left in tokens.items() if counts[row] < len(left)}
 
 
 class _Stop:

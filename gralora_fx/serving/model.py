@@ -270,7 +270,9 @@ class OrtModel(OpenExport):
         completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter, compiled)
         return completions if stream else completions.result()
 
-    def decoder(self, *, rows: int = 8, capacity: int | None = None, chunk: int = 64) -> Decoder:
+    def decoder(
+        self, *, rows: int = 8, capacity: int | None = None, chunk: int = 64, prefix_cache: int | None = None
+    ) -> Decoder:
         """The model as rows that open, step and close, which a scheduler drives.
 
         On the CPU all rows run at once where the export has a graph for it (`model_rows.onnx`), else, and on other
@@ -280,11 +282,14 @@ class OrtModel(OpenExport):
             rows: How many rows to have room for.
             capacity: How many tokens of each, prompt and answer; None for the model's context.
             chunk: The most tokens that a row may read in a step.
+            prefix_cache: The most bytes of what rows have read that is kept for others, which take it over by
+                `Decoder.fill`; None for nothing.
 
         Raises:
-            ServingError: The export has no cache, a size is not a count, or the capacity is above the model's context.
+            ServingError: The export has no cache, a size is not a count, the capacity is above the model's context, or
+                rows cannot share what they read, or not within so few bytes.
         """
-        return self.generation.open_decoder(DecoderSize(rows, capacity, chunk))
+        return self.generation.open_decoder(DecoderSize(rows, capacity, chunk, prefix_cache))
 
     @property
     def limits(self) -> DecoderLimits:

@@ -250,7 +250,10 @@ def _decoder_generation(export: OpenExport) -> Generation:
     """A decoder's rows run together in `model_rows.onnx`, or one after the other in `model.onnx`."""
     limits = _limits(export)
     if export.first_is_rows:
-        return Generation(limits, partial(RowsDecoder, export.first_session, export.adapters, limits))
+        manifest = export.manifest
+        is_float32 = manifest.precision == "fp32" and manifest.quantization is None
+        rows = partial(RowsDecoder, export.first_session, export.adapters, limits, is_float32=is_float32)
+        return Generation(limits, rows)
     is_buffer = takes_buffers(export.directory / MODEL_NAME)
     return Generation(
         limits, partial(SequentialDecoder, export.first_session, export.adapters, limits, takes_buffers=is_buffer)

@@ -38,7 +38,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rows: list[int] = []
-        self.prompt = self.new = self.waits = self.begun = self.failures = 0
+        self.prompt = self.new = self.waits = self.begun = self.failures = self.asked = self.found = 0
 
     def waited(self, seconds: float) -> None:
         assert seconds >= 0
@@ -54,6 +54,10 @@ class Recorder:
 
     def read(self, tokens: int) -> None:
         self.prompt += tokens
+
+    def looked_up(self, tokens: int, found: int) -> None:
+        self.asked += tokens
+        self.found += found
 
     def generated(self, tokens: int) -> None:
         self.new += tokens

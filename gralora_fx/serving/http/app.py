@@ -62,6 +62,8 @@ def _app(
     metrics.watch_adapters(lambda: len(models.adapters), lambda: len(models))
     info = service_info(settings, engine)
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
+    if isinstance(engine, TextEngine) and engine.queue.prefix_cache is not None:
+        metrics.measure_prefixes(engine.queue.prefix_cache)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

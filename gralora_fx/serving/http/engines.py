@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.config.byte_sizes import shown_size
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.config.tasks import GENERATING
+from gralora_fx.engine.decoder import Decoder
+from gralora_fx.engine.prefix_cache import PrefixCacheError
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
@@ -22,6 +27,8 @@ from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
-    for name in ("max_context", "chunk"):
+    for name in ("max_context", "chunk", "prefix_cache"):
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
@@ -134,7 +141,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
 def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
     if settings.max_context is not None:
         model.limits.within(settings.max_context, "max_context")
-    decoder = model.decoder(rows=settings.decoder_rows, capacity=settings.max_context, chunk=settings.prompt_tokens)
+    decoder = _decoder(settings, model)
     models, tokenizer = _open_adapters(settings, model), model.tokenizer
     if model.encoder_inputs is not None and settings.chunk is not None:
         raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")
@@ -146,6 +153,23 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, models=models)
     trial = try_decoder(model)
     return TextEngine(models, model.manifest, trial, queue, tokenizer, model.grammars, model.encoder_inputs)
+
+
+def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
+    """The rows that answer requests; without a prefix cache where they can have none, unless that is asked for."""
+    open_rows = partial(
+        model.decoder, rows=settings.decoder_rows, capacity=settings.max_context, chunk=settings.prompt_tokens
+    )
+    try:
+        decoder = open_rows(prefix_cache=settings.prefix_bytes)
+    except PrefixCacheError as error:
+        if settings.prefix_cache is not None:
+            raise
+        _logger.info("no prefix cache: %s", error)
+        return open_rows()
+    if decoder.prefix_cache is not None:
+        _logger.info("prefix cache: at most %s", shown_size(decoder.prefix_cache.limit))
+    return decoder
 
 
 def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:

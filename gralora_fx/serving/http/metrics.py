@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from starlette.types import Scope
 
 from gralora_fx.engine.limits import TooLargeError
+from gralora_fx.engine.prefix_cache import PrefixCache
 
 _KEY, _COUNTED = "gralora_fx.rejection", "gralora_fx.counted"
 _BY_STATUS = {
@@ -99,6 +100,7 @@ class Metrics:
         self._rows = Histogram("gralora_fx_batch_size", "Rows of a batch.", buckets=_ROWS, registry=registry)
         self._tokens: Counter | None = None
         self._first: Histogram | None = None
+        self._prefixes: tuple[Counter, ...] = ()
         self._loads = Counter(
             "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
         )
@@ -140,6 +142,18 @@ class Metrics:
                 buckets=_SECONDS,
                 registry=self.registry,
             )
+
+    def measure_prefixes(self, cache: PrefixCache) -> None:
+        """Measure a prefix cache, too; what is asked of it also by the names that vLLM has for it."""
+        text = "Tokens of prompts that the prefix cache was asked for"
+        for prefix in ("gralora_fx_", "vllm:"):
+            queries = Counter(f"{prefix}prefix_cache_queries", f"{text}.", registry=self.registry)
+            hits = Counter(f"{prefix}prefix_cache_hits", f"{text}, and had.", registry=self.registry)
+            self._prefixes += queries, hits
+        self._now.watch("prefix_cache_bytes", "Memory of the prefix cache.", lambda: cache.size)
+        self._now.watch("prefix_cache_limit_bytes", "The most memory of the prefix cache.", lambda: cache.limit)
+        self._now.watch("prefix_cache_blocks", "Blocks of tokens in the prefix cache.", lambda: len(cache))
+        self._now.watch("prefix_cache_evictions", "Blocks that made room for others.", lambda: cache.evictions)
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -190,6 +204,11 @@ class Metrics:
     def read(self, tokens: int) -> None:
         """Tokens of prompts or texts were read."""
         self._count("prompt", tokens)
+
+    def looked_up(self, tokens: int, found: int) -> None:
+        """A prompt of some tokens is there, of which some were found in the prefix cache."""
+        for counter, count in zip(self._prefixes, (tokens, found) * 2, strict=False):
+            counter.inc(count)
 
     def generated(self, tokens: int) -> None:
         """New tokens were chosen."""

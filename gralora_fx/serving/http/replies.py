@@ -99,6 +99,8 @@ class TextAnswers:
         requests: Sequence[TextRequest],
         prompt_tokens: int,
         seconds: float | None = None,
+        *,
+        each: int = 1,
     ) -> None:
         """Queue the prompts, all or none; from the event loop's thread.
 
@@ -107,11 +109,13 @@ class TextAnswers:
             requests: What to answer.
             prompt_tokens: Tokens of the prompts, each counted once.
             seconds: How long it may take; None for no limit.
+            each: How many answers each prompt has, which follow each other.
 
         Raises:
             ServingError: One cannot be run, or there is no room.
         """
-        self._prompt_tokens, self._tokens = prompt_tokens, [0] * len(requests)
+        self._prompt_tokens, self._tokens, self._each = prompt_tokens, [0] * len(requests), each
+        self._cached = [0] * len(requests)
         self._left = len(requests)
         self._events: asyncio.Queue[tuple[int, Piece | RunError]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -137,7 +141,7 @@ class TextAnswers:
                 raise _too_late(self._seconds) from error
             if isinstance(event, RunError):
                 raise event
-            self._tokens[index] = event.tokens
+            self._tokens[index], self._cached[index] = event.tokens, event.cached
             self._left -= event.ending is not None
             yield index, event
 
@@ -146,10 +150,16 @@ class TextAnswers:
         for job in self.jobs:
             job.cancel()
 
-    def usage(self) -> dict[str, int]:
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompts no row has read: of several answers to one, the one that took over least."""
+        return sum(min(self._cached[at : at + self._each]) for at in range(0, len(self._cached), self._each))
+
+    def usage(self) -> dict[str, Any]:
         """The tokens so far, in OpenAI's form."""
         prompt, new = self._prompt_tokens, sum(self._tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        details = {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, **details}
 
     async def respond(self, request: Request, whole: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
         """The response with whole answers, which are given up when the client goes away or its time is over.

@@ -28,9 +28,13 @@ class ContinuousScheduler(JobQueue[TextJob]):
     prompt does not hold up the answers beside it. What the earliest leaves of the budget goes to prompts that fit it as
     a whole: a prompt that has begun is the earliest, and has the budget to itself until it is read.
 
+    With a prefix cache a prompt's beginning is taken over from rows that have read it, also from one that is reading it
+    now, so that several answers to a prompt read it once.
+
     Attributes:
         limits: What the model can take.
         scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
+        prefix_cache: What prompts that begin alike share; None if they share nothing.
     """
 
     unit = "requests"
@@ -56,6 +60,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         """
         super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, models=models)
         self.limits, self.scores_prompts = decoder.limits, decoder.gives_all
+        self.prefix_cache = decoder.prefix_cache
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rows: dict[int, TextJob] = {}
 
@@ -105,7 +110,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             source = job.request.source
             try:
                 job.begin()  # before a row is taken
-                row = self._decoder.open(job.adapter, job.request.arrays)
+                row = self._decoder.open(job.adapter, job.request.arrays, salt=job.request.salt)
             except Exception as error:
                 if isinstance(error, DeadEndError):  # which is the request's own
                     _logger.warning("a request cannot be run: %s", error)
@@ -156,6 +161,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
         is_earliest = True
         for row, job in self._rows.items():
             if job.chosen is None:
+                if not job.request.scores_prompt:  # every position's logits are wanted then
+                    job.skip(self._decoder.fill(row, job.request.prompt[job.read :]))
                 if is_earliest or job.unread <= budget:
                     tokens[row] = job.next_tokens(budget)
                     budget -= len(tokens[row])
@@ -171,6 +178,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
             before, is_first = len(job.answer.ids), job.chosen is None
             try:
                 choice = job.advance(len(read), logits[row])
+                if is_first and not job.unread and not job.request.scores_prompt:
+                    self._observer.looked_up(len(job.request.prompt), job.cached)
                 if choice is None:
                     continue
                 if is_first:

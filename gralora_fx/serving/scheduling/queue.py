@@ -56,6 +56,9 @@ class Observer(Protocol):
     def read(self, tokens: int) -> None:
         """Tokens of prompts or texts were read."""
 
+    def looked_up(self, tokens: int, found: int) -> None:
+        """A prompt of some tokens is there, of which some were found in the prefix cache."""
+
     def generated(self, tokens: int) -> None:
         """New tokens were chosen."""
 

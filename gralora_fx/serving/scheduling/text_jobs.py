@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
+from gralora_fx.engine.decoder import part_length
 from gralora_fx.serving.completion import Completion, Ending, TextRequest
 from gralora_fx.serving.scheduling.queue import RunError
 from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore
@@ -25,6 +26,7 @@ class Piece:
         ending: Why the answer has ended; None while it goes on.
         scores: Those of the new tokens, if they are asked for.
         prompt_scores: Those of the prompt's tokens but the first, in the first piece, if they are asked for.
+        cached: How many tokens of the prompt were taken over from the prefix cache.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Piece:
     ending: Ending | None = None
     scores: tuple[TokenScore, ...] = ()
     prompt_scores: tuple[TokenScore, ...] = ()
+    cached: int = 0
 
     def __add__(self, later: Piece) -> Piece:
         """This piece with the next one."""
@@ -41,6 +44,7 @@ class Piece:
             later.ending,
             self.scores + later.scores,
             self.prompt_scores + later.prompt_scores,
+            later.cached,
         )
 
 
@@ -71,7 +75,8 @@ class TextJob:
         request: The request.
         answer: The answer so far.
         is_done: Whether its caller was told the end.
-        read: How many tokens of its prompt the row has read.
+        read: How many tokens of its prompt the row has read, or taken over.
+        cached: How many of them it has taken over from the prefix cache.
         chosen: The tokens that were chosen, or forced by a grammar, and not read yet; None while the prompt is read.
         times: When it reached each stage.
     """
@@ -88,7 +93,8 @@ class TextJob:
             sink: Is called with each piece, the last of which has an ending, or with the error that ends the job.
         """
         self.request, self.answer = request, answer
-        self.is_done, self.read = False, 0
+        self.is_done = False
+        self.read = self.cached = 0
         self.chosen: tuple[int, ...] | None = None
         self._choose: TokenChooser | None = None
         self._ends, self._sink, self._cancelled = ends, sink, threading.Event()
@@ -120,6 +126,11 @@ class TextJob:
         """Give the job up; its row is free at the next step."""
         self._cancelled.set()
 
+    def skip(self, count: int) -> None:
+        """Take note of tokens of the prompt that the row has taken over."""
+        self.read += count
+        self.cached += count
+
     def begin(self) -> None:
         """Get ready to choose tokens; a model's own rules may raise here that do not go with the request."""
         self._choose = self.request.chooser(self._ends)
@@ -128,7 +139,7 @@ class TextJob:
         """The tokens to read in the next step: at most some of the prompt, or of those that were chosen last."""
         if self.chosen is not None:
             return list(self.chosen[:most])
-        return list(self.request.prompt[self.read : self.read + most])
+        return list(self.request.prompt[self.read : self.read + part_length(self.unread, most)])
 
     def advance(self, count: int, logits: NDArray[Any]) -> Choice | None:
         """Take note of the tokens that were read; the next one, if all are read and the answer has tokens."""
@@ -169,7 +180,7 @@ class TextJob:
         if text or self.is_done or self._scores:
             scores, prompt_scores = tuple(self._scores), tuple(self._prompt_scores)
             self._scores, self._prompt_scores = [], []
-            self._sink(Piece(text, len(self.answer.ids), ending, scores, prompt_scores))
+            self._sink(Piece(text, len(self.answer.ids), ending, scores, prompt_scores, self.cached))
 
     def _end(self) -> None:
         self.is_done, self.times.ended = True, time.perf_counter()

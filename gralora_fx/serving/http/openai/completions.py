@@ -59,7 +59,7 @@ async def _answer(
         note_model(request.scope, asked.model, adapter)
         requests, prompt_tokens = await _text_requests(engine, compiling, asked, adapter)
         echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(requests)
-        answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds)
+        answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds, each=asked.n)
     choices = [
         ChoiceWriter(index, question, echo, texts, is_chat=is_chat)
         for index, (question, echo) in enumerate(zip(requests, echoes, strict=True))
@@ -120,7 +120,8 @@ async def _text_requests(
             raise ServingError(f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for")
         for _ in range(asked.n):
             own = seeded(sampling, len(requests))
-            requests.append(TextRequest(prompt, most, own, stop, adapter, scores_prompt, source, grammar))
+            fields = prompt, most, own, stop, adapter, scores_prompt, source, grammar, asked.cache_salt
+            requests.append(TextRequest(*fields))
     return requests, sum(map(len, rows))
 
 

@@ -14,6 +14,7 @@ from gralora_fx.serving.sampling import Sampling
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
+_SALT = 256  # characters, each of which the prefix cache keeps
 _TOKENS = 1024  # the most that an option names, since each is looked at in every step
 Texts: TypeAlias = str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
@@ -78,6 +79,7 @@ class _TextFields(AnswerFormat):
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[_Count] | None, BeforeValidator(_few)] = None
     stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=_SALT)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stream: bool | None = None
     stream_options: StreamOptions | None = None
