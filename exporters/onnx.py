@@ -35,8 +35,7 @@ from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
-from gralora_fx.runtime.integer_sums import check_integer_sums
-from gralora_fx.runtime.session import Runtime
+from gralora_fx.runtime.session import Runtime, check_integer_sums
 from gralora_fx.tracing.traced_model import TracedModel
 
 Keywords = ParamSpec("Keywords")

@@ -16,7 +16,7 @@ from gralora_fx.compat.versions import installed_version
 from gralora_fx.engine.limits import context_length
 from gralora_fx.exporters.conversion import Conversion, base_trace
 from gralora_fx.exporters.folding.matching_weights import weight_entries
-from gralora_fx.exporters.quantization.record import quantized_weights
+from gralora_fx.exporters.quantization.plan import quantized_weights
 from gralora_fx.exporters.reports import attention_report
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor

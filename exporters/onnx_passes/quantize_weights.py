@@ -19,8 +19,7 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
 from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
 from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.quantization.formats import Blocks, Format
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
-from gralora_fx.exporters.quantization.record import Counts
+from gralora_fx.exporters.quantization.plan import Counts, QuantizationPlan
 from gralora_fx.exporters.translation.weights import parts_of
 from gralora_fx.graph.pipeline import Pass, PassResult, contract
 

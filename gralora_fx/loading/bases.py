@@ -18,8 +18,7 @@ from gralora_fx.config.tasks import task_of, with_past
 from gralora_fx.errors import CheckpointError, GraloraError, TargetError, TraceError, bulleted, warn_caller
 from gralora_fx.loading.adapter_facts import base_name, head_classes, needed_quantization
 from gralora_fx.loading.load_report import LoadReport
-from gralora_fx.loading.model_classes import warn_of_another_head
-from gralora_fx.loading.models import load_streamed, load_with_report
+from gralora_fx.loading.models import load_streamed, load_with_report, warn_of_another_head
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import timed
 from gralora_fx.sources.base_quantization import BaseQuantization

@@ -13,8 +13,18 @@ from xml.etree.ElementTree import Element, SubElement
 
 from gralora_fx.picture.facts import ModelFacts, SiteAdapter, SiteFacts
 from gralora_fx.picture.flow import Item
-from gralora_fx.picture.heat import Rect, draw_grid, draw_strip, grid_size, strip_size
-from gralora_fx.picture.style import FONT, PAINTS, clipped, printable, text_width
+from gralora_fx.picture.style import (
+    FONT,
+    PAINTS,
+    Rect,
+    clipped,
+    draw_grid,
+    draw_strip,
+    grid_size,
+    printable,
+    strip_size,
+    text_width,
+)
 
 _LONGEST_REASON = 42
 _PADDING = 8.0

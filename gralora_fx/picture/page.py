@@ -11,8 +11,16 @@ from xml.etree import ElementTree
 from gralora_fx.picture.blocks import BlockMap
 from gralora_fx.picture.boxes import adapter_line
 from gralora_fx.picture.facts import AdaptedModel, ModelFacts, SiteFacts, read_facts
-from gralora_fx.picture.heat import Rect, draw_grid, draw_scale, short_number
-from gralora_fx.picture.style import MEANINGS, heat_colour, printable, text_on
+from gralora_fx.picture.style import (
+    MEANINGS,
+    Rect,
+    draw_grid,
+    draw_scale,
+    heat_colour,
+    printable,
+    short_number,
+    text_on,
+)
 from gralora_fx.picture.svg import draw, headline
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel

@@ -1,10 +1,12 @@
-"""How a picture looks: a colour for each state of a site, a scale for the heat maps, and the width of text."""
+"""How a picture looks: a colour for each state, the width of text, and heat maps of block norms with their scale."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 from typing import NamedTuple
+from xml.etree.ElementTree import Element, SubElement
 
 
 class Paint(NamedTuple):
@@ -144,3 +146,155 @@ def clipped(name: str, longest: int = _LONGEST_NAME) -> str:
 def printable(text: str) -> str:
     """Text with every character that XML or a line cannot hold replaced; line ends stay."""
     return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+
+
+Grid = Sequence[Sequence[float]]
+
+_LINE = "#8c959f"
+_LARGEST_TEXT_GRID = 4  # blocks a side up to which the cells of a grid hold their values
+_LARGEST_GRID = 16  # blocks a side of the grids in boxes; larger ones are drawn coarser
+
+
+class Rect(NamedTuple):
+    """A rectangle of the picture, in points."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """As those of an SVG element, which is outlined thinly."""
+        numbers = zip(("x", "y", "width", "height"), self, strict=True)
+        return {**{name: f"{number:.2f}" for name, number in numbers}, "stroke-width": "0.4"}
+
+
+def draw_grid(norms: Grid, largest: float, rect: Rect, *, coarse: bool = True) -> Element:
+    """A grid as a group of cells, each with its value as a tooltip and, where there are few, as text.
+
+    A zero block is a white cell with a small dot, so that a zero update can be recognised; the scale begins above.
+
+    Args:
+        norms: Norms, rows for output blocks.
+        largest: The value at the end of the scale.
+        rect: Where the grid is drawn.
+        coarse: Whether large grids are drawn with fewer cells.
+    """
+    k = len(norms)
+    shown = coarser(norms, _grid_blocks(k)) if coarse else norms
+    side, step = len(shown), k // len(shown)
+    is_zero = all(value == 0 for row in shown for value in row)
+    group = Element("g", {"class": "heat zero" if is_zero else "heat"})
+    cell_width, cell_height = rect.width / side, rect.height / side
+    for j, row in enumerate(shown):
+        for n, value in enumerate(row):
+            x, y, colour = rect.left + n * cell_width, rect.top + j * cell_height, heat_colour(value, largest)
+            cell = SubElement(group, "g")
+            SubElement(cell, "title").text = f"output {_span(j, step)}, input {_span(n, step)}: {value:.4g}"
+            SubElement(cell, "rect", Rect(x, y, cell_width, cell_height).attributes | {"fill": colour, "stroke": _LINE})
+            if value == 0:
+                _dot(cell, x + cell_width / 2, y + cell_height / 2, min(cell_height / 6, 1.5))
+            elif k <= _LARGEST_TEXT_GRID:
+                size = min(cell_height * 0.55, cell_width * 0.27)
+                middle = (x + cell_width / 2, y + cell_height / 2 + size * 0.35)
+                _text(cell, short_number(value), *middle, size, text_on(colour))
+    return group
+
+
+def draw_strip(cells: Sequence[tuple[str, float]], largest: float, rect: Rect) -> Element:
+    """A row of cells on the scale of the grids, each with a text as its tooltip.
+
+    Args:
+        cells: Tooltips and values, left to right.
+        largest: The value at the end of the scale.
+        rect: Where the strip is drawn.
+    """
+    group = Element("g", {"class": "heat strip zero" if all(value == 0 for _, value in cells) else "heat strip"})
+    cell_width = rect.width / len(cells)
+    for index, (title, value) in enumerate(cells):
+        x, cell = rect.left + index * cell_width, SubElement(group, "g")
+        SubElement(cell, "title").text = printable(title)
+        colour = {"fill": heat_colour(value, largest), "stroke": _LINE}
+        SubElement(cell, "rect", Rect(x, rect.top, cell_width, rect.height).attributes | colour)
+        if value == 0:
+            _dot(cell, x + cell_width / 2, rect.top + rect.height / 2, min(cell_width / 4, 1.5))
+    return group
+
+
+def draw_scale(largest: float, *, left: float, top: float) -> Element:
+    """The scale of all grids and strips with its numbers, and the symbol of a zero block."""
+    group = Element("g", {"class": "scale"})
+    if largest == 0:
+        _text(group, "every update is still zero", left + 28, top + 10, 10, anchor="start")
+    height, step, steps = 12, 5, 40
+    _text(group, "norm of a block of the update (rows: outputs, columns: inputs)", left, top - 5, 10, anchor="start")
+    for index in range(steps if largest else 0):
+        colour = heat_colour((index + 0.5) / steps, 1.0)
+        cell = Rect(left + 40 + index * step, top, step + 0.3, height)
+        SubElement(group, "rect", cell.attributes | {"fill": colour})
+    zero = Rect(left, top, 18, height).attributes | {"fill": ZERO, "stroke": _LINE}
+    SubElement(group, "rect", zero)
+    _dot(group, left + 9, top + height / 2, 1.5)
+    _text(group, "zero", left + 9, top + height + 11, 9)
+    for share in (0.0, 0.5, 1.0) if largest else ():
+        label = "> 0" if share == 0 else short_number(share * largest)
+        _text(group, label, left + 40 + share * steps * step, top + height + 11, 9)
+    return group
+
+
+def grid_size(k: int) -> tuple[float, float]:
+    """Width and height in points of the heat map of `k x k` blocks in a box."""
+    if k <= _LARGEST_TEXT_GRID:
+        return 34.0 * k, 17.0 * k
+    side = _grid_blocks(k)
+    cell = max(6.0, 112 // side)
+    return cell * side, cell * side
+
+
+def strip_size(cells: int) -> tuple[float, float]:
+    """Width and height in points of a strip in a box."""
+    return cells * min(14.0, max(3.0, 180.0 / cells)), 14.0
+
+
+def coarser(norms: Grid, side: int) -> list[list[float]]:
+    """The norms of fewer, larger blocks, exactly: the root of the sum of their blocks' squares."""
+    step = len(norms) // side
+    return [
+        [
+            math.hypot(*(value for row in norms[j * step : (j + 1) * step] for value in row[n * step : (n + 1) * step]))
+            for n in range(side)
+        ]
+        for j in range(side)
+    ]
+
+
+def short_number(value: float) -> str:
+    """A norm in at most six characters."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 0.01 <= value < 1000:
+        return f"{value:#.2g}" if value < 10 else f"{value:.0f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _grid_blocks(k: int) -> int:
+    """Blocks a side that are drawn in a box: `k`, or fewer if each drawn one represents several."""
+    return next(side for side in range(min(k, _LARGEST_GRID), 0, -1) if k % side == 0)
+
+
+def _span(index: int, step: int) -> str:
+    return f"block {index}" if step == 1 else f"blocks {index * step} to {(index + 1) * step - 1}"
+
+
+def _dot(parent: Element, x: float, y: float, radius: float) -> None:
+    """The symbol of zero, in the middle of a cell."""
+    SubElement(parent, "circle", {"cx": f"{x:.2f}", "cy": f"{y:.2f}", "r": f"{radius:.2f}", "fill": _LINE})
+
+
+def _text(
+    parent: Element, content: str, x: float, y: float, size: float, fill: str = "#1b1f24", anchor: str = "middle"
+) -> None:
+    attributes = {"x": f"{x:.2f}", "y": f"{y:.2f}", "text-anchor": anchor, "font-size": f"{size:.2f}", "fill": fill}
+    SubElement(parent, "text", attributes | {"font-family": FONT}).text = content

@@ -13,8 +13,7 @@ from gralora_fx.picture.boxes import Line, draw_box, draw_line, titled, tooltip_
 from gralora_fx.picture.dot import DotSource, PictureError, dot_source, lay_out
 from gralora_fx.picture.facts import AdaptedModel, ModelFacts, read_facts
 from gralora_fx.picture.flow import condense
-from gralora_fx.picture.heat import draw_scale
-from gralora_fx.picture.style import MEANINGS, PAINTS, dark_style, printable, text_width
+from gralora_fx.picture.style import MEANINGS, PAINTS, dark_style, draw_scale, printable, text_width
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.sources.paths import usable_file
 from gralora_fx.tracing.traced_model import TracedModel

@@ -29,7 +29,6 @@ from gralora_fx.runtime.export_directory import (
     check_own_file,
 )
 from gralora_fx.runtime.export_files import check_files, check_requirements
-from gralora_fx.runtime.integer_sums import check_integer_sums
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.placement import (
     Placement,
@@ -38,7 +37,7 @@ from gralora_fx.runtime.placement import (
     placement_of,
     warn_of_idle,
 )
-from gralora_fx.runtime.session import CPU, Runtime, open_session
+from gralora_fx.runtime.session import CPU, Runtime, check_integer_sums, open_session
 from gralora_fx.serving.answer_grammar import Grammars
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.generation import Generation

@@ -14,8 +14,8 @@ from gralora_fx.tracing.capture import capture
 from gralora_fx.tracing.check import check, check_other_sizes, difference
 from gralora_fx.tracing.draft import Captured, Draft
 from gralora_fx.tracing.failures import where_defined
+from gralora_fx.tracing.normalize.clean import normalize
 from gralora_fx.tracing.normalize.modes import mode_argument
-from gralora_fx.tracing.normalize.stage import normalize
 
 _SHOWN = 6  # names of modules in a message
 

@@ -23,10 +23,9 @@ from gralora_fx.tracing.draft import Axes, Captured
 from gralora_fx.tracing.inputs.arguments import Arguments, check_leaves
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 from gralora_fx.tracing.inputs.signature import CallSignature
-from gralora_fx.tracing.normalize.clean import restore_aten
-from gralora_fx.tracing.normalize.leaves import inline_leaves
+from gralora_fx.tracing.normalize.clean import CLEANING, INLINING, normalized, restore_aten, run_passes
+from gralora_fx.tracing.normalize.inline import inline_leaves
 from gralora_fx.tracing.normalize.modes import AnnotateModes, is_in_training
-from gralora_fx.tracing.normalize.stage import CLEANING, INLINING, normalized, run_passes
 
 _CONTROL_FLOW = {"cond", "scan"}  # control flow with an ONNX form
 _SCALARS = {"_operator", "math", "torch"}  # modules of the functions that compute sizes

@@ -17,9 +17,9 @@ import pytest
 import transformers.models
 from torch import nn
 
+from gralora_fx.tracing.capture import DROP_PATH
 from gralora_fx.tracing.patches.decoder_operators import ATTENTIONS, RMS_NORM, ROTARY_EMBEDDING
 from gralora_fx.tracing.patches.recognised import Recognised
-from gralora_fx.tracing.patches.traceable import DROP_PATH
 
 NORMS = """
     aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe

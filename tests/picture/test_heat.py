@@ -7,8 +7,17 @@ from itertools import pairwise
 
 import pytest
 
-from gralora_fx.picture.heat import coarser, short_number
-from gralora_fx.picture.style import DARK, NOT_FINITE, PAINTS, ZERO, dark_style, heat_colour, text_on
+from gralora_fx.picture.style import (
+    DARK,
+    NOT_FINITE,
+    PAINTS,
+    ZERO,
+    coarser,
+    dark_style,
+    heat_colour,
+    short_number,
+    text_on,
+)
 
 
 def luminance(colour: str) -> float:
