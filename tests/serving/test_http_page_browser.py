@@ -22,6 +22,7 @@ from running_service import post, running
 from selenium import webdriver
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from sentence_encoders import save_encoder
@@ -35,6 +36,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime import adapter_paths
 from gralora_fx.serving import Decoder, load
+from gralora_fx.serving.http.replies import TextAnswers
 from gralora_fx.serving.recordings import read_audio
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -242,6 +244,118 @@ def test_a_chat_goes_on(page: Page, text_service: tuple[str, Any]) -> None:
         reference = post(f"{url}v1/chat/completions", body)["choices"][0]["message"]["content"]
         assert page.all(".answer")[-1].get_property("textContent") == reference
         messages.append({"role": "assistant", "content": reference})
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "maxLength": 2}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+def unfold(page: Page, title: str) -> None:
+    """Open a box below the prompt."""
+    (found,) = [summary for summary in page.all("summary") if summary.text == title]
+    found.click()
+
+
+def test_a_system_prompt_a_form_and_the_same_by_curl(page: Page, text_service: tuple[str, Any]) -> None:
+    url = text_service[0]
+    page.open(url)
+    page.choose("small")
+    page.fill("input[name=temperature]", "0")
+    page.fill("input[name=max_tokens]", "30")
+    unfold(page, "System prompt")
+    page.fill("textarea[name=system]", "Go")
+    unfold(page, "Form of the answer")
+    page.fill("textarea[name=schema]", json.dumps(SCHEMA))
+    assert [summary.text for summary in page.all("summary")][:2] == ["System prompt", "Form of the answer"]
+    assert len(page.all(".is-set")) == 2
+    page.fill("textarea[name=prompt]", "it's")
+    unfold(page, "Copy as curl")
+    command = page.one("pre").get_property("textContent")
+    page.one("button[name=copy]").click()
+    page.wait(lambda: page.one(".copied").text)
+    words = shlex.split(str(command).replace("\\\n", " "))
+    assert words[:3] == ["curl", "-N", f"{url}v1/chat/completions"]
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["messages"] == [{"role": "system", "content": "Go"}, {"role": "user", "content": "it's"}]
+    assert body["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert body.pop("stream") is True
+    assert body.pop("stream_options") == {"include_usage": True}
+    reference = post(words[2], body)["choices"][0]["message"]["content"]
+    assert list(json.loads(reference)) == ["a"]
+    page.one("button[name=send]").click()
+    page.wait(lambda: ANSWERED in page.one(".note").text and page.one("button[name=send]").text == "Send")
+    assert page.one(".answer").get_property("textContent") == reference
+    after = json.loads(shlex.split(str(page.one("pre").get_property("textContent")).replace("\\\n", " "))[-1])
+    assert [message["content"] for message in after["messages"]] == ["Go", "it's", reference, ""]
+    page.mode("Complete")
+    assert [summary.text for summary in page.all("summary")] == ["Form of the answer", "Copy as curl"]
+    assert page.problems() == []
+
+
+def test_forms_that_cannot_be_taken(page: Page, text_service: tuple[str, Any]) -> None:
+    page.open(text_service[0])
+    page.mode("Complete")
+    unfold(page, "Form of the answer")
+    page.fill("textarea[name=prompt]", "Hello")
+    page.fill("textarea[name=schema]", '{"type": ')
+    unfold(page, "Form of the answer")  # closes it
+    page.one("button[name=send]").click()
+    page.wait(lambda: "This is not JSON" in page.one(".more .error").text)
+    field = page.one("textarea[name=schema]")
+    assert page.driver.switch_to.active_element == field
+    assert field.get_attribute("aria-invalid") == "true"
+    assert page.shown(".empty")
+    page.fill("textarea[name=schema]", '{"type": "object", "propertyNames": {}}')
+    assert not page.shown(".panel .error")
+    page.one("button[name=send]").click()
+    page.wait(lambda: page.shown(".panel .error"))
+    assert page.one(".panel .error").text.startswith("400: ")
+    assert "propertyNames" in page.one(".panel .error").text
+    assert page.one("textarea[name=prompt]").get_property("value") == "Hello"
+
+
+def test_cached_tokens_are_shown(page: Page, text_service: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = TextAnswers.usage
+    details = {"prompt_tokens_details": {"cached_tokens": 4}}
+    monkeypatch.setattr(TextAnswers, "usage", lambda answers: {**usage(answers), **details})
+    page.open(text_service[0])
+    page.mode("Complete")
+    page.complete("Hello", 4)
+    assert page.one(".note").text.endswith(" · cut at max tokens · 4 of 5 prompt tokens cached")
+
+
+def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page: Page, text_service: tuple[str, Any]) -> None:
+    page.open(text_service[0])
+    for title in ("System prompt", "Form of the answer", "Copy as curl"):
+        unfold(page, title)
+    controls = {"textbox", "spinbutton", "button", "combobox", "radio", "DisclosureTriangle", "link"}
+    nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    found = [node for node in nodes if not node["ignored"] and node["role"]["value"] in controls]
+    assert len(found) >= 16
+    assert [node["role"]["value"] for node in found if not node["name"]["value"].strip()] == []
+    page.one("textarea[name=prompt]").click()
+    reached = []
+    for _ in range(11):
+        webdriver.ActionChains(page.driver).send_keys(Keys.TAB).perform()
+        focused = page.driver.switch_to.active_element
+        reached.append(focused.get_attribute("name") or focused.tag_name)
+    expected = [
+        "temperature",
+        "max_tokens",
+        "seed",
+        "clear",
+        "send",
+        "summary",
+        "system",
+        "summary",
+        "schema",
+        "summary",
+    ]
+    assert reached == [*expected, "pre"]
 
 
 def test_errors_are_shown(page: Page, text_service: tuple[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 import { element, find, fromTemplate, number, onSubmit, showError } from "./dom.js";
 import { get, post } from "./service.js";
+import { showCommand } from "./shell.js";
 
-const MOST_COMMAND = 100_000; // bytes of a request in a command; systems take few more
 const SHOWN = 8; // values of an output
 
 export async function tensorsPanel(base, model, asksForKey) {
@@ -13,26 +13,17 @@ export async function tensorsPanel(base, model, asksForKey) {
   find(".tables", panel).append(table("Inputs", inputs), table("Outputs", outputs));
   await fill(panel, field, base);
 
-  function writeCommand() {
-    const isLong = field.value.length > MOST_COMMAND;
-    find(".note", panel).hidden = !isLong;
-    find("pre", panel).textContent = command(path(), isLong ? "@request.json" : field.value, asksForKey);
-  }
-
   function path() {
     return `v2/models/${encodeURIComponent(model())}/infer`;
   }
 
-  field.addEventListener("input", writeCommand);
-  find("#adapter select").addEventListener("change", writeCommand);
-  writeCommand();
+  showCommand(panel, asksForKey, () => ({ path: path(), body: field.value.replaceAll("\n", " ") }));
   onSubmit(panel, async () => {
     const started = performance.now();
     const answer = await post(path(), field.value);
     const took = element("p", { class: "quiet" }, `${number(performance.now() - started)} ms`);
     find(".result", panel).replaceChildren(...answer.outputs.map(output), took);
   });
-  panel.elements.copy.addEventListener("click", () => copy(find("pre", panel), find(".copied", panel)));
   return panel;
 }
 
@@ -60,27 +51,9 @@ async function fill(panel, field, base) {
   }
 }
 
-function command(path, body, asksForKey) {
-  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const lines = [`curl ${quoted(new URL(path, document.baseURI).href)}`];
-  if (asksForKey) lines.push('-H "Authorization: Bearer $GRALORA_FX_API_KEY"');
-  lines.push("-H 'Content-Type: application/json'", `-d ${quoted(body.replaceAll("\n", " "))}`);
-  return lines.join(" \\\n  ");
-}
-
 function output({ name, datatype, shape, data }) {
   const more = data.length > SHOWN ? ` … ${number(data.length - SHOWN, 0)} more` : "";
   const values = data.slice(0, SHOWN).map((value) => (typeof value === "number" ? number(value, 4) : value));
   const title = element("p", { class: "quiet" }, `${name} · ${datatype} ${written(shape)}`);
   return element("div", { class: "output" }, title, element("code", {}, values.join("  ") + more));
-}
-
-async function copy(place, note) {
-  try {
-    await navigator.clipboard.writeText(place.textContent);
-    note.textContent = "Copied";
-  } catch {
-    getSelection().selectAllChildren(place); // browsers give the clipboard to secure pages alone
-    note.textContent = "Selected: press Ctrl+C";
-  }
 }

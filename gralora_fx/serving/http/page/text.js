@@ -2,6 +2,7 @@
 
 import { element, find, fromTemplate, number, showError } from "./dom.js";
 import { events } from "./service.js";
+import { showCommand } from "./shell.js";
 
 const USUAL_TOKENS = 256;
 const FORMS = {
@@ -10,7 +11,7 @@ const FORMS = {
     caption: "Message",
     keys: "Enter sends, Shift+Enter begins a new line",
     empty: "Say something. The model answers here, word by word.",
-    body: (entries) => ({ messages: entries.flatMap(messages) }),
+    body: (entries, system) => ({ messages: [...(system ? [{ role: "system", content: system }] : []), ...entries.flatMap(messages)] }),
     text: (choice) => choice.delta.content,
   },
   complete: {
@@ -28,7 +29,7 @@ function messages(entry) {
   return entry.answer === null ? [asked] : [asked, { role: "assistant", content: entry.answer }];
 }
 
-export function textPanel(kind, info, model) {
+export function textPanel(kind, info, model, asksForKey) {
   const form = FORMS[kind];
   const panel = fromTemplate("text");
   const fields = find("form", panel).elements;
@@ -40,6 +41,7 @@ export function textPanel(kind, info, model) {
   panel.classList.add(kind);
   find(".caption", panel).append(form.caption, element("span", { class: "quiet" }, form.keys));
   empty.textContent = form.empty;
+  if (kind !== "chat") find(".for-chat", panel).remove(); // a prompt is all that a completion goes on from
   const most = info.context_length ?? 2 * USUAL_TOKENS;
   fields.max_tokens.value = Math.max(1, Math.min(USUAL_TOKENS, Math.floor(most / 2)));
   if (info.context_length) fields.max_tokens.max = Math.max(1, info.context_length - 1); // a prompt has one, too
@@ -49,6 +51,7 @@ export function textPanel(kind, info, model) {
     entries = [];
     log.replaceChildren(empty);
     showError(panel, null);
+    writeCommand();
     fields.prompt.focus();
   }
 
@@ -59,10 +62,46 @@ export function textPanel(kind, info, model) {
     log.setAttribute("aria-busy", String(controller !== null));
   }
 
+  // What a request asks for; the form of the answer as it is written, if it cannot be read.
+  function request(asked, { strict }) {
+    const schema = fields.schema.value.trim();
+    return {
+      model: model(),
+      ...form.body(asked, fields.system?.value.trim()),
+      stream: true,
+      stream_options: { include_usage: true },
+      temperature: Number(fields.temperature.value),
+      max_tokens: Number(fields.max_tokens.value),
+      ...(fields.seed.value === "" ? {} : { seed: Number(fields.seed.value) }),
+      ...(schema ? { response_format: { type: "json_schema", json_schema: { name: "answer", schema: parsed(schema, strict) } } } : {}),
+    };
+  }
+
+  // The boxes that have an effect, also while they are closed.
+  function markUsed() {
+    for (const field of [fields.system, fields.schema]) field?.closest("details").classList.toggle("is-set", field.value.trim() !== "");
+    if (fields.schema.ariaInvalid) showSchemaError(null);
+  }
+
+  function showSchemaError(error) {
+    const box = fields.schema.closest("details");
+    fields.schema.ariaInvalid = error ? "true" : null;
+    box.open ||= error !== null;
+    showError(box, error && new Error(`This is not JSON: ${error.message}`));
+    if (error) fields.schema.focus();
+  }
+
   async function answer() {
     const controller = new AbortController();
     const entry = { prompt: fields.prompt.value, answer: null };
     const asked = [...entries, entry];
+    let body; // as it is now, also where fields change while it is answered
+    try {
+      body = request(asked, { strict: true });
+    } catch (error) {
+      showSchemaError(error);
+      return;
+    }
     const shown = newEntry(entry.prompt);
     empty.remove();
     log.append(shown.item);
@@ -71,20 +110,12 @@ export function textPanel(kind, info, model) {
     showError(panel, null);
     setRunning(controller);
     const started = performance.now();
-    const seen = { tokens: 0, first: null, last: started, stopped: false };
-    const body = {
-      model: model(),
-      ...form.body(asked),
-      stream: true,
-      stream_options: { include_usage: true },
-      temperature: Number(fields.temperature.value),
-      max_tokens: Number(fields.max_tokens.value),
-      ...(fields.seed.value === "" ? {} : { seed: Number(fields.seed.value) }),
-    };
+    const seen = { tokens: 0, first: null, last: started, stopped: false, ending: null, usage: null };
     try {
       for await (const event of events(form.path, body, controller.signal)) {
         const text = event.choices.length ? form.text(event.choices[0]) : null;
-        if (event.usage) seen.tokens = event.usage.completion_tokens;
+        if (event.usage) [seen.tokens, seen.usage] = [event.usage.completion_tokens, event.usage];
+        seen.ending = event.choices[0]?.finish_reason ?? seen.ending;
         if (!text) continue;
         shown.answer.append(text);
         seen.last = performance.now();
@@ -108,6 +139,7 @@ export function textPanel(kind, info, model) {
     shown.note.textContent = described(body.model, seen, started);
     entry.answer = shown.answer.textContent;
     if (log.contains(shown.item)) entries = asked;
+    writeCommand(); // of the chat as it is now
   }
 
   find("form", panel).addEventListener("submit", (event) => {
@@ -120,6 +152,11 @@ export function textPanel(kind, info, model) {
     abort.abort();
   });
   fields.clear.addEventListener("click", clear);
+  panel.addEventListener("input", markUsed);
+  const writeCommand = showCommand(panel, asksForKey, () => {
+    const asked = [...entries, { prompt: fields.prompt.value, answer: null }];
+    return { path: form.path, body: JSON.stringify(request(asked, { strict: false })), streams: true };
+  });
   fields.prompt.addEventListener("keydown", (event) => {
     const sends = event.key === "Enter" && !event.isComposing && (kind === "chat" ? !event.shiftKey : event.ctrlKey || event.metaKey);
     if (!sends) return;
@@ -127,6 +164,15 @@ export function textPanel(kind, info, model) {
     if (!abort) event.target.form.requestSubmit();
   });
   return panel;
+}
+
+function parsed(schema, strict) {
+  try {
+    return JSON.parse(schema);
+  } catch (error) {
+    if (strict) throw error;
+    return schema;
+  }
 }
 
 function newEntry(prompt) {
@@ -146,6 +192,9 @@ function described(model, seen, started) {
     parts.push(`${seen.tokens} ${seen.tokens === 1 ? "token" : "tokens"}`);
     if (speed) parts.push(speed);
     parts.push(`first after ${number(seen.first, 0)} ms`);
+    if (seen.ending === "length") parts.push("cut at max tokens");
   } else if (!seen.stopped) parts.push("no text");
+  const cached = seen.usage?.prompt_tokens_details?.cached_tokens;
+  if (cached !== undefined) parts.push(`${number(cached, 0)} of ${number(seen.usage.prompt_tokens, 0)} prompt tokens cached`);
   return parts.join(" · ");
 }
