@@ -33,17 +33,27 @@ class Decoder(ABC):
         chunk: The most tokens that a row may read in a step.
         gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
         unshared: Why rows cannot share what they have read; empty if they can.
+        draft_problem: Why rows cannot verify draft tokens: a step cannot give the logits after several tokens of a row,
+            or a row cannot be set back. None if they can.
     """
 
     unshared: ClassVar[str] = "rows of the export run one after the other, each with a cache of its own"
 
-    def __init__(self, limits: DecoderLimits, size: DecoderSize, *, gives_all: bool = False) -> None:
+    def __init__(
+        self,
+        limits: DecoderLimits,
+        size: DecoderSize,
+        *,
+        gives_all: bool = False,
+        draft_problem: str | None = "its rows run one after the other",
+    ) -> None:
         """Make room for rows.
 
         Args:
             limits: What the model can take.
             size: How much room to make.
             gives_all: Whether a step gives the logits after each token.
+            draft_problem: Why rows cannot verify draft tokens; None if they can.
 
         Raises:
             ServingError: The capacity is above the model's context.
@@ -54,7 +64,7 @@ class Decoder(ABC):
         self.limits = limits if size.capacity is None else limits.within(size.capacity, "capacity")
         self.rows = size.rows
         self.chunk = min(size.chunk, self.limits.context)  # a row has room for no more
-        self.gives_all = gives_all
+        self.gives_all, self.draft_problem = gives_all, draft_problem
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
         self._shared: SharedRows | None = None  # of a decoder whose rows share what they read
         self._lock = threading.Lock()
@@ -148,20 +158,45 @@ class Decoder(ABC):
                 self._shared.end(row, length)
             self._end(row)
 
-    def step(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, NDArray[Any]]:
+    def rewind(self, row: int, length: int) -> None:
+        """Set a row back, so that it goes on as if it had not read its last tokens.
+
+        Args:
+            row: Its number, as `open` gave it.
+            length: How many of the tokens that it has read it keeps.
+
+        Raises:
+            ServingError: The row is not open, has read fewer, or cannot be set back.
+        """
+        with self._lock:
+            self._check_open(row)
+            if type(length) is not int or not 0 <= length <= self._lengths[row]:
+                raise ServingError(
+                    f"row {row} has read {self._lengths[row]} tokens and cannot be set back to {shown(length)}"
+                )
+            if self.draft_problem is not None and length < self._lengths[row]:
+                raise ServingError(f"row {row} cannot be set back: {self.draft_problem}")
+            self._lengths[row] = length
+
+    def step(
+        self, tokens: Mapping[int, Sequence[int]], last: Mapping[int, int] | None = None
+    ) -> dict[int, NDArray[Any]]:
         """Let rows read tokens.
 
         Args:
             tokens: The tokens of each row that reads: a chunk of its prompt, or one that was chosen. All other rows
                 are idle.
+            last: Of rows that verify drafts, or may, after how many of the last tokens the logits are wanted. What they
+                compute of a token is bit for bit the same whether they read it alone or with others.
 
         Returns:
             For each of these rows the logits after its last token, `[vocabulary]`; of an export with `logits="all"`
-            those after each, `[tokens, vocabulary]`.
+            those after each, `[tokens, vocabulary]`; of a row in `last` those after its last, `[last, vocabulary]`.
 
         Raises:
             ServingError: A row is not open, its tokens are none, more than `chunk`, more than it has room for, or
-                outside the vocabulary, or ONNX Runtime fails; no row has read anything then.
+                outside the vocabulary, more logits are wanted than it reads tokens, it cannot verify drafts, or ONNX
+                Runtime fails; no row has read anything then.
         """
         with self._lock:
             if not isinstance(tokens, Mapping):
@@ -169,8 +204,9 @@ class Decoder(ABC):
             read = {number: self._tokens(number, given) for number, given in tokens.items()}
             if not read:
                 return {}
+            last = self._last(last or {}, read)
             try:
-                logits = self._run(read)
+                logits = self._run(read, last)
             except ServingError:
                 raise
             except Exception as failure:  # ONNX Runtime raises types of its own
@@ -178,7 +214,9 @@ class Decoder(ABC):
                 raise ServingError(f"ONNX Runtime fails on rows of {sizes} tokens: {first_line(failure)}") from failure
             for number, array in read.items():
                 if self._shared is not None:
-                    self._shared.read(number, self._lengths[number], array.tolist())
+                    is_several = len(array) > 1 or number in last
+                    drafts = last.get(number, 1) - 1
+                    self._shared.read(number, self._lengths[number], array.tolist(), drafts, is_several=is_several)
                 self._lengths[number] += len(array)
         return logits
 
@@ -197,8 +235,16 @@ class Decoder(ABC):
         """Let go what a row had."""
 
     @abstractmethod
-    def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
+    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
         """Let rows read tokens after those that they have read, and give their logits as `step` does."""
+
+    def _last(self, last: Mapping[int, int], read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, int]:
+        for row, count in last.items():
+            if type(count) is not int or row not in read or not 0 < count <= len(read[row]):
+                raise ServingError(f"logits of {shown(count)} tokens of row {shown(row)} are wanted; it reads fewer")
+        if last and self.draft_problem is not None:
+            raise ServingError(f"a row gives the logits after one token: {self.draft_problem}")
+        return last
 
     def _tokens(self, number: int, given: Sequence[int]) -> NDArray[np.int64]:
         self._check_open(number)

@@ -132,7 +132,7 @@ class EncoderDecoder(Decoder):
     def _end(self, row: int) -> None:
         del self._open[row]
 
-    def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
+    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
         stepped = {row: _step(self._open[row], tokens, self._lengths[row]) for row, tokens in read.items()}
         self._open |= {row: after for row, (after, _) in stepped.items()}
         return {row: logits for row, (_, logits) in stepped.items()}

@@ -22,10 +22,12 @@ from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_arrays import BASE
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.runtime.opened_rows import ATTENTION_SEQLENS, LOGITS_INDICES
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
 from gralora_fx.runtime.session import CPU, QUIET_RUN
 from gralora_fx.runtime.session_views import PAST, PRESENT, as_past
 
+_SEVERAL = 2  # tokens of a row from which attention has the kernel of several
 _READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
 
 
@@ -143,12 +145,14 @@ class RowsDecoder(Decoder):
             ServingError: As of `Decoder`.
             PrefixCacheError: The prefix cache has no room for a block, or steps are too short to share what they read.
         """
-        super().__init__(limits, size, gives_all=gives_all(session))
+        inputs = {value.name for value in session.get_inputs()}
+        self._takes_adapters, self._is_opened = ADAPTER_IDS in inputs, ATTENTION_SEQLENS in inputs
+        problem = None if self._is_opened else "the graph of its rows gives logits after the last token of each alone"
+        super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem)
         self._adapters = adapters
-        self._takes_adapters = any(value.name == ADAPTER_IDS for value in session.get_inputs())
         self._row_adapters: dict[int, LoadedAdapter | None] = {}
         self._stack: Stack | None = None
-        widest = max(self.chunk, 2)  # the operator writes a chunk as long as the longest, wherever a row is
+        widest = max(self.chunk, _SEVERAL)  # the operator writes a chunk as long as the longest, wherever a row is
         try:
             self._steps = BufferedSteps(session, rows=self.rows, length=self.capacity + widest)
         except (MemoryError, OverflowError, ValueError) as failure:
@@ -186,22 +190,44 @@ class RowsDecoder(Decoder):
             self._stack = None
             self._steps.forget_adapters()
 
-    def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
+    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
         rows = range(min(read), max(read) + 1)  # the others take no time at all
+        read, attended = {row: read[row] for row in sorted(read)}, np.zeros(len(rows), dtype=np.int32)
+        given = {row: self._given(row, array, row in last) for row, array in read.items()}
         # attention that sees one token of each row takes another way, with other last digits
-        ids = np.zeros((len(rows), max(2, *map(len, read.values()))), dtype=np.int64)
+        ids = np.zeros((len(rows), max(_SEVERAL, *map(len, given.values()))), dtype=np.int64)
         query = np.zeros(len(rows), dtype=np.int32)
-        for row, array in read.items():
+        for row, array in given.items():
             ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
+            is_several = row in last and self._lengths[row] + _SEVERAL <= self.capacity
+            attended[row - rows.start] = max(len(array), _SEVERAL if is_several else 1)
         before = np.array([self._lengths.get(row, 0) for row in rows], dtype=np.int32)
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
         numbers, values = self._of_adapters()
         if numbers is not None:
             feed[ADAPTER_IDS] = numbers[rows.start : rows.stop]
+        if self._is_opened:
+            feed[ATTENTION_SEQLENS] = attended
+        counts = {row: last.get(row, len(array) if self.gives_all else 1) for row, array in read.items()}
+        if self._is_opened and not self.gives_all:
+            starts = np.cumsum([0, *map(len, given.values())])
+            ends = {row: start + len(read[row]) for row, start in zip(read, starts, strict=False)}
+            feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])
         logits: NDArray[Any] = self._steps(feed, values, rows).float().numpy()
-        return {
-            row: logits[row - rows.start, slice(len(array)) if self.gives_all else 0] for row, array in read.items()
-        }
+        if self.gives_all:
+            return {row: logits[row - rows.start, len(read[row]) - counts[row] : len(read[row])] for row in read}
+        if not self._is_opened:
+            return {row: logits[row - rows.start, 0] for row in read}
+        of_rows = zip(read, np.split(logits[:, 0], np.cumsum(list(counts.values()))[:-1]), strict=True)
+        return {row: array if row in last else array[-1] for row, array in of_rows}
+
+    def _given(self, row: int, tokens: NDArray[np.int64], is_several: bool) -> NDArray[np.int64]:
+        """What a row reads: of one token that is to be as one of several, the token twice where it has an adapter.
+
+        The row does not keep the second, which gives the products of the adapter the kernel of several, too.
+        """
+        is_alone = is_several and len(tokens) == 1 and self._row_adapters[row] is not None
+        return np.repeat(tokens, 2) if is_alone and self._lengths[row] + _SEVERAL <= self.capacity else tokens
 
     def _of_adapters(self) -> tuple[NDArray[np.int64] | None, Mapping[str, Any]]:
         """The id of each row's adapter, and the stacked tensors; neither for a graph without adapters."""
@@ -287,7 +313,7 @@ class SequentialDecoder(Decoder):
     def _end(self, row: int) -> None:
         del self._open[row]
 
-    def _run(self, read: Mapping[int, NDArray[np.int64]]) -> dict[int, NDArray[Any]]:
+    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
         stepped = {row: self._step(self._open[row], tokens, self._lengths[row]) for row, tokens in read.items()}
         for row, (cache, _) in stepped.items():
             self._open[row].cache = cache

@@ -68,12 +68,26 @@ class SharedRows:
             self.cache.store(shared.root, shared.text[:stop], self._tensors(row))
         del self._rows[row]
 
-    def read(self, row: int, length: int, tokens: Sequence[int]) -> None:
-        """A row has read tokens, after so many others."""
+    def read(self, row: int, length: int, tokens: Sequence[int], drafts: int = 0, *, is_several: bool = True) -> None:
+        """A row has read tokens, after so many others.
+
+        Args:
+            row: Its number.
+            length: How many tokens it had read before.
+            tokens: The tokens.
+            drafts: How many of them, at the end, the row may not keep.
+            is_several: Whether they were read as several tokens are.
+        """
         shared = self._at(row, length)
+        if drafts:
+            self._keep_blocks(row, shared)
         shared.text += tokens
-        if len(tokens) == 1:
+        if not is_several:
             shared.exact = min(shared.exact, length)
+        if not drafts:
+            self._keep_blocks(row, shared)
+
+    def _keep_blocks(self, row: int, shared: _SharedRow) -> None:
         whole = (self._sharable(shared) - shared.kept) // BLOCK * BLOCK
         if whole > 0:
             shared.kept += whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def open_session(
     runtime: Runtime | None = None,
     *,
     name: str = MODEL_NAME,
+    change: Callable[[onnx.ModelProto], bool] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> Any:
     """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two.
@@ -71,6 +72,8 @@ def open_session(
         directory: An export directory.
         runtime: How to run it; None for the CPU.
         name: The file of the model, where it is one.
+        change: Changes its graph, in place, before it is opened, and says whether it did; weights are not read. None
+            for a model as it is.
         error: The error type to raise.
 
     Raises:
@@ -81,18 +84,24 @@ def open_session(
     if (folder / f"{ENCODER}.onnx").is_file():
         parts = [_open(folder / f"{name}.onnx", runtime, error) for name in (ENCODER, DECODER)]
         return EncoderDecoderSession(*parts)
-    return _open(folder / name, runtime, error)
+    return _open(folder / name, runtime, error, change)
 
 
-def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
+def _open(
+    path: Path,
+    runtime: Runtime,
+    error: type[GraloraError],
+    change: Callable[[onnx.ModelProto], bool] | None = None,
+) -> Any:
     if not path.is_file():
         raise error(f"no {path.name} in {path.parent}; give the directory of an export")
     check_external_data(path, error)
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
+    change = _take_defaults if runtime.devices else change
     try:
         session = onnxruntime.InferenceSession(
-            _without_defaults(path, options) if runtime.devices else str(path),
+            str(path) if change is None else _changed(path, change, options),
             options,
             providers=providers or None,
             enable_fallback=0,
@@ -114,26 +123,34 @@ def _open(path: Path, runtime: Runtime, error: type[GraloraError]) -> Any:
     return session
 
 
-def _without_defaults(path: Path, options: onnxruntime.SessionOptions) -> str | bytes:
-    """A model for a plug-in provider: OpenVINO's takes no initializer that may be overridden, so these are inputs.
+def _changed(path: Path, change: Callable[[onnx.ModelProto], bool], options: onnxruntime.SessionOptions) -> str | bytes:
+    """A model after a change.
 
     Args:
         path: The model.
+        change: As of `open_session`.
         options: The options that it is opened with, which learn where its weights are.
 
     Returns:
-        The path, or the bytes of a model whose overridable initializers have no values.
+        Its bytes; the path where nothing was changed.
     """
     model = onnx.load(str(path), load_external_data=False)
-    inputs = {value.name for value in model.graph.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in inputs]
-    if len(kept) == len(model.graph.initializer):
+    if not change(model):
         return str(path)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     data: bytes = model.SerializeToString()
     return data
+
+
+def _take_defaults(model: onnx.ModelProto) -> bool:
+    """Take the values of initializers that may be overridden, which are inputs then: OpenVINO's provider needs that."""
+    inputs = {value.name for value in model.graph.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in inputs]
+    if len(kept) == len(model.graph.initializer):
+        return False
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return True
 
 
 def _reason(failure: Exception) -> str:

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.adapters import Adapters
@@ -30,6 +31,7 @@ from gralora_fx.runtime.export_directory import (
 )
 from gralora_fx.runtime.export_files import check_files, check_requirements
 from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.opened_rows import open_rows
 from gralora_fx.runtime.placement import (
     Placement,
     describe_placement,
@@ -55,12 +57,14 @@ class Reading:
             the CPU runs all of it, and whether every call names an adapter for each row.
         calls_rows: Whether calls run `model_rows.onnx` where they name an adapter for each row.
         generation: How an open export generates; it raises a `ServingError` where it does not.
+        changes_rows: Changes the graph of `model_rows.onnx` before it is opened (see `open_session`), or None.
     """
 
     name: str
     opens_rows: Callable[[bool, bool], bool]
     calls_rows: bool
     generation: Callable[[OpenExport], Generation]
+    changes_rows: Callable[[onnx.ModelProto], bool] | None = None
 
 
 class OpenExport:
@@ -204,7 +208,8 @@ class OpenExport:
         return self._open(name)
 
     def _open(self, name: str) -> Any:
-        return open_session(self.directory, self._runtime, name=name, error=ServingError)
+        change = self.reading.changes_rows if name == ROWS_NAME else None
+        return open_session(self.directory, self._runtime, name=name, change=change, error=ServingError)
 
     def _check_unchanged(self) -> None:
         """Check that the directory was not moved or replaced by another export since it was opened.
@@ -276,7 +281,13 @@ READINGS = {
     for reading in (
         Reading(PLAIN_KIND, lambda is_on_cpu, by_row: by_row, calls_rows=True, generation=_no_generation),
         # other providers lack the operators of rows
-        Reading(DECODER_KIND, lambda is_on_cpu, by_row: is_on_cpu, calls_rows=False, generation=_decoder_generation),
+        Reading(
+            DECODER_KIND,
+            lambda is_on_cpu, by_row: is_on_cpu,
+            calls_rows=False,
+            generation=_decoder_generation,
+            changes_rows=open_rows,
+        ),
         Reading(
             ENCODER_DECODER_KIND,
             lambda is_on_cpu, by_row: False,

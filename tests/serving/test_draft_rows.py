@@ -1,0 +1,133 @@
+"""Rows that read draft tokens: what a token gives does not depend on how many are read with it, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from served_exports import CACHED, adapted
+from traces import fresh_trace
+
+from gralora_fx.engine.decoder import Decoder
+from gralora_fx.errors import ServingError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.serving import OrtModel, load
+
+PROMPT, TEXT = [5, 9, 33, 71, 8], [12, 40, 3, 3, 88, 61, 5, 9]
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "float32": {},
+    "float16": {"precision": "fp16"},
+    "int4": {"quantize": "int4"},
+    "int8-dynamic": {"quantize": "int8-dynamic"},
+    "logits of all": {"logits": "all"},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:AzureExecutionProvider takes no node of this model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
+    """Two adapters over one base."""
+    folder = tmp_path_factory.mktemp("drafts")
+    model, _ = adapted("llama", folder, CACHED)
+    export_onnx(model, folder / "onnx", adapters="data", verify=False)
+    return load(folder / "onnx", threads=1)
+
+
+def read(decoder: Decoder, row: int, count: int, others: Mapping[int, Sequence[int]] | None = None) -> NDArray[Any]:
+    """The logits after each token of a text, of which some are read in a step; other rows read with each."""
+    decoder.rewind(row, len(PROMPT))
+    found = []
+    for start in range(0, len(TEXT), count):
+        part = TEXT[start : start + count]
+        for other in others or ():
+            decoder.rewind(other, 0)
+        found.append(decoder.step({row: part, **(others or {})}, {row: len(part)})[row].copy())
+        assert found[-1].shape[0] == len(part)
+    return np.concatenate(found)
+
+
+def check_bits(decoder: Decoder, adapter: str | None, *others: str | None) -> None:
+    row, beside = decoder.open(adapter), [decoder.open(other) for other in others]
+    decoder.step({row: PROMPT})
+    alone = read(decoder, row, 1)
+    for count in (2, 3, 5, 8):
+        assert np.array_equal(read(decoder, row, count), alone)
+    neighbours = {other: [7] * (1 + 3 * index) for index, other in enumerate(beside)}
+    for count in (1, 3) if beside else ():
+        assert np.array_equal(read(decoder, row, count, neighbours), alone)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", KINDS)
+def test_a_token_gives_the_same_alone_and_among_others(name: str, tmp_path: Path) -> None:
+    export_onnx(fresh_trace("llama", task=CACHED), tmp_path / "onnx", verify=False, **KINDS[name])
+    decoder = load(tmp_path / "onnx", threads=1).decoder(rows=3, capacity=24, chunk=8)
+    assert decoder.draft_problem is None
+    check_bits(decoder, None, None, None)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "phi3"])
+def test_in_other_architectures(name: str, tmp_path: Path) -> None:
+    export_onnx(fresh_trace(name, task=CACHED), tmp_path / "onnx", verify=False)
+    check_bits(load(tmp_path / "onnx", threads=1).decoder(rows=3, capacity=24, chunk=8), None, None, None)
+
+
+def test_with_adapters_beside_others(data: OrtModel) -> None:
+    check_bits(data.decoder(rows=3, capacity=24, chunk=8), "wide", "small", None)
+
+
+def test_a_row_that_was_set_back_goes_on_as_if_it_had_not_read_more(data: OrtModel) -> None:
+    decoder = data.decoder(rows=2, capacity=24, chunk=8)
+    row, other = decoder.open("wide"), decoder.open("small")
+    decoder.step({row: PROMPT, other: PROMPT})
+    expected = decoder.step({row: [7]})[row].copy()
+    decoder.rewind(row, len(PROMPT))
+    decoder.step({row: [1, 2, 3, 4], other: [6]})
+    decoder.rewind(row, len(PROMPT))
+    assert decoder.length(row) == len(PROMPT)
+    assert np.array_equal(decoder.step({row: [7]})[row], expected)
+
+
+def test_the_last_token_that_there_is_room_for_can_be_verified(tmp_path: Path) -> None:
+    export_onnx(fresh_trace("gpt2", task=CACHED, n_positions=32), tmp_path / "onnx", verify=False)
+    decoder = load(tmp_path / "onnx", threads=1).decoder(rows=1)
+    row = decoder.open()
+    decoder.step({row: PROMPT * 6})
+    for token in (3, 4):
+        decoder.step({row: [token]}, {row: 1})
+    assert decoder.length(row) == decoder.capacity == 32
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda decoder, row: decoder.rewind(row, 9), "has read 5 tokens and cannot be set back to 9"),
+        (lambda decoder, row: decoder.rewind(row, -1), "cannot be set back to -1"),
+        (lambda decoder, row: decoder.rewind(7, 0), "row 7 is not open"),
+        (lambda decoder, row: decoder.step({row: [3]}, {row: 2}), "logits of 2 tokens of row 0 are wanted"),
+        (lambda decoder, row: decoder.step({row: [3]}, {1: 1}), "logits of 1 tokens of row 1 are wanted"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_read(data: OrtModel, call: Any, message: str) -> None:
+    decoder = data.decoder(rows=2, capacity=24, chunk=8)
+    row = decoder.open()
+    decoder.step({row: PROMPT})
+    with pytest.raises(ServingError, match=message):
+        call(decoder, row)
+    assert decoder.length(row) == len(PROMPT)
+
+
+def test_rows_that_run_one_after_the_other_say_so(data: OrtModel) -> None:
+    elsewhere = load(data.directory, ["AzureExecutionProvider", "CPUExecutionProvider"], threads=1)
+    decoder = elsewhere.decoder(rows=1, capacity=24)
+    row = decoder.open()
+    decoder.step({row: PROMPT})
+    with pytest.raises(ServingError, match="its rows run one after the other"):
+        decoder.rewind(row, 2)
+    with pytest.raises(ServingError, match="its rows run one after the other"):
+        decoder.step({row: [3, 4]}, {row: 2})
+    assert decoder.length(row) == len(PROMPT)
