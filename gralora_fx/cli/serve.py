@@ -102,10 +102,6 @@ def serve(
             "has no effect with --engine ray, whose proxy takes the connections",
             {"--max-connections": max_connections, "--read-timeout": read_timeout},
         )
-        _check_idle(
-            "is not supported with --engine ray, whose replicas have the same adapters",
-            {"--adapter-root": adapter_root},
-        )
         _serve_replicas(settings, replicas or _REPLICAS, host, port, has_access_log=access_log)
         return
     with ExitStack() as stack:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from gralora_fx.config.byte_sizes import read_size
+from gralora_fx.config.byte_sizes import read_size, size_problem
 from gralora_fx.config.option import Option, check_options
 from gralora_fx.errors import ConfigError, shown
 
@@ -42,7 +43,10 @@ class ServiceSettings:
         directory: The export directory; its name is the base's name.
         adapters: `.onnx_adapter` files, or directories that PEFT saved an adapter to, by the adapters' names; they are
             served beside the export's own, and instead of one of the same name.
-        adapter_root: The directory that requests may load adapters from; None if they may load none.
+        adapter_root: The directory whose adapters requests may name, and load; None if there is none.
+        max_adapters: The most adapters in memory; None for 64, or as many as there are at the start if those are more.
+        max_adapter_rank: The largest rank of an adapter; None for no limit.
+        max_adapter_memory: The most bytes of all adapters in memory, such as `512MiB`; None for no limit.
         max_batch: The most rows of a batch, None for 8; for a decoder requests that it answers together, None for 16.
         max_queue: The most requests, or rows of an encoder, that may wait.
         max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
@@ -60,8 +64,29 @@ class ServiceSettings:
     adapter_root: Annotated[
         Path | None,
         Option(
-            "Let requests load and unload adapters of this directory: .onnx_adapter files and PEFT's directories.",
+            "Let requests name, load and unload adapters of this directory: .onnx_adapter files, PEFT's directories.",
             metavar="DIR",
+        ),
+    ] = None
+    max_adapters: Annotated[
+        int | None,
+        Option(
+            "Most adapters in memory; those of the root that no request holds go, the least recently used first.",
+            metavar="N",
+            left_out="64, or those given at the start if they are more",
+            least=1,
+        ),
+    ] = None
+    max_adapter_rank: Annotated[
+        int | None, Option("Largest rank of an adapter.", metavar="N", left_out="no limit", least=1)
+    ] = None
+    max_adapter_memory: Annotated[
+        str | None,
+        Option(
+            "Most memory of all adapters, such as 512MiB.",
+            metavar="SIZE",
+            left_out="no limit",
+            problem=partial(size_problem, "max_adapter_memory"),
         ),
     ] = None
     max_batch: Annotated[
@@ -126,6 +151,11 @@ class ServiceSettings:
             ConfigError: A count is not a whole number of at least 1, or the key is empty or not ASCII.
         """
         check_options(self, ConfigError)
+
+    @property
+    def adapter_bytes(self) -> int | None:
+        """The most bytes of all adapters in memory."""
+        return read_size(self.max_adapter_memory)
 
     @property
     def rows(self) -> int:

@@ -23,6 +23,8 @@ from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.session_views import adapter_values, empty_adapter
 from gralora_fx.sources.paths import usable_path
 
+_STACKED = 16  # most adapters that a stack has beside those that are used
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
@@ -42,6 +44,11 @@ class LoadedAdapter:
     def values(self) -> dict[str, Any]:
         """Its tensors as a session takes them."""
         return {name: as_ort_value(array) for name, array in self.tensors.items()}
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(array.nbytes for array in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,9 @@ class Adapters(Mapping[str, LoadedAdapter]):
     def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
         """A stack that has some adapters, those too that were unloaded or replaced since.
 
-        It has all that are loaded, and is made anew when a run needs one that the last stack lacks. Runs in other
-        threads go on with the stack that they have, and wait for none that is being made for adapters of others.
+        It has all that are loaded, if they are few, and is made anew when a run needs one that the last stack lacks.
+        Runs in other threads go on with the stack that they have, and wait for none that is being made for adapters of
+        others.
 
         Args:
             used: The adapters, of several rows maybe the same.
@@ -175,7 +183,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         if (found := self._stack_with(used)) is not None:
             return found
         inputs, loaded = self.inputs(), self._loaded
-        if any(loaded.get(adapter.name) is not adapter for adapter in used):
+        if len(loaded) > _STACKED or any(loaded.get(adapter.name) is not adapter for adapter in used):
             return Stack.of(used, inputs)  # gone with the rows
         with self._stacking:
             if (found := self._stack_with(used)) is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gralora_fx.engine.adapter_slots import RowStacks
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
@@ -25,10 +26,12 @@ from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.runtime.opened_rows import ATTENTION_SEQLENS, LOGITS_INDICES
 from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
 from gralora_fx.runtime.session import CPU, QUIET_RUN
-from gralora_fx.runtime.session_views import PAST, PRESENT, as_past
+from gralora_fx.runtime.session_views import PAST, PRESENT, adapter_dtype, as_past
 
 _SEVERAL = 2  # tokens of a row from which attention has the kernel of several
 _READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
+_NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
+_BOUND = 4  # stacks of adapters that stay bound
 
 
 class BufferedSteps:
@@ -50,8 +53,7 @@ class BufferedSteps:
         self.caches: dict[str, Any] = empty_values(session, rows, length)
         self._kinds = {value.name: value.type for value in session.get_inputs()}
         self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
-        self._windows: dict[range, _Window] = {}
-        self._adapters: Mapping[str, Any] = {}  # that windows have
+        self._windows: list[tuple[Mapping[str, Any], dict[range, _Window]]] = []  # by adapters, those of late first
 
     def __call__(
         self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any], rows: range | None = None
@@ -60,19 +62,14 @@ class BufferedSteps:
 
         Args:
             arrays: What the step reads, of these rows, by the names of the inputs.
-            adapters: The adapters' tensors by name, as `OrtValue`s; the very same mapping is bound once.
+            adapters: The adapters' tensors by name, as `OrtValue`s; the very same mapping of late is bound once.
             rows: The rows, which follow each other; None for all.
 
         Returns:
             The logits of these rows.
         """
-        if adapters is not self._adapters:
-            self.forget_adapters()
-            self._adapters = adapters
         rows = range(self._rows) if rows is None else rows
-        if rows not in self._windows:
-            self._windows[rows] = self._window(rows)
-        window = self._windows[rows]
+        window = self._window(rows, adapters)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         _bind(window.binding, {**values, **window.caches} if self._copies else values)
         window.binding.bind_output("logits")
@@ -80,14 +77,16 @@ class BufferedSteps:
         outputs = window.binding.get_outputs_as_ortvaluevector()  # `get_outputs` would wrap every cache
         return as_tensor(outputs[len(outputs) - 1])  # the last that was bound
 
-    def forget_adapters(self) -> None:
-        """Let the adapters go that are bound."""
-        if self._adapters:
-            self._adapters = {}
-            self._windows.clear()
+    def _window(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
+        """Some rows, with adapters."""
+        windows = next((windows for bound, windows in self._windows if bound is adapters), {})
+        others = [pair for pair in self._windows if pair[0] is not adapters]
+        self._windows = [(adapters, windows), *others[: _BOUND - 1]]
+        if rows not in windows:
+            windows[rows] = self._bound(rows, adapters)
+        return windows[rows]
 
-    def _window(self, rows: range) -> _Window:
-        """Some rows, with the adapters."""
+    def _bound(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
         caches = dict(self.caches)
         if len(rows) < self._rows:
             for name, value in self.caches.items():
@@ -96,7 +95,7 @@ class BufferedSteps:
         for name, value in caches.items():
             binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)
         _bind(binding, caches)
-        _bind(binding, self._adapters)
+        _bind(binding, adapters)
         return _Window(binding, caches)
 
 
@@ -131,6 +130,7 @@ class RowsDecoder(Decoder):
         size: DecoderSize,
         *,
         is_float32: bool = False,
+        weights: int = 0,
     ) -> None:
         """Make the caches of the rows.
 
@@ -140,18 +140,23 @@ class RowsDecoder(Decoder):
             limits: As of `Decoder`.
             size: As of `Decoder`.
             is_float32: Whether nothing in the model is rounded to fewer bits (see `SharedRows`).
+            weights: Bytes of the model's weights (see `RowStacks`).
 
         Raises:
             ServingError: As of `Decoder`.
             PrefixCacheError: The prefix cache has no room for a block, or steps are too short to share what they read.
         """
         inputs = {value.name for value in session.get_inputs()}
-        self._takes_adapters, self._is_opened = ADAPTER_IDS in inputs, ATTENTION_SEQLENS in inputs
+        self._is_opened = ATTENTION_SEQLENS in inputs
         problem = None if self._is_opened else "the graph of its rows gives logits after the last token of each alone"
         super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem)
         self._adapters = adapters
+        self._row_stacks = None
+        if ADAPTER_IDS in inputs:
+            tensors = replace(adapters.inputs(), dtype=adapter_dtype(session))
+            self._row_stacks = RowStacks(tensors, self.rows, weights)
         self._row_adapters: dict[int, LoadedAdapter | None] = {}
-        self._stack: Stack | None = None
+        self._stacks: Sequence[Stack] = ()  # of the rows that are open; none until a step needs them
         widest = max(self.chunk, _SEVERAL)  # the operator writes a chunk as long as the longest, wherever a row is
         try:
             self._steps = BufferedSteps(session, rows=self.rows, length=self.capacity + widest)
@@ -182,30 +187,55 @@ class RowsDecoder(Decoder):
         if source is not None:
             raise ServingError("a decoder has no encoder to read a source; leave it out")
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
+        self._stacks = ()
         return self._row_adapters[row]
 
     def _end(self, row: int) -> None:
         del self._row_adapters[row]
-        if not self._row_adapters:  # frees the memory of adapters that are gone
-            self._stack = None
-            self._steps.forget_adapters()
+        self._stacks = ()
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        if not self._stacks:
+            used = list(self._row_adapters.values())
+            self._stacks = [_NO_STACK] if self._row_stacks is None else self._row_stacks.of(used)
+        parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in self._stacks]
+        for row, array in read.items():
+            adapter = self._row_adapters[row]
+            if adapter is not None:
+                parts[next(n for n, stack in enumerate(self._stacks) if adapter in stack.ids)][row] = array
+        most = max(parts, key=len)  # rows of the base are in all stacks
+        most |= {row: array for row, array in read.items() if self._row_adapters[row] is None}
+        logits: dict[int, NDArray[Any]] = {}
+        before = dict(self._lengths)
+        for part, stack in zip(parts, self._stacks, strict=True):
+            logits |= self._run_together(part, last, stack, before) if part else {}
+            before |= {row: before[row] + len(array) for row, array in part.items()}  # idle from then on
+        return logits
+
+    def _run_together(
+        self,
+        read: Mapping[int, NDArray[np.int64]],
+        last: Mapping[int, int],
+        stack: Stack,
+        lengths: Mapping[int, int],
+    ) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens that choose from one stack, after the lengths that rows have then."""
         rows = range(min(read), max(read) + 1)  # the others take no time at all
         read, attended = {row: read[row] for row in sorted(read)}, np.zeros(len(rows), dtype=np.int32)
         given = {row: self._given(row, array, row in last) for row, array in read.items()}
         # attention that sees one token of each row takes another way, with other last digits
         ids = np.zeros((len(rows), max(_SEVERAL, *map(len, given.values()))), dtype=np.int64)
         query = np.zeros(len(rows), dtype=np.int32)
+        numbers = np.full(len(rows), BASE, dtype=np.int64)
         for row, array in given.items():
+            numbers[row - rows.start] = stack.ids[self._row_adapters[row]]
             ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
             is_several = row in last and self._lengths[row] + _SEVERAL <= self.capacity
             attended[row - rows.start] = max(len(array), _SEVERAL if is_several else 1)
-        before = np.array([self._lengths.get(row, 0) for row in rows], dtype=np.int32)
+        before = np.array([lengths.get(row, 0) for row in rows], dtype=np.int32)
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
-        numbers, values = self._of_adapters()
-        if numbers is not None:
-            feed[ADAPTER_IDS] = numbers[rows.start : rows.stop]
+        if self._row_stacks is not None:
+            feed[ADAPTER_IDS] = numbers
         if self._is_opened:
             feed[ATTENTION_SEQLENS] = attended
         counts = {row: last.get(row, len(array) if self.gives_all else 1) for row, array in read.items()}
@@ -213,7 +243,7 @@ class RowsDecoder(Decoder):
             starts = np.cumsum([0, *map(len, given.values())])
             ends = {row: start + len(read[row]) for row, start in zip(read, starts, strict=False)}
             feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])
-        logits: NDArray[Any] = self._steps(feed, values, rows).float().numpy()
+        logits: NDArray[Any] = self._steps(feed, stack.values, rows).float().numpy()
         if self.gives_all:
             return {row: logits[row - rows.start, len(read[row]) - counts[row] : len(read[row])] for row in read}
         if not self._is_opened:
@@ -228,18 +258,6 @@ class RowsDecoder(Decoder):
         """
         is_alone = is_several and len(tokens) == 1 and self._row_adapters[row] is not None
         return np.repeat(tokens, 2) if is_alone and self._lengths[row] + _SEVERAL <= self.capacity else tokens
-
-    def _of_adapters(self) -> tuple[NDArray[np.int64] | None, Mapping[str, Any]]:
-        """The id of each row's adapter, and the stacked tensors; neither for a graph without adapters."""
-        if not self._takes_adapters:
-            return None, {}
-        used = [adapter for adapter in self._row_adapters.values() if adapter is not None]
-        if self._stack is None or not all(adapter in self._stack.ids for adapter in used):
-            self._stack = self._adapters.stack_of(used)
-        numbers = np.full(self.rows, BASE, dtype=np.int64)
-        for row, adapter in self._row_adapters.items():
-            numbers[row] = self._stack.ids[adapter]
-        return numbers, self._stack.values
 
 
 def takes_buffers(path: Path) -> bool:

@@ -21,6 +21,7 @@ BASE = 0  # the id of no adapter
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
 
 Arrays = Mapping[str, NDArray[Any]]
+Ranks = Sequence[tuple[int, int]]  # at each layer of an export, of blocks and of plain LoRA
 
 
 def as_ort_value(array: NDArray[Any]) -> Any:
@@ -62,29 +63,69 @@ def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]
         adapters: The tensors of each, which fit the export; its id is its place, from 1 on.
         inputs: The adapter tensors of the export.
     """
-    arrays = (item for site in inputs.sites for item in _stacked_site(site, adapters, inputs))
-    return {name: as_ort_value(array) for name, array in arrays}
+    ranks = largest_ranks([ranks_of(tensors, inputs) for tensors in adapters], inputs)
+    arrays = empty_stack(len(adapters), ranks, inputs)
+    for number, tensors in enumerate(adapters, BASE + 1):
+        write_adapter(arrays, number, tensors, inputs)
+    return {name: as_ort_value(array) for name, array in arrays.items()}
 
 
-def _stacked_site(
-    site: AdapterSite, adapters: Sequence[Arrays], inputs: AdapterInputs
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """A layer's tensors of all adapters, `[adapters, ...]`, zeros where there is none.
+def ranks_of(tensors: Arrays, inputs: AdapterInputs) -> Ranks:
+    """The ranks of an adapter at each layer of an export, 0 for a part that it lacks."""
+    parts = (site.parts(tensors) for site in inputs.sites)
+    return tuple(
+        (0 if A is None else A.shape[2], 0 if general is None else general.shape[1]) for A, _, general, *_ in parts
+    )
+
+
+def largest_ranks(several: Sequence[Ranks], inputs: AdapterInputs) -> Ranks:
+    """The largest of some ranks at each layer; 0 for those of none."""
+    by_site = zip(*several, strict=True) if several else ([(0, 0)] for _ in inputs.sites)
+    return tuple((max(r for r, _ in ranks), max(general for _, general in ranks)) for ranks in by_site)
+
+
+def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
+    """Zeros with room for adapters, and for the base before them.
+
+    Args:
+        count: How many adapters.
+        ranks: The ranks that there is room for at each layer.
+        inputs: The adapter tensors of the export.
+
+    Returns:
+        `[1 + count, ...]` by name; what nobody has written to takes no memory yet.
+    """
+    shapes = {
+        name: shape
+        for site, (r, general) in zip(inputs.sites, ranks, strict=True)
+        for name, shape in site.shapes(inputs.k, r, general).items()
+    }
+    dtype = DTYPES[inputs.dtype]
+    return {name: np.zeros((1 + count, *map(int, shape)), dtype) for name, shape in shapes.items()}
+
+
+def write_adapter(stack: Mapping[str, NDArray[Any]], number: int, tensors: Arrays, inputs: AdapterInputs) -> None:
+    """Write an adapter into a stack, over what was there; zeros where it has no tensor or a smaller rank.
 
     Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
     belong to output block j, and so for the rows of `B`.
+
+    Args:
+        stack: From `empty_stack`, with room for its ranks.
+        number: Its id.
+        tensors: Its tensors, which fit the export.
+        inputs: The adapter tensors of the export.
     """
-    parts = [site.parts(tensors) for tensors in adapters]
-    r = max((A.shape[2] for A, *_ in parts if A is not None), default=0)
-    hybrid_r = max((general.shape[1] for _, _, general, *_ in parts if general is not None), default=0)
-    for place, (name, shape) in zip(_places(site, inputs.k), site.shapes(inputs.k, r, hybrid_r).items(), strict=True):
-        stacked = cast(np.zeros((1 + len(adapters), *map(int, shape)), np.float32), inputs.dtype)
-        for number, tensors in enumerate(adapters, BASE + 1):
-            if name in tensors:
-                own = tensors[name]
+    for site in inputs.sites:
+        for place, name in zip(_places(site, inputs.k), site.names(inputs.k), strict=True):
+            room, own = stack[name][number], tensors.get(name)
+            if own is not None and own.shape == room.shape:
+                room[...] = own
+                continue
+            room[...] = 0
+            if own is not None:
                 within = tuple(slice(size) for size in place(own).shape)
-                place(stacked[number])[within] = place(own)
-        yield name, stacked
+                place(room)[within] = place(own)
 
 
 def _places(site: AdapterSite, k: int) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:

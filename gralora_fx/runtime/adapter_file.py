@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from gralora_fx.errors import ExportError, GraloraError, ServingError, first_lin
 from gralora_fx.runtime.adapter_arrays import DTYPES, Arrays, as_arrays, as_ort_value
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 from gralora_fx.runtime.adapter_paths import record_path
-from gralora_fx.runtime.json_records import Count, read_object, wrong_fields
+from gralora_fx.runtime.json_records import Count, FieldError, read_object, wrong_fields
 
 SCHEMA_VERSION = 1
 _OWN_DIGEST = "record_sha256"
@@ -107,11 +108,14 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
         raise error(f"{place} was written by an older gralora-fx; {remedy}")
     own = found.pop(_OWN_DIGEST)
     unknown = sorted(set(found) - {field.name for field in dataclasses.fields(AdapterRecord)})
-    if problems := [*wrong_fields(AdapterRecord, found), *unknown]:
-        raise error(f"{place} is damaged: {listed(problems)}; {remedy}")
+    record = None
+    with suppress(FieldError):
+        record = read_object(AdapterRecord, found)
+    if record is None or unknown:
+        raise error(f"{place} is damaged: {listed([*wrong_fields(AdapterRecord, found), *unknown])}; {remedy}")
     if own != _fields_sha256(found):
         raise error(f"{place} was changed: its fields have another SHA-256 than {_OWN_DIGEST} says; {remedy}")
-    return read_object(AdapterRecord, found)
+    return record
 
 
 def check_rank(place: Path | str, record: AdapterRecord, most: int | None) -> None:
@@ -122,7 +126,7 @@ def check_rank(place: Path | str, record: AdapterRecord, most: int | None) -> No
     """
     rank = max(record.r, record.hybrid_r)
     if most is not None and rank > most:
-        raise ServingError(f"{place} has rank {rank}, above the limit of {most} (max_rank)")
+        raise ServingError(f"{place} has rank {rank}, above the limit of {most}")
 
 
 def _fields_sha256(fields: Mapping[str, Any]) -> str:

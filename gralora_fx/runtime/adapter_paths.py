@@ -15,18 +15,23 @@ SUFFIX = ".onnx_adapter"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+def is_name(name: object) -> bool:
+    """Whether a value is a name that an adapter may have, which is also that of a file."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
 def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
     """An adapter's name, which is also that of a file.
 
     Raises:
         GraloraError: Of the given type: it is something else than letters, digits, dots, dashes and underscores.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not is_name(name):
         raise error(
             f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
             "128, beginning with a letter or a digit"
         )
-    return name
+    return str(name)
 
 
 def record_path(path: Path) -> Path:

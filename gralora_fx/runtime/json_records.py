@@ -79,6 +79,8 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
     if origin is Mapping:
         return {name: _converted(args[1], item, f"{place}.{name}") for name, item in value.items()}
     if origin is tuple:
+        if args[1:] == (...,) and _are_plain(args[0], value):
+            return tuple(value)
         kinds = [args[0]] * len(value) if args[1:] == (...,) else args
         if wrong := [item for item, kind in zip(value, kinds, strict=True) if not _fits(kind, item)]:
             raise FieldError(place, wrong[0])
@@ -87,6 +89,13 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
             for index, (item, kind) in enumerate(zip(value, kinds, strict=True))
         )
     return value
+
+
+def _are_plain(hint: Any, items: list[Any]) -> bool:
+    """Whether items are texts or numbers of a type, which need no conversion; quick, as there may be thousands."""
+    if hint is Count:
+        return all(type(item) is int and 0 <= item < 2**63 for item in items)
+    return hint in (str, int, float) and all(type(item) is hint for item in items)
 
 
 def _fits(hint: Any, value: Any) -> bool:

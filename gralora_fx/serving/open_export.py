@@ -256,8 +256,9 @@ def _decoder_generation(export: OpenExport) -> Generation:
     if export.first_is_rows:
         manifest = export.manifest
         is_float32 = manifest.precision == "fp32" and manifest.quantization is None
-        rows = partial(RowsDecoder, export.first_session, export.adapters, limits, is_float32=is_float32)
-        return Generation(limits, rows)
+        weights = sum(file.size for name, file in (manifest.files or {}).items() if name.startswith(MODEL_NAME))
+        make = partial(RowsDecoder, export.first_session, export.adapters, limits)
+        return Generation(limits, partial(make, is_float32=is_float32, weights=weights))
     is_buffer = takes_buffers(export.directory / MODEL_NAME)
     return Generation(
         limits, partial(SequentialDecoder, export.first_session, export.adapters, limits, takes_buffers=is_buffer)

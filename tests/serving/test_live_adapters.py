@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from tiny_models import text_batch
 
 from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine import adapters as adapters_in_memory
+from gralora_fx.engine import adapter_slots
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import OrtModel
 from gralora_fx.serving.http.adapter_root import AdapterRoot
@@ -166,7 +166,7 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: p
     unload(service, "live")
 
 
-@pytest.mark.parametrize("place", [(AdapterRoot, "copy"), (AdapterTrial, "__call__"), (adapters_in_memory, "stacked")])
+@pytest.mark.parametrize("place", [(AdapterRoot, "copy"), (AdapterTrial, "__call__"), (adapter_slots, "write_adapter")])
 def test_requests_are_answered_while_an_adapter_is_loaded(
     data_service: TestClient, made: Made, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
 ) -> None:

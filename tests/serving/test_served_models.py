@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.served_models import (
-    ServedModels,
+from gralora_fx.serving.scheduling.adapter_versions import (
+    AdapterLimitError,
+    AdapterLimits,
+    AdaptersInUseError,
     TooManyChangesError,
     UnknownAdapterError,
     UnknownModelError,
 )
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 ANY = Path("any")
 
@@ -28,6 +32,11 @@ class Host:
 
     def available(self) -> list[str]:
         return sorted(self.keys)
+
+    def __getitem__(self, key: str) -> Any:
+        """What is loaded under a key."""
+        assert key in self.keys
+        return SimpleNamespace(size=10)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         assert name not in self.keys
@@ -44,8 +53,11 @@ class Disposed(list[str]):
         return lambda: self.append(name)
 
 
-def load(models: ServedModels, name: str, *, replace: bool = True, dispose: Any = lambda: None) -> None:
-    models.change(lambda: models.load(name, ANY, lambda _: None, replace=replace, dispose=dispose)).result(10)
+def load(models: ServedModels, name: str, *, replace: bool = True, dispose: Any = lambda: None, **how: Any) -> None:
+    def work() -> None:
+        models.commit(models.prepare(name, ANY, lambda _: None, replace=replace, dispose=dispose, **how))
+
+    models.change(work).result(10)
 
 
 def key_of(models: ServedModels, name: str) -> str | None:
@@ -113,10 +125,10 @@ def test_a_failed_load_changes_nothing() -> None:
 
     for name in ("a", "b"):
         with pytest.raises(ServingError, match="not finite"):
-            models.load(name, ANY, fail, replace=True, dispose=lambda: None)
+            models.prepare(name, ANY, fail, replace=True)
     for name, message in (("a", "is loaded already; give load_inplace"), ("../a", "is not a name"), ("", "is not")):
         with pytest.raises(ServingError, match=message):
-            models.load(name, ANY, fail, replace=False, dispose=lambda: None)
+            models.prepare(name, ANY, fail, replace=False)
     assert host.keys == {"a"}
     assert key_of(models, "a") == "a"
 
@@ -156,3 +168,51 @@ def test_closing_disposes_of_everything() -> None:
     with models.held("a"):
         models.close()
     assert sorted(disposed) == ["a", "b"]
+
+
+def test_a_version_that_was_prepared_has_no_name_until_it_is_committed() -> None:
+    host = Host("a")
+    models = ServedModels("base", host)
+    first = models.prepare("a", ANY, lambda _: None, replace=True)
+    assert (key_of(models, "a"), len(models)) == ("a", 2)
+    models.release(first.key)
+    settle(models)
+    assert host.keys == {"a"}
+    models.commit(models.prepare("a", ANY, lambda _: None, replace=True))
+    settle(models)
+    assert (key_of(models, "a"), host.keys) == ("a.3", {"a.3"})
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("limits", [AdapterLimits(count=3), AdapterLimits(memory=39), AdapterLimits(3, 30)])
+def test_the_least_recently_used_goes_but_none_that_is_held_or_pinned(limits: AdapterLimits) -> None:
+    host, evicted = Host("pinned"), list[int]()
+    models = ServedModels("base", host, limits)
+    models.when_evicted = lambda: evicted.append(1)
+    for name in ("a", "b"):
+        load(models, name, pin=False)
+    assert key_of(models, "a") == "a.2"  # so that b is the least recently used
+    load(models, "c", pin=False)
+    assert (models.adapters, host.keys, models.memory) == (("a", "c", "pinned"), {"a.2", "c.4", "pinned"}, 30)
+    with models.held("a"):
+        load(models, "d", pin=False)
+        assert models.adapters == ("a", "d", "pinned")
+        with models.held("d"):
+            with pytest.raises(AdaptersInUseError, match="no room for 'e': requests run with all others"):
+                load(models, "e", pin=False)
+            assert models.running == ("a", "d")
+    settle(models)
+    assert len(models) == 3
+    load(models, "e")
+    load(models, "f")
+    with pytest.raises(AdapterLimitError, match=r"no room for 'g'.*max_adapter.* and 3 adapters of 30 bytes stay"):
+        load(models, "g")
+    assert models.adapters == ("e", "f", "pinned")
+    assert len(evicted) == 4
+
+
+def test_the_limits_hold_from_the_start() -> None:
+    with pytest.raises(AdapterLimitError, match=r"max_adapters is 1, and 2 adapters of 20 bytes stay.*--max-adapters"):
+        ServedModels("base", Host("a", "b"), AdapterLimits(count=1))
+    with pytest.raises(AdapterLimitError, match=r"max_adapter_memory is 19 bytes.*raise --max-adapter-memory"):
+        ServedModels("base", Host("a", "b"), AdapterLimits(memory=19))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,10 +15,19 @@ from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_tak
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.http.engines import Engine
 from gralora_fx.serving.open_export import adapter_as_data
+from gralora_fx.serving.scheduling.adapter_versions import AdapterVersion
 
 
-def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, may_replace: bool) -> None:
-    """Load an adapter under a name.
+def load_adapter(
+    engine: Engine,
+    name: str,
+    file_in: Callable[[Path], Path],
+    *,
+    may_replace: bool,
+    state: Hashable = None,
+    pin: bool = True,
+) -> AdapterVersion:
+    """Load an adapter that a name is to stand for, which `ServedModels.commit` lets it.
 
     Args:
         engine: What runs it; no other change of its adapters may run meanwhile.
@@ -26,6 +35,11 @@ def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, 
         file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with. The folder
             lasts as long as the adapter.
         may_replace: Whether the name may be taken from another adapter.
+        state: What its files are like, where they are looked at again; else None.
+        pin: Whether it stays in memory until it is unloaded.
+
+    Returns:
+        Its version, which is held until it is committed or released.
 
     Raises:
         GraloraError: The name is taken or is not one, the export takes no adapters, the file may not be used, or the
@@ -39,7 +53,9 @@ def load_adapter(engine: Engine, name: str, file_in: Callable[[Path], Path], *, 
     folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
     try:
         path = file_in(Path(folder.name))
-        models.load(name, path, engine.trial, replace=may_replace, dispose=folder.cleanup)
+        return models.prepare(
+            name, path, engine.trial, replace=may_replace, dispose=folder.cleanup, state=state, pin=pin
+        )
     except BaseException as error:
         folder.cleanup()
         if not isinstance(error, GraloraError):
@@ -57,7 +73,8 @@ def load_given(engine: Engine, settings: ServiceSettings) -> None:
         if name in engine.models.adapters:
             warn_caller(f"{path} is served as {name!r}, and the export's own adapter of that name is not")
         with _named(name):
-            load_adapter(engine, name, partial(_file, name, path, settings), may_replace=True)
+            file_in = partial(_file, name, path, settings)
+            engine.models.commit(load_adapter(engine, name, file_in, may_replace=True))
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown
-from gralora_fx.runtime.adapter_paths import check_adapter_kind, record_path
+from gralora_fx.runtime.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
 from gralora_fx.serving.open_export import adapter_as_data
 from gralora_fx.sources.paths import usable_path
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _MOST_BYTES = 8 << 30  # of a file
+Facts = tuple[int, ...]  # of a file, which differ once it is another one or was written to
 
 
 class AdapterNotFoundError(ServingError):
@@ -56,6 +57,43 @@ class AdapterRoot:
         if not path.is_dir():
             raise ConfigError(f"the adapter root {directory} is not a directory")
         return cls(path, directory.absolute())
+
+    def names(self) -> list[str]:
+        """The names of what looks like an adapter right below the root and does not lead out of it."""
+        with os.scandir(self.path) as entries:
+            return [entry.name.removesuffix(SUFFIX) for entry in entries if self._is_adapter(entry)]
+
+    def _is_adapter(self, entry: os.DirEntry[str]) -> bool:
+        try:
+            if entry.is_symlink() and not Path(entry.path).resolve(strict=True).is_relative_to(self.path):
+                return False
+            is_kind = entry.name.endswith(SUFFIX) or (entry.is_dir() and Path(entry.path, _PEFT[0]).is_file())
+        except (OSError, RuntimeError):
+            return False
+        return is_kind and is_name(entry.name.removesuffix(SUFFIX))
+
+    def find(self, name: str) -> str | None:
+        """The path of what has a name right below the root: a file, or a directory that PEFT saved; None for neither.
+
+        Where a link leads is not looked at before it is copied.
+        """
+        if not is_name(name):
+            return None
+        file = f"{name}{SUFFIX}"
+        return file if os.path.lexists(self.path / file) else name if (self.path / name / _PEFT[0]).exists() else None
+
+    def state_of(self, text: str) -> tuple[Facts | None, ...]:
+        """What the files at a path are like: facts of each, None for one that cannot be found.
+
+        Args:
+            text: The path, as of `copy`.
+
+        Raises:
+            ServingError: It leads out of the root by its letters.
+        """
+        path = self._within(text)
+        files = [path, record_path(path)] if path.suffix == SUFFIX else [path / file for file in _PEFT]
+        return tuple(map(_facts, files))
 
     def copy(self, text: str, name: str, onnx_dir: Path, folder: Path) -> Path:
         """An adapter as data of an export, copied or converted.
@@ -156,6 +194,13 @@ class AdapterRoot:
             yield file
 
 
-def _identity(file: BinaryIO) -> tuple[int, int, int]:
-    facts = os.fstat(file.fileno())
-    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+def _identity(file: BinaryIO) -> Facts | None:
+    return _facts(file.fileno())
+
+
+def _facts(file: Path | int) -> Facts | None:
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

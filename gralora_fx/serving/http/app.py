@@ -16,6 +16,7 @@ from gralora_fx.serving.http.adapter_loads import load_given
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import EncoderEngine, Engine, TextEngine, open_engine
 from gralora_fx.serving.http.error_responses import add_handlers
+from gralora_fx.serving.http.gateway_metrics import GatewayMetrics
 from gralora_fx.serving.http.inference.routes import inference_routes, server_routes
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import add_middleware
@@ -24,8 +25,10 @@ from gralora_fx.serving.http.openai.encoders import encoder_routes
 from gralora_fx.serving.http.openai.models import adapter_routes, model_routes
 from gralora_fx.serving.http.openai.speech import speech_routes
 from gralora_fx.serving.http.openapi import DescribedApp
+from gralora_fx.serving.http.root_adapters import AdapterChanges, OwnChanges, RootAdapters
 from gralora_fx.serving.http.service_routes import health_routes, info_routes, page_routes, service_info
 from gralora_fx.serving.http.spans import SpanMiddleware, Tracing, tracing_of_environment
+from gralora_fx.serving.scheduling.on_demand import OnDemandAdapters
 
 _logger = logging.getLogger("uvicorn.error")
 
@@ -58,8 +61,10 @@ def _app(
     settings: ServiceSettings, engine: Engine, metrics: Metrics, root: AdapterRoot | None, tracing: Tracing | None
 ) -> FastAPI:
     load_given(engine, settings)
-    models = engine.models
-    metrics.watch_adapters(lambda: len(models.adapters), lambda: len(models))
+    adapters = None if root is None else RootAdapters(engine, root, settings.directory)
+    changes = None if adapters is None else _changes(settings, engine, metrics, adapters)
+    metrics.watch_adapters(engine.models)
+    metrics.registry.register(GatewayMetrics(engine.models, engine.queue))
     info = service_info(settings, engine)
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
     if isinstance(engine, TextEngine) and engine.queue.prefix_cache is not None:
@@ -79,16 +84,24 @@ def _app(
 
     app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.timeout, app.state.is_ready = engine, settings.timeout, False
+    app.state.root_adapters = adapters
     app.state.asks_for_key = settings.api_key is not None
     add_handlers(app)
     add_middleware(app, settings, metrics)
     if tracing is not None:
         app.add_middleware(SpanMiddleware, tracer=tracing.tracer)
     _add_routes(app, engine, metrics)
-    app.include_router(adapter_routes(engine, settings.directory, root, metrics))
+    app.include_router(adapter_routes(changes, metrics))
     app.include_router(info_routes(info))
     app.include_router(page_routes())
     return app
+
+
+def _changes(settings: ServiceSettings, engine: Engine, metrics: Metrics, adapters: RootAdapters) -> AdapterChanges:
+    """Let requests name the adapters of a root, and change them."""
+    on_demand = OnDemandAdapters(engine.models, adapters, most_waiting=settings.max_queue)
+    on_demand.when_loaded, engine.models.when_evicted = metrics.adapter_loaded, metrics.adapter_evicted
+    return OwnChanges(engine, adapters, on_demand.forget_failures)
 
 
 def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:

@@ -24,10 +24,12 @@ from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 from gralora_fx.serving.model import OrtModel
+from gralora_fx.serving.scheduling.adapter_versions import AdapterLimits
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
 
+_MOST_ADAPTERS = 64  # in memory, unless there are more from the start
 _logger = logging.getLogger(__name__)
 
 
@@ -121,7 +123,8 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         ServingError: The export or an adapter of it cannot be opened, the export has no tokenizer that its texts need,
             or its task is not served.
     """
-    model = OrtModel(settings.directory, runtime_of(None, None, None, settings.threads), by_row=True)
+    runtime = runtime_of(None, None, None, settings.threads)
+    model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
     manifest = model.manifest
     if manifest.task in GENERATING:
         return _text_engine(settings, model, observer)
@@ -182,4 +185,5 @@ def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:
         raise ServingError(
             f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
         )
-    return ServedModels(settings.base_name, model)
+    most = settings.max_adapters or max(_MOST_ADAPTERS, len({*names, *settings.adapters}))
+    return ServedModels(settings.base_name, model, AdapterLimits(most, settings.adapter_bytes))

@@ -13,11 +13,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gralora_fx.errors import GraloraError, shown
-from gralora_fx.serving.answer_form import FormError
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
 from gralora_fx.serving.http.metrics import note_rejection
+from gralora_fx.serving.scheduling.adapter_versions import (
+    AdaptersInUseError,
+    TooManyChangesError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
 from gralora_fx.serving.scheduling.queue import AnswerError, DeadlineError, QueueFullError, RunError, StoppedError
-from gralora_fx.serving.scheduling.served_models import TooManyChangesError, UnknownAdapterError, UnknownModelError
 
 _RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long
@@ -32,6 +36,7 @@ _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (UnknownAdapterError, 404),
     (AdapterNotFoundError, 404),
     (TooManyChangesError, 429),
+    (AdaptersInUseError, 429),
     (QueueFullError, 429),
     (StoppedError, 503),
     (AnswerError, 400),
@@ -78,8 +83,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(GraloraError)
     async def _refused(request: Request, error: GraloraError) -> JSONResponse:
         note_rejection(request.scope, error)
-        field = error.field if isinstance(error, FormError) else None
-        return error_response(request.url.path, status_of(error), str(error), field)
+        return error_response(request.url.path, status_of(error), str(error), getattr(error, "field", None))
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

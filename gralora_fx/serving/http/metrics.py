@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.engine.prefix_cache import PrefixCache
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 _KEY, _COUNTED = "gralora_fx.rejection", "gralora_fx.counted"
 _BY_STATUS = {
@@ -106,11 +107,31 @@ class Metrics:
         )
         for outcome in ("ok", "refused"):
             self._loads.labels(outcome)
+        self._load_seconds = Histogram(
+            "gralora_fx_adapter_load_seconds",
+            "Loads of adapters that requests name.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._evictions = Counter(
+            "gralora_fx_adapter_evictions", "Adapters that were freed for the room of others.", registry=registry
+        )
 
-    def watch_adapters(self, loaded: Callable[[], int], versions: Callable[[], int]) -> None:
-        """Take what counts the adapters that are loaded, and their versions in memory."""
-        self._now.watch("adapters_loaded", "Adapters that requests may name.", loaded)
-        self._now.watch("adapter_versions", "Versions of adapters in memory, replaced ones included.", versions)
+    def watch_adapters(self, models: ServedModels) -> None:
+        """Measure the adapters in memory."""
+        versions = "Versions of adapters in memory, replaced ones included."
+        self._now.watch("adapters_loaded", "Adapters in memory.", lambda: len(models.adapters))
+        self._now.watch("adapter_versions", versions, lambda: len(models))
+        self._now.watch("adapter_bytes", "Bytes of these versions.", lambda: models.memory)
+
+    def adapter_loaded(self, is_loaded: bool, seconds: float) -> None:
+        """A load of an adapter that a request named ended."""
+        self.adapter_load("ok" if is_loaded else "refused")
+        self._load_seconds.observe(seconds)
+
+    def adapter_evicted(self) -> None:
+        """An adapter was freed for the room of another."""
+        self._evictions.inc()
 
     def adapter_load(self, outcome: Literal["ok", "refused"]) -> None:
         """A load of an adapter ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -49,12 +50,15 @@ def timeout_of(request: Request) -> float | None:
     return seconds if limit is None else min(seconds, limit)
 
 
-async def unless_disconnected(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
+async def unless_disconnected(
+    request: Request, work: Callable[[], Coroutine[Any, Any, Response]], begun: float | None = None
+) -> Response:
     """The response of some work, which is cancelled if the client goes away first, or its time is over.
 
     Args:
         request: The request, whose body was read.
         work: Makes the response.
+        begun: When its time began (`time.monotonic`); None for now.
 
     Raises:
         DeadlineError: Its time is over.
@@ -63,7 +67,8 @@ async def unless_disconnected(request: Request, work: Callable[[], Coroutine[Any
     seconds = timeout_of(request)
     working, leaving = asyncio.ensure_future(work()), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((working, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        left = _left(seconds, begun)
+        await asyncio.wait((working, leaving), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         if not leaving.done():
@@ -72,6 +77,11 @@ async def unless_disconnected(request: Request, work: Callable[[], Coroutine[Any
     finally:
         working.cancel()
         leaving.cancel()
+
+
+def _left(seconds: float | None, begun: float | None) -> float | None:
+    """What is left of some seconds that have begun."""
+    return seconds if seconds is None or begun is None else max(seconds - (time.monotonic() - begun), 0.0)
 
 
 async def _disconnected(request: Request) -> None:
@@ -99,6 +109,7 @@ class TextAnswers:
         requests: Sequence[TextRequest],
         prompt_tokens: int,
         seconds: float | None = None,
+        begun: float | None = None,
         *,
         each: int = 1,
     ) -> None:
@@ -109,6 +120,7 @@ class TextAnswers:
             requests: What to answer.
             prompt_tokens: Tokens of the prompts, each counted once.
             seconds: How long it may take; None for no limit.
+            begun: When its time began (`time.monotonic`); None for now.
             each: How many answers each prompt has, which follow each other.
 
         Raises:
@@ -118,8 +130,8 @@ class TextAnswers:
         self._cached = [0] * len(requests)
         self._left = len(requests)
         self._events: asyncio.Queue[tuple[int, Piece | RunError]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        self._seconds, self._end = seconds, None if seconds is None else loop.time() + seconds
+        loop, left = asyncio.get_running_loop(), _left(seconds, begun)
+        self._seconds, self._end = seconds, None if left is None else loop.time() + left
 
         def sink(index: int) -> Sink:
             return lambda event: _put(loop, self._events, (index, event))

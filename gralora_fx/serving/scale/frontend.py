@@ -6,6 +6,7 @@ Ray's proxy cannot read a request's body, and does not know the form of the prot
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.runtime.adapter_paths import is_name
+from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.error_responses import add_handlers, error_body, error_response
 from gralora_fx.serving.http.metrics import Metrics, mark_counted
 from gralora_fx.serving.http.middleware import AccessLogMiddleware, add_middleware
+from gralora_fx.serving.http.openai.models import adapter_routes
 from gralora_fx.serving.http.replies import END, event
 from gralora_fx.serving.http.service_routes import health_routes, page_routes
 from gralora_fx.serving.scale.asgi_request import read
+from gralora_fx.serving.scale.spread_adapters import SpreadChanges
 
 APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray
 _EVENTS = "text/event-stream"
@@ -45,6 +50,7 @@ class Frontend:
         adapters: tuple[str, ...],
         metrics_folder: Path,
         access_log: Path | None,
+        adapters_folder: Path | None = None,
     ) -> None:
         """Make the app.
 
@@ -54,14 +60,26 @@ class Frontend:
             adapters: The adapters that requests may name.
             metrics_folder: Where the processes of the service keep their metrics.
             access_log: The file that requests are logged in; None for no log.
+            adapters_folder: Where adapters are that requests load, if there is a root; None if they may load none.
         """
+        metrics = Metrics()
         app = self._app = FastAPI(openapi_url=None)  # the replicas have the app's description
         add_handlers(app)
-        add_middleware(app, settings, Metrics())
+        add_middleware(app, settings, metrics)
         if access_log is not None:
             app.add_middleware(AccessLogMiddleware, file=access_log.open("a", encoding="utf-8"))
         _add_own_routes(app, metrics_folder)
-        app.router.routes.append(Route("/{path:path}", Forwarding(replicas, adapters)))
+        if settings.adapter_root is not None and adapters_folder is not None:
+            root = AdapterRoot.of(settings.adapter_root)
+            changes = SpreadChanges(replicas, root, settings.directory, adapters_folder)
+            app.include_router(adapter_routes(changes, metrics))
+
+        def is_adapter(model: str | None) -> bool:
+            if settings.adapter_root is None:
+                return model in adapters
+            return is_name(model) and model != settings.base_name  # the replicas find them
+
+        app.router.routes.append(Route("/{path:path}", Forwarding(replicas, is_adapter)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The app, for Ray."""
@@ -88,20 +106,20 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
 class Forwarding:
     """Answers requests by a replica: whole, or with an error in the protocol's form if the replica ends before."""
 
-    def __init__(self, replicas: Any, adapters: tuple[str, ...]) -> None:
+    def __init__(self, replicas: Any, is_adapter: Callable[[str | None], bool]) -> None:
         """Take the replicas.
 
         Args:
             replicas: Ray's handle of them.
-            adapters: The adapters that requests may name.
+            is_adapter: Tells whether what a request names is, or may be, an adapter.
         """
-        self._replicas, self._adapters = replicas.options(stream=True), frozenset(adapters)
+        self._replicas, self._is_adapter = replicas.options(stream=True), is_adapter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         request = await read(Request(scope, receive))
         replicas = self._replicas
-        if (model := request.model) in self._adapters:
+        if self._is_adapter(model := request.model):
             replicas = replicas.options(multiplexed_model_id=model)
         sender = _Sender(scope, send)
         try:

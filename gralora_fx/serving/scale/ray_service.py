@@ -20,7 +20,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import Message
 
 from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.errors import GraloraError, ServingError, first_line
 from gralora_fx.runtime.run_options import available_threads
 from gralora_fx.serving.http.adapter_loads import load_given
 from gralora_fx.serving.http.app import create_app
@@ -28,6 +28,7 @@ from gralora_fx.serving.http.engines import EncoderEngine, open_engine
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.scale.asgi_request import AsgiRequest, answer
 from gralora_fx.serving.scale.frontend import APPLICATION, MODEL, Frontend
+from gralora_fx.serving.scale.spread_adapters import ReplicaAdapters
 
 _FRONTEND = "gralora-fx"
 _OBJECT_STORE = 128 * 2**20  # bytes; requests and answers of some size pass through it
@@ -38,11 +39,39 @@ _CONNECTIONS = 4096  # requests that the frontend holds; those that wait for a r
 class ModelReplica:
     """A process with the model and all of its adapters, which answers requests by the app of `create_app`."""
 
-    async def __init__(self, settings: ServiceSettings) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Open the model; Ray hands over requests once it is warm."""
+    async def __init__(self, settings: ServiceSettings, folder: Path) -> None:  # type: ignore[misc]  # Ray awaits it
+        """Open the model; Ray hands over requests once it is warm.
+
+        Args:
+            settings: What to serve.
+            folder: Of the adapters that requests load.
+        """
         self._app = create_app(settings)
+        self._engine, adapters = self._app.state.engine, self._app.state.root_adapters
+        self._adapters = None if adapters is None else ReplicaAdapters(self._engine, adapters, folder)
+        await self.settle()
         self._lifespan = AsyncExitStack()
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
+
+    async def prepare(self, name: str, file: str, may_replace: bool) -> GraloraError | None:
+        """As of `ReplicaAdapters`, like the next three."""
+        assert self._adapters is not None
+        return await self._adapters.prepare(name, file, may_replace)
+
+    async def discard(self) -> None:
+        """Give up what was prepared."""
+        assert self._adapters is not None
+        await self._adapters.discard()
+
+    async def check_there(self, name: str) -> GraloraError | None:
+        """Say what is wrong with taking a name away."""
+        assert self._adapters is not None
+        return await self._adapters.check_there(name)
+
+    async def settle(self) -> None:
+        """Do what the record of adapters says."""
+        if self._adapters is not None:
+            await self._adapters.settle()
 
     @serve.multiplexed(max_num_models_per_replica=-1)  # type: ignore[untyped-decorator]
     async def adapter(self, name: str) -> str:
@@ -51,7 +80,9 @@ class ModelReplica:
 
     async def answer(self, request: AsgiRequest) -> AsyncIterator[Message]:
         """The messages that answer a request."""
-        if name := serve.get_multiplexed_model_id():
+        await self.settle()
+        name = serve.get_multiplexed_model_id()
+        if name and self._engine.models.knows(name):
             await self.adapter(name)
         async for message in answer(self._app, request):
             yield message
@@ -77,7 +108,9 @@ def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
     engine = open_engine(settings, Metrics())
     with closing(engine.models):
         load_given(engine, settings)
-    return engine.models.adapters, 2 * settings.rows if isinstance(engine, EncoderEngine) else settings.decoder_rows
+    at_a_time = 2 * settings.rows if isinstance(engine, EncoderEngine) else settings.decoder_rows
+    # some wait for adapters to be loaded, and hold nobody up
+    return engine.models.adapters, at_a_time if settings.adapter_root is None else 2 * at_a_time
 
 
 def run_replicas(
@@ -107,18 +140,21 @@ def run_replicas(
     """
     port = _free_port(host, port)
     settings = _settled(settings, replicas)
-    with tempfile.TemporaryDirectory(prefix="gralora-fx-metrics-") as metrics, _ray(settings, replicas) as logs:
+    with tempfile.TemporaryDirectory(prefix="gralora-fx-replicas-") as place, _ray(settings, replicas) as logs:
+        metrics, loads = Path(place, "metrics"), Path(place, "adapters")
+        for folder in (metrics, loads):
+            folder.mkdir()
         serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
         )
-        model, frontend = _deployments(settings, replicas, at_a_time, Path(metrics))
+        model, frontend = _deployments(settings, replicas, at_a_time, metrics)
         try:
             try:
-                handle = serve.run(model.bind(settings), name=APPLICATION, route_prefix=None)
+                handle = serve.run(model.bind(settings, loads), name=APPLICATION, route_prefix=None)
                 access_log = Path(logs, "access.log") if has_access_log else None
-                serve.run(frontend.bind(handle, settings, adapters, Path(metrics), access_log), name=_FRONTEND)
+                serve.run(frontend.bind(handle, settings, adapters, metrics, access_log, loads), name=_FRONTEND)
             except RuntimeError as error:
                 raise ServingError(
                     f"the replicas do not start ({first_line(error)}); the logs in {logs} say why"
@@ -141,7 +177,9 @@ def _settled(settings: ServiceSettings, replicas: int) -> ServiceSettings:
     """The settings with whole paths, and a share of the cores for each replica."""
     adapters = {name: path.absolute() for name, path in settings.adapters.items()}
     threads = settings.threads or max(1, available_threads() // replicas)
-    return replace(settings, directory=settings.directory.absolute(), adapters=adapters, threads=threads)
+    root = None if settings.adapter_root is None else settings.adapter_root.absolute()
+    directory = settings.directory.absolute()
+    return replace(settings, directory=directory, adapters=adapters, adapter_root=root, threads=threads)
 
 
 def _deployments(

@@ -69,6 +69,12 @@ class ContinuousScheduler(JobQueue[TextJob]):
         """How many rows are in use."""
         return len(self._rows)
 
+    @property
+    def cache_usage(self) -> float:
+        """The share of the rows' caches that is filled, from 0 to 1."""
+        filled = sum(job.read + len(job.answer.ids) for job in list(self._rows.values()))
+        return min(filled / (self._decoder.rows * self._decoder.capacity), 1.0)
+
     def submit(self, requests: Sequence[tuple[TextRequest, Sink]]) -> list[TextJob]:
         """Queue requests, all or none.
 

@@ -144,6 +144,11 @@ class JobQueue(ABC, Generic[_Job]):
     def running(self) -> int:
         """How many rows of jobs run."""
 
+    @property
+    def cache_usage(self) -> float:
+        """The share of caches that is filled, from 0 to 1; 0 of what has none."""
+        return 0.0
+
     @abstractmethod
     def _turn(self) -> None:
         """Do some work; called in the queue's thread while a job runs or waits."""

@@ -1,54 +1,36 @@
-"""The models of a service by name: the base, and each adapter's version now, and older ones while requests run."""
+"""The models of a service by name: the base, and each adapter's version now, and older ones while requests run.
+
+Adapters in memory are bounded: those that nobody pinned go when others need their room, the least recently used first.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_paths import check_name
 from gralora_fx.serving.model import OrtModel
+from gralora_fx.serving.scheduling.adapter_versions import (
+    AdapterLimits,
+    AdapterLoader,
+    AdapterVersion,
+    TooManyChangesError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
 
 _NAME_IN_KEY = 100  # characters of a name that a version's key begins with
 _MOST_CHANGES = 16  # that wait
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-
-
-class UnknownModelError(ServingError):
-    """A request names a model that is not served."""
-
-
-class UnknownAdapterError(ServingError):
-    """A request names an adapter that is not there."""
-
-
-class TooManyChangesError(ServingError):
-    """There is no room for more loads now."""
-
-
-@dataclass
-class _Version:
-    """An adapter as it was loaded once.
-
-    Attributes:
-        key: What the host calls it.
-        dispose: Is called when it was freed.
-        holds: How many requests run with it, or are about to.
-        is_current: Whether its name stands for it.
-    """
-
-    key: str
-    dispose: Callable[[], None] = lambda: None
-    holds: int = 0
-    is_current: bool = True
 
 
 class ServedModels:
@@ -60,20 +42,32 @@ class ServedModels:
 
     Attributes:
         base: The name of the model without an adapter.
+        limits: How many adapters there is room for.
+        loader: Loads adapters that are not in memory; None if there are no others.
+        when_evicted: Is called when one is freed for the room of another.
+        when_idle: Is called when a request ended that held a version, or a change freed one.
     """
 
-    def __init__(self, base: str, host: OrtModel) -> None:
-        """Take the adapters that the host has, each under its key as its name.
+    def __init__(self, base: str, host: OrtModel, limits: AdapterLimits | None = None) -> None:
+        """Take the adapters that the host has, each under its key as its name; they stay until they are unloaded.
 
         Args:
             base: The name of the model without an adapter.
             host: Holds the adapters; nobody else unloads any.
+            limits: How many adapters there is room for; None for any number.
+
+        Raises:
+            AdapterLimitError: The host has more.
         """
-        self.base, self._host = base, host
-        self._current = {key: _Version(key) for key in host.adapters.available()}
+        self.base, self.limits, self._host = base, limits or AdapterLimits(), host
+        self.loader: AdapterLoader | None = None
+        self.when_evicted: Callable[[], None] = lambda: None
+        self.when_idle: Callable[[], None] = lambda: None
+        self._current = {key: AdapterVersion(key, key, self._size(key)) for key in host.adapters.available()}
         self._versions = {version.key: version for version in self._current.values()}
+        self.limits.check(self._versions.values())
         self._lock = threading.Lock()
-        self._count, self._waiting, self._is_closed = itertools.count(2), 0, False
+        self._count, self._clock, self._waiting, self._is_closed = itertools.count(2), itertools.count(1), 0, False
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="gralora-fx adapters")
 
     @property
@@ -81,18 +75,43 @@ class ServedModels:
         """The adapters that are loaded now."""
         return tuple(sorted(self._current))
 
+    @property
+    def available(self) -> tuple[str, ...]:
+        """The adapters that requests may name."""
+        return tuple(sorted({*self._current, *([] if self.loader is None else self.loader.names())} - {self.base}))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all versions in memory."""
+        return sum(version.size for version in self._versions.values())
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The adapters that requests run with, or are about to."""
+        return tuple(sorted({version.name for version in self._versions.values() if version.holds}))
+
     def __len__(self) -> int:
         """How many versions are in memory."""
         return len(self._versions)
 
+    def knows(self, model: str) -> bool:
+        """Whether requests may name a model."""
+        is_there = model == self.base or model in self._current
+        return is_there or (self.loader is not None and self.loader.knows(model))
+
     def check(self, model: str) -> None:
-        """Check that a model is served now.
+        """Check that requests may name a model.
 
         Raises:
             UnknownModelError: There is no such model.
         """
-        with self.held(model):
-            pass
+        if not self.knows(model):
+            raise self.unknown(model)
+
+    def unknown(self, model: str) -> UnknownModelError:
+        """The error of a request that names a model which is not there."""
+        others = "" if self.loader is None else ", and those of the adapter root, which /v1/models lists"
+        return UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *self.adapters))}{others}")
 
     @contextmanager
     def held(self, model: str) -> Iterator[str | None]:
@@ -106,15 +125,44 @@ class ServedModels:
         if model == self.base:
             yield None
             return
-        with self._lock:
-            version = self._current.get(model)
-            if version is None:
-                raise UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *self.adapters))}")
-            version.holds += 1
+        version = self.hold_current(model)
+        if version is None:
+            raise self.unknown(model)
         try:
             yield version.key
         finally:
             self.release(version.key)
+
+    @asynccontextmanager
+    async def ready(self, model: str, seconds: float | None = None) -> AsyncIterator[str | None]:
+        """Hold the adapter that a model's name means, as `held` does, once it is loaded.
+
+        Args:
+            model: The model's name.
+            seconds: How long that may take; None for no limit.
+
+        Raises:
+            UnknownModelError: There is no such model.
+            ServingError: It cannot be loaded, or not in this time.
+        """
+        if self.loader is None or model == self.base:
+            with self.held(model) as key:
+                yield key
+            return
+        taken = await self.loader.take(model, seconds)
+        try:
+            yield taken
+        finally:
+            self.release(taken)
+
+    def hold_current(self, name: str, count: int = 1) -> AdapterVersion | None:
+        """Hold the version that an adapter's name stands for, until as many releases; None if there is none."""
+        with self._lock:
+            version = self._current.get(name)
+            if version is not None:
+                version.holds += count
+                version.used = next(self._clock)
+            return version
 
     def hold(self, *keys: str | None) -> None:
         """Keep versions, all or none, until as many releases; None, the base, always stays.
@@ -135,6 +183,8 @@ class ServedModels:
             version = self._versions[key]
             version.holds -= 1
             self._free_unused(version)
+            if not version.holds:
+                self.when_idle()
 
     def change(self, work: Callable[[], _Result]) -> Future[_Result]:
         """Run some work that changes adapters, after the changes that wait already.
@@ -154,6 +204,11 @@ class ServedModels:
 
         return self._changes.submit(counted)
 
+    def run_later(self, work: Callable[[], None]) -> None:
+        """Run some work after the changes that wait; nothing, once these have ended."""
+        with suppress(RuntimeError):
+            self._changes.submit(work)
+
     def check_new(self, name: str, *, replace: bool) -> None:
         """Check that a name may be given to an adapter.
 
@@ -164,10 +219,18 @@ class ServedModels:
         if name in self._current and not replace:
             raise ServingError(f"an adapter {name!r} is loaded already; give load_inplace to replace it, or unload it")
 
-    def load(
-        self, name: str, path: Path, try_adapter: Callable[[str], None], *, replace: bool, dispose: Callable[[], None]
-    ) -> None:
-        """Load a version, and let its name stand for it; within `change`.
+    def prepare(
+        self,
+        name: str,
+        path: Path,
+        try_adapter: Callable[[str], None],
+        *,
+        replace: bool,
+        dispose: Callable[[], None] = lambda: None,
+        state: Hashable = None,
+        pin: bool = True,
+    ) -> AdapterVersion:
+        """Load a version that its name does not stand for until `commit`; within `change`.
 
         Args:
             name: The adapter's name.
@@ -175,26 +238,42 @@ class ServedModels:
             try_adapter: Runs the model with the adapter of a key, and raises a `ServingError` if that fails.
             replace: Whether the name may stand for another version before.
             dispose: Is called when the version was freed.
+            state: As of `AdapterVersion`.
+            pin: Whether it stays until it is unloaded.
+
+        Returns:
+            The version, which is held: `release` gives it up.
 
         Raises:
-            ServingError: The name is taken or is not one, the file may not be used, or the model does not run with it;
-                nothing changes then.
+            AdaptersInUseError: There is no room for it until a request ends.
+            ServingError: The name is taken or is not one, the file may not be used, the model does not run with it, or
+                there is no room; nothing changes then, but that others may have gone for its room.
         """
         self.check_new(name, replace=replace)
+        self._make_room(name, 0)
         key = self._new_key(name)
         self._host.load_adapter(key, path)
         try:
+            size = self._size(key)
+            self._make_room(name, size)
             try_adapter(key)
         except Exception:
             self._host.unload_adapter(key)
             raise
-        version = _Version(key, dispose)
+        version = AdapterVersion(name, key, size, state, pin, dispose, holds=1, is_current=False)
         with self._lock:
-            old = self._current.get(name)
             self._versions = {**self._versions, key: version}
-            self._current = {**self._current, name: version}
+        return version
+
+    def commit(self, version: AdapterVersion) -> None:
+        """Let its name stand for a version that was prepared; within `change`."""
+        with self._lock:
+            old = self._current.get(version.name)
+            version.is_current, version.used = True, next(self._clock)
+            self._current = {**self._current, version.name: version}
             if old is not None:
                 self._retire(old)
+        self.release(version.key)
 
     def unload(self, name: str) -> None:
         """Take an adapter's name away; requests that run with it end undisturbed.
@@ -218,7 +297,23 @@ class ServedModels:
         for version in self._versions.values():
             version.dispose()
 
-    def _version(self, key: str) -> _Version:
+    def _size(self, key: str) -> int:
+        return int(self._host.adapters[key].size)
+
+    def _make_room(self, name: str, size: int) -> None:
+        """Free versions until there is room for one more, or say why there is none (see `AdapterLimits.victim`)."""
+        while True:
+            with self._lock:
+                victim = self.limits.victim(self._versions.values(), self._current.get(name), name, size)
+                if victim is None:
+                    return
+                victim.is_current = False
+                self._current = {other: v for other, v in self._current.items() if v is not victim}
+                self._versions = {key: v for key, v in self._versions.items() if v is not victim}
+            self._free(victim)
+            self.when_evicted()
+
+    def _version(self, key: str) -> AdapterVersion:
         if key not in self._versions:
             raise UnknownAdapterError(f"the adapter {shown(key)} was unloaded; ask for another")
         return self._versions[key]
@@ -227,20 +322,21 @@ class ServedModels:
         known: Mapping[str, Any] = dict.fromkeys(self._host.adapters.available())
         return next(key for n in self._count if (key := f"{name[:_NAME_IN_KEY]}.{n}") not in known)
 
-    def _retire(self, version: _Version) -> None:
+    def _retire(self, version: AdapterVersion) -> None:
         version.is_current = False
         self._free_unused(version)
 
-    def _free_unused(self, version: _Version) -> None:
+    def _free_unused(self, version: AdapterVersion) -> None:
         """Have a version freed that no name stands for and no request holds; called with the lock held."""
         if version.is_current or version.holds or self._is_closed:
             return
         self._versions = {key: found for key, found in self._versions.items() if found is not version}
-        self._changes.submit(self._free, version)
+        self.run_later(partial(self._free, version))
 
-    def _free(self, version: _Version) -> None:
+    def _free(self, version: AdapterVersion) -> None:
         try:
             self._host.unload_adapter(version.key)
             version.dispose()
         except Exception:
             _logger.exception("freeing a version of an adapter failed")
+        self.when_idle()

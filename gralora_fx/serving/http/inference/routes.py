@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,10 +20,11 @@ from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.engines import EncoderEngine
 from gralora_fx.serving.http.inference.requests import HEADER_LENGTH, Inference, InferRequest, read_inference
 from gralora_fx.serving.http.inference.tensors import datatype_of, described, to_bytes, to_numbers
-from gralora_fx.serving.http.replies import unless_disconnected
+from gralora_fx.serving.http.replies import timeout_of, unless_disconnected
 from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.http.trial import example_inputs
-from gralora_fx.serving.scheduling.served_models import ServedModels, UnknownModelError
+from gralora_fx.serving.scheduling.adapter_versions import UnknownModelError
+from gralora_fx.serving.scheduling.served_models import ServedModels
 
 _VERSION = "1"
 _LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it
@@ -122,9 +124,10 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
             asked = await run_in_threadpool(read_inference, body, length, encoder.inputs, encoder.outputs)
         else:
             asked = read_inference(body, length, encoder.inputs, encoder.outputs)
-        with models.held(name) as adapter:
+        begun = time.monotonic()
+        async with models.ready(name, timeout_of(request)) as adapter:
             note_model(request.scope, name, adapter)
-            return await unless_disconnected(request, partial(_infer, encoder, name, adapter, asked))
+            return await unless_disconnected(request, partial(_infer, encoder, name, adapter, asked), begun)
 
     async def example(name: str, version: str = _VERSION) -> Response:
         """A request that `infer` takes as it is."""

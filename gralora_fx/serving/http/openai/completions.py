@@ -54,12 +54,12 @@ async def _answer(
     asked: CompletionRequest | ChatRequest,
     request: Request,
 ) -> Response:
-    is_chat, seconds = isinstance(asked, ChatRequest), timeout_of(request)
-    with engine.models.held(asked.model) as adapter:
+    is_chat, seconds, begun = isinstance(asked, ChatRequest), timeout_of(request), time.monotonic()
+    async with engine.models.ready(asked.model, seconds) as adapter:
         note_model(request.scope, asked.model, adapter)
         requests, prompt_tokens = await _text_requests(engine, compiling, asked, adapter)
         echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(requests)
-        answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds, each=asked.n)
+        answers = TextAnswers(engine.queue, requests, prompt_tokens, seconds, begun, each=asked.n)
     choices = [
         ChoiceWriter(index, question, echo, texts, is_chat=is_chat)
         for index, (question, echo) in enumerate(zip(requests, echoes, strict=True))

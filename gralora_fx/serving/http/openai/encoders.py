@@ -27,7 +27,7 @@ from gralora_fx.serving.http.openai.requests import (
     EmbeddingRequest,
     RerankRequest,
 )
-from gralora_fx.serving.http.replies import unless_disconnected
+from gralora_fx.serving.http.replies import timeout_of, unless_disconnected
 from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.http.text_reader import Tokens
 
@@ -191,8 +191,8 @@ async def _answer(
         ServingError: There is no such model, there are no texts or more than there is ever room for, the reader does
             not take one, or a run fails.
     """
-    encoder = engine.encoder
-    with engine.models.held(model) as adapter:
+    encoder, begun = engine.encoder, time.monotonic()
+    async with engine.models.ready(model, timeout_of(request)) as adapter:
         note_model(request.scope, model, adapter)
         if not texts:
             raise ServingError("input has no texts; give at least one")
@@ -205,7 +205,7 @@ async def _answer(
             answer = {**body(await encoder.texts(rows, adapter)), "usage": usage}
             return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
-        return await unless_disconnected(request, respond)
+        return await unless_disconnected(request, respond, begun)
 
 
 def finite(output: NDArray[Any]) -> NDArray[Any]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.exceptions import HTTPException
 from fastapi.responses import PlainTextResponse
+from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import GraloraError
-from gralora_fx.serving.http.adapter_loads import load_adapter
-from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.engines import Engine
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.openai.strict_model import StrictModel
+from gralora_fx.serving.http.root_adapters import AdapterChanges
 from gralora_fx.serving.scheduling.served_models import ServedModels
 
 
@@ -27,12 +23,14 @@ def model_routes(served: ServedModels) -> APIRouter:
     created = int(time.time())
 
     def described(name: str) -> dict[str, Any]:
-        parent = None if name == served.base else served.base
-        return {"id": name, "object": "model", "created": created, "owned_by": "gralora-fx", "parent": parent}
+        is_base = name == served.base
+        head = {"id": name, "object": "model", "created": created, "owned_by": "gralora-fx"}
+        return {**head, "parent": None if is_base else served.base, "loaded": is_base or name in served.adapters}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described(name) for name in (served.base, *served.adapters)]}
+        names = await run_in_threadpool(lambda: served.available)  # which may read a directory
+        return {"object": "list", "data": [described(name) for name in (served.base, *names)]}
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
@@ -43,11 +41,19 @@ def model_routes(served: ServedModels) -> APIRouter:
 
 
 class LoadRequest(StrictModel):
-    """A request to load an adapter."""
+    """A request to load an adapter.
+
+    Attributes:
+        lora_name: Its name.
+        lora_path: Its path in the adapter root.
+        load_inplace: Whether it may take the name from another one.
+        pin: Whether it stays in memory until it is unloaded, rather than go when others need its room.
+    """
 
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+    pin: bool = True
 
 
 class UnloadRequest(StrictModel):
@@ -56,28 +62,20 @@ class UnloadRequest(StrictModel):
     lora_name: str
 
 
-def adapter_routes(engine: Engine, onnx_dir: Path, root: AdapterRoot | None, metrics: Metrics) -> APIRouter:
+def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRouter:
     """The routes that change adapters.
 
     Args:
-        engine: What runs with the adapters.
-        onnx_dir: The export.
-        root: Where adapters may be; None if none may be loaded.
+        changes: What changes them; None if they stay as they are.
         metrics: Where to count.
     """
-    router, models = APIRouter(), engine.models
+    router = APIRouter()
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
     async def load(asked: LoadRequest) -> PlainTextResponse:
-        adapters = _needed(root)
-
-        def copied(folder: Path) -> Path:
-            return adapters.copy(asked.lora_path, asked.lora_name, onnx_dir, folder)
-
+        own = _needed(changes)
         try:
-            await _changed(
-                models, lambda: load_adapter(engine, asked.lora_name, copied, may_replace=asked.load_inplace)
-            )
+            await own.load(asked.lora_name, asked.lora_path, may_replace=asked.load_inplace, pin=asked.pin)
         except GraloraError:
             metrics.adapter_load("refused")
             raise
@@ -86,19 +84,13 @@ def adapter_routes(engine: Engine, onnx_dir: Path, root: AdapterRoot | None, met
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
     async def unload(asked: UnloadRequest) -> PlainTextResponse:
-        _needed(root)
-        await _changed(models, lambda: models.unload(asked.lora_name))
+        await _needed(changes).unload(asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     return router
 
 
-def _needed(root: AdapterRoot | None) -> AdapterRoot:
-    if root is None:
+def _needed(changes: AdapterChanges | None) -> AdapterChanges:
+    if changes is None:
         raise HTTPException(404, "the service was started without --adapter-root, so its adapters stay as they are")
-    return root
-
-
-async def _changed(models: ServedModels, work: Callable[[], None]) -> None:
-    """Wait for a change of adapters, which goes on if the client goes away."""
-    await asyncio.shield(asyncio.wrap_future(models.change(work)))
+    return changes

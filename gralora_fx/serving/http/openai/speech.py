@@ -203,7 +203,7 @@ async def _answer(
     seconds, begun = timeout_of(request), time.monotonic()
     asked, content = await read_form(request, kind)
     rules, context = inputs.rules, engine.queue.limits.context
-    with engine.models.held(asked.model) as adapter:
+    async with engine.models.ready(asked.model, seconds) as adapter:
         note_model(request.scope, asked.model, adapter)
         earlier = earlier_text(engine.tokenizer, asked.prompt, context) if asked.prompt else ()
         chosen = task if getattr(rules.config, "task_to_id", None) or task == TRANSLATE else None

@@ -1,0 +1,126 @@
+"""The adapters of a decoder's open rows, in buffers of their own: each is written when a row first needs it.
+
+What is in memory beside them costs a step nothing. Neither do large ranks of few rows cost the others more than a
+second reading of the weights: where that is less than padding all adapters to the largest, there are two stacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from numpy.typing import NDArray
+
+from gralora_fx.engine.adapters import LoadedAdapter, Stack
+from gralora_fx.runtime.adapter_arrays import (
+    BASE,
+    Ranks,
+    as_ort_value,
+    empty_stack,
+    largest_ranks,
+    ranks_of,
+    write_adapter,
+)
+from gralora_fx.runtime.adapter_inputs import AdapterInputs
+
+_SPARE = 2  # times as wide as needed that buffers may be before narrower ones take their place
+
+
+class AdapterSlots:
+    """Buffers with room for some adapters, as wide as the largest ranks among those in use.
+
+    Adapters in use are the first of the stack, without gaps: a step reads all of it.
+    """
+
+    def __init__(self, inputs: AdapterInputs, count: int) -> None:
+        """Begin without buffers.
+
+        Args:
+            inputs: The adapter tensors of the export.
+            count: The most adapters in use at a time.
+        """
+        self._inputs, self._count = inputs, count
+        self._room: Ranks = ()
+        self._arrays: Mapping[str, NDArray[Any]] = {}
+        self._values: dict[int, Mapping[str, Any]] = {}  # by how many adapters they have
+        self._ids: WeakKeyDictionary[LoadedAdapter, int] = WeakKeyDictionary()
+
+    def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
+        """A stack of some adapters, which holds until the next one is asked for.
+
+        Args:
+            used: The adapters, each once.
+        """
+        self._make_room(used)
+        last = BASE + len(used)
+        ids: dict[LoadedAdapter | None, int] = {None: BASE}
+        ids |= {adapter: number for adapter in used if (number := self._ids.get(adapter, last + 1)) <= last}
+        free = iter(sorted({*range(BASE + 1, last + 1)} - {*ids.values()}))
+        for adapter in used:
+            if adapter not in ids:
+                number = ids[adapter] = next(free)
+                for other in [other for other, taken in self._ids.items() if taken == number]:
+                    del self._ids[other]
+                write_adapter(self._arrays, number, adapter.tensors, self._inputs)
+                self._ids[adapter] = number
+        if last not in self._values:
+            self._values[last] = {name: as_ort_value(array[: last + 1]) for name, array in self._arrays.items()}
+        return Stack(ids, self._values[last])
+
+    def _make_room(self, used: Sequence[LoadedAdapter]) -> None:
+        """Make other buffers where these are too narrow, or much too wide."""
+        needed = largest_ranks([ranks_of(adapter.tensors, self._inputs) for adapter in used], self._inputs)
+        if self._arrays:
+            if not used:
+                return
+            is_wide = all(r <= own and h <= own_h for (r, h), (own, own_h) in zip(needed, self._room, strict=True))
+            if is_wide and sum(map(sum, self._room)) <= _SPARE * max(sum(map(sum, needed)), 1):
+                return
+        self._room, self._values = needed, {}
+        self._ids.clear()
+        self._arrays = {}  # before there are others
+        self._arrays = empty_stack(self._count, needed, self._inputs)
+
+
+class RowStacks:
+    """The stacks that a decoder's rows choose from: one, or one of small and one of large adapters."""
+
+    def __init__(self, inputs: AdapterInputs, rows: int, weights: int) -> None:
+        """Begin without adapters.
+
+        Args:
+            inputs: The adapter tensors of the export.
+            rows: How many rows there are.
+            weights: Bytes of the model's weights, which each run reads.
+        """
+        self._slots = AdapterSlots(inputs, rows), AdapterSlots(inputs, rows)
+        self._weights = weights
+
+    def of(self, used: Sequence[LoadedAdapter | None]) -> list[Stack]:
+        """The stacks for a step; every adapter is in one of them, and the base in all.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        adapters = sorted({each for each in used if each is not None}, key=lambda each: (each.size, each.name))
+        small = _small([adapter.size for adapter in adapters], self._weights)
+        parts = [part for part in (adapters[:small], adapters[small:]) if part]
+        return [slots.stack_of(part) for slots, part in zip(self._slots, parts or [[]], strict=False)]
+
+
+def _small(sizes: Sequence[int], weights: int) -> int:
+    """How many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
+
+    A run reads the weights once, and each adapter as if it were as large as the largest of the run.
+
+    Args:
+        sizes: Bytes of each, ascending.
+        weights: Bytes of the weights.
+    """
+
+    def cost(small: int) -> int:
+        parts = [part for part in (sizes[:small], sizes[small:]) if part]
+        return sum(weights + len(part) * part[-1] for part in parts)
+
+    return min(range(len(sizes), 0, -1), key=cost, default=0)
