@@ -18,7 +18,7 @@ from benchmarks import smollm2
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.engine.adapters import Adapters
-from gralora_fx.engine.session_decoders import BufferedSteps
+from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS, ROWS_NAME

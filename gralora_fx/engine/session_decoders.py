@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.engine.adapter_slots import RowStacks
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
+from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
@@ -24,97 +23,12 @@ from gralora_fx.runtime.adapter_arrays import BASE
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.runtime.opened_rows import ATTENTION_SEQLENS, LOGITS_INDICES
-from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
-from gralora_fx.runtime.session import CPU, QUIET_RUN
-from gralora_fx.runtime.session_views import PAST, PRESENT, adapter_dtype, as_past
+from gralora_fx.runtime.ort_values import as_tensor, empty_values
+from gralora_fx.runtime.session import QUIET_RUN
+from gralora_fx.runtime.session_views import adapter_dtype, as_past
 
 _SEVERAL = 2  # tokens of a row from which attention has the kernel of several
-_READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
 _NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
-_BOUND = 4  # stacks of adapters that stay bound
-
-
-class BufferedSteps:
-    """A session over a decoder, with the caches of its rows and what else stays bound from step to step.
-
-    Attributes:
-        caches: The buffers, `[rows, heads, length, size]`, by the names of the inputs.
-    """
-
-    def __init__(self, session: Any, *, rows: int, length: int) -> None:
-        """Make the buffers, on the CPU.
-
-        Args:
-            session: The session.
-            rows: How many rows there are.
-            length: How many positions a row has room for.
-        """
-        self._session, self._rows = session, rows
-        self.caches: dict[str, Any] = empty_values(session, rows, length)
-        self._kinds = {value.name: value.type for value in session.get_inputs()}
-        self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
-        self._windows: list[tuple[Mapping[str, Any], dict[range, _Window]]] = []  # by adapters, those of late first
-
-    def __call__(
-        self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any], rows: range | None = None
-    ) -> Tensor:
-        """Take a step of some rows.
-
-        Args:
-            arrays: What the step reads, of these rows, by the names of the inputs.
-            adapters: The adapters' tensors by name, as `OrtValue`s; the very same mapping of late is bound once.
-            rows: The rows, which follow each other; None for all.
-
-        Returns:
-            The logits of these rows.
-        """
-        rows = range(self._rows) if rows is None else rows
-        window = self._window(rows, adapters)
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
-        _bind(window.binding, {**values, **window.caches} if self._copies else values)
-        window.binding.bind_output("logits")
-        self._session.run_with_iobinding(window.binding, QUIET_RUN)
-        outputs = window.binding.get_outputs_as_ortvaluevector()  # `get_outputs` would wrap every cache
-        return as_tensor(outputs[len(outputs) - 1])  # the last that was bound
-
-    def _window(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
-        """Some rows, with adapters."""
-        windows = next((windows for bound, windows in self._windows if bound is adapters), {})
-        others = [pair for pair in self._windows if pair[0] is not adapters]
-        self._windows = [(adapters, windows), *others[: _BOUND - 1]]
-        if rows not in windows:
-            windows[rows] = self._bound(rows, adapters)
-        return windows[rows]
-
-    def _bound(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
-        caches = dict(self.caches)
-        if len(rows) < self._rows:
-            for name, value in self.caches.items():
-                caches[name] = as_value(as_tensor(value)[rows.start : rows.stop], self._kinds[name])
-        binding = self._session.io_binding()
-        for name, value in caches.items():
-            binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)
-        _bind(binding, caches)
-        _bind(binding, adapters)
-        return _Window(binding, caches)
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Rows that follow each other.
-
-    Attributes:
-        binding: What is bound for their steps.
-        caches: Their part of the buffers, by the names of the inputs.
-    """
-
-    binding: Any
-    caches: Mapping[str, Any]
-
-
-def _bind(binding: Any, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
 
 
 class RowsDecoder(Decoder):
@@ -258,19 +172,6 @@ class RowsDecoder(Decoder):
         """
         is_alone = is_several and len(tokens) == 1 and self._row_adapters[row] is not None
         return np.repeat(tokens, 2) if is_alone and self._lengths[row] + _SEVERAL <= self.capacity else tokens
-
-
-def takes_buffers(path: Path) -> bool:
-    """Whether a decoder's cache may be a buffer that is longer than what it holds: fused attention alone reads it.
-
-    Args:
-        path: The ONNX model; its weights are not read.
-    """
-    graph = onnx.load(str(path), load_external_data=False).graph
-    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
-        return False  # a branch may read any value
-    readers = {(node.op_type, index) for node in graph.node for index, v in enumerate(node.input) if v.startswith(PAST)}
-    return readers <= _READS_CACHE
 
 
 @dataclass

@@ -15,9 +15,10 @@ import onnx
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.adapters import Adapters
+from gralora_fx.engine.buffered_steps import takes_buffers
 from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.engine.limits import DecoderLimits
-from gralora_fx.engine.session_decoders import RowsDecoder, SequentialDecoder, takes_buffers
+from gralora_fx.engine.session_decoders import RowsDecoder, SequentialDecoder
 from gralora_fx.errors import ServingError, listed
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.adapter_paths import own_adapters

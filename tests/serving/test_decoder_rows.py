@@ -16,7 +16,7 @@ import torch
 from served_exports import decoders
 
 from gralora_fx import trace
-from gralora_fx.engine.session_decoders import takes_buffers
+from gralora_fx.engine.buffered_steps import takes_buffers
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.ort_values import empty_values
